@@ -1,0 +1,107 @@
+"""A policy on disk and in memory: a plain Hugging Face directory plus the prompts it works under."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from search_e1.config import LoraConfig, PolicyConfig
+from search_e1.errors import ModelError
+from search_e1.prompts import Prompts
+
+SMALL = "small"
+_SMALL_DIRECTORY = Path(__file__).parent / "data" / "small_policy"
+
+
+@dataclass(slots=True)
+class Policy:
+    """Weights, tokenizer and prompts that belong together."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    prompts: Prompts
+
+    def save(self, directory: Path) -> None:
+        """Write what ``load`` reads; anything that reads Hugging Face directories reads it too."""
+        self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+        self.prompts.save(directory)
+
+
+def resolve(model: str) -> Path | str:
+    """The directory of ``model``, or a Hub id as it is. ``small`` is the policy of the package.
+
+    Raises:
+        ModelError: it looks like a directory and is none, or the directory holds no model.
+    """
+    if model == SMALL:
+        return _SMALL_DIRECTORY
+    path = Path(model).expanduser()
+    if not path.exists():
+        if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+            raise ModelError(f"policy.model = {model!r}: no such directory; give one, a Hub id (owner/name), or {SMALL!r}")
+        return model
+    for needed in ("config.json", "tokenizer_config.json"):
+        if not (path / needed).is_file():
+            raise ModelError(f"policy.model = {model!r}: no {needed} in it; give the directory of a Hugging Face model")
+    return path
+
+
+def load(model: str | Path, config: PolicyConfig, prompts: Prompts | None = None) -> Policy:
+    """Load weights (safetensors only), tokenizer and prompts; ``config.model`` is not looked at, ``model`` is.
+
+    Raises:
+        ModelError: the directory is none, or what is in it does not load.
+    """
+    source = resolve(str(model))
+    quiet = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        weights = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=getattr(torch, config.dtype),
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"policy.model = {str(model)!r} does not load: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        if quiet:
+            transformers_logging.enable_progress_bar()
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if prompts is None:
+        prompts = Prompts.of_policy(source) if isinstance(source, Path) else Prompts()
+    return Policy(weights.to(_device(config.device)), tokenizer, prompts)
+
+
+def with_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
+    """``model`` with trainable adapters; its own weights are frozen."""
+    adapter = PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, adapter)
+
+
+def merge_adapter(model: PeftModel) -> PreTrainedModel:
+    """The plain model with the adapters merged into its weights, all of them trainable again."""
+    merged = model.merge_and_unload()
+    merged.requires_grad_(True)  # peft leaves it off, and the next GRPO round would train nothing
+    return merged
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")

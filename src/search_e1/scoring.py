@@ -1,0 +1,36 @@
+"""Exact match and F1 of an answer, as in the Search-R1 protocol (the SQuAD definitions)."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = frozenset(string.punctuation)
+
+
+def normalize_answer(text: str) -> str:
+    """Lower-case, strip ASCII punctuation, drop a/an/the, collapse white space, in this order."""
+    kept = "".join(c for c in text.lower() if c not in _PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", kept).split())
+
+
+def exact_match(answer: str | None, gold: Iterable[str]) -> float:
+    """1.0 if ``answer`` equals any gold answer after normalisation, else 0.0; no answer scores 0.0."""
+    if answer is None:
+        return 0.0
+    normalized = normalize_answer(answer)
+    return float(any(normalized == normalize_answer(g) for g in gold))
+
+
+def f1(answer: str | None, gold: Iterable[str]) -> float:
+    """Best token F1 over the gold answers. A yes, no or noanswer on either side must match exactly (HotpotQA's rule)."""
+    return max((_f1(normalize_answer(answer), normalize_answer(g)) for g in gold), default=0.0) if answer else 0.0
+
+
+def _f1(answer: str, gold: str) -> float:
+    if answer != gold and {answer, gold} & {"yes", "no", "noanswer"}:
+        return 0.0
+    answer_tokens, gold_tokens = answer.split(), gold.split()
+    common = sum((Counter(answer_tokens) & Counter(gold_tokens)).values())
+    return 2 * common / (len(answer_tokens) + len(gold_tokens)) if common else 0.0
