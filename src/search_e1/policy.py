@@ -44,7 +44,9 @@ def resolve(model: str) -> Path | str:
     path = Path(model).expanduser()
     if not path.exists():
         if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-            raise ModelError(f"policy.model = {model!r}: no such directory; give one, a Hub id (owner/name), or {SMALL!r}")
+            raise ModelError(
+                f"policy.model = {model!r}: no such directory; give one, a Hub id (owner/name), or {SMALL!r}"
+            )
         return model
     for needed in ("config.json", "tokenizer_config.json"):
         if not (path / needed).is_file():
@@ -70,7 +72,9 @@ def load(model: str | Path, config: PolicyConfig, prompts: Prompts | None = None
             use_safetensors=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"policy.model = {str(model)!r} does not load: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(
+            f"policy.model = {str(model)!r} does not load: {str(error).strip().splitlines()[0]}"
+        ) from error
     finally:
         if quiet:
             transformers_logging.enable_progress_bar()

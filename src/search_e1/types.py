@@ -129,9 +129,7 @@ class Trajectory(Record):
     @property
     def action_mask(self) -> tuple[int, ...]:
         """As long as ``response_ids``: 1 where the policy sampled the id, 0 where it was inserted."""
-        return tuple(
-            m for turn in self.turns for m in (1,) * len(turn.action_ids) + (0,) * len(turn.observation_ids)
-        )
+        return tuple(m for turn in self.turns for m in (1,) * len(turn.action_ids) + (0,) * len(turn.observation_ids))
 
     @property
     def text(self) -> str:

@@ -54,9 +54,7 @@ class _Row:
         # An observation that no action followed (the context was full) was never read: it is not part of the record.
         if self.turns and self.turns[-1].observation_ids:
             last = self.turns[-1]
-            self.turns[-1] = last.model_copy(
-                update={"observation_ids": (), "observation_text": "", "passage_ids": ()}
-            )
+            self.turns[-1] = last.model_copy(update={"observation_ids": (), "observation_text": "", "passage_ids": ()})
         answer = self.turns[-1].argument if self.stop is StopReason.ANSWERED else None
         gold = self.start.question.answers
         return Trajectory(
@@ -115,7 +113,9 @@ def rollout(
             temperature=temperature,
             stop=STOP_STRINGS,
         )
-        turns = _answer(generator.tokenizer, retriever, [rows[i] for i in active], generations, limit, config, correction)
+        turns = _answer(
+            generator.tokenizer, retriever, [rows[i] for i in active], generations, limit, config, correction
+        )
         for i, turn in zip(active, turns, strict=True):
             row = rows[i]
             row.append(turn)

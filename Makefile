@@ -1,0 +1,37 @@
+# Everything lives in .venv. `make` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Several torch processes share the cores here; spinning threads would starve each other.
+export OMP_WAIT_POLICY := PASSIVE
+RUN ?= runs/quickstart
+
+.PHONY: help setup quickstart test lint clean
+help: ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+setup: $(VENV)/.ready ## Install the package and the developer's tools into .venv
+
+# torch is installed first, from its CPU build where there is no GPU: an unpinned torch pulls gigabytes of CUDA libraries.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --group dev --editable .
+	touch $@
+
+quickstart: setup ## Two rounds of GRPO and self-distillation in the small world
+	$(BIN)/search-e1 world $(RUN)-world
+	$(BIN)/search-e1 train --config configs/quickstart.toml --run $(RUN)
+
+test: setup ## Run the tests
+	$(BIN)/pytest -n 2
+
+lint: setup ## Formatting, lint, types, import layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean: ## Remove the environment and all runs
+	rm -rf $(VENV) runs

@@ -1,0 +1,78 @@
+"""Train search agents by GRPO interleaved with offline self-distillation (Search-E1, arXiv:2605.22511).
+
+The names below are the public face; they are loaded when they are first used, so that ``import search_e1`` is quick and
+needs neither torch nor an optional extra.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from search_e1.config import Config
+    from search_e1.config import load as load_config
+    from search_e1.data.questions import load_questions
+    from search_e1.evolve import Summary, train
+    from search_e1.policy import Policy
+    from search_e1.policy import load as load_policy
+    from search_e1.retrieval.base import Retriever
+    from search_e1.retrieval.bm25 import Bm25Index
+    from search_e1.retrieval.client import HttpRetriever
+    from search_e1.rollout.ask import ask
+    from search_e1.rollout.generator import Generator
+    from search_e1.rollout.hf import HFGenerator
+    from search_e1.types import Group, Pair, Passage, Question, Trajectory, Turn
+
+_HOMES = {
+    "Bm25Index": "retrieval.bm25",
+    "Config": "config",
+    "Generator": "rollout.generator",
+    "Group": "types",
+    "HFGenerator": "rollout.hf",
+    "HttpRetriever": "retrieval.client",
+    "Pair": "types",
+    "Passage": "types",
+    "Policy": "policy",
+    "Question": "types",
+    "Retriever": "retrieval.base",
+    "Summary": "evolve",
+    "Trajectory": "types",
+    "Turn": "types",
+    "ask": "rollout.ask",
+    "load_config": "config:load",
+    "load_policy": "policy:load",
+    "load_questions": "data.questions",
+    "train": "evolve",
+}
+
+__all__ = [
+    "Bm25Index",
+    "Config",
+    "Generator",
+    "Group",
+    "HFGenerator",
+    "HttpRetriever",
+    "Pair",
+    "Passage",
+    "Policy",
+    "Question",
+    "Retriever",
+    "Summary",
+    "Trajectory",
+    "Turn",
+    "ask",
+    "load_config",
+    "load_policy",
+    "load_questions",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(import_module(f"{__name__}.{module}"), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,354 @@
+"""The command line: one verb per stage."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from search_e1.errors import ConfigError, RunError, SearchE1Error
+
+if TYPE_CHECKING:
+    from search_e1.config import Config
+    from search_e1.stages import Stages
+
+# What takes seconds to import (torch, transformers) is imported by the verb that needs it: `--help` must not wait for it.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train search agents by GRPO interleaved with offline self-distillation.",
+    epilog="Errors are one line; --traceback before the verb shows where they came from.",
+)
+index_app = typer.Typer(no_args_is_help=True, help="Make and look into retrieval indexes.")
+app.add_typer(index_app, name="index")
+console = Console()
+
+# Overrides such as --grpo.steps 8 are not known to typer; they are checked against the config.
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+ConfigOption = Annotated[Path, typer.Option("--config", help="TOML file; every key can be set as --section.key VALUE.")]
+RoundOption = Annotated[int, typer.Option("--round", min=1, help="The round that this stage belongs to.")]
+PolicyOption = Annotated[
+    str | None,
+    typer.Option("--policy", help="Policy to start from. Default: what the stage before it in the run made."),
+]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Where the artifact goes. Default: its place in the run.")
+]
+
+
+@app.callback()
+def options(traceback: Annotated[bool, typer.Option("--traceback", help="Show tracebacks of errors.")] = False) -> None:
+    global _show_traceback
+    _show_traceback = traceback
+
+
+_show_traceback = False
+
+
+@app.command(context_settings=OVERRIDES)
+def train(context: typer.Context, config: ConfigOption) -> None:
+    """Run the whole loop, or what is left of it, and print what it came to."""
+    from search_e1 import evolve
+    from search_e1.display import summary_table, watch
+
+    loaded = _load(config, context)
+    summary = evolve.train(loaded, watch(console, loaded.rounds))
+    for number, round in summary.rounds.items():
+        if round.refused:
+            console.print(f"round {number}: not distilled: {round.refused}", style="yellow", markup=False)
+    console.print(summary_table(summary))
+    console.print(f"{loaded.run / evolve.SUMMARY}", highlight=False)
+
+
+@app.command(context_settings=OVERRIDES)
+def warmstart(context: typer.Context, config: ConfigOption, out: OutOption = None) -> None:
+    """Train a first policy on demonstrations built from the questions' supporting passages."""
+    with _stages(config, context) as stages:
+        made = stages.warmstart(out)
+    console.print(f"{made.path / 'policy'}", highlight=False)
+
+
+@app.command(context_settings=OVERRIDES)
+def grpo(
+    context: typer.Context,
+    config: ConfigOption,
+    round: RoundOption = 1,
+    policy: PolicyOption = None,
+    out: OutOption = None,
+) -> None:
+    """Train one round of GRPO."""
+    with _stages(config, context) as stages:
+        start = policy or _before_grpo(stages, round)
+        stages.check(start)
+        _report(stages.grpo(start, round, out))
+
+
+@app.command(context_settings=OVERRIDES)
+def rollout(
+    context: typer.Context,
+    config: ConfigOption,
+    round: RoundOption = 1,
+    policy: PolicyOption = None,
+    out: OutOption = None,
+) -> None:
+    """Sample a pool of trajectories on the training questions."""
+    with _stages(config, context) as stages:
+        start = policy or _after_grpo(stages, round)
+        stages.check(start)
+        _report(stages.pool(start, round, out))
+
+
+@app.command(context_settings=OVERRIDES)
+def pairs(
+    context: typer.Context,
+    config: ConfigOption,
+    round: RoundOption = 1,
+    pool: Annotated[
+        Path | None, typer.Option("--pool", help="Pool to mine. Default: the run's, of this round.")
+    ] = None,
+    out: OutOption = None,
+) -> None:
+    """Mine a pool for pairs of an efficient reference and a sibling that is to learn from it."""
+    with _stages(config, context) as stages:
+        _report(stages.pairs(pool or _made(stages, f"pool-{round}"), round, out))
+
+
+@app.command(context_settings=OVERRIDES)
+def lead(
+    context: typer.Context,
+    config: ConfigOption,
+    round: RoundOption = 1,
+    policy: PolicyOption = None,
+    pairs: Annotated[Path | None, typer.Option("--pairs", help="Pairs. Default: the run's, of this round.")] = None,
+    out: OutOption = None,
+) -> None:
+    """Measure how much better the policy is when it sees the reference."""
+    from search_e1.display import lead_table
+    from search_e1.distill.teacher import Lead
+
+    with _stages(config, context) as stages:
+        made = stages.lead(policy or _after_grpo(stages, round), pairs or _made(stages, f"pairs-{round}"), round, out)
+    console.print(lead_table(Lead.model_validate(made.manifest.result)))
+
+
+@app.command(context_settings=OVERRIDES)
+def distill(
+    context: typer.Context,
+    config: ConfigOption,
+    round: RoundOption = 1,
+    policy: PolicyOption = None,
+    pairs: Annotated[Path | None, typer.Option("--pairs", help="Pairs. Default: the run's, of this round.")] = None,
+    lead: Annotated[
+        Path | None, typer.Option("--lead", help="Measured lead. Default: the run's, else measured.")
+    ] = None,
+    out: OutOption = None,
+) -> None:
+    """Measure the lead if it is not measured yet, distil, and merge the adapter. Refused without a lead."""
+    with _stages(config, context) as stages:
+        start = policy or _after_grpo(stages, round)
+        mined = pairs or _made(stages, f"pairs-{round}")
+        measured = lead or stages.lead(start, mined, round).path
+        _report(stages.distill(start, mined, measured, round, out))
+
+
+@app.command(context_settings=OVERRIDES)
+def evaluate(
+    context: typer.Context,
+    config: ConfigOption,
+    policy: PolicyOption = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the evaluation. Default: the policy's stage.")
+    ] = None,
+    out: OutOption = None,
+) -> None:
+    """Evaluate a policy on the evaluation questions, greedily and sampled."""
+    from search_e1.display import evaluation_table
+    from search_e1.stages import read_evaluation
+
+    with _stages(config, context) as stages:
+        start = policy or str(_newest(stages))
+        stages.check(start)
+        if name is None:
+            name = Path(start).parent.name if Path(start).name == "policy" else Path(start).name
+        made = stages.evaluate(start, name if policy or name != stages.config.policy.model else "base", out)
+    console.print(evaluation_table(read_evaluation(made)))
+
+
+@app.command(context_settings=OVERRIDES)
+def ask(
+    context: typer.Context,
+    question: Annotated[str, typer.Argument(help="The question.")],
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Limits, and the run whose policy and index to use.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Policy directory, Hub id, or `small`.")] = None,
+    index: Annotated[Path | None, typer.Option("--index", help="Index directory.")] = None,
+    url: Annotated[str | None, typer.Option("--url", help="Retrieval server, instead of --index.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+) -> None:
+    """Answer one question and show each thought, search and passage as it comes."""
+    from search_e1 import policy as policies
+    from search_e1.config import PolicyConfig, RolloutConfig
+    from search_e1.display import show_turn
+    from search_e1.retrieval.bm25 import Bm25Index
+    from search_e1.retrieval.client import HttpRetriever
+    from search_e1.rollout.ask import ask as answer
+    from search_e1.stages import Stages
+
+    if not question.strip():
+        raise ConfigError("the question is empty; give one in quotes")
+    stages = None
+    if config:
+        loaded = _load(config, context)
+        stages = Stages(loaded, loaded.run)
+    elif context.args:
+        raise ConfigError(f"unexpected argument {context.args[0]!r}; overrides need --config")
+    if model is None and stages is None:
+        raise ConfigError("no policy; give --model DIR, or --config FILE of a run")
+    if index is None and url is None and stages is None:
+        raise ConfigError("no passages; give --index DIR, --url URL, or --config FILE of a run")
+    retriever = HttpRetriever(url) if url else Bm25Index.open(index) if index else stages.retriever  # type: ignore[union-attr]
+    settings = stages.config.policy if stages else PolicyConfig(model=str(model))
+    policy = policies.load(model or _newest(stages), settings, stages.config.prompts if stages else None)  # type: ignore[arg-type]
+    limits = stages.config.rollout if stages else RolloutConfig()
+    trajectory = answer(
+        question, policy, retriever, limits, temperature=temperature, on_turn=lambda turn: show_turn(console, turn)
+    )
+    if trajectory.answer is None:
+        console.print(f"no answer ({trajectory.stop_reason})", style="red")
+        raise typer.Exit(1)
+    console.print(trajectory.answer, style="bold green", markup=False, highlight=False)
+
+
+@app.command()
+def world(
+    directory: Annotated[Path, typer.Argument(help="Where corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl go.")],
+    train: Annotated[int, typer.Option(min=1, help="Training questions.")] = 800,
+    dev: Annotated[int, typer.Option(min=1, help="Development questions.")] = 300,
+    test: Annotated[
+        int, typer.Option(min=1, help="Test questions, over entities that no other question touches.")
+    ] = 300,
+    seed: Annotated[int, typer.Option(min=0, help="Of the questions; the world itself is always the same.")] = 0,
+) -> None:
+    """Write the small world: a corpus and questions that need no download."""
+    from search_e1.data.world import make_world, write
+
+    if (directory / "corpus.jsonl").exists():
+        console.print(f"{directory} is there already", markup=False, highlight=False)
+        return
+    write(make_world(), directory, train=train, dev=dev, test=test, seed=seed)
+    console.print(
+        f"{directory}: corpus, {train} train, {dev} dev, {test} test questions", markup=False, highlight=False
+    )
+
+
+@index_app.command("build")
+def index_build(
+    corpus: Annotated[Path, typer.Option("--corpus", help="JSON lines (plain or .gz) with id and contents.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory of the new index.")],
+) -> None:
+    """Build a BM25 index of a corpus."""
+    from search_e1.data.corpus import read_corpus
+    from search_e1.display import watch
+    from search_e1.retrieval.bm25 import Bm25Index
+
+    if out.exists():
+        raise RunError(f"{out} is there already; remove it, or give another --out")
+    with watch(console, 1)("index") as progress:
+        Bm25Index.build(read_corpus(corpus), out, progress)
+    console.print(f"{out}", markup=False, highlight=False)
+
+
+@index_app.command("search")
+def index_search(
+    query: Annotated[str, typer.Argument(help="What to look for.")],
+    index: Annotated[Path, typer.Option("--index", help="Directory of an index.")],
+    topk: Annotated[int, typer.Option(min=1, help="Passages to show.")] = 3,
+) -> None:
+    """Search an index."""
+    from search_e1.display import show_passages
+    from search_e1.retrieval.bm25 import Bm25Index
+
+    show_passages(console, Bm25Index.open(index).search([query], topk)[0])
+
+
+@contextmanager
+def _stages(config: Path, context: typer.Context) -> "Iterator[Stages]":
+    from search_e1 import runs
+    from search_e1.display import watch
+    from search_e1.stages import Stages
+
+    loaded = _load(config, context)
+    with runs.opened(loaded.run, loaded.model_dump(mode="json", exclude={"run"})) as root:
+        yield Stages(loaded, root, watch(console, loaded.rounds))
+
+
+def _load(config: Path, context: typer.Context) -> "Config":
+    from search_e1.config import load
+
+    return load(config, context.args)
+
+
+def _report(artifact) -> None:
+    """The artifact's place, and its figures."""
+    console.print(f"{artifact.path}", highlight=False, markup=False)
+    for name, value in artifact.manifest.result.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        console.print(f"  {name}  {shown}", highlight=False, markup=False)
+
+
+# Which policy a stage starts from, read off the run directory.
+
+
+def _made(stages: "Stages", name: str) -> Path:
+    path = stages.root / name
+    if not path.exists():
+        raise RunError(f"{path}: not made yet; run its stage first, or name another artifact")
+    return path
+
+
+def _before_grpo(stages: "Stages", round: int) -> str:
+    if round == 1:
+        return stages.config.policy.model
+    for name in (f"ofsd-{round - 1}", f"grpo-{round - 1}"):
+        if (stages.root / name).exists():
+            return str(stages.root / name / "policy")
+    raise RunError(f"{stages.root}: round {round - 1} is not made yet; run its stages first, or give --policy")
+
+
+def _after_grpo(stages: "Stages", round: int) -> str:
+    return str(_made(stages, f"grpo-{round}") / "policy") if stages.config.grpo.steps else _before_grpo(stages, round)
+
+
+def _newest(stages: "Stages") -> str:
+    """The last policy that the run made, else the one it starts from."""
+    for round in range(stages.config.rounds, 0, -1):
+        for name in (f"ofsd-{round}", f"grpo-{round}"):
+            if (stages.root / name).exists():
+                return str(stages.root / name / "policy")
+    return stages.config.policy.model
+
+
+def main() -> None:
+    """Entry point of ``search-e1``: a user's mistake is one line and exit status 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        app()
+    except SearchE1Error as error:
+        if _show_traceback:
+            raise
+        print(f"search-e1: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("search-e1: interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,143 @@
+"""What a person sees in the terminal: progress, tables, turns."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from search_e1.progress import Progress
+from search_e1.types import ActionKind, Passage, Turn
+
+if TYPE_CHECKING:
+    from search_e1.distill.teacher import Lead
+    from search_e1.evaluation.evaluate import Evaluation
+    from search_e1.evolve import Summary
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def watch(console: Console, rounds: int) -> Callable[[str], AbstractContextManager[Progress]]:
+    """A bar for each stage: its name and round, how far, the time left, and the figure that matters.
+
+    Where the output is no terminal, a line at the end of each stage.
+    """
+
+    @contextmanager
+    def stage(name: str) -> Iterator[Progress]:
+        kind, _, round = name.rpartition("-")
+        label = f"{kind} {round}/{rounds}" if round.isdigit() else name.replace("-", " ", 1)
+        bars = Bars(
+            TextColumn("{task.description:<20}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figure]}"),
+            console=console,
+        )
+        task = bars.add_task(label, total=None, figure="")
+
+        def progress(done: int, total: int, figure: str = "") -> None:
+            bars.update(task, completed=done, total=total, figure=figure)
+
+        with bars:
+            yield progress
+
+    return stage
+
+
+def summary_table(summary: "Summary") -> Table:
+    """The run in one table: a row for each evaluated policy. Fits 80 columns."""
+    hops = sorted({h for policy in summary.policies for h in policy.by_hops if h != "None"})
+    table = Table(
+        title=f"EM on {len(summary.policies)} policies (seed {summary.seed})", pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    for heading in ("policy", "EM", "sampled", *(f"{h} hop" for h in hops), "searches", "tokens", "lead", "pairs", "s"):
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    for policy in summary.policies:
+        kind, _, number = policy.stage.rpartition("-")
+        round = summary.rounds.get(number) if kind == "ofsd" else None
+        table.add_row(
+            policy.stage,
+            f"{policy.em:.3f}",
+            "" if policy.em_sampled is None else f"{policy.em_sampled:.3f}",
+            *(f"{policy.by_hops[h]:.3f}" if h in policy.by_hops else "" for h in hops),
+            f"{policy.searches:.2f}",
+            f"{policy.tokens:.0f}",
+            f"{round.lead.lead:+.3f}" if round and round.lead else "",
+            str(round.pairs["train_pairs"]) if round else "",
+            f"{_round_seconds(summary, policy.stage):.0f}",
+        )
+    return table
+
+
+def _round_seconds(summary: "Summary", stage: str) -> float:
+    """What it cost to make this policy: GRPO for a GRPO policy; pool, pairs, lead and distillation for an OFSD one."""
+    kind, _, number = stage.rpartition("-")
+    names = [stage] if kind != "ofsd" else [f"{part}-{number}" for part in ("pool", "pairs", "lead", "ofsd")]
+    return sum(summary.seconds.get(name, 0.0) for name in names)
+
+
+def evaluation_table(evaluation: "Evaluation") -> Table:
+    """A row for each benchmark and hop count."""
+    table = Table(pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("questions", "n", "EM", "sampled", "F1", "searches", "tokens"):
+        table.add_column(heading, justify="left" if heading == "questions" else "right")
+    rows = [*evaluation.by_benchmark.items(), *((f"{hops} hop", row) for hops, row in evaluation.by_hops.items())]
+    for name, row in [*rows, ("all", evaluation)]:
+        sampled = "" if row.em_sampled is None else f"{row.em_sampled:.3f}"
+        table.add_row(
+            name, str(row.n), f"{row.em:.3f}", sampled, f"{row.f1:.3f}", f"{row.searches:.2f}", f"{row.tokens:.0f}"
+        )
+    return table
+
+
+def lead_table(lead: "Lead") -> Table:
+    """Plain against privileged prompt."""
+    table = Table(title=f"The teacher's lead: {lead.lead:+.3f} EM", pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("prompt", "EM", "EM off track", "searches", "tokens"):
+        table.add_column(heading, justify="left" if heading == "prompt" else "right")
+    for name in ("plain", "privileged"):
+        off_track = getattr(lead, f"em_{name}_off_track")
+        table.add_row(
+            name,
+            f"{getattr(lead, f'em_{name}'):.3f}",
+            "" if off_track is None else f"{off_track:.3f}",
+            f"{getattr(lead, f'searches_{name}'):.2f}",
+            f"{getattr(lead, f'tokens_{name}'):.0f}",
+        )
+    return table
+
+
+def show_turn(console: Console, turn: Turn) -> None:
+    """A thought, a search, and the first words of what came back."""
+    thought = re.split(r"<(?:search|answer)>", turn.action_text)[0]
+    thought = re.sub(r"</?think>", "", thought).strip()
+    if thought:
+        console.print(Text(printable(thought), style="dim"))
+    if turn.kind is ActionKind.SEARCH:
+        console.print(Text(f"search  {printable(turn.argument or '')}", style="bold cyan"))
+        body = turn.observation_text.replace("<information>", "").replace("</information>", "").strip()
+        for line in body.splitlines():
+            console.print(Text("  " + printable(line)), overflow="ellipsis", no_wrap=True)
+    elif turn.kind is ActionKind.MALFORMED:
+        console.print(Text("(neither a search nor an answer)", style="red"))
+
+
+def show_passages(console: Console, passages: Sequence[Passage]) -> None:
+    if not passages:
+        console.print("nothing found")
+    for rank, passage in enumerate(passages, 1):
+        console.print(Text(f"{rank}  {printable(passage.title)}  [{printable(passage.id)}]", style="bold"))
+        console.print(Text(printable(passage.text)))
+
+
+def printable(text: str) -> str:
+    """Without control characters: what a model or a corpus says must not steer the terminal."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -1,0 +1,156 @@
+"""The outer loop: GRPO and self-distillation, round after round, each stage an artifact of the run."""
+
+from pathlib import Path
+from typing import Any
+
+from search_e1 import policy as policies
+from search_e1 import runs
+from search_e1.config import Config
+from search_e1.distill.teacher import Lead
+from search_e1.errors import NoLeadError
+from search_e1.runs import Artifact
+from search_e1.stages import Stages, Watch, read_evaluation, unwatched
+from search_e1.types import Record
+
+SUMMARY = "summary.json"
+
+
+class PolicySummary(Record):
+    """One evaluated policy."""
+
+    stage: str
+    """``base``, ``grpo-1``, ``ofsd-1``, ``grpo-2``, ..."""
+    path: str
+    em: float
+    """Greedy, mean over all questions."""
+    em_sampled: float | None
+    f1: float
+    searches: float
+    tokens: float
+    """Sampled tokens a question."""
+    by_hops: dict[str, float]
+    """EM by number of hops."""
+    by_benchmark: dict[str, float]
+    """EM by benchmark."""
+
+
+class RoundSummary(Record):
+    """What the distillation of one round had to go by."""
+
+    pairs: dict[str, Any]
+    """The pool's health and the numbers of pairs."""
+    lead: Lead | None
+    """``None`` where there was no pair to measure it on."""
+    refused: str | None
+    """Why nothing was distilled, if nothing was."""
+
+
+class Summary(Record):
+    """What ``summary.json`` holds."""
+
+    seed: int
+    policies: tuple[PolicySummary, ...]
+    rounds: dict[str, RoundSummary]
+    lead: dict[str, float | None]
+    """Round -> the teacher's lead in EM."""
+    seconds: dict[str, float]
+    """Wall-clock time by stage."""
+
+    @property
+    def policy(self) -> Path:
+        """The directory of the last policy."""
+        return Path(self.policies[-1].path)
+
+
+def train(config: Config, watch: Watch = unwatched) -> Summary:
+    """Run the whole loop in ``config.run``, or what is left of it; returns what ``summary.json`` then holds.
+
+    Raises:
+        SearchE1Error: a mistake in config, data or policy (before any training), a failed part, another run's directory.
+    """
+    with runs.opened(config.run, config.model_dump(mode="json", exclude={"run"})) as root:
+        stages = Stages(config, root, watch)
+        stages.check(config.policy.model)
+        summary = _Summary(config, stages)
+        policy: str | Path = config.policy.model
+        summary.evaluate("base", policy)
+        for round in range(1, config.rounds + 1):
+            if config.grpo.steps:
+                grpo = summary.add(stages.grpo(policy, round))
+                policy = grpo.path / "policy"
+                summary.evaluate(f"grpo-{round}", policy)
+            pool = summary.add(stages.pool(policy, round))
+            pairs = summary.add(stages.pairs(pool.path, round))
+            lead = summary.add(stages.lead(policy, pairs.path, round)) if pairs.manifest.result["train_pairs"] else None
+            if lead is None:
+                summary.refuse(round, pairs, None, "no pairs: " + _why_no_pairs(pairs))
+                continue
+            try:
+                ofsd = summary.add(stages.distill(policy, pairs.path, lead.path, round))
+            except NoLeadError as error:
+                summary.refuse(round, pairs, lead, str(error))
+                continue
+            summary.distilled(round, pairs, lead)
+            policy = ofsd.path / "policy"
+            summary.evaluate(f"ofsd-{round}", policy)
+        return summary.write()
+
+
+def _why_no_pairs(pairs: Artifact) -> str:
+    health = {k: v for k, v in pairs.manifest.result.items() if isinstance(v, int)}
+    return ", ".join(f"{name} {value}" for name, value in health.items())
+
+
+class _Summary:
+    """Collects while the loop runs, and writes after every addition, so that a look at the file shows what there is."""
+
+    def __init__(self, config: Config, stages: Stages) -> None:
+        self.config = config
+        self.stages = stages
+        self.policies: list[PolicySummary] = []
+        self.rounds: dict[str, RoundSummary] = {}
+        self.seconds: dict[str, float] = {}
+
+    def add(self, artifact: Artifact) -> Artifact:
+        self.seconds[artifact.manifest.stage] = artifact.manifest.seconds
+        return artifact
+
+    def evaluate(self, name: str, policy: str | Path) -> None:
+        artifact = self.add(self.stages.evaluate(policy, name))
+        result = read_evaluation(artifact)
+        self.policies.append(
+            PolicySummary(
+                stage=name,
+                path=str(policies.resolve(str(policy))),
+                em=result.em,
+                em_sampled=result.em_sampled,
+                f1=result.f1,
+                searches=result.searches,
+                tokens=result.tokens,
+                by_hops={str(hops): row.em for hops, row in result.by_hops.items()},
+                by_benchmark={name: row.em for name, row in result.by_benchmark.items()},
+            )
+        )
+        self.write()
+
+    def distilled(self, round: int, pairs: Artifact, lead: Artifact) -> None:
+        self._round(round, pairs, lead, None)
+
+    def refuse(self, round: int, pairs: Artifact, lead: Artifact | None, why: str) -> None:
+        self._round(round, pairs, lead, why)
+        self.write()
+
+    def _round(self, round: int, pairs: Artifact, lead: Artifact | None, refused: str | None) -> None:
+        measured = Lead.model_validate(lead.manifest.result) if lead else None
+        self.rounds[str(round)] = RoundSummary(pairs=pairs.manifest.result, lead=measured, refused=refused)
+
+    def write(self) -> Summary:
+        summary = Summary(
+            seed=self.config.seed,
+            policies=tuple(self.policies),
+            rounds=self.rounds,
+            lead={name: round.lead.lead if round.lead else None for name, round in self.rounds.items()},
+            seconds=self.seconds,
+        )
+        runs.write_atomically(self.stages.root / SUMMARY, summary.model_dump_json(indent=2) + "\n")
+        return summary

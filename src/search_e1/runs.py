@@ -1,0 +1,232 @@
+"""The run directory: one artifact per stage, complete or not there.
+
+An artifact is a directory with a ``manifest.json`` that says what it was made of (stage, settings, checksums of its
+inputs, seed), what it consists of (checksums of its files), with which versions it was made and how long that took. It is
+made beside its place and moved there whole, so that a directory under its final name is complete. Asking for a complete
+artifact again returns it; asking for it with other settings or inputs is refused.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from search_e1.errors import RunError
+from search_e1.types import Record
+
+MANIFEST = "manifest.json"
+_PACKAGES = ("search-e1", "torch", "transformers", "trl", "peft", "accelerate", "bm25s", "tokenizers", "numpy")
+
+
+class Manifest(Record):
+    """What ``manifest.json`` holds."""
+
+    stage: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    """Name of the input -> checksum."""
+    seed: int
+    files: dict[str, str]
+    """Path inside the artifact -> sha256."""
+    result: dict[str, Any]
+    """What the stage returned: its summary figures."""
+    versions: dict[str, str]
+    started: float
+    """Seconds since the epoch."""
+    seconds: float
+    """Wall-clock time of the stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A complete artifact."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def checksum(self) -> str:
+        """Of the content alone: two artifacts with the same files have the same one."""
+        return _sha256_text(json.dumps(self.manifest.files, sort_keys=True))
+
+
+Make = Callable[[Path], Mapping[str, Any]]
+
+
+def artifact(
+    path: Path, *, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str], seed: int, make: Make
+) -> Artifact:
+    """The artifact at ``path``: as it lies there if it is complete, else made by ``make``.
+
+    ``make`` writes its files into the directory it is given and returns its summary figures (JSON).
+
+    Raises:
+        RunError: another artifact is in that place, or its files are not those that were written.
+    """
+    identity = json.loads(json.dumps({"settings": settings, "inputs": inputs, "seed": seed}, default=str))
+    if path.exists():
+        found = read(path)
+        there = {"settings": found.manifest.settings, "inputs": found.manifest.inputs, "seed": found.manifest.seed}
+        if there != identity:
+            raise RunError(
+                f"{path} was made with other inputs: {difference(there, identity)}; use another run directory"
+            )
+        return found
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
+    started, clock = time.time(), time.perf_counter()
+    result = make(partial)
+    manifest = Manifest(
+        stage=stage,
+        files={str(f.relative_to(partial)): sha256(f) for f in sorted(partial.rglob("*")) if f.is_file()},
+        result=dict(result),
+        versions=_versions(),
+        started=started,
+        seconds=round(time.perf_counter() - clock, 3),
+        **identity,
+    )
+    write_atomically(partial / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+    partial.rename(path)
+    _sync(path.parent)
+    return Artifact(path, manifest)
+
+
+def read(path: Path) -> Artifact:
+    """The complete artifact at ``path``, every file checked against its checksum.
+
+    Raises:
+        RunError: there is none, or it is damaged.
+    """
+    try:
+        manifest = Manifest.model_validate_json((path / MANIFEST).read_text())
+    except FileNotFoundError as error:
+        raise RunError(f"{path}: no complete artifact; run the stage that makes it") from error
+    except ValueError as error:
+        raise RunError(f"{path / MANIFEST}: damaged; remove {path} and run the stage again") from error
+    for name, checksum in manifest.files.items():
+        file = path / name
+        if not file.is_file() or sha256(file) != checksum:
+            raise RunError(
+                f"{file}: {'damaged' if file.exists() else 'missing'}; remove {path} and run the stage again"
+            )
+    return Artifact(path, manifest)
+
+
+@contextmanager
+def opened(directory: Path, config: Mapping[str, Any]) -> Iterator[Path]:
+    """Hold the run directory for this process; make it if it is new.
+
+    Raises:
+        RunError: another process works in it, it belongs to another config, or it cannot be written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise RunError(
+            f"{directory}: another process works in this run directory; wait for it, or use another"
+        ) from error
+    except OSError as error:
+        raise RunError(
+            f"{directory}: {error.strerror or error}; give a run directory that can be written to"
+        ) from error
+    try:
+        _check_config(directory / "config.json", json.loads(json.dumps(config, default=str)))
+        yield directory
+    finally:
+        lock.release()
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    if not path.exists():
+        write_atomically(path, json.dumps(config, indent=2) + "\n")
+        return
+    try:
+        there = json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(f"{path}: damaged; use another run directory") from error
+    if there != config:
+        raise RunError(
+            f"{path.parent} belongs to another config: {difference(there, config)}; set `run` to another directory"
+        )
+
+
+def difference(there: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> str:
+    """The keys in which two nested mappings differ, e.g. ``grpo.steps (8 there, 16 given)``."""
+    parts = []
+    for key in sorted({*there, *given}):
+        a, b = there.get(key), given.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            if a != b:
+                parts.append(difference(a, b, f"{prefix}{key}."))
+        elif a != b:
+            parts.append(f"{prefix}{key} ({_short(a)} there, {_short(b)} given)")
+    return ", ".join(parts)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def checksum(path: Path) -> str:
+    """Of a file, or of a directory's files with their names."""
+    if path.is_file():
+        return sha256(path)
+    files = {str(f.relative_to(path)): sha256(f) for f in sorted(path.rglob("*")) if f.is_file()}
+    return _sha256_text(json.dumps(files))
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def derived_seed(seed: int, *names: object) -> int:
+    """A seed of its own for every stage, so that leaving one out does not change another."""
+    return int(_sha256_text("/".join(map(str, (seed, *names))))[:8], 16)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` as a whole, on disk before it is seen."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,300 @@
+"""The stages of a run as artifacts: each method makes its artifact, or returns it if it is complete.
+
+A stage reads what it needs from disk and leaves what it made there, so that stages can run in different processes, on
+different machines. Nothing here trains or samples; that is in the stages' own packages.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from search_e1 import policy as policies
+from search_e1 import runs
+from search_e1.config import Config
+from search_e1.data.corpus import read_corpus
+from search_e1.data.questions import load_many, load_questions, subset
+from search_e1.distill import pairs as mining
+from search_e1.distill import teacher
+from search_e1.distill import trainer as distill_trainer
+from search_e1.errors import DataError, ModelError
+from search_e1.evaluation.evaluate import Evaluation, evaluate
+from search_e1.grpo import trainer as grpo_trainer
+from search_e1.policy import Policy
+from search_e1.progress import Progress, silent
+from search_e1.prompts import plain_prompt
+from search_e1.retrieval.base import Retriever
+from search_e1.retrieval.bm25 import Bm25Index
+from search_e1.retrieval.client import HttpRetriever
+from search_e1.rollout import pool
+from search_e1.rollout.hf import HFGenerator
+from search_e1.runs import Artifact
+from search_e1.types import Pair, Question
+
+Watch = Callable[[str], AbstractContextManager[Progress]]
+"""Called with the name of a stage that is about to work; its context gives the stage something to tell progress to."""
+
+
+def unwatched(stage: str) -> AbstractContextManager[Progress]:
+    """A ``Watch`` for nobody."""
+    return nullcontext(silent)
+
+
+class Stages:
+    """The stages of the run in ``root`` under ``config``.
+
+    A ``policy`` argument is the directory of a policy, a Hub id, or ``small``. ``out`` is the artifact's place; without
+    it the stage's own name in the run directory.
+    """
+
+    def __init__(self, config: Config, root: Path, watch: Watch = unwatched) -> None:
+        self.config = config
+        self.root = root
+        self.watch = watch
+
+    # What every stage needs, made once, in the order in which a mistake is cheapest to find.
+
+    @cached_property
+    def train_questions(self) -> list[Question]:
+        """The training questions, or the subset of them that the config asks for."""
+        questions = load_many(self.config.data.train)
+        return _at_most(questions, self.config.data.max_train, self.config.seed)
+
+    @cached_property
+    def eval_questions(self) -> dict[str, list[Question]]:
+        """Benchmark -> its questions."""
+        data = self.config.data
+        return {
+            name: _at_most(load_questions(path, name), data.max_eval, self.config.seed)
+            for name, path in data.eval.items()
+        }
+
+    @cached_property
+    def retriever(self) -> Retriever:
+        """Connected and known to answer."""
+        retrieval = self.config.retrieval
+        if retrieval.url:
+            client = HttpRetriever(retrieval.url, timeout=retrieval.timeout, attempts=retrieval.attempts)
+            client.probe()
+            return client
+        return Bm25Index.open(retrieval.index or self.index().path / "bm25")
+
+    def check(self, policy: str | Path) -> None:
+        """Find every mistake that can be found before training: questions, retriever, policy, prompt length.
+
+        Raises:
+            SearchE1Error: the first mistake found.
+        """
+        for questions in (self.train_questions, *self.eval_questions.values()):
+            if not questions:
+                raise DataError("no questions; give data.train and data.eval files that hold some")
+        policies.resolve(str(policy))
+        assert self.retriever
+        loaded = self._policy(policy)
+        room = min(self.config.rollout.max_tokens, loaded.model.config.get_text_config().max_position_embeddings)
+        for question in (*self.train_questions, *(q for qs in self.eval_questions.values() for q in qs)):
+            # A prompt has at most as many tokens as bytes, so that only the long ones are worth tokenising.
+            if len(question.text.encode()) + len(loaded.prompts.instruction.encode()) + 64 < room:
+                continue
+            needed = len(plain_prompt(loaded.tokenizer, loaded.prompts, question.text))
+            if needed >= room:
+                raise ModelError(
+                    f"question {question.id!r}: its prompt has {needed} tokens, the context {room}; raise rollout.max_tokens, "
+                    "shorten prompts.instruction, or use a policy with a longer context"
+                )
+
+    def index(self) -> Artifact:
+        """The BM25 index of ``data.corpus``."""
+        corpus = self.config.data.corpus
+        if corpus is None:
+            raise DataError("data.corpus is missing; give it, or retrieval.index, or retrieval.url")
+        if not corpus.is_file():
+            raise DataError(f"data.corpus = {str(corpus)!r}: no such file; give the path of a JSON lines file")
+
+        def make(out: Path) -> dict[str, Any]:
+            with self.watch("index") as progress:
+                Bm25Index.build(read_corpus(corpus), out / "bm25", progress)
+            return {}
+
+        return runs.artifact(
+            self.root / "index", stage="index", settings={}, inputs={"corpus": runs.checksum(corpus)}, seed=0, make=make
+        )
+
+    # The stages of a round.
+
+    def grpo(self, policy: str | Path, round: int, out: Path | None = None) -> Artifact:
+        """``policy`` trained for one round; the new one is in ``policy/``."""
+
+        def train(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
+            return grpo_trainer.train(
+                self._policy(policy), self.train_questions, self.retriever, self.config.grpo, self.config.rollout,
+                seed=seed, out=out, progress=progress,
+            )  # fmt: skip
+
+        return self._stage(f"grpo-{round}", out, ("grpo", "rollout"), self._asking(policy), train)
+
+    def pool(self, policy: str | Path, round: int, out: Path | None = None) -> Artifact:
+        """Groups sampled from ``policy``, in ``groups.jsonl``."""
+
+        def sample(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
+            loaded = self._policy(policy)
+            questions = _at_most(self.train_questions, self.config.pool.questions, seed)
+            return pool.sample(
+                self._generator(loaded), self.retriever, questions, loaded.prompts, self.config.pool, self.config.rollout,
+                out=out, progress=progress,
+            )  # fmt: skip
+
+        return self._stage(f"pool-{round}", out, ("pool", "rollout"), self._asking(policy), sample)
+
+    def pairs(self, pool_path: Path, round: int, out: Path | None = None) -> Artifact:
+        """Pairs mined from a pool: ``train.jsonl``, and ``held_out.jsonl`` that the lead is measured on."""
+
+        def select(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
+            pairs, health = mining.select(pool.read(pool_path / pool.FILE), self.config.pairs)
+            train, held_out = teacher.hold_out(pairs, self.config.lead, seed)
+            for name, part in (("train", train), ("held_out", held_out)):
+                (out / f"{name}.jsonl").write_text("".join(pair.model_dump_json() + "\n" for pair in part))
+            return {**health.model_dump(), "train_pairs": len(train), "held_out_pairs": len(held_out)}
+
+        inputs = {"pool": runs.checksum(pool_path / pool.FILE)} if (pool_path / pool.FILE).is_file() else {}
+        return self._stage(f"pairs-{round}", out, ("pairs", "lead"), inputs, select)
+
+    def lead(self, policy: str | Path, pairs_path: Path, round: int, out: Path | None = None) -> Artifact:
+        """How much better ``policy`` is when it sees the reference, on the held-out pairs; in ``lead.json``.
+
+        Raises:
+            DataError: no pair is held out, so that nothing can be measured.
+        """
+
+        def measure(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
+            loaded = self._policy(policy)
+            measured = teacher.measure(
+                loaded, self._generator(loaded), self.retriever, read_pairs(pairs_path / "held_out.jsonl"), self.config.lead,
+                self.config.rollout, temperature=self.config.pool.temperature, seed=seed, progress=progress,
+            )  # fmt: skip
+            (out / "lead.json").write_text(measured.model_dump_json(indent=2) + "\n")
+            return measured.model_dump()
+
+        inputs = {**self._asking(policy), "pairs": runs.checksum(pairs_path / "held_out.jsonl")}
+        return self._stage(f"lead-{round}", out, ("lead", "rollout"), inputs, measure)
+
+    def distill(
+        self, policy: str | Path, pairs_path: Path, lead_path: Path, round: int, out: Path | None = None
+    ) -> Artifact:
+        """``policy`` distilled on the pairs and merged; the new one is in ``policy/``.
+
+        Raises:
+            NoLeadError: the measured lead does not pass the gate; nothing is trained.
+        """
+        teacher.gate(teacher.Lead.model_validate_json((lead_path / "lead.json").read_text()), self.config.lead)
+
+        def train(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
+            return distill_trainer.train(
+                self._policy(policy), read_pairs(pairs_path / "train.jsonl"), self.config.distill,
+                seed=seed, out=out, progress=progress,
+            )  # fmt: skip
+
+        inputs = {"policy": self._checksum(policy), "pairs": runs.checksum(pairs_path / "train.jsonl")}
+        return self._stage(f"ofsd-{round}", out, ("distill",), inputs, train)
+
+    def evaluate(self, policy: str | Path, name: str, out: Path | None = None) -> Artifact:
+        """``policy`` on the evaluation questions; ``evaluation.json`` and ``trajectories.jsonl``."""
+
+        def measure(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
+            loaded = self._policy(policy)
+            evaluation = evaluate(
+                self._generator(loaded), self.retriever, self.eval_questions, loaded.prompts, self.config.evaluation,
+                self.config.rollout, seed=seed, out=out, progress=progress,
+            )  # fmt: skip
+            (out / "evaluation.json").write_text(evaluation.model_dump_json(indent=2) + "\n")
+            return {"em": evaluation.em}
+
+        inputs = {"policy": self._checksum(policy), "retrieval": self._retrieval_checksum()}
+        inputs |= {f"eval.{name}": runs.checksum(path) for name, path in self.config.data.eval.items()}
+        # The same sampling seed for every policy: what differs between two evaluations is the policy.
+        return self._stage(
+            f"evaluation-{name}",
+            out,
+            ("evaluation", "rollout", "data.max_eval"),
+            inputs,
+            measure,
+            seed_name="evaluation",
+        )
+
+    def _stage(
+        self,
+        name: str,
+        out: Path | None,
+        settings: Sequence[str],
+        inputs: Mapping[str, str],
+        work: Callable[[Path, int, Progress], Mapping[str, Any]],
+        seed_name: str | None = None,
+    ) -> Artifact:
+        seed = runs.derived_seed(self.config.seed, seed_name or name)
+
+        def make(out: Path) -> Mapping[str, Any]:
+            set_seed(seed)
+            with self.watch(name) as progress:
+                return work(out, seed, progress)
+
+        dumped = self.config.model_dump(mode="json")
+        dumped["data.max_eval"], dumped["data.max_train"] = dumped["data"]["max_eval"], dumped["data"]["max_train"]
+        return runs.artifact(
+            out or self.root / name,
+            stage=name,
+            settings={key: dumped[key] for key in (*settings, "prompts", "policy")},
+            inputs=inputs,
+            seed=seed,
+            make=make,
+        )
+
+    def _asking(self, policy: str | Path) -> dict[str, str]:
+        """Checksums of what sampling on the training questions depends on."""
+        train = {f"train.{i}": runs.checksum(path) for i, path in enumerate(self.config.data.train)}
+        limit = {"max_train": str(self.config.data.max_train)}
+        return {"policy": self._checksum(policy), "retrieval": self._retrieval_checksum(), **train, **limit}
+
+    def _policy(self, policy: str | Path) -> Policy:
+        return policies.load(policy, self.config.policy, self.config.prompts)
+
+    def _generator(self, policy: Policy) -> HFGenerator:
+        return HFGenerator(policy.model, policy.tokenizer, batch_size=self.config.rollout.batch_size)
+
+    def _checksum(self, policy: str | Path) -> str:
+        source = policies.resolve(str(policy))
+        return runs.checksum(source) if isinstance(source, Path) else source
+
+    def _retrieval_checksum(self) -> str:
+        retrieval = self.config.retrieval
+        return retrieval.url or (runs.checksum(retrieval.index) if retrieval.index else self.index().checksum)
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """The pairs of a file that the pairs stage wrote.
+
+    Raises:
+        DataError: the file is not there, or a line is not a pair; names it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; give pairs made by `search-e1 pairs`") from error
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        try:
+            pairs.append(Pair.model_validate_json(line))
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not a pair; make the pairs again") from error
+    return pairs
+
+
+def read_evaluation(artifact: Artifact) -> Evaluation:
+    return Evaluation.model_validate(json.loads((artifact.path / "evaluation.json").read_text()))
+
+
+def _at_most(questions: list[Question], most: int | None, seed: int) -> list[Question]:
+    return questions if most is None else subset(questions, min(most, len(questions)), seed)

@@ -1,0 +1,122 @@
+"""The run directory: complete or not there, returned and not made again, refused when something else lies there."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from search_e1 import runs
+from search_e1.errors import RunError
+
+
+def make_once(calls: list[int]):
+    def make(out: Path) -> dict[str, float]:
+        calls.append(1)
+        (out / "policy").mkdir()
+        (out / "policy" / "weights").write_bytes(b"abc")
+        return {"em": 0.5}
+
+    return make
+
+
+def ask(path: Path, calls: list[int], **changes) -> runs.Artifact:
+    identity = {"stage": "grpo-1", "settings": {"grpo": {"steps": 8}}, "inputs": {"policy": "x"}, "seed": 0} | changes
+    return runs.artifact(path, make=make_once(calls), **identity)
+
+
+def test_a_complete_artifact_is_returned_and_not_made_again(tmp_path):
+    calls: list[int] = []
+    first = ask(tmp_path / "grpo-1", calls)
+    second = ask(tmp_path / "grpo-1", calls)
+    assert len(calls) == 1
+    assert second.manifest == first.manifest
+    assert second.manifest.result == {"em": 0.5}
+    # sha256 of b"abc", from FIPS 180-2
+    abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert second.manifest.files == {"policy/weights": abc}
+    assert second.manifest.versions["torch"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"settings": {"grpo": {"steps": 9}}}, r"settings\.grpo\.steps \(8 there, 9 given\)"),
+        ({"inputs": {"policy": "y"}}, r'inputs\.policy \("x" there, "y" given\)'),
+        ({"seed": 1}, r"seed \(0 there, 1 given\)"),
+    ],
+)
+def test_another_identity_is_refused_and_named(tmp_path, changes, said):
+    calls: list[int] = []
+    ask(tmp_path / "grpo-1", calls)
+    with pytest.raises(RunError, match=said):
+        ask(tmp_path / "grpo-1", calls, **changes)
+    assert len(calls) == 1
+
+
+def test_a_stage_that_fails_leaves_nothing_that_looks_complete(tmp_path):
+    def fails(out: Path) -> dict:
+        (out / "half").write_text("half")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        runs.artifact(tmp_path / "pool-1", stage="pool-1", settings={}, inputs={}, seed=0, make=fails)
+    assert not (tmp_path / "pool-1").exists()
+    made = runs.artifact(tmp_path / "pool-1", stage="pool-1", settings={}, inputs={}, seed=0, make=lambda out: {})
+    assert made.manifest.files == {}  # the half file of the first try is gone
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damage_is_noticed(tmp_path, damage):
+    ask(tmp_path / "grpo-1", [])
+    file = tmp_path / "grpo-1" / "policy" / "weights"
+    if damage == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(b"abd" if damage == "flip" else b"ab")
+    with pytest.raises(RunError, match=r"policy/weights: (damaged|missing)"):
+        ask(tmp_path / "grpo-1", [])
+
+
+def test_a_directory_of_another_config_is_refused_and_untouched(tmp_path):
+    with runs.opened(tmp_path / "run", {"grpo": {"steps": 8}, "seed": 0}):
+        pass
+    before = (tmp_path / "run" / "config.json").read_text()
+    with (
+        pytest.raises(RunError, match=r"grpo\.steps \(8 there, 16 given\)"),
+        runs.opened(tmp_path / "run", {"grpo": {"steps": 16}, "seed": 0}),
+    ):
+        pass
+    assert (tmp_path / "run" / "config.json").read_text() == before
+    assert json.loads(before) == {"grpo": {"steps": 8}, "seed": 0}
+
+
+def test_a_second_process_is_refused(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    with runs.opened(tmp_path / "run", {}):
+        queue = context.Queue()
+        process = context.Process(target=_try_to_open, args=(tmp_path / "run", queue))
+        process.start()
+        assert "another process" in queue.get(timeout=60)
+        process.join()
+    with runs.opened(tmp_path / "run", {}):
+        assert (tmp_path / "run" / "config.json").exists()
+
+
+def _try_to_open(directory: Path, queue) -> None:
+    try:
+        with runs.opened(directory, {}):
+            queue.put("opened")
+    except RunError as error:
+        queue.put(str(error))
+
+
+def test_a_run_directory_that_is_a_file_is_refused_in_one_line(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(RunError, match="run directory that can be written to"), runs.opened(tmp_path / "run", {}):
+        pass
+
+
+def test_seeds_are_derived_per_stage_and_stable():
+    assert runs.derived_seed(0, "grpo-1") == runs.derived_seed(0, "grpo-1")
+    assert len({runs.derived_seed(s, n) for s in range(3) for n in ("grpo-1", "pool-1", "ofsd-1")}) == 9
