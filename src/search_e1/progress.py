@@ -4,7 +4,10 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told whenever something is done. ``total`` is 0 where it is not known. ``figure`` is the one number that matters just now, e.g. ``"reward 0.41"``."""
+    """Told whenever something is done. ``total`` is 0 where it is not known.
+
+    ``figure`` is the one number that matters just now, e.g. ``"reward 0.41"``.
+    """
 
     def __call__(self, done: int, total: int, figure: str = "") -> None: ...
 

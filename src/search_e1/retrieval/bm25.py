@@ -47,7 +47,7 @@ class Bm25Index:
     def build(cls, corpus: Iterable[Passage], directory: Path, progress: Progress = silent) -> Self:
         """Index ``corpus`` into ``directory``, which appears under its name only when it is complete.
 
-        The corpus is read once and its texts are not held in memory. ``progress`` is told a total of 0 where ``corpus`` has no length.
+        The corpus is read once and its texts are not held in memory.
 
         Raises:
             DataError: the corpus is empty or holds no word to search for, or ``directory`` is there already.

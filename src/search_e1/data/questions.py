@@ -1,0 +1,103 @@
+"""Questions from JSON lines."""
+
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from search_e1.data.corpus import read_lines
+from search_e1.errors import DataError
+from search_e1.types import Question
+
+_HOLDS = 'each line holds {"id", "question", "golden_answers"} and perhaps "metadata"'
+
+
+def load_questions(path: Path, benchmark: str = "") -> list[Question]:
+    """The questions of one file, in its order.
+
+    Each line (of a plain file, or a ``.gz``) holds ``id``, ``question``, ``golden_answers`` (a list; any of them is right) and
+    perhaps ``metadata``, whose ``hops`` becomes ``Question.hops``. Other keys are ignored; an id may be a number. ``benchmark``
+    is the name that the questions go by in evaluation.
+
+    Raises:
+        DataError: the file cannot be read or is empty, a line is no question, a question has no answers, or an id comes
+            twice; names file and line.
+    """
+    return _unique(_read(path, benchmark), f"{path}")
+
+
+def load_many(paths: Iterable[Path], benchmark: str = "") -> list[Question]:
+    """The questions of several files, one after the other; ids must differ across all of them.
+
+    Raises:
+        DataError: as ``load_questions``.
+    """
+    paths = list(paths)
+    return _unique((item for path in paths for item in _read(path, benchmark)), ", ".join(map(str, paths)))
+
+
+def subset(questions: Sequence[Question], n: int, seed: int) -> list[Question]:
+    """``n`` questions drawn without replacement, in their order; the same ones for the same seed.
+
+    Raises:
+        DataError: there are fewer than ``n``.
+    """
+    if n > len(questions):
+        raise DataError(f"{n} questions asked for, and there are {len(questions)}; ask for fewer")
+    chosen = random.Random(seed).sample(range(len(questions)), n)
+    return [questions[i] for i in sorted(chosen)]
+
+
+def _read(path: Path, benchmark: str) -> Iterable[tuple[str, Question]]:
+    """Where each question stands, and the question."""
+    number = 0
+    for number, record in read_lines(path):
+        where = f"{path}:{number}"
+        yield where, _question(record, benchmark, where)
+    if not number:
+        raise DataError(f"{path}: no questions in it; {_HOLDS}")
+
+
+def _unique(items: Iterable[tuple[str, Question]], files: str) -> list[Question]:
+    places: dict[str, str] = {}
+    questions = []
+    for where, question in items:
+        if question.id in places:
+            raise DataError(
+                f"{where}: id {question.id!r} was used at {places[question.id]}; give every question its own"
+            )
+        places[question.id] = where
+        questions.append(question)
+    if not questions:
+        raise DataError(f"no question files ({files or 'an empty list'}); give at least one")
+    return questions
+
+
+def _question(record: dict[str, Any], benchmark: str, where: str) -> Question:
+    for field in ("id", "question", "golden_answers"):
+        if field not in record:
+            raise DataError(f"{where}: field {field!r} is missing; {_HOLDS}")
+    answers, metadata = record["golden_answers"], record.get("metadata") or {}
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise DataError(f'{where}: golden_answers = {answers!r} is not a list of texts; write ["..."]')
+    if not [answer for answer in answers if answer.strip()]:
+        raise DataError(f"{where}: a question without answers (golden_answers = {answers!r}); give at least one")
+    if not isinstance(metadata, dict):
+        raise DataError(f"{where}: metadata is {type(metadata).__name__}, not an object; write {{...}} or leave it out")
+    if type(record["id"]) is int:
+        record["id"] = str(record["id"])
+    try:
+        return Question(
+            id=record["id"],
+            text=record["question"],
+            answers=tuple(answer for answer in answers if answer.strip()),
+            benchmark=benchmark,
+            hops=metadata.get("hops"),
+            metadata=metadata,
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = {"text": "question", "hops": "metadata.hops"}.get(str(problem["loc"][0]), str(problem["loc"][0]))
+        raise DataError(f"{where}: {field} = {problem['input']!r}: {problem['msg']}") from error
