@@ -1,0 +1,158 @@
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import bm25s
+import numpy as np
+import pytest
+import Stemmer
+
+from search_e1.errors import DataError
+from search_e1.retrieval.base import Retriever
+from search_e1.retrieval.bm25 import Bm25Index
+from search_e1.types import Passage
+
+WORDS = "river city mayor capital film director running runs ran bridges bridge old new stone lights lighted".split()
+
+
+def passages(n: int = 300, seed: int = 0) -> list[Passage]:
+    rng = random.Random(seed)
+    return [
+        Passage(
+            id=f"p{i}", title=" ".join(rng.choices(WORDS, k=2)), text=" ".join(rng.choices(WORDS, k=rng.randint(3, 30)))
+        )
+        for i in range(n)
+    ]
+
+
+def test_it_ranks_as_bm25s_does(tmp_path: Path) -> None:
+    corpus, stemmer = passages(), Stemmer.Stemmer("english")
+    index = Bm25Index.build(corpus, tmp_path / "index")
+    direct = bm25s.BM25(k1=0.9, b=0.4)
+    texts = [f"{p.title} {p.text}" for p in corpus]
+    direct.index(bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, show_progress=False), show_progress=False)
+    queries = ["the capital of the river", "running mayor", "director director film", "old bridges lights"]
+    tokens = bm25s.tokenize(queries, stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False)
+    for query, words, found in zip(queries, tokens, index.search(queries, 10), strict=True):
+        scores = direct.get_scores(words)
+        assert len(found) == 10, query
+        np.testing.assert_allclose([scores[int(p.id[1:])] for p in found], np.sort(scores)[::-1][:10], rtol=1e-5)
+        assert found == [corpus[int(p.id[1:])] for p in found]
+
+
+def test_a_hand_computed_order(tmp_path: Path) -> None:
+    corpus = [
+        Passage(id="long", title="Bel", text="mayor " + "stone " * 40),
+        Passage(id="twice", title="Bel", text="mayor mayor"),
+        Passage(id="title", title="Mayor", text="Bel"),
+        Passage(id="none", title="Fen", text="river"),
+    ]
+    index = Bm25Index.build(corpus, tmp_path / "index")
+    assert [p.id for p in index.search(["Mayors"], 10)[0]] == ["twice", "title", "long"]
+    assert isinstance(index, Retriever)
+    assert len(index) == 4
+
+
+def test_what_shares_no_word_is_never_found(tmp_path: Path) -> None:
+    corpus = [*passages(20), Passage(id="empty", title="", text=""), Passage(id="stops", title="The", text="of and")]
+    index = Bm25Index.build(corpus, tmp_path / "index")
+    assert index.search(["the of and", "", "zzz qqq", "?!"], 5) == [[], [], [], []]
+    assert index.search([], 5) == []
+    assert {p.id for p in index.search(["the river"], 100)[0]} == {p.id for p in corpus if "river" in p.contents}
+
+
+def test_ties_keep_the_order_of_the_corpus(tmp_path: Path) -> None:
+    corpus = [Passage(id=str(i), title="Bel", text="stone") for i in range(50)]
+    index = Bm25Index.build(corpus, tmp_path / "index")
+    assert [p.id for p in index.search(["stone"], 3)[0]] == ["0", "1", "2"]
+
+
+def test_the_same_query_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = Bm25Index.build(passages(20), tmp_path / "index")
+    asked: list[str] = []
+    search = index._search
+    monkeypatch.setattr(index, "_search", lambda query, topk: asked.append(query) or search(query, topk))
+    a, b, c = index.search(["river", "mayor", "river"], 3)
+    assert asked == ["river", "mayor"]
+    assert a == c != b
+    assert a is not c
+
+
+def test_an_opened_index_needs_nothing_but_its_directory(tmp_path: Path) -> None:
+    corpus = [*passages(50), Passage(id="ü", title='A "q"\n', text="Zürich\u2028stone \U0001f600")]
+    built = Bm25Index.build(iter(corpus), tmp_path / "made")
+    queries = ["river city", "zürich"]
+    expected = built.search(queries, 4)
+    assert expected[1] == [corpus[-1]]
+    (tmp_path / "made").rename(tmp_path / "moved")
+    assert Bm25Index.open(tmp_path / "moved").search(queries, 4) == expected
+
+
+def test_building_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    def digests(directory: Path) -> dict[str, str]:
+        Bm25Index.build(passages(), directory)
+        files = (f for f in directory.rglob("*") if f.is_file())
+        return {str(f.relative_to(directory)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+
+
+def test_the_manifest_tells_what_was_indexed(tmp_path: Path) -> None:
+    Bm25Index.build(passages(20), tmp_path / "index")
+    manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
+    stored = (tmp_path / "index" / "passages.jsonl").read_bytes()
+    assert manifest["passages_sha256"] == hashlib.sha256(stored).hexdigest()
+    assert {key: manifest[key] for key in ("bm25_format", "passages", "k1", "b", "stopwords", "stemmer")} == {
+        "bm25_format": 1, "passages": 20, "k1": 0.9, "b": 0.4, "stopwords": "english", "stemmer": "english",
+    }  # fmt: skip
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    told: list[tuple[int, int, str]] = []
+    corpus = [Passage(id=str(i), title="Bel", text="stone") for i in range(1500)]
+    Bm25Index.build(corpus, tmp_path / "a", lambda done, total, figure="": told.append((done, total, figure)))
+    assert told == [(1000, 1500, "1,000 passages"), (1500, 1500, "1,500 passages")]
+
+
+@pytest.mark.parametrize(
+    ("corpus", "says"),
+    [([], "the corpus is empty"), ([Passage(id="1", title="The", text="of a")], "not one word to search for")],
+)
+def test_a_corpus_with_nothing_in_it_leaves_nothing(tmp_path: Path, corpus: list[Passage], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        Bm25Index.build(corpus, tmp_path / "index")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_is_there_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "mine").write_text("x")
+    with pytest.raises(DataError, match="already there"):
+        Bm25Index.build(passages(5), tmp_path / "index")
+    assert (tmp_path / "index" / "mine").read_text() == "x"
+
+
+def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
+    for directory in (tmp_path / "none", tmp_path):
+        with pytest.raises(DataError, match="not a BM25 index"):
+            Bm25Index.open(directory)
+    (tmp_path / "manifest.json").write_text('{"stage": "grpo-1"}')
+    with pytest.raises(DataError, match="not a BM25 index"):
+        Bm25Index.open(tmp_path)
+
+
+def test_another_version_and_a_damaged_index_are_refused(tmp_path: Path) -> None:
+    directory = tmp_path / "index"
+    Bm25Index.build(passages(5), directory)
+    with (directory / "passages.jsonl").open("ab") as file:
+        file.write(b"more\n")
+    with pytest.raises(DataError, match="damaged"):
+        Bm25Index.open(directory)
+    (directory / "offsets.npy").unlink()
+    with pytest.raises(DataError, match="damaged"):
+        Bm25Index.open(directory)
+    manifest = directory / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"bm25_format": 1', '"bm25_format": 99'))
+    with pytest.raises(DataError, match="format 99, not 1"):
+        Bm25Index.open(directory)
