@@ -13,7 +13,21 @@ from search_e1.retrieval.base import Retriever
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.types import Passage
 
-WORDS = "river city mayor capital film director running runs ran bridges bridge old new stone lights lighted".split()
+WORDS = [
+    "river",
+    "city",
+    "mayor",
+    "capital",
+    "film",
+    "director",
+    "running",
+    "runs",
+    "ran",
+    "bridges",
+    "bridge",
+    "old",
+    "new",
+]
 
 
 def passages(n: int = 300, seed: int = 0) -> list[Passage]:
@@ -32,7 +46,7 @@ def test_it_ranks_as_bm25s_does(tmp_path: Path) -> None:
     direct = bm25s.BM25(k1=0.9, b=0.4)
     texts = [f"{p.title} {p.text}" for p in corpus]
     direct.index(bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, show_progress=False), show_progress=False)
-    queries = ["the capital of the river", "running mayor", "director director film", "old bridges lights"]
+    queries = ["the capital of the river", "running mayor", "director director film", "old bridges"]
     tokens = bm25s.tokenize(queries, stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False)
     for query, words, found in zip(queries, tokens, index.search(queries, 10), strict=True):
         scores = direct.get_scores(words)

@@ -74,6 +74,11 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except ValueError as error:  # not JSON, or not UTF-8
         raise DataError(f"{where}: not JSON ({error}); write one JSON object a line") from error
+    if b"\\u" in line:  # JSON can escape half of a surrogate pair, and no file or tokenizer can hold one
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: half of a surrogate pair in its text; mend or remove the \\u escape") from error
     if not isinstance(record, dict):
         raise DataError(
             f"{where}: {type(record).__name__} found where a JSON object is needed; write one object a line"
