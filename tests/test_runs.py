@@ -79,8 +79,8 @@ def test_damage_is_noticed(tmp_path, damage):
 
 
 def test_a_directory_of_another_config_is_refused_and_untouched(tmp_path):
-    with runs.opened(tmp_path / "run", {"grpo": {"steps": 8}, "seed": 0}):
-        pass
+    with runs.opened(tmp_path / "run", {"grpo": {"steps": 8}, "seed": 0}) as root:
+        ask(root / "grpo-1", [])
     before = (tmp_path / "run" / "config.json").read_text()
     with (
         pytest.raises(RunError, match=r"grpo\.steps \(8 there, 16 given\)"),
@@ -89,6 +89,13 @@ def test_a_directory_of_another_config_is_refused_and_untouched(tmp_path):
         pass
     assert (tmp_path / "run" / "config.json").read_text() == before
     assert json.loads(before) == {"grpo": {"steps": 8}, "seed": 0}
+
+
+def test_a_config_can_be_mended_until_something_was_made(tmp_path):
+    with runs.opened(tmp_path / "run", {"seed": 0}) as root:
+        runs.artifact(root / "index", stage="index", settings={}, inputs={}, seed=0, make=lambda out: {})
+    with runs.opened(tmp_path / "run", {"seed": 1}) as root:
+        assert json.loads((root / "config.json").read_text()) == {"seed": 1}
 
 
 def test_a_second_process_is_refused(tmp_path):

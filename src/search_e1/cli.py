@@ -250,6 +250,14 @@ def world(
     )
 
 
+@app.command()
+def config() -> None:
+    """Print every key of the configuration, its default and what it does."""
+    from search_e1.config import describe
+
+    print(describe(), end="")
+
+
 @index_app.command("build")
 def index_build(
     corpus: Annotated[Path, typer.Option("--corpus", help="JSON lines (plain or .gz) with id and contents.")],

@@ -5,12 +5,14 @@ What the engines know how to configure is not declared again: ``[grpo.trainer]``
 """
 
 import difflib
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from search_e1.errors import ConfigError
 from search_e1.prompts import Prompts
@@ -92,16 +94,34 @@ class LoraConfig(Section):
     dropout: Share = 0.0
 
 
+class ReplayConfig(Section):
+    """Examples of following a reference, trained on in every GRPO step so that the teacher's lead outlives GRPO.
+
+    They are made of the step's own groups: the privileged prompt that shows a question's reference, and the reference's
+    own ids, with cross-entropy on what was sampled. Off by default; the published method has no such thing.
+    """
+
+    examples_per_step: NonNegative = 0
+    """Most examples in one optimiser step, at most one for each question that has a correct trajectory. 0 turns it off."""
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of their mean cross-entropy a token, beside the GRPO loss. 0 turns it off."""
+    detours: Share = 0.5
+    """Share of the examples that begin with a search of a sibling that the reference did without (it carries no loss), so
+    that the reference is followed from off its track too."""
+
+
 class GrpoConfig(Section):
     steps: NonNegative = 200
     """Optimiser steps a round. 0 leaves GRPO out."""
     questions_per_step: Positive = 64
+    """Questions of an optimiser step; their trajectories are sampled afresh from the current policy."""
     group_size: Annotated[int, Field(ge=2)] = 5
     """Trajectories sampled for a question."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     temperature: Annotated[float, Field(gt=0)] = 1.0
     lora: LoraConfig | None = None
     """Train adapters and merge them at the end of the stage; without it all weights are trained."""
+    replay: ReplayConfig = ReplayConfig()
     trainer: dict[str, Any] = {}
     """Further arguments of `trl.GRPOConfig` (`beta`, `epsilon`, `per_device_train_batch_size`, ...)."""
 
@@ -141,8 +161,8 @@ class DistillConfig(Section):
     batch_size: Positive = 16
     """Pairs an optimiser step."""
     lora: LoraConfig = LoraConfig()
-    tau: Annotated[float, Field(gt=0)] | None = 10.0
-    """Clip of the pointwise divergence. `null`-like: leave it out with `--distill.clip none`."""
+    tau: Annotated[float, Field(gt=0)] = 10.0
+    """Where the divergence is clipped, in nats."""
     clip: Literal["entry", "token", "none"] = "entry"
     """Clip each vocabulary entry's term before the sum (as published), each token's sum, or nothing."""
     teacher_temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -160,12 +180,49 @@ class EvaluationConfig(Section):
     """Of the sampled trajectories."""
 
 
+class WarmstartConfig(Section):
+    """A small policy from nothing, taught the protocol by demonstrations built of the questions' supporting passages."""
+
+    hidden_size: Positive = 192
+    layers: Annotated[int, Field(ge=2)] = 5
+    heads: Positive = 6
+    vocabulary: Positive = 8192
+    """Ids of the tokenizer that is trained on corpus and questions."""
+    context_length: Positive = 2048
+    tokenizer_passages: Positive = 20_000
+    """Passages that the tokenizer is trained on."""
+    steps: Positive = 400
+    """Optimiser steps."""
+    batch_size: Positive = 16
+    """Demonstrations an optimiser step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    privileged: Share = 0.4
+    """Share of the demonstrations that follow a reference in the privileged prompt."""
+    off_track: Share = 0.5
+    """Share of those that begin with a needless search, which is read and not imitated."""
+    irrelevant: Share = 0.15
+    """Share of the plain demonstrations with a search that leads nowhere."""
+    duplicate: Share = 0.1
+    """Share of the plain demonstrations that ask the same thing twice."""
+    early: Share = 0.1
+    """Share of the plain demonstrations that stop after their first search and answer with the title it found."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "WarmstartConfig":
+        if self.hidden_size % self.heads or self.hidden_size // self.heads % 2:
+            raise ValueError(f"hidden_size {self.hidden_size} does not split into {self.heads} heads of even size")
+        if self.irrelevant + self.duplicate + self.early > 1:
+            raise ValueError("irrelevant, duplicate and early together exceed 1")
+        return self
+
+
 class Config(Section):
     """Everything a run depends on."""
 
     run: Path
     """Directory of the run."""
     seed: NonNegative = 0
+    """Every stage draws its own seed from it."""
     rounds: Positive = 2
     """Rounds of GRPO and OFSD."""
     policy: PolicyConfig
@@ -180,6 +237,8 @@ class Config(Section):
     lead: LeadConfig = LeadConfig()
     distill: DistillConfig = DistillConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    warmstart: WarmstartConfig | None = None
+    """Only for `search-e1 warmstart`, which makes a policy to start from."""
 
     @model_validator(mode="after")
     def _has_passages(self) -> "Config":
@@ -266,6 +325,50 @@ def _first_problem(error: ValidationError) -> str:
 def _keys_at(path: Sequence[str]) -> list[str]:
     section: type[BaseModel] = Config
     for part in path:
-        types = [section.model_fields[part].annotation, *getattr(section.model_fields[part].annotation, "__args__", ())]
-        section = next(t for t in types if isinstance(t, type) and issubclass(t, BaseModel))
+        section = _nested(section.model_fields[part].annotation) or section
     return list(section.model_fields)
+
+
+def describe() -> str:
+    """Every key with its default and what it does, as Markdown: what `docs/configuration.md` holds."""
+    lines = [
+        "# Configuration",
+        "",
+        "Every key of a TOML file, and as a flag: `--section.key VALUE`. Made by `search-e1 config`.",
+        "",
+    ]
+    return "\n".join(lines + _section("", Config)) + "\n"
+
+
+def _section(prefix: str, section: type[BaseModel]) -> list[str]:
+    about = section.__doc__ if section.__doc__ and prefix else ""
+    lines = [f"## `[{prefix}]`" if prefix else "## Top level", ""]
+    lines += [" ".join(about.split()), ""] if about else []
+    lines += ["| key | default | what |", "|---|---|---|"]
+    inner: list[tuple[str, type[BaseModel]]] = []
+    for name, field in section.model_fields.items():
+        nested = _nested(field.annotation)
+        if nested is not None:
+            inner.append((f"{prefix}.{name}".lstrip("."), nested))
+            if field.default is not None:
+                continue
+        what = " ".join((field.description or "").split()).replace("|", "\\|")
+        lines.append(f"| `{name}` | {_shown_default(field)} | {what} |")
+    for key, nested in inner:
+        lines += ["", *_section(key, nested)]
+    return lines
+
+
+def _nested(annotation: Any) -> type[BaseModel] | None:
+    candidates = (annotation, *getattr(annotation, "__args__", ()))
+    return next((t for t in candidates if isinstance(t, type) and issubclass(t, BaseModel)), None)
+
+
+def _shown_default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return "none" if field.default is None else f"`{_shorten(json.dumps(field.default))}`"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 48 else f"{text[:45]}..."

@@ -31,7 +31,7 @@ class Prompts(BaseModel):
     The wording of ``instruction`` is Search-R1's. Search-E1 does not publish the wording of its privileged prompt.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     instruction: str = (
         "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get new "

@@ -150,7 +150,8 @@ def opened(directory: Path, config: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:
-    if not path.exists():
+    if not path.exists() or not _has_stages(path.parent):
+        # Nothing was made yet, so that a mistake that was found on the way can be mended in the config.
         write_atomically(path, json.dumps(config, indent=2) + "\n")
         return
     try:
@@ -161,6 +162,10 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
         raise RunError(
             f"{path.parent} belongs to another config: {difference(there, config)}; set `run` to another directory"
         )
+
+
+def _has_stages(directory: Path) -> bool:
+    return any(manifest.parent.name != "index" for manifest in directory.glob(f"*/{MANIFEST}"))
 
 
 def difference(there: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> str:

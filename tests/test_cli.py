@@ -1,0 +1,162 @@
+"""What a user's mistakes look like from outside: one line, status 2, and nothing that was there is touched."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from search_e1 import cli
+
+
+def run(monkeypatch, capsys, *words: object) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of ``search-e1 words``."""
+    monkeypatch.setattr(sys, "argv", ["search-e1", *map(str, words)])
+    try:
+        cli.main()
+        status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def jsonl(path: Path, *rows: object) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+QUESTION = {"id": "q1", "question": "Where does Ann live?", "golden_answers": ["Oslo"]}
+PASSAGES = (
+    {"id": "0", "contents": '"Ann"\nAnn lives in Oslo.'},
+    {"id": "1", "contents": '"Bob"\nBob lives in Rome.'},
+)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A config of one training question over two passages, with the package's own policy."""
+    jsonl(tmp_path / "corpus.jsonl", *PASSAGES)
+    jsonl(tmp_path / "train.jsonl", QUESTION)
+    jsonl(tmp_path / "dev.jsonl", QUESTION)
+    (tmp_path / "config.toml").write_text(
+        f'''
+run = "{tmp_path}/run"
+rounds = 1
+policy.model = "small"
+data.corpus = "{tmp_path}/corpus.jsonl"
+data.train = ["{tmp_path}/train.jsonl"]
+data.eval = {{ dev = "{tmp_path}/dev.jsonl" }}
+grpo = {{ steps = 1, questions_per_step = 1, group_size = 2 }}
+'''
+    )
+    return tmp_path
+
+
+def test_help_needs_no_torch():
+    import subprocess
+
+    code = "import sys; sys.argv=['search-e1','--help']\nimport search_e1.cli\ntry: search_e1.cli.main()\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'transformers', 'trl'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+MISTAKES = {
+    "misspelt key": (["--grpo.stepz", "3"], r"unknown key 'grpo.stepz'; did you mean 'grpo.steps'?"),
+    "unknown section": (["--gpro.steps", "3"], "unknown key 'gpro'; did you mean 'grpo'?"),
+    "impossible value": (["--grpo.group_size", "1"], "grpo.group_size = 1: Input should be greater than or equal to 2"),
+    "no value": (["--seed"], "--seed: a value is missing"),
+    "a stray word": (["seed"], "unexpected argument 'seed'"),
+    "model is no directory": (["--policy.model", "./nothing"], "policy.model = './nothing': no such directory"),
+    "no corpus file": (["--data.corpus", "nothing.jsonl"], "data.corpus = 'nothing.jsonl': no such file"),
+    "no question file": (["--data.train", '["nothing.jsonl"]'], "nothing.jsonl"),
+    "dead retriever": (
+        ["--retrieval.url", "http://127.0.0.1:9", "--retrieval.attempts", "1", "--retrieval.timeout", "1"],
+        "http://127.0.0.1:9",
+    ),
+    "context too short": (["--rollout.max_tokens", "4"], "raise rollout.max_tokens"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_config_is_one_line(project, monkeypatch, capsys, mistake):
+    flags, said = MISTAKES[mistake]
+    status, _, err = run(monkeypatch, capsys, "train", "--config", project / "config.toml", *flags)
+    assert status == 2
+    assert said in err
+    assert len(err.splitlines()) == 1, err
+    assert not list(project.glob("run/*grpo*"))
+
+
+FILES = {
+    "corpus not JSON": ("corpus.jsonl", "{nonsense", "corpus.jsonl:1"),
+    "corpus without contents": ("corpus.jsonl", {"id": "7"}, "corpus.jsonl:1"),
+    "empty corpus": ("corpus.jsonl", None, "corpus.jsonl"),
+    "question not JSON": ("train.jsonl", "{nonsense", "train.jsonl:1"),
+    "question without answers": ("train.jsonl", {**QUESTION, "golden_answers": []}, "train.jsonl:1"),
+    "question lacks a field": ("dev.jsonl", {"id": "q", "golden_answers": ["x"]}, "dev.jsonl:1"),
+    "no questions": ("dev.jsonl", None, "dev.jsonl"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_mistake_in_a_file_names_file_and_line(project, monkeypatch, capsys, case):
+    name, content, said = FILES[case]
+    jsonl(project / name, *([] if content is None else [content]))
+    status, _, err = run(monkeypatch, capsys, "train", "--config", project / "config.toml")
+    assert status == 2
+    assert said in err
+    assert len(err.splitlines()) == 1, err
+
+
+def test_a_duplicate_id_names_both_lines(project, monkeypatch, capsys):
+    jsonl(project / "train.jsonl", QUESTION, {**QUESTION, "id": "q2"}, QUESTION)
+    status, _, err = run(monkeypatch, capsys, "train", "--config", project / "config.toml")
+    assert status == 2
+    assert "train.jsonl:3" in err
+    assert "q1" in err
+
+
+def test_a_stage_before_its_time_is_refused(project, monkeypatch, capsys):
+    status, _, err = run(monkeypatch, capsys, "pairs", "--config", project / "config.toml")
+    assert status == 2
+    assert "pool-1: not made yet" in err
+
+
+def test_a_missing_config_is_one_line(monkeypatch, capsys):
+    status, _, err = run(monkeypatch, capsys, "train", "--config", "nothing.toml")
+    assert status == 2
+    assert err == "search-e1: nothing.toml: No such file or directory; give the path of a TOML file with --config\n"
+
+
+def test_a_traceback_only_when_asked_for(project, monkeypatch, capsys):
+    from search_e1.errors import ConfigError
+
+    monkeypatch.setattr(sys, "argv", ["search-e1", "--traceback", "train", "--config", "nothing.toml"])
+    with pytest.raises(ConfigError):
+        cli.main()
+
+
+def test_ask_says_what_is_missing(monkeypatch, capsys):
+    assert run(monkeypatch, capsys, "ask", "Who?")[2] == "search-e1: no policy; give --model DIR, or --config FILE of a run\n"
+    assert "no passages" in run(monkeypatch, capsys, "ask", "Who?", "--model", "small")[2]
+    assert "the question is empty" in run(monkeypatch, capsys, "ask", " ", "--model", "small")[2]
+
+
+def test_index_build_and_search(project, monkeypatch, capsys):
+    index = project / "index"
+    assert run(monkeypatch, capsys, "index", "build", "--corpus", project / "corpus.jsonl", "--out", index)[0] == 0
+    status, out, _ = run(monkeypatch, capsys, "index", "search", "where does Bob live", "--index", index, "--topk", 1)
+    assert status == 0
+    assert "Bob lives in Rome." in out
+    assert "Oslo" not in out
+    status, _, err = run(monkeypatch, capsys, "index", "build", "--corpus", project / "corpus.jsonl", "--out", index)
+    assert status == 2
+    assert "is there already" in err
+
+
+def test_the_docs_list_every_key(monkeypatch, capsys):
+    status, out, _ = run(monkeypatch, capsys, "config")
+    assert status == 0
+    docs = Path(__file__).parent.parent / "docs" / "configuration.md"
+    assert docs.read_text() == out, "run `search-e1 config > docs/configuration.md`"
