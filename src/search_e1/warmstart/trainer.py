@@ -61,7 +61,7 @@ def train(
 
     The loss is the cross-entropy (nats) of the ids under ``action_mask`` 1, averaged over all of them in a batch.
     Matrices inside the layers are optimised by Muon, the rest (embeddings, norms, convolutions) by AdamW; Muon's update is
-    scaled to AdamW's root mean square (arXiv:2502.16982), so that both share ``learning_rate``.
+    scaled to AdamW's root mean square, so that both share ``learning_rate``.
 
     Args:
         demonstrations: one list an optimiser step; nothing after ``steps`` lists is drawn.
@@ -107,8 +107,7 @@ def _optimizers(model: PreTrainedModel, learning_rate: float) -> list[torch.opti
     rest = [p for p in parameters if not (p.ndim == 2 and id(p) not in ends)]
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(muon)
+        optimizers.append(_Muon(matrices, {"lr": learning_rate}))
     if rest:
         optimizers.append(torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0))
     return optimizers
@@ -165,3 +164,34 @@ def _summed_loss(model: PreTrainedModel, rows: Sequence[Demonstration]) -> torch
     chosen = hidden[:, :-1][imitated[:, 1:]]
     logits = model.get_output_embeddings()(chosen).float()  # [imitated, vocabulary]
     return F.cross_entropy(logits, ids[:, 1:][imitated[:, 1:]], reduction="sum")
+
+
+class _Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal by five Newton-Schulz steps (Jordan et al., 2024), scaled by 0.2 sqrt(max(n, m))
+    to the root mean square of AdamW's (Liu et al., arXiv:2502.16982).
+
+    ``torch.optim.Muon`` is the same but for the type it computes in: bfloat16, which many CPUs emulate, so that on them its
+    step costs more than forward and backward pass of a small model together.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                gradient = parameter.grad.float()
+                momentum = state.setdefault("momentum", torch.zeros_like(gradient)).lerp_(gradient, 0.05)
+                update = _orthogonal(gradient.lerp(momentum, 0.95))  # Nesterov's
+                parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * 0.2 * max(parameter.shape) ** 0.5)
+
+
+def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """Roughly the nearest matrix [n, m] whose singular values are all one (they end between 0.7 and 1.2)."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x

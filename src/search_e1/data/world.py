@@ -1,0 +1,237 @@
+"""A generated world: people, cities, films with invented names, a passage about each, and questions of one to four hops.
+
+It stands where Wikipedia and a question set stand for a real run, and needs no download. Everything follows from a seed.
+The entities fall into three parts, and facts never lead from one part into another; so the questions of one split touch
+no entity, and no name, of another's.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from search_e1.errors import DataError
+from search_e1.types import Passage, Question
+
+SPLITS = ("train", "dev", "test")
+BENCHMARK = "world"
+_SHARES = {"train": 0.5, "dev": 0.25, "test": 0.25}
+_HOPS = {1: 0.3, 2: 0.4, 3: 0.25, 4: 0.05}
+_HOMONYMS = 0.25  # share of the entities that share their name with one of another kind
+
+KINDS = {"person": 1800, "city": 600, "country": 135, "film": 1000, "company": 500, "book": 700}
+"""Kind of entity -> how many there are."""
+
+RELATIONS = {
+    "director": ("film", "person"),
+    "studio": ("film", "company"),
+    "birthplace": ("person", "city"),
+    "spouse": ("person", "person"),
+    "employer": ("person", "company"),
+    "country": ("city", "country"),
+    "mayor": ("city", "person"),
+    "founder": ("company", "person"),
+    "headquarters": ("company", "city"),
+    "capital": ("country", "city"),
+    "author": ("book", "person"),
+    "publisher": ("book", "company"),
+}
+"""Relation -> the kind it is stated about, and the kind of its value. The first tells homonyms apart."""
+
+_SYNONYMS = {
+    "director": "filmmaker",
+    "studio": "producer",
+    "birthplace": "hometown",
+    "spouse": "partner",
+    "employer": "workplace",
+    "country": "nation",
+    "mayor": "head",
+    "founder": "creator",
+    "headquarters": "base",
+    "capital": "seat",
+    "author": "writer",
+    "publisher": "imprint",
+}
+_WORDINGS = (
+    "What is {chain}?",
+    "Who or what is {chain}?",
+    "Name {chain}.",
+    "Tell me {chain}.",
+    "I would like to know {chain}.",
+    "Find out {chain}, please.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """Something with a name, and the facts that its passage states."""
+
+    id: str
+    kind: str
+    name: str
+    split: str
+    facts: dict[str, str] = field(default_factory=dict)
+    """Relation -> id of the entity that is its value, in the order of the passage."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """All entities, by id; made by ``make_world``."""
+
+    entities: dict[str, Entity]
+
+    @property
+    def passages(self) -> list[Passage]:
+        """One for each entity, with the entity's id and its name as the title."""
+        return [Passage(id=e.id, title=e.name, text=self._text(e)) for e in self.entities.values()]
+
+    def _text(self, entity: Entity) -> str:
+        facts = [f"{relation} {self.entities[value].name}" for relation, value in entity.facts.items()]
+        listed = " and ".join([", ".join(facts[:-1]), facts[-1]] if len(facts) > 1 else facts)
+        return f"{entity.name} is a {entity.kind} with {listed}."
+
+    def questions(self, split: str, n: int, seed: int = 0) -> list[Question]:
+        """``n`` different questions over entities of ``split``; the same ones for the same seed.
+
+        ``metadata`` holds the gold chain: ``entities`` (ids, the answer last), ``relations`` (one fewer) and ``hops``.
+
+        Raises:
+            DataError: there is no such split, or it does not hold ``n`` questions.
+        """
+        if split not in SPLITS:
+            raise DataError(f"the world has no split {split!r}; it has {', '.join(SPLITS)}")
+        rng = random.Random(f"{seed}/{split}")
+        starts = [e for e in self.entities.values() if e.split == split]
+        made: dict[tuple[str, ...], Question] = {}
+        for _ in range(20 * n + 1000):
+            if len(made) == n:
+                break
+            chain = self._chain(rng, rng.choice(starts), rng.choices(list(_HOPS), list(_HOPS.values()))[0])
+            if chain is None:
+                continue
+            entities, relations = chain
+            key = (entities[0].id, *relations)
+            if key not in made:
+                made[key] = _question(rng, f"world-{split}-{seed}-{len(made)}", entities, relations)
+        if len(made) < n:
+            raise DataError(
+                f"the world holds only about {len(made)} questions in split {split!r}; ask for fewer than {n}"
+            )
+        return list(made.values())
+
+    def _chain(self, rng: random.Random, start: Entity, hops: int) -> tuple[list[Entity], list[str]] | None:
+        """A random walk of ``hops`` facts that never meets a name twice; None where it ends too early."""
+        entities, relations = [start], []
+        for _ in range(hops):
+            met = {e.name for e in entities}
+            onward = [r for r, value in entities[-1].facts.items() if self.entities[value].name not in met]
+            if not onward:
+                return None
+            relations.append(rng.choice(onward))
+            entities.append(self.entities[entities[-1].facts[relations[-1]]])
+        return entities, relations
+
+
+def make_world(seed: int = 0, *, practice: bool = False) -> World:
+    """The world of a seed: about 4,700 entities and as many passages.
+
+    ``practice`` worlds share not a single name with those that are none, though they are built of the same halves of
+    names: what is trained on the former has met nothing of the latter.
+    """
+    rng = random.Random(f"{seed}/{practice}")
+    names = _names(rng, practice)
+    entities: dict[str, Entity] = {}
+    for split in SPLITS:
+        for entity in _part(rng, split, names):
+            entities[entity.id] = entity
+    return World(entities)
+
+
+def _part(rng: random.Random, split: str, names: Iterator[str]) -> list[Entity]:
+    """The entities of one split, facts among themselves."""
+    kinds = [kind for kind, count in KINDS.items() for _ in range(round(count * _SHARES[split]))]
+    named: list[list[str]] = [[kind, ""] for kind in kinds]
+    order = rng.sample(range(len(kinds)), len(kinds))
+    pairs = round(_HOMONYMS * len(kinds) / 2)
+    while pairs:
+        a, b = order[-1], order[-2]
+        if kinds[a] == kinds[b]:
+            rng.shuffle(order)
+            continue
+        named[a][1] = named[b][1] = next(names)
+        del order[-2:]
+        pairs -= 1
+    for i in order:
+        named[i][1] = next(names)
+    entities = [Entity(f"{split}-{i}", kind, name, split) for i, (kind, name) in enumerate(named)]
+    by_kind = {kind: [e for e in entities if e.kind == kind] for kind in KINDS}
+    for entity in entities:
+        relations = [relation for relation, (about, _) in RELATIONS.items() if about == entity.kind]
+        for relation in rng.sample(relations, len(relations)):
+            values = [e for e in by_kind[RELATIONS[relation][1]] if e.name != entity.name]
+            entity.facts[relation] = rng.choice(values).id
+    return entities
+
+
+def _names(rng: random.Random, practice: bool) -> Iterator[str]:
+    """Two-word names in random order, none twice; a quarter of all combinations is kept from practice worlds."""
+    first, last = name_halves()
+    grid = [(i, j) for i in range(len(first)) for j in range(len(last)) if ((i + j) % 4 != 0) == practice]
+    return (f"{first[i]} {last[j]}" for i, j in rng.sample(grid, len(grid)))
+
+
+def name_halves() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The 135 first and 150 last halves that every world's names are made of."""
+    rng = random.Random("halves")
+    # The endings keep them from English stop words and from one another's stems.
+    first = [a + b + c + d for a in "BDFGKLMNPRSTVZ" for b in "aeiou" for c in "bdgklmnrtvz" for d in "aiou"]
+    last = [
+        a + b + c + d
+        for a in "BCDFGHJKLMNPRSTVWZ"
+        for b in "aeiou"
+        for c in "lmnrx"
+        for d in ("dak", "gorn", "tim", "vok")
+    ]
+    return tuple(sorted(rng.sample(first, 135))), tuple(sorted(rng.sample(last, 150)))
+
+
+def _question(rng: random.Random, id: str, entities: Sequence[Entity], relations: Sequence[str]) -> Question:
+    words = [relation if rng.random() < 0.5 else _SYNONYMS[relation] for relation in relations]
+    start = f"the {entities[0].kind} {entities[0].name}" if rng.random() < 0.5 else entities[0].name
+    if rng.random() < 0.3:
+        chain = f"{start}'s {words[0]}"
+        words = words[1:]
+    else:
+        chain = start
+    for word in words:
+        chain = f"the {word} of {chain}"
+    return Question(
+        id=id,
+        text=rng.choice(_WORDINGS).format(chain=chain),
+        answers=(entities[-1].name,),
+        benchmark=BENCHMARK,
+        hops=len(relations),
+        metadata={"hops": len(relations), "entities": [e.id for e in entities], "relations": list(relations)},
+    )
+
+
+def write(world: World, directory: Path, *, train: int, dev: int, test: int, seed: int = 0) -> None:
+    """Write ``corpus.jsonl`` and that many questions into ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl``.
+
+    Raises:
+        DataError: a split does not hold that many questions; nothing is written then.
+    """
+    questions = {split: world.questions(split, n, seed) for split, n in zip(SPLITS, (train, dev, test), strict=True)}
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_lines(directory / "corpus.jsonl", [{"id": p.id, "contents": p.contents} for p in world.passages])
+    for split, rows in questions.items():
+        _write_lines(
+            directory / f"{split}.jsonl",
+            [{"id": q.id, "question": q.text, "golden_answers": list(q.answers), "metadata": q.metadata} for q in rows],
+        )
+
+
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
