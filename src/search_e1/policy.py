@@ -82,7 +82,8 @@ def load(model: str | Path, config: PolicyConfig, prompts: Prompts | None = None
         tokenizer.pad_token = tokenizer.eos_token
     if prompts is None:
         prompts = Prompts.of_policy(source) if isinstance(source, Path) else Prompts()
-    return Policy(weights.to(_device(config.device)), tokenizer, prompts)
+    weights.to(_device(config.device))  # type: ignore[arg-type]
+    return Policy(weights, tokenizer, prompts)
 
 
 def with_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:

@@ -34,6 +34,7 @@ from search_e1.rollout import pool
 from search_e1.rollout.hf import HFGenerator
 from search_e1.runs import Artifact
 from search_e1.types import Pair, Question
+from search_e1.warmstart.stage import warm_start
 
 Watch = Callable[[str], AbstractContextManager[Progress]]
 """Called with the name of a stage that is about to work; its context gives the stage something to tell progress to."""
@@ -123,6 +124,14 @@ class Stages:
         return runs.artifact(
             self.root / "index", stage="index", settings={}, inputs={"corpus": runs.checksum(corpus)}, seed=0, make=make
         )
+
+    def warmstart(self, out: Path | None = None) -> Artifact:
+        """A policy made from nothing and taught by demonstrations, in ``policy/``."""
+
+        def train(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
+            return warm_start(self.train_questions, self.retriever, self.config, out=out, progress=progress)
+
+        return self._stage("warmstart", out, ("warmstart", "rollout", "seed"), self._asking(None), train)
 
     # The stages of a round.
 
@@ -252,11 +261,12 @@ class Stages:
             make=make,
         )
 
-    def _asking(self, policy: str | Path) -> dict[str, str]:
+    def _asking(self, policy: str | Path | None) -> dict[str, str]:
         """Checksums of what sampling on the training questions depends on."""
         train = {f"train.{i}": runs.checksum(path) for i, path in enumerate(self.config.data.train)}
         limit = {"max_train": str(self.config.data.max_train)}
-        return {"policy": self._checksum(policy), "retrieval": self._retrieval_checksum(), **train, **limit}
+        start = {} if policy is None else {"policy": self._checksum(policy)}
+        return {**start, "retrieval": self._retrieval_checksum(), **train, **limit}
 
     def _policy(self, policy: str | Path) -> Policy:
         return policies.load(policy, self.config.policy, self.config.prompts)

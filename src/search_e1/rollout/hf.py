@@ -64,7 +64,8 @@ class HFGenerator:
         config = GenerationConfig(
             max_new_tokens=max_new_tokens, pad_token_id=self._pad_id, do_sample=temperature > 0, top_k=0, top_p=1.0
         )
-        sequences = self.model.generate(
+        model: Any = self.model  # mixed in from GenerationMixin, which the type of the class does not show
+        sequences = model.generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
@@ -91,11 +92,11 @@ class _Logprobs(LogitsProcessor):
         self.sampled: list[torch.Tensor] = []  # one [rows] a step, float32
         self._step: torch.Tensor | None = None  # [rows, vocabulary], float32
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self._step = torch.log_softmax(scores.float() / self.temperature, -1)
         return self._step
 
-    def criterion(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+    def criterion(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Called by ``generate`` right after each sampled id was appended; never stops anything."""
         assert self._step is not None
         self.sampled.append(self._step.gather(1, input_ids[:, -1:])[:, 0])
@@ -111,7 +112,7 @@ class _Ends(StoppingCriteria):
         self.stop_strings = stop_strings
         self.ended_at: torch.Tensor | None = None  # [rows], 0 while a row goes on
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         done = torch.isin(input_ids[:, -1], torch.tensor(self.end_ids, dtype=torch.long, device=input_ids.device))
         if self.stop_strings is not None:
             # Of sampled ids alone: a prompt that ends with a tag (an example in it) must not stop its row.
