@@ -167,6 +167,8 @@ class DistillConfig(Section):
     """Clip each vocabulary entry's term before the sum (as published), each token's sum, or nothing."""
     teacher_temperature: Annotated[float, Field(gt=0)] = 1.0
     """Below 1 sharpens the teacher."""
+    tokens: Literal["sampled", "acting"] = "sampled"
+    """Tokens in the loss: all `sampled` ones (as published), or those of tags, queries and answers, not of thoughts."""
     chunk_size: Positive = 256
     """Positions whose logits are in memory together."""
     trainer: dict[str, Any] = {}

@@ -162,6 +162,12 @@ class Group(Record):
             raise ValueError(f"trajectories of {sorted(strangers)} in the group of {self.question.id!r}")
         return self
 
+    @property
+    def reference(self) -> Trajectory | None:
+        """The correct trajectory with the fewest searches (ties: fewest sampled tokens, then the first), if any."""
+        correct = [t for t in self.trajectories if t.correct]
+        return min(correct, key=lambda t: (t.searches, t.sampled_tokens), default=None)
+
 
 class Pair(Record):
     """A reference (correct, efficient) and the sibling that is to learn from it."""

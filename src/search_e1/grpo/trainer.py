@@ -1,0 +1,402 @@
+"""Vanilla GRPO on whole trajectories, through ``trl.GRPOTrainer``. The only file that knows TRL.
+
+TRL brings advantages, the clipped loss, the optimiser loop and distribution; the trajectories come from the same
+``rollout`` as everywhere else, and TRL gets their ids and masks as they are. One optimiser step trains on
+``questions_per_step`` groups that were sampled for it. What is relied on in TRL is held by ``tests/test_trl_contract.py``.
+"""
+
+import difflib
+import math
+import os
+import random
+import typing
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from pydantic import TypeAdapter, ValidationError
+from transformers import PrinterCallback, set_seed
+from transformers.utils import logging as transformers_logging
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from search_e1.config import GrpoConfig, RolloutConfig
+from search_e1.errors import ConfigError, DataError, TrainingError
+from search_e1.grpo import replay
+from search_e1.grpo.record import Recorder, summarize
+from search_e1.policy import Policy, merge_adapter, with_adapter
+from search_e1.progress import Progress, silent
+from search_e1.retrieval.base import Retriever
+from search_e1.rollout.hf import HFGenerator
+from search_e1.rollout.loop import rollout, starts
+from search_e1.types import Group, Question, Trajectory
+
+STEPS = "steps.jsonl"
+BAD_BATCH = "bad_batch.pt"
+_MICRO_BATCH = 16
+"""Most trajectories in one forward pass, unless ``per_device_train_batch_size`` says otherwise."""
+
+# What the user sets elsewhere, or not at all: key of trl.GRPOConfig -> what to do instead.
+_ELSEWHERE = "has no effect here, sampling is not TRL's; leave it out"
+_RESERVED = {
+    "output_dir": "is the stage's own directory; leave it out",
+    "seed": "set `seed`",
+    "data_seed": "set `seed`",
+    "max_steps": "set `grpo.steps`",
+    "num_train_epochs": "set `grpo.steps`",
+    "learning_rate": "set `grpo.learning_rate`",
+    "temperature": "set `grpo.temperature`",
+    "num_generations": "set `grpo.group_size`",
+    "generation_batch_size": "set `grpo.questions_per_step`",
+    "steps_per_generation": "set `grpo.questions_per_step` and `grpo.trainer.per_device_train_batch_size`",
+    "gradient_accumulation_steps": "set `grpo.questions_per_step` and `grpo.trainer.per_device_train_batch_size`",
+    "max_completion_length": "set `rollout.max_tokens`",
+    "use_cpu": "set `policy.device`",
+    "disable_tqdm": "progress is not TRL's; leave it out",
+    "logging_steps": "every step is logged; leave it out",
+    "logging_strategy": "every step is logged; leave it out",
+    "shuffle_dataset": "the order of questions follows from `seed`; leave it out",
+    "mask_truncated_completions": "it would drop every trajectory that ends at </answer>; leave it out",
+    "deepspeed": "sharded weights are not supported; leave it out",
+    "fsdp": "sharded weights are not supported; leave it out",
+    **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs"), _ELSEWHERE),
+    **dict.fromkeys(("use_vllm", "use_transformers_continuous_batching", "use_transformers_paged"), _ELSEWHERE),
+    **dict.fromkeys(("cache_implementation", "chat_template_kwargs"), _ELSEWHERE),
+}
+
+# Name in steps.jsonl -> TRL's name.
+_FIGURES = {
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "searches": "searches",
+    "sampled_tokens": "sampled_tokens",
+    "answered": "answered",
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "entropy": "entropy",
+    "clip_ratio": "clip_ratio/region_mean",
+    "kl": "kl",
+}
+
+
+def train(
+    policy: Policy,
+    questions: Sequence[Question],
+    retriever: Retriever,
+    config: GrpoConfig,
+    limits: RolloutConfig,
+    *,
+    seed: int,
+    out: Path,
+    progress: Progress = silent,
+) -> dict[str, float]:
+    """Train ``policy`` in place; write it to ``out/policy`` and one line a step to ``out/steps.jsonl``.
+
+    Returns:
+        The stage's figures: steps and seconds; mean reward of the first and of the last quarter of the steps; the share
+        of groups with mixed rewards (the others teach nothing); searches and sampled tokens of a trajectory in the last
+        quarter.
+
+    Raises:
+        ConfigError: a ``[grpo.trainer]`` key that cannot be used, or sizes that do not fit together; before any work.
+        DataError: two questions with one id; before any work.
+        RetrievalError: from the retriever, as it is.
+        TrainingError: a loss or gradient that is not finite; the batch is in ``out/bad_batch.pt``.
+    """
+    if len({question.id for question in questions}) < len(questions):
+        raise DataError("two training questions have the same id; give each its own")
+    with _quiet():
+        arguments = trl_arguments(config, limits, len(questions), seed=seed, out=out, device=policy.model.device)
+        with (out / STEPS).open("w", encoding="utf-8") as file:
+            recorder = Recorder(file, config.steps, progress)
+            if config.steps:
+                set_seed(seed)
+                use_cache = policy.model.config.use_cache
+                trainer = _Trainer(
+                    model=with_adapter(policy.model, config.lora) if config.lora else policy.model,
+                    args=arguments,
+                    reward_funcs=exact_match,
+                    train_dataset=Dataset.from_dict({"prompt": _order(questions, config, seed)}),
+                    processing_class=policy.tokenizer,
+                    rollout_func=_Rollouts(policy, questions, retriever, config, limits),
+                    replay_weight=config.replay.weight,
+                    bad_batch=out / BAD_BATCH,
+                    on_step=recorder,
+                )
+                trainer.train()
+                policy.model = _give_back(trainer)
+                policy.model.config.use_cache = use_cache  # a choice for training, no property of the policy
+        if arguments.process_index == 0:
+            policy.save(out / "policy")
+    return summarize(recorder.steps)
+
+
+def trl_arguments(
+    config: GrpoConfig, limits: RolloutConfig, questions: int, *, seed: int, out: Path, device: torch.device
+) -> GRPOConfig:
+    """``config`` in TRL's terms, so that one optimiser step trains on one freshly sampled set of groups.
+
+    Raises:
+        ConfigError: names the key of ``[grpo]`` or ``[grpo.trainer]``, and how to mend it.
+    """
+    _check_passthrough(config.trainer)
+    if config.steps and questions < config.questions_per_step:
+        raise ConfigError(
+            f"grpo.questions_per_step = {config.questions_per_step}, but there are {questions} training questions; lower it"
+        )
+    total = config.questions_per_step * config.group_size
+    micro, micro_batches = _split(total, int(os.environ.get("WORLD_SIZE", 1)), config.trainer)
+    defaults = dict(
+        loss_type="grpo",  # TRL's default is "dapo"
+        scale_rewards="group",
+        beta=0.0,
+        epsilon=0.2,
+        lr_scheduler_type="constant",
+        bf16=False,  # TRL's default is mixed precision, on CPUs as well; the policy's own dtype decides here
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        dataloader_pin_memory=device.type != "cpu",
+    )
+    ours = dict(
+        output_dir=str(out / "trainer"),
+        seed=seed,
+        max_steps=config.steps,
+        learning_rate=config.learning_rate,
+        temperature=config.temperature,
+        num_generations=config.group_size,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=micro_batches,
+        generation_batch_size=total,
+        max_completion_length=limits.max_tokens,
+        shuffle_dataset=False,  # `_order` has shuffled
+        use_cpu=device.type == "cpu",
+        disable_tqdm=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would hide what must stop the run
+    )
+    try:
+        arguments = GRPOConfig(**{**defaults, **config.trainer, **ours})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"grpo.trainer: {str(error).splitlines()[0]}") from error
+    if arguments.n_gpu > 1:
+        raise ConfigError(
+            f"{arguments.n_gpu} GPUs are visible to one process; set CUDA_VISIBLE_DEVICES to one of them, or start "
+            "one process for each with `accelerate launch`"
+        )
+    return arguments
+
+
+def _check_passthrough(trainer: dict[str, Any]) -> None:
+    types = typing.get_type_hints(GRPOConfig)
+    known = [field.name for field in fields(GRPOConfig) if field.init and field.name not in _RESERVED]
+    for key, value in trainer.items():
+        if key in _RESERVED:
+            raise ConfigError(f"grpo.trainer.{key}: {_RESERVED[key]}")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "it takes the arguments of trl.GRPOConfig"
+            raise ConfigError(f"unknown key grpo.trainer.{key}; {hint}")
+        try:
+            TypeAdapter(types[key]).validate_python(value)
+        except ValidationError as error:
+            raise ConfigError(f"grpo.trainer.{key} = {value!r}: {error.errors()[0]['msg']}") from error
+
+
+def _split(total: int, processes: int, trainer: dict[str, Any]) -> tuple[int, int]:
+    """Trajectories of one forward pass, and forward passes of one optimiser step, on each process."""
+    share, rest = divmod(total, processes)
+    if rest:
+        raise ConfigError(
+            f"grpo.questions_per_step x grpo.group_size = {total} trajectories cannot be shared by {processes} processes; "
+            "change one of them"
+        )
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    micro = trainer.get("per_device_train_batch_size", max(n for n in divisors if n <= _MICRO_BATCH))
+    if micro not in divisors:
+        nearest = min(divisors, key=lambda n: abs(n - micro))
+        raise ConfigError(
+            f"grpo.trainer.per_device_train_batch_size = {micro} does not divide the {share} trajectories of a step; "
+            f"use {nearest}"
+        )
+    return micro, share // micro
+
+
+def _order(questions: Sequence[Question], config: GrpoConfig, seed: int) -> list[str]:
+    """Ids of the questions of all steps: pass after pass over the questions, each shuffled anew."""
+    shuffler, ids, count = random.Random(seed), [q.id for q in questions], config.steps * config.questions_per_step
+    order: list[str] = []
+    while len(order) < count:
+        order += shuffler.sample(ids, len(ids))
+    return order[:count]
+
+
+class _Rollouts:
+    """TRL's ``rollout_func``. Its prompts are question ids, each already repeated for the members of its group."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        questions: Sequence[Question],
+        retriever: Retriever,
+        config: GrpoConfig,
+        limits: RolloutConfig,
+    ) -> None:
+        self.policy = policy
+        self.questions = {question.id: question for question in questions}
+        self.retriever = retriever
+        self.config = config
+        self.limits = limits
+
+    def __call__(self, prompts: list[str], trainer: "_Trainer") -> dict[str, Any]:
+        policy, asked = self.policy, [self.questions[id] for id in dict.fromkeys(prompts)]
+        begin = {start.question.id: start for start in starts(policy.tokenizer, policy.prompts, asked)}
+        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+            # The adapters are inside the base model's layers. Wrapped in peft, its own generation config would rule.
+            lent: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+            generator = HFGenerator(lent, policy.tokenizer, batch_size=self.limits.batch_size)
+            trajectories = rollout(
+                generator,
+                self.retriever,
+                [begin[id] for id in prompts],
+                self.limits,
+                temperature=self.config.temperature,
+                correction=policy.prompts.correction,
+            )
+        trainer.replay = replay.examples(
+            policy.tokenizer,
+            policy.prompts,
+            [_group(question, trajectories) for question in asked],
+            self.config.replay,
+            generator.context_length,
+        )
+        return {
+            "prompt_ids": [list(t.prompt_ids) for t in trajectories],
+            "completion_ids": [list(t.response_ids) for t in trajectories],
+            "env_mask": [list(t.action_mask) for t in trajectories],
+            "logprobs": None,  # TRL reads them with vLLM only
+            "trajectory": trajectories,  # an extra field: TRL hands it to the reward function
+        }
+
+
+def _group(question: Question, trajectories: Sequence[Trajectory]) -> Group:
+    return Group(question=question, trajectories=tuple(t for t in trajectories if t.question_id == question.id))
+
+
+def exact_match(*, trajectory: list[Trajectory], log_metric: Callable[[str, float], None], **_: Any) -> list[float]:
+    """TRL's reward function: what the rollout has scored already."""
+    log_metric("searches", sum(t.searches for t in trajectory) / len(trajectory))
+    log_metric("sampled_tokens", sum(t.sampled_tokens for t in trajectory) / len(trajectory))
+    log_metric("answered", sum(t.answer is not None for t in trajectory) / len(trajectory))
+    return [t.reward for t in trajectory]
+
+
+class _Trainer(GRPOTrainer):
+    """TRL's trainer, with replay, that stops at the first loss or gradient that is not finite."""
+
+    args: GRPOConfig
+    processing_class: Any
+
+    def __init__(
+        self,
+        *,
+        replay_weight: float,
+        bad_batch: Path,
+        on_step: Callable[[int, dict[str, float]], None],
+        **kwargs: Any,
+    ) -> None:
+        self.replay: list[replay.Example] = []
+        """Of the optimiser step at hand."""
+        self._replay_weight = replay_weight
+        self._replay_cross_entropy = 0.0
+        self._bad_batch = bad_batch
+        self._on_step = on_step
+        super().__init__(**kwargs)
+        self.remove_callback(PrinterCallback)  # without a progress bar, transformers prints every log
+
+    def _send_telemetry(self) -> None:
+        """Nobody is told."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """The loss of one micro-batch, scaled so that the micro-batches of a step add up; a scalar."""
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # Each micro-batch takes its share of the examples, over the tokens of all: the sum is the mean over tokens.
+        micro_batches = self.args.gradient_accumulation_steps
+        share = self.replay[self._step % micro_batches :: micro_batches]
+        if share:
+            cross_entropy = self._cross_entropy(model, share) / sum(sum(e.loss_mask) for e in self.replay)
+            self._replay_cross_entropy += cross_entropy.item()
+            loss = loss + self._replay_weight * cross_entropy
+        if not torch.isfinite(loss):
+            raise self._failure(f"the loss is {loss.item()}", inputs)
+        return loss
+
+    def _cross_entropy(self, model: Any, examples: Sequence[replay.Example]) -> torch.Tensor:
+        """Summed over the sampled positions of ``examples``."""
+        batch = replay.collate(examples, self.processing_class.pad_token_id, self.accelerator.device)
+        logprobs, _, _ = self._get_per_token_logps_and_entropies(
+            model, batch.input_ids, batch.attention_mask, batch.loss_mask.shape[1]
+        )
+        return -(logprobs * batch.loss_mask).sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)  # adds TRL's metrics to `logs`
+        if "loss" not in logs:
+            return  # the last one, about the run as a whole
+        if not math.isfinite(logs["grad_norm"]):
+            raise self._failure(f"the gradient's norm is {logs['grad_norm']}", self._buffered_inputs)
+        figures = {ours: logs[theirs] for ours, theirs in _FIGURES.items() if theirs in logs}
+        if "frac_reward_zero_std" in logs:
+            figures["mixed"] = 1 - logs["frac_reward_zero_std"]
+        if self.replay:
+            figures |= {"replay_cross_entropy": self._replay_cross_entropy, "replay_examples": len(self.replay)}
+            self._replay_cross_entropy = 0.0
+        self._on_step(self.state.global_step, figures)
+
+    def _failure(self, what: str, inputs: Any) -> TrainingError:
+        torch.save({"step": self.state.global_step, "inputs": inputs, "replay": self.replay}, self._bad_batch)
+        return TrainingError(
+            f"GRPO step {self.state.global_step}: {what}; the batch is in {self._bad_batch}; lower grpo.learning_rate, or "
+            "use policy.dtype float32"
+        )
+
+
+def _give_back(trainer: _Trainer) -> Any:
+    """The plain model out of the trainer: adapters merged, TRL's and accelerate's patches of ``forward`` removed."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if isinstance(model, PeftModel):
+        model = merge_adapter(model)
+    for patch in ("forward", "_original_forward"):
+        model.__dict__.pop(patch, None)
+    if trainer.args.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    model.eval()
+    trainer.accelerator.free_memory()
+    directory = Path(str(trainer.args.output_dir))
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars, and without warnings about what TRL does by itself."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*experimental feature", category=UserWarning)
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* deprecated", category=FutureWarning)
+            yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
