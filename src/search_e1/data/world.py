@@ -105,9 +105,9 @@ class World:
         rng = random.Random(f"{seed}/{split}")
         starts = [e for e in self.entities.values() if e.split == split]
         made: dict[tuple[str, ...], Question] = {}
-        for _ in range(20 * n + 1000):
-            if len(made) == n:
-                break
+        misses = 0  # in a row: draws that are no question, or one that is there already
+        while len(made) < n and misses < 1000:
+            misses += 1
             chain = self._chain(rng, rng.choice(starts), rng.choices(list(_HOPS), list(_HOPS.values()))[0])
             if chain is None:
                 continue
@@ -115,6 +115,7 @@ class World:
             key = (entities[0].id, *relations)
             if key not in made:
                 made[key] = _question(rng, f"world-{split}-{seed}-{len(made)}", entities, relations)
+                misses = 0
         if len(made) < n:
             raise DataError(
                 f"the world holds only about {len(made)} questions in split {split!r}; ask for fewer than {n}"
