@@ -321,12 +321,14 @@ class _Writer:
 
     def _shown(self, hop: Hop, read: str, answers: Sequence[str] = ()) -> Passage | None:
         """The passage of ``hop`` whose beginning is in ``read``; one that holds an answer comes first."""
-        shown = [p for p in hop.passages if neutralize(self.tokenizer, _words(p.text, 0, _OPENING_WORDS)) in read]
+        shown = [p for p in hop.passages if neutralize(self.tokenizer, _opening(p.text)) in read]
         return max(shown, key=lambda p: any(find_name(a, p.text) for a in answers), default=None)
 
     def _answer(self, plan: Plan, read: str) -> str:
         """An answer as it was read; one that compares may stand in the question alone."""
-        places = [p.text for hop in reversed(plan.hops) for p in hop.passages] + [p.title for p in plan.hops[-1].passages]
+        places = [p.text for hop in reversed(plan.hops) for p in hop.passages] + [
+            p.title for p in plan.hops[-1].passages
+        ]
         for text in places:
             for answer in plan.question.answers:
                 # Without a parenthesis at its end an answer may be another one.
@@ -338,25 +340,25 @@ class _Writer:
     def _fact(self, question: Question, passage: Passage, target: str, read: str) -> str:
         """What ``passage`` says: the words up to ``target``, an annotated fact, or how it begins."""
         if target and not find_name(target, question.text):
-            quote = _quote(passage.text, target, question.text)
-            if quote and neutralize(self.tokenizer, quote) in read:
+            quotes = _quotes(passage.text, target, question.text)
+            if quote := next((q for q in quotes if neutralize(self.tokenizer, q) in read), ""):
                 return quote
         for subject, relation, value in question.metadata.get("evidences") or ():
             if find_name(passage.title, subject) and find_name(value, read):
                 return f"{relation} {value}"
-        return _words(passage.text, 0, _OPENING_WORDS)
+        return _opening(passage.text)
 
 
-def _quote(text: str, target: str, question: str) -> str:
-    """The words before ``target`` and ``target``, where they share most words with the question."""
+def _quotes(text: str, target: str, question: str) -> list[str]:
+    """``target`` with the words before it, wherever it stands; those that share most words with the question first."""
     text = " ".join(text.split())
     asked = set(_WORD.findall(question.lower()))
     quotes = []
     for match in re.finditer(rf"(?<!\w){re.escape(target)}(?!\w)", text):
         before = re.split(r"(?<=[.!?]) ", text[: match.start()])[-1].split()
         quotes.append(" ".join([*before[-_QUOTE_WORDS:], match[0]]))
-    return max(quotes, key=lambda q: len(asked & set(_WORD.findall(q.lower()))), default="")
+    return sorted(quotes, key=lambda q: -len(asked & set(_WORD.findall(q.lower()))))
 
 
-def _words(text: str, start: int, end: int) -> str:
-    return " ".join(text.split()[start:end])
+def _opening(text: str) -> str:
+    return " ".join(text.split()[:_OPENING_WORDS])

@@ -34,7 +34,10 @@ def tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - len(TAGS), special_tokens=[PAD, START, END], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary - len(TAGS),
+        special_tokens=[PAD, START, END],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
     bpe.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])

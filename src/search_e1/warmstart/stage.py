@@ -68,7 +68,14 @@ def _texts(
 ) -> list[str]:
     """What the tokenizer is trained on: questions, a sample of the passages, and the words around them."""
     sample = random.Random(seed).sample(list(passages), min(config.tokenizer_passages, len(passages)))
-    said = ("I need to find", "So the answer is", "I will search for the question.", "Doc 1(Title: ", "user\n", "assistant\n")
+    said = (
+        "I need to find",
+        "So the answer is",
+        "I will search for the question.",
+        "Doc 1(Title: ",
+        "user\n",
+        "assistant\n",
+    )
     framed = (prompts.instruction, prompts.privileged, prompts.correction, *said)
     return [
         *itertools.chain.from_iterable(itertools.repeat(text, 50) for text in framed),
