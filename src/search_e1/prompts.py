@@ -6,6 +6,7 @@ Prompts are ids. They are made here and nowhere else, so that GRPO, pools, disti
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Self
 
@@ -117,10 +118,17 @@ def neutralize(tokenizer, text: str) -> str:
 
 
 def _break_special_tokens(tokenizer, text: str) -> str:
-    for token in tokenizer.all_special_tokens:
+    for token in _special_tokens(tokenizer):
         if token in text:
             text = text.replace(token, f"({token.strip('<|>[]')})")
     return text
+
+
+@lru_cache(maxsize=16)
+def _special_tokens(tokenizer) -> tuple[str, ...]:
+    """All that encoding turns into a special id: the named ones, and those that chat templates use without a name."""
+    unnamed = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(sorted({*tokenizer.all_special_tokens, *unnamed}, key=len, reverse=True))
 
 
 def observation(tokenizer, passages: Sequence[Passage], max_tokens: int) -> tuple[str, tuple[int, ...]]:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from search_e1.types import ActionKind
 
-# The inner guard makes a match start at the *last* opening tag before its closing one.
-_ACTION = re.compile(r"<(search|answer)>((?:(?!<\1>).)*?)</\1>", re.DOTALL)
+# The inner guards make a match start at the *last* opening tag before its closing one, and end at the first closing one.
+_ACTION = re.compile(r"<(search|answer)>((?:(?!<\1>|</(?:search|answer)>).)*)</\1>", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
