@@ -99,7 +99,8 @@ def test_prompts_are_what_their_templates_say() -> None:
 
 def test_the_chat_template_is_applied_where_there_is_one() -> None:
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    messages = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = messages + "{% if add_generation_prompt %}[assistant]{% endif %}"
     assert tokenizer.decode(plain_prompt(tokenizer, PROMPTS, "Who?")) == "[user]Q: Who?\n[assistant]"
 
 

@@ -366,12 +366,12 @@ def test_rows_end_apart_and_hold_no_padding() -> None:
     assert [len(row.logprobs or ()) for row in rows] == [2, 8, 12]
 
 
-def test_a_tag_in_the_prompt_does_not_stop_its_row() -> None:
-    model, tokenizer = chain_policy({">": "Y", "Y": "Y", "h>": "Y"})
-    [done] = HFGenerator(model, tokenizer).generate(
-        [tokenizer.encode("for example </search>")], max_new_tokens=5, temperature=0.0, stop=STOP_STRINGS
-    )
-    assert tokenizer.decode(done.ids) == "YYYYY"
+@pytest.mark.parametrize(("prompt", "sampled"), [("</search>", "YYYYY"), ("</searc", "h>YYYY")])
+def test_a_tag_in_the_prompt_does_not_stop_its_row(prompt: str, sampled: str) -> None:
+    model, tokenizer = chain_policy({"c": "h>", "h>": "Y", "Y": "Y"})
+    generator = HFGenerator(model, tokenizer)
+    [done] = generator.generate([tokenizer.encode(prompt)], max_new_tokens=5, temperature=0.0, stop=STOP_STRINGS)
+    assert tokenizer.decode(done.ids) == sampled
 
 
 def test_a_models_further_end_tokens_end_a_row() -> None:

@@ -1,0 +1,168 @@
+from pathlib import Path
+
+import pytest
+
+from search_e1.config import Config, load, parse_overrides
+from search_e1.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+MINIMAL = """
+run = "runs/x"
+[policy]
+model = "small"
+[data]
+corpus = "corpus.jsonl"
+train = ["train.jsonl"]
+eval = { nq = "nq.jsonl" }
+"""
+
+
+def written(tmp_path: Path, text: str = MINIMAL) -> Path:
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    return path
+
+
+def refusal(tmp_path: Path, *overrides: str, text: str = MINIMAL) -> str:
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.removeprefix(f"{path}: ")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_checked_in_config_loads(path: Path) -> None:
+    assert isinstance(load(path), Config)
+
+
+def test_there_are_configs_to_load() -> None:
+    assert "quickstart.toml" in [path.name for path in CONFIGS]
+
+
+def test_defaults_are_those_of_the_paper(tmp_path: Path) -> None:
+    config = load(written(tmp_path))
+    assert config.rounds == 2
+    assert (config.rollout.max_searches, config.rollout.topk) == (4, 3)
+    assert (config.rollout.max_action_tokens, config.rollout.max_observation_tokens, config.rollout.max_tokens) == (
+        500,
+        500,
+        4096,
+    )
+    assert (config.grpo.group_size, config.grpo.learning_rate) == (5, 1e-6)
+    assert (config.distill.tau, config.distill.clip, config.distill.teacher_temperature) == (10.0, "entry", 1.0)
+    assert config.data.eval == {"nq": Path("nq.jsonl")}
+
+
+def test_flags_lie_over_the_file(tmp_path: Path) -> None:
+    config = load(
+        written(tmp_path),
+        [
+            "--grpo.steps",
+            "8",
+            "--grpo.lora.rank=4",
+            "--data.eval.popqa=p.jsonl",
+            "--policy.model",
+            "org/name",
+            "--lead.enforce=false",
+        ],
+    )
+    assert config.grpo.steps == 8
+    assert config.grpo.lora is not None
+    assert config.grpo.lora.rank == 4
+    assert config.data.eval == {"nq": Path("nq.jsonl"), "popqa": Path("p.jsonl")}
+    assert config.policy.model == "org/name"
+    assert config.lead.enforce is False
+    assert load(written(tmp_path)).grpo.lora is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "parsed"),
+    [
+        ([], []),
+        (["--a.b", "1"], [(["a", "b"], 1)]),
+        (["--a=1e-3"], [(["a"], 1e-3)]),
+        (["--a", "true", "--b", "[1, 2]"], [(["a"], True), (["b"], [1, 2])]),
+        (["--a=x=y"], [(["a"], "x=y")]),
+        (["--a="], [(["a"], "")]),
+        (["--a", "-1"], [(["a"], -1)]),
+        (["--a", "nq.jsonl"], [(["a"], "nq.jsonl")]),
+        (["--a", '"1"'], [(["a"], "1")]),
+        (["--a=--b"], [(["a"], "--b")]),
+    ],
+)
+def test_flags_are_read_as_toml_or_text(flags: list[str], parsed: list[tuple[list[str], object]]) -> None:
+    assert parse_overrides(flags) == parsed
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["steps", "8"], "unexpected argument 'steps'; overrides are written --section.key value"),
+        (["--a"], "--a: a value is missing; write --a VALUE"),
+        (["--a", "--b", "1"], "--a: a value is missing"),
+    ],
+)
+def test_broken_flags_are_refused(flags: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_overrides(flags)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("--grpo.stepz=8", "unknown key 'grpo.stepz'; did you mean 'grpo.steps'?"),
+        ("--gropo.steps=8", "unknown key 'gropo'; did you mean 'grpo'?"),
+        ("--grpo.lora.rnk=8", "unknown key 'grpo.lora.rnk'; did you mean 'grpo.lora.rank'?"),
+        ("--rollout.zzz=8", "unknown key 'rollout.zzz'; known: ['max_searches', "),
+        ("--grpo.steps=many", "grpo.steps = 'many': Input should be a valid integer"),
+        ("--grpo.steps=-1", "grpo.steps = -1: Input should be greater than or equal to 0"),
+        ("--grpo.group_size=1", "grpo.group_size = 1: Input should be greater than or equal to 2"),
+        ("--distill.clip=some", "distill.clip = 'some': Input should be 'entry', 'token' or 'none'"),
+        ("--data.train=[]", "data.train = []: "),
+        ("--lead.max_share=2", "lead.max_share = 2: Input should be less than or equal to 1"),
+        ("--run.x=2", "--run.x: run is a value, not a section"),
+        ('--prompts.instruction="no field"', "prompts.instruction = 'no field': the template lacks {question}"),
+    ],
+)
+def test_a_bad_key_or_value_is_named(tmp_path: Path, override: str, says: str) -> None:
+    assert refusal(tmp_path, override).startswith(says)
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    assert refusal(tmp_path, text=MINIMAL.replace('model = "small"', "")) == "key 'policy.model' is missing"
+    assert refusal(tmp_path, text=MINIMAL.replace('run = "runs/x"', "")) == "key 'run' is missing"
+    assert refusal(tmp_path, "--rundir=x", text=MINIMAL.replace('run = "runs/x"', "")).endswith("(and 1 more)")
+
+
+def test_passages_come_from_somewhere_and_from_one_place(tmp_path: Path) -> None:
+    without = MINIMAL.replace('corpus = "corpus.jsonl"', "")
+    assert refusal(tmp_path, text=without).startswith("no passages: give data.corpus, retrieval.index or retrieval.url")
+    assert load(written(tmp_path, without), ["--retrieval.url=http://x"]).retrieval.url == "http://x"
+    both = refusal(tmp_path, "--retrieval.url=http://x", "--retrieval.index=i")
+    assert "give index or url, not both" in both
+
+
+def test_what_is_no_toml_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path, text="run = ").startswith("not TOML: ")
+    (tmp_path / "c.toml").write_bytes(b"run = '\xff'")
+    with pytest.raises(ConfigError, match="not TOML"):
+        load(tmp_path / "c.toml")
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(ConfigError, match="give the path of a TOML file with --config"):
+            load(path)
+
+
+def test_the_engines_own_arguments_pass_through(tmp_path: Path) -> None:
+    text = MINIMAL + '[grpo.trainer]\nepsilon = 0.3\nloss_type = "grpo"\n[distill.trainer]\nwarmup_steps = 3\n'
+    config = load(written(tmp_path, text), ["--grpo.trainer.beta", "0.01"])
+    assert config.grpo.trainer == {"epsilon": 0.3, "loss_type": "grpo", "beta": 0.01}
+    assert config.distill.trainer == {"warmup_steps": 3}
+
+
+def test_a_config_does_not_change_and_survives_json(tmp_path: Path) -> None:
+    config = load(written(tmp_path))
+    with pytest.raises(ValueError, match="frozen"):
+        config.rounds = 3
+    assert Config.model_validate_json(config.model_dump_json()) == config

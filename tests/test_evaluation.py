@@ -1,0 +1,161 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from scripted import ScriptedGenerator
+from search_e1.config import EvaluationConfig, RolloutConfig
+from search_e1.errors import DataError
+from search_e1.evaluation.evaluate import SAMPLED, TRAJECTORIES, Evaluation, Scores, bootstrap_interval, evaluate
+from search_e1.evaluation.published import BENCHMARKS, PUBLISHED_3B, TEST_SIZES, comparison
+from search_e1.policy import Policy
+from search_e1.prompts import Prompts
+from search_e1.rollout.generator import Generation
+from search_e1.rollout.hf import HFGenerator
+from search_e1.types import Group, Question, StopReason
+
+PROMPTS = Prompts(instruction="Q: {question}\n", correction="\nNo.\n")
+LIMITS = RolloutConfig(max_searches=1, topk=1, max_action_tokens=64, max_observation_tokens=100, batch_size=2)
+SCRIPT = {
+    "one?": ["<search> arda </search>", "<answer> Bel </answer>"],  # right: 8 + 5 ids, 1 search
+    "two?": ["<answer> Cor </answer>"],  # wrong, F1 2/3: 7 ids
+    "three?": ["hm", "hm"],  # malformed: 4 ids
+    "four?": ["<answer> Fen </answer>"],  # right: 7 ids
+}
+
+
+def question(text: str, answer: str, hops: int | None) -> Question:
+    return Question(id=text, text=text, answers=(answer,), hops=hops)
+
+
+QUESTIONS = {
+    "nq": [question("one?", "Bel", 2), question("two?", "Cor Dun", 1), question("three?", "x", 2)],
+    "musique": [question("four?", "Fen", None)],
+}
+
+
+class Flipping(ScriptedGenerator):
+    """When it samples, every second trajectory of a first action answers ``wrong``."""
+
+    def generate(self, prompts, *, max_new_tokens, temperature, stop):
+        done = super().generate(prompts, max_new_tokens=max_new_tokens, temperature=temperature, stop=stop)
+        wrong = tuple(self.tokenizer.encode("<answer>wrong</answer>"))
+        return [Generation(wrong) if temperature and i % 2 else g for i, g in enumerate(done)]
+
+
+def test_scores_by_hand(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:
+    generator = Flipping(tiny_policy.tokenizer, SCRIPT)
+    told: list[tuple[int, int, str]] = []
+    result = evaluate(
+        generator, tiny_retriever, QUESTIONS, PROMPTS, EvaluationConfig(samples=2, temperature=0.5), LIMITS,
+        seed=0, out=tmp_path, progress=lambda done, total, figure="": told.append((done, total, figure)),
+    )  # fmt: skip
+    tokens = {
+        text: sum(len(tiny_policy.tokenizer.encode(action)) for action in actions) for text, actions in SCRIPT.items()
+    }
+    assert (result.n, result.em, result.searches) == (4, 0.5, 0.25)
+    assert result.f1 == pytest.approx((1 + 2 / 3 + 0 + 1) / 4)
+    assert result.tokens == sum(tokens.values()) / 4
+    assert result.macro_em == pytest.approx((1 / 3 + 1) / 2)
+    assert result.em_sampled == 0.25
+    assert result.stop_reasons == {StopReason.ANSWERED: 3, StopReason.MALFORMED: 1}
+    assert list(result.by_benchmark) == ["nq", "musique"]
+    assert result.by_benchmark["musique"] == Scores(
+        n=1, em=1.0, em_interval=(1.0, 1.0), em_sampled=0.5, f1=1.0, searches=0.0, tokens=tokens["four?"]
+    )
+    assert {hops: (row.n, row.em, row.em_sampled) for hops, row in result.by_hops.items()} == {
+        1: (1, 0.0, 0.0),
+        2: (2, 0.5, 0.25),
+    }
+    assert {call["temperature"] for call in generator.calls} == {0.0, 0.5}
+    assert told[0] == (1, 12, "EM 0.000")
+    assert told[-1] == (12, 12, "EM 0.333")
+    assert [done for done, *_ in told] == list(range(1, 13))
+    assert Evaluation.model_validate(json.loads(result.model_dump_json())) == result
+
+
+def test_groups_are_written_in_order(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:
+    generator = Flipping(tiny_policy.tokenizer, SCRIPT)
+    evaluate(generator, tiny_retriever, QUESTIONS, PROMPTS, EvaluationConfig(samples=3), LIMITS, seed=0, out=tmp_path)
+    for name, size in ((TRAJECTORIES, 1), (SAMPLED, 3)):
+        groups = [Group.model_validate_json(line) for line in (tmp_path / name).read_text().splitlines()]
+        assert [group.question for group in groups] == [q for part in QUESTIONS.values() for q in part]
+        assert [len(group.trajectories) for group in groups] == [size] * 4
+
+
+def test_without_samples_there_are_none(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:
+    generator = ScriptedGenerator(tiny_policy.tokenizer, SCRIPT)
+    result = evaluate(
+        generator, tiny_retriever, QUESTIONS, PROMPTS, EvaluationConfig(samples=0), LIMITS, seed=0, out=tmp_path
+    )
+    assert result.em_sampled is None
+    assert [row.em_sampled for row in result.by_benchmark.values()] == [None, None]
+    assert not (tmp_path / SAMPLED).exists()
+
+
+def test_many_batches_score_as_one(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:
+    many = {"nq": [q.model_copy(update={"id": f"{q.id}{i}"}) for i in range(20) for q in QUESTIONS["nq"]]}
+    generator = ScriptedGenerator(tiny_policy.tokenizer, SCRIPT)
+    result = evaluate(
+        generator, tiny_retriever, many, PROMPTS, EvaluationConfig(samples=0), LIMITS, seed=0, out=tmp_path
+    )
+    assert max(len(call["prompts"]) for call in generator.calls) == 16
+    assert (result.n, result.em, result.searches) == (60, pytest.approx(1 / 3), pytest.approx(1 / 3))
+
+
+def test_sampling_depends_on_its_seed_alone(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:
+    generator = HFGenerator(tiny_policy.model, tiny_policy.tokenizer)
+    limits = LIMITS.model_copy(update={"max_action_tokens": 6})
+
+    def sampled(seed: int) -> str:
+        torch.rand(seed + 1)
+        state = torch.get_rng_state()
+        evaluate(generator, tiny_retriever, QUESTIONS, PROMPTS, EvaluationConfig(), limits, seed=seed, out=tmp_path)
+        assert torch.equal(torch.get_rng_state(), state)
+        return (tmp_path / SAMPLED).read_text()
+
+    assert sampled(0) == sampled(0) != sampled(1)
+
+
+@pytest.mark.parametrize("questions", [{}, {"nq": []}, {**QUESTIONS, "popqa": []}])
+def test_nothing_to_evaluate_on_is_refused(tiny_policy: Policy, tiny_retriever, tmp_path: Path, questions) -> None:
+    generator = ScriptedGenerator(tiny_policy.tokenizer, SCRIPT)
+    with pytest.raises(DataError, match="no questions to evaluate on"):
+        evaluate(generator, tiny_retriever, questions, PROMPTS, EvaluationConfig(), LIMITS, seed=0, out=tmp_path)
+
+
+def test_the_interval_is_that_of_resampling() -> None:
+    values = np.array([1.0] * 30 + [0.0] * 70)
+    rng = np.random.default_rng(1)
+    means = rng.choice(values, size=(20_000, 100)).mean(1)
+    assert bootstrap_interval(0.3, 100, 0) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.011)
+    assert bootstrap_interval(0.3, 100, 0) == bootstrap_interval(0.3, 100, 0)
+    assert bootstrap_interval(1.0, 5, 0) == (1.0, 1.0)
+    assert bootstrap_interval(0.0, 5, 0) == (0.0, 0.0)
+
+
+def test_published_averages_are_those_of_their_rows() -> None:
+    for row in PUBLISHED_3B:
+        if row.em:
+            assert tuple(row.em) == BENCHMARKS
+            assert sum(row.em.values()) / 7 == pytest.approx(row.average, abs=0.051), row.method
+    assert {row.method: row.average for row in PUBLISHED_3B}["Search-E1"] == 44.0
+    assert sum(TEST_SIZES.values()) == 51_713
+
+
+def test_a_comparison_is_over_the_same_benchmarks() -> None:
+    rows = comparison({"nq": 0.4, "bamboogle": 0.2, "world": 0.9}, "mine")
+    assert rows[-1].model_dump() == {
+        "method": "mine",
+        "em": {"nq": 40.0, "bamboogle": 20.0},
+        "average": 30.0,
+        "note": "",
+    }
+    by_method = {row.method: row for row in rows}
+    assert by_method["RAG"].average == pytest.approx((34.8 + 8.0) / 2)
+    assert by_method["EviSD"].average is None
+    whole = comparison(dict.fromkeys(BENCHMARKS, 0.5))
+    assert [row.average for row in whole] == [*(row.average for row in PUBLISHED_3B), 50.0]
+    assert comparison({"world": 0.9}) == []
