@@ -1,5 +1,7 @@
 """A policy on disk and in memory: a plain Hugging Face directory plus the prompts it works under."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,8 @@ class Policy:
 
     def save(self, directory: Path) -> None:
         """Write what ``load`` reads; anything that reads Hugging Face directories reads it too."""
-        self.model.save_pretrained(directory)
+        with _no_bars():
+            self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         self.prompts.save(directory)
 
@@ -61,23 +64,19 @@ def load(model: str | Path, config: PolicyConfig, prompts: Prompts | None = None
         ModelError: the directory is none, or what is in it does not load.
     """
     source = resolve(str(model))
-    quiet = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-        weights = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=getattr(torch, config.dtype),
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-        )
+        with _no_bars():
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+            weights = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=getattr(torch, config.dtype),
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=True,
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
             f"policy.model = {str(model)!r} does not load: {str(error).strip().splitlines()[0]}"
         ) from error
-    finally:
-        if quiet:
-            transformers_logging.enable_progress_bar()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if prompts is None:
@@ -103,6 +102,18 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
     merged = model.merge_and_unload()
     merged.requires_grad_(True)  # peft leaves it off, and the next GRPO round would train nothing
     return merged
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' progress bars over files and weights."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _device(name: str) -> torch.device:

@@ -1,0 +1,145 @@
+"""From a pair to what the model reads: the same response ids after the plain prompt and after the privileged one.
+
+The position p of a row predicts its id p + 1. A row knows, for every id that enters the loss, the predicting position in
+the student's ids and in the teacher's; the two lists belong together one by one, however long the prompts are.
+"""
+
+import re
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any, Literal, TypedDict
+
+import torch
+
+from search_e1.errors import DataError
+from search_e1.prompts import Prompts, privileged_prompt
+from search_e1.types import Pair, Turn
+
+Tokens = Literal["sampled", "acting"]
+
+_TAG = re.compile(r"</?(?:think|search|answer)>")
+_ARGUMENT = re.compile(r"<(search|answer)>(.*?)(?:</\1>|\Z)", re.DOTALL)
+
+
+class TokenClass(StrEnum):
+    """What a sampled token is part of."""
+
+    THOUGHT = "thought"
+    SEARCH = "search"  # the query
+    ANSWER = "answer"
+    TAG = "tag"  # a protocol tag or an end token: the decision what to do, and that it is done
+
+
+class Row(TypedDict):
+    """A pair in ids. ``input_ids`` is the teacher's row, the longer one: rows are batched by its length."""
+
+    name: str
+    input_ids: list[int]
+    student_ids: list[int]
+    teacher_positions: list[int]
+    """Of the ids that enter the loss: where the teacher's row predicts them."""
+    student_positions: list[int]
+    classes: list[TokenClass]
+    """As long as the positions."""
+
+
+def token_classes(tokenizer: Any, turn: Turn) -> list[TokenClass]:
+    """The class of each id of an action.
+
+    Each id is decoded by itself, and the tags are looked for in the pieces joined together, so that every character
+    belongs to one id. An id is a ``TAG`` if it is a special token or any of its characters is in a tag, else of the class
+    that its first character is in: the inside of ``<search>`` or ``<answer>`` (to the end, if it is not closed) or,
+    outside both, ``THOUGHT``. An id that decodes to nothing is a ``THOUGHT``.
+    """
+    decode = {i: tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in set(turn.action_ids)}
+    pieces = [decode[i] for i in turn.action_ids]
+    text = "".join(pieces)
+    labels = [TokenClass.THOUGHT] * len(text)
+    for match in _ARGUMENT.finditer(text):
+        labels[slice(*match.span(2))] = [TokenClass(match[1])] * len(match[2])
+    for match in _TAG.finditer(text):
+        labels[slice(*match.span())] = [TokenClass.TAG] * len(match[0])
+    special = set(tokenizer.all_special_ids)
+    classes: list[TokenClass] = []
+    at = 0
+    for i, piece in zip(turn.action_ids, pieces, strict=True):
+        covered = labels[at : at + len(piece)] or [TokenClass.THOUGHT]
+        classes.append(TokenClass.TAG if i in special or TokenClass.TAG in covered else covered[0])
+        at += len(piece)
+    return classes
+
+
+def encode(
+    tokenizer: Any, prompts: Prompts, pair: Pair, *, context_length: int | None = None, tokens: Tokens = "sampled"
+) -> Row:
+    """The row of a pair. ``tokens="acting"`` leaves thoughts out of the loss, never anything else but observations.
+
+    Raises:
+        DataError: the teacher's row, or the student's, is longer than ``context_length``; see ``fits``.
+    """
+    student_prompt = pair.student.prompt_ids
+    teacher_prompt = privileged_prompt(tokenizer, prompts, pair.question.text, pair.reference.text)
+    response = pair.student.response_ids
+    longest = max(len(student_prompt), len(teacher_prompt)) + len(response)
+    if context_length is not None and longest > context_length:
+        raise DataError(
+            f"the pair of question {pair.question.id!r} takes {longest} tokens with the reference in the prompt, and the "
+            f"policy's context holds {context_length}; leave the pair out, or use a policy with a longer context"
+        )
+    offsets, classes = _loss_tokens(tokenizer, pair, tokens)
+    return Row(
+        name=pair.question.id,
+        input_ids=[*teacher_prompt, *response],
+        student_ids=[*student_prompt, *response],
+        teacher_positions=[len(teacher_prompt) + offset - 1 for offset in offsets],
+        student_positions=[len(student_prompt) + offset - 1 for offset in offsets],
+        classes=classes,
+    )
+
+
+def _loss_tokens(tokenizer: Any, pair: Pair, tokens: Tokens) -> tuple[list[int], list[TokenClass]]:
+    """Offsets into the response of the sampled ids that enter the loss, and their classes."""
+    sampled = [offset for offset, mask in enumerate(pair.student.action_mask) if mask]
+    classes = [kind for turn in pair.student.turns for kind in token_classes(tokenizer, turn)]
+    chosen = [
+        (offset, kind)
+        for offset, kind in zip(sampled, classes, strict=True)
+        if tokens == "sampled" or kind is not TokenClass.THOUGHT
+    ]
+    return [offset for offset, _ in chosen], [kind for _, kind in chosen]
+
+
+def fits(tokenizer: Any, prompts: Prompts, pair: Pair, context_length: int) -> bool:
+    """Whether ``encode`` takes the pair."""
+    prompt = privileged_prompt(tokenizer, prompts, pair.question.text, pair.reference.text)
+    return max(len(prompt), len(pair.student.prompt_ids)) + len(pair.student.response_ids) <= context_length
+
+
+def collate(rows: Sequence[Row], pad_id: int) -> dict[str, torch.Tensor]:
+    """A batch of B rows, padded on the right.
+
+    Returns:
+        For both roles (``student_``, ``teacher_``): ``input_ids`` and ``attention_mask`` [B, width], int64, and ``index``
+        [N], int64: the predicting positions of all rows, into the flattened [B * width]; entry n of both predicts the
+        same id.
+    """
+    batch: dict[str, torch.Tensor] = {}
+    for role, ids_of, positions_of in (
+        ("student", [r["student_ids"] for r in rows], [r["student_positions"] for r in rows]),
+        ("teacher", [r["input_ids"] for r in rows], [r["teacher_positions"] for r in rows]),
+    ):
+        width = max(map(len, ids_of))
+        batch[f"{role}_input_ids"] = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in ids_of])
+        batch[f"{role}_attention_mask"] = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in ids_of])
+        flat = [i * width + position for i, positions in enumerate(positions_of) for position in positions]
+        batch[f"{role}_index"] = torch.tensor(flat, dtype=torch.long)
+    return batch
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Any id does: attention is masked, and no position of the padding enters the loss."""
+    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+
+
+def context_length(model: Any) -> int:
+    return model.config.get_text_config().max_position_embeddings

@@ -1,0 +1,247 @@
+"""The teacher's lead: how much better the policy is when its prompt shows the reference. It decides whether distilling pays.
+
+Measured on pairs that are held out from distillation, by sampling under both prompts: from the question on, and from the
+middle of what a wrong student did ("off track"), which is where distillation asks the teacher for its opinion.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from statistics import fmean, stdev
+
+import torch
+from torch import nn
+
+from search_e1.config import LeadConfig, RolloutConfig
+from search_e1.distill.collate import Row, TokenClass, collate, context_length, encode, fits, pad_id
+from search_e1.distill.loss import fused_forward_kl, hidden_at, split_head
+from search_e1.errors import DataError, NoLeadError
+from search_e1.policy import Policy
+from search_e1.progress import Progress, silent
+from search_e1.prompts import privileged_prompt
+from search_e1.retrieval.base import Retriever
+from search_e1.rollout import loop
+from search_e1.rollout.generator import Generator
+from search_e1.types import Pair, Record, Trajectory, Turn
+
+_PROFILE_ROWS = 8  # rows that go through the model together when the KL profile is taken
+
+
+class ClassKL(Record):
+    """The divergence at the sampled tokens of one class."""
+
+    tokens: int
+    mean: float
+    """KL(teacher || student), nats a token, not clipped."""
+    share: float
+    """Of the divergence of all sampled tokens."""
+
+
+class Lead(Record):
+    """What was measured. EM, searches and sampled tokens are means over pairs of the mean over their samples."""
+
+    pairs: int
+    too_long: int
+    """Held-out pairs left out because the policy's context cannot hold them with the reference in the prompt."""
+    samples: int
+    """Trajectories for each pair, prompt and kind of start."""
+    em_plain: float
+    em_privileged: float
+    low: float
+    """Lower end of the 95% interval of the lead (normal, over pairs); -1 if there is but one pair."""
+    high: float
+    searches_plain: float
+    searches_privileged: float
+    tokens_plain: float
+    tokens_privileged: float
+    pairs_off_track: int
+    """Pairs whose student is wrong and can be interrupted: after the first half of its turns, at least one."""
+    em_plain_off_track: float | None
+    """``None`` without such pairs."""
+    em_privileged_off_track: float | None
+    kl: dict[TokenClass, ClassKL]
+    """On the students' trajectories; classes that do not occur are absent."""
+
+    @property
+    def lead(self) -> float:
+        """In EM, from the question on."""
+        return self.em_privileged - self.em_plain
+
+    @property
+    def lead_off_track(self) -> float | None:
+        if self.em_privileged_off_track is None or self.em_plain_off_track is None:
+            return None
+        return self.em_privileged_off_track - self.em_plain_off_track
+
+
+def hold_out(pairs: Sequence[Pair], config: LeadConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to distil on, and pairs to measure the lead on; no question is in both. Their order is kept.
+
+    Counts questions: ``config.pairs`` of them, at most the share ``config.max_share``, but at least one, so that nothing is
+    ever distilled unmeasured.
+    """
+    questions = sorted({pair.question.id for pair in pairs})
+    count = max(1, min(config.pairs, int(config.max_share * len(questions)))) if questions else 0
+    chosen = set(random.Random(seed).sample(questions, count))
+    train = [pair for pair in pairs if pair.question.id not in chosen]
+    return train, [pair for pair in pairs if pair.question.id in chosen]
+
+
+def measure(
+    policy: Policy,
+    generator: Generator,
+    retriever: Retriever,
+    pairs: Sequence[Pair],
+    config: LeadConfig,
+    rollout: RolloutConfig,
+    *,
+    temperature: float,
+    seed: int,
+    progress: Progress = silent,
+) -> Lead:
+    """Sample under the plain and the privileged prompt and compare.
+
+    The pairs of one question share their reference, so only the first of them is measured. Rollouts under the privileged
+    prompt may be longer by as much as that prompt is, so that both have the same room to act.
+
+    Raises:
+        DataError: no pairs, or none that fits the policy's context.
+        RetrievalError: from the retriever.
+    """
+    first = list({pair.question.id: pair for pair in reversed(pairs)}.values())[::-1]
+    length = min(generator.context_length, context_length(policy.model))
+    kept = [pair for pair in first if fits(policy.tokenizer, policy.prompts, pair, length)]
+    if not kept:
+        why = f"all {len(first)} are too long for the policy's context of {length}" if first else "there are none"
+        raise DataError(f"no pair to measure the teacher's lead on: {why}; sample a larger pool (pool.questions)")
+    torch.manual_seed(seed)
+    off_track = [(i, prefix) for i, pair in enumerate(kept) if (prefix := _prefix(pair.student, rollout))]
+    begins = [*((i, ()) for i in range(len(kept))), *off_track]
+    outcomes = _sample(policy, generator, retriever, kept, begins, config, rollout, temperature, progress)
+    plain, privileged = outcomes[0][: len(kept)], outcomes[1][: len(kept)]
+    plain_off, privileged_off = outcomes[0][len(kept) :], outcomes[1][len(kept) :]
+    low, high = _interval([_em(b) - _em(a) for a, b in zip(plain, privileged, strict=True)])
+    return Lead(
+        pairs=len(kept),
+        too_long=len(first) - len(kept),
+        samples=config.samples,
+        em_plain=fmean(map(_em, plain)),
+        em_privileged=fmean(map(_em, privileged)),
+        low=low,
+        high=high,
+        searches_plain=fmean(t.searches for group in plain for t in group),
+        searches_privileged=fmean(t.searches for group in privileged for t in group),
+        tokens_plain=fmean(t.sampled_tokens for group in plain for t in group),
+        tokens_privileged=fmean(t.sampled_tokens for group in privileged for t in group),
+        pairs_off_track=len(off_track),
+        em_plain_off_track=fmean(map(_em, plain_off)) if plain_off else None,
+        em_privileged_off_track=fmean(map(_em, privileged_off)) if privileged_off else None,
+        kl=kl_profile(policy, kept),
+    )
+
+
+def gate(lead: Lead, config: LeadConfig) -> None:
+    """Let a distillation pass, or refuse it.
+
+    Raises:
+        NoLeadError: the lead is below ``config.minimum`` and ``config.enforce`` is on.
+    """
+    if config.enforce and not lead.lead >= config.minimum:
+        raise NoLeadError(
+            f"the teacher does not lead: EM {lead.em_privileged:.3f} with the reference in the prompt, {lead.em_plain:.3f} "
+            f"without (lead {lead.lead:+.3f}, 95% {lead.low:+.3f} to {lead.high:+.3f}, {lead.pairs} pairs), less than "
+            f"lead.minimum = {config.minimum:g}; mend prompts.privileged, or train the policy so that it still follows a "
+            "reference (grpo.replay, a lower grpo.learning_rate), or set lead.enforce = false"
+        )
+
+
+def kl_profile(policy: Policy, pairs: Sequence[Pair]) -> dict[TokenClass, ClassKL]:
+    """Where on the students' trajectories teacher and student disagree, by ``collate.token_classes``."""
+    decoder, head = split_head(policy.model)
+    rows = sorted((encode(policy.tokenizer, policy.prompts, pair) for pair in pairs), key=lambda r: len(r["input_ids"]))
+    by_class: dict[TokenClass, list[float]] = {}
+    for at in range(0, len(rows), _PROFILE_ROWS):
+        part = rows[at : at + _PROFILE_ROWS]
+        divergences = _divergences(policy, decoder, head, part)
+        classes = [kind for row in part for kind in row["classes"]]
+        for kind, divergence in zip(classes, divergences, strict=True):
+            by_class.setdefault(kind, []).append(divergence)
+    total = math.fsum(map(math.fsum, by_class.values()))
+    return {
+        kind: ClassKL(tokens=len(values), mean=fmean(values), share=math.fsum(values) / total if total > 0 else 0.0)
+        for kind, values in sorted(by_class.items())
+    }
+
+
+@torch.no_grad()
+def _divergences(policy: Policy, decoder: nn.Module, head: nn.Linear, rows: Sequence[Row]) -> list[float]:
+    was_training = policy.model.training
+    policy.model.eval()
+    batch = {k: v.to(policy.model.device) for k, v in collate(rows, pad_id(policy.tokenizer)).items()}
+    student, teacher = (
+        hidden_at(decoder, batch[f"{role}_input_ids"], batch[f"{role}_attention_mask"], batch[f"{role}_index"])
+        for role in ("student", "teacher")
+    )
+    policy.model.train(was_training)
+    _, per_token = fused_forward_kl(student, teacher, head.weight, head_bias=head.bias, clip="none")
+    return per_token.tolist()
+
+
+def _prefix(student: Trajectory, rollout: RolloutConfig) -> tuple[Turn, ...]:
+    """The first half of a wrong student's turns, at least one; empty if that leaves nothing to do."""
+    if student.correct:
+        return ()
+    count = max(1, len(student.turns) // 2)
+    return student.turns[:count] if count < len(student.turns) and count <= rollout.max_searches else ()
+
+
+def _sample(
+    policy: Policy,
+    generator: Generator,
+    retriever: Retriever,
+    pairs: Sequence[Pair],
+    begins: Sequence[tuple[int, Sequence[Turn]]],
+    config: LeadConfig,
+    rollout: RolloutConfig,
+    temperature: float,
+    progress: Progress,
+) -> list[list[list[Trajectory]]]:
+    """For the plain prompt, then the privileged: the samples of each begin (a pair's index and its first turns)."""
+    plain = [pair.student.prompt_ids for pair in pairs]
+    privileged = [
+        privileged_prompt(policy.tokenizer, policy.prompts, pair.question.text, pair.reference.text) for pair in pairs
+    ]
+    longer = max(len(b) - len(a) for a, b in zip(plain, privileged, strict=True))
+    roomier = rollout.model_copy(update={"max_tokens": rollout.max_tokens + max(0, longer)})
+    total = 2 * config.samples * len(begins)
+    rewards: list[float] = []
+
+    def on_trajectory(_: int, trajectory: Trajectory) -> None:
+        rewards.append(trajectory.reward)
+        progress(len(rewards), total, f"EM {fmean(rewards):.3f}")
+
+    outcomes = []
+    for prompts, limits in ((plain, rollout), (privileged, roomier)):
+        sampled = loop.rollout(
+            generator,
+            retriever,
+            [loop.Start(pairs[i].question, prompts[i], turns) for i, turns in begins for _ in range(config.samples)],
+            limits,
+            temperature=temperature,
+            correction=policy.prompts.correction,
+            on_trajectory=on_trajectory,
+        )
+        outcomes.append([sampled[at : at + config.samples] for at in range(0, len(sampled), config.samples)])
+    return outcomes
+
+
+def _em(samples: Sequence[Trajectory]) -> float:
+    return fmean(t.reward for t in samples)
+
+
+def _interval(differences: Sequence[float]) -> tuple[float, float]:
+    """95%, normal, of the mean of paired differences in EM; all that is possible if there is but one."""
+    if len(differences) < 2:
+        return -1.0, 1.0
+    half = 1.96 * stdev(differences) / math.sqrt(len(differences))
+    return fmean(differences) - half, fmean(differences) + half

@@ -1,0 +1,274 @@
+"""Offline self-distillation: one set of weights is teacher (adapter off, privileged prompt) and student (adapter on)."""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from search_e1.config import DistillConfig
+from search_e1.distill.collate import Row, collate, context_length, encode, fits, pad_id
+from search_e1.distill.loss import fused_forward_kl, hidden_at, split_head
+from search_e1.errors import ConfigError, DataError, TrainingError
+from search_e1.policy import Policy, merge_adapter, with_adapter
+from search_e1.progress import Progress, silent
+from search_e1.types import Pair
+
+_OWN_KEYS = {  # key of TrainingArguments -> where it is set instead
+    "num_train_epochs": "distill.epochs",
+    "learning_rate": "distill.learning_rate",
+    "gradient_accumulation_steps": "distill.batch_size and distill.trainer.per_device_train_batch_size",
+    "seed": "seed",
+    "output_dir": "run",
+    "use_cpu": "policy.device",
+}
+_FIXED_KEYS = {
+    "remove_unused_columns",
+    "logging_strategy",
+    "logging_steps",
+    "save_strategy",
+    "disable_tqdm",
+    "label_names",
+}
+_FIXED_KEYS |= {"auto_find_batch_size", "eval_strategy", "do_eval", "load_best_model_at_end", "resume_from_checkpoint"}
+
+
+def train(
+    policy: Policy,
+    pairs: Sequence[Pair],
+    config: DistillConfig,
+    *,
+    seed: int,
+    out: Path,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Distil ``policy`` on ``pairs``, in place, and merge the adapter into its weights.
+
+    Writes ``out/policy`` (what ``policy.load`` reads) and ``out/steps.jsonl`` (a line a step: loss, grad_norm,
+    learning_rate, seconds). Pairs that the policy's context cannot hold with the reference in the prompt are left out and
+    counted.
+
+    Returns:
+        pairs, pairs_too_long, positions (sampled tokens in the loss, an epoch), steps, kl_first and kl_last (mean clipped
+        divergence in nats a token over the first and the last tenth of the steps), seconds.
+
+    Raises:
+        DataError: no pair, or none that fits.
+        ConfigError: a key of ``config.trainer`` that is unknown, reserved, or has an impossible value.
+        ModelError: a policy whose logits are more than its output head makes of its hidden states.
+        TrainingError: a loss that is not finite; ``out/bad_batch.pt`` holds the batch.
+    """
+    started = time.monotonic()
+    rows = _rows(policy, pairs, config)
+    out.mkdir(parents=True, exist_ok=True)
+    arguments = _arguments(config, policy, seed, out)
+    set_seed(seed)  # of the adapter's start
+    adapted = with_adapter(policy.model, config.lora)
+    log = _StepLog(out / "steps.jsonl", progress)
+    trainer = _DistillTrainer(
+        model=_SelfDistillation(adapted, config),
+        args=arguments,
+        train_dataset=rows,
+        data_collator=_Collator(pad_id(policy.tokenizer)),
+        callbacks=[log],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    policy.model = merge_adapter(adapted).eval()
+    if trainer.is_world_process_zero():
+        policy.save(out / "policy")
+    tenth = max(1, len(log.losses) // 10)
+    return {
+        "pairs": len(rows),
+        "pairs_too_long": len(pairs) - len(rows),
+        "positions": sum(len(row["student_positions"]) for row in rows),
+        "steps": len(log.losses),
+        "kl_first": fmean(log.losses[:tenth]),
+        "kl_last": fmean(log.losses[-tenth:]),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _rows(policy: Policy, pairs: Sequence[Pair], config: DistillConfig) -> list[Row]:
+    if not pairs:
+        raise DataError(
+            "no pairs to distil on; sample a larger pool (pool.questions, pool.group_size) or check its health"
+        )
+    length = context_length(policy.model)
+    tokenizer, prompts = policy.tokenizer, policy.prompts
+    rows = [
+        encode(tokenizer, prompts, pair, tokens=config.tokens)
+        for pair in pairs
+        if fits(tokenizer, prompts, pair, length)
+    ]
+    rows = [row for row in rows if row["student_positions"]]  # an action without a tag, if thoughts are left out
+    if not rows:
+        raise DataError(
+            f"none of the {len(pairs)} pairs fits the policy's context of {length} tokens with the reference in the prompt; "
+            "use a policy with a longer context, or lower rollout.max_tokens"
+        )
+    return rows
+
+
+def _arguments(config: DistillConfig, policy: Policy, seed: int, out: Path) -> TrainingArguments:
+    """The trainer's arguments: ours, then ``config.trainer``; micro-batches are told by its per_device_train_batch_size."""
+    for key in config.trainer:
+        if key in _OWN_KEYS:
+            raise ConfigError(f"distill.trainer.{key}: set by {_OWN_KEYS[key]}; take it out")
+        if key in _FIXED_KEYS:
+            raise ConfigError(f"distill.trainer.{key}: cannot be chosen here; take it out")
+        if key not in TrainingArguments.__dataclass_fields__:
+            raise ConfigError(f"distill.trainer.{key}: transformers.TrainingArguments has no such argument")
+    cpu = policy.model.device.type == "cpu"
+    ours = dict(
+        output_dir=str(out),
+        num_train_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        gradient_accumulation_steps=_accumulation(config),
+        seed=seed,
+        use_cpu=cpu,
+        remove_unused_columns=False,
+        logging_strategy="steps",
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    defaults = dict(
+        per_device_train_batch_size=_micro_batch(config),
+        train_sampling_strategy="group_by_length",
+        dataloader_pin_memory=not cpu,
+        report_to="none",
+    )
+    try:
+        arguments = TrainingArguments(**{**defaults, **config.trainer, **ours})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"distill.trainer: {str(error).strip().splitlines()[0]}") from error
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = (
+            1  # DataParallel would split a batch whose positions index it whole; `accelerate launch` is the way
+        )
+    return arguments
+
+
+def _micro_batch(config: DistillConfig) -> int:
+    processes = _processes()
+    size = config.trainer.get("per_device_train_batch_size", max(1, config.batch_size // processes))
+    if not isinstance(size, int) or size < 1 or config.batch_size % (size * processes):
+        raise ConfigError(
+            f"distill.trainer.per_device_train_batch_size = {size!r} on {processes} processes does not divide "
+            f"distill.batch_size = {config.batch_size}; choose a divisor"
+        )
+    return size
+
+
+def _accumulation(config: DistillConfig) -> int:
+    return config.batch_size // (_micro_batch(config) * _processes())
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate set it
+
+
+class _Collator:
+    def __init__(self, pad: int) -> None:
+        self.pad = pad
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        return collate(rows, self.pad)
+
+
+class _SelfDistillation(nn.Module):
+    """Both roles and the loss in one module, so that whatever wraps a model (DDP, autocast) wraps all of it."""
+
+    def __init__(self, adapted: PeftModel, config: DistillConfig) -> None:
+        super().__init__()
+        self.decoder, self.head = split_head(adapted)
+        self.adapted = adapted
+        self.settings = config
+        self.config = adapted.config  # the trainer looks for it
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.adapted.gradient_checkpointing_enable(**kwargs)
+
+    def forward(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean divergence of a batch from ``collate``, and each position's."""
+        training = self.training
+        self.adapted.eval()
+        with torch.no_grad(), self.adapted.disable_adapter():
+            teacher = self._hidden("teacher", batch)
+        self.adapted.train(training)
+        student = self._hidden("student", batch)
+        with torch.autocast(student.device.type, enabled=False):
+            return fused_forward_kl(
+                student,
+                teacher,
+                self.head.weight,
+                head_bias=self.head.bias,
+                tau=self.settings.tau,
+                clip=self.settings.clip,
+                teacher_temperature=self.settings.teacher_temperature,
+                chunk_size=self.settings.chunk_size,
+            )
+
+    def _hidden(self, role: str, batch: Mapping[str, Tensor]) -> Tensor:
+        ids, mask, index = (batch[f"{role}_{part}"] for part in ("input_ids", "attention_mask", "index"))
+        return hidden_at(self.decoder, ids, mask, index)
+
+
+class _DistillTrainer(Trainer):
+    loss_is_scaled_for_ga = True  # by `compute_loss`: the mean is over the positions of all micro-batches
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        positions = torch.tensor(sum(len(batch["student_index"]) for batch in batch_samples), device=device)
+        return self.accelerator.gather(positions).sum()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, per_token = model(**inputs)
+        if not torch.isfinite(loss):
+            path = Path(str(self.args.output_dir)) / "bad_batch.pt"
+            torch.save({**inputs, "per_token": per_token}, path)
+            raise TrainingError(
+                f"the divergence of step {self.state.global_step + 1} is {loss.item()}; its batch is in {path}; lower "
+                "distill.learning_rate, or check the policy's weights"
+            )
+        # Gradients are averaged over processes, each of which holds a part of the batch.
+        share = len(per_token) * self.accelerator.num_processes / num_items_in_batch
+        return loss * share
+
+
+class _StepLog(TrainerCallback):
+    """Writes a line a step and tells the progress."""
+
+    def __init__(self, path: Path, progress: Progress) -> None:
+        self.path = path
+        self.progress = progress
+        self.losses: list[float] = []
+        self._started = time.monotonic()
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        with suppress(FileNotFoundError):
+            self.path.unlink()
+        self._started = time.monotonic()
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" not in logs:  # the summary at the end
+            return
+        self.losses.append(logs["loss"])
+        if not state.is_world_process_zero:
+            return
+        now = time.monotonic()
+        line = {"step": state.global_step, **{k: logs[k] for k in ("loss", "grad_norm", "learning_rate") if k in logs}}
+        with self.path.open("a") as file:
+            file.write(json.dumps({**line, "seconds": round(now - self._started, 4)}) + "\n")
+        self._started = now
+        self.progress(state.global_step, state.max_steps, f"KL {logs['loss']:.4f}")

@@ -1,0 +1,179 @@
+"""The teacher's lead: what is measured, and the gate that a spoilt privileged prompt does not pass."""
+
+import pytest
+
+from search_e1.config import LeadConfig, RolloutConfig
+from search_e1.distill.collate import TokenClass
+from search_e1.distill.teacher import Lead, gate, hold_out, kl_profile, measure
+from search_e1.errors import DataError, NoLeadError
+from search_e1.prompts import plain_prompt
+from search_e1.rollout.generator import Generation
+from search_e1.types import ActionKind, Question
+from test_collate import make_pair, make_turn
+
+CONFIG = LeadConfig(samples=2)
+ROLLOUT = RolloutConfig(max_action_tokens=60, max_tokens=900, topk=1)
+SPOILT = "{instruction}Solved by an expert, but not for you to see.{reference}"
+
+
+class Copier:
+    """Answers what an expert in its prompt answered, right after a search if it is off track; else searches, then gives up."""
+
+    context_length = 1024
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def generate(self, prompts, *, max_new_tokens, temperature, stop):
+        return [
+            Generation(tuple(self.tokenizer.encode(self._act(self.tokenizer.decode(p)))[:max_new_tokens]))
+            for p in prompts
+        ]
+
+    def _act(self, context: str) -> str:
+        if "An expert:" in context and "<answer>Cor Dun</answer>" in context:
+            return "<answer>Cor Dun</answer>"
+        return "<answer>Fen</answer>" if "<information>" in context else "<search>bel mayor</search>"
+
+
+def pairs_of(policy, count=4):
+    return [
+        make_pair(policy, Question(id=f"q{i}", text=f"Mayor of Bel, {i}?", answers=("Cor Dun",))) for i in range(count)
+    ]
+
+
+def measured(policy, retriever, pairs, **kwargs) -> Lead:
+    generator = Copier(policy.tokenizer)
+    return measure(policy, generator, retriever, pairs, CONFIG, ROLLOUT, temperature=1.0, seed=1, **kwargs)
+
+
+def spoil(policy) -> None:
+    """A privileged prompt in which the policy does not recognise the reference."""
+    policy.prompts = policy.prompts.model_copy(update={"privileged": SPOILT})
+
+
+def test_a_sound_privileged_prompt_leads_and_passes(tiny_policy, tiny_retriever):
+    told: list[tuple[int, int, str]] = []
+    lead = measured(tiny_policy, tiny_retriever, pairs_of(tiny_policy), progress=lambda *a: told.append(a))
+    assert (lead.em_plain, lead.em_privileged, lead.lead) == (0.0, 1.0, 1.0)
+    assert (lead.low, lead.high) == (1.0, 1.0)
+    assert (lead.pairs, lead.pairs_off_track, lead.samples, lead.too_long) == (4, 4, 2, 0)
+    assert (lead.em_plain_off_track, lead.em_privileged_off_track, lead.lead_off_track) == (0.0, 1.0, 1.0)
+    assert (lead.searches_plain, lead.searches_privileged) == (1, 0)
+    tokenizer = tiny_policy.tokenizer
+    assert lead.tokens_privileged == len(tokenizer.encode("<answer>Cor Dun</answer>"))
+    assert lead.tokens_plain == len(tokenizer.encode("<search>bel mayor</search><answer>Fen</answer>"))
+    assert [done for done, _, _ in told] == list(range(1, 33))  # 4 pairs, 2 samples, 2 prompts, 2 kinds of start
+    assert told[-1] == (32, 32, "EM 0.500")
+    gate(lead, CONFIG)
+    assert Lead.model_validate_json(lead.model_dump_json()) == lead
+
+
+def test_a_spoilt_privileged_prompt_is_refused(tiny_policy, tiny_retriever):
+    pairs = pairs_of(tiny_policy)
+    spoil(tiny_policy)
+    lead = measured(tiny_policy, tiny_retriever, pairs)
+    assert (lead.em_plain, lead.em_privileged, lead.lead) == (0.0, 0.0, 0.0)
+    with pytest.raises(
+        NoLeadError, match=r"does not lead: EM 0\.000 .*lead \+0\.000.*4 pairs.*lead\.minimum = 0\.02"
+    ) as refused:
+        gate(lead, CONFIG)
+    assert "\n" not in str(refused.value)
+    gate(lead, CONFIG.model_copy(update={"enforce": False}))
+
+
+def test_off_track_starts_are_for_wrong_students_with_something_left_to_do(tiny_policy, tiny_retriever):
+    one_turn = make_pair(tiny_policy, Question(id="one", text="One?", answers=("Cor Dun",)))
+    answer = make_turn(tiny_policy.tokenizer, "<answer>Fen</answer>", ActionKind.ANSWER, "Fen")
+    one_turn = one_turn.model_copy(update={"student": one_turn.student.model_copy(update={"turns": (answer,)})})
+    right = make_pair(tiny_policy, Question(id="right", text="Right?", answers=("Fen", "Cor Dun")))
+    right = right.model_copy(update={"student": right.student.model_copy(update={"reward": 1.0})})
+    lead = measured(tiny_policy, tiny_retriever, [one_turn, right])
+    assert (lead.pairs, lead.pairs_off_track) == (2, 0)
+    assert lead.em_plain_off_track is lead.em_privileged_off_track is lead.lead_off_track is None
+
+
+def test_the_interval_is_of_paired_differences(tiny_policy, tiny_retriever):
+    # "Fen" is right for one of two questions, so plain and privileged differ by 1 and by 0: 0.5 +- 1.96 * 0.7071 / 2 ** 0.5.
+    easy = make_pair(tiny_policy, Question(id="easy", text="Easy?", answers=("Fen", "Cor Dun")))
+    lead = measured(tiny_policy, tiny_retriever, [easy, *pairs_of(tiny_policy, 1)])
+    assert (lead.em_plain, lead.em_privileged) == (0.5, 1.0)
+    assert (lead.low, lead.high) == pytest.approx((0.5 - 0.98, 0.5 + 0.98))
+
+
+def test_one_pair_of_a_question_is_measured(tiny_policy, tiny_retriever):
+    pair = make_pair(tiny_policy)
+    lead = measured(tiny_policy, tiny_retriever, [pair, pair, pair])
+    assert lead.pairs == 1
+    assert (lead.low, lead.high) == (-1.0, 1.0)
+
+
+def test_pairs_too_long_for_the_context_are_counted(tiny_policy, tiny_retriever):
+    long = make_pair(tiny_policy, Question(id="long", text="x" * 700, answers=("Cor Dun",)))
+    tiny_policy.model.config.max_position_embeddings = 600
+    lead = measured(tiny_policy, tiny_retriever, [long, *pairs_of(tiny_policy, 2)])
+    assert (lead.pairs, lead.too_long) == (2, 1)
+    with pytest.raises(DataError, match="all 1 are too long for the policy's context of 600"):
+        measured(tiny_policy, tiny_retriever, [long])
+    with pytest.raises(DataError, match="there are none; sample a larger pool"):
+        measured(tiny_policy, tiny_retriever, [])
+
+
+def test_the_profile_is_zero_where_both_prompts_are_the_same(tiny_policy):
+    """Any shift between the rows would show: the hidden states differ from one position to the next."""
+    pair = make_pair(tiny_policy)
+    same = tiny_policy.prompts.model_copy(update={"privileged": "{instruction}{reference}"})
+    tiny_policy.prompts = same
+    blank = pair.reference.model_copy(
+        update={"turns": (pair.reference.turns[0].model_copy(update={"action_text": ""}),)}
+    )
+    profile = kl_profile(tiny_policy, [pair.model_copy(update={"reference": blank})])
+    assert max(part.mean for part in profile.values()) < 1e-10
+    assert min(part.mean for part in kl_profile(tiny_policy, [pair]).values()) > 1e-6
+
+
+def test_the_profile_adds_up(tiny_policy):
+    pairs = pairs_of(tiny_policy, 3)
+    profile = kl_profile(tiny_policy, pairs)
+    assert set(profile) == set(TokenClass)
+    assert sum(part.tokens for part in profile.values()) == sum(pair.student.sampled_tokens for pair in pairs)
+    assert profile[TokenClass.SEARCH].tokens == 3 * len("bel")
+    assert sum(part.share for part in profile.values()) == pytest.approx(1)
+    total = sum(part.tokens * part.mean for part in profile.values())
+    assert profile[TokenClass.TAG].share == pytest.approx(
+        profile[TokenClass.TAG].tokens * profile[TokenClass.TAG].mean / total
+    )
+
+
+def test_hold_out_splits_by_question(tiny_policy):
+    pairs = [pair for pair in pairs_of(tiny_policy, 12) for _ in range(2)]
+    train, held_out = hold_out(pairs, LeadConfig(pairs=64, max_share=0.25), seed=3)
+    assert len({pair.question.id for pair in held_out}) == 3
+    assert (len(train), len(held_out)) == (18, 6)
+    assert not {pair.question.id for pair in train} & {pair.question.id for pair in held_out}
+    assert hold_out(pairs, LeadConfig(pairs=64), seed=3) == (train, held_out)
+    assert hold_out(pairs, LeadConfig(pairs=64), seed=4) != (train, held_out)
+    assert len(hold_out(pairs, LeadConfig(pairs=2), seed=3)[1]) == 4
+
+
+def test_hold_out_always_leaves_something_to_measure_on(tiny_policy):
+    train, held_out = hold_out([make_pair(tiny_policy)], LeadConfig(), seed=0)
+    assert (len(train), len(held_out)) == (0, 1)
+    assert hold_out([], LeadConfig(), seed=0) == ([], [])
+
+
+def test_students_are_asked_with_their_own_prompt(tiny_policy, tiny_retriever):
+    """The plain rollouts start from the ids stored with the student."""
+    seen: list[tuple[int, ...]] = []
+    generator = Copier(tiny_policy.tokenizer)
+    generate = generator.generate
+    generator.generate = lambda prompts, **kwargs: seen.extend(map(tuple, prompts)) or generate(prompts, **kwargs)
+    pair = make_pair(tiny_policy)
+    measure(tiny_policy, generator, tiny_retriever, [pair], CONFIG, ROLLOUT, temperature=1.0, seed=1)
+    assert (
+        seen[0]
+        == pair.student.prompt_ids
+        == plain_prompt(tiny_policy.tokenizer, tiny_policy.prompts, pair.question.text)
+    )
+    prefix = pair.student.turns[0]
+    assert seen[2] == pair.student.prompt_ids + prefix.action_ids + prefix.observation_ids

@@ -1,0 +1,133 @@
+"""Which trajectory is shown, and who learns from it."""
+
+from zlib import crc32
+
+import pytest
+
+from search_e1.config import PairsConfig
+from search_e1.distill.pairs import divergence, select
+from search_e1.types import ActionKind, Group, Question, StopReason, Trajectory, Turn
+
+QUESTION = Question(id="q", text="Who is the mayor of Bel?", answers=("Cor Dun",))
+
+
+def search(query: str, tokens: int = 3) -> Turn:
+    text = f"<search>{query}</search>"
+    return Turn(
+        action_ids=(1, crc32(query.encode()), *range(tokens - 2)),
+        action_text=text,
+        kind=ActionKind.SEARCH,
+        argument=query,
+        observation_ids=(7, 8),
+        observation_text="(seen)",
+        passage_ids=("p",),
+    )
+
+
+def answer(text: str, tokens: int = 3) -> Turn:
+    ids = (2, crc32(text.encode()), *range(tokens - 2))
+    return Turn(action_ids=ids, action_text=f"<answer>{text}</answer>", kind=ActionKind.ANSWER, argument=text)
+
+
+MALFORMED = Turn(action_ids=(3, 4), action_text="hm", kind=ActionKind.MALFORMED)
+
+
+def trajectory(*turns: Turn, question: str = "q") -> Trajectory:
+    final = turns[-1].argument if turns and turns[-1].kind is ActionKind.ANSWER else None
+    reward = float(final == "Cor Dun")
+    stop = StopReason.MALFORMED if final is None else StopReason.ANSWERED
+    return Trajectory(question_id=question, prompt_ids=(9,), turns=turns, stop_reason=stop, answer=final, reward=reward)
+
+
+def group(*trajectories: Trajectory) -> Group:
+    return Group(question=QUESTION, trajectories=trajectories)
+
+
+def students_of(*trajectories: Trajectory, students: int = 9) -> list[Trajectory]:
+    pairs, _ = select([group(*trajectories)], PairsConfig(students=students))
+    return [pair.student for pair in pairs]
+
+
+SHORT = trajectory(search("mayor bel"), answer("Cor Dun"))
+LONG = trajectory(search("bel"), search("mayor"), search("mayor bel"), answer("Cor Dun"))
+WRONG_NEAR = trajectory(search("mayor bel"), answer("Cor"))
+WRONG_FAR = trajectory(search("fen"), search("eth"), answer("Hor"))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        (SHORT, SHORT, 0.0),
+        # The answers {cor, dun} and {cor} share one of two words: 1/2 over 2 actions.
+        (SHORT, WRONG_NEAR, 0.25),
+        # An insertion, a search with no word in common, another answer: 3 over 3 actions.
+        (SHORT, WRONG_FAR, 1.0),
+        # Two searches inserted before equal ones: 2 over 4.
+        (SHORT, LONG, 0.5),
+        # An answer in place of a malformed action is a replacement of kind (1), the search is deleted (1): 2 over 2.
+        (SHORT, trajectory(MALFORMED), 1.0),
+        # Case, articles and punctuation do not count.
+        (SHORT, trajectory(search("the Mayor, Bel"), answer("Cor Dun")), 0.0),
+        (SHORT, trajectory(), 1.0),
+        (trajectory(), trajectory(), 0.0),
+    ],
+)
+def test_divergence_by_hand(a, b, expected):
+    assert divergence(a, b) == pytest.approx(expected)
+    assert divergence(b, a) == pytest.approx(expected)
+
+
+def test_the_reference_has_fewest_searches_then_fewest_tokens():
+    wordy = trajectory(search("mayor bel"), answer("Cor Dun", tokens=30))
+    pairs, _ = select([group(WRONG_FAR, LONG, wordy, SHORT)], PairsConfig())
+    assert [(p.reference, p.student) for p in pairs] == [(SHORT, WRONG_FAR)]
+
+
+def test_wrong_students_first_most_divergent_first():
+    assert students_of(SHORT, LONG, WRONG_NEAR, WRONG_FAR) == [WRONG_FAR, WRONG_NEAR, LONG]
+    assert students_of(SHORT, LONG, WRONG_NEAR, WRONG_FAR, students=2) == [WRONG_FAR, WRONG_NEAR]
+
+
+def test_a_correct_sibling_must_be_less_efficient():
+    as_good = trajectory(search("bel"), answer("Cor Dun", tokens=4))  # 7 sampled tokens against 6: under 1.25 times
+    wordy = trajectory(search("bel"), answer("Cor Dun", tokens=5))  # 8: over
+    assert students_of(SHORT, as_good) == []
+    assert students_of(SHORT, as_good, wordy) == [wordy]
+
+
+def test_equal_siblings_count_once_and_empty_ones_not_at_all():
+    assert students_of(SHORT, WRONG_NEAR, WRONG_NEAR, trajectory(), SHORT) == [WRONG_NEAR]
+
+
+def test_ties_go_by_the_order_in_the_group():
+    other = trajectory(search("ion"), search("ion"), answer("Gil"))
+    assert students_of(SHORT, other, WRONG_FAR) == [other, WRONG_FAR]
+    assert students_of(SHORT, WRONG_FAR, other) == [WRONG_FAR, other]
+
+
+def test_health():
+    groups = [
+        group(SHORT, WRONG_FAR, LONG, WRONG_NEAR),
+        group(WRONG_FAR, trajectory(MALFORMED)),
+        group(SHORT, SHORT),
+        group(SHORT, LONG),
+    ]
+    pairs, health = select(iter(groups), PairsConfig())
+    assert len(pairs) == 2
+    assert (health.questions, health.trajectories, health.pairs, health.wrong_students) == (4, 10, 2, 1)
+    assert (health.never_correct, health.nothing_to_learn, health.usable, health.all_correct) == (1, 1, 2, 2)
+    assert health.em == pytest.approx(6 / 10)
+    assert health.searches == pytest.approx((1 + 2 + 3 + 1 + 2 + 0 + 1 + 1 + 1 + 3) / 10)
+    assert health.tokens == pytest.approx((6 + 9 + 12 + 6 + 9 + 2 + 6 + 6 + 6 + 12) / 10)
+    assert (health.reference_searches, health.student_searches) == (1, 2.5)
+    assert (health.reference_tokens, health.student_tokens) == (6, 10.5)
+    assert health.divergence == pytest.approx((1.0 + 0.5) / 2)
+    assert health.stop_reasons[StopReason.ANSWERED] == 9
+    assert health.stop_reasons[StopReason.MALFORMED] == 1
+    assert select(groups, PairsConfig()) == (pairs, health)
+
+
+def test_an_empty_pool_has_no_pairs():
+    pairs, health = select([], PairsConfig())
+    assert pairs == []
+    assert (health.questions, health.pairs, health.em) == (0, 0, 0.0)
