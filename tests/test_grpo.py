@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from conftest import PASSAGES, TinyRetriever, make_tiny_policy
 from search_e1.config import GrpoConfig, LoraConfig, ReplayConfig, RolloutConfig
 from search_e1.errors import ConfigError, DataError, RetrievalError, TrainingError
-from search_e1.grpo import replay
+from search_e1.grpo import batching, replay
 from search_e1.grpo import trainer as grpo
 from search_e1.policy import Policy
 from search_e1.prompts import privileged_prompt
@@ -357,13 +357,38 @@ def test_one_optimiser_step_is_one_generation_batch(tmp_path, questions, group, 
     assert (arguments.bf16, arguments.max_steps, arguments.learning_rate) == (False, 200, 1e-6)
 
 
+def test_micro_batches_are_dealt_by_length_and_cut():
+    def batch(*rows: tuple[list[int], list[int], float]) -> dict[str, torch.Tensor]:
+        prompts = torch.tensor([[0] * (3 - len(p)) + p for p, _, _ in rows])
+        completions = torch.tensor([c + [0] * (4 - len(c)) for _, c, _ in rows])
+        advantages = torch.tensor([a for _, _, a in rows])
+        masks = dict(prompt_mask=(prompts > 0).long(), completion_mask=(completions > 0).long())
+        ids = dict(prompt_ids=prompts, completion_ids=completions)
+        return dict(**ids, **masks, advantages=advantages, num_items_in_batch=torch.tensor(9))
+
+    first, second = batching.by_length(
+        [
+            batch(([1, 2], [3], 0.1), ([4, 5, 6], [7, 8, 9, 10], 0.2)),
+            batch(([11], [12, 13], 0.3), ([14], [15, 16, 17], 0.4)),
+        ]
+    )
+    assert first["prompt_ids"].tolist() == [[4, 5, 6], [0, 0, 14]]
+    assert first["completion_ids"].tolist() == [[7, 8, 9, 10], [15, 16, 17, 0]]
+    assert first["advantages"].tolist() == pytest.approx([0.2, 0.4])
+    assert second["prompt_ids"].tolist() == [[0, 11], [1, 2]]
+    assert second["prompt_mask"].tolist() == [[0, 1], [1, 1]]
+    assert second["completion_ids"].tolist() == [[12, 13], [3, 0]]
+    assert second["completion_mask"].tolist() == [[1, 1], [1, 0]]
+    assert second["num_items_in_batch"] == 9
+
+
 def test_every_pass_asks_every_question_in_an_order_of_its_own():
     questions = [Question(id=str(i), text="?", answers=("a",)) for i in range(10)]
-    order = grpo._order(questions, GrpoConfig(steps=5, questions_per_step=5), seed=1)
+    order = batching.order(questions, GrpoConfig(steps=5, questions_per_step=5), seed=1)
     assert len(order) == 25
     assert sorted(order[:10]) == sorted(order[10:20]) == sorted(q.id for q in questions)
     assert order[:10] != order[10:20]
-    assert order == grpo._order(questions, GrpoConfig(steps=5, questions_per_step=5), seed=1)
+    assert order == batching.order(questions, GrpoConfig(steps=5, questions_per_step=5), seed=1)
 
 
 def test_no_steps_leave_the_policy_as_it_is(policy, taught, tmp_path):

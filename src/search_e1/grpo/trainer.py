@@ -8,7 +8,6 @@ TRL brings advantages, the clipped loss, the optimiser loop and distribution; th
 import difflib
 import math
 import os
-import random
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,7 @@ from trl.models import unwrap_model_for_generation
 
 from search_e1.config import GrpoConfig, RolloutConfig
 from search_e1.errors import ConfigError, DataError, TrainingError
-from search_e1.grpo import replay
+from search_e1.grpo import batching, replay
 from search_e1.grpo.record import Recorder, summarize
 from search_e1.policy import Policy, merge_adapter, with_adapter
 from search_e1.progress import Progress, silent
@@ -39,8 +38,6 @@ from search_e1.types import Group, Question, Trajectory
 
 STEPS = "steps.jsonl"
 BAD_BATCH = "bad_batch.pt"
-_MICRO_BATCH = 16
-"""Most trajectories in one forward pass, unless ``per_device_train_batch_size`` says otherwise."""
 
 # What the user sets elsewhere, or not at all: key of trl.GRPOConfig -> what to do instead.
 _ELSEWHERE = "has no effect here, sampling is not TRL's; leave it out"
@@ -123,7 +120,7 @@ def train(
                     model=with_adapter(policy.model, config.lora) if config.lora else policy.model,
                     args=arguments,
                     reward_funcs=exact_match,
-                    train_dataset=Dataset.from_dict({"prompt": _order(questions, config, seed)}),
+                    train_dataset=Dataset.from_dict({"prompt": batching.order(questions, config, seed)}),
                     processing_class=policy.tokenizer,
                     rollout_func=_Rollouts(policy, questions, retriever, config, limits),
                     replay_weight=config.replay.weight,
@@ -152,7 +149,7 @@ def trl_arguments(
             f"grpo.questions_per_step = {config.questions_per_step}, but there are {questions} training questions; lower it"
         )
     total = config.questions_per_step * config.group_size
-    micro, micro_batches = _split(total, int(os.environ.get("WORLD_SIZE", 1)), config.trainer)
+    micro, micro_batches = batching.split(total, int(os.environ.get("WORLD_SIZE", 1)), config.trainer)
     defaults = dict(
         loss_type="grpo",  # TRL's default is "dapo"
         scale_rewards="group",
@@ -176,7 +173,7 @@ def trl_arguments(
         gradient_accumulation_steps=micro_batches,
         generation_batch_size=total,
         max_completion_length=limits.max_tokens,
-        shuffle_dataset=False,  # `_order` has shuffled
+        shuffle_dataset=False,  # `batching.order` has shuffled
         use_cpu=device.type == "cpu",
         disable_tqdm=True,
         logging_steps=1,
@@ -208,34 +205,6 @@ def _check_passthrough(trainer: dict[str, Any]) -> None:
             TypeAdapter(types[key]).validate_python(value)
         except ValidationError as error:
             raise ConfigError(f"grpo.trainer.{key} = {value!r}: {error.errors()[0]['msg']}") from error
-
-
-def _split(total: int, processes: int, trainer: dict[str, Any]) -> tuple[int, int]:
-    """Trajectories of one forward pass, and forward passes of one optimiser step, on each process."""
-    share, rest = divmod(total, processes)
-    if rest:
-        raise ConfigError(
-            f"grpo.questions_per_step x grpo.group_size = {total} trajectories cannot be shared by {processes} processes; "
-            "change one of them"
-        )
-    divisors = [n for n in range(1, share + 1) if share % n == 0]
-    micro = trainer.get("per_device_train_batch_size", max(n for n in divisors if n <= _MICRO_BATCH))
-    if micro not in divisors:
-        nearest = min(divisors, key=lambda n: abs(n - micro))
-        raise ConfigError(
-            f"grpo.trainer.per_device_train_batch_size = {micro} does not divide the {share} trajectories of a step; "
-            f"use {nearest}"
-        )
-    return micro, share // micro
-
-
-def _order(questions: Sequence[Question], config: GrpoConfig, seed: int) -> list[str]:
-    """Ids of the questions of all steps: pass after pass over the questions, each shuffled anew."""
-    shuffler, ids, count = random.Random(seed), [q.id for q in questions], config.steps * config.questions_per_step
-    order: list[str] = []
-    while len(order) < count:
-        order += shuffler.sample(ids, len(ids))
-    return order[:count]
 
 
 class _Rollouts:
@@ -323,6 +292,15 @@ class _Trainer(GRPOTrainer):
 
     def _send_telemetry(self) -> None:
         """Nobody is told."""
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """TRL's next micro-batch, of trajectories of like length. TRL's own are as wide as the longest of the step."""
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before:
+            return inputs
+        self._buffered_inputs = batching.by_length(self._buffered_inputs)
+        return self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
