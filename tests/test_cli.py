@@ -1,6 +1,7 @@
 """What a user's mistakes look like from outside: one line, status 2, and nothing that was there is touched."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,10 +55,16 @@ grpo = {{ steps = 1, questions_per_step = 1, group_size = 2 }}
 
 
 def test_help_needs_no_torch():
-    import subprocess
-
-    code = "import sys; sys.argv=['search-e1','--help']\nimport search_e1.cli\ntry: search_e1.cli.main()\nexcept SystemExit: pass\n"
-    code += "assert not {'torch', 'transformers', 'trl'} & set(sys.modules)"
+    code = """
+import sys
+sys.argv = ["search-e1", "--help"]
+from search_e1 import cli
+try:
+    cli.main()
+except SystemExit:
+    pass
+assert not {"torch", "transformers", "trl"} & set(sys.modules)
+"""
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
@@ -138,7 +145,10 @@ def test_a_traceback_only_when_asked_for(project, monkeypatch, capsys):
 
 
 def test_ask_says_what_is_missing(monkeypatch, capsys):
-    assert run(monkeypatch, capsys, "ask", "Who?")[2] == "search-e1: no policy; give --model DIR, or --config FILE of a run\n"
+    assert (
+        run(monkeypatch, capsys, "ask", "Who?")[2]
+        == "search-e1: no policy; give --model DIR, or --config FILE of a run\n"
+    )
     assert "no passages" in run(monkeypatch, capsys, "ask", "Who?", "--model", "small")[2]
     assert "the question is empty" in run(monkeypatch, capsys, "ask", " ", "--model", "small")[2]
 
