@@ -9,51 +9,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import PASSAGES, TinyRetriever, make_tiny_policy
-from search_e1.config import GrpoConfig, LoraConfig, ReplayConfig, RolloutConfig
+from conftest import PASSAGES, TinyRetriever
+from search_e1.config import GrpoConfig, LoraConfig, ReplayConfig
 from search_e1.errors import ConfigError, DataError, RetrievalError, TrainingError
 from search_e1.grpo import batching, replay
 from search_e1.grpo import trainer as grpo
 from search_e1.policy import Policy
 from search_e1.prompts import privileged_prompt
-from search_e1.rollout.generator import Generation
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
 from search_e1.types import Group, Question, Trajectory
+from taught import HABITS, LIMITS, QUESTIONS, scripted, teach
 
-LIMITS = RolloutConfig(max_searches=2, topk=1, max_action_tokens=24, max_observation_tokens=60, max_tokens=300)
-QUESTIONS = [
-    Question(id="arda", text="capital of Arda?", answers=("Bel",)),
-    Question(id="eth", text="capital of Eth?", answers=("Fen",)),
-    Question(id="bel", text="mayor of Bel?", answers=("Bel",)),
-]
 CONFIG = GrpoConfig(steps=2, questions_per_step=2, group_size=6, learning_rate=3e-3)
-# What the policy is taught to do, whatever the question: every group has a chance of mixed rewards.
-HABITS = [
-    ["<search>Arda</search>", "<answer>Bel</answer>"],
-    ["<search>Eth</search>", "<answer>Fen</answer>"],
-    ["<answer>Bel</answer>"],
-    ["<search>Eth</search>", "<search>Arda</search>", "<answer>Bel</answer>"],
-]
-
-
-class Script:
-    """A generator that takes each prompt for the next turn of the script it was given."""
-
-    context_length = 1024
-
-    def __init__(self, tokenizer: Any, scripts: list[list[str]]) -> None:
-        self.tokenizer = tokenizer
-        self._scripts = [list(script) for script in scripts]
-
-    def generate(self, prompts, *, max_new_tokens, temperature, stop):
-        turns = [script.pop(0) for script in self._scripts if script]
-        assert len(turns) == len(prompts)
-        return [Generation(tuple(self.tokenizer.encode(turn))) for turn in turns]
-
-
-def scripted(policy: Policy, question: Question, scripts: list[list[str]]) -> list[Trajectory]:
-    begin = starts(policy.tokenizer, policy.prompts, [question], len(scripts))
-    return rollout(Script(policy.tokenizer, scripts), TinyRetriever(PASSAGES), begin, LIMITS, temperature=1.0)
 
 
 def cross_entropy(model: Any, examples: list[replay.Example]) -> torch.Tensor:
@@ -70,23 +37,7 @@ def cross_entropy(model: Any, examples: list[replay.Example]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def taught() -> Policy:
-    """The tiny policy after a second of teaching it the habits."""
-    policy = make_tiny_policy()
-    lines = [
-        replay.Example(t.prompt_ids, t.response_ids, t.action_mask)
-        for question in QUESTIONS
-        for t in scripted(policy, question, HABITS)
-    ]
-    batch = replay.collate(lines, policy.tokenizer.pad_token_id, torch.device("cpu"))
-    labels = batch.input_ids.clone()
-    labels[:, : -batch.loss_mask.shape[1]] = -100
-    labels[:, -batch.loss_mask.shape[1] :][batch.loss_mask == 0] = -100
-    optimiser = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
-    for _ in range(90):
-        policy.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    return policy
+    return teach()
 
 
 @pytest.fixture

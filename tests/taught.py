@@ -1,0 +1,67 @@
+"""A tiny policy that was taught to search and answer, rightly now and then: its groups carry mixed rewards."""
+
+from typing import Any
+
+import torch
+
+from conftest import PASSAGES, TinyRetriever, make_tiny_policy
+from search_e1.config import RolloutConfig
+from search_e1.grpo import replay
+from search_e1.policy import Policy
+from search_e1.rollout.generator import Generation
+from search_e1.rollout.loop import rollout, starts
+from search_e1.types import Question, Trajectory
+
+LIMITS = RolloutConfig(max_searches=2, topk=1, max_action_tokens=24, max_observation_tokens=60, max_tokens=300)
+QUESTIONS = [
+    Question(id="arda", text="capital of Arda?", answers=("Bel",)),
+    Question(id="eth", text="capital of Eth?", answers=("Fen",)),
+    Question(id="bel", text="mayor of Bel?", answers=("Bel",)),
+]
+# What the policy is taught to do, whatever the question: every group has a chance of mixed rewards.
+HABITS = [
+    ["<search>Arda</search>", "<answer>Bel</answer>"],
+    ["<search>Eth</search>", "<answer>Fen</answer>"],
+    ["<answer>Bel</answer>"],
+    ["<search>Eth</search>", "<search>Arda</search>", "<answer>Bel</answer>"],
+]
+
+
+class Script:
+    """A generator that takes each prompt for the next turn of the script it was given."""
+
+    context_length = 1024
+
+    def __init__(self, tokenizer: Any, scripts: list[list[str]]) -> None:
+        self.tokenizer = tokenizer
+        self._scripts = [list(script) for script in scripts]
+
+    def generate(self, prompts, *, max_new_tokens, temperature, stop):
+        turns = [script.pop(0) for script in self._scripts if script]
+        assert len(turns) == len(prompts)
+        return [Generation(tuple(self.tokenizer.encode(turn))) for turn in turns]
+
+
+def scripted(policy: Policy, question: Question, scripts: list[list[str]]) -> list[Trajectory]:
+    begin = starts(policy.tokenizer, policy.prompts, [question], len(scripts))
+    return rollout(Script(policy.tokenizer, scripts), TinyRetriever(PASSAGES), begin, LIMITS, temperature=1.0)
+
+
+def teach() -> Policy:
+    """The tiny policy after a second of teaching it the habits."""
+    policy = make_tiny_policy()
+    lines = [
+        replay.Example(t.prompt_ids, t.response_ids, t.action_mask)
+        for question in QUESTIONS
+        for t in scripted(policy, question, HABITS)
+    ]
+    batch = replay.collate(lines, policy.tokenizer.pad_token_id, torch.device("cpu"))
+    labels = batch.input_ids.clone()
+    labels[:, : -batch.loss_mask.shape[1]] = -100
+    labels[:, -batch.loss_mask.shape[1] :][batch.loss_mask == 0] = -100
+    optimiser = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
+    for _ in range(90):
+        policy.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return policy
