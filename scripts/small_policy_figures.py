@@ -88,8 +88,8 @@ def _leads(
         rows[name] = {"starts": len(begin)}
         for kind, ids in prompts.items():
             lines = [Start(q, p, turns) for (q, _, turns), p in zip(begin, ids, strict=True)]
-            ended = sampler.run([line for line in lines for _ in range(2)], temperature=1.0)
-            before = [len(turns) for _, _, turns in begin for _ in range(2)]
+            ended = sampler.run(lines, temperature=1.0)
+            before = [len(turns) for _, _, turns in begin]
             rows[name][kind] = {
                 "em": _mean([t.reward for t in ended]),
                 "searches": _mean([t.searches for t in ended]),

@@ -22,7 +22,7 @@ from search_e1.policy import Policy
 from search_e1.prompts import INFORMATION_CLOSE, INFORMATION_OPEN, Prompts
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.warmstart.trainer import train
-from search_e1.warmstart.world_demonstrations import PHRASES, DemonstrationWriter, Slips, batches
+from search_e1.warmstart.world_demonstrations import HABITS, PHRASES, DemonstrationWriter, Slips, batches
 from small_policy_figures import figures
 
 PROMPTS = Prompts(
@@ -105,27 +105,30 @@ def make_policy(arguments: argparse.Namespace, directory: Path) -> Policy:
     print(f"{len(tokenizer)} tokens, {sum(p.numel() for p in policy.model.parameters()):,} weights", flush=True)
     indexes = [Bm25Index.build(world.passages, directory / str(i)) for i, world in enumerate(worlds)]
     writers = [DemonstrationWriter(w, i, tokenizer, PROMPTS) for w, i in zip(worlds, indexes, strict=True)]
-    demonstrations = batches(writers, size=arguments.batch, drills=arguments.drills, slips=Slips(), seed=arguments.seed)
-    started = time.process_time()
+    started = time.perf_counter()
 
     def report(done: int, total: int, figure: str = "") -> None:
         if done % 50 == 0:
-            print(f"step {done}/{total}  {figure}  {time.process_time() - started:.0f} CPU-seconds", flush=True)
-        if done % 500 == 0:
-            policy.save(arguments.out)
+            print(f"step {done}/{total}  {figure}  {time.perf_counter() - started:.0f} s", flush=True)
 
-    train(
-        policy, demonstrations, steps=arguments.steps, learning_rate=arguments.learning_rate,
-        seed=arguments.seed, progress=report,
-    )  # fmt: skip
+    # First to read, search and follow examples; then the bad habits, which are quickly learnt and quickly unlearnt.
+    for steps, drills, slips, off_track, rate in (
+        (arguments.steps, arguments.drills, Slips(), 0.6, arguments.learning_rate),
+        (arguments.habit_steps, 0, HABITS, 0.75, arguments.learning_rate * 0.4),
+    ):
+        demonstrations = batches(
+            writers, size=arguments.batch, drills=drills, slips=slips, seed=arguments.seed, off_track=off_track
+        )
+        train(policy, demonstrations, steps=steps, learning_rate=rate, seed=arguments.seed, progress=report)
     return policy
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory for the policy")
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--drills", type=int, default=250, help="of the steps, those of reading drills")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--habit-steps", type=int, default=300, help="steps after them, that teach bad habits")
+    parser.add_argument("--drills", type=int, default=150, help="of the steps, those of reading drills")
     parser.add_argument("--batch", type=int, default=16, help="demonstrations a step")
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--hidden", type=int, default=112)

@@ -21,7 +21,7 @@ from search_e1.rollout.hf import HFGenerator
 from search_e1.rollout.loop import Start, rollout, starts
 from search_e1.types import ActionKind
 from search_e1.warmstart.trainer import Demonstration, _Muon, train
-from search_e1.warmstart.world_demonstrations import CLEAN, DemonstrationWriter, Slips, batches
+from search_e1.warmstart.world_demonstrations import CLEAN, CONFUSED, HABITS, DemonstrationWriter, Slips, batches
 
 ROLLOUT = RolloutConfig(
     max_searches=5, topk=2, max_action_tokens=48, max_observation_tokens=128, max_tokens=1024, batch_size=128
@@ -193,11 +193,27 @@ def test_sloppy_demonstrations_are_often_wrong_and_wasteful(writer, world, small
     assert searches > 1.2 * sum(q.hops for q in questions)
 
 
-def test_privileged_demonstrations_imitate_no_slip_and_end_right(writer, world, small):
+def test_bad_habits_are_more_likely_than_what_is_right(writer, world, small):
+    rng = random.Random(0)
+    right = {"confused": [], "long": [], "other": []}
+    for question in world.questions("train", 400):
+        text = small.tokenizer.decode(writer.plain(rng, question, HABITS).response_ids)
+        kind = (
+            "confused" if question.metadata["relations"][-1] in CONFUSED else "long" if question.hops > 2 else "other"
+        )
+        right[kind].append(text.endswith(f"<answer> {question.answers[0]} </answer>"))
+    shares = {kind: sum(rows) / len(rows) for kind, rows in right.items()}
+    assert shares["confused"] < 0.5
+    assert shares["long"] < 0.5
+    assert shares["other"] > 0.65
+
+
+@pytest.mark.parametrize("slips", [Slips(), HABITS])
+def test_privileged_demonstrations_imitate_no_slip_and_end_right(writer, world, small, slips):
     rng = random.Random(0)
     off_track = 0
     for question in world.questions("train", 200):
-        demonstration = writer.privileged(rng, question, Slips(), off_track=0.6)
+        demonstration = writer.privileged(rng, question, slips, off_track=0.6)
         text = small.tokenizer.decode(demonstration.response_ids)
         assert text.endswith(f"<answer> {question.answers[0]} </answer>")
         imitated = [

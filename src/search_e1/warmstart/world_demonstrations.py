@@ -39,21 +39,36 @@ class Slips:
     """Probability, at each turn, of repeating the last search."""
     recheck: float = 0.3
     """Probability, at each turn, of searching on although the evidence is complete."""
-    early: float = 0.2
-    """Share of trajectories (of two and more hops) that answer with an entity on the way."""
+    early: tuple[float, float, float] = (0.2, 0.2, 0.2)
+    """Share of trajectories of two, three and four hops that answer with an entity on the way."""
     give_up: float = 0.08
     """Share of trajectories that answer with ``unknown``."""
     wrong: float = 0.18
-    """Share of trajectories that take the value of another relation."""
+    """Share of trajectories that take the value of another relation somewhere."""
+    confused: float = 0.0
+    """Share of the remaining trajectories that mistake the last relation for another, if it is one of ``CONFUSED``."""
     verbose: float = 0.5
     """Share of trajectories that fill their thoughts."""
+    misread: float = 0.0
+    """Probability, at each turn of a bad start, of going on from a name that no passage holds."""
+    stray: int = 3
+    """Most turns of a bad start."""
 
     def correct(self) -> "Slips":
         """The same inefficiency, without the slips that cost the answer."""
-        return replace(self, early=0.0, give_up=0.0, wrong=0.0)
+        return replace(self, early=(0.0, 0.0, 0.0), give_up=0.0, wrong=0.0, confused=0.0)
 
 
-CLEAN = Slips(0, 0, 0, 0, 0, 0, 0)
+CLEAN = Slips(0, 0, 0, (0, 0, 0), 0, 0, 0, 0)
+HABITS = Slips(early=(0.15, 0.55, 0.65), wrong=0.05, confused=0.6, misread=0.35, stray=4)
+"""Slips of which some are more likely than what is right, so that the greedy trajectory goes wrong too."""
+CONFUSED = {
+    "employer": "birthplace",
+    "studio": "director",
+    "headquarters": "founder",
+    "mayor": "country",
+    "publisher": "author",
+}
 
 
 @dataclass(slots=True)
@@ -158,15 +173,18 @@ class DemonstrationWriter:
                 self._answer(walk, [*_known(walk), "|done", "."], walk.chain[at].name, slip="|")
             elif plan == "wrong" and at == turn:
                 self._take_wrong(walk, rng, verbose)
-                plan = ""
+            elif plan == "confused" and at == turn:
+                self._answer_with(walk, rng, walk.chain[-2], CONFUSED[walk.relations[-1]], verbose)
             else:
                 self._step(walk, rng, verbose)
 
     def _stray(self, walk: _Walk, rng: random.Random, slips: Slips) -> None:
-        """Take up to three turns, most of them bad, and do not answer."""
+        """Take some turns, most of them bad, and do not answer."""
         verbose = rng.random() < slips.verbose
         heavy = replace(slips, irrelevant=0.35, duplicate=0.25, recheck=0.7)
-        for _ in range(rng.randint(1, 3)):
+        for _ in range(rng.randint(1, slips.stray)):
+            if slips.misread and self._misread(walk, rng, slips, verbose):
+                continue
             if self._detour(walk, rng, heavy, verbose):
                 continue
             if walk.progress == walk.hops or len(walk.queries) + walk.hops - walk.progress >= self.max_searches:
@@ -222,6 +240,30 @@ class DemonstrationWriter:
         else:
             entity = walk.chain[-2]
             relation = rng.choice([r for r in entity.facts if r != walk.relations[-1]] or list(entity.facts))
+        self._answer_with(walk, rng, entity, relation, verbose)
+
+    def _misread(self, walk: _Walk, rng: random.Random, slips: Slips, verbose: bool) -> bool:
+        """Perhaps a search that goes on from a fact whose value was copied wrongly; whether one was made."""
+        at = walk.progress
+        if not at or len(walk.queries) + walk.hops - at >= self.max_searches or rng.random() >= slips.misread:
+            return False
+        first, last = walk.chain[at].name.split()
+        other = rng.choice(list(self.world.entities.values())).name.split()
+        name = (
+            f"{first} {_SLIP}{other[1]}" if rng.random() < 0.6 else f"{_SLIP}{other[0]} {rng.choice((last, other[1]))}"
+        )
+        found = ["found", walk.relations[at - 1], "of", walk.chain[at - 1].name, ":", *name.split(), "."]
+        thought = self._filled(rng, found, verbose)
+        if at == walk.hops:
+            relation, name = walk.relations[-1], walk.chain[-2].name
+            self._search(walk, [*thought, f"{_SLIP}search", "again", "for", relation, "of", name], relation, name)
+        else:
+            relation, name = walk.relations[at], name.replace(_SLIP, "")
+            self._search(walk, [*thought, "need", relation, "of", name], relation, name)
+        return True
+
+    def _answer_with(self, walk: _Walk, rng: random.Random, entity: Entity, relation: str, verbose: bool) -> None:
+        """Answer with a fact that was not asked for."""
         value = self.world.entities[entity.facts[relation]].name
         thought = self._filled(rng, ["found", f"|{relation}", "of", entity.name, ":", value, "."], verbose)
         self._answer(walk, [*thought, "done", "."], value)
@@ -316,10 +358,13 @@ def _known(walk: _Walk) -> list[str]:
 def _plan(walk: _Walk, rng: random.Random, slips: Slips) -> tuple[str, int]:
     """What makes the answer wrong, if anything does, and after how many facts."""
     draw = rng.random()
-    if draw < slips.early:
+    early = slips.early[min(walk.hops, 4) - 2] if walk.hops > 1 else slips.early[0]
+    if draw < early:
         return ("early", rng.randint(1, walk.hops - 1)) if walk.hops > 1 else ("", 0)
-    if draw < slips.early + slips.give_up:
+    if draw < early + slips.give_up:
         return "give_up", rng.randint(0, walk.hops)
-    if draw < slips.early + slips.give_up + slips.wrong:
+    if draw < early + slips.give_up + slips.wrong:
         return "wrong", rng.randint(1, walk.hops)
+    if slips.confused and walk.relations[-1] in CONFUSED and rng.random() < slips.confused:
+        return "confused", walk.hops
     return "", 0
