@@ -14,6 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; the command line does the same
+
 import torch
 from rich.console import Console
 from rich.table import Table

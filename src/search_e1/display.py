@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
@@ -31,34 +31,40 @@ def watch(console: Console, rounds: int) -> Callable[[str], AbstractContextManag
     @contextmanager
     def stage(name: str) -> Iterator[Progress]:
         kind, _, round = name.rpartition("-")
-        label = f"{kind} {round}/{rounds}" if round.isdigit() else name.replace("-", " ", 1)
+        label = f"{kind.replace('-', ' ')} {round}/{rounds}" if round.isdigit() else name.replace("-", " ")
         bars = Bars(
             TextColumn("{task.description:<20}"),
             BarColumn(bar_width=16),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]:>11}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[figure]}"),
             console=console,
         )
-        task = bars.add_task(label, total=None, figure="")
+        task = bars.add_task(label, total=None, figure="", count="")
 
         def progress(done: int, total: int, figure: str = "") -> None:
-            bars.update(task, completed=done, total=total, figure=figure)
+            count = f"{done}/{total}" if total else str(done)
+            bars.update(task, completed=done, total=total or None, figure=figure, count=count)
 
         with bars:
             yield progress
+            finished = bars.tasks[task]
+            bars.update(task, completed=finished.completed or 1, total=finished.completed or 1)
 
     return stage
+
+
+def _table(title: str | None) -> Table:
+    """No frame and no wasted column: the widest one here still fits a terminal of 80."""
+    return Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def summary_table(summary: "Summary") -> Table:
     """The run in one table: a row for each evaluated policy. Fits 80 columns."""
     hops = sorted({h for policy in summary.policies for h in policy.by_hops if h != "None"})
-    table = Table(
-        title=f"EM on {len(summary.policies)} policies (seed {summary.seed})", pad_edge=False, padding=(0, 1, 0, 0)
-    )
-    for heading in ("policy", "EM", "sampled", *(f"{h} hop" for h in hops), "searches", "tokens", "lead", "pairs", "s"):
+    table = _table(f"EM of each policy (seed {summary.seed})")
+    for heading in ("policy", "EM", "sampled", *(f"{h}-hop" for h in hops), "searches", "tokens", "lead", "pairs", "s"):
         table.add_column(heading, justify="left" if heading == "policy" else "right")
     for policy in summary.policies:
         kind, _, number = policy.stage.rpartition("-")
@@ -86,10 +92,10 @@ def _round_seconds(summary: "Summary", stage: str) -> float:
 
 def evaluation_table(evaluation: "Evaluation") -> Table:
     """A row for each benchmark and hop count."""
-    table = Table(pad_edge=False, padding=(0, 1, 0, 0))
+    table = _table(None)
     for heading in ("questions", "n", "EM", "sampled", "F1", "searches", "tokens"):
         table.add_column(heading, justify="left" if heading == "questions" else "right")
-    rows = [*evaluation.by_benchmark.items(), *((f"{hops} hop", row) for hops, row in evaluation.by_hops.items())]
+    rows = [*evaluation.by_benchmark.items(), *((f"{hops}-hop", row) for hops, row in evaluation.by_hops.items())]
     for name, row in [*rows, ("all", evaluation)]:
         sampled = "" if row.em_sampled is None else f"{row.em_sampled:.3f}"
         table.add_row(
@@ -100,7 +106,7 @@ def evaluation_table(evaluation: "Evaluation") -> Table:
 
 def lead_table(lead: "Lead") -> Table:
     """Plain against privileged prompt."""
-    table = Table(title=f"The teacher's lead: {lead.lead:+.3f} EM", pad_edge=False, padding=(0, 1, 0, 0))
+    table = _table(f"The teacher's lead: {lead.lead:+.3f} EM (95% {lead.low:+.3f} to {lead.high:+.3f})")
     for heading in ("prompt", "EM", "EM off track", "searches", "tokens"):
         table.add_column(heading, justify="left" if heading == "prompt" else "right")
     for name in ("plain", "privileged"):
