@@ -41,6 +41,8 @@ class Slips:
     """Probability, at each turn, of searching on although the evidence is complete."""
     early: tuple[float, float, float] = (0.2, 0.2, 0.2)
     """Share of trajectories of two, three and four hops that answer with an entity on the way."""
+    one_short: bool = False
+    """Those stop one fact short, not anywhere."""
     give_up: float = 0.08
     """Share of trajectories that answer with ``unknown``."""
     wrong: float = 0.18
@@ -59,8 +61,8 @@ class Slips:
         return replace(self, early=(0.0, 0.0, 0.0), give_up=0.0, wrong=0.0, confused=0.0)
 
 
-CLEAN = Slips(0, 0, 0, (0, 0, 0), 0, 0, 0, 0)
-HABITS = Slips(early=(0.15, 0.55, 0.65), wrong=0.05, confused=0.6, misread=0.35, stray=4)
+CLEAN = Slips(irrelevant=0, duplicate=0, recheck=0, early=(0, 0, 0), give_up=0, wrong=0, verbose=0)
+HABITS = Slips(early=(0.15, 0.65, 0.7), one_short=True, wrong=0.05, confused=0.7, misread=0.35, stray=4)
 """Slips of which some are more likely than what is right, so that the greedy trajectory goes wrong too."""
 CONFUSED = {
     "employer": "birthplace",
@@ -165,7 +167,8 @@ class DemonstrationWriter:
         plan, turn = _plan(walk, rng, slips)
         while not walk.answered:
             at = walk.progress
-            if self._detour(walk, rng, slips, verbose):
+            mistaken = plan == "confused" and at == turn  # and so sure of it that nothing is checked
+            if not mistaken and self._detour(walk, rng, slips, verbose):
                 continue
             if plan == "give_up" and at >= turn:
                 self._answer(walk, [*_known(walk), "|I", "give", "up", "."], "unknown", slip="|")
@@ -173,7 +176,7 @@ class DemonstrationWriter:
                 self._answer(walk, [*_known(walk), "|done", "."], walk.chain[at].name, slip="|")
             elif plan == "wrong" and at == turn:
                 self._take_wrong(walk, rng, verbose)
-            elif plan == "confused" and at == turn:
+            elif mistaken:
                 self._answer_with(walk, rng, walk.chain[-2], CONFUSED[walk.relations[-1]], verbose)
             else:
                 self._step(walk, rng, verbose)
@@ -360,7 +363,9 @@ def _plan(walk: _Walk, rng: random.Random, slips: Slips) -> tuple[str, int]:
     draw = rng.random()
     early = slips.early[min(walk.hops, 4) - 2] if walk.hops > 1 else slips.early[0]
     if draw < early:
-        return ("early", rng.randint(1, walk.hops - 1)) if walk.hops > 1 else ("", 0)
+        return (
+            ("early", rng.randint(walk.hops - 1 if slips.one_short else 1, walk.hops - 1)) if walk.hops > 1 else ("", 0)
+        )
     if draw < early + slips.give_up:
         return "give_up", rng.randint(0, walk.hops)
     if draw < early + slips.give_up + slips.wrong:
