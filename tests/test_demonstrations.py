@@ -179,14 +179,23 @@ def test_a_privileged_demonstration_follows_the_reference_also_from_off_its_trac
 
 def test_batches_go_through_all_lessons_and_are_the_same_for_a_seed(tiny_policy):
     taught = learn(tiny_policy, CHAIN, SINGLE, COMPARISON)
-    config = WarmstartConfig(batch_size=3)
+    config = WarmstartConfig(batch_size=3, drills=0)
     arguments = (taught, tiny_policy.tokenizer, tiny_policy.prompts, config, ROLLOUT)
-    plain = WarmstartConfig(batch_size=3, privileged=0)
+    plain = WarmstartConfig(batch_size=3, privileged=0, drills=0)
     [batch] = itertools.islice(batches(*arguments[:3], plain, ROLLOUT), 1)
     assert {made.prompt_ids for made in batch} == {lesson.clean.prompt_ids for lesson in taught}
     first, again, other = (list(itertools.islice(batches(*arguments, seed=seed), 4)) for seed in (1, 1, 2))
     assert first == again
     assert first != other
+
+
+def test_drills_come_first_and_teach_the_first_search(tiny_policy):
+    taught = learn(tiny_policy, CHAIN)
+    config = WarmstartConfig(batch_size=2, drills=1)
+    drills, whole = itertools.islice(batches(taught, tiny_policy.tokenizer, tiny_policy.prompts, config, ROLLOUT), 2)
+    assert (len(drills), len(whole)) == (12, 2)
+    action = taught[0].clean.turns[0].action_ids
+    assert all((made.response_ids, made.action_mask) == (action, (1,) * len(action)) for made in drills)
 
 
 def test_no_lesson_is_refused(tiny_policy):
@@ -207,9 +216,9 @@ def test_fresh_tokenizer_keeps_any_text_and_has_one_id_for_a_tag():
         fresh.tokenizer(["a"], 200)
 
 
-@pytest.mark.parametrize("section", [{"heads": 5}, {"heads": 64}, {"early": 0.8, "duplicate": 0.3}])
+@pytest.mark.parametrize("section", [{"heads": 5}, {"heads": 64}, {"early": 0.8, "duplicate": 0.3}, {"drills": 500}])
 def test_impossible_sections_are_refused(section):
-    with pytest.raises(ValueError, match=r"hidden_size 192 does not split|exceed 1"):
+    with pytest.raises(ValueError, match=r"hidden_size 192 does not split|exceed 1|drills = 500 of 400"):
         WarmstartConfig(**section)
 
 
@@ -227,7 +236,15 @@ def test_warm_start_makes_a_policy_that_loads(tmp_path: Path):
             "policy": {"model": "small", "device": "cpu"},
             "data": {"corpus": corpus, "train": [train], "eval": {"x": train}},
             "rollout": {"topk": 2},
-            "warmstart": {"hidden_size": 32, "heads": 2, "layers": 2, "vocabulary": 400, "steps": 8, "batch_size": 4},
+            "warmstart": {
+                "hidden_size": 32,
+                "heads": 2,
+                "layers": 2,
+                "vocabulary": 400,
+                "steps": 8,
+                "drills": 2,
+                "batch_size": 4,
+            },
         }
     )
     result = warm_start(load_questions(train), TinyRetriever(PASSAGES), config, out=tmp_path)

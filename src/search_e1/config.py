@@ -195,6 +195,8 @@ class WarmstartConfig(Section):
     """Passages that the tokenizer is trained on."""
     steps: Positive = 400
     """Optimiser steps."""
+    drills: NonNegative = 100
+    """Of the steps, the first, which teach nothing but the first search, of six times as many questions."""
     batch_size: Positive = 16
     """Demonstrations an optimiser step."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
@@ -213,6 +215,8 @@ class WarmstartConfig(Section):
     def _fits(self) -> "WarmstartConfig":
         if self.hidden_size % self.heads or self.hidden_size // self.heads % 2:
             raise ValueError(f"hidden_size {self.hidden_size} does not split into {self.heads} heads of even size")
+        if self.drills > self.steps:
+            raise ValueError(f"drills = {self.drills} of {self.steps} steps; give fewer")
         if self.irrelevant + self.duplicate + self.early > 1:
             raise ValueError("irrelevant, duplicate and early together exceed 1")
         return self

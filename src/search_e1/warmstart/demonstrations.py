@@ -22,6 +22,7 @@ from search_e1.warmstart.trainer import Demonstration
 _QUOTE_WORDS = 10  # of the evidence, before the words that it ends with
 _OPENING_WORDS = 8  # of a passage that holds neither the answer nor the next title
 _QUERIES_AT_ONCE = 256
+_DRILLS_FOR_ONE = 6  # drills in a batch where otherwise there is one demonstration
 _YES_NO = frozenset({"yes", "no"})
 _WORD = re.compile(r"\w+")
 
@@ -125,7 +126,9 @@ def batches(
     *,
     seed: int = 0,
 ) -> Iterator[list[Demonstration]]:
-    """Batches without end: all lessons in a new order each time round, each in a form that is drawn anew.
+    """Batches without end: first ``config.drills`` of nothing but first searches, then whole demonstrations.
+
+    All lessons come in a new order each time round, each in a form that is drawn anew.
 
     Raises:
         DataError: there are no lessons.
@@ -136,6 +139,12 @@ def batches(
             "answer_passage_ids of data.corpus"
         )
     rng = random.Random(seed)
+    for _ in range(config.drills):
+        # Short ones, and many: copying a name from a question into a query is what everything else begins with.
+        yield [
+            _demonstration(lesson.clean.prompt_ids, [_unanswered(lesson.clean.turns[0])])
+            for lesson in rng.choices(taught, k=_DRILLS_FOR_ONE * config.batch_size)
+        ]
     batch: list[Demonstration] = []
     while True:
         for lesson in rng.sample(taught, len(taught)):
@@ -183,6 +192,10 @@ def _demonstration(prompt_ids: tuple[int, ...], turns: Sequence[Turn], read_only
         ids += turn.action_ids + turn.observation_ids
         mask += [int(number >= read_only)] * len(turn.action_ids) + [0] * len(turn.observation_ids)
     return Demonstration(prompt_ids, tuple(ids), tuple(mask))
+
+
+def _unanswered(turn: Turn) -> Turn:
+    return turn.model_copy(update=dict(observation_ids=(), observation_text="", passage_ids=()))
 
 
 def _jump(tokenizer: Any, search: Turn) -> Turn:
