@@ -1,5 +1,6 @@
 """The command line: one verb per stage."""
 
+import json
 import os
 import sys
 import warnings
@@ -308,7 +309,7 @@ def _report(artifact) -> None:
     """The artifact's place, and its figures."""
     console.print(f"{artifact.path}", highlight=False, markup=False)
     for name, value in artifact.manifest.result.items():
-        shown = f"{value:.4g}" if isinstance(value, float) else value
+        shown = f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
         console.print(f"  {name}  {shown}", highlight=False, markup=False)
 
 
