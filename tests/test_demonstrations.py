@@ -48,8 +48,8 @@ def test_hops_follow_what_is_known_and_quote_what_was_read(tiny_policy):
     [lesson] = learn(tiny_policy, CHAIN)
     assert actions(lesson) == [
         "<think> I need to find Arda.</think><search> Arda</search>",
-        "<think> Arda: Arda is a land with capital Bel. I need to find Bel.</think><search> Bel</search>",
-        "<think> Bel: Bel is a city with mayor Cor Dun. So the answer is Cor Dun.</think><answer> Cor Dun</answer>",
+        "<think> Arda: land with capital Bel. I need to find Bel.</think><search> Bel</search>",
+        "<think> Bel: city with mayor Cor Dun. So the answer is Cor Dun.</think><answer> Cor Dun</answer>",
     ]
     assert [turn.passage_ids for turn in lesson.clean.turns] == [("p1",), ("p1", "p2"), ()]
     assert lesson.clean.reward == 1.0

@@ -19,8 +19,8 @@ from search_e1.scoring import exact_match, f1
 from search_e1.types import ActionKind, Passage, Question, StopReason, Trajectory, Turn
 from search_e1.warmstart.trainer import Demonstration
 
-_QUOTE_WORDS = 10  # of the evidence, before the words that it ends with
-_OPENING_WORDS = 8  # of a passage that holds neither the answer nor the next title
+_QUOTE_WORDS = 3  # of the evidence, before the words that it ends with: where a longer quote begins is a guess
+_OPENING_WORDS = 4  # of a passage that holds neither the answer nor the next title
 _QUERIES_AT_ONCE = 256
 _DRILLS_FOR_ONE = 6  # drills in a batch where otherwise there is one demonstration
 _YES_NO = frozenset({"yes", "no"})
@@ -333,8 +333,9 @@ class _Writer:
         return [passage.id for passage in self.found[query]]
 
     def _shown(self, hop: Hop, read: str, answers: Sequence[str] = ()) -> Passage | None:
-        """The passage of ``hop`` whose beginning is in ``read``; one that holds an answer comes first."""
-        shown = [p for p in hop.passages if neutralize(self.tokenizer, _opening(p.text)) in read]
+        """The passage of ``hop`` whose title and beginning are in ``read``; one that holds an answer comes first."""
+        openings = {p.id: neutralize(self.tokenizer, f"(Title: {p.title}) {_opening(p.text)}") for p in hop.passages}
+        shown = [p for p in hop.passages if openings[p.id] in read]
         return max(shown, key=lambda p: any(find_name(a, p.text) for a in answers), default=None)
 
     def _answer(self, plan: Plan, read: str) -> str:
