@@ -26,7 +26,7 @@ from search_e1.types import ActionKind, Question, Trajectory, Turn
 ROLLOUT = RolloutConfig(
     max_searches=5, topk=2, max_action_tokens=48, max_observation_tokens=128, max_tokens=1024, batch_size=128
 )
-GROUP = 8
+GROUP = 4  # sampled trajectories a question
 
 
 def figures(policy: Policy, questions: int, index: Path, seed: int = 0) -> dict[str, Any]:
