@@ -127,3 +127,12 @@ def test_a_run_directory_that_is_a_file_is_refused_in_one_line(tmp_path):
 def test_seeds_are_derived_per_stage_and_stable():
     assert runs.derived_seed(0, "grpo-1") == runs.derived_seed(0, "grpo-1")
     assert len({runs.derived_seed(s, n) for s in range(3) for n in ("grpo-1", "pool-1", "ofsd-1")}) == 9
+
+
+def test_the_checksum_of_a_directory_is_that_of_what_it_does(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    first = runs.checksum(tmp_path)
+    (tmp_path / "README.md").write_text("a model card")
+    assert runs.checksum(tmp_path) == first
+    (tmp_path / "config.json").write_text("{ }")
+    assert runs.checksum(tmp_path) != first

@@ -187,10 +187,10 @@ def _short(value: Any) -> str:
 
 
 def checksum(path: Path) -> str:
-    """Of a file, or of a directory's files with their names."""
+    """Of a file, or of a directory's files with their names; what is written for people (``*.md``) does not count."""
     if path.is_file():
         return sha256(path)
-    files = {str(f.relative_to(path)): sha256(f) for f in sorted(path.rglob("*")) if f.is_file()}
+    files = {str(f.relative_to(path)): sha256(f) for f in sorted(path.rglob("*")) if f.is_file() and f.suffix != ".md"}
     return _sha256_text(json.dumps(files))
 
 
