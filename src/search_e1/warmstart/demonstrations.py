@@ -108,7 +108,7 @@ def lessons(
     rng = random.Random(seed)
     plans = [made for question in questions if (made := plan(question, passages, rng))]
     queries = list(dict.fromkeys(q for p in plans for q in (*(q for h in p.hops for q in h.queries), *p.detours)))
-    found: dict[str, list[Passage]] = {}
+    found: dict[str, Sequence[Passage]] = {}
     for at in range(0, len(queries), _QUERIES_AT_ONCE):
         part = queries[at : at + _QUERIES_AT_ONCE]
         found |= zip(part, retriever.search(part, rollout.topk), strict=True)
