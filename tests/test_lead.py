@@ -1,12 +1,14 @@
 """The teacher's lead: what is measured, and the gate that a spoilt privileged prompt does not pass."""
 
 import pytest
+import torch
 
 from search_e1.config import LeadConfig, RolloutConfig
 from search_e1.distill.collate import TokenClass
-from search_e1.distill.teacher import Lead, gate, hold_out, kl_profile, measure
+from search_e1.distill.profile import by_class, pair_kl, pieces
+from search_e1.distill.teacher import Lead, gate, hold_out, measure
 from search_e1.errors import DataError, NoLeadError
-from search_e1.prompts import plain_prompt
+from search_e1.prompts import plain_prompt, privileged_prompt
 from search_e1.rollout.generator import Generation
 from search_e1.types import ActionKind, Question
 from test_collate import make_pair, make_turn
@@ -44,7 +46,7 @@ def pairs_of(policy, count=4):
 
 def measured(policy, retriever, pairs, **kwargs) -> Lead:
     generator = Copier(policy.tokenizer)
-    return measure(policy, generator, retriever, pairs, CONFIG, ROLLOUT, temperature=1.0, seed=1, **kwargs)
+    return measure(policy, generator, retriever, pairs, CONFIG, ROLLOUT, temperature=1.0, seed=1, **kwargs)[0]
 
 
 def spoil(policy) -> None:
@@ -127,14 +129,14 @@ def test_the_profile_is_zero_where_both_prompts_are_the_same(tiny_policy):
     blank = pair.reference.model_copy(
         update={"turns": (pair.reference.turns[0].model_copy(update={"action_text": ""}),)}
     )
-    profile = kl_profile(tiny_policy, [pair.model_copy(update={"reference": blank})])
+    profile = by_class(pair_kl(tiny_policy, [pair.model_copy(update={"reference": blank})]))
     assert max(part.mean for part in profile.values()) < 1e-10
-    assert min(part.mean for part in kl_profile(tiny_policy, [pair]).values()) > 1e-6
+    assert min(part.mean for part in by_class(pair_kl(tiny_policy, [pair])).values()) > 1e-6
 
 
 def test_the_profile_adds_up(tiny_policy):
     pairs = pairs_of(tiny_policy, 3)
-    profile = kl_profile(tiny_policy, pairs)
+    profile = by_class(pair_kl(tiny_policy, pairs))
     assert set(profile) == set(TokenClass)
     assert sum(part.tokens for part in profile.values()) == sum(pair.student.sampled_tokens for pair in pairs)
     assert profile[TokenClass.SEARCH].tokens == 3 * len("bel")
@@ -143,6 +145,39 @@ def test_the_profile_adds_up(tiny_policy):
     assert profile[TokenClass.TAG].share == pytest.approx(
         profile[TokenClass.TAG].tokens * profile[TokenClass.TAG].mean / total
     )
+
+
+def test_each_token_has_its_divergence_and_both_probabilities(tiny_policy):
+    """Against whole logits, row by row, without batch or padding."""
+    pairs = pairs_of(tiny_policy, 9)  # more than go through the model together
+    pairs[4] = pairs[4].model_copy(update={"question": Question(id="q4", text="x" * 40, answers=("Cor Dun",))})
+    found = pair_kl(tiny_policy, pairs)
+    assert [row.question_id for row in found] == [pair.question.id for pair in pairs]
+    for pair, row in [(pairs[0], found[0]), (pairs[4], found[4])]:
+        prompts = (
+            pair.student.prompt_ids,
+            privileged_prompt(tiny_policy.tokenizer, tiny_policy.prompts, pair.question.text, pair.reference.text),
+        )
+        student, teacher = (
+            tiny_policy.model(torch.tensor([[*prompt, *pair.student.response_ids]])).logits[0, len(prompt) - 1 : -1]
+            .detach().log_softmax(-1)
+            for prompt in prompts
+        )  # fmt: skip
+        sampled = [i for i, mask in enumerate(pair.student.action_mask) if mask]
+        ids = [pair.student.response_ids[i] for i in sampled]
+        divergence = (teacher.exp() * (teacher - student)).sum(-1)[sampled].tolist()
+        assert row.kl == pytest.approx(divergence, rel=1e-3, abs=1e-6)
+        assert row.student == pytest.approx(student[sampled, ids].exp().tolist(), rel=1e-4)
+        assert row.teacher == pytest.approx(teacher[sampled, ids].exp().tolist(), rel=1e-4)
+        assert row.preferred == tuple(tiny_policy.tokenizer.decode([i]) for i in teacher[sampled].argmax(-1).tolist())
+        assert "".join(row.pieces) == "".join(turn.action_text for turn in pair.student.turns)
+
+
+def test_a_character_of_several_tokens_is_the_piece_of_its_last(tiny_policy):
+    text = "<search>Zoë 日本</search>"
+    ids = tiny_policy.tokenizer.encode(text)
+    assert pieces(tiny_policy.tokenizer, ids)[:5] == ["<search>", "Z", "o", "", "ë"]
+    assert "".join(pieces(tiny_policy.tokenizer, ids)) == text
 
 
 def test_hold_out_splits_by_question(tiny_policy):

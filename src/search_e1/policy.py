@@ -1,5 +1,6 @@
 """A policy on disk and in memory: a plain Hugging Face directory plus the prompts it works under."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,6 +84,11 @@ def load(model: str | Path, config: PolicyConfig, prompts: Prompts | None = None
         prompts = Prompts.of_policy(source) if isinstance(source, Path) else Prompts()
     weights.to(_device(config.device))  # type: ignore[arg-type]
     return Policy(weights, tokenizer, prompts)
+
+
+def accelerators(config: PolicyConfig) -> int:
+    """Devices beside the CPU that a stage holds: one a process, if the policy lives on one."""
+    return 0 if _device(config.device).type == "cpu" else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def with_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:

@@ -45,6 +45,8 @@ class Manifest(Record):
     """Seconds since the epoch."""
     seconds: float
     """Wall-clock time of the stage."""
+    gpus: int = 0
+    """Accelerators that the stage held, over all its processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +66,18 @@ Make = Callable[[Path], Mapping[str, Any]]
 
 
 def artifact(
-    path: Path, *, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str], seed: int, make: Make
+    path: Path,
+    *,
+    stage: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    seed: int,
+    make: Make,
+    gpus: int = 0,
 ) -> Artifact:
     """The artifact at ``path``: as it lies there if it is complete, else made by ``make``.
 
-    ``make`` writes its files into the directory it is given and returns its summary figures (JSON).
+    ``make`` writes its files into the directory it is given and returns its summary figures (JSON). ``gpus`` is only noted.
 
     Raises:
         RunError: another artifact is in that place, or its files are not those that were written.
@@ -94,6 +103,7 @@ def artifact(
         versions=_versions(),
         started=started,
         seconds=round(time.perf_counter() - clock, 3),
+        gpus=gpus,
         **identity,
     )
     write_atomically(partial / MANIFEST, manifest.model_dump_json(indent=2) + "\n")

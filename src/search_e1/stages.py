@@ -19,7 +19,7 @@ from search_e1.config import Config
 from search_e1.data.corpus import read_corpus
 from search_e1.data.questions import load_many, load_questions, subset
 from search_e1.distill import pairs as mining
-from search_e1.distill import teacher
+from search_e1.distill import profile, teacher
 from search_e1.distill import trainer as distill_trainer
 from search_e1.errors import DataError, ModelError
 from search_e1.evaluation.evaluate import Evaluation, evaluate
@@ -173,7 +173,8 @@ class Stages:
         return self._stage(f"pairs-{round}", out, ("pairs", "lead"), inputs, select)
 
     def lead(self, policy: str | Path, pairs_path: Path, round: int, out: Path | None = None) -> Artifact:
-        """How much better ``policy`` is when it sees the reference, on the held-out pairs; in ``lead.json``.
+        """How much better ``policy`` is when it sees the reference, on the held-out pairs; in ``lead.json``. The
+        per-token divergence of these pairs is in ``kl.jsonl``.
 
         Raises:
             DataError: no pair is held out, so that nothing can be measured.
@@ -181,11 +182,13 @@ class Stages:
 
         def measure(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
             loaded = self._policy(policy)
-            measured = teacher.measure(
+            measured, divergences = teacher.measure(
                 loaded, self._generator(loaded), self.retriever, read_pairs(pairs_path / "held_out.jsonl"), self.config.lead,
                 self.config.rollout, temperature=self.config.pool.temperature, seed=seed, progress=progress,
             )  # fmt: skip
             (out / "lead.json").write_text(measured.model_dump_json(indent=2) + "\n")
+            lines = "".join(row.model_dump_json() + "\n" for row in divergences)
+            (out / profile.FILE).write_text(lines, encoding="utf-8")
             return measured.model_dump()
 
         inputs = {**self._asking(policy), "pairs": runs.checksum(pairs_path / "held_out.jsonl")}
@@ -259,6 +262,7 @@ class Stages:
             inputs=inputs,
             seed=seed,
             make=make,
+            gpus=0 if name.startswith("pairs-") else policies.accelerators(self.config.policy),
         )
 
     def _asking(self, policy: str | Path | None) -> dict[str, str]:

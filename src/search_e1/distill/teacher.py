@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 
 import torch
-from torch import nn
 
 from search_e1.config import LeadConfig, RolloutConfig
-from search_e1.distill.collate import Row, TokenClass, collate, context_length, encode, fits, pad_id
-from search_e1.distill.loss import fused_forward_kl, hidden_at, split_head
+from search_e1.distill.collate import TokenClass, context_length, fits
+from search_e1.distill.profile import ClassKL, PairKL, by_class, pair_kl
 from search_e1.errors import DataError, NoLeadError
 from search_e1.policy import Policy
 from search_e1.progress import Progress, silent
@@ -23,18 +22,6 @@ from search_e1.retrieval.base import Retriever
 from search_e1.rollout import loop
 from search_e1.rollout.generator import Generator
 from search_e1.types import Pair, Record, Trajectory, Turn
-
-_PROFILE_ROWS = 8  # rows that go through the model together when the KL profile is taken
-
-
-class ClassKL(Record):
-    """The divergence at the sampled tokens of one class."""
-
-    tokens: int
-    mean: float
-    """KL(teacher || student), nats a token, not clipped."""
-    share: float
-    """Of the divergence of all sampled tokens."""
 
 
 class Lead(Record):
@@ -61,6 +48,8 @@ class Lead(Record):
     em_privileged_off_track: float | None
     kl: dict[TokenClass, ClassKL]
     """On the students' trajectories; classes that do not occur are absent."""
+    sampled_tokens: int = 0
+    """Of all trajectories of the measurement together."""
 
     @property
     def lead(self) -> float:
@@ -98,8 +87,8 @@ def measure(
     temperature: float,
     seed: int,
     progress: Progress = silent,
-) -> Lead:
-    """Sample under the plain and the privileged prompt and compare.
+) -> tuple[Lead, list[PairKL]]:
+    """Sample under the plain and the privileged prompt and compare; also the per-token divergence of each pair measured.
 
     The pairs of one question share their reference, so only the first of them is measured. Rollouts under the privileged
     prompt may be longer by as much as that prompt is, so that both have the same room to act.
@@ -121,7 +110,8 @@ def measure(
     plain, privileged = outcomes[0][: len(kept)], outcomes[1][: len(kept)]
     plain_off, privileged_off = outcomes[0][len(kept) :], outcomes[1][len(kept) :]
     low, high = _interval([_em(b) - _em(a) for a, b in zip(plain, privileged, strict=True)])
-    return Lead(
+    divergences = pair_kl(policy, kept)
+    lead = Lead(
         pairs=len(kept),
         too_long=len(first) - len(kept),
         samples=config.samples,
@@ -136,8 +126,10 @@ def measure(
         pairs_off_track=len(off_track),
         em_plain_off_track=fmean(map(_em, plain_off)) if plain_off else None,
         em_privileged_off_track=fmean(map(_em, privileged_off)) if privileged_off else None,
-        kl=kl_profile(policy, kept),
+        kl=by_class(divergences),
+        sampled_tokens=sum(t.sampled_tokens for groups in outcomes for group in groups for t in group),
     )
+    return lead, divergences
 
 
 def gate(lead: Lead, config: LeadConfig) -> None:
@@ -153,38 +145,6 @@ def gate(lead: Lead, config: LeadConfig) -> None:
             f"lead.minimum = {config.minimum:g}; mend prompts.privileged, or train the policy so that it still follows a "
             "reference (grpo.replay, a lower grpo.learning_rate), or set lead.enforce = false"
         )
-
-
-def kl_profile(policy: Policy, pairs: Sequence[Pair]) -> dict[TokenClass, ClassKL]:
-    """Where on the students' trajectories teacher and student disagree, by ``collate.token_classes``."""
-    decoder, head = split_head(policy.model)
-    rows = sorted((encode(policy.tokenizer, policy.prompts, pair) for pair in pairs), key=lambda r: len(r["input_ids"]))
-    by_class: dict[TokenClass, list[float]] = {}
-    for at in range(0, len(rows), _PROFILE_ROWS):
-        part = rows[at : at + _PROFILE_ROWS]
-        divergences = _divergences(policy, decoder, head, part)
-        classes = [kind for row in part for kind in row["classes"]]
-        for kind, divergence in zip(classes, divergences, strict=True):
-            by_class.setdefault(kind, []).append(divergence)
-    total = math.fsum(map(math.fsum, by_class.values()))
-    return {
-        kind: ClassKL(tokens=len(values), mean=fmean(values), share=math.fsum(values) / total if total > 0 else 0.0)
-        for kind, values in sorted(by_class.items())
-    }
-
-
-@torch.no_grad()
-def _divergences(policy: Policy, decoder: nn.Module, head: nn.Linear, rows: Sequence[Row]) -> list[float]:
-    was_training = policy.model.training
-    policy.model.eval()
-    batch = {k: v.to(policy.model.device) for k, v in collate(rows, pad_id(policy.tokenizer)).items()}
-    student, teacher = (
-        hidden_at(decoder, batch[f"{role}_input_ids"], batch[f"{role}_attention_mask"], batch[f"{role}_index"])
-        for role in ("student", "teacher")
-    )
-    policy.model.train(was_training)
-    _, per_token = fused_forward_kl(student, teacher, head.weight, head_bias=head.bias, clip="none")
-    return per_token.tolist()
 
 
 def _prefix(student: Trajectory, rollout: RolloutConfig) -> tuple[Turn, ...]:
