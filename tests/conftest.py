@@ -6,13 +6,15 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from search_e1 import cli
 from search_e1.policy import Policy
 from search_e1.prompts import Prompts
 from search_e1.types import Passage
@@ -92,3 +94,23 @@ def tiny_policy() -> Policy:
 @pytest.fixture
 def tiny_retriever() -> TinyRetriever:
     return TinyRetriever(PASSAGES)
+
+
+@pytest.fixture
+def prepare_verb(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs ``search-e1 data prepare WORDS`` in 80 columns: exit status, output, errors."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["search-e1", "data", "prepare", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "80")
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run

@@ -7,9 +7,10 @@ import torch
 
 from scripted import ScriptedGenerator
 from search_e1.config import EvaluationConfig, RolloutConfig
+from search_e1.data.benchmarks import BENCHMARKS, TEST_SIZES
 from search_e1.errors import DataError
 from search_e1.evaluation.evaluate import SAMPLED, TRAJECTORIES, Evaluation, Scores, bootstrap_interval, evaluate
-from search_e1.evaluation.published import BENCHMARKS, PUBLISHED_3B, TEST_SIZES, comparison
+from search_e1.evaluation.published import PUBLISHED_3B, comparison
 from search_e1.policy import Policy
 from search_e1.prompts import Prompts
 from search_e1.rollout.generator import Generation

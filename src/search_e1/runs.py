@@ -25,7 +25,18 @@ from search_e1.errors import RunError
 from search_e1.types import Record
 
 MANIFEST = "manifest.json"
-_PACKAGES = ("search-e1", "torch", "transformers", "trl", "peft", "accelerate", "bm25s", "tokenizers", "numpy")
+_PACKAGES = (
+    "search-e1",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "bm25s",
+    "datasets",
+    "tokenizers",
+    "numpy",
+)
 
 
 class Manifest(Record):

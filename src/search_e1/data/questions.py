@@ -1,7 +1,8 @@
 """Questions from JSON lines."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,19 @@ from search_e1.errors import DataError
 from search_e1.types import Question
 
 _HOLDS = 'each line holds {"id", "question", "golden_answers"} and perhaps "metadata"'
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The questions of one file, each with where it stands (``file:line``)."""
+
+    questions: list[tuple[str, Question]]
+    source: str
+    """The file, or its address on the Hub."""
+    checksum: str
+    """sha256 of a file, commit of a Hub repository."""
+    expected: int | None = None
+    """How many the collection has in this split; ``None`` for files of another origin."""
 
 
 def load_questions(path: Path, benchmark: str = "") -> list[Question]:
@@ -25,7 +39,7 @@ def load_questions(path: Path, benchmark: str = "") -> list[Question]:
         DataError: the file cannot be read or is empty, a line is no question, a question has no answers, or an id comes
             twice; names file and line.
     """
-    return _unique(_read(path, benchmark), f"{path}")
+    return _unique(read_questions(path, benchmark), f"{path}")
 
 
 def load_many(paths: Iterable[Path], benchmark: str = "") -> list[Question]:
@@ -35,7 +49,7 @@ def load_many(paths: Iterable[Path], benchmark: str = "") -> list[Question]:
         DataError: as ``load_questions``.
     """
     paths = list(paths)
-    return _unique((item for path in paths for item in _read(path, benchmark)), ", ".join(map(str, paths)))
+    return _unique((item for path in paths for item in read_questions(path, benchmark)), ", ".join(map(str, paths)))
 
 
 def subset(questions: Sequence[Question], n: int, seed: int) -> list[Question]:
@@ -50,12 +64,16 @@ def subset(questions: Sequence[Question], n: int, seed: int) -> list[Question]:
     return [questions[i] for i in sorted(chosen)]
 
 
-def _read(path: Path, benchmark: str) -> Iterable[tuple[str, Question]]:
-    """Where each question stands, and the question."""
+def read_questions(path: Path, benchmark: str = "") -> Iterator[tuple[str, Question]]:
+    """Where each question stands (``file:line``), and the question; ids are not compared.
+
+    Raises:
+        DataError: the file cannot be read or is empty, or a line is no question.
+    """
     number = 0
     for number, record in read_lines(path):
         where = f"{path}:{number}"
-        yield where, _question(record, benchmark, where)
+        yield where, to_question(record, benchmark, where)
     if not number:
         raise DataError(f"{path}: no questions in it; {_HOLDS}")
 
@@ -75,7 +93,19 @@ def _unique(items: Iterable[tuple[str, Question]], files: str) -> list[Question]
     return questions
 
 
-def _question(record: dict[str, Any], benchmark: str, where: str) -> Question:
+def to_record(question: Question) -> dict[str, Any]:
+    """What stands in a question file for ``question``; ``to_question`` is the inverse."""
+    metadata = question.metadata if question.hops is None else {"hops": question.hops, **question.metadata}
+    record = {"id": question.id, "question": question.text, "golden_answers": list(question.answers)}
+    return {**record, "metadata": metadata} if metadata else record
+
+
+def to_question(record: Mapping[str, Any], benchmark: str, where: str) -> Question:
+    """The question in a record of ``id``, ``question``, ``golden_answers`` and perhaps ``metadata``.
+
+    Raises:
+        DataError: it is none; the message begins with ``where``.
+    """
     for field in ("id", "question", "golden_answers"):
         if field not in record:
             raise DataError(f"{where}: field {field!r} is missing; {_HOLDS}")
@@ -86,11 +116,10 @@ def _question(record: dict[str, Any], benchmark: str, where: str) -> Question:
         raise DataError(f"{where}: a question without answers (golden_answers = {answers!r}); give at least one")
     if not isinstance(metadata, dict):
         raise DataError(f"{where}: metadata is {type(metadata).__name__}, not an object; write {{...}} or leave it out")
-    if type(record["id"]) is int:
-        record["id"] = str(record["id"])
+    id = record["id"]
     try:
         return Question(
-            id=record["id"],
+            id=str(id) if type(id) is int else id,
             text=record["question"],
             answers=tuple(answer for answer in answers if answer.strip()),
             benchmark=benchmark,

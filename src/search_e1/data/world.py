@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from search_e1.data.questions import to_record
 from search_e1.errors import DataError
 from search_e1.types import Passage, Question
 
@@ -228,10 +229,7 @@ def write(world: World, directory: Path, *, train: int, dev: int, test: int, see
     directory.mkdir(parents=True, exist_ok=True)
     _write_lines(directory / "corpus.jsonl", [{"id": p.id, "contents": p.contents} for p in world.passages])
     for split, rows in questions.items():
-        _write_lines(
-            directory / f"{split}.jsonl",
-            [{"id": q.id, "question": q.text, "golden_answers": list(q.answers), "metadata": q.metadata} for q in rows],
-        )
+        _write_lines(directory / f"{split}.jsonl", [to_record(question) for question in rows])
 
 
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -3,19 +3,8 @@
 from collections.abc import Mapping
 from statistics import fmean
 
+from search_e1.data.benchmarks import BENCHMARKS
 from search_e1.types import Record
-
-TEST_SIZES = {
-    "nq": 3610,
-    "triviaqa": 11313,
-    "popqa": 14267,
-    "hotpotqa": 7405,
-    "2wikimultihopqa": 12576,
-    "musique": 2417,
-    "bamboogle": 125,
-}
-"""Benchmark -> questions of the test set that the published figures are means over, in the order of the tables."""
-BENCHMARKS = tuple(TEST_SIZES)
 
 
 class Row(Record):

@@ -1,0 +1,131 @@
+"""The verbs of ``search-e1 data``."""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from search_e1.errors import ConfigError
+
+if TYPE_CHECKING:
+    from search_e1.data.prepare import Prepared
+
+app = typer.Typer(no_args_is_help=True, help="Make question files ready for a run.")
+console = Console(highlight=False)
+
+
+class Duplicates(StrEnum):
+    KEEP = "keep"
+    DROP = "drop"
+    REFUSE = "refuse"
+
+
+@app.callback()
+def _data() -> None:
+    """Make question files ready for a run."""
+
+
+@app.command()
+def prepare(
+    out: Annotated[Path, typer.Option("--out", help="Directory of the new files.")],
+    train: Annotated[
+        list[str] | None,
+        typer.Option("--train", help="Training questions: BENCHMARK[:SPLIT] or [NAME=]FILE. May come again."),
+    ] = None,
+    eval: Annotated[
+        list[str] | None,
+        typer.Option("--eval", help="Evaluation questions: BENCHMARK[:SPLIT], all[:SPLIT] or [NAME=]FILE."),
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Directory with the benchmarks' files, instead of the Hub: nq/test.jsonl or nq.test.jsonl[.gz].",
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of the Hub's collection. Default: the newest.")] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option("--column", help="FIELD=COLUMN of your files, e.g. question=Frage, answers=labels.text, id=."),
+    ] = None,
+    separator: Annotated[str | None, typer.Option(help="Between several answers in one cell, e.g. '|'.")] = None,
+    duplicates: Annotated[Duplicates, typer.Option(help="Questions that come again.")] = Duplicates.KEEP,
+    drop_leaks: Annotated[
+        bool, typer.Option("--drop-leaks", help="Take evaluation questions out of training.")
+    ] = False,
+    dev_share: Annotated[
+        float | None, typer.Option(help="Share of your own training file to set aside for evaluation.")
+    ] = None,
+    max: Annotated[int | None, typer.Option("--max", min=1, help="Most questions of each file.")] = None,
+    max_train: Annotated[int | None, typer.Option(min=1, help="Most questions of each training file.")] = None,
+    max_eval: Annotated[int | None, typer.Option(min=1, help="Most questions of each evaluation file.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of subsets and of --dev-share.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call wrote.")] = False,
+) -> None:
+    """Read benchmarks or your own questions, check them, and write the files that a config names.
+
+    Without --train and --eval: the published set-up, NQ + HotpotQA for training and the seven benchmarks for evaluation.
+    """
+    from search_e1.data import benchmarks
+    from search_e1.data import prepare as preparing
+    from search_e1.data.user_files import Columns
+
+    preparing.check_out(out, overwrite=overwrite)
+    if dev_share is not None and not 0 < dev_share < 1:
+        raise ConfigError(f"--dev-share {dev_share}: give a share between 0 and 1")
+    if directory is not None and not directory.is_dir():
+        raise ConfigError(f"--from {directory}: no such directory")
+    published = not (train or eval)
+    request = preparing.Request(
+        train=benchmarks.TRAINING_MIX if published else tuple(train or ()),
+        eval=("all",) if published else tuple(eval or ()),
+        directory=directory,
+        revision=revision,
+        columns=Columns.parse(column or (), separator),
+        duplicates=duplicates.value,
+        drop_leaks=drop_leaks,
+        dev_share=dev_share,
+        max_train=max_train or max,
+        max_eval=max_eval or max,
+        seed=seed,
+    )
+    prepared = preparing.prepare(request)
+    preparing.write(prepared, request, out, overwrite=overwrite)
+    _show(prepared, drop_leaks=drop_leaks)
+    console.print("\nFor a config:\n")
+    print(preparing.config_snippet(prepared, out), end="")
+
+
+def _show(prepared: "Prepared", *, drop_leaks: bool) -> None:
+    """The files, then what to look at. Fits 80 columns."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("file", "for", "read", "repeated", "leaked", "written", "answers/q"):
+        table.add_column(heading, justify="left" if heading in ("file", "for") else "right", overflow="fold")
+    for part in prepared.parts:
+        answers = sum(len(question.answers) for _, question in part.rows) / len(part.rows)
+        counts = (len(part.loaded.questions), part.repeated, part.leaked, len(part.rows))
+        table.add_row(Text(part.file), part.role, *map(str, counts), f"{answers:.2f}")
+    console.print(table)
+    for warning in prepared.warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+    if prepared.leaks:
+        done = "dropped from training" if drop_leaks else "still in training; --drop-leaks takes them out"
+        console.print(Text(f"\nTraining questions that are evaluation questions too ({done}):", style="yellow"))
+    for leak in prepared.leaks:
+        console.print(Text(f"  {leak.train} and {leak.eval}: {leak.count}"))
+        _examples(leak.examples[:2])
+
+
+def _examples(examples: Sequence[tuple[str, str, str]]) -> None:
+    for train, evaluation, question in examples:
+        line = Text(f"    {question}  ({_line(train)} = {_line(evaluation)})", style="dim")
+        console.print(line, overflow="ellipsis", no_wrap=True)
+
+
+def _line(where: str) -> str:
+    return f"line {where.rpartition(':')[2]}"

@@ -1,0 +1,201 @@
+"""The seven benchmarks, from the Hub or from files laid out like it.
+
+The questions are those of the FlashRAG collection (arXiv:2405.13576), which Search-R1 and its successors train and
+evaluate on: a directory for each benchmark, a JSON lines file for each split.
+"""
+
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from search_e1.data.corpus import checksum, read_lines
+from search_e1.data.questions import Loaded, to_question
+from search_e1.errors import ConfigError, DataError
+from search_e1.types import Question
+
+REPOSITORY = "RUC-NLPIR/FlashRAG_datasets"
+SIZES = {
+    "nq": {"train": 79168, "dev": 8757, "test": 3610},
+    "triviaqa": {"train": 78785, "dev": 8837, "test": 11313},
+    "popqa": {"test": 14267},
+    "hotpotqa": {"train": 90447, "dev": 7405},
+    "2wikimultihopqa": {"train": 15000, "dev": 12576},
+    "musique": {"train": 19938, "dev": 2417},
+    "bamboogle": {"test": 125},
+}
+"""Benchmark -> split -> questions in the collection, by its own table."""
+BENCHMARKS = tuple(SIZES)
+TEST_SPLITS = {name: "test" if "test" in splits else "dev" for name, splits in SIZES.items()}
+"""What Search-R1 evaluates on: the test split where its answers are public, else dev."""
+TEST_SIZES = {name: splits[TEST_SPLITS[name]] for name, splits in SIZES.items()}
+"""Benchmark -> questions that the published figures are means over, in the order of the tables."""
+TRAINING_MIX = ("nq", "hotpotqa")
+"""The benchmarks whose train splits the published policies are trained on."""
+
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+_HOPS = {"nq": 1, "triviaqa": 1, "popqa": 1, "hotpotqa": 2, "bamboogle": 2}
+# Retrieved or supporting text: it triples the files, and nothing reads it, since passages come from the corpus.
+_BULK = ("context", "paragraphs", "question_decomposition")
+
+
+def find(name: str) -> str:
+    """The benchmark called ``name``, whatever its case.
+
+    Raises:
+        ConfigError: there is none; suggests the nearest.
+    """
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    if plain in SIZES:
+        return plain
+    names = {**{known: known for known in BENCHMARKS}, "naturalquestions": "nq"}
+    containing = [known for known in names if plain and (plain in known or known in plain)]
+    close = [names[near] for near in containing or difflib.get_close_matches(plain, names, n=1, cutoff=0.4)]
+    known = ", ".join(BENCHMARKS)
+    raise ConfigError(
+        f"unknown benchmark {name!r}; "
+        + (f"did you mean {close[0]!r}? (known: {known})" if close else f"known: {known}")
+    )
+
+
+def splits(benchmark: str, directory: Path | None = None) -> tuple[str, ...]:
+    """The splits that the collection has of a benchmark, or that ``directory`` has files of."""
+    if directory is None:
+        return tuple(SIZES[benchmark])
+    nested = {p.name.split(".")[0] for p in (directory / benchmark).glob("*.jsonl*") if p.name.endswith(_SUFFIXES)}
+    flat = {p.name.split(".")[1] for p in directory.glob(f"{benchmark}.*.jsonl*") if p.name.endswith(_SUFFIXES)}
+    return tuple(sorted(nested | flat))
+
+
+def load(benchmark: str, split: str, directory: Path | None = None, revision: str | None = None) -> Loaded:
+    """The questions of one split, from ``directory``, or from the Hub at ``revision`` (its newest commit).
+
+    ``directory`` holds ``<benchmark>/<split>.jsonl`` (a copy of the Hub's repository) or ``<benchmark>.<split>.jsonl``, plain,
+    ``.gz`` or ``.zst``. As in Search-R1, a question that does not end with a question mark gets one. Ids become
+    ``<benchmark>_<id>``, since the collection's own (``train_0``) return in every benchmark; ``metadata`` keeps them as
+    ``source_id``, and of the annotation ``hops``, ``supporting_titles`` and the triples in ``evidences``.
+
+    Raises:
+        DataError: the Hub cannot be reached or has no such file, no file of that name is in ``directory``, or a line is no
+            question.
+    """
+    if directory is None:
+        return _from_hub(benchmark, split, revision)
+    path = _local(benchmark, split, directory)
+    rows = [(f"{path}:{n}", _question(row, benchmark, f"{path}:{n}")) for n, row in read_lines(path)]
+    if not rows:
+        raise DataError(f"{path}: no questions in it; give a file with a question a line")
+    nested = path.parent.name == benchmark
+    return Loaded(rows, str(path), checksum(path), SIZES[benchmark].get(split) if nested else None)
+
+
+def _local(benchmark: str, split: str, directory: Path) -> Path:
+    for stem in (directory / benchmark / split, directory / f"{benchmark}.{split}"):
+        for suffix in _SUFFIXES:
+            path = stem.with_name(stem.name + suffix)
+            if path.is_file():
+                return path
+    there = splits(benchmark, directory)
+    raise DataError(
+        f"{directory}: neither {benchmark}/{split}.jsonl nor {benchmark}.{split}.jsonl[.gz|.zst] is in it; "
+        + (f"of {benchmark} it has {', '.join(there)}" if there else f"it has nothing of {benchmark}")
+    )
+
+
+def _from_hub(benchmark: str, split: str, revision: str | None) -> Loaded:
+    import datasets
+
+    file = f"{benchmark}/{split}.jsonl"
+    if split not in SIZES[benchmark]:
+        raise ConfigError(f"{REPOSITORY} has no {file}; of {benchmark} it has {', '.join(SIZES[benchmark])}")
+    instead = f"give --from DIR with {file} or {benchmark}.{split}.jsonl in it instead"
+    # Without a network `datasets` answers from its cache, or says at once that it cannot.
+    offline = datasets.config.HF_HUB_OFFLINE
+    commit = revision if offline else _commit(file, revision, instead)
+    datasets.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(REPOSITORY, benchmark, split=split, revision=commit)
+    except Exception as error:  # what the transport below `datasets` raises is not part of any interface
+        raise DataError(f"{REPOSITORY}/{file}: {_one_line(error)}; {instead}") from error
+    found = Path(rows.cache_files[0]["filename"]).parent.name  # `datasets` keeps each commit in a directory of its name
+    if commit and found != commit:  # the Hub went away in between, and the cache holds another commit
+        raise DataError(
+            f"{REPOSITORY}/{file}: revision {commit} is not to be had, only {found} from the cache; {instead}"
+        )
+    source = f"{REPOSITORY}/{file}"
+    questions = [(f"{source}:{n}", _question(row, benchmark, f"{source}:{n}")) for n, row in enumerate(rows, 1)]
+    return Loaded(questions, source, found, SIZES[benchmark][split])
+
+
+def _commit(file: str, revision: str | None, instead: str) -> str:
+    """The commit that ``revision`` stands for now: asked for once and without retries, so that a dead network ends fast."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        info = HfApi().dataset_info(REPOSITORY, revision=revision, timeout=10)
+    except RevisionNotFoundError as error:
+        raise ConfigError(f"{REPOSITORY} has no revision {revision!r}; leave --revision out for the newest") from error
+    except RepositoryNotFoundError as error:
+        raise DataError(f"{REPOSITORY}: not found on the Hub, or closed to you; {instead}") from error
+    except Exception as error:  # see `_from_hub`
+        raise DataError(f"{REPOSITORY}: the Hub cannot be reached ({_one_line(error)}); {instead}") from error
+    if info.sha is None or file not in {sibling.rfilename for sibling in info.siblings or ()}:
+        raise DataError(f"{REPOSITORY}: {file} is not in it (revision {info.sha}); {instead}")
+    return info.sha
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _question(row: Mapping[str, Any], benchmark: str, where: str) -> Question:
+    question = to_question(row, benchmark, where)
+    text = question.text.strip()
+    known = {key: value for key, value in question.metadata.items() if value is not None}
+    metadata = {**_annotation(known, benchmark), **{k: v for k, v in known.items() if k not in (*_BULK, "evidences")}}
+    metadata.pop("supporting_facts", None)
+    prefixed = question.id.startswith(f"{benchmark}_")
+    if not prefixed:
+        metadata.setdefault("source_id", question.id)
+    return question.model_copy(
+        update={
+            "id": question.id if prefixed else f"{benchmark}_{question.id}",
+            "text": text if text.endswith("?") else f"{text}?",
+            "hops": metadata.get("hops"),
+            "metadata": metadata,
+        }
+    )
+
+
+def _annotation(metadata: Mapping[str, Any], benchmark: str) -> dict[str, Any]:
+    """``hops``, ``supporting_titles`` and ``evidences``, as far as the collection's metadata tell them."""
+    found: dict[str, Any] = {}
+    steps = metadata.get("question_decomposition") or []
+    hops = len(steps) or _HOPS.get(benchmark)
+    if benchmark == "2wikimultihopqa" and "type" in metadata:
+        hops = 4 if str(metadata["type"]).replace("-", "_") == "bridge_comparison" else 2
+    if hops:
+        found["hops"] = hops
+    titles = list(_titles(metadata.get("supporting_facts"))) + [
+        (step.get("support_paragraph") or {}).get("title") for step in steps
+    ]
+    if any(titles):
+        found["supporting_titles"] = list(dict.fromkeys(title for title in titles if title))
+    evidences = metadata.get("evidences")
+    if isinstance(evidences, Mapping):  # columns instead of rows
+        columns = [evidences.get(key) or () for key in ("fact", "relation", "entity")]
+        evidences = [list(triple) for triple in zip(*columns, strict=False)]
+    return {**found, "evidences": evidences} if evidences else found
+
+
+def _titles(facts: Any) -> Iterator[str]:
+    if isinstance(facts, Mapping):  # {"title": [...], "sent_id": [...]}
+        yield from facts.get("title") or ()
+    for fact in facts if isinstance(facts, list) else ():  # [[title, sentence], ...]
+        if isinstance(fact, list | tuple) and fact:
+            yield fact[0]
