@@ -184,6 +184,29 @@ def evaluate(
     console.print(evaluation_table(read_evaluation(made)))
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory, finished or not.")],
+    out: Annotated[Path | None, typer.Option("--out", help="HTML file. Default: report.html in the run.")] = None,
+    most: Annotated[
+        int, typer.Option(min=1, help="About this many trajectories; of more, a fixed sample of questions.")
+    ] = 5_000,
+) -> None:
+    """Write a run as one HTML file: figures, costs, trajectories, pairs, rounds."""
+    from search_e1.report.page import write
+
+    out = out or run / "report.html"
+    shown = write(run, out, most)
+    left_out = f" (of {shown['trajectories'] + shown['left_out']})" if shown["left_out"] else ""
+    console.print(
+        f"{out}: {shown['policies']} policies, {shown['trajectories']} trajectories{left_out}, {shown['pairs']} pairs, "
+        f"{shown['bytes'] / 1e6:.1f} MB",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 @app.command(context_settings=OVERRIDES)
 def ask(
     context: typer.Context,

@@ -1,0 +1,147 @@
+// A list with search and filters beside the details of what is chosen. Only the rows in sight exist.
+
+const ROW = 62; // px, as in the style sheet
+const BEYOND = 8; // rows that exist above and below the sight
+
+/**
+ * `items` are shown by `row(item)` and `detail(item)`; `facets` are {key: {label, of(item), every?}}: `of` gives the value, or
+ * values, that an item is filed under; `haystack(item)` is what the search looks in; `orders` are {name: compare}.
+ * The choice is kept in `state`, a URLSearchParams, and `changed()` is called when it changes.
+ */
+class Explorer {
+  constructor({ items, facets, haystack, row, detail, what, orders, state, changed }) {
+    Object.assign(this, { items, facets, haystack, row, detail, what, orders, state, changed });
+    this.words = new Map();
+    this.list = h("div", { class: "rows", tabindex: 0, role: "listbox", "aria-label": `${what[1]}`, onscroll: () => this.paint() });
+    this.space = h("div", { class: "space" });
+    this.list.append(this.space);
+    this.panel = h("div", { class: "detail", tabindex: -1 });
+    this.count = h("p", { class: "count", role: "status" });
+    this.search = h("input", { type: "search", placeholder: `Search ${what[1]}  ( / )`, "aria-label": `Search ${what[1]}`, value: state.get("q") || "", oninput: () => this.set("q", this.search.value) });
+    this.selects = Object.fromEntries(Object.entries(facets).map(([key, facet]) => [key, h("select", { "aria-label": facet.label, onchange: (event) => this.set(key, event.target.value) })]));
+    this.order = h("select", { "aria-label": "Order", onchange: () => this.set("order", this.order.value) },
+      Object.keys(orders).map((name) => h("option", { value: name, selected: name === state.get("order") }, name)));
+    const reset = h("button", { type: "button", onclick: () => this.reset() }, "Clear");
+    this.element = h("div", { class: "explorer" },
+      h("div", { class: "side" },
+        h("div", { class: "filters" }, this.search, Object.values(this.selects), this.order, reset), this.count, this.list),
+      this.panel);
+    new ResizeObserver(() => this.paint()).observe(this.list);
+    this.apply(false);
+  }
+
+  set(key, value) {
+    if (value) this.state.set(key, value);
+    else this.state.delete(key);
+    this.apply(true);
+  }
+
+  reset() {
+    for (const key of ["q", "order", "at", ...Object.keys(this.facets)]) this.state.delete(key);
+    this.search.value = "";
+    this.order.selectedIndex = 0;
+    this.apply(true);
+  }
+
+  /** Values that an item is filed under in a facet. */
+  filed(item, key) {
+    return [this.facets[key].of(item)].flat().filter((value) => value !== "" && value !== null && value !== undefined).map(String);
+  }
+
+  matches(item, except) {
+    for (const key of Object.keys(this.facets)) {
+      const wanted = this.state.get(key);
+      if (wanted && key !== except && !this.filed(item, key).includes(wanted)) return false;
+    }
+    const query = (this.state.get("q") || "").toLowerCase().split(/\s+/).filter(Boolean);
+    return !query.length || query.every((word) => this.text(item).includes(word));
+  }
+
+  text(item) {
+    if (!this.words.has(item)) this.words.set(item, this.haystack(item).toLowerCase());
+    return this.words.get(item);
+  }
+
+  apply(touched) {
+    this.shown = this.items.filter((item) => this.matches(item, null));
+    const compare = this.orders[this.state.get("order")] || Object.values(this.orders)[0];
+    if (compare) this.shown.sort(compare);
+    this.count.textContent = this.shown.length === this.items.length ? plural(this.items.length, ...this.what) : `${many(this.shown.length)} of ${plural(this.items.length, ...this.what)}`;
+    for (const key of Object.keys(this.facets)) this.options(key);
+    this.space.style.height = `${this.shown.length * ROW}px`;
+    const wanted = this.items[Number(this.state.get("at") ?? NaN)];
+    this.chosen = this.shown.includes(wanted) ? wanted : null;
+    if (touched) this.list.scrollTop = 0;
+    this.show(touched);
+  }
+
+  /** The options of a facet, each with how many items it would leave. */
+  options(key) {
+    const counts = new Map();
+    for (const item of this.items) for (const value of this.filed(item, key)) if (!counts.has(value)) counts.set(value, 0);
+    for (const item of this.items) if (this.matches(item, key)) for (const value of this.filed(item, key)) counts.set(value, counts.get(value) + 1);
+    const select = this.selects[key], wanted = this.state.get(key) || "";
+    const names = [...counts.keys()];
+    if (!this.facets[key].asMade) names.sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
+    select.replaceChildren(h("option", { value: "" }, `${this.facets[key].label}: all`),
+      ...names.map((name) => h("option", { value: name, selected: name === wanted }, `${line(name)} (${many(counts.get(name))})`)));
+    select.classList.toggle("set", Boolean(wanted));
+    select.hidden = names.length < 2 && !wanted;
+  }
+
+  choose(item, open) {
+    this.chosen = item;
+    this.state.set("at", this.items.indexOf(item));
+    this.show(true);
+    if (open) this.element.classList.add("open");
+  }
+
+  /** The next item, or the one before. */
+  move(step) {
+    if (!this.shown.length) return;
+    const at = this.chosen ? this.shown.indexOf(this.chosen) + step : 0;
+    const next = Math.max(0, Math.min(this.shown.length - 1, at));
+    this.choose(this.shown[next], false);
+    const top = next * ROW;
+    if (top < this.list.scrollTop) this.list.scrollTop = top;
+    else if (top + ROW > this.list.scrollTop + this.list.clientHeight) this.list.scrollTop = top + ROW - this.list.clientHeight;
+  }
+
+  close() {
+    this.element.classList.remove("open");
+    this.list.focus({ preventScroll: true });
+  }
+
+  show(touched) {
+    this.paint();
+    const item = this.chosen;
+    this.opened = item ? this.detail(item) : null;
+    this.panel.replaceChildren(...(this.opened
+      ? [h("button", { type: "button", class: "back", onclick: () => this.close() }, "← Back to the list"), this.opened]
+      : [h("p", { class: "empty" }, this.shown.length ? `Choose one of the ${this.what[1]}: click, or j and k.` : "Nothing matches; clear a filter or the search.")]));
+    this.panel.scrollTop = 0;
+    if (!item) this.element.classList.remove("open");
+    if (touched) this.changed();
+  }
+
+  paint() {
+    const first = Math.max(0, Math.floor(this.list.scrollTop / ROW) - BEYOND);
+    const last = Math.min(this.shown.length, Math.ceil((this.list.scrollTop + this.list.clientHeight) / ROW) + BEYOND);
+    const rows = [];
+    for (let i = first; i < last; i++) {
+      const item = this.shown[i];
+      const element = h("div", { class: "row", role: "option", id: `row-${i}`, "aria-selected": String(item === this.chosen), "aria-setsize": this.shown.length, "aria-posinset": i + 1, onclick: () => this.choose(item, true) }, this.row(item));
+      element.style.top = `${i * ROW}px`;
+      rows.push(element);
+    }
+    this.space.replaceChildren(...rows);
+    const at = this.chosen ? this.shown.indexOf(this.chosen) : -1;
+    if (at >= first && at < last) this.list.setAttribute("aria-activedescendant", `row-${at}`);
+    else this.list.removeAttribute("aria-activedescendant");
+  }
+}
+
+/** A row: a mark, a title of one line, and what is known besides. */
+function rowOf(mark, title, facts) {
+  return [mark, h("span", { class: "title" }, line(title)), h("span", { class: "facts" }, facts.filter(Boolean).map((fact) => h("span", null, line(fact))))];
+}

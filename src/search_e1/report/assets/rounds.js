@@ -1,0 +1,69 @@
+// One question under every policy, side by side.
+
+let asked = null; // questions that were evaluated: [{question, by: {policy: trajectory}}]
+
+function questions() {
+  if (asked) return asked;
+  const found = new Map();
+  for (const t of records.trajectories) {
+    if (!found.has(t.question)) found.set(t.question, { question: t.question, by: {} });
+    found.get(t.question).by[t.stage] = t;
+  }
+  asked = [...found.values()];
+  return asked;
+}
+
+function questionIndex(question) {
+  return questions().findIndex((item) => item.question === question);
+}
+
+const policyNames = () => overview.policies.map((policy) => policy.stage);
+
+/** What happened to a question from policy to policy. */
+function changes(item) {
+  const present = policyNames().filter((name) => item.by[name]);
+  const found = [];
+  present.slice(1).forEach((name, i) => {
+    const before = item.by[present[i]].right, after = item.by[name].right;
+    if (before !== after) found.push(`${after ? "won" : "lost"} by ${name}`);
+  });
+  if (!found.length) found.push(item.by[present[0]]?.right ? "always right" : "never right");
+  return found;
+}
+
+function questionsView(state, changed) {
+  return new Explorer({
+    items: questions(),
+    what: ["question", "questions"],
+    state,
+    changed,
+    facets: {
+      change: { label: "Change", of: changes },
+      benchmark: { label: "Benchmark", of: (item) => questionOf(item).benchmark },
+      hops: { label: "Hops", of: (item) => hopsName(questionOf(item).hops) },
+    },
+    orders: { "in order": null, "most changes": (a, b) => changes(b).length - changes(a).length },
+    haystack: (item) => `${questionOf(item).id}\n${questionOf(item).text}\n${questionOf(item).answers.join("\n")}`,
+    row: (item) => rowOf(
+      h("span", { class: "squares" }, policyNames().map((name) => square(name, item.by[name]))),
+      questionOf(item).text, [questionOf(item).benchmark, hopsName(questionOf(item).hops), ...changes(item)]),
+    detail: (item) => h("article", { class: "wide" },
+      questionHead(questionOf(item)),
+      h("div", { class: "columns" }, policyNames().filter((name) => item.by[name]).map((name, i, names) => column(item, name, names[i - 1])))),
+  });
+}
+
+/** A policy's trajectory, against the policy before it. */
+function column(item, name, previous) {
+  const trajectory = item.by[name], before = item.by[previous];
+  const shared = before ? sharedTurns(trajectory, before) : 0;
+  const whole = before && shared === trajectory.turns.length && shared === before.turns.length;
+  const note = !before ? "" : whole ? `Says the same as ${previous}.` : shared ? `The first ${plural(shared, "turn")} as ${previous}, then another way.` : `Differs from ${previous} from the first turn on.`;
+  return h("section", { class: "column" }, h("h3", null, line(name)), measures(trajectory), h("p", { class: "about" }, line(note) || "\u00a0"),
+    trajectoryView(trajectory, questionOf(item), before));
+}
+
+function square(name, trajectory) {
+  const state = trajectory ? (trajectory.right ? "right" : "wrong") : "none";
+  return h("i", { class: state, title: `${line(name)}: ${state}` }, state === "right" ? "✓" : state === "wrong" ? "✗" : "");
+}

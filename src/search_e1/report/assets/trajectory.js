@@ -1,0 +1,105 @@
+// A trajectory: thought, search, passages and answer, each told apart by label, shape and colour.
+
+const TAG = /<\/?(?:think|search|answer)>/g;
+const ACTION = /<(search|answer)>([\s\S]*?)(?:<\/\1>|$)/g;
+
+/** The parts of an action's text: [{kind: "thought" | "search" | "answer", text}]; the tags are what divides them. */
+function actionParts(text) {
+  const parts = [];
+  let at = 0;
+  const thought = (piece) => {
+    const plain = piece.replace(TAG, "").trim();
+    if (plain) parts.push({ kind: "thought", text: plain });
+  };
+  for (const match of text.matchAll(ACTION)) {
+    thought(text.slice(at, match.index));
+    parts.push({ kind: match[1], text: match[2].trim() });
+    at = match.index + match[0].length;
+  }
+  thought(text.slice(at));
+  return parts;
+}
+
+function block(kind, label, ...children) {
+  return h("div", { class: `block ${kind}` }, h("span", { class: "label" }, label), h("div", { class: "body" }, children));
+}
+
+/** A passage's stored text "(Title: T) text" as [title, text]; a title may hold brackets itself. */
+function splitPassage(text) {
+  const begin = "(Title: ".length;
+  for (let at = begin, depth = 1; at < text.length; at++) {
+    depth += text[at] === "(" ? 1 : text[at] === ")" ? -1 : 0;
+    if (!depth) return [text.slice(begin, at), text.slice(at + 1).trim()];
+  }
+  return ["", text];
+}
+
+function passageList(indices, marked, open = true) {
+  const passages = indices.map((index) => {
+    const [id, text] = records.passages[index];
+    const [title, body] = splitPassage(text);
+    return h("li", null, h("b", null, said(title, marked)), " ", h("code", { class: "id" }, said(id)), h("div", null, said(body, marked)));
+  });
+  return h("details", { class: "block passages", open },
+    h("summary", null, h("span", { class: "label" }, "Passages"), plural(indices.length, "passage"), " read"),
+    h("ol", { class: "body" }, passages));
+}
+
+/** What came back for a turn. */
+function observed(turn, marked, open) {
+  if (turn.passages) return passageList(turn.passages, marked, open);
+  if (turn.said) return block("correction", "Corrected", said(turn.said.trim()));
+  return null;
+}
+
+function turnBlocks(turn, trajectory, marked, open) {
+  const parts = actionParts(turn.text).map((part) => {
+    if (part.kind === "thought") return block("thought", "Thought", said(part.text));
+    if (part.kind === "search") return block("search", turn.kind === "search" && !turn.passages ? "Search, not served" : "Search", said(part.text));
+    return block(trajectory.right ? "answer right" : "answer wrong", trajectory.right ? "Answer ✓" : "Answer ✗", said(part.text));
+  });
+  return [parts, turn.kind === "malformed" && block("correction", "No action", "neither a search nor an answer"), observed(turn, marked, open)];
+}
+
+const STOPS = {
+  answered: null,
+  max_turns: "Stopped: asked for one more search than it may.",
+  max_tokens: "Stopped: no room for another token.",
+  malformed: "Stopped: the last generation was neither a search nor an answer.",
+};
+
+/** The whole trajectory; gold answers are marked in what was read. What it shares with one `before` it is folded. */
+function trajectoryView(trajectory, question, before) {
+  const marked = pattern(question.answers);
+  const shared = before ? sharedTurns(trajectory, before) : 0;
+  return h("div", { class: "trajectory" },
+    trajectory.turns.map((turn, i) => h("div", { class: i < shared ? "turn same" : "turn" }, turnBlocks(turn, trajectory, marked, i >= shared))),
+    STOPS[trajectory.stop] && h("p", { class: "stop" }, STOPS[trajectory.stop]));
+}
+
+/** How many turns, from the first on, say the same in both. */
+function sharedTurns(trajectory, before) {
+  const at = trajectory.turns.findIndex((turn, i) => turn.text !== before.turns[i]?.text);
+  return at < 0 ? trajectory.turns.length : at;
+}
+
+function verdict(right) {
+  return h("span", { class: `verdict ${right ? "right" : "wrong"}`, title: right ? "right" : "wrong" }, right ? "✓" : "✗", h("span", { class: "hidden" }, right ? "right" : "wrong"));
+}
+
+/** Question, where it is from, and its gold answers. */
+function questionHead(question) {
+  return h("header", { class: "question" },
+    h("h2", null, said(question.text)),
+    h("p", { class: "meta" }, [question.benchmark, hopsName(question.hops), question.id].filter(Boolean).map((part) => h("span", null, line(part)))),
+    h("p", { class: "gold" }, "Gold: ", question.answers.map((answer) => h("span", { class: "pill" }, said(answer)))));
+}
+
+function measures(trajectory) {
+  return h("p", { class: "meta" }, verdict(trajectory.right),
+    h("span", null, plural(trajectory.searches, "search", "searches")),
+    h("span", null, plural(trajectory.tokens, "sampled token")),
+    trajectory.class && trajectory.class !== "right" && h("span", null, line(trajectory.class)));
+}
+
+const hopsName = (hops) => (hops === null || hops === undefined ? "" : `${hops}-hop`);

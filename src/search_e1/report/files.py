@@ -1,0 +1,131 @@
+"""What lies in a run directory, complete or begun, as plain data."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from search_e1.errors import DataError, RunError
+from search_e1.runs import MANIFEST, Manifest
+
+_ROUND_ORDER = ("grpo", "pool", "pairs", "lead", "ofsd")
+_EVALUATION = "evaluation-"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A complete artifact; its files are not checked against their checksums, which takes long for weights."""
+
+    name: str
+    path: Path
+    manifest: Manifest
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        return self.manifest.result
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run directory as it is at the moment."""
+
+    path: Path
+    config: dict[str, Any]
+    """Empty if there is no ``config.json``."""
+    stages: dict[str, Stage]
+    """Complete stages in the order in which they were begun."""
+    begun: tuple[str, ...]
+    """Stages that were begun and are not complete: at work, or killed."""
+
+    @property
+    def evaluations(self) -> list[Stage]:
+        """In the order of the loop: base, then GRPO and OFSD of each round; any other after these, as they were made."""
+        return sorted(
+            (stage for stage in self.stages.values() if stage.name.startswith(_EVALUATION)),
+            key=lambda stage: (_position(policy_of(stage)), stage.manifest.started),
+        )
+
+    def of_rounds(self, kind: str) -> dict[int, Stage]:
+        """Round -> the stage of this kind (``grpo``, ``pool``, ``pairs``, ``lead``, ``ofsd``)."""
+        found = {}
+        for name, stage in self.stages.items():
+            if match := re.fullmatch(rf"{kind}-(\d+)", name):
+                found[int(match[1])] = stage
+        return dict(sorted(found.items()))
+
+
+def policy_of(evaluation: Stage) -> str:
+    """The evaluated policy: ``base``, ``grpo-1``, ..."""
+    return evaluation.name.removeprefix(_EVALUATION)
+
+
+def _position(policy: str) -> tuple[int, int]:
+    if policy == "base":
+        return 0, 0
+    kind, _, round = policy.rpartition("-")
+    return (int(round), _ROUND_ORDER.index(kind)) if kind in _ROUND_ORDER and round.isdigit() else (1 << 30, 0)
+
+
+def open_run(path: Path) -> Run:
+    """The run in ``path``.
+
+    Raises:
+        RunError: it is no directory, no run, or a manifest in it is damaged.
+    """
+    if not path.is_dir():
+        raise RunError(f"{path}: no such directory; give the run directory of `search-e1 train`")
+    config = path / "config.json"
+    manifests = sorted(path.glob(f"*/{MANIFEST}"))
+    if not config.is_file() and not manifests:
+        raise RunError(
+            f"{path}: no run (neither config.json nor a stage in it); give the run directory of `search-e1 train`"
+        )
+    stages = sorted((_stage(manifest) for manifest in manifests), key=lambda stage: stage.manifest.started)
+    begun = tuple(sorted(part.name[1:].removesuffix(".partial") for part in path.glob(".*.partial") if part.is_dir()))
+    return Run(path, read_json(config) if config.is_file() else {}, {stage.name: stage for stage in stages}, begun)
+
+
+def _stage(manifest: Path) -> Stage:
+    try:
+        return Stage(manifest.parent.name, manifest.parent, Manifest.model_validate_json(manifest.read_bytes()))
+    except ValueError as error:
+        raise RunError(f"{manifest}: damaged; remove {manifest.parent} and run the stage again") from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_bytes(), parse_constant=_no_number)
+    except FileNotFoundError as error:
+        raise RunError(f"{path}: missing; remove {path.parent} and run the stage again") from error
+    except ValueError as error:
+        raise RunError(f"{path}: damaged; remove {path.parent} and run the stage again") from error
+
+
+def read_lines(path: Path) -> Iterator[Any]:
+    """The records of a JSON lines file; none if there is no such file. A last line without its end is left out: it is
+    being written.
+
+    Raises:
+        DataError: a line is no JSON; names it.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line, parse_constant=_no_number)
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise DataError(f"{path}:{number}: damaged; remove {path.parent} and run the stage again") from error
+
+
+def _no_number(_: str) -> None:
+    """NaN and infinities, which Python writes and no browser reads."""
