@@ -1,8 +1,6 @@
 """A policy on disk and in memory: a plain Hugging Face directory plus the prompts it works under."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +8,12 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from search_e1.config import LoraConfig, PolicyConfig
 from search_e1.errors import ModelError
+from search_e1.loading import device, no_bars
 from search_e1.prompts import Prompts
 
 SMALL = "small"
@@ -31,7 +30,7 @@ class Policy:
 
     def save(self, directory: Path) -> None:
         """Write what ``load`` reads; anything that reads Hugging Face directories reads it too."""
-        with _no_bars():
+        with no_bars():
             self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         self.prompts.save(directory)
@@ -66,7 +65,7 @@ def load(model: str | Path, config: PolicyConfig, prompts: Prompts | None = None
     """
     source = resolve(str(model))
     try:
-        with _no_bars():
+        with no_bars():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
             weights = AutoModelForCausalLM.from_pretrained(
                 source,
@@ -74,7 +73,7 @@ def load(model: str | Path, config: PolicyConfig, prompts: Prompts | None = None
                 trust_remote_code=config.trust_remote_code,
                 use_safetensors=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"policy.model = {str(model)!r} does not load: {str(error).strip().splitlines()[0]}"
         ) from error
@@ -82,13 +81,13 @@ def load(model: str | Path, config: PolicyConfig, prompts: Prompts | None = None
         tokenizer.pad_token = tokenizer.eos_token
     if prompts is None:
         prompts = Prompts.of_policy(source) if isinstance(source, Path) else Prompts()
-    weights.to(_device(config.device))  # type: ignore[arg-type]
+    weights.to(device(config.device))  # type: ignore[arg-type]
     return Policy(weights, tokenizer, prompts)
 
 
 def accelerators(config: PolicyConfig) -> int:
     """Devices beside the CPU that a stage holds: one a process, if the policy lives on one."""
-    return 0 if _device(config.device).type == "cpu" else int(os.environ.get("WORLD_SIZE", "1"))
+    return 0 if device(config.device).type == "cpu" else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def with_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
@@ -108,22 +107,3 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
     merged = model.merge_and_unload()
     merged.requires_grad_(True)  # peft leaves it off, and the next GRPO round would train nothing
     return merged
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' progress bars over files and weights."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")

@@ -1,0 +1,39 @@
+"""What loading any model needs: a device, and quiet."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from search_e1.errors import ModelError
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without transformers' progress bars over files and weights."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def device(name: str) -> torch.device:
+    """``auto`` is an accelerator if there is one.
+
+    Raises:
+        ModelError: no such device, here or at all.
+    """
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return there or torch.device("cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device = {name!r}: no such device; write auto, cpu, cuda, cuda:1, ...") from error
+    if found.type not in ("cpu", "meta", there.type if there else "cpu"):
+        raise ModelError(f"device = {name!r}: none here; use auto, or {there.type if there else 'cpu'}")
+    return found
