@@ -1,81 +1,37 @@
 import json
+import os
+import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import pytest
 from tenacity import wait_none
 
 from search_e1.errors import RetrievalError
-from search_e1.retrieval.base import Retriever
+from search_e1.retrieval import client as module
+from search_e1.retrieval.base import Hit, Retriever
 from search_e1.retrieval.client import HttpRetriever
 from search_e1.types import Passage
-
-Reply = Callable[[dict[str, Any], int], tuple[int, bytes]]
-"""Request and its number, from 0 -> status and body."""
-
-
-class Server:
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.requests: list[dict[str, Any]] = []
-        self.connections: set[int] = set()
+from serving import Reply, good, hit, misbehaving
 
 
 @contextmanager
-def serving(reply: Reply) -> Iterator[Server]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            server.requests.append(request | {"path": self.path})
-            server.connections.add(self.client_address[1])
-            status, body = reply(request, len(server.requests) - 1)
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    class Quiet(ThreadingHTTPServer):
-        def handle_error(self, *args: object) -> None:
-            """A client that has gone away is part of the tests."""
-
-    with Quiet(("127.0.0.1", 0), Handler) as http:
-        server = Server(f"http://127.0.0.1:{http.server_port}")
-        threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
-        try:
-            yield server
-        finally:
-            http.shutdown()
-
-
-def hit(query: str, i: int) -> dict[str, Any]:
-    return {"document": {"id": f"{query}-{i}", "contents": f'"{query}"\ntext {i}'}, "score": 1.0 - i}
-
-
-def good(request: dict[str, Any], number: int) -> tuple[int, bytes]:
-    result = [[hit(query, i) for i in range(request["topk"])] for query in request["queries"]]
-    return 200, json.dumps({"result": result}).encode()
-
-
-@contextmanager
-def client(url: str, timeout: float = 5.0, attempts: int = 3) -> Iterator[HttpRetriever]:
-    with HttpRetriever(url, timeout=timeout, attempts=attempts) as retriever:
+def client(url: str, timeout: float = 5.0, attempts: int = 3, **more: Any) -> Iterator[HttpRetriever]:
+    with HttpRetriever(url, timeout=timeout, attempts=attempts, **more) as retriever:
         retriever._retrying.wait = wait_none()
         yield retriever
 
 
 def refusal(reply: Reply, timeout: float = 5.0, attempts: int = 3) -> tuple[str, int]:
     """The message, and how many requests the server saw."""
-    with serving(reply) as server, client(server.url, timeout, attempts) as retriever:
+    with misbehaving(reply) as server, client(server.url, timeout, attempts) as retriever:
         with pytest.raises(RetrievalError) as caught:
             retriever.search(["a", "b"], 2)
         message = str(caught.value)
@@ -85,77 +41,147 @@ def refusal(reply: Reply, timeout: float = 5.0, attempts: int = 3) -> tuple[str,
 
 
 def test_it_speaks_the_wire_format_of_search_r1() -> None:
-    with serving(good) as server, client(server.url) as retriever:
+    with misbehaving(good) as server, client(server.url) as retriever:
         assert isinstance(retriever, Retriever)
         found = retriever.search(["a", "b", "a"], 2)
         assert [[p.id for p in passages] for passages in found] == [["a-0", "a-1"], ["b-0", "b-1"], ["a-0", "a-1"]]
-        assert found[1][1] == Passage(id="b-1", title="b", text="text 1")
+        assert found[1][1] == Hit(id="b-1", title="b", text="text 1", score=0.0)
         assert retriever.search([], 2) == []
         assert server.requests == [{"queries": ["a", "b"], "topk": 2, "return_scores": True, "path": "/retrieve"}]
+        assert retriever.checksum is None
 
 
 def test_it_keeps_its_connection() -> None:
-    with serving(good) as server, client(server.url + "/retrieve/") as retriever:
-        for _ in range(5):
-            retriever.search(["a"], 1)
+    with misbehaving(good) as server, client(server.url + "/retrieve/") as retriever:
+        for i in range(5):
+            retriever.search([f"a{i}"], 1)
         assert len(server.requests) == 5
         assert len(server.connections) == 1
 
 
-def test_numbers_as_ids_and_queries_without_passages() -> None:
-    body = json.dumps({"result": [[{"document": {"id": 7, "contents": "bare"}, "score": 1}], []]}).encode()
-    with serving(lambda request, number: (200, body)) as server, client(server.url) as retriever:
-        assert retriever.search(["a", "b"], 3) == [[Passage(id="7", title="", text="bare")], []]
+def test_what_search_r1_s_own_servers_leave_out() -> None:
+    hits = [{"document": {"id": 7, "contents": "bare"}}, {"document": {"contents": '"T"\nx', "title": "T"}}]
+    with misbehaving(lambda *_: answer([hits, []])) as server, client(server.url) as retriever:
+        found = retriever.search(["a", "b"], 3)
+    # sha256 of '"T"\nx', as sha256sum gives it
+    assert found == [
+        [Passage(id="7", title="", text="bare"), Passage(id="sha256:842515f9ccff04ee", title="T", text="x")],
+        [],
+    ]
+    assert not isinstance(found[0][0], Hit)
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
-def test_what_may_pass_is_tried_again(status: int) -> None:
-    def twice(request: dict[str, Any], number: int) -> tuple[int, bytes]:
-        return (status, b"busy") if number < 2 else good(request, number)
+# What is wrong with an answer: the reply, and the cause that the error names.
 
-    with serving(twice) as server, client(server.url) as retriever:
-        assert [p.id for p in retriever.search(["a"], 1)[0]] == ["a-0"]
+SECONDS = 0.3
+
+
+def slow(request: dict[str, Any], number: int) -> tuple[int, bytes]:
+    time.sleep(2 * SECONDS)
+    return good(request)
+
+
+def answer(result: Any) -> tuple[int, bytes]:
+    return 200, json.dumps({"result": result}).encode()
+
+
+def cut(request: dict[str, Any], number: int) -> tuple[Any, ...]:
+    _, body = good(request)
+    return 200, body[: len(body) // 2], {"Content-Length": str(len(body))}
+
+
+FAULTS: dict[str, tuple[Reply, str]] = {
+    "reset": (lambda *_: (None, b""), "RemoteProtocolError: Server disconnected without sending a response"),
+    "garbage": (lambda *_: (None, b"\0\1\2\r\n\r\n"), "RemoteProtocolError: "),
+    "slow": (slow, f"no answer within {SECONDS} s"),
+    "500": (lambda *_: (500, b"boom"), "status 500 Internal Server Error"),
+    "502": (lambda *_: (502, b"<html>"), "status 502 Bad Gateway"),
+    "503": (lambda *_: (503, b'{"detail": "too\\nmany"}', {"Retry-After": "0"}), "Unavailable (too many)"),
+    "429": (lambda *_: (429, b"", {"Retry-After": "0"}), "status 429 Too Many Requests"),
+    "cut short": (cut, "RemoteProtocolError: peer closed connection"),
+    "truncated JSON": (lambda r, n: (200, good(r)[1][:-20]), "not an answer of /retrieve (the answer: Invalid JSON"),
+    "no JSON": (lambda *_: (200, b"<html>"), "not an answer of /retrieve (the answer: Invalid JSON"),
+    "no bytes": (lambda *_: (200, b""), "not an answer of /retrieve (the answer: Invalid JSON"),
+    "not gzip": (lambda r, n: (*good(r), {"Content-Encoding": "gzip"}), "DecodingError: "),
+    "other keys": (lambda *_: (200, b'{"results": []}'), "not an answer of /retrieve (result: Field required)"),
+    "null": (lambda *_: answer(None), "not an answer of /retrieve (result: Input should be a valid "),
+    "a text": (lambda *_: answer([[], "x"]), "(result.1: Input should be a valid "),
+    "no contents": (lambda *_: answer([[], [{"document": {"id": 1}}]]), "(result.1.0.document.contents: Field req"),
+    "bare documents": (lambda *_: answer([[], [{"id": 1, "contents": "x"}]]), "(result.1.0.document: Field required)"),
+    "number as contents": (lambda *_: answer([[], [{"document": {"id": 1, "contents": 2}}]]), "contents: Input sho"),
+    "score as text": (lambda *_: answer([[], [hit("a", 0) | {"score": "high"}]]), "(result.1.0.score: Input should"),
+    "score NaN": (lambda *_: answer([[], [hit("a", 0) | {"score": float("nan")}]]), "score: Input should be a finite"),
+    "infinite score": (lambda *_: answer([[hit("a", 0) | {"score": float("inf")}], []]), "score: Input should be a fi"),
+    "one score missing": (lambda *_: answer([[hit("a", 0), hit("a", 1) | {"score": None}], []]), "without a score"),
+    "unsorted": (lambda *_: answer([[], [hit("a", 1), hit("a", 0)]]), "not in the order of their scores"),
+    "twice the same": (lambda *_: answer([[hit("a", 0), hit("a", 0)], []]), "the same passage twice for a query"),
+    "too few results": (lambda *_: answer([[]]), "1 results for 2 queries"),
+    "too many results": (lambda *_: answer([[], [], []]), "3 results for 2 queries"),
+    "too many passages": (lambda *_: answer([[], [hit("a", i) for i in range(3)]]), "3 passages for a query where at"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_stays_is_an_error_that_names_url_attempts_and_cause(fault: str) -> None:
+    reply, cause = FAULTS[fault]
+    message, requests = refusal(reply, timeout=SECONDS if fault == "slow" else 5.0, attempts=2)
+    assert " no passages after 2 attempts: " in message
+    assert cause in message
+    assert message.endswith("; is the server running?") == ("Error: " in cause)
+    assert requests == 2
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_after_a_fault_that_passes_the_answer_is_right(fault: str) -> None:
+    def twice(request: dict[str, Any], number: int) -> tuple[Any, ...]:
+        return FAULTS[fault][0](request, number) if number < 2 else good(request)
+
+    with misbehaving(twice) as server, client(server.url, SECONDS if fault == "slow" else 5.0) as retriever:
+        found = retriever.search(["a", "b"], 2)
+        assert [[p.id for p in passages] for passages in found] == [["a-0", "a-1"], ["b-0", "b-1"]]
         assert len(server.requests) == 3
-
-
-def test_an_error_that_stays_ends_after_all_attempts() -> None:
-    message, requests = refusal(lambda request, number: (500, b"boom"))
-    assert "no passages after 3 attempts: status 500 Internal Server Error" in message
-    assert requests == 3
 
 
 @pytest.mark.parametrize(
     ("status", "body", "says"),
     [
-        (404, b"", "status 404 Not Found; is it the address"),
-        (200, b'{"result": [[{"docu', "not an answer of /retrieve (the answer: Invalid JSON"),
-        (200, b"<html>", "not an answer of /retrieve"),
-        (200, b'{"results": []}', "not an answer of /retrieve (result: Field required)"),
-        (200, b'{"result": [[], [{"document": {"id": "1"}}]]}', "(result.1.0.document.contents: Field required)"),
-        (200, b'{"result": [[], "x"]}', "(result.1: Input should be a valid "),
-        (200, b'{"result": [[]]}', "1 results for 2 queries"),
-        (
-            200,
-            json.dumps({"result": [[], [hit("a", i) for i in range(3)]]}).encode(),
-            "3 passages for a query where at most 2",
-        ),
+        (404, b"", "status 404 Not Found; is it the address of a Search-R1 retrieval server?"),
+        (307, b"", "status 307 Temporary Redirect; is it"),
+        (422, b'{"detail": "topk: 9 is more than 5"}', "status 422 Unprocessable Entity (topk: 9 is more than 5); is"),
+        (422, b'{"detail": [{"msg": "Field required"}]}', "status 422 Unprocessable Entity; is"),
     ],
 )
-def test_rubbish_is_refused_at_once(status: int, body: bytes, says: str) -> None:
-    message, requests = refusal(lambda request, number: (status, body))
-    assert "no passages after 1 attempt: " in message
-    assert says in message
+def test_a_refusal_is_final(status: int, body: bytes, says: str) -> None:
+    message, requests = refusal(lambda *_: (status, body))
+    assert f"no passages after 1 attempt: {says}" in message
     assert requests == 1
 
 
-def test_a_slow_server_times_out() -> None:
-    def slow(request: dict[str, Any], number: int) -> tuple[int, bytes]:
-        time.sleep(0.5)
-        return good(request, number)
+def test_an_answer_that_drips_has_no_more_time_than_any_other() -> None:
+    """Time-outs between two bytes never end it; only one for the whole request does."""
+    done = threading.Event()
 
-    message, requests = refusal(slow, timeout=0.05, attempts=2)
-    assert "no passages after 2 attempts: ReadTimeout: timed out" in message
-    assert requests == 2
+    def drip(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            while not done.wait(0.01):
+                try:
+                    connection.sendall(b" ")
+                except OSError:
+                    return
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        dripping = threading.Thread(target=drip, args=(listener,), daemon=True)
+        dripping.start()
+        with (
+            client(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=SECONDS, attempts=1) as retriever,
+            pytest.raises(RetrievalError, match=r"after 1 attempt: no answer within 0.3 s"),
+        ):
+            retriever.search(["a"], 1)
+        done.set()
+        dripping.join(10)
 
 
 def test_nobody_there_is_found_by_the_probe() -> None:
@@ -169,18 +195,168 @@ def test_nobody_there_is_found_by_the_probe() -> None:
 
 
 def test_the_probe_of_a_good_server_says_nothing() -> None:
-    with serving(good) as server, client(server.url) as retriever:
+    with misbehaving(good) as server, client(server.url) as retriever:
         retriever.probe()
         assert server.requests[0]["topk"] == 1
 
 
-def test_it_waits_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
-    with serving(lambda request, number: (503, b"")) as server, HttpRetriever(server.url, attempts=4) as retriever:
-        monkeypatch.setattr(retriever._retrying, "sleep", waits.append)
-        with pytest.raises(RetrievalError, match="after 4 attempts"):
+# Waits are recorded and not waited for.
+
+
+def waits(monkeypatch: pytest.MonkeyPatch, reply: Reply, **settings: Any) -> tuple[list[float], str]:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    with misbehaving(reply) as server, HttpRetriever(server.url, **settings) as retriever:
+        monkeypatch.setattr(retriever._retrying, "sleep", sleep)
+        with pytest.raises(RetrievalError) as caught:
             retriever.search(["a"], 1)
-    assert [low <= wait <= low + 0.2 for low, wait in zip((0.2, 0.4, 0.8), waits, strict=True)] == [True] * 3
+    return slept, str(caught.value)
+
+
+def test_it_waits_longer_each_time_with_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept, message = waits(monkeypatch, lambda *_: (503, b""), attempts=4)
+    assert "after 4 attempts" in message
+    assert [low <= wait <= low + 0.2 for low, wait in zip((0.2, 0.4, 0.8), slept, strict=True)] == [True] * 3
+    assert len({wait - low for low, wait in zip((0.2, 0.4, 0.8), slept, strict=True)}) == 3
+
+
+def test_it_waits_as_long_as_the_server_asks_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
+    asked = ["7", date, "86400", "soon", "-5", format_datetime(datetime(2001, 1, 1, tzinfo=UTC), usegmt=True)]
+    slept, _ = waits(monkeypatch, lambda r, n: (429, b"", {"Retry-After": asked[n % 6]}), attempts=7, time_limit=10_000)
+    assert slept[0] == 7
+    assert 25 < slept[1] <= 30
+    assert slept[2] == 60
+    assert all(wait < 10.3 for wait in slept[3:])
+
+
+def test_it_gives_up_rather_than_wait_past_its_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept, message = waits(monkeypatch, lambda *_: (429, b"", {"Retry-After": "50"}), attempts=9, time_limit=20)
+    assert slept == []
+    assert "no passages after 1 attempt: status 429" in message
+
+
+def test_no_try_goes_past_the_time_limit() -> None:
+    with (
+        misbehaving(slow) as server,
+        client(server.url, timeout=60, attempts=9, time_limit=SECONDS) as retriever,
+        pytest.raises(RetrievalError, match=r"no passages after 1 attempt: no answer within 0\.\d+ s"),
+    ):
+        retriever.search(["a"], 1)
+
+
+def test_many_queries_go_in_several_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries = [f"query {i}" for i in range(600)]
+    with misbehaving(good) as server, client(server.url) as retriever:
+        found = retriever.search([*queries, *queries], 1)
+        assert [passages[0].id for passages in found] == [f"{query}-0" for query in queries] * 2
+        assert sorted(len(request["queries"]) for request in server.requests) == [88, 256, 256]
+    monkeypatch.setattr(module, "_REQUEST_CHARS", 10)
+    with misbehaving(good) as server, client(server.url) as retriever:
+        retriever.search(["aaaa", "bbbb", "c" * 99, "dddd", "eeee", "f"], 1)
+        sent = sorted(request["queries"] for request in server.requests)
+        assert sent == [["aaaa", "bbbb"], ["c" * 99], ["dddd", "eeee", "f"]]
+
+
+def test_one_failed_request_of_several_fails_the_search_and_is_asked_again() -> None:
+    def broken_once(request: dict[str, Any], number: int) -> tuple[Any, ...]:
+        return (404, b"") if number < 2 and "query 300" in request["queries"] else good(request)
+
+    queries = [f"query {i}" for i in range(400)]
+    with misbehaving(broken_once) as server, client(server.url) as retriever:
+        with pytest.raises(RetrievalError, match="status 404"):
+            retriever.search(queries, 1)
+        assert all(len(passages) == 1 for passages in retriever.search(queries, 1))
+        assert [len(request["queries"]) for request in server.requests[2:]] == [144]
+
+
+def test_what_was_answered_is_remembered_for_each_topk() -> None:
+    with misbehaving(good) as server, client(server.url) as retriever:
+        first = retriever.search(["a", "b"], 2)
+        first[0].clear()  # the caller's own list
+        assert [len(passages) for passages in retriever.search(["b", "a", "c"], 2)] == [2, 2, 2]
+        retriever.search(["a"], 1)
+        assert [request["queries"] for request in server.requests] == [["a", "b"], ["c"], ["a"]]
+
+
+def test_a_failure_is_not_remembered() -> None:
+    with misbehaving(lambda r, n: (404, b"") if n == 0 else good(r)) as server, client(server.url) as retriever:
+        with pytest.raises(RetrievalError):
+            retriever.search(["a"], 1)
+        assert len(retriever.search(["a"], 1)[0]) == 1
+
+
+def test_threads_that_ask_the_same_ask_once() -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def held(request: dict[str, Any], number: int) -> tuple[int, bytes]:
+        entered.set()
+        assert release.wait(10)
+        return good(request)
+
+    with misbehaving(held) as server, client(server.url) as retriever, ThreadPoolExecutor(8) as pool:
+        first = pool.submit(retriever.search, ["a"], 1)
+        assert entered.wait(10)
+        rest = [pool.submit(retriever.search, ["a", f"b{i % 2}"], 1) for i in range(6)]
+        while len(server.requests) < 3:
+            time.sleep(0.001)
+        release.set()
+        assert first.result()[0][0].id == "a-0"
+        assert [[p[0].id for p in r.result()] for r in rest] == [["a-0", f"b{i % 2}-0"] for i in range(6)]
+        assert sorted(request["queries"] for request in server.requests) == [["a"], ["b0"], ["b1"]]
+
+
+def test_threads_that_wait_for_a_failure_all_fail() -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def held(request: dict[str, Any], number: int) -> tuple[int, bytes]:
+        entered.set()
+        assert release.wait(10)
+        return 404, b""
+
+    with misbehaving(held) as server, client(server.url) as retriever, ThreadPoolExecutor(8) as pool:
+        searches = [pool.submit(retriever.search, ["a"], 1) for _ in range(4)]
+        assert entered.wait(10)
+        release.set()
+        for search in searches:
+            with pytest.raises(RetrievalError, match="status 404"):
+                search.result()
+    assert 1 <= len(server.requests) <= 4
+
+
+def test_another_index_behind_the_same_address_is_noticed() -> None:
+    checksums = ["a" * 64, "a" * 64, "b" * 64]
+    with (
+        misbehaving(lambda r, n: (*good(r), {"Search-E1-Index": checksums[n]})) as server,
+        client(server.url) as retriever,
+    ):
+        retriever.probe()
+        assert retriever.checksum == "a" * 64
+        retriever.search(["a"], 1)
+        with pytest.raises(RetrievalError, match=r"index changed while it was in use \(from aaaaaaaaaaaa to bbbb"):
+            retriever.search(["b"], 1)
+
+
+def test_it_works_after_close_and_in_a_forked_child() -> None:
+    with misbehaving(good) as server, client(server.url) as retriever:
+        retriever.search(["a"], 1)
+        retriever.close()
+        assert len(retriever.search(["a"], 1)[0]) == 1
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os._exit(0 if len(retriever.search(["a", "b"], 1)) == 2 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert len(retriever.search(["c"], 1)[0]) == 1
+
+
+def test_a_proxy_is_not_asked_for_what_is_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    with misbehaving(good) as server, client(server.url, attempts=1) as retriever:
+        assert len(retriever.search(["a"], 1)[0]) == 1
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", "nonsense", "http://host:port"])

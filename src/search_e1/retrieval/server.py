@@ -1,0 +1,368 @@
+"""An index over HTTP: the wire format of Search-R1's ``/retrieve``, with limits, batching, a cache and metrics.
+
+Needs the extra ``serve``. There is no authentication: keep it on the loopback interface or on a network of your own.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from pydantic import BaseModel, Field, ValidationError
+
+from search_e1.errors import ConfigError, RetrievalError
+from search_e1.retrieval.base import Index
+from search_e1.retrieval.batching import Batcher, IndexFailedError, QueueFullError
+from search_e1.retrieval.client import CHECKSUM_HEADER, MOST_QUERIES_HEADER
+
+logger = logging.getLogger(__name__)
+BACKLOG = 2048
+"""Connections that the kernel holds until they are accepted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a server allows itself and its clients."""
+
+    topk: int = 3
+    """Passages for a query where the request does not say."""
+    max_topk: int = 100
+    max_queries: int = 1024
+    """Queries of one request."""
+    max_query_chars: int = 100_000
+    """Characters of one query. A generation of 500 tokens stays far below."""
+    max_body_bytes: int = 16 * 2**20
+    batch: int = 64
+    """Most queries of one call of the index."""
+    batch_wait: float = 0.002
+    """Seconds that a call which is not full waits for more queries."""
+    queue: int = 8192
+    """Queries that may wait; more are answered with 503."""
+    cache: int = 50_000
+    """Queries whose answers are kept in memory."""
+    threads: int = 1
+    """Calls of the index at the same time."""
+    body_timeout: float = 30.0
+    """Seconds in which a request has to arrive."""
+    shutdown_timeout: int = 30
+    """Seconds that requests under way have left when the server is told to stop."""
+    access_log: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+        if self.topk > self.max_topk:
+            raise ConfigError(f"topk = {self.topk} is more than max_topk = {self.max_topk}; raise --max-topk")
+        if self.queue < self.max_queries:
+            raise ConfigError(
+                f"a queue of {self.queue} queries never has room for a request of {self.max_queries}; "
+                "raise --queue or lower --max-queries"
+            )
+
+
+class Query(BaseModel):
+    """What ``/retrieve`` is sent. Further fields are ignored, as Search-R1's server ignores them."""
+
+    queries: list[str] | None = None
+    query: str | None = None
+    """A single query, as SkyRL's environment sends it; answered like ``queries`` of one."""
+    topk: int | None = Field(default=None, ge=1)
+    """Passages for each query; the server's own number without it."""
+    return_scores: bool = False
+    """``[{"document": ..., "score": ...}]`` for each query, else ``[document]``."""
+
+    def all(self) -> list[str]:
+        """The queries.
+
+        Raises:
+            HTTPException: none are given, or in both ways.
+        """
+        if (self.queries is None) == (self.query is None):
+            raise _refusal(422, 'give "queries", a list of strings')
+        return [self.query] if self.queries is None else self.queries  # type: ignore[list-item]
+
+
+Hits = tuple[tuple[bytes, bytes], ...]
+"""The answer of one query as it is kept: JSON of document and score, best first."""
+
+
+class Metrics:
+    """Counters of one server, with a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.requests = Counter("search_e1_requests", "Requests answered, by status.", ["status"], registry=registry)
+        self.queries = Counter(
+            "search_e1_queries", "Queries, by what answered them: index, cache, joined.", ["source"], registry=registry
+        )
+        self.request_seconds = Histogram(
+            "search_e1_request_seconds", "From the whole request to its answer.", registry=registry
+        )
+        self.index_seconds = Histogram("search_e1_index_seconds", "One call of the index.", registry=registry)
+        self.batch_queries = Histogram(
+            "search_e1_batch_queries",
+            "Queries of one call of the index.",
+            buckets=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512],
+            registry=registry,
+        )
+        self.waiting = Gauge("search_e1_waiting_queries", "Queries that wait for the index.", registry=registry)
+        self.cached = Gauge("search_e1_cached_queries", "Queries whose answers are kept.", registry=registry)
+        self.passages = Gauge("search_e1_index_passages", "Passages of the index.", ["checksum"], registry=registry)
+
+
+def make_app(index: Index, settings: Settings | None = None) -> FastAPI:
+    """The ASGI application that serves ``index``."""
+    settings = settings or Settings()
+    metrics = Metrics()
+    metrics.passages.labels(index.checksum).set(len(index))
+
+    def answer(queries: list[str], topk: int) -> list[Hits]:
+        metrics.batch_queries.observe(len(queries))
+        with metrics.index_seconds.time():
+            return _search(index, queries, topk)
+
+    batcher = Batcher(
+        answer,
+        size=settings.batch,
+        wait=settings.batch_wait,
+        limit=settings.queue,
+        threads=settings.threads,
+        cached=settings.cache,
+        count=lambda source, queries: metrics.queries.labels(source).inc(queries),
+    )
+    metrics.waiting.set_function(lambda: batcher.waiting)
+    metrics.cached.set_function(lambda: len(batcher.cache))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with batcher:
+            yield
+
+    # The interactive pages load scripts from elsewhere; the schema itself is at /openapi.json.
+    app = FastAPI(title="search-e1 retriever", docs_url=None, redoc_url=None, lifespan=lifespan)
+    headers = {CHECKSUM_HEADER: index.checksum, MOST_QUERIES_HEADER: str(settings.max_queries)}
+
+    @app.post("/retrieve", openapi_extra=_SCHEMA, responses=_RESPONSES)
+    async def retrieve(request: Request) -> Response:
+        """The best passages for each query."""
+        started = time.perf_counter()
+        try:
+            response = await _retrieve(request, batcher, settings)
+        except HTTPException as refusal:
+            response = JSONResponse({"detail": refusal.detail}, refusal.status_code, refusal.headers)
+        except IndexFailedError as failure:
+            logger.error("the index failed", exc_info=failure.__cause__)
+            response = JSONResponse({"detail": f"the index failed: {_one_line(str(failure))}"}, 500)
+        response.headers.update(headers)
+        metrics.requests.labels(response.status_code).inc()
+        metrics.request_seconds.observe(time.perf_counter() - started)
+        return response
+
+    @app.get("/healthz")
+    async def health() -> dict[str, Any]:
+        """What is served and which limits hold."""
+        limits = {name: value for name, value in asdict(settings).items() if name.startswith("max_")}
+        return {"status": "ok", "passages": len(index), "checksum": index.checksum, "topk": settings.topk, **limits}
+
+    @app.get("/metrics")
+    async def tell() -> Response:
+        """Prometheus's text format."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+_SCHEMA = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": Query.model_json_schema()}}},
+}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    code: {"description": text}
+    for code, text in {
+        400: "Not JSON.",
+        408: "The request did not arrive in time.",
+        413: "The body is too large.",
+        422: "A field of the wrong type, or over a limit.",
+        500: "The index failed.",
+        503: "Too many queries wait; `Retry-After` says when to come again.",
+    }.items()
+}
+
+
+async def _retrieve(request: Request, batcher: Batcher[Hits], settings: Settings) -> Response:
+    asked = _parse(await _body(request, settings))
+    queries, topk = asked.all(), asked.topk or settings.topk
+    _check(queries, topk, settings)
+    try:
+        answers = await batcher.search(queries, topk)
+    except QueueFullError as error:
+        raise _refusal(503, "too many queries wait; come again", {"Retry-After": "1"}) from error
+    shown = (_with_scores if asked.return_scores else _documents)(answers)
+    return Response(b'{"result":[' + b",".join(shown) + b"]}", media_type="application/json")
+
+
+def _with_scores(answers: Sequence[Hits]) -> list[bytes]:
+    return [
+        b"[" + b",".join(b'{"document":' + document + b',"score":' + score + b"}" for document, score in hits) + b"]"
+        for hits in answers
+    ]
+
+
+def _documents(answers: Sequence[Hits]) -> list[bytes]:
+    return [b"[" + b",".join(document for document, _ in hits) + b"]" for hits in answers]
+
+
+async def _body(request: Request, settings: Settings) -> bytes:
+    """The body. Up to four times too much is read and thrown away, so that its client sees the answer."""
+    most, parts, size = settings.max_body_bytes, [], 0
+    try:
+        async with asyncio.timeout(settings.body_timeout):
+            async for part in request.stream():
+                size += len(part)
+                if size <= most:
+                    parts.append(part)
+                elif size > 4 * most:
+                    break
+    except TimeoutError as error:
+        raise _refusal(
+            408, f"the request did not arrive within {settings.body_timeout:g} s", {"Connection": "close"}
+        ) from error
+    if size > most:
+        raise _refusal(413, f"the body has more than {most} bytes; send fewer queries at once", {"Connection": "close"})
+    return b"".join(parts)
+
+
+def _parse(body: bytes) -> Query:
+    try:
+        return Query.model_validate_json(body)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        message = _one_line(f"{where}: {problem['msg']}" if where else problem["msg"])
+        raise _refusal(400 if problem["type"] == "json_invalid" else 422, message) from error
+
+
+def _check(queries: Sequence[str], topk: int, settings: Settings) -> None:
+    if topk > settings.max_topk:
+        raise _refusal(422, f"topk: {topk} is more than {settings.max_topk}")
+    if len(queries) > settings.max_queries:
+        raise _refusal(422, f"queries: {len(queries)} are more than {settings.max_queries}; send several requests")
+    for i, query in enumerate(queries):
+        if len(query) > settings.max_query_chars:
+            raise _refusal(422, f"queries.{i}: {len(query)} characters are more than {settings.max_query_chars}")
+
+
+def _search(index: Index, queries: list[str], topk: int) -> list[Hits]:
+    """What the index finds, encoded. Anything that a client could not trust raises here."""
+    found = index.search(queries, topk)
+    if len(found) != len(queries):
+        raise RetrievalError(f"{len(found)} results for {len(queries)} queries")
+    return [
+        tuple((_encoded({"id": hit.id, "contents": hit.contents}), _score(hit.score)) for hit in hits) for hits in found
+    ]
+
+
+def _encoded(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _score(score: float) -> bytes:
+    if not math.isfinite(score):
+        raise RetrievalError(f"a score of {score}")
+    return _encoded(float(score))
+
+
+def _refusal(status: int, detail: str, headers: dict[str, str] | None = None) -> HTTPException:
+    return HTTPException(status, detail, headers)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """The server's address, held from now on; connections are refused until ``serve`` listens on it.
+
+    Raises:
+        ConfigError: the address is in use, not this machine's, or not to be had.
+    """
+    try:
+        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        bound = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise ConfigError(f"{host}:{port}: no such address ({_reason(error)}); give --host and --port") from error
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise _taken(host, port, error) from error
+    return bound
+
+
+def _taken(host: str, port: int, error: OSError) -> ConfigError:
+    return ConfigError(f"{host}:{port}: cannot listen there ({_reason(error)}); give another --port or --host")
+
+
+def _reason(error: Exception) -> str:
+    return _one_line(str(getattr(error, "strerror", None) or error))
+
+
+def serve(
+    index: Index, bound: socket.socket, settings: Settings | None = None, ready: Callable[[str], None] | None = None
+) -> None:
+    """Serve ``index`` at the address that ``bind`` gave until SIGINT or SIGTERM; requests under way are still answered.
+
+    ``ready`` is called with the server's URL when it listens.
+
+    Raises:
+        ConfigError: another process has begun to listen there in the meantime.
+    """
+    host, port = bound.getsockname()[:2]
+    try:
+        bound.listen(BACKLOG)
+    except OSError as error:
+        raise _taken(host, port, error) from error
+    server = make_server(index, settings or Settings())
+    if ready:
+        ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    # uvicorn raises a signal that it has obeyed once more when it is done; by then there is nothing left to end.
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server.run(sockets=[bound])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def make_server(index: Index, settings: Settings) -> uvicorn.Server:
+    """The server that ``serve`` runs; give ``run`` a bound socket."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            make_app(index, settings),
+            log_level="info" if settings.access_log else "warning",
+            access_log=settings.access_log,
+            ws="none",
+            server_header=False,
+            # Longer than clients keep an idle connection, so that it is theirs to close.
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=settings.shutdown_timeout,
+        )
+    )
