@@ -12,12 +12,14 @@ help: ## Show this list
 
 setup: $(VENV)/.ready ## Install the package and the developer's tools into .venv
 
+# liger-kernel is what tests and benchmarks compare with; of it they need plain torch code, not the triton that it requires.
 # torch is installed first, from its CPU build where there is no GPU: an unpinned torch pulls gigabytes of CUDA libraries.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --group dev --editable .
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps liger-kernel
 	touch $@
 
 quickstart: setup ## Two rounds of GRPO and self-distillation in the small world

@@ -120,6 +120,8 @@ def test_broken_flags_are_refused(flags: list[str], says: str) -> None:
         ("--grpo.steps=-1", "grpo.steps = -1: Input should be greater than or equal to 0"),
         ("--grpo.group_size=1", "grpo.group_size = 1: Input should be greater than or equal to 2"),
         ("--distill.clip=some", "distill.clip = 'some': Input should be 'entry', 'token' or 'none'"),
+        ("--distill.logits_mib=0", "distill.logits_mib = 0: Input should be greater than 0"),
+        ("--distill.beta=1", "distill.beta = 1: Input should be less than 1"),
         ("--data.train=[]", "data.train = []: "),
         ("--lead.max_share=2", "lead.max_share = 2: Input should be less than or equal to 1"),
         ("--run.x=2", "--run.x: run is a value, not a section"),
@@ -128,6 +130,11 @@ def test_broken_flags_are_refused(flags: list[str], says: str) -> None:
 )
 def test_a_bad_key_or_value_is_named(tmp_path: Path, override: str, says: str) -> None:
     assert refusal(tmp_path, override).startswith(says)
+
+
+def test_beta_belongs_to_js(tmp_path: Path) -> None:
+    assert load(written(tmp_path), ["--distill.divergence=js", "--distill.beta=0.2"]).distill.beta == 0.2
+    assert 'beta = 0.2 belongs to divergence = "js", not to "forward_kl"' in refusal(tmp_path, "--distill.beta=0.2")
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

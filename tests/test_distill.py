@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from search_e1.policy import Policy, load, merge_adapter, with_adapter
 from search_e1.types import Question
 from test_collate import make_pair
 
-CONFIG = DistillConfig(epochs=1, learning_rate=1e-2, batch_size=4, lora=LoraConfig(rank=4, alpha=8), chunk_size=32)
+CONFIG = DistillConfig(epochs=1, learning_rate=1e-2, batch_size=4, lora=LoraConfig(rank=4, alpha=8), logits_mib=1)
 
 
 def lfm2_policy() -> Policy:
@@ -81,12 +82,26 @@ def test_before_training_teacher_and_student_agree_exactly_if_their_prompts_do(p
     assert model(**batch)[0].item() > 1e-6
 
 
-def test_the_divergence_is_that_of_the_logits(policy):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        dict(tau=0.05),
+        dict(clip="token", tau=0.2),
+        dict(clip="none"),
+        dict(divergence="reverse_kl"),
+        dict(divergence="js", beta=0.3),
+        dict(student_temperature=0.7, teacher_temperature=0.4),
+        dict(logits_mib=None),
+    ],
+)
+def test_the_divergence_is_that_of_the_logits(policy, settings):
     """Row by row and without padding, from the whole model's logits: teacher without the adapter, student with it."""
+    config = DistillConfig(**{**CONFIG.model_dump(), **settings})
     pairs = pairs_of(policy, 3)
     adapted = with_adapter(policy.model, CONFIG.lora)
     spread(adapted)
-    model = _SelfDistillation(adapted, CONFIG).eval()
+    model = _SelfDistillation(adapted, config).eval()
     loss, per_token = model(**batch_of(policy, pairs))
     expected = []
     for pair in pairs:
@@ -94,9 +109,16 @@ def test_the_divergence_is_that_of_the_logits(policy):
         with torch.no_grad(), adapted.disable_adapter():
             teacher = adapted(torch.tensor([row["input_ids"]])).logits[0]
         student = adapted(torch.tensor([row["student_ids"]])).logits[0]
-        t = teacher.log_softmax(-1)[row["teacher_positions"]]
-        s = student.log_softmax(-1)[row["student_positions"]]
-        expected.append((t.exp() * (t - s)).clamp(max=CONFIG.tau).sum(-1))
+        t = (teacher / config.teacher_temperature).log_softmax(-1)[row["teacher_positions"]]
+        s = (student / config.student_temperature).log_softmax(-1)[row["student_positions"]]
+        m = (config.beta * t.exp() + (1 - config.beta) * s.exp()).log()
+        terms = {
+            "forward_kl": t.exp() * (t - s),
+            "reverse_kl": s.exp() * (s - t),
+            "js": config.beta * t.exp() * (t - m) + (1 - config.beta) * s.exp() * (s - m),
+        }[config.divergence]
+        terms = terms.clamp(max=config.tau) if config.clip == "entry" else terms
+        expected.append(terms.sum(-1).clamp(max=config.tau if config.clip == "token" else math.inf))
     torch.testing.assert_close(per_token, torch.cat(expected).detach(), rtol=1e-3, atol=1e-5)
     assert loss.item() == pytest.approx(torch.cat(expected).mean().item(), rel=1e-3)
 
@@ -171,6 +193,13 @@ def test_training_lowers_the_divergence_and_saves_what_it_made(policy, tmp_path)
         expected = policy.model(ids).logits
         assert torch.equal(loaded.model.eval()(ids).logits, expected)
         assert torch.equal(plain.eval()(ids).logits, expected)
+
+
+@pytest.mark.parametrize("settings", [dict(divergence="reverse_kl"), dict(divergence="js", beta=0.3)])
+def test_other_divergences_fall_as_well(tiny_policy, tmp_path, settings):
+    config = CONFIG.model_copy(update={"epochs": 15, **settings})
+    summary = train(tiny_policy, pairs_of(tiny_policy, 8), config, seed=1, out=tmp_path)
+    assert summary["kl_last"] < 0.7 * summary["kl_first"]
 
 
 def test_the_same_seed_gives_the_same_weights_to_the_bit(tmp_path):

@@ -1,4 +1,4 @@
-"""The fused forward KL against a case by hand, naive autograd in float64, and TRL's chunked divergence."""
+"""The fused divergence against cases by hand, naive autograd in float64, and TRL's and Liger's own."""
 
 import math
 
@@ -6,25 +6,66 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from torch import Tensor
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-from search_e1.distill.loss import fused_forward_kl, hidden_at, split_head
+from conftest import make_tiny_policy
+from search_e1.config import LoraConfig
+from search_e1.distill import loss as loss_module
+from search_e1.distill.head import Head, hidden_at, split_head
+from search_e1.distill.loss import fused_divergence
 from search_e1.errors import ConfigError, ModelError
+from search_e1.policy import with_adapter
 
 
-def naive_kl(student, teacher, head, weights, tau, clip, student_temperature, teacher_temperature, bias=None):
+def naive(
+    student: Tensor,
+    teacher: Tensor,
+    head: Head,
+    *,
+    divergence="forward_kl",
+    beta=0.5,
+    weights=None,
+    tau=None,
+    clip="entry",
+    student_temperature=1.0,
+    teacher_temperature=1.0,
+    teacher_head=None,
+):
     """The definition, with everything in memory and autograd for the gradient."""
-    bias = 0 if bias is None else bias
-    s = torch.log_softmax((student @ head.T + bias) / student_temperature, -1)
-    t = torch.log_softmax((teacher @ head.T + bias) / teacher_temperature, -1)
-    terms = t.exp() * (t - s)
+
+    def log_probabilities(hidden, head, temperature):
+        logits = hidden @ head.weight.T + (0 if head.bias is None else head.bias)
+        logits = logits * head.scale
+        logits = head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
+        return torch.log_softmax(logits / temperature, -1)
+
+    s = log_probabilities(student, head, student_temperature)
+    t = log_probabilities(teacher, teacher_head or head, teacher_temperature).detach()
+    if divergence == "forward_kl":
+        terms = t.exp() * (t - s)
+    elif divergence == "reverse_kl":
+        terms = s.exp() * (s - t)
+    else:
+        m = beta * t.exp() + (1 - beta) * s.exp()
+        terms = beta * t.exp() * (t - m.log()) + (1 - beta) * s.exp() * (s - m.log())
     if clip == "entry" and tau is not None:
         terms = terms.clamp(max=tau)
     per_token = terms.sum(-1)
     if clip == "token" and tau is not None:
         per_token = per_token.clamp(max=tau)
-    total = weights.sum()
-    return ((weights * per_token).sum() / total if total > 0 else 0 * per_token.sum()), per_token.detach()
+    weights = torch.ones(len(student), dtype=s.dtype) if weights is None else weights
+    return (weights * per_token).sum() / weights.sum().clamp(min=1e-30), per_token.detach()
 
 
 def tensors(seed, positions, width, vocabulary, scale=2.0, dtype=torch.float64):
@@ -34,27 +75,33 @@ def tensors(seed, positions, width, vocabulary, scale=2.0, dtype=torch.float64):
 
 
 # By hand: an identity head, so hidden states are logits. Teacher (3/4, 1/4), student (1/4, 3/4):
-# the terms are 3/4 log 3 = 0.823959 and -1/4 log 3 = -0.274653, together 1/2 log 3 = 0.549306.
-HEAD = torch.eye(2, dtype=torch.float64)
+# the terms of the forward KL are 3/4 log 3 = 0.823959 and -1/4 log 3 = -0.274653, together 1/2 log 3 = 0.549306.
+HEAD = Head(torch.eye(2, dtype=torch.float64))
 TEACHER = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.float64)
 STUDENT = torch.tensor([[0.0, math.log(3.0)]], dtype=torch.float64)
+LOG3 = math.log(3.0)
 
 
 @pytest.mark.parametrize(
-    ("clip", "tau", "value", "gradient"),
+    ("options", "value", "gradient"),
     [
-        ("none", None, 0.5 * math.log(3), [-0.5, 0.5]),  # p_s - p_t
-        ("entry", 10.0, 0.5 * math.log(3), [-0.5, 0.5]),
+        (dict(clip="none"), 0.5 * LOG3, [-0.5, 0.5]),  # p_s - p_t
+        (dict(tau=10.0), 0.5 * LOG3, [-0.5, 0.5]),
         # The first term is cut at 0.5 and gets no gradient; U holds only the second entry, whose p_t is 1/4:
         # (1/4 * 1/4, 3/4 * 1/4 - 1/4).
-        ("entry", 0.5, 0.5 - 0.25 * math.log(3), [1 / 16, -1 / 16]),
-        ("token", 0.6, 0.5 * math.log(3), [-0.5, 0.5]),
-        ("token", 0.5, 0.5, [0.0, 0.0]),
+        (dict(tau=0.5), 0.5 - 0.25 * LOG3, [1 / 16, -1 / 16]),
+        (dict(clip="token", tau=0.6), 0.5 * LOG3, [-0.5, 0.5]),
+        (dict(clip="token", tau=0.5), 0.5, [0.0, 0.0]),
+        # p_s (log p_s - log p_t - KL): 1/4 (-log 3 - 1/2 log 3), 3/4 (log 3 - 1/2 log 3).
+        (dict(divergence="reverse_kl"), 0.5 * LOG3, [-0.375 * LOG3, 0.375 * LOG3]),
+        # The mixture at 1/2 is (1/2, 1/2), either KL to it 3/4 log 3/2 + 1/4 log 1/2. The gradient is half of
+        # p_s (log p_s - log m - KL): 3/4 (log 3/2 - KL) = 3/16 log 3 for the second entry.
+        (dict(divergence="js"), 0.75 * math.log(1.5) - 0.25 * math.log(2), [-3 / 32 * LOG3, 3 / 32 * LOG3]),
     ],
 )
-def test_by_hand(clip, tau, value, gradient):
+def test_by_hand(options, value, gradient):
     student = STUDENT.clone().requires_grad_()
-    loss, per_token = fused_forward_kl(student, TEACHER, HEAD, clip=clip, tau=tau)
+    loss, per_token = fused_divergence(student, TEACHER, HEAD, **options)
     loss.backward()
     assert loss.item() == pytest.approx(value, abs=1e-12)
     assert per_token.tolist() == pytest.approx([value], abs=1e-12)
@@ -67,7 +114,7 @@ def test_by_hand_with_weights_and_temperature():
     student = STUDENT.repeat(3, 1).requires_grad_()
     teacher = torch.cat([TEACHER, STUDENT, TEACHER])
     weights = torch.tensor([1.0, 0.0, 3.0])
-    loss, per_token = fused_forward_kl(student, teacher, HEAD, weights=weights, clip="none", teacher_temperature=0.5)
+    loss, per_token = fused_divergence(student, teacher, HEAD, weights=weights, clip="none", teacher_temperature=0.5)
     loss.backward()
     sharp = 0.9 * math.log(3.6) + 0.1 * math.log(2 / 15)
     assert loss.item() == pytest.approx(sharp, abs=1e-12)
@@ -75,134 +122,239 @@ def test_by_hand_with_weights_and_temperature():
     assert student.grad[:, 0].tolist() == pytest.approx([(0.25 - 0.9) / 4, 0.0, (0.25 - 0.9) * 3 / 4], abs=1e-12)
 
 
+@st.composite
+def cases(draw):
+    """Tensors in float64, options, and how the work is cut into tiles."""
+    seed, positions, vocabulary = draw(st.integers(0, 999)), draw(st.integers(0, 9)), draw(st.integers(2, 23))
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher, weight = tensors(seed, positions, 5, vocabulary, scale=draw(st.sampled_from([0.3, 1.0, 2.0])))
+    transform = dict(scale=draw(st.sampled_from([1.0, 0.25, 2.0])), softcap=draw(st.sampled_from([None, None, 3.0])))
+
+    def bias():
+        return torch.randn(vocabulary, generator=generator, dtype=torch.float64) if draw(st.booleans()) else None
+
+    options = dict(
+        divergence=draw(st.sampled_from(["forward_kl", "reverse_kl", "js"])),
+        beta=draw(st.sampled_from([0.1, 0.5, 0.8])),
+        clip=draw(st.sampled_from(["entry", "token", "none"])),
+        tau=draw(st.sampled_from([None, 0.02, 0.3, 2.0, 10.0])),
+        student_temperature=draw(st.sampled_from([1.0, 0.7])),
+        teacher_temperature=draw(st.sampled_from([1.0, 0.4, 1.5])),
+    )
+    if draw(st.booleans()):
+        options["weights"] = torch.randint(0, 3, (positions,), generator=generator).double() / 2
+    if draw(st.integers(0, 3)) == 0:
+        teacher = torch.randn(positions, 4, generator=generator, dtype=torch.float64)
+        other = torch.randn(vocabulary, 4, generator=generator, dtype=torch.float64)
+        options["teacher_head"] = Head(other, bias(), **transform)
+    tile, budget = draw(st.sampled_from([1, 4, 30, 10_000])), draw(st.integers(1, 9)) * 16 * vocabulary / 2**20
+    return student, teacher, Head(weight, bias(), **transform), options, (tile, budget)
+
+
+def run(function, student, teacher, head, options, upstream=2.5):
+    """Loss, per-token values and the gradients by hidden states, weight and bias."""
+    leaves = [t if t is None else t.clone().requires_grad_() for t in (student, head.weight, head.bias)]
+    loss, per_token = function(leaves[0], teacher, Head(leaves[1], leaves[2], *head[2:]), **options)
+    (upstream * loss).backward()
+    return [loss.detach(), per_token, *(leaf.grad for leaf in leaves if leaf is not None)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(case=cases())
+def test_naive_autograd(case):
+    student, teacher, head, options, (tile, budget) = case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_module, "_CPU_TILE", tile)
+        fused = run(fused_divergence, student, teacher, head, {**options, "logits_mib": budget})
+        frozen = student.clone().requires_grad_()
+        (2.5 * fused_divergence(frozen, teacher, head, **options, logits_mib=budget)[0]).backward()
+    expected = run(naive, student, teacher, head, options)
+    for got, wanted in zip(fused, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-11)
+    assert torch.equal(frozen.grad, fused[2])
+
+
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 999),
-    positions=st.integers(1, 9),
-    chunk_size=st.integers(1, 10),
-    clip=st.sampled_from(["entry", "token", "none"]),
-    tau=st.sampled_from([None, 0.02, 0.3, 2.0, 10.0]),
-    student_temperature=st.sampled_from([1.0, 0.7]),
-    teacher_temperature=st.sampled_from([1.0, 0.4, 1.5]),
-    with_bias=st.booleans(),
-    with_weights=st.booleans(),
+    case=cases(),
+    hidden=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    weight=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_naive_autograd(
-    seed, positions, chunk_size, clip, tau, student_temperature, teacher_temperature, with_bias, with_weights
-):
-    student, teacher, head = tensors(seed, positions, 5, 11, scale=1.0)
-    generator = torch.Generator().manual_seed(seed)
-    bias = torch.randn(11, generator=generator, dtype=torch.float64) if with_bias else None
-    weights = torch.randint(0, 3, (positions,), generator=generator).double() if with_weights else None
-    temperatures = dict(student_temperature=student_temperature, teacher_temperature=teacher_temperature)
+def test_inputs_of_half_precision_are_summed_in_float32(case, hidden, weight):
+    """Equal to the same numbers computed in float64 to float32's precision, not to half's; gradients as their type rounds."""
+    student, teacher, head, options, _ = case
+    options["tau"] = 10.0 if options["clip"] == "token" else options["tau"] and 10.0  # at a cut, rounding decides
+    student, teacher = student.to(hidden), teacher.to(hidden)
 
-    fused_student = student.clone().requires_grad_()
-    loss, per_token = fused_forward_kl(
-        fused_student,
-        teacher,
-        head,
-        weights=weights,
-        tau=tau,
-        clip=clip,
-        chunk_size=chunk_size,
-        head_bias=bias,
-        **temperatures,
-    )
-    (2.5 * loss).backward()
+    def cast(head, kind):
+        return head._replace(weight=head.weight.to(kind), bias=None if head.bias is None else head.bias.to(kind))
 
-    naive_student = student.clone().requires_grad_()
-    ones = torch.ones(positions, dtype=torch.float64)
-    expected, expected_per_token = naive_kl(
-        naive_student, teacher, head, ones if weights is None else weights, tau, clip, bias=bias, **temperatures
+    head = cast(head, weight)
+    exact_options = dict(options)
+    if "teacher_head" in options:
+        options["teacher_head"] = cast(options["teacher_head"], weight)
+        exact_options["teacher_head"] = cast(options["teacher_head"], torch.float64)
+    loss, per_token, *gradients = run(fused_divergence, student, teacher, head, options)
+    expected_loss, expected_per_token, *expected = run(
+        naive, student.double(), teacher.double(), cast(head, torch.float64), exact_options
     )
-    (2.5 * expected).backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(per_token, expected_per_token, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(fused_student.grad, naive_student.grad, rtol=1e-9, atol=1e-12)
+    assert (loss.dtype, per_token.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(loss.double(), expected_loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(per_token.double(), expected_per_token, rtol=1e-4, atol=1e-5)
+    for gradient, wanted, kind in zip(gradients, expected, (hidden, weight, weight), strict=False):
+        assert gradient.dtype is kind
+        scale = wanted.abs().max().item() if wanted.numel() else 0.0
+        torch.testing.assert_close(gradient.double(), wanted, rtol=2e-2, atol=1e-3 * scale + 1e-5)
 
 
 def test_gradcheck():
-    student, teacher, head = tensors(1, 4, 3, 7, scale=0.7)
+    student, teacher, weight = tensors(1, 4, 3, 7, scale=0.7)
     student.requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: fused_forward_kl(s, teacher, head, tau=0.5, chunk_size=3)[0], (student,))
+    head = Head(weight, softcap=2.0)
+    for divergence in ("forward_kl", "reverse_kl", "js"):
+        options = dict(divergence=divergence, tau=0.5, logits_mib=3e-4)
+        assert torch.autograd.gradcheck(lambda s, o=options: fused_divergence(s, teacher, head, **o)[0], (student,))
 
 
-def test_trl():
-    """TRL's divergence with beta 0 is the forward KL without a clip, averaged over the mask."""
-    student, teacher, head = tensors(2, 12, 6, 50, scale=1.0, dtype=torch.float32)
+# What the libraries call beta: 0 is the forward KL, 1 the reverse KL, the mixture is (1 - beta) p_s + beta p_t in between.
+THEIRS = [(0.0, dict()), (1.0, dict(divergence="reverse_kl")), (0.3, dict(divergence="js", beta=0.3))]
+
+
+@pytest.mark.parametrize(("beta", "options"), THEIRS)
+def test_trl(beta, options):
+    student, teacher, weight = tensors(2, 12, 6, 50, scale=1.0, dtype=torch.float32)
     mask = torch.tensor([1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1])
-    ours = student.clone().requires_grad_()
-    loss, _ = fused_forward_kl(ours, teacher, head, weights=mask.float(), clip="none", chunk_size=5, **{
-        "student_temperature": 0.8, "teacher_temperature": 0.8,
-    })  # fmt: skip
+    ours, our_weight = student.clone().requires_grad_(), weight.clone().requires_grad_()
+    options = dict(weights=mask.float(), clip="none", student_temperature=0.8, teacher_temperature=0.8, **options)
+    loss, _ = fused_divergence(ours, teacher, Head(our_weight, scale=0.5, softcap=4.0), **options)
     loss.backward()
-    theirs = student.clone().requires_grad_()
+    theirs, their_weight = student.clone().requires_grad_(), weight.clone().requires_grad_()
+    transform = {f"{role}_logit_scale": 0.5 for role in ("student", "teacher")}
+    transform |= {f"{role}_final_logit_softcapping": 4.0 for role in ("student", "teacher")}
     expected, _, valid = _chunked_divergence_loss(
-        theirs.view(2, 6, 6), teacher.view(2, 6, 6), head, head, mask.view(2, 6), beta=0.0, temperature=0.8
+        theirs.view(2, 6, 6),
+        teacher.view(2, 6, 6),
+        their_weight,
+        weight,
+        mask.view(2, 6),
+        beta=beta,
+        temperature=0.8,
+        **transform,
     )
     expected.backward()
     assert valid.item() == 9
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(our_weight.grad, their_weight.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_another_head_for_the_teacher():
-    student, teacher, head = tensors(3, 4, 3, 7)
-    other = tensors(4, 4, 3, 7)[2]
-    loss, _ = fused_forward_kl(student, teacher, head, clip="none", teacher_head_weight=other)
-    t, s = torch.log_softmax(teacher @ other.T, -1), torch.log_softmax(student @ head.T, -1)
-    assert loss.item() == pytest.approx((t.exp() * (t - s)).sum(-1).mean().item(), rel=1e-12)
+@pytest.mark.parametrize(("beta", "options"), THEIRS)
+def test_liger(beta, options):
+    liger = pytest.importorskip("liger_kernel.chunked_loss")
+    student, teacher, weight = tensors(2, 12, 6, 50, scale=1.0, dtype=torch.float32)
+    labels = torch.tensor([1, 1, -100, 1, 1, 1, -100, -100, 1, 1, 1, 1])
+    ours, our_weight = student.clone().requires_grad_(), weight.clone().requires_grad_()
+    options = dict(weights=(labels > 0).float(), student_temperature=0.8, teacher_temperature=0.8, **options)
+    loss, _ = fused_divergence(ours, teacher, Head(our_weight), **options)
+    loss.backward()
+    theirs, their_weight = student.clone().requires_grad_(), weight.clone().requires_grad_()
+    function = liger.LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=0.8, compiled=False, chunk_size=5
+    )
+    expected = function(theirs, their_weight, teacher, weight, labels)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(our_weight.grad, their_weight.grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
 @pytest.mark.parametrize("weights", [torch.zeros(4), torch.zeros(0)])
-def test_nothing_selected_is_no_loss(weights):
-    student, teacher, head = tensors(5, len(weights), 3, 7)
+def test_nothing_selected_is_no_loss(weights, divergence):
+    student, teacher, weight = tensors(5, len(weights), 3, 7)
     student.requires_grad_()
-    loss, per_token = fused_forward_kl(student, teacher, head, weights=weights, tau=10.0)
+    loss, per_token = fused_divergence(student, teacher, Head(weight), weights=weights, tau=10.0, divergence=divergence)
     loss.backward()
     assert loss.item() == 0
     assert per_token.shape == weights.shape
     assert student.grad.abs().sum().item() == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_summed_in_float32(dtype):
-    """Equal to the same halves computed in float64 to float32's precision, not to half's."""
-    student, teacher, head = (t.to(dtype) for t in tensors(6, 6, 8, 300, scale=0.5))
-    ours = student.clone().requires_grad_()
-    loss, per_token = fused_forward_kl(ours, teacher, head, tau=10.0, chunk_size=4)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
+def test_certain_and_opposed_roles_give_finite_numbers(divergence):
+    """Probabilities that are zero in float32, at the places where the other role is certain."""
+    student = torch.tensor([[400.0, -400.0, 0.0]], requires_grad=True)
+    loss, _ = fused_divergence(student, -student.detach(), Head(torch.eye(3)), divergence=divergence)
     loss.backward()
-    exact = student.double().requires_grad_()
-    expected, expected_per_token = naive_kl(
-        exact, teacher.double(), head.double(), torch.ones(6), 10.0, "entry", 1.0, 1.0
-    )
-    expected.backward()
-    assert per_token.dtype is torch.float32
-    assert ours.grad.dtype is dtype
-    torch.testing.assert_close(per_token.double(), expected_per_token, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=2e-2, atol=1e-4)
+    assert loss.item() == pytest.approx(math.log(2) if divergence == "js" else 800.0, rel=1e-5)
+    assert student.grad.isfinite().all()
 
 
-def test_nothing_of_vocabulary_size_is_kept():
-    """What the graph holds for the backward pass is as large as the hidden states."""
-    student, teacher, head = tensors(7, 64, 4, 500, dtype=torch.float32)
+@pytest.mark.parametrize("trained", [False, True])
+def test_nothing_of_positions_times_vocabulary_is_kept(trained):
+    """What the graph holds for the backward pass is as large as the hidden states and the trainable weight."""
+    student, teacher, weight = tensors(7, 640, 4, 500, dtype=torch.float32)
     saved: list[int] = []
     student.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        fused_forward_kl(student, teacher, head, tau=10.0, chunk_size=16)
-    assert max(saved) == student.numel()
+        loss, _ = fused_divergence(student, teacher, Head(weight.requires_grad_(trained)), tau=10.0)
+    saved += [gradient.numel() for gradient in loss.grad_fn.by_head if gradient is not None]
+    assert saved == [student.numel(), *([weight.numel()] if trained else [])]
 
 
-def test_a_trainable_head_is_refused():
-    student, teacher, head = tensors(8, 2, 3, 4)
-    with pytest.raises(ConfigError, match="output head requires a gradient"):
-        fused_forward_kl(student.requires_grad_(), teacher, head.requires_grad_())
+@pytest.mark.parametrize("mib", [1, 3])
+def test_the_memory_budget_holds(mib, monkeypatch):
+    """Of every allocation: the buffer of both roles' logits is within the budget and a good part of it."""
+    sizes: list[int] = []
+    new_empty = Tensor.new_empty
+
+    def recording(self, *args, **kwargs):
+        made = new_empty(self, *args, **kwargs)
+        sizes.append(made.numel() * made.element_size())
+        return made
+
+    monkeypatch.setattr(Tensor, "new_empty", recording)
+    monkeypatch.setattr(loss_module, "_CPU_TILE", 2**13)
+    student, teacher, weight = tensors(7, 300, 4, 20_000, dtype=torch.float32)
+    fused_divergence(student, teacher, Head(weight), logits_mib=mib)
+    assert 0.6 * mib * 2**20 < max(sizes) <= mib * 2**20
 
 
-def test_shapes_that_do_not_agree_are_refused():
-    student, teacher, head = tensors(8, 2, 3, 4)
-    with pytest.raises(ConfigError, match=r"\[2, 3\] and \[1, 3\]"):
-        fused_forward_kl(student, teacher[:1], head)
+def test_one_backward_pass_with_a_trainable_head():
+    student, teacher, weight = tensors(8, 2, 3, 4)
+    loss, _ = fused_divergence(student, teacher, Head(weight.requires_grad_()))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass only"):
+        loss.backward()
+    frozen = student.requires_grad_()
+    loss, _ = fused_divergence(frozen, teacher, Head(weight.detach()))
+    loss.backward(retain_graph=True)
+    once = frozen.grad.clone()
+    loss.backward()
+    assert torch.equal(frozen.grad, 2 * once)
+
+
+def test_without_a_gradient_the_value_is_the_same():
+    student, teacher, weight = tensors(9, 5, 3, 40)
+    with torch.no_grad():
+        value, _ = fused_divergence(student.requires_grad_(), teacher, Head(weight, softcap=5.0), tau=0.1)
+    assert not value.requires_grad
+    assert torch.equal(value, fused_divergence(student, teacher, Head(weight, softcap=5.0), tau=0.1)[0].detach())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(teacher_hidden=torch.zeros(1, 3)), r"as many each, not \[2, 3\] and \[1, 3\]"),
+        (dict(teacher_hidden=torch.zeros(2, 5)), r"the teacher's head is \[4, 3\].* of hidden states of width 5"),
+        (dict(teacher_head=Head(torch.zeros(6, 3))), r"the teacher's head is \[6, 3\].* logits over 4 ids"),
+        (dict(divergence="js", beta=1.0), r"beta = 1: must lie between 0 and 1"),
+    ],
+)
+def test_what_does_not_agree_is_refused(change, message):
+    student, teacher, weight = tensors(8, 2, 3, 4, dtype=torch.float32)
+    with pytest.raises(ConfigError, match=message):
+        fused_divergence(**{"student_hidden": student, "teacher_hidden": teacher, "head": Head(weight), **change})
 
 
 def test_hidden_states_times_head_are_the_logits(tiny_policy):
@@ -212,18 +364,59 @@ def test_hidden_states_times_head_are_the_logits(tiny_policy):
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     hidden = hidden_at(decoder, ids, mask, torch.tensor([2, 5]))
     logits = model(input_ids=ids, attention_mask=mask).logits
-    torch.testing.assert_close(head(hidden), torch.stack([logits[0, 2], logits[1, 1]]))
+    torch.testing.assert_close(head.logits(hidden), torch.stack([logits[0, 2], logits[1, 1]]))
 
 
-def test_a_model_that_changes_its_logits_is_refused(tiny_policy):
+SMALL = dict(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "scale", "softcap"),
+    [
+        (lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.0625)), 0.0625, None),
+        (lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0)), 0.125, None),
+        (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.5)), 1.0, 0.5),
+    ],
+)
+def test_families_that_change_their_logits(make, scale, softcap):
+    torch.manual_seed(0)
+    model = make().eval()
+    for parameter in model.parameters():
+        parameter.data *= 5 if parameter.ndim == 2 else 1  # so that the cap bends
+    decoder, head = split_head(model)
+    assert (head.scale, head.softcap) == (scale, softcap)
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        hidden = decoder(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(head.logits(hidden), model(ids).logits)
+
+
+def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused(tiny_policy):
     model = tiny_policy.model
     forward = model.forward
 
-    def capped(*args, **kwargs):
+    def shifted(*args, **kwargs):
         output = forward(*args, **kwargs)
-        output.logits = 3 * output.logits + 1
+        output.logits = 3 * output.logits
         return output
 
-    model.forward = capped
-    with pytest.raises(ModelError, match="changes its logits"):
+    model.forward = shifted
+    with pytest.raises(ModelError, match="makes its logits in a way"):
         split_head(model)
+
+
+def test_an_adapter_on_the_head_is_refused():
+    assert split_head(with_adapter(make_tiny_policy().model, LoraConfig(rank=2)))  # ours leave it alone
+    adapted = get_peft_model(make_tiny_policy().model, PeftLoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ModelError, match=r"output head is a peft\..*; take adapters off the head \(lm_head\)"):
+        split_head(adapted)

@@ -161,18 +161,32 @@ class DistillConfig(Section):
     batch_size: Positive = 16
     """Pairs an optimiser step."""
     lora: LoraConfig = LoraConfig()
+    divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
+    """KL(teacher || student) (as published), KL(student || teacher), or the generalised Jensen-Shannon divergence."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Of `js`: the teacher's share of the mixture; towards 0 it acts like `forward_kl`, towards 1 like `reverse_kl`."""
     tau: Annotated[float, Field(gt=0)] = 10.0
     """Where the divergence is clipped, in nats."""
     clip: Literal["entry", "token", "none"] = "entry"
     """Clip each vocabulary entry's term before the sum (as published), each token's sum, or nothing."""
     teacher_temperature: Annotated[float, Field(gt=0)] = 1.0
     """Below 1 sharpens the teacher."""
+    student_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the student in the divergence; other than 1, the policy is to match the teacher when sampled at it."""
     tokens: Literal["sampled", "acting"] = "sampled"
     """Tokens in the loss: all `sampled` ones (as published), or those of tags, queries and answers, not of thoughts."""
-    chunk_size: Positive = 256
-    """Positions whose logits are in memory together."""
+    logits_mib: Positive | None = None
+    """MiB for the logits in memory together, of as many positions as fit. Without it 64 on a CPU and 1024 elsewhere."""
     trainer: dict[str, Any] = {}
     """Further arguments of `transformers.TrainingArguments`."""
+
+    @model_validator(mode="after")
+    def _beta_is_used(self) -> "DistillConfig":
+        if self.beta != 0.5 and self.divergence != "js":
+            raise ValueError(
+                f'beta = {self.beta:g} belongs to divergence = "js", not to "{self.divergence}"; take it out'
+            )
+        return self
 
 
 class EvaluationConfig(Section):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from search_e1.distill.collate import Row, TokenClass, collate, encode, pad_id
-from search_e1.distill.loss import fused_forward_kl, hidden_at, split_head
+from search_e1.distill.head import Head, hidden_at, split_head
+from search_e1.distill.loss import fused_divergence
 from search_e1.policy import Policy
 from search_e1.types import Pair, Record
 
@@ -104,7 +105,7 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 @torch.no_grad()
-def _figures(policy: Policy, decoder: nn.Module, head: nn.Linear, rows: Sequence[Row]) -> _Positions:
+def _figures(policy: Policy, decoder: nn.Module, head: Head, rows: Sequence[Row]) -> _Positions:
     was_training = policy.model.training
     policy.model.eval()
     batch = {k: v.to(policy.model.device) for k, v in collate(rows, pad_id(policy.tokenizer)).items()}
@@ -113,7 +114,7 @@ def _figures(policy: Policy, decoder: nn.Module, head: nn.Linear, rows: Sequence
         for role in ("student", "teacher")
     )
     policy.model.train(was_training)
-    _, per_token = fused_forward_kl(student, teacher, head.weight, head_bias=head.bias, clip="none")
+    _, per_token = fused_divergence(student, teacher, head, clip="none")
     # The position p of a row predicts its id p + 1; no row's last position predicts anything that is sampled.
     sampled = batch["student_input_ids"].flatten()[batch["student_index"] + 1]
     by_student, _ = _probabilities(head, student, sampled)
@@ -121,12 +122,12 @@ def _figures(policy: Policy, decoder: nn.Module, head: nn.Linear, rows: Sequence
     return _Positions(per_token.tolist(), by_student, by_teacher, preferred)
 
 
-def _probabilities(head: nn.Linear, hidden: Tensor, ids: Tensor) -> tuple[list[float], list[int]]:
+def _probabilities(head: Head, hidden: Tensor, ids: Tensor) -> tuple[list[float], list[int]]:
     """For each position [N]: the probability of its id, and the most probable id."""
     chosen: list[float] = []
     best: list[int] = []
     for part, part_ids in zip(hidden.split(_POSITIONS), ids.split(_POSITIONS), strict=True):
-        probabilities = head(part.to(head.weight.dtype)).float().softmax(-1)
+        probabilities = head.logits(part.to(head.weight.dtype)).float().softmax(-1)
         chosen += probabilities.gather(-1, part_ids[:, None])[:, 0].tolist()
         best += probabilities.argmax(-1).tolist()
     return chosen, best

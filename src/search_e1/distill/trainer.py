@@ -16,7 +16,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from search_e1.config import DistillConfig
 from search_e1.distill.collate import Row, collate, context_length, encode, fits, pad_id
-from search_e1.distill.loss import fused_forward_kl, hidden_at, split_head
+from search_e1.distill.head import hidden_at, split_head
+from search_e1.distill.loss import fused_divergence
 from search_e1.errors import ConfigError, DataError, TrainingError
 from search_e1.policy import Policy, merge_adapter, with_adapter
 from search_e1.progress import Progress, silent
@@ -207,15 +208,17 @@ class _SelfDistillation(nn.Module):
         self.adapted.train(training)
         student = self._hidden("student", batch)
         with torch.autocast(student.device.type, enabled=False):
-            return fused_forward_kl(
+            return fused_divergence(
                 student,
                 teacher,
-                self.head.weight,
-                head_bias=self.head.bias,
+                self.head,
+                divergence=self.settings.divergence,
+                beta=self.settings.beta,
                 tau=self.settings.tau,
                 clip=self.settings.clip,
+                student_temperature=self.settings.student_temperature,
                 teacher_temperature=self.settings.teacher_temperature,
-                chunk_size=self.settings.chunk_size,
+                logits_mib=self.settings.logits_mib,
             )
 
     def _hidden(self, role: str, batch: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,75 @@
+"""From a causal language model to its two parts: a decoder that gives hidden states, and what makes logits of them."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from search_e1.errors import ModelError
+
+
+class Head(NamedTuple):
+    """``logits = cap(scale * (hidden @ weight.T + bias))``, with ``cap(z) = softcap * tanh(z / softcap)``."""
+
+    weight: Tensor
+    """[V, H]"""
+    bias: Tensor | None = None
+    """[V]"""
+    scale: float = 1.0
+    """Cohere's ``logit_scale`` and its like."""
+    softcap: float | None = None
+    """Gemma's ``final_logit_softcapping``."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., V] of [..., H], all at once: for small inputs, and to say what the fused loss computes."""
+        scaled = nn.functional.linear(hidden, self.weight, self.bias) * self.scale
+        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+
+
+def split_head(model: Any) -> tuple[nn.Module, Head]:
+    """The decoder of a causal language model (or of one with adapters), and its output head.
+
+    What the model does to its logits is read from its config, and checked on a few ids.
+
+    Raises:
+        ModelError: the head carries an adapter, or the model's logits are not what its head makes of its decoder.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder, layer = model.get_decoder(), model.get_output_embeddings()
+    if type(layer) is not nn.Linear:
+        raise ModelError(
+            f"the output head is a {type(layer).__module__}.{type(layer).__qualname__}, and distillation knows plain linear "
+            "ones only: teacher and student share it; take adapters off the head (lm_head), or merge them first"
+        )
+    with torch.no_grad():
+        ids = torch.arange(1, 5, device=model.device)[None] % layer.weight.shape[0]
+        training = model.training
+        model.eval()
+        whole, hidden = model(ids).logits.float(), decoder(input_ids=ids).last_hidden_state
+        model.train(training)
+        for scale, softcap in _transforms(model.config.get_text_config()):
+            head = Head(layer.weight, layer.bias, scale, softcap)
+            error = head.logits(hidden).float() - whole
+            if not error.norm() > 1e-2 * whole.norm():  # a policy whose weights are not finite is the loss's to report
+                return decoder, head
+    raise ModelError(
+        f"a {type(model).__name__} makes its logits in a way that distillation does not know (beyond an output head, a scale "
+        "and a soft cap); use another model"
+    )
+
+
+def _transforms(config: Any) -> Iterator[tuple[float, float | None]]:
+    """Scale and soft cap as the families of transformers name them; some divide by what others multiply with."""
+    softcap = getattr(config, "final_logit_softcapping", None) or None
+    factors = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier", "output_multiplier")]
+    scaling = getattr(config, "logits_scaling", None)
+    factors += [scaling, 1 / scaling] if scaling else []
+    for scale in dict.fromkeys([factor for factor in factors if factor] or [1.0]):
+        yield scale, softcap
+
+
+def hidden_at(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, index: Tensor) -> Tensor:
+    """[N, H]: last hidden states of a batch [rows, width] at flat positions ``index`` [N]."""
+    hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1)[index]
