@@ -183,6 +183,7 @@ def test_the_published_set_up_needs_no_flags(collection: Path, tmp_path: Path, p
         "read": 2,
         "questions": 2,
         "repeated": 0,
+        "repeated_examples": [],
         "leaked": 1,
         "answers": 3,
     }

@@ -34,7 +34,7 @@ def prepared(**request: Any) -> prepare.Prepared:
 
 
 def texts(part: prepare.Part) -> list[str]:
-    return [question.text for _, question in part.rows]
+    return [row.question.text for row in part.rows]
 
 
 # Users' own files
@@ -86,7 +86,10 @@ def test_csv_parquet_and_nested_json_lines_hold_the_same(tmp_path: Path) -> None
 def test_made_ids_do_not_depend_on_the_order(tmp_path: Path) -> None:
     rows = [row("Who?", "Ann"), row("Where?", "Oslo"), row("Who?", "Bob"), row("Who?", "Ann")]
     one, two = jsonl(tmp_path / "mine.jsonl", *rows), jsonl(tmp_path / "other" / "mine.jsonl", *rows[::-1])
-    ids = [{q.id: (q.text, q.answers) for _, q in prepared(train=(str(p),)).parts[0].rows} for p in (one, two)]
+    ids = [
+        {r.question.id: (r.question.text, r.question.answers) for r in prepared(train=(str(p),)).parts[0].rows}
+        for p in (one, two)
+    ]
     assert ids[0] == ids[1]
     first = "mine_" + hashlib.sha256(b'["Who?", ["Ann"]]').hexdigest()[:12]
     assert sorted(id for id in ids[0] if id.startswith(first)) == [first, f"{first}_2"]
@@ -97,8 +100,12 @@ def test_a_list_in_a_cell_and_numbers_are_answers(tmp_path: Path) -> None:
     table.write_text('question\tanswers\tmetadata\nWhen?\t["1912", "in 1912"]\t{"hops": 2}\nWhat?\t[sic]\t\n')
     lines = jsonl(tmp_path / "b.jsonl", {"question": "When?", "answer": 1912})
     made = prepared(train=(str(table), f"other={lines}"))
-    assert [q.answers for part in made.parts for _, q in part.rows] == [("1912", "in 1912"), ("[sic]",), ("1912",)]
-    assert made.parts[0].rows[0][1].hops == 2
+    assert [r.question.answers for part in made.parts for r in part.rows] == [
+        ("1912", "in 1912"),
+        ("[sic]",),
+        ("1912",),
+    ]
+    assert made.parts[0].rows[0].question.hops == 2
     assert benchmark_name(Path("my questions.v2.csv")) == "my-questions"
 
 
@@ -168,13 +175,17 @@ def test_duplicates_are_counted_dropped_or_refused(tmp_path: Path) -> None:
     a = jsonl(tmp_path / "a.jsonl", row("Who?", "Ann", id=1), row("The who", "Bob", id=2), row("Where?", id=3))
     b = jsonl(tmp_path / "b.jsonl", row("where", id=4), row("When?", id=5))
     keep, drop = (prepared(train=(str(a), str(b)), duplicates=how) for how in ("keep", "drop"))
-    assert [part.repeated for part in keep.parts] == [part.repeated for part in drop.parts] == [1, 1]
+    assert [part.repeated for part in keep.parts] == [part.repeated for part in drop.parts]
+    assert [part.repeated for part in drop.parts] == [
+        ((f"{a}:2", f"{a}:1", "The who"),),
+        ((f"{b}:1", f"{a}:3", "where"),),
+    ]
     assert [len(part.rows) for part in keep.parts] == [3, 2]
     assert [texts(part) for part in drop.parts] == [["Who?", "Where?"], ["When?"]]
     with pytest.raises(DataError, match=r"a.jsonl:2: 'The who' was asked at .*a.jsonl:1; --duplicates drop"):
         prepared(train=(str(a),), duplicates="refuse")
     # Evaluation files are judged one by one.
-    assert [part.repeated for part in prepared(eval=(str(a), str(b))).parts] == [1, 0]
+    assert [len(part.repeated) for part in prepared(eval=(str(a), str(b))).parts] == [1, 0]
 
 
 def test_an_id_that_comes_twice_is_refused_unless_it_is_the_same_question(tmp_path: Path) -> None:
@@ -199,7 +210,7 @@ def test_leaks_are_found_by_normalised_question_and_dropped_when_told(tmp_path: 
         ("t.train.jsonl", "one.test.jsonl", 1),
         ("t.train.jsonl", "two.test.jsonl", 2),
     ]
-    assert found.leaks[0].examples == [(f"{train}:1", f"{one}:1", "Who is the king?")]
+    assert found.leaks[0].examples == ((f"{train}:1", f"{one}:1", "Who is the king?"),)
     assert (found.parts[0].leaked, len(found.parts[0].rows)) == (2, 3)
     dropped = prepared(**sources, drop_leaks=True, max_eval=1)
     assert texts(dropped.parts[0]) == ["When?"]

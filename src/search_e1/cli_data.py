@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from search_e1.display import printable
 from search_e1.errors import ConfigError
 
 if TYPE_CHECKING:
-    from search_e1.data.prepare import Prepared
+    from search_e1.data.prepare import Again, Prepared
 
 app = typer.Typer(no_args_is_help=True, help="Make question files ready for a run.")
 console = Console(highlight=False)
@@ -96,36 +97,42 @@ def prepare(
     )
     prepared = preparing.prepare(request)
     preparing.write(prepared, request, out, overwrite=overwrite)
-    _show(prepared, drop_leaks=drop_leaks)
+    _show(prepared, duplicates, drop_leaks=drop_leaks)
     console.print("\nFor a config:\n")
     print(preparing.config_snippet(prepared, out), end="")
 
 
-def _show(prepared: "Prepared", *, drop_leaks: bool) -> None:
+def _show(prepared: "Prepared", duplicates: Duplicates, *, drop_leaks: bool) -> None:
     """The files, then what to look at. Fits 80 columns."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("file", "for", "read", "repeated", "leaked", "written", "answers/q"):
         table.add_column(heading, justify="left" if heading in ("file", "for") else "right", overflow="fold")
     for part in prepared.parts:
-        answers = sum(len(question.answers) for _, question in part.rows) / len(part.rows)
-        counts = (len(part.loaded.questions), part.repeated, part.leaked, len(part.rows))
+        answers = sum(len(row.question.answers) for row in part.rows) / len(part.rows)
+        counts = (len(part.loaded.questions), len(part.repeated), part.leaked, len(part.rows))
         table.add_row(Text(part.file), part.role, *map(str, counts), f"{answers:.2f}")
     console.print(table)
     for warning in prepared.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"))
+    repeated = [part for part in prepared.parts if part.repeated]
+    if repeated:
+        done = "dropped" if duplicates is Duplicates.DROP else "kept; --duplicates drop keeps the first"
+        console.print(Text(f"\nQuestions that come again ({done}):", style="yellow"))
+    for part in repeated:
+        console.print(Text(f"  {part.file}: {len(part.repeated)}"))
+        _examples(part.repeated)
     if prepared.leaks:
         done = "dropped from training" if drop_leaks else "still in training; --drop-leaks takes them out"
         console.print(Text(f"\nTraining questions that are evaluation questions too ({done}):", style="yellow"))
     for leak in prepared.leaks:
         console.print(Text(f"  {leak.train} and {leak.eval}: {leak.count}"))
-        _examples(leak.examples[:2])
+        _examples(leak.examples)
 
 
-def _examples(examples: Sequence[tuple[str, str, str]]) -> None:
-    for train, evaluation, question in examples:
-        line = Text(f"    {question}  ({_line(train)} = {_line(evaluation)})", style="dim")
-        console.print(line, overflow="ellipsis", no_wrap=True)
-
-
-def _line(where: str) -> str:
-    return f"line {where.rpartition(':')[2]}"
+def _examples(examples: "Sequence[Again]") -> None:
+    for again in examples[:2]:
+        question = printable(" ".join(again.question.split()))
+        places = f"  (line {again.where.rpartition(':')[2]} = line {again.first.rpartition(':')[2]})"
+        room = console.width - len(places) - 4
+        shown = question if len(question) <= room else f"{question[: room - 1]}\N{HORIZONTAL ELLIPSIS}"
+        console.print(Text(f"    {shown}{places}", style="dim"), overflow="ellipsis", no_wrap=True)

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import shutil
+import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from search_e1 import runs
 from search_e1.data import benchmarks, user_files
@@ -20,8 +23,23 @@ from search_e1.types import Question
 STAGE = "data"
 Role = Literal["train", "eval"]
 Duplicates = Literal["keep", "drop", "refuse"]
-Row = tuple[str, Question]
 _EXAMPLES = 5
+
+
+class Row(NamedTuple):
+    """A question, where it stands, and what it shares with other wordings of itself."""
+
+    where: str
+    question: Question
+    key: str
+
+
+class Again(NamedTuple):
+    """A question that was there before."""
+
+    where: str
+    first: str
+    question: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +76,7 @@ class Part:
     rows: list[Row]
     users: bool = False
     """Whether it is a user's file and no benchmark."""
-    repeated: int = 0
+    repeated: tuple[Again, ...] = ()
     """Questions that had come before."""
     leaked: int = 0
     """Training questions that are evaluation questions too."""
@@ -75,8 +93,8 @@ class Leak:
     train: str
     eval: str
     count: int
-    examples: list[tuple[str, str, str]]
-    """Where it stands in training, where in evaluation, the question."""
+    examples: tuple[Again, ...]
+    """``where`` is in training, ``first`` in evaluation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +111,20 @@ class Prepared:
                 "source": part.loaded.source,
                 "read": len(part.loaded.questions),
                 "questions": len(part.rows),
-                "repeated": part.repeated,
+                "repeated": len(part.repeated),
+                "repeated_examples": [again._asdict() for again in part.repeated[:_EXAMPLES]],
                 "leaked": part.leaked,
-                "answers": sum(len(question.answers) for _, question in part.rows),
+                "answers": sum(len(row.question.answers) for row in part.rows),
             }
             for part in self.parts
         }
-        return {"files": files, "leaks": [asdict(leak) for leak in self.leaks], "warnings": self.warnings}
+        return {
+            "files": files,
+            "leaks": [
+                {**asdict(leak), "examples": [again._asdict() for again in leak.examples]} for leak in self.leaks
+            ],
+            "warnings": self.warnings,
+        }
 
 
 def prepare(request: Request) -> Prepared:
@@ -121,7 +146,7 @@ def prepare(request: Request) -> Prepared:
     for part in parts:
         if not part.rows:
             raise DataError(
-                f"{part.loaded.source}: nothing is left for {part.file} ({part.repeated} repeated, {part.leaked} leaked); "
+                f"{part.loaded.source}: nothing is left for {part.file} ({len(part.repeated)} repeated, {part.leaked} leaked); "
                 "keep them, or leave the file out"
             )
     return Prepared(parts, leaks, warnings)
@@ -134,13 +159,15 @@ def write(prepared: Prepared, request: Request, out: Path, *, overwrite: bool = 
         RunError: ``out`` is there already and ``overwrite`` is not set, or it holds something else than prepared questions.
     """
     check_out(out, overwrite=overwrite)
-    new = out.with_name(f".{out.name}.new") if out.exists() else out
-    shutil.rmtree(new, ignore_errors=True) if new != out else None  # of a run that was killed
+    new = out
+    if out.exists():
+        new = out.with_name(f".{out.name}.new")
+        shutil.rmtree(new, ignore_errors=True)  # of a call that was killed
 
     def make(directory: Path) -> Mapping[str, Any]:
         for part in prepared.parts:
             with (directory / part.file).open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(to_record(q), ensure_ascii=False) + "\n" for _, q in part.rows)
+                file.writelines(json.dumps(to_record(row.question), ensure_ascii=False) + "\n" for row in part.rows)
         return prepared.summary()
 
     try:
@@ -199,8 +226,14 @@ def config_snippet(prepared: Prepared, out: Path) -> str:
 
 def question_key(text: str) -> str:
     """What two wordings of one question share: compatibility forms, case, punctuation, articles and white space aside."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    return normalize_answer("".join(c for c in plain if not unicodedata.category(c).startswith("P"))) or text
+    plain = unicodedata.normalize("NFKC", text).casefold().translate(_punctuation())
+    return normalize_answer(plain) or text
+
+
+@cache
+def _punctuation() -> dict[int, None]:
+    """Of all scripts, as ``str.translate`` takes it to remove it."""
+    return {i: None for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)).startswith("P")}
 
 
 def unique_answers(answers: Sequence[str]) -> tuple[str, ...]:
@@ -271,7 +304,10 @@ def _benchmark(name: str, split: str, role: Role, request: Request) -> Part:
 
 
 def _part(name: str, split: str, role: Role, loaded: Loaded, *, users: bool = False) -> Part:
-    rows = [(where, q.model_copy(update={"answers": unique_answers(q.answers)})) for where, q in loaded.questions]
+    rows = [
+        Row(where, q.model_copy(update={"answers": unique_answers(q.answers)}), question_key(q.text))
+        for where, q in loaded.questions
+    ]
     return Part(name, split, role, loaded, rows, users)
 
 
@@ -289,30 +325,23 @@ def _without_duplicates(parts: Sequence[Part], duplicates: Duplicates) -> list[P
     """A question comes again if the training files together, or one evaluation file, had it before."""
     done: list[Part] = []
     train_ids: dict[str, Row] = {}
-    train_keys: dict[str, str] = {}
+    train_keys: dict[str, Row] = {}
     for part in parts:
         ids, keys = (train_ids, train_keys) if part.role == "train" else ({}, {})
-        rows, repeated = [], 0
-        for where, question in part.rows:
-            key = question_key(question.text)
-            first = ids.get(question.id)
-            if first and (duplicates != "drop" or question_key(first[1].text) != key):
-                mend = (
-                    "--duplicates drop keeps the first"
-                    if question_key(first[1].text) == key
-                    else "--column id= makes ids"
-                )
-                raise DataError(f"{where}: id {question.id!r} was used at {first[0]}; {mend}")
-            if key in keys and duplicates == "refuse":
-                raise DataError(
-                    f"{where}: {question.text!r} was asked at {keys[key]}; --duplicates drop keeps the first"
-                )
-            repeated += key in keys
-            if key not in keys or duplicates == "keep":
-                rows.append((where, question))
-            ids.setdefault(question.id, (where, question))
-            keys.setdefault(key, where)
-        done.append(replace(part, rows=rows, repeated=repeated))
+        rows, repeated = [], []
+        for row in part.rows:
+            namesake, twin = ids.setdefault(row.question.id, row), keys.setdefault(row.key, row)
+            if namesake is not row and (duplicates != "drop" or namesake.key != row.key):
+                mend = "--column id= makes ids" if namesake.key != row.key else "--duplicates drop keeps the first"
+                raise DataError(f"{row.where}: id {row.question.id!r} was used at {namesake.where}; {mend}")
+            if twin is not row:
+                repeated.append(Again(row.where, twin.where, row.question.text))
+                if duplicates == "refuse":
+                    asked = f"{row.question.text!r} was asked at {twin.where}"
+                    raise DataError(f"{row.where}: {asked}; --duplicates drop keeps the first")
+            if twin is row or duplicates == "keep":
+                rows.append(row)
+        done.append(replace(part, rows=rows, repeated=tuple(repeated)))
     return done
 
 
@@ -326,44 +355,34 @@ def _with_dev(parts: Sequence[Part], share: float, seed: int) -> list[Part]:
             done.append(part)
             continue
         wanted, dev = round(share * len(part.rows)), set[str]()
-        by_key: dict[str, int] = {}
-        for _, question in part.rows:
-            by_key[question_key(question.text)] = by_key.get(question_key(question.text), 0) + 1
-        for key in sorted(by_key, key=lambda key: _rank(seed, key)):
+        for key, times in sorted(Counter(row.key for row in part.rows).items(), key=lambda item: _rank(seed, item[0])):
             if wanted <= 0:
                 break
             dev.add(key)
-            wanted -= by_key[key]
-        sides: dict[bool, list[Row]] = {True: [], False: []}
-        for row in part.rows:
-            sides[question_key(row[1].text) in dev].append(row)
-        if not (sides[True] and sides[False]):
+            wanted -= times
+        aside, left = ([row for row in part.rows if (row.key in dev) is side] for side in (True, False))
+        if not (aside and left):
             raise DataError(
                 f"{part.loaded.source}: {len(part.rows)} questions cannot be split with --dev-share {share}"
             )
-        done += [
-            replace(part, rows=sides[False]),
-            replace(part, split="dev", role="eval", rows=sides[True], repeated=0),
-        ]
+        done += [replace(part, rows=left), replace(part, split="dev", role="eval", rows=aside, repeated=())]
     return done
 
 
 def _leaks(parts: Sequence[Part], drop: bool) -> tuple[list[Part], list[Leak]]:
     """Training questions that are evaluation questions too, found before any subset is drawn."""
-    evaluated = [
-        (part.file, {question_key(q.text): where for where, q in part.rows}) for part in parts if part.role == "eval"
-    ]
-    done, leaks = [], []
+    evaluated = [(part.file, {row.key: row for row in part.rows}) for part in parts if part.role == "eval"]
+    done: list[Part] = []
+    leaks: list[Leak] = []
     for part in parts:
         if part.role == "eval":
             done.append(part)
             continue
-        keyed = [(question_key(question.text), where, question) for where, question in part.rows]
         for file, keys in evaluated:
-            found = [(where, keys[key], question.text) for key, where, question in keyed if key in keys]
+            found = [Again(row.where, keys[row.key].where, row.question.text) for row in part.rows if row.key in keys]
             if found:
-                leaks.append(Leak(part.file, file, len(found), found[:_EXAMPLES]))
-        clean = [(where, q) for key, where, q in keyed if not any(key in keys for _, keys in evaluated)]
+                leaks.append(Leak(part.file, file, len(found), tuple(found[:_EXAMPLES])))
+        clean = [row for row in part.rows if not any(row.key in keys for _, keys in evaluated)]
         done.append(replace(part, rows=clean if drop else part.rows, leaked=len(part.rows) - len(clean)))
     return done, leaks
 
@@ -372,9 +391,9 @@ def _cut(part: Part, n: int | None, seed: int) -> Part:
     """At most ``n`` questions: the same ones for a seed whatever their order in the file, and in that order."""
     if n is None or n >= len(part.rows):
         return part
-    ranked = sorted(part.rows, key=lambda row: (_rank(seed, question_key(row[1].text)), row[1].id))
-    chosen = {question.id for _, question in ranked[:n]}
-    return replace(part, rows=[row for row in part.rows if row[1].id in chosen])
+    ranked = sorted(part.rows, key=lambda row: (_rank(seed, row.key), row.question.id))
+    chosen = {row.question.id for row in ranked[:n]}
+    return replace(part, rows=[row for row in part.rows if row.question.id in chosen])
 
 
 def _rank(seed: int, key: str) -> str:
