@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,21 @@ def test_csv_parquet_and_nested_json_lines_hold_the_same(tmp_path: Path) -> None
         assert read(out / "fragen.train.jsonl") == SAME, path
 
 
+def test_what_json_has_no_word_for_becomes_text_or_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "mine.parquet"
+    rows = [
+        row("When?", asked=date(2026, 1, 2), price=float("nan"), hops=2.0),
+        row("Who?", asked=None, price=1.5, hops=None),
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    made = prepared(train=(str(file),), columns=Columns.parse(["metadata.asked=asked", "metadata.price=price"]))
+    prepare.write(made, Request(), tmp_path / "out")
+    assert [r.get("metadata") for r in read(tmp_path / "out" / "mine.train.jsonl")] == [
+        {"asked": "2026-01-02", "hops": 2},
+        {"price": 1.5},
+    ]
+
+
 def test_made_ids_do_not_depend_on_the_order(tmp_path: Path) -> None:
     rows = [row("Who?", "Ann"), row("Where?", "Oslo"), row("Who?", "Bob"), row("Who?", "Ann")]
     one, two = jsonl(tmp_path / "mine.jsonl", *rows), jsonl(tmp_path / "other" / "mine.jsonl", *rows[::-1])
@@ -120,6 +136,7 @@ BAD_FILES = {
     ),
     "no answers": ("a.csv", "question,answers\nW?,x\nW?,\n", (), "a.csv:3: a question without answers"),
     "row of another width": ("a.csv", "question,answers\nW?,x,y\n", (), "a.csv:2: 3 cells under a header of 2"),
+    "column twice": ("a.csv", "question,answers, answers\nW?,x,y\n", (), "a.csv:1: column 'answers' is there twice"),
     "open quote": ("a.csv", 'question,answers\nW?,"x\n', (), "a.csv:2: not CSV (unexpected end of data)"),
     "not UTF-8": ("a.csv", b"question,answers\nW\xff?,x\n", (), "a.csv: cannot be read ("),
     "header alone": ("a.csv", "question,answers\n", (), "a.csv: no questions in it"),
@@ -247,7 +264,9 @@ def test_a_share_is_set_aside_and_no_question_is_on_both_sides(tmp_path: Path) -
 # Writing
 
 
-def test_nothing_is_overwritten_without_being_told(tmp_path: Path, prepare_verb) -> None:
+def test_nothing_is_overwritten_without_being_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare_verb
+) -> None:
     mine, out = jsonl(tmp_path / "mine.jsonl", row("Who?"), row("Where?")), tmp_path / "out"
     assert prepare_verb("--out", out, "--train", mine)[0] == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -259,6 +278,8 @@ def test_nothing_is_overwritten_without_being_told(tmp_path: Path, prepare_verb)
     jsonl(mine, row("What?"))
     assert prepare_verb("--out", out, "--train", mine, "--overwrite")[0] == 0
     assert [r["question"] for r in read(out / "mine.train.jsonl")] == ["What?"]
+    monkeypatch.chdir(out)
+    assert prepare_verb("--out", ".", "--train", mine, "--overwrite")[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.jsonl", "out"]
 
 

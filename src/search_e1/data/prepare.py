@@ -159,7 +159,7 @@ def write(prepared: Prepared, request: Request, out: Path, *, overwrite: bool = 
         RunError: ``out`` is there already and ``overwrite`` is not set, or it holds something else than prepared questions.
     """
     check_out(out, overwrite=overwrite)
-    new = out
+    new = out = out.resolve()
     if out.exists():
         new = out.with_name(f".{out.name}.new")
         shutil.rmtree(new, ignore_errors=True)  # of a call that was killed

@@ -122,8 +122,11 @@ def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             header = file.readline()
             file.seek(0)
             reader = csv.reader(file, delimiter=max(",;\t|", key=header.count), strict=True)
-            names = next(reader, [])
+            names = [name.strip() for name in next(reader, [])]
             line = reader.line_num
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise DataError(f"{path}:1: column {twice!r} is there twice; give each its own name")
             for row in reader:
                 where, line = f"{path}:{line + 1}", reader.line_num  # a row may span lines: it stands where it begins
                 if not any(row):
@@ -158,7 +161,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}:{number}", row
+                    # Dates and decimals become text, and NaN, pandas' missing number, becomes none, as JSON has neither.
+                    plain = json.loads(json.dumps(row, default=str), parse_constant=lambda _: None)
+                    yield f"{path}:{number}", plain
     except (OSError, pyarrow.ArrowException) as error:
         problem = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DataError(f"{path}: cannot be read ({problem}); give the path of a Parquet file") from error
@@ -200,7 +205,7 @@ def _answers(row: Mapping[str, Any], columns: Columns, where: str) -> list[str]:
                 f"{where}: column {column!r} holds {item!r}, not a text; give a path into it, "
                 f"e.g. --column answers={column}.text"
             )
-        text = "" if item is None or item != item else str(item)
+        text = "" if item is None else str(item)
         answers += text.split(columns.separator) if columns.separator else [text]
     return [answer.strip() for answer in answers if answer.strip()]
 
