@@ -1,0 +1,228 @@
+"""What the report says of a run, without a browser: figures, costs, samples, and what is no run."""
+
+import base64
+import gzip
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from made_run import POLICIES, make_run
+from search_e1.cli import app
+from search_e1.errors import DataError, RunError
+from search_e1.report import page
+
+REPORT_CSS = Path(page.__file__).parent / "assets" / "report.css"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "run")
+
+
+def embedded(html: str) -> tuple[dict, dict]:
+    """Overview and records, as the page reads them."""
+    overview = re.search(r'<script type="application/json" id="overview">(.*?)</script>', html, re.DOTALL)
+    records = re.search(r'<script type="text/plain" id="records">(.*?)</script>', html, re.DOTALL)
+    assert overview
+    assert records
+    return json.loads(overview[1]), json.loads(gzip.decompress(base64.b64decode(records[1])))
+
+
+def report(run: Path, out: Path, **options) -> tuple[dict, dict]:
+    page.write(run, out, **options)
+    return embedded(out.read_text())
+
+
+def test_gains_are_of_the_same_questions_with_a_paired_interval(run, tmp_path):
+    overview, _ = report(run, tmp_path / "r.html")
+    gains = {gain["stage"]: gain for gain in overview["gains"]}
+    # 12 questions: base has the six even ones; each policy wins two of the odd ones, and grpo-2 loses question 0 besides.
+    assert [(g["stage"], g["before"], g["won"], g["lost"]) for g in overview["gains"]] == [
+        ("grpo-1", "base", 2, 0), ("ofsd-1", "grpo-1", 2, 0), ("grpo-2", "ofsd-1", 2, 1), ("ofsd-2", "grpo-2", 1, 0),
+    ]  # fmt: skip
+    assert gains["grpo-2"]["gain"] == pytest.approx(1 / 12)
+    rng = np.random.default_rng(7)
+    differences = np.array([1, 1, -1] + [0] * 9)
+    means = rng.choice(differences, size=(20_000, 12)).mean(1)
+    assert [gains["grpo-2"]["low"], gains["grpo-2"]["high"]] == pytest.approx(
+        np.percentile(means, [2.5, 97.5]), abs=0.04
+    )
+
+
+def test_costs_come_from_the_manifests(run, tmp_path):
+    overview, _ = report(run, tmp_path / "r.html")
+    costs = {cost["stage"]: cost for cost in overview["costs"]}
+    assert list(costs)[:3] == ["evaluation-base", "grpo-1", "evaluation-grpo-1"]
+    # Five steps of 4 questions x 5 trajectories, of 13, 14, ..., 17 sampled tokens each; two GPUs for 90 seconds.
+    assert costs["grpo-1"] == {
+        "stage": "grpo-1", "seconds": 90.0, "gpus": 2, "gpu_hours": 0.05, "sampled_tokens": 75 * 20, "trained_tokens": 75 * 20,
+    }  # fmt: skip
+    assert costs["pool-1"]["sampled_tokens"] == 10 * 8 * 30
+    assert costs["lead-1"]["sampled_tokens"] == 400
+    assert (costs["ofsd-1"]["sampled_tokens"], costs["ofsd-1"]["trained_tokens"]) == (None, 2100)
+    assert costs["pairs-1"]["gpu_hours"] == 0
+
+
+def test_rounds_and_curves(run, tmp_path):
+    overview, _ = report(run, tmp_path / "r.html")
+    assert overview["finished"] is True
+    assert [policy["stage"] for policy in overview["policies"]] == list(POLICIES)
+    assert [round["round"] for round in overview["rounds"]] == [1, 2]
+    assert overview["rounds"][0]["pairs"]["usable"] == 6
+    assert overview["rounds"][1]["lead"]["em_privileged"] == 0.75
+    curves = {curve["stage"]: curve for curve in overview["curves"]}
+    assert curves["grpo-2"]["figures"]["reward"] == [11, 12, 13, 14, 15]
+    assert curves["ofsd-1"]["figures"]["loss"] == [11, 12, 13, 14, 15]
+
+
+def test_trajectories_and_pairs_hold_text_and_no_ids(run, tmp_path):
+    _, records = report(run, tmp_path / "r.html")
+    assert len(records["trajectories"]) == 60
+    assert len(records["questions"]) == 12
+    first = records["trajectories"][0]
+    assert (first["stage"], first["right"], first["class"], first["searches"]) == ("base", True, "right", 1)
+    assert "ids" not in json.dumps(first)
+    [_, passage] = records["passages"][first["turns"][0]["passages"][0]]
+    assert passage.startswith("(Title: ")
+    assert passage.endswith("by Gold 0.")
+    assert [t["class"] for t in records["trajectories"][:8]].count("no action") == 1  # question 5 of base
+    pair = records["pairs"][0]
+    assert pair["round"] == 1
+    assert sum(pair["lengths"]) == len(pair["kl"]["kl"]) == len(pair["kl"]["pieces"]) == pair["student"]["tokens"]
+
+
+def test_of_many_trajectories_a_fixed_sample_of_questions_is_shown(run, tmp_path):
+    overview, records = report(run, tmp_path / "r.html", most=30)
+    shown = {policy: {t["question"] for t in records["trajectories"] if t["stage"] == policy} for policy in POLICIES}
+    assert 0 < len(shown["base"]) < 12
+    assert all(questions == shown["base"] for questions in shown.values())
+    assert overview["left_out"] == 60 - len(records["trajectories"])
+    assert overview["gains"][0]["n"] == 12  # figures are of all questions
+
+
+def test_the_same_run_gives_the_same_file(run, tmp_path):
+    page.write(run, tmp_path / "a.html")
+    page.write(run, tmp_path / "b.html")
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_failure_classes_of_the_evaluation_are_used(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    rows = [{"benchmark": "musique", "id": "q1", "em": 0.0, "failure": "not_retrieved"}]
+    (copy / "evaluation-base" / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, records = report(copy, tmp_path / "r.html")
+    assert [t["class"] for t in records["trajectories"][:4]] == ["right", "not retrieved", "right", "wrong answer"]
+
+
+def test_the_page_needs_nothing_else_and_lets_nothing_else_run(run, tmp_path):
+    page.write(run, tmp_path / "r.html")
+    html = (tmp_path / "r.html").read_text()
+    assert not re.findall(r"""(?:src|href)\s*=\s*["']?(?:https?:|//)""", html)
+    assert re.findall(r"https?://[^\s\"'`)]+", html) == ["http://www.w3.org/2000/svg"]  # a name, not a place
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)
+    assert policy
+    assert "default-src 'none'" in policy[1]
+    assert "unsafe" not in policy[1]
+    for kind, tag in (("script", "<script>"), ("style", "<style>")):
+        content = html.split(tag)[1].split(f"</{kind}>")[0]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy[1]
+
+
+def test_an_unfinished_run_shows_what_there_is(run, tmp_path):
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for name in ("evaluation-base", "config.json"):
+        (shutil.copytree if (run / name).is_dir() else shutil.copy)(run / name, copy / name)
+    (copy / ".grpo-1.partial").mkdir()
+    (copy / ".grpo-1.partial" / "steps.jsonl").write_text('{"step": 1, "reward": 0.25, "kl": NaN}\n{"step": 2, "rew')
+    overview, records = report(copy, tmp_path / "r.html")
+    assert (overview["finished"], overview["begun"], overview["gains"]) == (False, ["grpo-1"], [])
+    assert overview["curves"] == [
+        {"stage": "grpo-1", "complete": False, "step": [1], "figures": {"kl": [None], "reward": [0.25]}}
+    ]
+    assert len(records["trajectories"]) == 12
+    shutil.rmtree(copy / "evaluation-base")
+    overview, records = report(copy, tmp_path / "r.html")
+    assert (overview["policies"], records["trajectories"]) == ([], [])
+
+
+def test_a_lead_without_token_values_still_shows_its_pairs(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "lead-1" / "kl.jsonl").unlink()
+    shutil.rmtree(copy / "lead-2")
+    _, records = report(copy, tmp_path / "r.html")
+    assert [pair["kl"] for pair in records["pairs"]] == [None] * 8
+
+
+def test_what_is_no_run_is_one_clear_line(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for place, message in (
+        (tmp_path / "nowhere", "no such directory; give the run directory"),
+        (tmp_path / "empty", "no run \\(neither config.json nor a stage in it\\)"),
+    ):
+        with pytest.raises(RunError, match=message) as refused:
+            page.write(place, tmp_path / "r.html")
+        assert "\n" not in str(refused.value)
+    assert not (tmp_path / "r.html").exists()
+    with pytest.raises(RunError, match=r"missing/r\.html: .*--out"):
+        page.write(run, tmp_path / "missing" / "r.html")
+
+
+@pytest.mark.parametrize(
+    ("file", "error", "message"),
+    [
+        ("evaluation-base/manifest.json", RunError, "manifest.json: damaged; remove"),
+        ("evaluation-base/evaluation.json", RunError, "evaluation.json: damaged; remove"),
+        ("evaluation-base/trajectories.jsonl", DataError, r"trajectories.jsonl:2: damaged; remove"),
+        ("pairs-1/held_out.jsonl", DataError, r"held_out.jsonl:2: damaged; remove"),
+    ],
+)
+def test_damage_is_named(run, tmp_path, file, error, message):
+    copy = shutil.copytree(run, tmp_path / "run")
+    lines = (copy / file).read_text().splitlines(keepends=True)
+    (copy / file).write_text("".join([*lines[:1], "{broken\n", *lines[2:]]) if len(lines) > 1 else "{broken\n")
+    with pytest.raises(error, match=message):
+        page.write(copy, tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_the_verb_writes_into_the_run(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    done = CliRunner().invoke(app, ["report", str(copy)])
+    assert done.exit_code == 0
+    assert "report.html: 5 policies, 60 trajectories, 8 pairs" in done.output
+    assert (copy / "report.html").is_file()
+
+
+def _luminance(color: str) -> float:
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _contrast(a: str, b: str) -> float:
+    """WCAG 2.2's ratio."""
+    dark, light = sorted((_luminance(a), _luminance(b)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("theme", [0, 1, 2])
+def test_text_can_be_read_in_both_themes(theme):
+    """4.5 to 1 (AA) for every colour of text on every colour that it stands on; both dark themes are the same."""
+    blocks = re.findall(r"\{([^{}]*--ink[^{}]*)\}", REPORT_CSS.read_text())
+    colors = dict(re.findall(r"--([\w-]+):\s*(#[0-9a-f]{6})", blocks[theme]))
+    for text in ("ink", "muted", "accent", "right", "wrong"):
+        for back in ("surface", "back", "raised"):
+            assert _contrast(colors[text], colors[back]) >= 4.5, (text, back)
+    for text, back in (("ink", "mark"), ("right", "tint-right"), ("wrong", "tint-wrong"), ("accent", "tint-search"),
+                       ("muted", "tint-search"), ("ink", "tint-search")):  # fmt: skip
+        assert _contrast(colors[text], colors[back]) >= 4.5, (text, back)
+    if theme == 2:
+        assert colors == dict(re.findall(r"--([\w-]+):\s*(#[0-9a-f]{6})", blocks[1]))

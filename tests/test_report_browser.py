@@ -1,0 +1,285 @@
+"""The report in headless Chromium: every view, keys, themes, a phone, hostile text, 5,000 trajectories; no console errors."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import chromium
+from made_run import POLICIES, make_run
+from search_e1.report import page
+
+pytestmark = pytest.mark.skipif(chromium.MISSING is not None, reason=str(chromium.MISSING))
+VIEWS = ("loop", "cost", "trajectories", "pairs", "questions")
+HOSTILE = {
+    "QUESTION": "</script><script>window.hacked = 1</script>Who?",
+    "TITLE": "<img src=x onerror='window.hacked = 2'>",
+    "PASSAGE": "<!-- <script> \u2028 & &lt;b&gt; <svg onload=window.hacked=3>",
+    "THOUGHT": "\x1b[31mred\x1b[0m and \u202eoverridden",
+    "QUERY": "<iframe srcdoc='<script>parent.hacked = 4</script>'>",
+    "ANSWER": "<a href='javascript:window.hacked = 5'>\u200bme</a>",
+}
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    with chromium.opened(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+class Page:
+    """A report in the browser."""
+
+    def __init__(self, driver: Any, file: Path) -> None:
+        self.driver, self.file = driver, file
+
+    def open(self, place: str = "", width: int = 1280, height: int = 900, dark: bool = False) -> "Page":
+        device = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", device)
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        self.driver.get("about:blank")
+        self.driver.get(self.file.as_uri() + place)
+        self.wait("document.body.dataset.ready === 'true'")
+        return self
+
+    def js(self, expression: str) -> Any:
+        return self.driver.execute_script(f"return {expression}")
+
+    def wait(self, condition: str) -> None:
+        end = time.monotonic() + 20
+        while not self.js(condition):
+            assert time.monotonic() < end, f"never: {condition}"
+            time.sleep(0.02)
+
+    def texts(self, selector: str) -> list[str]:
+        return self.js(f"[...document.querySelectorAll({json.dumps(selector)})].map((one) => one.textContent)")
+
+    def count(self, selector: str) -> int:
+        return len(self.texts(selector))
+
+    def click(self, selector: str) -> None:
+        self.js(f"document.querySelector({json.dumps(selector)}).click()")
+
+    def press(self, key: str) -> None:
+        """As the keyboard would, wherever the focus is."""
+        event = {"key": key, "code": key, "windowsVirtualKeyCode": 27 if key == "Escape" else 0}
+        if len(key) == 1:
+            event["text"] = key
+        for kind in ("keyDown", "keyUp"):
+            self.driver.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": kind, **event})
+
+    def choose(self, label: str, value: str) -> None:
+        self.js(
+            f"((select) => {{ select.value = {json.dumps(value)}; select.dispatchEvent(new Event('change')) }})"
+            f"(document.querySelector('select[aria-label={label}]'))"
+        )
+
+    def type(self, text: str) -> None:
+        self.js(
+            f"((input) => {{ input.value = {json.dumps(text)}; input.dispatchEvent(new Event('input')) }})"
+            "(document.querySelector('input[type=search]'))"
+        )
+
+
+@pytest.fixture(autouse=True)
+def quiet(driver):
+    """Nothing in the console, neither errors nor warnings."""
+    driver.get_log("browser")
+    yield
+    assert [entry["message"] for entry in driver.get_log("browser")] == []
+
+
+@pytest.fixture(scope="module")
+def report(driver, tmp_path_factory) -> Page:
+    root = tmp_path_factory.mktemp("report")
+    page.write(make_run(root / "run"), root / "r.html")
+    return Page(driver, root / "r.html")
+
+
+def test_the_loop_at_a_glance(report):
+    report.open()
+    [headline] = report.texts("h1")
+    assert headline.startswith("From base to ofsd-2, greedy exact match went from 0.500 to 1.000 (+0.500)")
+    assert report.count("svg[aria-label='Exact match by policy'] circle") == 10  # greedy and sampled
+    assert report.count("svg[aria-label='Gain in EM by stage'] rect") == 4
+    assert report.texts("svg[aria-label='Gain in EM by stage'] .value") == ["+0.167", "+0.167", "+0.083", "+0.083"]
+    assert report.count("svg[aria-label='Reward by step'] polyline") == 2
+    assert report.count('svg[aria-label="Teacher\'s lead by round"] circle') == 2
+    assert report.texts(".share .good, .share .bad") == [""] * 4
+    assert "0.25" in " ".join(report.texts(".tile"))  # the lead
+
+
+def test_costs_say_what_ran_on_gpus(report):
+    report.open("#cost")
+    cells = report.js(
+        "[...document.querySelectorAll('tbody tr')].map((row) => [...row.children].map((c) => c.textContent))"
+    )
+    by_stage = {row[0]: row[1:] for row in cells if len(row) == 6}
+    assert by_stage["grpo-1"] == ["90 s", "1,500", "1,500", "2", "0.05"]
+    assert by_stage["pool-1"] == ["90 s", "2,400", "–", "0 (CPU)", "0.00"]
+    assert by_stage["all stages"][-1] == "0.10"
+
+
+def test_trajectories_are_filtered_searched_and_shown(report):
+    report.open("#trajectories")
+    assert report.texts(".count") == ["60 trajectories"]
+    report.choose("Outcome", "wrong")
+    report.choose("Policy", "base")
+    assert report.texts(".count") == ["6 of 60 trajectories"]
+    report.choose("Failure", "no action")
+    assert report.texts(".count") == ["1 of 60 trajectories"]
+    assert "outcome=wrong" in report.js("location.hash")
+    report.click(".filters button")
+    report.choose("Benchmark", "musique")
+    report.choose("Hops", "2-hop")
+    assert report.texts(".count") == ["10 of 60 trajectories"]  # questions 1 and 7
+    report.click(".filters button")
+    report.type("gold 11")
+    assert report.texts(".count") == ["5 of 60 trajectories"]
+    report.click(".row")
+    assert report.texts(".detail .label")[:3] == ["Thought", "Search", "Passages"]
+    assert report.texts(".detail .label")[-1] == "Answer ✗"
+    assert report.texts(".detail .answer .body") == ["somebody else"]
+    assert report.count(".detail mark") == 3  # the gold answer in each first passage of three searches
+    assert report.texts(".detail .chips .chip") == ["base ✗", "grpo-1 ✗", "ofsd-1 ✗", "grpo-2 ✓", "ofsd-2 ✓"]
+
+
+def test_keys(report):
+    report.open()
+    report.press("3")
+    report.wait("document.querySelectorAll('.row').length > 0")
+    report.press("/")
+    assert report.js("document.activeElement.type") == "search"
+    report.press("j")  # is typed
+    assert report.js("document.activeElement.value") == "j"
+    report.press("Escape")
+    assert report.js("document.activeElement.tagName") == "BODY"
+    report.type("")
+    chosen = "document.querySelector('[aria-selected=true]')?.getAttribute('aria-posinset')"
+    for key, position in (("j", "1"), ("j", "2"), ("ArrowDown", "3"), ("k", "2"), ("ArrowUp", "1"), ("k", "1")):
+        report.press(key)
+        assert report.js(chosen) == position
+    report.press("?")
+    assert report.js("document.getElementById('help').open")
+    report.press("Escape")
+    report.wait("!document.getElementById('help').open")
+    before = report.js("getComputedStyle(document.body).color")
+    report.press("t")
+    assert report.js("document.documentElement.dataset.theme") == "dark"
+    assert report.js("getComputedStyle(document.documentElement).color") != before
+    report.press("t")
+    report.js("localStorage.clear()")
+
+
+def test_a_pair_shows_what_each_token_diverges(report):
+    report.open("#pairs?at=1")
+    pair, tokens = report.js("records.pairs[1]"), "[...document.querySelectorAll('.block.heat .token')]"
+    assert report.count(".block.heat .token") == len(pair["kl"]["kl"])
+    assert "".join(report.texts(".block.heat .token")) == "".join(pair["kl"]["pieces"])
+    heats = report.js(f"{tokens}.map((token) => parseFloat(getComputedStyle(token).getPropertyValue('--heat')))")
+    assert heats[0] == 0
+    assert heats[5] == pytest.approx(100 * (1 - 2.718281828**-0.5), abs=0.1)
+    assert heats == sorted(heats)
+    colors = report.js(f"{tokens}.map((token) => getComputedStyle(token).backgroundColor)")
+    assert len(set(colors)) > 5
+    last = len(heats) - 1
+    report.press("n")  # the greatest peak
+    assert report.texts(".readout dd") == [
+        "</answer>␣",
+        "thought",
+        f"{last / 10:.3f} nats",
+        "0.250",
+        "0.500",
+        "␣instead",
+    ]
+    report.press("ArrowLeft")
+    assert report.texts(".readout dd")[2] == f"{(last - 1) / 10:.3f} nats"
+    report.js("document.querySelectorAll('.block.heat .token')[2].dispatchEvent(new MouseEvent('mouseenter'))")
+    assert report.texts(".readout dd")[2] == "0.200 nats"
+    assert report.texts(".column h3")[0].startswith("Reference")
+    assert report.count(".column:first-child .answer.right") == 1
+
+
+def test_a_question_through_the_rounds(report):
+    report.open()
+    report.click("a[href*='change=lost%20by%20grpo-2']")
+    report.wait("document.querySelectorAll('.row').length > 0")
+    assert report.texts(".count") == ["1 of 12 questions"]
+    assert report.texts(".row .squares") == ["✓✓✓✗✓"]
+    report.press("j")
+    assert report.texts(".column h3") == list(POLICIES)
+    assert report.count(".column .answer.wrong, .column .correction") >= 1
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_phone_and_the_dark(report, view):
+    report.open(f"#{view}{'' if view in ('loop', 'cost') else '?at=1'}", width=390, height=844, dark=True)
+    report.wait("document.querySelector('#tabs [aria-current]')")
+    assert report.js("document.documentElement.scrollWidth") <= 390
+    assert report.js("getComputedStyle(document.documentElement).backgroundColor") == "rgb(15, 18, 21)"
+    if view in ("loop", "cost"):
+        return
+    assert report.js("getComputedStyle(document.querySelector('.side')).display") == "none"
+    report.click(".back")
+    assert report.js("getComputedStyle(document.querySelector('.detail')).display") == "none"
+    report.click(".row")
+    assert report.js("getComputedStyle(document.querySelector('.detail')).display") == "block"
+
+
+def test_what_models_and_passages_say_stays_text(driver, tmp_path):
+    page.write(make_run(tmp_path / "<b>run\u202e", replace=HOSTILE), tmp_path / "r.html")
+    report = Page(driver, tmp_path / "r.html")
+    for place in ("#loop", "#cost", "#trajectories?at=1", "#pairs?at=1", "#questions?at=1"):
+        report.open(place)
+        if "at" in place:
+            assert report.texts(".detail h2") == [HOSTILE["QUESTION"]]
+        assert (
+            report.js(
+                "document.querySelectorAll('img, iframe, main script, main a[href^=javascript], [onload], [onerror]').length"
+            )
+            == 0
+        )
+        assert report.js("window.hacked") is None
+    report.open("#trajectories?at=1")
+    shown = report.js("document.querySelector('.detail').textContent")
+    assert HOSTILE["TITLE"] in shown
+    assert "U+001B[31mredU+001B[0m and U+202Eoverridden" in shown
+    assert "<a href='javascript:window.hacked = 5'>U+200Bme</a>" in shown
+    assert not {"\x1b", "\u202e", "\u200b"} & set(report.js("document.body.innerText"))
+
+
+def test_five_thousand_trajectories(driver, tmp_path):
+    page.write(make_run(tmp_path / "run", questions=1000, words=30), tmp_path / "r.html")
+    report = Page(driver, tmp_path / "r.html").open("#trajectories")
+    assert report.texts(".count") == ["5,000 trajectories"]
+    assert report.count(".row") < 60
+    assert report.js("document.querySelector('.rows').scrollHeight") > 300_000
+    report.js("document.querySelector('.rows').scrollTo(0, 200000)")
+    report.wait("Number(document.querySelector('.row').getAttribute('aria-posinset')) > 3000")
+    assert report.count(".row") < 60
+    report.type("gold 777")
+    assert report.texts(".count") == ["5 of 5,000 trajectories"]
+    report.press("j")
+    assert report.texts(".detail .meta")[0].endswith("q777")
+    report.open("#questions")
+    assert report.texts(".count") == ["1,000 questions"]
+
+
+def test_an_unfinished_run_says_so(driver, tmp_path):
+    run = make_run(tmp_path / "run", policies=("base",))
+    (run / ".grpo-1.partial").mkdir()
+    page.write(run, tmp_path / "r.html")
+    report = Page(driver, tmp_path / "r.html").open()
+    assert "not finished: round 0 of 2; begun and not complete: grpo-1" in report.texts(".notice")[0]
+    for view in VIEWS:
+        report.open(f"#{view}")
+    assert report.texts(".count") == ["12 questions"]
+    shutil.rmtree(run / "evaluation-base")
+    page.write(run, tmp_path / "r.html")
+    for view in VIEWS:
+        report.open(f"#{view}")
+    assert report.texts(".count") == ["0 questions"]
