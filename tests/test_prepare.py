@@ -150,6 +150,8 @@ BAD_FILES = {
         "a.csv:2: column 'hops' holds 'two'; hops are",
     ),
     "metadata no JSON": ("a.csv", "question,answers,metadata\nW?,x,{\n", (), "a.csv:2: column 'metadata' is no JSON"),
+    "no such metadata": ("a.csv", "question,answers\nW?,x\n", ("metadata=more",), "a.csv:2: no column 'more'"),
+    "metadata no object": ("a.jsonl", '{"question": "W?", "answers": "x", "metadata": [1]}', (), "'metadata' is list"),
     "answers no text": ("a.jsonl", '{"question": "W?", "answers": [{"t": "x"}]}', (), "--column answers=answers.text"),
     "answers a boolean": (
         "a.jsonl",

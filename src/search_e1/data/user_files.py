@@ -37,7 +37,8 @@ class Columns:
     id: str | None = None
     """``None``: ``id`` if the file has it. Empty: none. Ids are made where the file gives none."""
     hops: str | None = None
-    metadata: str | None = "metadata"
+    metadata: str | None = None
+    """Of these two, ``None``: the column of that name, if the file has it."""
     more: tuple[tuple[str, str], ...] = ()
     """Key of ``metadata`` -> column."""
     separator: str | None = None
@@ -172,14 +173,18 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _record(row: Mapping[str, Any], columns: Columns, where: str) -> dict[str, Any]:
     """The row under the product's own names."""
     id = row.get("id") if columns.id is None else _dig(row, columns.id, where) if columns.id else None
-    metadata = row.get(columns.metadata) if columns.metadata else None
+    metadata = _dig(row, columns.metadata, where) if columns.metadata else row.get("metadata")
     if isinstance(metadata, str) and metadata.strip():
         try:
             metadata = json.loads(metadata)
         except ValueError as error:
-            raise DataError(f"{where}: column {columns.metadata!r} is no JSON ({error}); write an object") from error
+            raise DataError(
+                f"{where}: column {columns.metadata or 'metadata'!r} is no JSON ({error}); write an object"
+            ) from error
     if metadata and not isinstance(metadata, dict):
-        raise DataError(f"{where}: column {columns.metadata!r} is {type(metadata).__name__}; write a JSON object")
+        raise DataError(
+            f"{where}: column {columns.metadata or 'metadata'!r} is {type(metadata).__name__}; write a JSON object"
+        )
     metadata = {**(metadata or {}), **{key: _dig(row, column, where) for key, column in columns.more}}
     if columns.hops or "hops" in row:
         metadata["hops"] = _whole(_dig(row, columns.hops or "hops", where), columns.hops or "hops", where)
