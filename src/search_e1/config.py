@@ -58,14 +58,24 @@ class RetrievalConfig(Section):
     url: str | None = None
     """A server that speaks Search-R1's `/retrieve`, e.g. `http://127.0.0.1:8000`. Used instead of an index."""
     timeout: Annotated[float, Field(gt=0)] = 30.0
-    """Seconds for one request to `url`."""
+    """Seconds for one request to `url`, from connecting to the last byte of the answer."""
     attempts: Positive = 4
     """Tries of one request to `url` before the stage stops."""
+    time_limit: Annotated[float, Field(gt=0)] = 180.0
+    """Seconds for all tries of one request to `url` and the waits between them; then the stage stops."""
+    cache: bool | Path = True
+    """File that keeps answers for later rounds and other runs; several processes may share it. `true`: for `url`, in the run
+    directory; `false`: none."""
+    cache_key: str | None = None
+    """A name of what `url` serves, for answers in `cache`. Only for a server that does not tell its index's checksum; without
+    a name its answers are not kept."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "RetrievalConfig":
         if self.index and self.url:
             raise ValueError("give index or url, not both")
+        if self.cache_key and not self.url:
+            raise ValueError("cache_key is only for a url; an index has its own checksum")
         return self
 
 

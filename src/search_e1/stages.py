@@ -21,7 +21,7 @@ from search_e1.data.questions import load_many, load_questions, subset
 from search_e1.distill import pairs as mining
 from search_e1.distill import profile, teacher
 from search_e1.distill import trainer as distill_trainer
-from search_e1.errors import DataError, ModelError
+from search_e1.errors import ConfigError, DataError, ModelError
 from search_e1.evaluation.evaluate import Evaluation, evaluate
 from search_e1.grpo import trainer as grpo_trainer
 from search_e1.policy import Policy
@@ -29,6 +29,7 @@ from search_e1.progress import Progress, silent
 from search_e1.prompts import plain_prompt
 from search_e1.retrieval.base import Retriever
 from search_e1.retrieval.bm25 import Bm25Index
+from search_e1.retrieval.cache import CachedRetriever
 from search_e1.retrieval.client import HttpRetriever
 from search_e1.rollout import pool
 from search_e1.rollout.hf import HFGenerator
@@ -79,10 +80,31 @@ class Stages:
         """Connected and known to answer."""
         retrieval = self.config.retrieval
         if retrieval.url:
-            client = HttpRetriever(retrieval.url, timeout=retrieval.timeout, attempts=retrieval.attempts)
-            client.probe()
-            return client
-        return Bm25Index.open(retrieval.index or self.index().path / "bm25")
+            return self._cached_server()
+        index = Bm25Index.open(retrieval.index or self.index().path / "bm25")
+        if isinstance(retrieval.cache, Path):
+            return CachedRetriever(index, retrieval.cache, self._retrieval_checksum())
+        return index
+
+    @cached_property
+    def _server(self) -> HttpRetriever:
+        retrieval = self.config.retrieval
+        client = HttpRetriever(str(retrieval.url), retrieval.timeout, retrieval.attempts, retrieval.time_limit)
+        client.probe()
+        return client
+
+    def _cached_server(self) -> Retriever:
+        retrieval = self.config.retrieval
+        key = self._server.checksum or retrieval.cache_key
+        if isinstance(retrieval.cache, Path) and not key:
+            raise ConfigError(
+                f"retrieval.cache: {retrieval.url} does not tell its index's checksum; name what it serves with "
+                "retrieval.cache_key, or leave retrieval.cache out"
+            )
+        if not retrieval.cache or not key:
+            return self._server
+        path = self.root / "retrieval-cache.sqlite" if retrieval.cache is True else retrieval.cache
+        return CachedRetriever(self._server, path, key)
 
     def check(self, policy: str | Path) -> None:
         """Find every mistake that can be found before training: questions, retriever, policy, prompt length.
@@ -284,7 +306,9 @@ class Stages:
 
     def _retrieval_checksum(self) -> str:
         retrieval = self.config.retrieval
-        return retrieval.url or (runs.checksum(retrieval.index) if retrieval.index else self.index().checksum)
+        if retrieval.url:
+            return self._server.checksum or retrieval.cache_key or retrieval.url
+        return runs.checksum(retrieval.index) if retrieval.index else self.index().checksum
 
 
 def read_pairs(path: Path) -> list[Pair]:

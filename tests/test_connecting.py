@@ -1,0 +1,63 @@
+"""How a run gets its passages: the server of the config, its checksum, the file that keeps its answers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from search_e1.config import Config, RetrievalConfig
+from search_e1.errors import ConfigError, RetrievalError
+from search_e1.retrieval.cache import CachedRetriever
+from search_e1.retrieval.client import HttpRetriever
+from search_e1.stages import Stages
+from serving import good, misbehaving
+
+
+def stages(root: Path, url: str, **retrieval: Any) -> Stages:
+    raw = {
+        "run": root,
+        "policy": {"model": "small"},
+        "data": {"train": ["train.jsonl"], "eval": {"dev": "dev.jsonl"}},
+        "retrieval": {"url": url, "attempts": 1} | retrieval,
+    }
+    return Stages(Config.model_validate(raw), root)
+
+
+def telling(request: dict[str, Any], number: int) -> tuple[Any, ...]:
+    return *good(request), {"Search-E1-Index": "c" * 64}
+
+
+def test_a_server_that_tells_its_checksum_is_cached_in_the_run(tmp_path: Path) -> None:
+    with misbehaving(telling) as server:
+        first = stages(tmp_path, server.url)
+        assert isinstance(first.retriever, CachedRetriever)
+        assert (first.retriever.path, first.retriever.key) == (tmp_path / "retrieval-cache.sqlite", "c" * 64)
+        assert first._retrieval_checksum() == "c" * 64
+        found = first.retriever.search(["a"], 2)
+        assert stages(tmp_path, server.url).retriever.search(["a"], 2) == found
+        # Each run probes; the second run's query came from the file.
+        assert [request["topk"] for request in server.requests] == [1, 2, 1]
+        assert isinstance(stages(tmp_path, server.url, cache=False).retriever, HttpRetriever)
+
+
+def test_a_server_that_tells_nothing_is_cached_under_a_name_only(tmp_path: Path) -> None:
+    with misbehaving(good) as server:
+        plain = stages(tmp_path, server.url)
+        assert isinstance(plain.retriever, HttpRetriever)
+        assert plain._retrieval_checksum() == server.url
+        named = stages(tmp_path, server.url, cache=tmp_path / "mine.sqlite", cache_key="wiki-18 e5")
+        assert isinstance(named.retriever, CachedRetriever)
+        assert (named.retriever.path, named.retriever.key) == (tmp_path / "mine.sqlite", "wiki-18 e5")
+        assert named._retrieval_checksum() == "wiki-18 e5"
+        with pytest.raises(ConfigError, match=r"retrieval\.cache: .* does not tell its index's checksum; name"):
+            assert stages(tmp_path, server.url, cache=tmp_path / "mine.sqlite").retriever
+
+
+def test_a_server_that_is_not_there_is_found_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(RetrievalError, match=r"http://127.0.0.1:1/retrieve: no passages after 1 attempt: ConnectError"):
+        assert stages(tmp_path, "http://127.0.0.1:1").retriever
+
+
+def test_a_name_without_a_server_is_refused() -> None:
+    with pytest.raises(ValueError, match="cache_key is only for a url"):
+        RetrievalConfig(index=Path("index"), cache_key="x")
