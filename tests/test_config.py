@@ -121,6 +121,10 @@ def test_broken_flags_are_refused(flags: list[str], says: str) -> None:
         ("--grpo.group_size=1", "grpo.group_size = 1: Input should be greater than or equal to 2"),
         ("--distill.clip=some", "distill.clip = 'some': Input should be 'entry', 'token' or 'none'"),
         ("--distill.logits_mib=0", "distill.logits_mib = 0: Input should be greater than 0"),
+        (
+            "--distill.class_weights.tag=-1",
+            "distill.class_weights.tag = -1: Input should be greater than or equal to 0",
+        ),
         ("--distill.beta=1", "distill.beta = 1: Input should be less than 1"),
         ("--data.train=[]", "data.train = []: "),
         ("--lead.max_share=2", "lead.max_share = 2: Input should be less than or equal to 1"),
@@ -130,6 +134,11 @@ def test_broken_flags_are_refused(flags: list[str], says: str) -> None:
 )
 def test_a_bad_key_or_value_is_named(tmp_path: Path, override: str, says: str) -> None:
     assert refusal(tmp_path, override).startswith(says)
+
+
+def test_some_class_has_a_weight(tmp_path: Path) -> None:
+    flags = [f"--distill.class_weights.{name}=0" for name in ("thought", "search", "answer", "tag")]
+    assert "all weights are 0, so nothing would be distilled" in refusal(tmp_path, *flags)
 
 
 def test_beta_belongs_to_js(tmp_path: Path) -> None:

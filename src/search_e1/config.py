@@ -19,6 +19,7 @@ from search_e1.prompts import Prompts
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -165,6 +166,22 @@ class LeadConfig(Section):
     """Refuse to distil without a lead. Turned off, the lead is measured and reported only."""
 
 
+class ClassWeights(Section):
+    """Weights in the loss of the sampled tokens by what they are part of; the loss is the weighted mean."""
+
+    thought: NonNegativeFloat = 1.0
+    search: NonNegativeFloat = 1.0
+    answer: NonNegativeFloat = 1.0
+    tag: NonNegativeFloat = 1.0
+    """Protocol tags and end tokens."""
+
+    @model_validator(mode="after")
+    def _some(self) -> "ClassWeights":
+        if not any((self.thought, self.search, self.answer, self.tag)):
+            raise ValueError("all weights are 0, so nothing would be distilled")
+        return self
+
+
 class DistillConfig(Section):
     epochs: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
@@ -185,6 +202,7 @@ class DistillConfig(Section):
     """Of the student in the divergence; other than 1, the policy is to match the teacher when sampled at it."""
     tokens: Literal["sampled", "acting"] = "sampled"
     """Tokens in the loss: all `sampled` ones (as published), or those of tags, queries and answers, not of thoughts."""
+    class_weights: ClassWeights = ClassWeights()
     logits_mib: Positive | None = None
     """MiB for the logits in memory together, of as many positions as fit. Without it 64 on a CPU and 1024 elsewhere."""
     trainer: dict[str, Any] = {}

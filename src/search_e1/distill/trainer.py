@@ -78,7 +78,7 @@ def train(
         model=_SelfDistillation(adapted, config),
         args=arguments,
         train_dataset=rows,
-        data_collator=_Collator(pad_id(policy.tokenizer)),
+        data_collator=_Collator(pad_id(policy.tokenizer), config.class_weights.model_dump()),
         callbacks=[log],
     )
     trainer.remove_callback(PrinterCallback)
@@ -179,11 +179,13 @@ def _processes() -> int:
 
 
 class _Collator:
-    def __init__(self, pad: int) -> None:
+    def __init__(self, pad: int, class_weights: Mapping[str, float]) -> None:
         self.pad = pad
+        self.class_weights = class_weights
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        return collate(rows, self.pad)
+        weights = [self.class_weights[kind] for row in rows for kind in row["classes"]]
+        return {**collate(rows, self.pad), "weights": torch.tensor(weights)}
 
 
 class _SelfDistillation(nn.Module):
@@ -200,7 +202,7 @@ class _SelfDistillation(nn.Module):
         self.adapted.gradient_checkpointing_enable(**kwargs)
 
     def forward(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean divergence of a batch from ``collate``, and each position's."""
+        """Weighted mean divergence of a batch, and each position's."""
         training = self.training
         self.adapted.eval()
         with torch.no_grad(), self.adapted.disable_adapter():
@@ -212,6 +214,7 @@ class _SelfDistillation(nn.Module):
                 student,
                 teacher,
                 self.head,
+                weights=batch.get("weights"),
                 divergence=self.settings.divergence,
                 beta=self.settings.beta,
                 tau=self.settings.tau,
@@ -227,11 +230,11 @@ class _SelfDistillation(nn.Module):
 
 
 class _DistillTrainer(Trainer):
-    loss_is_scaled_for_ga = True  # by `compute_loss`: the mean is over the positions of all micro-batches
+    loss_is_scaled_for_ga = True  # by `compute_loss`: the mean is over all micro-batches
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        positions = torch.tensor(sum(len(batch["student_index"]) for batch in batch_samples), device=device)
-        return self.accelerator.gather(positions).sum()
+        weight = torch.stack([batch["weights"].sum() for batch in batch_samples]).sum().to(device)
+        return self.accelerator.gather(weight).sum()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -245,7 +248,7 @@ class _DistillTrainer(Trainer):
                 "distill.learning_rate, or check the policy's weights"
             )
         # Gradients are averaged over processes, each of which holds a part of the batch.
-        share = len(per_token) * self.accelerator.num_processes / num_items_in_batch
+        share = inputs["weights"].sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1e-6)
         return loss * share
 
 
