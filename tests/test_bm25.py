@@ -1,5 +1,4 @@
 import hashlib
-import json
 import random
 from pathlib import Path
 
@@ -9,7 +8,8 @@ import pytest
 import Stemmer
 
 from search_e1.errors import DataError
-from search_e1.retrieval.base import Retriever
+from search_e1.retrieval import directory
+from search_e1.retrieval.base import Hit, Retriever
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.types import Passage
 
@@ -40,6 +40,10 @@ def passages(n: int = 300, seed: int = 0) -> list[Passage]:
     ]
 
 
+def passages_of(hits: list[Hit]) -> list[Passage]:
+    return [Passage(**hit.model_dump(exclude={"score"})) for hit in hits]
+
+
 def test_it_ranks_as_bm25s_does(tmp_path: Path) -> None:
     corpus, stemmer = passages(), Stemmer.Stemmer("english")
     index = Bm25Index.build(corpus, tmp_path / "index")
@@ -52,7 +56,8 @@ def test_it_ranks_as_bm25s_does(tmp_path: Path) -> None:
         scores = direct.get_scores(words)
         assert len(found) == 10, query
         np.testing.assert_allclose([scores[int(p.id[1:])] for p in found], np.sort(scores)[::-1][:10], rtol=1e-5)
-        assert found == [corpus[int(p.id[1:])] for p in found]
+        assert passages_of(found) == [corpus[int(p.id[1:])] for p in found]
+        np.testing.assert_allclose([p.score for p in found], np.sort(scores)[::-1][:10], rtol=1e-5)
 
 
 def test_a_hand_computed_order(tmp_path: Path) -> None:
@@ -98,28 +103,31 @@ def test_an_opened_index_needs_nothing_but_its_directory(tmp_path: Path) -> None
     built = Bm25Index.build(iter(corpus), tmp_path / "made")
     queries = ["river city", "zürich"]
     expected = built.search(queries, 4)
-    assert expected[1] == [corpus[-1]]
+    assert passages_of(expected[1]) == [corpus[-1]]
     (tmp_path / "made").rename(tmp_path / "moved")
     assert Bm25Index.open(tmp_path / "moved").search(queries, 4) == expected
 
 
 def test_building_twice_gives_the_same_bytes(tmp_path: Path) -> None:
-    def digests(directory: Path) -> dict[str, str]:
-        Bm25Index.build(passages(), directory)
-        files = (f for f in directory.rglob("*") if f.is_file())
-        return {str(f.relative_to(directory)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    def digests(made: Path) -> dict[str, str]:
+        Bm25Index.build(passages(), made)
+        files = (f for f in made.rglob("*") if f.is_file() and f.name != "manifest.json")
+        return {str(f.relative_to(made)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
 
 def test_the_manifest_tells_what_was_indexed(tmp_path: Path) -> None:
-    Bm25Index.build(passages(20), tmp_path / "index")
-    manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
+    index = Bm25Index.build(passages(20), tmp_path / "index")
+    manifest = directory.read(tmp_path / "index", "bm25")
     stored = (tmp_path / "index" / "passages.jsonl").read_bytes()
-    assert manifest["passages_sha256"] == hashlib.sha256(stored).hexdigest()
-    assert {key: manifest[key] for key in ("bm25_format", "passages", "k1", "b", "stopwords", "stemmer")} == {
-        "bm25_format": 1, "passages": 20, "k1": 0.9, "b": 0.4, "stopwords": "english", "stemmer": "english",
-    }  # fmt: skip
+    assert manifest.corpus == hashlib.sha256(stored).hexdigest()
+    assert (manifest.kind, manifest.passages) == ("bm25", 20)
+    assert manifest.settings == {"k1": 0.9, "b": 0.4, "stopwords": "english", "stemmer": "english"}
+    assert {"python", "search-e1", "bm25s", "PyStemmer"} <= set(manifest.versions)
+    assert index.checksum == manifest.checksum
+    other = Bm25Index.build(passages(20, seed=1), tmp_path / "other")
+    assert other.checksum != index.checksum
 
 
 def test_progress_is_told(tmp_path: Path) -> None:
@@ -139,34 +147,11 @@ def test_a_corpus_with_nothing_in_it_leaves_nothing(tmp_path: Path, corpus: list
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_that_is_there_is_not_touched(tmp_path: Path) -> None:
-    (tmp_path / "index").mkdir()
-    (tmp_path / "index" / "mine").write_text("x")
-    with pytest.raises(DataError, match="already there"):
-        Bm25Index.build(passages(5), tmp_path / "index")
-    assert (tmp_path / "index" / "mine").read_text() == "x"
-
-
-def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
-    for directory in (tmp_path / "none", tmp_path):
-        with pytest.raises(DataError, match="not a BM25 index"):
-            Bm25Index.open(directory)
-    (tmp_path / "manifest.json").write_text('{"stage": "grpo-1"}')
-    with pytest.raises(DataError, match="not a BM25 index"):
+def test_what_is_no_bm25_index_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not an index"):
         Bm25Index.open(tmp_path)
-
-
-def test_another_version_and_a_damaged_index_are_refused(tmp_path: Path) -> None:
-    directory = tmp_path / "index"
-    Bm25Index.build(passages(5), directory)
-    with (directory / "passages.jsonl").open("ab") as file:
-        file.write(b"more\n")
-    with pytest.raises(DataError, match="damaged"):
-        Bm25Index.open(directory)
-    (directory / "offsets.npy").unlink()
-    with pytest.raises(DataError, match="damaged"):
-        Bm25Index.open(directory)
-    manifest = directory / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"bm25_format": 1', '"bm25_format": 99'))
-    with pytest.raises(DataError, match="format 99, not 1"):
-        Bm25Index.open(directory)
+    made = tmp_path / "index"
+    Bm25Index.build(passages(5), made)
+    (made / "bm25" / "vocab.index.json").unlink()
+    with pytest.raises(DataError, match=r"damaged index \(bm25/vocab.index.json is missing\)"):
+        Bm25Index.open(made)

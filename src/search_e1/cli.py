@@ -223,8 +223,8 @@ def ask(
     from search_e1 import policy as policies
     from search_e1.config import PolicyConfig, RolloutConfig
     from search_e1.display import show_turn
-    from search_e1.retrieval.bm25 import Bm25Index
     from search_e1.retrieval.client import HttpRetriever
+    from search_e1.retrieval.indexes import open_index
     from search_e1.rollout.ask import ask as answer
     from search_e1.stages import Stages
 
@@ -240,7 +240,7 @@ def ask(
         raise ConfigError("no policy; give --model DIR, or --config FILE of a run")
     if index is None and url is None and stages is None:
         raise ConfigError("no passages; give --index DIR, --url URL, or --config FILE of a run")
-    retriever = HttpRetriever(url) if url else Bm25Index.open(index) if index else stages.retriever  # type: ignore[union-attr]
+    retriever = HttpRetriever(url) if url else open_index(index) if index else stages.retriever  # type: ignore[union-attr]
     settings = stages.config.policy if stages else PolicyConfig(model=str(model))
     policy = policies.load(model or _newest(stages), settings, stages.config.prompts if stages else None)  # type: ignore[arg-type]
     limits = stages.config.rollout if stages else RolloutConfig()
@@ -289,14 +289,12 @@ def index_build(
     out: Annotated[Path, typer.Option("--out", help="Directory of the new index.")],
 ) -> None:
     """Build a BM25 index of a corpus."""
-    from search_e1.data.corpus import read_corpus
+    from search_e1.data.corpus import checksum, read_corpus
     from search_e1.display import watch
     from search_e1.retrieval.bm25 import Bm25Index
 
-    if out.exists():
-        raise RunError(f"{out} is there already; remove it, or give another --out")
     with watch(console, 1)("index") as progress:
-        Bm25Index.build(read_corpus(corpus), out, progress)
+        Bm25Index.build(read_corpus(corpus), out, progress, source=checksum(corpus))
     console.print(f"{out}", markup=False, highlight=False)
 
 
@@ -308,9 +306,9 @@ def index_search(
 ) -> None:
     """Search an index."""
     from search_e1.display import show_passages
-    from search_e1.retrieval.bm25 import Bm25Index
+    from search_e1.retrieval.indexes import open_index
 
-    show_passages(console, Bm25Index.open(index).search([query], topk)[0])
+    show_passages(console, open_index(index).search([query], topk)[0])
 
 
 @contextmanager

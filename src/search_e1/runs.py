@@ -119,7 +119,7 @@ def artifact(
     )
     write_atomically(partial / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     partial.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
     return Artifact(path, manifest)
 
 
@@ -233,10 +233,11 @@ def write_atomically(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(directory: Path) -> None:
+def sync(directory: Path) -> None:
+    """Make durable which names are in ``directory``."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

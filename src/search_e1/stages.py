@@ -31,6 +31,7 @@ from search_e1.retrieval.base import Retriever
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.retrieval.cache import CachedRetriever
 from search_e1.retrieval.client import HttpRetriever
+from search_e1.retrieval.indexes import open_index
 from search_e1.rollout import pool
 from search_e1.rollout.hf import HFGenerator
 from search_e1.runs import Artifact
@@ -81,7 +82,7 @@ class Stages:
         retrieval = self.config.retrieval
         if retrieval.url:
             return self._cached_server()
-        index = Bm25Index.open(retrieval.index or self.index().path / "bm25")
+        index = open_index(retrieval.index or self.index().path / "bm25")
         if isinstance(retrieval.cache, Path):
             return CachedRetriever(index, retrieval.cache, self._retrieval_checksum())
         return index

@@ -1,0 +1,123 @@
+"""The passages of an index: written once, read by number, never all in memory."""
+
+import hashlib
+import json
+import mmap
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from pathlib import Path
+from typing import Self, overload
+
+import numpy as np
+
+from search_e1.errors import DataError, RetrievalError
+from search_e1.progress import Progress, silent
+from search_e1.retrieval.base import Hit
+from search_e1.runs import write_atomically
+from search_e1.types import Passage
+
+_LINES, _OFFSETS, _ABOUT = "passages.jsonl", "offsets.npy", "passages.json"
+_TOLD_EVERY = 1000  # passages
+
+
+class Passages(Sequence[Passage]):
+    """The passages in a directory, memory-mapped, so that processes share them and opening takes no time.
+
+    ``passages.jsonl`` holds one a line, ``offsets.npy`` (int64 [passages + 1]) where each begins, ``passages.json`` the
+    number, size and checksum; it is written last, so that passages without it are not complete.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Use ``open`` or ``write``."""
+        about = json.loads((directory / _ABOUT).read_text(encoding="utf-8"))
+        self.path = directory / _LINES
+        self.checksum: str = about["sha256"]
+        """The sha256 of ``passages.jsonl``, in hexadecimal."""
+        self._offsets = np.load(directory / _OFFSETS, mmap_mode="r")
+        with self.path.open("rb") as file:
+            self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if self._offsets.shape != (about["passages"] + 1,) or self._offsets[-1] != len(self._lines):
+            raise ValueError(f"{_LINES} is not of its length")
+
+    @classmethod
+    def write(cls, corpus: Iterable[Passage], directory: Path, progress: Progress = silent) -> Self:
+        """Write the passages of ``corpus`` into ``directory``. It is read once; what is kept in memory is 8 bytes a passage.
+
+        Raises:
+            DataError: the corpus is empty.
+        """
+        (directory / _ABOUT).unlink(missing_ok=True)
+        total = len(corpus) if isinstance(corpus, Sized) else 0
+        offsets, digest = array("q", [0]), hashlib.sha256()
+        with (directory / _LINES).open("wb") as file:
+            for done, passage in enumerate(corpus, 1):
+                line = passage.model_dump_json().encode() + b"\n"
+                file.write(line)
+                digest.update(line)
+                offsets.append(offsets[-1] + len(line))
+                if done % _TOLD_EVERY == 0:
+                    progress(done, total, f"{done:,} passages")
+            file.flush()
+            os.fsync(file.fileno())
+        passages = len(offsets) - 1
+        if not passages:
+            raise DataError("the corpus is empty; give one with at least one passage")
+        progress(passages, total, f"{passages:,} passages")
+        np.save(directory / _OFFSETS, np.frombuffer(offsets, dtype=np.int64))
+        about = {"passages": passages, "bytes": offsets[-1], "sha256": digest.hexdigest()}
+        write_atomically(directory / _ABOUT, json.dumps(about, indent=2) + "\n")
+        return cls(directory)
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """The passages that ``write`` left in ``directory``.
+
+        Raises:
+            DataError: there are none, or they are not as they were written.
+        """
+        try:
+            return cls(directory)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"{_ABOUT} is missing" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+            raise DataError(
+                f"{directory}: no passages that can be read ({reason}); build the index again with `search-e1 index build`"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Passage: ...
+    @overload
+    def __getitem__(self, index: slice) -> "list[Passage]": ...
+    def __getitem__(self, index: int | slice) -> "Passage | list[Passage]":
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return Passage.model_validate_json(self._line(range(len(self))[index]))
+
+    def hit(self, index: int, score: float) -> Hit:
+        """Passage ``index`` as it was found with ``score``.
+
+        Raises:
+            RetrievalError: the line is damaged.
+        """
+        try:
+            return Hit(**json.loads(self._line(index)), score=score)
+        except (ValueError, TypeError) as error:
+            raise RetrievalError(f"{self.path}:{index + 1}: damaged; build the index again") from error
+
+    def texts(self, start: int = 0, stop: int | None = None) -> Iterator[str]:
+        """What is searched, title and text, of passages ``start`` to ``stop``.
+
+        Read past the memory map: pages that are read once would count as this process's memory until they are dropped.
+        """
+        stop = len(self) if stop is None else stop
+        with self.path.open("rb") as file:
+            file.seek(int(self._offsets[start]))
+            for _ in range(start, stop):
+                record = json.loads(file.readline())
+                yield f"{record['title']} {record['text']}"
+
+    def _line(self, index: int) -> bytes:
+        return self._lines[int(self._offsets[index]) : int(self._offsets[index + 1])]
