@@ -27,6 +27,7 @@ from search_e1.grpo import trainer as grpo_trainer
 from search_e1.policy import Policy
 from search_e1.progress import Progress, silent
 from search_e1.prompts import plain_prompt
+from search_e1.retrieval import directory as directories
 from search_e1.retrieval.base import Retriever
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.retrieval.cache import CachedRetriever
@@ -309,7 +310,7 @@ class Stages:
         retrieval = self.config.retrieval
         if retrieval.url:
             return self._server.checksum or retrieval.cache_key or retrieval.url
-        return runs.checksum(retrieval.index) if retrieval.index else self.index().checksum
+        return directories.read(retrieval.index or self.index().path / "bm25").checksum
 
 
 def read_pairs(path: Path) -> list[Pair]:
