@@ -318,7 +318,7 @@ def _stages(config: Path, context: typer.Context) -> "Iterator[Stages]":
     from search_e1.stages import Stages
 
     loaded = _load(config, context)
-    with runs.opened(loaded.run, loaded.model_dump(mode="json", exclude={"run"})) as root:
+    with runs.opened(loaded.run, loaded.model_dump(mode="json", exclude={"run", "tracking"})) as root:
         yield Stages(loaded, root, watch(console, loaded.rounds))
 
 

@@ -224,6 +224,15 @@ class EvaluationConfig(Section):
     """Of the sampled trajectories."""
 
 
+class TrackingConfig(Section):
+    """Live tracking through transformers' integrations. It changes nothing in a run, and may change while a run goes on."""
+
+    report_to: tuple[str, ...] = ()
+    """Trackers to tell every stage's figures: `tensorboard` (into `tracking/` of the run), `wandb`, `trackio`, ..."""
+    project: str = "search-e1"
+    """Project of the tracker, where it has such a thing."""
+
+
 class WarmstartConfig(Section):
     """A small policy from nothing, taught the protocol by demonstrations built of the questions' supporting passages."""
 
@@ -285,6 +294,7 @@ class Config(Section):
     lead: LeadConfig = LeadConfig()
     distill: DistillConfig = DistillConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
     warmstart: WarmstartConfig | None = None
     """Only for `search-e1 warmstart`, which makes a policy to start from."""
 

@@ -68,7 +68,7 @@ def train(config: Config, watch: Watch = unwatched) -> Summary:
     Raises:
         SearchE1Error: a mistake in config, data or policy (before any training), a failed part, another run's directory.
     """
-    with runs.opened(config.run, config.model_dump(mode="json", exclude={"run"})) as root:
+    with runs.opened(config.run, config.model_dump(mode="json", exclude={"run", "tracking"})) as root:
         stages = Stages(config, root, watch)
         stages.check(config.policy.model)
         summary = _Summary(config, stages)

@@ -1,5 +1,6 @@
 """How a stage tells what it is doing, without knowing who listens."""
 
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 
@@ -14,3 +15,11 @@ class Progress(Protocol):
 
 def silent(done: int, total: int, figure: str = "") -> None:
     """A ``Progress`` for nobody."""
+
+
+Track = Callable[[int, Mapping[str, float]], None]
+"""Told the figures of each step: name, as in ``steps.jsonl``, -> value."""
+
+
+def untracked(step: int, figures: Mapping[str, float]) -> None:
+    """A ``Track`` for nobody."""

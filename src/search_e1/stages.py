@@ -14,7 +14,7 @@ from typing import Any
 from transformers import set_seed
 
 from search_e1 import policy as policies
-from search_e1 import runs
+from search_e1 import runs, tracking
 from search_e1.config import Config
 from search_e1.data.corpus import read_corpus
 from search_e1.data.questions import load_many, load_questions, subset
@@ -25,7 +25,7 @@ from search_e1.errors import ConfigError, DataError, ModelError
 from search_e1.evaluation.evaluate import Evaluation, evaluate
 from search_e1.grpo import trainer as grpo_trainer
 from search_e1.policy import Policy
-from search_e1.progress import Progress, silent
+from search_e1.progress import Progress, Track, silent, untracked
 from search_e1.prompts import plain_prompt
 from search_e1.retrieval import directory as directories
 from search_e1.retrieval.base import Retriever
@@ -59,6 +59,7 @@ class Stages:
         self.config = config
         self.root = root
         self.watch = watch
+        self._track: Track = untracked  # of the stage at work
 
     # What every stage needs, made once, in the order in which a mistake is cheapest to find.
 
@@ -117,6 +118,7 @@ class Stages:
         for questions in (self.train_questions, *self.eval_questions.values()):
             if not questions:
                 raise DataError("no questions; give data.train and data.eval files that hold some")
+        tracking.check(self.config.tracking)
         policies.resolve(str(policy))
         assert self.retriever
         loaded = self._policy(policy)
@@ -153,7 +155,9 @@ class Stages:
         """A policy made from nothing and taught by demonstrations, in ``policy/``."""
 
         def train(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
-            return warm_start(self.train_questions, self.retriever, self.config, out=out, progress=progress)
+            return warm_start(
+                self.train_questions, self.retriever, self.config, out=out, progress=progress, track=self._track
+            )
 
         return self._stage("warmstart", out, ("warmstart", "rollout", "seed"), self._asking(None), train)
 
@@ -165,7 +169,7 @@ class Stages:
         def train(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
             return grpo_trainer.train(
                 self._policy(policy), self.train_questions, self.retriever, self.config.grpo, self.config.rollout,
-                seed=seed, out=out, progress=progress,
+                seed=seed, out=out, progress=progress, track=self._track,
             )  # fmt: skip
 
         return self._stage(f"grpo-{round}", out, ("grpo", "rollout"), self._asking(policy), train)
@@ -231,7 +235,7 @@ class Stages:
         def train(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
             return distill_trainer.train(
                 self._policy(policy), read_pairs(pairs_path / "train.jsonl"), self.config.distill,
-                seed=seed, out=out, progress=progress,
+                seed=seed, out=out, progress=progress, track=self._track,
             )  # fmt: skip
 
         inputs = {"policy": self._checksum(policy), "pairs": runs.checksum(pairs_path / "train.jsonl")}
@@ -247,7 +251,7 @@ class Stages:
                 self.config.rollout, seed=seed, out=out, progress=progress,
             )  # fmt: skip
             (out / "evaluation.json").write_text(evaluation.model_dump_json(indent=2) + "\n")
-            return {"em": evaluation.em}
+            return evaluation.model_dump(mode="json")
 
         inputs = {"policy": self._checksum(policy), "retrieval": self._retrieval_checksum()}
         inputs |= {f"eval.{name}": runs.checksum(path) for name, path in self.config.data.eval.items()}
@@ -273,9 +277,14 @@ class Stages:
         seed = runs.derived_seed(self.config.seed, seed_name or name)
 
         def make(out: Path) -> Mapping[str, Any]:
-            set_seed(seed)
-            with self.watch(name) as progress:
-                return work(out, seed, progress)
+            run, step = tracking.run_of(name)
+            tracker = tracking.tracked(self.config.tracking, self.root, run, dumped, anew=run == name)
+            with self.watch(name) as progress, tracker as self._track:
+                set_seed(seed)
+                result = work(out, seed, progress)
+                if figures := tracking.figures_of(name, result):
+                    self._track(step, figures)
+                return result
 
         dumped = self.config.model_dump(mode="json")
         dumped["data.max_eval"], dumped["data.max_train"] = dumped["data"]["max_eval"], dumped["data"]["max_train"]

@@ -20,7 +20,7 @@ from search_e1.distill.head import hidden_at, split_head
 from search_e1.distill.loss import fused_divergence
 from search_e1.errors import ConfigError, DataError, TrainingError
 from search_e1.policy import Policy, merge_adapter, with_adapter
-from search_e1.progress import Progress, silent
+from search_e1.progress import Progress, Track, silent, untracked
 from search_e1.types import Pair
 
 _OWN_KEYS = {  # key of TrainingArguments -> where it is set instead
@@ -29,6 +29,7 @@ _OWN_KEYS = {  # key of TrainingArguments -> where it is set instead
     "gradient_accumulation_steps": "distill.batch_size and distill.trainer.per_device_train_batch_size",
     "seed": "seed",
     "output_dir": "run",
+    "report_to": "tracking.report_to",
     "use_cpu": "policy.device",
 }
 _FIXED_KEYS = {
@@ -50,6 +51,7 @@ def train(
     seed: int,
     out: Path,
     progress: Progress = silent,
+    track: Track = untracked,
 ) -> dict[str, Any]:
     """Distil ``policy`` on ``pairs``, in place, and merge the adapter into its weights.
 
@@ -73,7 +75,7 @@ def train(
     arguments = _arguments(config, policy, seed, out)
     set_seed(seed)  # of the adapter's start
     adapted = with_adapter(policy.model, config.lora)
-    log = _StepLog(out / "steps.jsonl", progress)
+    log = _StepLog(out / "steps.jsonl", progress, track)
     trainer = _DistillTrainer(
         model=_SelfDistillation(adapted, config),
         args=arguments,
@@ -253,11 +255,12 @@ class _DistillTrainer(Trainer):
 
 
 class _StepLog(TrainerCallback):
-    """Writes a line a step and tells the progress."""
+    """Writes a line a step and tells progress and track."""
 
-    def __init__(self, path: Path, progress: Progress) -> None:
+    def __init__(self, path: Path, progress: Progress, track: Track) -> None:
         self.path = path
         self.progress = progress
+        self.track = track
         self.losses: list[float] = []
         self._started = time.monotonic()
 
@@ -273,8 +276,11 @@ class _StepLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         now = time.monotonic()
-        line = {"step": state.global_step, **{k: logs[k] for k in ("loss", "grad_norm", "learning_rate") if k in logs}}
+        figures = {k: logs[k] for k in ("loss", "grad_norm", "learning_rate") if k in logs}
         with self.path.open("a") as file:
-            file.write(json.dumps({**line, "seconds": round(now - self._started, 4)}) + "\n")
+            file.write(
+                json.dumps({"step": state.global_step, **figures, "seconds": round(now - self._started, 4)}) + "\n"
+            )
         self._started = now
+        self.track(state.global_step, figures)
         self.progress(state.global_step, state.max_steps, f"KL {logs['loss']:.4f}")

@@ -49,6 +49,8 @@ class Evaluation(Scores):
     """Of the questions whose hop count is known."""
     stop_reasons: dict[StopReason, int]
     """Reason -> greedy trajectories that ended so."""
+    sampled_tokens: int = 0
+    """Of all trajectories together, greedy and sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ def evaluate(
                 replace(outcome, em_sampled=fmean(t.reward for t in group.trajectories))
                 for outcome, group in zip(outcomes, sampled, strict=True)
             ]
-    return _summary(outcomes, seed)
+    return _summary(outcomes, seed).model_copy(update={"sampled_tokens": told.tokens})
 
 
 class _Told:
@@ -118,11 +120,12 @@ class _Told:
 
     def __init__(self, progress: Progress, total: int) -> None:
         self.progress, self.total = progress, total
-        self.done, self.right = 0, 0.0
+        self.done, self.right, self.tokens = 0, 0.0, 0
 
     def __call__(self, index: int, trajectory: Trajectory) -> None:
         self.done += 1
         self.right += trajectory.reward
+        self.tokens += trajectory.sampled_tokens
         self.progress(self.done, self.total, f"EM {self.right / self.done:.3f}")
 
 

@@ -6,15 +6,15 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
-from search_e1.progress import Progress
+from search_e1.progress import Progress, Track
 
 
 class Recorder:
-    """Keeps each step's figures, writes them as a JSON line, and tells ``progress``."""
+    """Keeps each step's figures, writes them as a JSON line, and tells ``progress`` and ``track``."""
 
-    def __init__(self, file: TextIO, total: int, progress: Progress) -> None:
+    def __init__(self, file: TextIO, total: int, progress: Progress, track: Track) -> None:
         self.steps: list[dict[str, float]] = []
-        self._file, self._total, self._progress = file, total, progress
+        self._file, self._total, self._progress, self._track = file, total, progress, track
         self._last = time.perf_counter()
 
     def __call__(self, step: int, figures: Mapping[str, float]) -> None:
@@ -23,6 +23,7 @@ class Recorder:
         self._last = now
         self._file.write(json.dumps(self.steps[-1]) + "\n")
         self._file.flush()
+        self._track(step, figures)
         self._progress(step, self._total, f"reward {figures.get('reward', math.nan):.3f}")
 
 

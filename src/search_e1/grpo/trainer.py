@@ -30,7 +30,7 @@ from search_e1.errors import ConfigError, DataError, TrainingError
 from search_e1.grpo import batching, replay
 from search_e1.grpo.record import Recorder, summarize
 from search_e1.policy import Policy, merge_adapter, with_adapter
-from search_e1.progress import Progress, silent
+from search_e1.progress import Progress, Track, silent, untracked
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.hf import HFGenerator
 from search_e1.rollout.loop import rollout, starts
@@ -55,6 +55,7 @@ _RESERVED = {
     "gradient_accumulation_steps": "set `grpo.questions_per_step` and `grpo.trainer.per_device_train_batch_size`",
     "max_completion_length": "set `rollout.max_tokens`",
     "use_cpu": "set `policy.device`",
+    "report_to": "set `tracking.report_to`",
     "disable_tqdm": "progress is not TRL's; leave it out",
     "logging_steps": "every step is logged; leave it out",
     "logging_strategy": "every step is logged; leave it out",
@@ -93,6 +94,7 @@ def train(
     seed: int,
     out: Path,
     progress: Progress = silent,
+    track: Track = untracked,
 ) -> dict[str, float]:
     """Train ``policy`` in place; write it to ``out/policy`` and one line a step to ``out/steps.jsonl``.
 
@@ -112,7 +114,7 @@ def train(
     with _quiet():
         arguments = trl_arguments(config, limits, len(questions), seed=seed, out=out, device=policy.model.device)
         with (out / STEPS).open("w", encoding="utf-8") as file:
-            recorder = Recorder(file, config.steps, progress)
+            recorder = Recorder(file, config.steps, progress, track)
             if config.steps:
                 set_seed(seed)
                 use_cache = policy.model.config.use_cache

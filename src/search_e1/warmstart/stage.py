@@ -10,7 +10,7 @@ from typing import Any
 from search_e1.config import Config, WarmstartConfig
 from search_e1.data.corpus import read_corpus
 from search_e1.errors import ConfigError
-from search_e1.progress import Progress, silent
+from search_e1.progress import Progress, Track, silent, untracked
 from search_e1.prompts import Prompts
 from search_e1.retrieval.base import Retriever
 from search_e1.types import Passage, Question
@@ -21,7 +21,13 @@ _LAST = 20  # steps whose mean loss is reported
 
 
 def warm_start(
-    questions: Sequence[Question], retriever: Retriever, config: Config, *, out: Path, progress: Progress = silent
+    questions: Sequence[Question],
+    retriever: Retriever,
+    config: Config,
+    *,
+    out: Path,
+    progress: Progress = silent,
+    track: Track = untracked,
 ) -> dict[str, Any]:
     """Make a policy from nothing, teach it by demonstrations, and save it in ``out / "policy"``.
 
@@ -51,6 +57,7 @@ def warm_start(
         learning_rate=warmstart.learning_rate,
         seed=config.seed,
         progress=progress,
+        track=track,
     )
     policy.save(out / "policy")
     last = losses[-_LAST:]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from search_e1.errors import DataError, TrainingError
 from search_e1.policy import Policy
-from search_e1.progress import Progress, silent
+from search_e1.progress import Progress, Track, silent, untracked
 
 _WARM_UP = 0.05  # share of the steps over which the learning rate rises; it then falls linearly to zero
 _MAX_NORM = 1.0
@@ -56,6 +56,7 @@ def train(
     seed: int = 0,
     pass_tokens: int = 16_384,
     progress: Progress = silent,
+    track: Track = untracked,
 ) -> list[float]:
     """Train all weights of ``policy`` in place; returns the loss of each step.
 
@@ -86,6 +87,7 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
+            track(len(losses), {"loss": losses[-1]})
             progress(len(losses), steps, f"loss {losses[-1]:.3f}")
     finally:
         model.train(was_training)
