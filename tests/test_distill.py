@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, 
 from conftest import make_tiny_policy
 from search_e1.config import DistillConfig, LoraConfig, PolicyConfig
 from search_e1.distill.collate import collate, encode, pad_id
-from search_e1.distill.trainer import _SelfDistillation, train
+from search_e1.distill.passes import SelfDistillation
+from search_e1.distill.trainer import train
 from search_e1.errors import ConfigError, DataError, TrainingError
 from search_e1.policy import Policy, load, merge_adapter, with_adapter
 from search_e1.types import Question
@@ -97,7 +98,7 @@ def spread(adapted, scale=0.3):
 def test_before_training_teacher_and_student_agree_exactly_if_their_prompts_do(policy):
     """The adapter starts with no effect, so only the prompt can tell them apart; a shift by one position would."""
     batch = batch_of(policy, pairs_of(policy, 3))
-    model = _SelfDistillation(with_adapter(policy.model, CONFIG.lora), CONFIG)
+    model = SelfDistillation(with_adapter(policy.model, CONFIG.lora), CONFIG)
     same = {k.replace("teacher", "student"): v for k, v in batch.items() if k.startswith("teacher")}
     same |= {k: v for k, v in batch.items() if k.startswith("teacher")}
     assert model(**same)[0].item() == pytest.approx(0, abs=1e-9)
@@ -124,7 +125,7 @@ def test_the_divergence_is_that_of_the_logits(policy, settings):
     pairs = pairs_of(policy, 3)
     adapted = with_adapter(policy.model, CONFIG.lora)
     spread(adapted)
-    model = _SelfDistillation(adapted, config).eval()
+    model = SelfDistillation(adapted, config).eval()
     loss, per_token = model(**batch_of(policy, pairs))
     expected = []
     for pair in pairs:
@@ -151,7 +152,7 @@ def test_observation_tokens_receive_exactly_zero_gradient(tiny_policy):
     batch = batch_of(tiny_policy, pairs_of(tiny_policy, 2))
     adapted = with_adapter(tiny_policy.model, CONFIG.lora)
     spread(adapted)
-    model = _SelfDistillation(adapted, CONFIG)
+    model = SelfDistillation(adapted, CONFIG)
     kept = []
 
     def keep(module, args, output):
@@ -172,7 +173,7 @@ def test_observation_tokens_receive_exactly_zero_gradient(tiny_policy):
 def test_only_the_adapter_of_the_student_is_trained(tiny_policy):
     adapted = with_adapter(tiny_policy.model, CONFIG.lora)
     spread(adapted)
-    _SelfDistillation(adapted, CONFIG)(**batch_of(tiny_policy, pairs_of(tiny_policy, 2)))[0].backward()
+    SelfDistillation(adapted, CONFIG)(**batch_of(tiny_policy, pairs_of(tiny_policy, 2)))[0].backward()
     with_gradient = {name for name, p in adapted.named_parameters() if p.grad is not None}
     assert with_gradient
     assert all("lora_" in name for name in with_gradient)
@@ -202,7 +203,10 @@ def test_training_lowers_the_divergence_and_saves_what_it_made(policy, tmp_path)
     assert [step["step"] for step in steps] == list(range(1, 31))
     assert set(steps[0]) == {"step", "loss", "grad_norm", "learning_rate", "seconds"}
     assert steps[0]["learning_rate"] == CONFIG.learning_rate
-    assert (told[-1][:2], len(told)) == ((30, 30), 30)
+    taught = [figures for figures in told if figures[2] == "teacher"]
+    assert [done for done, *_ in taught] == [4, 8]  # once for each pair, in batches
+    assert (told[-1][:2], len(told) - len(taught)) == ((30, 30), 30)
+    assert {path.name for path in tmp_path.iterdir()} == {"policy", "steps.jsonl"}
     changed = policy.model.state_dict()
     assert set(changed) == set(base)
     assert any(not torch.equal(changed[name], base[name]) for name in base)

@@ -362,7 +362,8 @@ def test_hidden_states_times_head_are_the_logits(tiny_policy):
     decoder, head = split_head(model)
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    hidden = hidden_at(decoder, ids, mask, torch.tensor([2, 5]))
+    batch = {"student_input_ids": ids, "student_attention_mask": mask, "student_index": torch.tensor([2, 5])}
+    hidden = hidden_at(decoder, batch, "student")
     logits = model(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(head.logits(hidden), torch.stack([logits[0, 2], logits[1, 1]]))
 

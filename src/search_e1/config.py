@@ -187,7 +187,15 @@ class DistillConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     batch_size: Positive = 16
     """Pairs an optimiser step."""
+    weights: Literal["lora", "all"] = "lora"
+    """What is trained: adapters, which are merged at the end (as published), or all weights."""
     lora: LoraConfig = LoraConfig()
+    """With `weights = "lora"`."""
+    teacher: Literal["auto", "live", "cached"] = "auto"
+    """Where the teacher's hidden states come from: computed in every step (`live`; with `weights = "all"` by a frozen copy of
+    the policy), or once for each pair and kept on disk (`cached`). `auto`: cached for several epochs or all weights."""
+    packing: Literal["auto", "always", "never"] = "auto"
+    """Sequences of a batch end to end, without padding. `auto`: on accelerators, for policies that keep them apart."""
     divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
     """KL(teacher || student) (as published), KL(student || teacher), or the generalised Jensen-Shannon divergence."""
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5

@@ -4,6 +4,7 @@ The position p of a row predicts its id p + 1. A row knows, for every id that en
 the student's ids and in the teacher's; the two lists belong together one by one, however long the prompts are.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from enum import StrEnum
@@ -34,6 +35,8 @@ class Row(TypedDict):
     """A pair in ids. ``input_ids`` is the teacher's row, the longer one: rows are batched by its length."""
 
     name: str
+    number: int
+    """Its place among the rows of a distillation, from 0."""
     input_ids: list[int]
     student_ids: list[int]
     teacher_positions: list[int]
@@ -70,7 +73,13 @@ def token_classes(tokenizer: Any, turn: Turn) -> list[TokenClass]:
 
 
 def encode(
-    tokenizer: Any, prompts: Prompts, pair: Pair, *, context_length: int | None = None, tokens: Tokens = "sampled"
+    tokenizer: Any,
+    prompts: Prompts,
+    pair: Pair,
+    *,
+    number: int = 0,
+    context_length: int | None = None,
+    tokens: Tokens = "sampled",
 ) -> Row:
     """The row of a pair. ``tokens="acting"`` leaves thoughts out of the loss, never anything else but observations.
 
@@ -89,6 +98,7 @@ def encode(
     offsets, classes = _loss_tokens(tokenizer, pair, tokens)
     return Row(
         name=pair.question.id,
+        number=number,
         input_ids=[*teacher_prompt, *response],
         student_ids=[*student_prompt, *response],
         teacher_positions=[len(teacher_prompt) + offset - 1 for offset in offsets],
@@ -121,19 +131,49 @@ def collate(rows: Sequence[Row], pad_id: int) -> dict[str, torch.Tensor]:
     Returns:
         For both roles (``student_``, ``teacher_``): ``input_ids`` and ``attention_mask`` [B, width], int64, and ``index``
         [N], int64: the predicting positions of all rows, into the flattened [B * width]; entry n of both predicts the
-        same id.
+        same id. And ``pairs`` [B], int64: which rows they are.
     """
-    batch: dict[str, torch.Tensor] = {}
-    for role, ids_of, positions_of in (
-        ("student", [r["student_ids"] for r in rows], [r["student_positions"] for r in rows]),
-        ("teacher", [r["input_ids"] for r in rows], [r["teacher_positions"] for r in rows]),
-    ):
+    batch = {"pairs": _numbers(rows)}
+    for role, ids_of, positions_of in _roles(rows):
         width = max(map(len, ids_of))
         batch[f"{role}_input_ids"] = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in ids_of])
         batch[f"{role}_attention_mask"] = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in ids_of])
-        flat = [i * width + position for i, positions in enumerate(positions_of) for position in positions]
-        batch[f"{role}_index"] = torch.tensor(flat, dtype=torch.long)
+        batch[f"{role}_index"] = _flat(positions_of, [width] * len(rows))
     return batch
+
+
+def pack(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """A batch of rows end to end, without padding.
+
+    Returns:
+        As ``collate``, with the total length T for width and B = 1; instead of ``attention_mask`` there is
+        ``position_ids`` [1, T], int64, which begins again at 0 with each row: that is how transformers' attention tells
+        where one sequence ends (``passes.packs`` says whether a model heeds it).
+    """
+    batch = {"pairs": _numbers(rows)}
+    for role, ids_of, positions_of in _roles(rows):
+        batch[f"{role}_input_ids"] = torch.tensor([[id for ids in ids_of for id in ids]])
+        batch[f"{role}_position_ids"] = torch.tensor([[position for ids in ids_of for position in range(len(ids))]])
+        batch[f"{role}_index"] = _flat(positions_of, [len(ids) for ids in ids_of])
+    return batch
+
+
+def _numbers(rows: Sequence[Row]) -> torch.Tensor:
+    return torch.tensor([row["number"] for row in rows])
+
+
+def _roles(rows: Sequence[Row]) -> tuple[tuple[str, list[list[int]], list[list[int]]], ...]:
+    return (
+        ("student", [r["student_ids"] for r in rows], [r["student_positions"] for r in rows]),
+        ("teacher", [r["input_ids"] for r in rows], [r["teacher_positions"] for r in rows]),
+    )
+
+
+def _flat(positions_of: Sequence[Sequence[int]], widths: Sequence[int]) -> torch.Tensor:
+    """Positions of rows that lie end to end, each as wide as its entry of ``widths``."""
+    starts = itertools.accumulate(widths, initial=0)
+    flat = [start + position for start, positions in zip(starts, positions_of, strict=False) for position in positions]
+    return torch.tensor(flat, dtype=torch.long)
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -1,6 +1,6 @@
 """From a causal language model to its two parts: a decoder that gives hidden states, and what makes logits of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +69,8 @@ def _transforms(config: Any) -> Iterator[tuple[float, float | None]]:
         yield scale, softcap
 
 
-def hidden_at(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, index: Tensor) -> Tensor:
-    """[N, H]: last hidden states of a batch [rows, width] at flat positions ``index`` [N]."""
-    hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1)[index]
+def hidden_at(decoder: nn.Module, batch: Mapping[str, Tensor], role: str) -> Tensor:
+    """[N, H]: last hidden states where ``role`` (student or teacher) predicts the ids of a batch of ``collate`` or ``pack``."""
+    layout = {key: batch[f"{role}_{key}"] for key in ("attention_mask", "position_ids") if f"{role}_{key}" in batch}
+    hidden = decoder(input_ids=batch[f"{role}_input_ids"], use_cache=False, **layout).last_hidden_state
+    return hidden.flatten(0, 1)[batch[f"{role}_index"]]

@@ -109,10 +109,7 @@ def _figures(policy: Policy, decoder: nn.Module, head: Head, rows: Sequence[Row]
     was_training = policy.model.training
     policy.model.eval()
     batch = {k: v.to(policy.model.device) for k, v in collate(rows, pad_id(policy.tokenizer)).items()}
-    student, teacher = (
-        hidden_at(decoder, batch[f"{role}_input_ids"], batch[f"{role}_attention_mask"], batch[f"{role}_index"])
-        for role in ("student", "teacher")
-    )
+    student, teacher = (hidden_at(decoder, batch, role) for role in ("student", "teacher"))
     policy.model.train(was_training)
     _, per_token = fused_divergence(student, teacher, head, clip="none")
     # The position p of a row predicts its id p + 1; no row's last position predicts anything that is sampled.

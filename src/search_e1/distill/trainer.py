@@ -1,7 +1,8 @@
-"""Offline self-distillation: one set of weights is teacher (adapter off, privileged prompt) and student (adapter on)."""
+"""Offline self-distillation: one set of weights is teacher (as it was, privileged prompt) and student (trained)."""
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -12,12 +13,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from search_e1.config import DistillConfig
-from search_e1.distill.collate import Row, collate, context_length, encode, fits, pad_id
-from search_e1.distill.head import hidden_at, split_head
-from search_e1.distill.loss import fused_divergence
+from search_e1.distill.collate import Row, collate, context_length, encode, fits, pack, pad_id
+from search_e1.distill.passes import SelfDistillation, TeacherStates, packs, teach
 from search_e1.errors import ConfigError, DataError, TrainingError
 from search_e1.policy import Policy, merge_adapter, with_adapter
 from search_e1.progress import Progress, Track, silent, untracked
@@ -53,7 +53,7 @@ def train(
     progress: Progress = silent,
     track: Track = untracked,
 ) -> dict[str, Any]:
-    """Distil ``policy`` on ``pairs``, in place, and merge the adapter into its weights.
+    """Distil ``policy`` on ``pairs``, in place; an adapter is merged into its weights.
 
     Writes ``out/policy`` (what ``policy.load`` reads) and ``out/steps.jsonl`` (a line a step: loss, grad_norm,
     learning_rate, seconds). Pairs that the policy's context cannot hold with the reference in the prompt are left out and
@@ -73,19 +73,26 @@ def train(
     rows = _rows(policy, pairs, config)
     out.mkdir(parents=True, exist_ok=True)
     arguments = _arguments(config, policy, seed, out)
-    set_seed(seed)  # of the adapter's start
-    adapted = with_adapter(policy.model, config.lora)
-    log = _StepLog(out / "steps.jsonl", progress, track)
-    trainer = _DistillTrainer(
-        model=_SelfDistillation(adapted, config),
-        args=arguments,
-        train_dataset=rows,
-        data_collator=_Collator(pad_id(policy.tokenizer), config.class_weights.model_dump()),
-        callbacks=[log],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    policy.model = merge_adapter(adapted).eval()
+    collator = _Collator(pad_id(policy.tokenizer), config.class_weights.model_dump(), _packed(policy, config))
+    # Not in the artifact: states of another epoch's student are of no use to anyone.
+    with tempfile.TemporaryDirectory(dir=out, prefix=".teacher-") as scratch:
+        cached = _cached(policy, rows, config, arguments, collator, Path(scratch), progress)
+        set_seed(seed)  # of the adapter's start
+        model: PeftModel | PreTrainedModel = policy.model
+        if config.weights == "lora":
+            model = with_adapter(policy.model, config.lora)
+        log = _StepLog(out / "steps.jsonl", progress, track)
+        trainer = _DistillTrainer(
+            model=SelfDistillation(model, config, cached),
+            args=arguments,
+            train_dataset=rows,
+            data_collator=collator,
+            callbacks=[log],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        del cached, trainer.model
+    policy.model = (merge_adapter(model) if isinstance(model, PeftModel) else model).eval()
     if trainer.is_world_process_zero():
         policy.save(out / "policy")
     tenth = max(1, len(log.losses) // 10)
@@ -108,8 +115,8 @@ def _rows(policy: Policy, pairs: Sequence[Pair], config: DistillConfig) -> list[
     length = context_length(policy.model)
     tokenizer, prompts = policy.tokenizer, policy.prompts
     rows = [
-        encode(tokenizer, prompts, pair, tokens=config.tokens)
-        for pair in pairs
+        encode(tokenizer, prompts, pair, number=number, tokens=config.tokens)
+        for number, pair in enumerate(pairs)
         if fits(tokenizer, prompts, pair, length)
     ]
     rows = [row for row in rows if row["student_positions"]]  # an action without a tag, if thoughts are left out
@@ -180,55 +187,46 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate set it
 
 
+def _packed(policy: Policy, config: DistillConfig) -> bool:
+    """Whether batches are packed: on an accelerator, where padding costs as much as anything, if the policy allows it."""
+    on_cpu = policy.model.device.type == "cpu"
+    if config.packing == "never" or (config.packing == "auto" and on_cpu):
+        return False
+    if packs(policy.model):
+        return True
+    if config.packing == "always":
+        raise ConfigError(
+            f'distill.packing = "always": a {type(policy.model).__name__} does not keep packed sequences apart; set "auto"'
+        )
+    return False
+
+
+def _cached(
+    policy: Policy,
+    rows: Sequence[Row],
+    config: DistillConfig,
+    arguments: TrainingArguments,
+    collator: "_Collator",
+    scratch: Path,
+    progress: Progress,
+) -> TeacherStates | None:
+    """What the teacher makes of all rows, where that is computed beforehand."""
+    again = config.epochs > 1 or config.weights == "all"  # without it each state would be used once, or need a copy
+    if config.teacher == "live" or (config.teacher == "auto" and not again):
+        return None
+    batch_size = arguments.per_device_train_batch_size
+    return teach(policy.model, rows, scratch / "states", collator, batch_size=batch_size, progress=progress)
+
+
 class _Collator:
-    def __init__(self, pad: int, class_weights: Mapping[str, float]) -> None:
+    def __init__(self, pad: int, class_weights: Mapping[str, float], packed: bool) -> None:
         self.pad = pad
         self.class_weights = class_weights
+        self.packed = packed
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         weights = [self.class_weights[kind] for row in rows for kind in row["classes"]]
-        return {**collate(rows, self.pad), "weights": torch.tensor(weights)}
-
-
-class _SelfDistillation(nn.Module):
-    """Both roles and the loss in one module, so that whatever wraps a model (DDP, autocast) wraps all of it."""
-
-    def __init__(self, adapted: PeftModel, config: DistillConfig) -> None:
-        super().__init__()
-        self.decoder, self.head = split_head(adapted)
-        self.adapted = adapted
-        self.settings = config
-        self.config = adapted.config  # the trainer looks for it
-
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        self.adapted.gradient_checkpointing_enable(**kwargs)
-
-    def forward(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted mean divergence of a batch, and each position's."""
-        training = self.training
-        self.adapted.eval()
-        with torch.no_grad(), self.adapted.disable_adapter():
-            teacher = self._hidden("teacher", batch)
-        self.adapted.train(training)
-        student = self._hidden("student", batch)
-        with torch.autocast(student.device.type, enabled=False):
-            return fused_divergence(
-                student,
-                teacher,
-                self.head,
-                weights=batch.get("weights"),
-                divergence=self.settings.divergence,
-                beta=self.settings.beta,
-                tau=self.settings.tau,
-                clip=self.settings.clip,
-                student_temperature=self.settings.student_temperature,
-                teacher_temperature=self.settings.teacher_temperature,
-                logits_mib=self.settings.logits_mib,
-            )
-
-    def _hidden(self, role: str, batch: Mapping[str, Tensor]) -> Tensor:
-        ids, mask, index = (batch[f"{role}_{part}"] for part in ("input_ids", "attention_mask", "index"))
-        return hidden_at(self.decoder, ids, mask, index)
+        return {**(pack(rows) if self.packed else collate(rows, self.pad)), "weights": torch.tensor(weights)}
 
 
 class _DistillTrainer(Trainer):

@@ -1,0 +1,178 @@
+"""The two passes of a distillation step: what the teacher and the student make of the same response ids.
+
+The teacher is the policy as it was when the stage began. Its hidden states are computed beside the student's in every
+step (``live``), or once for each pair before the first step and kept on disk (``cached``), so that the privileged prompt,
+the longest part of all, is read once however many epochs follow.
+"""
+
+import copy
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from search_e1.config import DistillConfig
+from search_e1.distill.collate import Row
+from search_e1.distill.head import hidden_at, split_head
+from search_e1.distill.loss import fused_divergence
+from search_e1.errors import RunError
+from search_e1.progress import Progress, silent
+
+_PROBE_TOKENS = 8
+
+
+class TeacherStates:
+    """The teacher's last hidden states at the positions of the loss, for every row, in one memory-mapped file."""
+
+    def __init__(self, path: Path, rows: Sequence[Row], width: int, dtype: torch.dtype) -> None:
+        """Make the file at ``path``: ``width`` numbers of ``dtype`` for each position of ``rows``.
+
+        Raises:
+            RunError: the disk has no room for it.
+        """
+        counts = {row["number"]: len(row["teacher_positions"]) for row in rows}
+        ends = torch.tensor([counts[number] for number in sorted(counts)]).cumsum(0)
+        self._starts = dict(zip(sorted(counts), [0, *ends.tolist()[:-1]], strict=True))
+        self._counts = counts
+        needed = int(ends[-1]) * width * dtype.itemsize
+        if needed > (free := shutil.disk_usage(path.parent).free):
+            raise RunError(
+                f"{path.parent}: the teacher's hidden states take {needed / 2**30:.1f} GiB and the disk has {free / 2**30:.1f} "
+                'left; make room, or set distill.teacher = "live"'
+            )
+        self._states = torch.from_file(str(path), shared=True, size=needed // dtype.itemsize, dtype=dtype).view(
+            -1, width
+        )
+
+    def write(self, numbers: Tensor, states: Tensor) -> None:
+        """Keep ``states`` [N, H], those of the rows ``numbers`` one after the other."""
+        at = 0
+        for number in numbers.tolist():
+            start, count = self._starts[number], self._counts[number]
+            self._states[start : start + count] = states[at : at + count].cpu()
+            at += count
+
+    def read(self, numbers: Tensor) -> Tensor:
+        """[N, H], on the CPU: the states of the rows ``numbers``, one after the other."""
+        spans = ((self._starts[number], self._counts[number]) for number in numbers.tolist())
+        return torch.cat([self._states[start : start + count] for start, count in spans])
+
+
+class SelfDistillation(nn.Module):
+    """Both roles and the loss in one module, so that whatever wraps a model (DDP, autocast) wraps all of it."""
+
+    def __init__(
+        self, model: PeftModel | PreTrainedModel, config: DistillConfig, cached: TeacherStates | None = None
+    ) -> None:
+        """``model``: with an adapter, or whole; then all its weights are trained, and a copy of them teaches.
+
+        Raises:
+            ModelError: from ``split_head``.
+        """
+        super().__init__()
+        self.decoder, self.head = split_head(model)
+        self.model = model
+        self.settings = config
+        self.config: Any = model.config  # the trainer looks for it
+        self.cached = cached
+        self.frozen: nn.Module | None = None
+        self.teacher_head = self.head
+        if not isinstance(model, PeftModel):
+            self.teacher_head = self.head._replace(
+                weight=self.head.weight.detach().clone(),
+                bias=None if self.head.bias is None else self.head.bias.detach().clone(),
+            )
+            if cached is None:
+                self.frozen = copy.deepcopy(self.decoder).requires_grad_(False)
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.model.gradient_checkpointing_enable(**kwargs)
+
+    def forward(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted mean divergence of a batch from ``collate`` or ``pack``, and each position's."""
+        teacher = self._teacher(batch)
+        student = hidden_at(self.decoder, batch, "student")
+        settings = self.settings
+        with torch.autocast(student.device.type, enabled=False):
+            return fused_divergence(
+                student,
+                teacher.to(student.device),
+                self.head,
+                teacher_head=self.teacher_head,
+                weights=batch.get("weights"),
+                divergence=settings.divergence,
+                beta=settings.beta,
+                tau=settings.tau,
+                clip=settings.clip,
+                student_temperature=settings.student_temperature,
+                teacher_temperature=settings.teacher_temperature,
+                logits_mib=settings.logits_mib,
+            )
+
+    @torch.no_grad()
+    def _teacher(self, batch: Mapping[str, Tensor]) -> Tensor:
+        if self.cached is not None:
+            return self.cached.read(batch["pairs"])
+        if self.frozen is not None:
+            return hidden_at(self.frozen.eval(), batch, "teacher")
+        assert isinstance(self.model, PeftModel)
+        training = self.training
+        self.model.eval()
+        with self.model.disable_adapter():
+            hidden = hidden_at(self.decoder, batch, "teacher")
+        self.model.train(training)
+        return hidden
+
+
+@torch.no_grad()
+def teach(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    path: Path,
+    collator: Callable[[Sequence[Row]], Mapping[str, Tensor]],
+    *,
+    batch_size: int,
+    progress: Progress = silent,
+) -> TeacherStates:
+    """The teacher's hidden states of all rows, computed in batches of like length and kept in the file ``path``.
+
+    Raises:
+        RunError: the disk has no room.
+    """
+    decoder, head = split_head(model)
+    states = TeacherStates(path, rows, head.weight.shape[1], head.weight.dtype)
+    training = model.training
+    model.eval()
+    ordered = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)  # what does not fit fails first
+    for at in range(0, len(ordered), batch_size):
+        batch = {k: v.to(head.weight.device) for k, v in collator(ordered[at : at + batch_size]).items()}
+        states.write(batch["pairs"], hidden_at(decoder, batch, "teacher"))
+        progress(min(at + batch_size, len(rows)), len(rows), "teacher")
+    model.train(training)
+    return states
+
+
+@torch.no_grad()
+def packs(model: PreTrainedModel) -> bool:
+    """Whether sequences that lie end to end stay apart in ``model``: found out by trying it.
+
+    Attention heeds position ids that begin again; a convolution or a recurrence may run on over the border. What comes
+    first is changed; if what follows changes in a single bit, the two are not apart.
+    """
+    decoder, head = split_head(model)
+    training = model.training
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(len(head.weight), (3, _PROBE_TOKENS), generator=generator).to(head.weight.device)
+    positions = torch.arange(_PROBE_TOKENS, device=ids.device).repeat(2)[None]
+    one, other = (
+        decoder(input_ids=torch.cat([first, ids[2]])[None], position_ids=positions, use_cache=False).last_hidden_state
+        for first in ids[:2]
+    )
+    model.train(training)
+    return torch.equal(one[:, _PROBE_TOKENS:], other[:, _PROBE_TOKENS:])
