@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from search_e1 import cli_data
+from search_e1 import cli_data, cli_serve
 from search_e1.errors import ConfigError, RunError, SearchE1Error
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ app = typer.Typer(
 index_app = typer.Typer(no_args_is_help=True, help="Make and look into retrieval indexes.")
 app.add_typer(index_app, name="index")
 app.add_typer(cli_data.app, name="data")
+app.command("serve-retriever")(cli_serve.serve_retriever)
 console = Console()
 
 # Overrides such as --grpo.steps 8 are not known to typer; they are checked against the config.

@@ -1,0 +1,69 @@
+"""The verb ``search-e1 serve-retriever``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from search_e1.errors import ConfigError
+
+console = Console(highlight=False)
+
+
+def serve_retriever(
+    index: Annotated[Path, typer.Option("--index", help="Directory of an index.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. 0.0.0.0 is all of this machine's; there is no authentication.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    topk: Annotated[int, typer.Option(min=1, help="Passages for a query where the request does not say.")] = 3,
+    max_topk: Annotated[int, typer.Option(min=1, help="Most passages for a query.")] = 100,
+    max_queries: Annotated[int, typer.Option(min=1, help="Most queries of one request.")] = 1024,
+    max_query_chars: Annotated[int, typer.Option(min=1, help="Most characters of one query.")] = 100_000,
+    max_body_mib: Annotated[int, typer.Option(min=1, help="Most MiB of one request.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Most queries of one call of the index.")] = 64,
+    batch_wait_ms: Annotated[
+        float, typer.Option(min=0, help="How long a call that is not full waits for more queries.")
+    ] = 2.0,
+    queue: Annotated[int, typer.Option(min=1, help="Queries that may wait; more are answered with 503.")] = 8192,
+    cache: Annotated[int, typer.Option(min=0, help="Queries whose answers are kept in memory; 0 keeps none.")] = 50_000,
+    threads: Annotated[int, typer.Option(min=1, help="Calls of the index at the same time.")] = 1,
+    body_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds in which a request has to arrive.")] = 30.0,
+    shutdown_timeout: Annotated[
+        int, typer.Option(min=0, help="Seconds that requests under way have left at Ctrl-C or SIGTERM.")
+    ] = 30,
+    access_log: Annotated[bool, typer.Option("--access-log", help="A line for each request.")] = False,
+) -> None:
+    """Serve an index over HTTP: Search-R1's /retrieve, and /healthz and /metrics."""
+    from search_e1.retrieval.indexes import open_index
+
+    try:
+        from search_e1.retrieval import server
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serving needs {error.name}; install it with `pip install 'search-e1[serve]'`") from error
+    settings = server.Settings(
+        topk=topk,
+        max_topk=max_topk,
+        max_queries=max_queries,
+        max_query_chars=max_query_chars,
+        max_body_bytes=max_body_mib * 2**20,
+        batch=batch,
+        batch_wait=batch_wait_ms / 1000,
+        queue=queue,
+        cache=cache,
+        threads=threads,
+        body_timeout=body_timeout,
+        shutdown_timeout=shutdown_timeout,
+        access_log=access_log,
+    )
+    with server.bind(host, port) as bound:  # a taken port is found before an index is loaded
+        opened = open_index(index)
+
+        def ready(url: str) -> None:
+            console.print(
+                f"{len(opened):,} passages of {index} at {url}/retrieve; Ctrl-C ends it", soft_wrap=True, markup=False
+            )
+
+        server.serve(opened, bound, settings, ready)
+    console.print("stopped")
