@@ -36,8 +36,12 @@ class Encoder:
     ``dtype``.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, convention: Convention, directory: Path, batch_tokens: int) -> None:
+    def __init__(
+        self, name: str, model: Any, tokenizer: Any, convention: Convention, directory: Path, batch_tokens: int
+    ) -> None:
         """Use ``open``."""
+        self.name = name
+        """By which it can be opened again: a Hub id, or the absolute path of its directory."""
         self.convention = convention
         self.directory = directory
         self.batch_tokens = batch_tokens
@@ -79,7 +83,8 @@ class Encoder:
         convention = read_convention(directory, str(model), _longest(weights.config, tokenizer), known)
         # On a CPU small batches stay in the cache; an accelerator wants enough work to be busy.
         tokens = batch_tokens or (2048 if place.type == "cpu" else 65_536)
-        return cls(weights.to(place).eval(), tokenizer, convention, directory, tokens)
+        name = str(directory) if Path(model).expanduser().exists() else str(model)
+        return cls(name, weights.to(place).eval(), tokenizer, convention, directory, tokens)
 
     @property
     def dimension(self) -> int:
@@ -156,9 +161,9 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 def _directory(model: str) -> Path:
     """Where the files of ``model`` are on this machine; fetched from the Hub if it is an id."""
-    path = Path(model).expanduser()
+    path = Path(model).expanduser().absolute()
     if not path.exists():
-        if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        if model.startswith((".", "~", "/")) or model.count("/") != 1:
             raise ModelError(f"encoder {model!r}: no such directory; give one, or a Hub id (owner/name)")
         try:
             with loading.no_bars():

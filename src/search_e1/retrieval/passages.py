@@ -108,16 +108,20 @@ class Passages(Sequence[Passage]):
             raise RetrievalError(f"{self.path}:{index + 1}: damaged; build the index again") from error
 
     def texts(self, start: int = 0, stop: int | None = None) -> Iterator[str]:
-        """What is searched, title and text, of passages ``start`` to ``stop``.
+        """What is searched by words, title and text, of passages ``start`` to ``stop``."""
+        return (f"{record['title']} {record['text']}" for record in self._records(start, stop))
 
-        Read past the memory map: pages that are read once would count as this process's memory until they are dropped.
-        """
+    def contents(self, start: int = 0, stop: int | None = None) -> Iterator[str]:
+        """``Passage.contents`` of passages ``start`` to ``stop``."""
+        return (Passage.model_construct(None, **record).contents for record in self._records(start, stop))
+
+    def _records(self, start: int, stop: int | None) -> Iterator[dict[str, str]]:
+        """Read past the memory map: pages that are read once would count as this process's memory until they are dropped."""
         stop = len(self) if stop is None else stop
         with self.path.open("rb") as file:
             file.seek(int(self._offsets[start]))
             for _ in range(start, stop):
-                record = json.loads(file.readline())
-                yield f"{record['title']} {record['text']}"
+                yield json.loads(file.readline())
 
     def _line(self, index: int) -> bytes:
         return self._lines[int(self._offsets[index]) : int(self._offsets[index + 1])]

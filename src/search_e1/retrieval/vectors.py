@@ -15,6 +15,7 @@ CHUNK = 4096
 
 def write(
     path: Path,
+    mark: Path,
     header: bytes,
     shape: tuple[int, int],
     dtype: type[np.floating],
@@ -23,11 +24,10 @@ def write(
 ) -> None:
     """Write ``header`` and rows of ``shape`` [n, d] to ``path``, or what an earlier call left to write.
 
-    ``encode(start, stop)`` gives float [stop - start, d]. Beside ``path`` lies how many rows are complete, until all are.
+    ``encode(start, stop)`` gives float [stop - start, d]. The file ``mark`` says how many rows are on disk for good.
     """
     total, dimension = shape
     row = dimension * np.dtype(dtype).itemsize
-    mark = path.with_suffix(".rows")
     with path.open("r+b" if path.exists() else "w+b") as file:
         there = max(0, os.fstat(file.fileno()).st_size - len(header)) // row
         done = min(there, int(mark.read_text())) if mark.exists() else 0
@@ -39,7 +39,7 @@ def write(
             file.flush()
             os.fsync(file.fileno())
             write_atomically(mark, str(stop))
-            progress(stop, total, f"{stop:,} passages")
+            progress(stop, total, f"{stop:,} encoded")
 
 
 def read(path: Path, offset: int, shape: tuple[int, int], dtype: type[np.floating]) -> np.ndarray:

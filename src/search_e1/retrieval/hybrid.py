@@ -1,0 +1,69 @@
+"""Reciprocal rank fusion: one ranking out of several."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Protocol
+
+from search_e1.errors import ConfigError
+from search_e1.retrieval.base import Hit, Index
+from search_e1.retrieval.directory import IndexManifest
+
+K = 60
+"""Of Cormack, Clarke and Buettcher, "Reciprocal rank fusion outperforms Condorcet and individual rank learning methods",
+SIGIR 2009: a passage scores the sum of 1 / (K + rank) over the rankings that it is in, with ranks from 1."""
+DEPTH = 100
+"""Hits of each ranking that are fused."""
+
+
+class StoredIndex(Index, Protocol):
+    """An index of which it is known what it is over."""
+
+    @property
+    def manifest(self) -> IndexManifest: ...
+
+
+class HybridIndex:
+    """An ``Index`` of two or more over the same passages, of any kinds."""
+
+    def __init__(self, indexes: Sequence[StoredIndex], depth: int = DEPTH, k: int = K) -> None:
+        """``depth``: hits of each that are fused, never fewer than are asked for. ``k``: see ``K``.
+
+        Raises:
+            ConfigError: fewer than two indexes, the same one twice, or over different passages.
+        """
+        if len(indexes) < 2 or len({index.checksum for index in indexes}) < len(indexes):
+            raise ConfigError("fusion needs two different indexes; give two, e.g. a bm25 and a dense one")
+        corpora = {index.manifest.corpus: index.manifest for index in indexes}
+        if len(corpora) > 1:
+            found = " and ".join(f"{m.passages:,} passages, {m.corpus[:12]}" for m in corpora.values())
+            raise ConfigError(f"indexes over different corpora cannot be fused ({found}); build them of the same one")
+        self.indexes = tuple(indexes)
+        self.depth, self.k = depth, k
+
+    @property
+    def checksum(self) -> str:
+        """See ``Index``."""
+        parts = {"rrf": [index.checksum for index in self.indexes], "depth": self.depth, "k": self.k}
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        """Passages."""
+        return len(self.indexes[0])
+
+    def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
+        """See ``Retriever``. Of equal scores the one that an earlier index ranks higher comes first."""
+        rankings = [index.search(queries, max(self.depth, topk)) for index in self.indexes]
+        return [fuse(ranked, topk, self.k) for ranked in zip(*rankings, strict=True)]
+
+
+def fuse(rankings: Sequence[Sequence[Hit]], topk: int, k: int = K) -> list[Hit]:
+    """The ``topk`` best of several rankings of one query; a hit's score is the fused one."""
+    scores: dict[str, float] = {}
+    hits: dict[str, Hit] = {}
+    for ranking in rankings:
+        for rank, hit in enumerate(ranking, 1):
+            scores[hit.id] = scores.get(hit.id, 0.0) + 1 / (k + rank)
+            hits.setdefault(hit.id, hit)
+    best = sorted(scores, key=lambda found: -scores[found])[:topk]  # stable: in order of appearance where equal
+    return [hits[id].model_copy(update={"score": scores[id]}) for id in best]
