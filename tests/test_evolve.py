@@ -16,6 +16,7 @@ from search_e1.config import Config
 from search_e1.errors import RunError
 from search_e1.progress import silent
 from taught import QUESTIONS, teach
+from test_report import report
 
 STAGES = [
     "index", "evaluation-base", "grpo-1", "evaluation-grpo-1", "pool-1", "pairs-1", "lead-1", "ofsd-1", "evaluation-ofsd-1",
@@ -106,6 +107,31 @@ def test_each_policy_is_another_one_and_loads_anywhere(finished, project):
     assert AutoModelForCausalLM.from_pretrained(files[-1]).num_parameters() > 0
     assert all(
         (path / "search_e1.json").read_text() == (project / "policy" / "search_e1.json").read_text() for path in files
+    )
+
+
+def test_the_report_shows_what_the_run_made(finished, tmp_path):
+    settings, _, summary = finished
+    overview, records = report(settings.run, tmp_path / "report.html")
+    assert overview["finished"]
+    shown = [(p["stage"], p["em"], p["em_sampled"], p["searches"], p["tokens"]) for p in overview["policies"]]
+    assert shown == [(p.stage, p.em, p.em_sampled, p.searches, p.tokens) for p in summary.policies]
+    assert [g["gain"] for g in overview["gains"]] == pytest.approx([b.em - a.em for a, b in pairwise(summary.policies)])
+    costs = {cost["stage"]: cost for cost in overview["costs"]}
+    assert {name: costs[name]["seconds"] for name in summary.seconds} == summary.seconds
+    assert all(cost["sampled_tokens"] for name, cost in costs.items() if name.split("-")[0] in ("grpo", "pool", "lead"))
+    groups = [
+        json.loads(line) for line in (settings.run / "evaluation-base" / "sampled.jsonl").read_text().splitlines()
+    ]
+    sampled = sum(len(turn["action_ids"]) for g in groups for t in g["trajectories"] for turn in t["turns"])
+    greedy = sum(t["tokens"] for t in records["trajectories"] if t["stage"] == "base")
+    assert costs["evaluation-base"]["sampled_tokens"] == sampled + greedy
+    measured = summary.rounds["1"].lead
+    assert measured
+    divergences = [kl for pair in records["pairs"] for kl in pair["kl"]["kl"]]
+    assert sum(divergences) == pytest.approx(sum(part.tokens * part.mean for part in measured.kl.values()), rel=1e-4)
+    assert all(
+        "".join(p["kl"]["pieces"]) == "".join(t["text"] for t in p["student"]["turns"]) for p in records["pairs"]
     )
 
 
