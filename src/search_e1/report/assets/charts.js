@@ -1,6 +1,6 @@
 // Charts: small functions from values to SVG, drawn again when their width changes.
 
-const LEFT = 46, RIGHT_EDGE = 18, TOP = 20, BOTTOM = 30;
+const LEFT = 46, RIGHT_EDGE = 18, TOP = 20, BOTTOM = 40;
 
 /** A figure that calls `draw(width)` for the content of an SVG of that width and of `height`. */
 function figure(label, height, draw) {

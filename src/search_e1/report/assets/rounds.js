@@ -60,7 +60,7 @@ function column(item, name, previous) {
   const whole = before && shared === trajectory.turns.length && shared === before.turns.length;
   const note = !before ? "" : whole ? `Says the same as ${previous}.` : shared ? `The first ${plural(shared, "turn")} as ${previous}, then another way.` : `Differs from ${previous} from the first turn on.`;
   return h("section", { class: "column" }, h("h3", null, line(name)), measures(trajectory), h("p", { class: "about" }, line(note) || "\u00a0"),
-    trajectoryView(trajectory, questionOf(item), before));
+    trajectoryView(trajectory, questionOf(item), before, true));
 }
 
 function square(name, trajectory) {

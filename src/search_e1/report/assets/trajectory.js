@@ -35,13 +35,17 @@ function splitPassage(text) {
 }
 
 function passageList(indices, marked, open = true) {
+  let gold = false;
+  const titles = [];
   const passages = indices.map((index) => {
     const [id, text] = records.passages[index];
     const [title, body] = splitPassage(text);
+    titles.push(line(title) || line(id));
+    gold ||= Boolean(marked) && text.search(marked) >= 0;
     return h("li", null, h("b", null, said(title, marked)), " ", h("code", { class: "id" }, said(id)), h("div", null, said(body, marked)));
   });
   return h("details", { class: "block passages", open },
-    h("summary", null, h("span", { class: "label" }, "Passages"), plural(indices.length, "passage"), " read"),
+    h("summary", null, h("span", { class: "label" }, "Passages"), gold && h("span", { class: "pill", title: "a gold answer is in them" }, "gold"), titles.join(" · ")),
     h("ol", { class: "body" }, passages));
 }
 
@@ -68,12 +72,12 @@ const STOPS = {
   malformed: "Stopped: the last generation was neither a search nor an answer.",
 };
 
-/** The whole trajectory; gold answers are marked in what was read. What it shares with one `before` it is folded. */
-function trajectoryView(trajectory, question, before) {
+/** The whole trajectory; gold answers are marked in what was read. What it shares with one `before` it stands back; passages may be `folded`. */
+function trajectoryView(trajectory, question, before, folded) {
   const marked = pattern(question.answers);
   const shared = before ? sharedTurns(trajectory, before) : 0;
   return h("div", { class: "trajectory" },
-    trajectory.turns.map((turn, i) => h("div", { class: i < shared ? "turn same" : "turn" }, turnBlocks(turn, trajectory, marked, i >= shared))),
+    trajectory.turns.map((turn, i) => h("div", { class: i < shared ? "turn same" : "turn" }, turnBlocks(turn, trajectory, marked, i >= shared && !folded))),
     STOPS[trajectory.stop] && h("p", { class: "stop" }, STOPS[trajectory.stop]));
 }
 
