@@ -334,6 +334,14 @@ def test_one_backward_pass_with_a_trainable_head():
     assert torch.equal(frozen.grad, 2 * once)
 
 
+def test_autocast_does_not_reach_the_loss():
+    student, teacher, weight = tensors(9, 5, 3, 40, dtype=torch.float32)
+    expected, _ = fused_divergence(student, teacher, Head(weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = fused_divergence(student, teacher, Head(weight))
+    assert torch.equal(got, expected)
+
+
 def test_without_a_gradient_the_value_is_the_same():
     student, teacher, weight = tensors(9, 5, 3, 40)
     with torch.no_grad():

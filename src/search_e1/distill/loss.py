@@ -30,7 +30,7 @@ _DEVICE_TILE = 2**24
 class _Options(NamedTuple):
     divergence: Divergence
     beta: float
-    tau: float  # infinite: no clip
+    tau: float
     clip: Clip
     student_temperature: float
     teacher_temperature: float
@@ -83,6 +83,7 @@ def fused_divergence(
     Raises:
         ConfigError: shapes that do not agree, or a beta outside (0, 1).
     """
+    teacher_head = None if teacher_head is head else teacher_head  # a shared head takes one product
     _check(student_hidden, teacher_hidden, head, teacher_head)
     if divergence == "js" and not 0 < beta < 1:
         raise ConfigError(f"beta = {beta:g}: must lie between 0 and 1; these are forward_kl and reverse_kl")
@@ -92,14 +93,15 @@ def fused_divergence(
     options = _Options(
         divergence=divergence,
         beta=beta,
-        tau=math.inf if clip == "none" or tau is None else tau,
-        clip=clip,
+        tau=math.inf if tau is None else tau,
+        clip="none" if tau is None else clip,
         student_temperature=student_temperature,
         teacher_temperature=teacher_temperature,
         memory=_bytes(logits_mib, student_hidden.device),
         with_gradient=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained),
     )
-    return _FusedDivergence.apply(*trained, head, teacher_hidden.detach(), teacher_head, weights, options)
+    with torch.autocast(student_hidden.device.type, enabled=False):  # it would round what is summed
+        return _FusedDivergence.apply(*trained, head, teacher_hidden.detach(), teacher_head, weights, options)
 
 
 def _check(student: Tensor, teacher: Tensor, head: Head, teacher_head: Head | None) -> None:

@@ -98,21 +98,20 @@ class SelfDistillation(nn.Module):
         teacher = self._teacher(batch)
         student = hidden_at(self.decoder, batch, "student")
         settings = self.settings
-        with torch.autocast(student.device.type, enabled=False):
-            return fused_divergence(
-                student,
-                teacher.to(student.device),
-                self.head,
-                teacher_head=self.teacher_head,
-                weights=batch.get("weights"),
-                divergence=settings.divergence,
-                beta=settings.beta,
-                tau=settings.tau,
-                clip=settings.clip,
-                student_temperature=settings.student_temperature,
-                teacher_temperature=settings.teacher_temperature,
-                logits_mib=settings.logits_mib,
-            )
+        return fused_divergence(
+            student,
+            teacher.to(student.device),
+            self.head,
+            teacher_head=self.teacher_head,
+            weights=batch.get("weights"),
+            divergence=settings.divergence,
+            beta=settings.beta,
+            tau=settings.tau,
+            clip=settings.clip,
+            student_temperature=settings.student_temperature,
+            teacher_temperature=settings.teacher_temperature,
+            logits_mib=settings.logits_mib,
+        )
 
     @torch.no_grad()
     def _teacher(self, batch: Mapping[str, Tensor]) -> Tensor:
