@@ -115,8 +115,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trained-head", action="store_true", help="the head's weight gets a gradient as well")
-    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), metavar="NAME")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     parser.add_argument("--child", nargs=2, metavar=("CANDIDATE", "CASE"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -125,13 +125,15 @@ def parse() -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> list[dict]:
     """A row for each case and candidate."""
     measured: dict[tuple[str, str], list[dict]] = {}
-    for _ in range(arguments.repeats):
+    for repeat in range(arguments.repeats):
         for case, name in product(arguments.cases, arguments.candidates):
             command = [sys.executable, *sys.argv, "--child", name, case]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{name}, {case}: {done.stderr.strip().splitlines()[-1]}")
-            measured.setdefault((case, name), []).append(json.loads(done.stdout.splitlines()[-1]))
+            measured.setdefault((case, name), []).append(one := json.loads(done.stdout.splitlines()[-1]))
+            figures = f"{one['peak_mib']:,.0f} MiB, {one['seconds']:.2f} s"
+            print(f"repeat {repeat + 1} of {arguments.repeats}: {case}, {name}: {figures}", file=sys.stderr)
     return [
         {
             "case": case,
@@ -152,16 +154,20 @@ def table(case: str, rows: list[dict]) -> Table:
     own = next((row for row in rows if row["candidate"] == "ours"), None)
     spread = max(row["gradient_norm"] for row in rows) / min(row["gradient_norm"] for row in rows) - 1
     losses = f"{min(row['loss'] for row in rows):.6f} to {max(row['loss'] for row in rows):.6f}"
-    made = Table(title=case, caption=f"losses {losses}; norms of the gradients agree to {spread:.0e}")
-    for heading in ("", "peak MiB", "seconds, min", "median", "ours takes: memory", "time"):
-        made.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
+    made = Table(
+        title=case,
+        caption=f"memory, time: what ours takes of the other's (at most, as asked)\nlosses {losses}, norms of gradients "
+        f"within {spread:.0e}",
+    )
+    for heading in ("", "peak MiB", "s, min", "s, median", "memory", "time"):
+        made.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in rows:
         cells = ["", ""]
         if own and own is not row:
             memory, seconds = own["peak_mib"] / row["peak_mib"], own["seconds_min"] / row["seconds_min"]
             cells = [f"1/{1 / memory:.1f}", f"{seconds:.2f}"]
             if asked := ASKED.get(row["candidate"]):
-                cells = [f"{cells[0]} (asked 1/{1 / asked[0]:.0f})", f"{cells[1]} (asked {asked[1]:g})"]
+                cells = [f"{cells[0]} (1/{1 / asked[0]:.0f})", f"{cells[1]} ({asked[1]:.2f})"]
         figures = (f"{row['peak_mib']:,.0f}", f"{row['seconds_min']:.2f}", f"{row['seconds_median']:.2f}")
         made.add_row(row["candidate"], *figures, *cells)
     return made
