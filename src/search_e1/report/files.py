@@ -75,7 +75,8 @@ def open_run(path: Path) -> Run:
         RunError: it is no directory, no run, or a manifest in it is damaged.
     """
     if not path.is_dir():
-        raise RunError(f"{path}: no such directory; give the run directory of `search-e1 train`")
+        what = "not a directory" if path.exists() else "no such directory"
+        raise RunError(f"{path}: {what}; give the run directory of `search-e1 train`")
     config = path / "config.json"
     manifests = sorted(path.glob(f"*/{MANIFEST}"))
     if not config.is_file() and not manifests:

@@ -34,6 +34,9 @@ def write(run: Path, out: Path, most: int = 5_000) -> dict[str, int]:
         DataError: a line of an artifact's file is damaged.
     """
     opened = open_run(run)
+    if out.is_dir() or not out.parent.is_dir():
+        what = "is a directory" if out.is_dir() else f"there is no directory {out.parent}"
+        raise RunError(f"{out}: {what}; give a file that can be written with --out")
     collector = Collector()
     evaluated = collector.evaluations(opened, most)
     collector.held_out_pairs(opened)

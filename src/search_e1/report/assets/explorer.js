@@ -4,14 +4,17 @@ const ROW = 62; // px, as in the style sheet
 const BEYOND = 8; // rows that exist above and below the sight
 
 /**
- * `items` are shown by `row(item)` and `detail(item)`; `facets` are {key: {label, of(item), every?}}: `of` gives the value, or
- * values, that an item is filed under; `haystack(item)` is what the search looks in; `orders` are {name: compare}.
+ * `items` are shown by `row(item)` and `detail(item)`; `facets` are {key: {label, of(item), asMade?}}: `of` gives the value, or
+ * values, that an item is filed under, `asMade` keeps their order; `haystack(item)` is what the search looks in; `orders` are {name: compare}.
  * The choice is kept in `state`, a URLSearchParams, and `changed()` is called when it changes.
  */
 class Explorer {
   constructor({ items, facets, haystack, row, detail, what, orders, state, changed }) {
     Object.assign(this, { items, facets, haystack, row, detail, what, orders, state, changed });
-    this.words = new Map();
+    this.keys = Object.keys(facets);
+    this.words = new Map(); // what the search looks in, once it was looked for
+    this.filed = new Map(items.map((item) => [item, Object.fromEntries(this.keys.map((key) =>
+      [key, [facets[key].of(item)].flat().filter((value) => value !== "" && value !== null && value !== undefined).map(String)]))]));
     this.list = h("div", { class: "rows", tabindex: 0, role: "listbox", "aria-label": `${what[1]}`, onscroll: () => this.paint() });
     this.space = h("div", { class: "space" });
     this.list.append(this.space);
@@ -37,24 +40,10 @@ class Explorer {
   }
 
   reset() {
-    for (const key of ["q", "order", "at", ...Object.keys(this.facets)]) this.state.delete(key);
+    for (const key of ["q", "order", "at", ...this.keys]) this.state.delete(key);
     this.search.value = "";
     this.order.selectedIndex = 0;
     this.apply(true);
-  }
-
-  /** Values that an item is filed under in a facet. */
-  filed(item, key) {
-    return [this.facets[key].of(item)].flat().filter((value) => value !== "" && value !== null && value !== undefined).map(String);
-  }
-
-  matches(item, except) {
-    for (const key of Object.keys(this.facets)) {
-      const wanted = this.state.get(key);
-      if (wanted && key !== except && !this.filed(item, key).includes(wanted)) return false;
-    }
-    const query = (this.state.get("q") || "").toLowerCase().split(/\s+/).filter(Boolean);
-    return !query.length || query.every((word) => this.text(item).includes(word));
   }
 
   text(item) {
@@ -63,11 +52,11 @@ class Explorer {
   }
 
   apply(touched) {
-    this.shown = this.items.filter((item) => this.matches(item, null));
+    const counts = this.filter();
     const compare = this.orders[this.state.get("order")] || Object.values(this.orders)[0];
     if (compare) this.shown.sort(compare);
     this.count.textContent = this.shown.length === this.items.length ? plural(this.items.length, ...this.what) : `${many(this.shown.length)} of ${plural(this.items.length, ...this.what)}`;
-    for (const key of Object.keys(this.facets)) this.options(key);
+    for (const key of this.keys) this.options(key, counts[key]);
     this.space.style.height = `${this.shown.length * ROW}px`;
     const wanted = this.items[Number(this.state.get("at") ?? NaN)];
     this.chosen = this.shown.includes(wanted) ? wanted : null;
@@ -75,11 +64,25 @@ class Explorer {
     this.show(touched);
   }
 
-  /** The options of a facet, each with how many items it would leave. */
-  options(key) {
-    const counts = new Map();
-    for (const item of this.items) for (const value of this.filed(item, key)) if (!counts.has(value)) counts.set(value, 0);
-    for (const item of this.items) if (this.matches(item, key)) for (const value of this.filed(item, key)) counts.set(value, counts.get(value) + 1);
+  /** Finds what is shown, and how many items each value of each facet would leave with the other facets as they are. */
+  filter() {
+    const query = (this.state.get("q") || "").toLowerCase().split(/\s+/).filter(Boolean);
+    const wanted = this.keys.map((key) => [key, this.state.get(key)]).filter(([, value]) => value);
+    const counts = Object.fromEntries(this.keys.map((key) => [key, new Map()]));
+    this.shown = [];
+    for (const item of this.items) {
+      const filed = this.filed.get(item);
+      for (const key of this.keys) for (const value of filed[key]) if (!counts[key].has(value)) counts[key].set(value, 0);
+      if (!query.every((word) => this.text(item).includes(word))) continue;
+      const failing = wanted.filter(([key, value]) => !filed[key].includes(value)).map(([key]) => key);
+      if (!failing.length) this.shown.push(item);
+      const counted = failing.length ? (failing.length === 1 ? failing : []) : this.keys;
+      for (const key of counted) for (const value of filed[key]) counts[key].set(value, counts[key].get(value) + 1);
+    }
+    return counts;
+  }
+
+  options(key, counts) {
     const select = this.selects[key], wanted = this.state.get(key) || "";
     const names = [...counts.keys()];
     if (!this.facets[key].asMade) names.sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
