@@ -19,7 +19,7 @@ def test_imports_follow_the_layers() -> None:
     code = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Contracts: 2 kept, 0 broken" in done.stdout
+    assert " kept, 0 broken." in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from search_e1.policy import load as load_policy
     from search_e1.retrieval.base import Retriever
     from search_e1.retrieval.bm25 import Bm25Index
+    from search_e1.retrieval.cache import CachedRetriever
     from search_e1.retrieval.client import HttpRetriever
     from search_e1.rollout.ask import ask
     from search_e1.rollout.generator import Generator
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Bm25Index": "retrieval.bm25",
+    "CachedRetriever": "retrieval.cache",
     "Config": "config",
     "Generator": "rollout.generator",
     "Group": "types",
@@ -46,6 +48,7 @@ _HOMES = {
 
 __all__ = [
     "Bm25Index",
+    "CachedRetriever",
     "Config",
     "Generator",
     "Group",

@@ -17,7 +17,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field, ValidationError
@@ -158,7 +158,7 @@ def make_app(index: Index, settings: Settings | None = None) -> FastAPI:
     app = FastAPI(title="search-e1 retriever", docs_url=None, redoc_url=None, lifespan=lifespan)
     headers = {CHECKSUM_HEADER: index.checksum, MOST_QUERIES_HEADER: str(settings.max_queries)}
 
-    @app.post("/retrieve", openapi_extra=_SCHEMA, responses=_RESPONSES)
+    @app.post("/retrieve", openapi_extra=_schema(settings), responses=_RESPONSES)
     async def retrieve(request: Request) -> Response:
         """The best passages for each query."""
         started = time.perf_counter()
@@ -180,7 +180,7 @@ def make_app(index: Index, settings: Settings | None = None) -> FastAPI:
         limits = {name: value for name, value in asdict(settings).items() if name.startswith("max_")}
         return {"status": "ok", "passages": len(index), "checksum": index.checksum, "topk": settings.topk, **limits}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def tell() -> Response:
         """Prometheus's text format."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
@@ -188,9 +188,19 @@ def make_app(index: Index, settings: Settings | None = None) -> FastAPI:
     return app
 
 
-_SCHEMA = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": Query.model_json_schema()}}},
-}
+def _schema(settings: Settings) -> dict[str, Any]:
+    """Of the request, limits included; by hand, since pydantic's knows nothing of either ``queries`` or ``query``."""
+    query = {"type": "string", "maxLength": settings.max_query_chars}
+    properties = {
+        "queries": {"type": "array", "items": query, "maxItems": settings.max_queries},
+        "query": query | {"description": "One query, as SkyRL's environment sends it."},
+        "topk": {"type": ["integer", "null"], "minimum": 1, "maximum": settings.max_topk},
+        "return_scores": {"type": "boolean", "default": False},
+    }
+    body = {"type": "object", "properties": properties, "oneOf": [{"required": ["queries"]}, {"required": ["query"]}]}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": body}}}}
+
+
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     code: {"description": text}
     for code, text in {
