@@ -8,6 +8,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from search_e1.loading import no_bars
+
 PROMPTS = {"query": "query: ", "document": "passage: "}
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
@@ -39,7 +41,7 @@ def make_tiny_encoder(
         vocab_size=len(vocabulary), hidden_size=dimension, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32, max_position_embeddings=64, initializer_range=0.3,
     )  # fmt: skip
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), no_bars():
         torch.manual_seed(seed)
         BertModel(config).save_pretrained(directory)
     modules = ["Transformer", *(["Pooling"] if pooling else []), *(["Normalize"] if normalize else [])]

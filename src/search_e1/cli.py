@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -216,7 +216,9 @@ def ask(
         Path | None, typer.Option("--config", help="Limits, and the run whose policy and index to use.")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Policy directory, Hub id, or `small`.")] = None,
-    index: Annotated[Path | None, typer.Option("--index", help="Index directory.")] = None,
+    index: Annotated[
+        list[Path] | None, typer.Option("--index", help="Index directory; twice: their rankings are fused.")
+    ] = None,
     url: Annotated[str | None, typer.Option("--url", help="Retrieval server, instead of --index.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
 ) -> None:
@@ -225,7 +227,7 @@ def ask(
     from search_e1.config import PolicyConfig, RolloutConfig
     from search_e1.display import show_turn
     from search_e1.retrieval.client import HttpRetriever
-    from search_e1.retrieval.indexes import open_index
+    from search_e1.retrieval.indexes import open_indexes
     from search_e1.rollout.ask import ask as answer
     from search_e1.stages import Stages
 
@@ -239,9 +241,9 @@ def ask(
         raise ConfigError(f"unexpected argument {context.args[0]!r}; overrides need --config")
     if model is None and stages is None:
         raise ConfigError("no policy; give --model DIR, or --config FILE of a run")
-    if index is None and url is None and stages is None:
+    if not index and url is None and stages is None:
         raise ConfigError("no passages; give --index DIR, --url URL, or --config FILE of a run")
-    retriever = HttpRetriever(url) if url else open_index(index) if index else stages.retriever  # type: ignore[union-attr]
+    retriever = HttpRetriever(url) if url else open_indexes(index) if index else stages.retriever  # type: ignore[union-attr]
     settings = stages.config.policy if stages else PolicyConfig(model=str(model))
     policy = policies.load(model or _newest(stages), settings, stages.config.prompts if stages else None)  # type: ignore[arg-type]
     limits = stages.config.rollout if stages else RolloutConfig()
@@ -288,28 +290,72 @@ def config() -> None:
 def index_build(
     corpus: Annotated[Path, typer.Option("--corpus", help="JSON lines (plain or .gz) with id and contents.")],
     out: Annotated[Path, typer.Option("--out", help="Directory of the new index.")],
+    kind: Annotated[Literal["bm25", "dense"], typer.Option("--kind", help="bm25, or dense.")] = "bm25",
+    encoder: cli_serve.EncoderOption = None,
+    faiss: Annotated[
+        str,
+        typer.Option(
+            "--faiss", help="exact, graph, compressed, or a factory string of FAISS. Dense only, as all below."
+        ),
+    ] = "exact",
+    parameters: Annotated[
+        str | None, typer.Option("--parameters", help="How it is searched, e.g. nprobe=128,k_factor_rf=40.")
+    ] = None,
+    query_prefix: Annotated[str | None, typer.Option(help="Put before queries. Default: as the encoder says.")] = None,
+    passage_prefix: Annotated[
+        str | None, typer.Option(help="Put before passages. Default: as the encoder says.")
+    ] = None,
+    pooling: Annotated[str | None, typer.Option(help="mean, cls or last. Default: as the encoder says.")] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option("--normalize/--no-normalize", help="Vectors of length 1. Default: as the encoder says."),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a text. Default: as the encoder says.")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="While passages are encoded.")
+    ] = "auto",
+    device: cli_serve.DeviceOption = "auto",
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of a batch. Default: 2048 on a CPU, else 65536.")
+    ] = None,
 ) -> None:
-    """Build a BM25 index of a corpus."""
+    """Build an index of a corpus: of its words (bm25), or of vectors (dense). Run again, it goes on where it was killed."""
     from search_e1.data.corpus import checksum, read_corpus
     from search_e1.display import watch
-    from search_e1.retrieval.bm25 import Bm25Index
+    from search_e1.retrieval.indexes import DenseSettings, build_index
 
+    told = {
+        "query_prefix": query_prefix, "passage_prefix": passage_prefix, "pooling": pooling, "normalize": normalize,
+        "max_length": max_length, "dtype": dtype, "device": device, "batch_tokens": batch_tokens,
+    }  # fmt: skip
+    settings = cli_serve.encoder_settings(encoder, **told)
+    if (kind == "dense") != (settings is not None):
+        raise ConfigError("--kind dense and --encoder go together; a bm25 index has no encoder")
+    dense = DenseSettings(settings, faiss, parameters) if settings else None
     with watch(console, 1)("index") as progress:
-        Bm25Index.build(read_corpus(corpus), out, progress, source=checksum(corpus))
+        build_index(read_corpus(corpus), out, progress, dense=dense, source=checksum(corpus))
     console.print(f"{out}", markup=False, highlight=False)
 
 
 @index_app.command("search")
 def index_search(
     query: Annotated[str, typer.Argument(help="What to look for.")],
-    index: Annotated[Path, typer.Option("--index", help="Directory of an index.")],
+    index: cli_serve.IndexOption,
     topk: Annotated[int, typer.Option(min=1, help="Passages to show.")] = 3,
+    encoder: cli_serve.EncoderOption = None,
+    device: cli_serve.DeviceOption = "auto",
+    parameters: Annotated[
+        str | None, typer.Option("--parameters", help="How a dense index is searched, e.g. nprobe=128.")
+    ] = None,
 ) -> None:
-    """Search an index."""
+    """Search an index, or several whose rankings are fused."""
     from search_e1.display import show_passages
-    from search_e1.retrieval.indexes import open_index
+    from search_e1.retrieval.indexes import open_indexes
 
-    show_passages(console, open_index(index).search([query], topk)[0])
+    settings = cli_serve.encoder_settings(encoder, device=device)
+    show_passages(console, open_indexes(index, settings, parameters).search([query], topk)[0])
 
 
 @contextmanager

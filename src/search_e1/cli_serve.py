@@ -1,18 +1,52 @@
-"""The verb ``search-e1 serve-retriever``."""
+"""The verb ``search-e1 serve-retriever``, and the options that name an index."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 
 from search_e1.errors import ConfigError
 
+if TYPE_CHECKING:
+    from search_e1.retrieval.convention import EncoderSettings
+
 console = Console(highlight=False)
+
+IndexOption = Annotated[
+    list[Path], typer.Option("--index", help="Directory of an index. Given twice, their rankings are fused.")
+]
+EncoderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--encoder",
+        help="Directory of an encoder, or a Hub id. Of an index that is built: only if it is elsewhere now.",
+    ),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where the encoder works: auto, cpu, cuda, cuda:1, ...")]
+
+
+def encoder_settings(model: str | None, **told: Any) -> "EncoderSettings | None":
+    """What the command line says about an encoder; what is None is left to its files.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+    from search_e1.retrieval.convention import EncoderSettings
+
+    if model is None:
+        return None
+    try:
+        return EncoderSettings(model=model, **told)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = str(problem["loc"][0]).replace("_", "-")
+        raise ConfigError(f"--{name} {problem['input']!r}: {problem['msg']}") from error
 
 
 def serve_retriever(
-    index: Annotated[Path, typer.Option("--index", help="Directory of an index.")],
+    index: IndexOption,
     host: Annotated[
         str, typer.Option(help="Address to listen on. 0.0.0.0 is all of this machine's; there is no authentication.")
     ] = "127.0.0.1",
@@ -33,10 +67,12 @@ def serve_retriever(
     shutdown_timeout: Annotated[
         int, typer.Option(min=0, help="Seconds that requests under way have left at Ctrl-C or SIGTERM.")
     ] = 30,
+    encoder: EncoderOption = None,
+    device: DeviceOption = "auto",
     access_log: Annotated[bool, typer.Option("--access-log", help="A line for each request.")] = False,
 ) -> None:
     """Serve an index over HTTP: Search-R1's /retrieve, and /healthz and /metrics."""
-    from search_e1.retrieval.indexes import open_index
+    from search_e1.retrieval.indexes import open_indexes
 
     try:
         from search_e1.retrieval import server
@@ -58,11 +94,14 @@ def serve_retriever(
         access_log=access_log,
     )
     with server.bind(host, port) as bound:  # a taken port is found before an index is loaded
-        opened = open_index(index)
+        names = " and ".join(map(str, index))
+        opened = open_indexes(index, encoder_settings(encoder, device=device))
 
         def ready(url: str) -> None:
             console.print(
-                f"{len(opened):,} passages of {index} at {url}/retrieve; Ctrl-C ends it", soft_wrap=True, markup=False
+                f"{len(opened):,} passages of {names} at {url}/retrieve; Ctrl-C ends it",
+                soft_wrap=True,
+                markup=False,
             )
 
         server.serve(opened, bound, settings, ready)

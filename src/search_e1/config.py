@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from search_e1.errors import ConfigError
 from search_e1.prompts import Prompts
+from search_e1.retrieval.convention import EncoderSettings
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -54,8 +55,17 @@ class DataConfig(Section):
 
 
 class RetrievalConfig(Section):
-    index: Path | None = None
-    """Directory of an index made by `search-e1 index build`. Without it one is built of `data.corpus` in the run directory."""
+    index: Annotated[tuple[Path, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str | Path) else v)] = ()
+    """Directory of an index made by `search-e1 index build`, or a list of several whose rankings are fused. Without it one is
+    built of `data.corpus` in the run directory."""
+    kind: Literal["bm25", "dense", "hybrid"] = "bm25"
+    """Of the index that is built of `data.corpus`; `hybrid` builds both of the others and fuses their rankings."""
+    encoder: EncoderSettings | None = None
+    """Needed for `dense` and `hybrid`. For an `index` that is given: where its encoder is now, and its device."""
+    faiss: str = "exact"
+    """Of a dense index that is built: `exact`, `graph`, `compressed`, or a factory string of FAISS."""
+    parameters: str | None = None
+    """How a dense index is searched, e.g. `nprobe=128,k_factor_rf=40`. Without it as its preset, or its build, says."""
     url: str | None = None
     """A server that speaks Search-R1's `/retrieve`, e.g. `http://127.0.0.1:8000`. Used instead of an index."""
     timeout: Annotated[float, Field(gt=0)] = 30.0
@@ -75,6 +85,8 @@ class RetrievalConfig(Section):
     def _one_source(self) -> "RetrievalConfig":
         if self.index and self.url:
             raise ValueError("give index or url, not both")
+        if self.kind != "bm25" and not (self.encoder or self.index or self.url):
+            raise ValueError(f"kind = {self.kind!r} needs an encoder; give encoder.model")
         if self.cache_key and not self.url:
             raise ValueError("cache_key is only for a url; an index has its own checksum")
         return self

@@ -5,6 +5,7 @@ different machines. Nothing here trains or samples; that is in the stages' own p
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -27,12 +28,10 @@ from search_e1.grpo import trainer as grpo_trainer
 from search_e1.policy import Policy
 from search_e1.progress import Progress, Track, silent, untracked
 from search_e1.prompts import plain_prompt
-from search_e1.retrieval import directory as directories
-from search_e1.retrieval.base import Retriever
-from search_e1.retrieval.bm25 import Bm25Index
+from search_e1.retrieval.base import Index, Retriever
 from search_e1.retrieval.cache import CachedRetriever
 from search_e1.retrieval.client import HttpRetriever
-from search_e1.retrieval.indexes import open_index
+from search_e1.retrieval.indexes import DenseSettings, build_index, open_indexes
 from search_e1.rollout import pool
 from search_e1.rollout.hf import HFGenerator
 from search_e1.runs import Artifact
@@ -84,10 +83,21 @@ class Stages:
         retrieval = self.config.retrieval
         if retrieval.url:
             return self._cached_server()
-        index = open_index(retrieval.index or self.index().path / "bm25")
         if isinstance(retrieval.cache, Path):
-            return CachedRetriever(index, retrieval.cache, self._retrieval_checksum())
-        return index
+            return CachedRetriever(self._index, retrieval.cache, self._retrieval_checksum())
+        return self._index
+
+    @cached_property
+    def _index(self) -> Index:
+        retrieval = self.config.retrieval
+        made = retrieval.index or [self.index().path / kind for kind in self._kinds]
+        return open_indexes(made, retrieval.encoder, retrieval.parameters)
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        """Of the indexes that are built."""
+        kind = self.config.retrieval.kind
+        return ("bm25", "dense") if kind == "hybrid" else (kind,)
 
     @cached_property
     def _server(self) -> HttpRetriever:
@@ -135,20 +145,31 @@ class Stages:
                 )
 
     def index(self) -> Artifact:
-        """The BM25 index of ``data.corpus``."""
+        """The index of ``data.corpus``, or both if they are to be fused, each in a directory named by its kind."""
         corpus = self.config.data.corpus
         if corpus is None:
             raise DataError("data.corpus is missing; give it, or retrieval.index, or retrieval.url")
         if not corpus.is_file():
             raise DataError(f"data.corpus = {str(corpus)!r}: no such file; give the path of a JSON lines file")
 
+        retrieval, checksum = self.config.retrieval, runs.checksum(corpus)
+
         def make(out: Path) -> dict[str, Any]:
-            with self.watch("index") as progress:
-                Bm25Index.build(read_corpus(corpus), out / "bm25", progress)
+            for kind in self._kinds:
+                # Encoding can take hours, and what it has written outlives a kill here, unlike in the artifact's directory.
+                place = self.root / f".index-{kind}"
+                shutil.rmtree(place, ignore_errors=True)  # complete, but perhaps of other settings
+                dense = (
+                    DenseSettings(retrieval.encoder, retrieval.faiss) if kind == "dense" and retrieval.encoder else None
+                )
+                with self.watch("index") as progress:
+                    build_index(read_corpus(corpus), place, progress, dense=dense, source=checksum)
+                place.rename(out / kind)
             return {}
 
+        settings = {} if retrieval.kind == "bm25" else retrieval.model_dump(include={"kind", "encoder", "faiss"})
         return runs.artifact(
-            self.root / "index", stage="index", settings={}, inputs={"corpus": runs.checksum(corpus)}, seed=0, make=make
+            self.root / "index", stage="index", settings=settings, inputs={"corpus": checksum}, seed=0, make=make
         )
 
     def warmstart(self, out: Path | None = None) -> Artifact:
@@ -319,7 +340,7 @@ class Stages:
         retrieval = self.config.retrieval
         if retrieval.url:
             return self._server.checksum or retrieval.cache_key or retrieval.url
-        return directories.read(retrieval.index or self.index().path / "bm25").checksum
+        return self._index.checksum
 
 
 def read_pairs(path: Path) -> list[Pair]:

@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ConfigDict, Field
+
 from search_e1.errors import ModelError
 from search_e1.types import Record
 
@@ -42,11 +44,31 @@ _SUPPORTED = "mean, cls and last token"
 class Overrides(Record):
     """What is said about an encoder beside its own files. None leaves it to them."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True, protected_namespaces=())
+
     query_prefix: str | None = None
+    """Put before every query, its space included. Without it, what the encoder's files say, or its family is known for."""
     passage_prefix: str | None = None
+    """Put before every passage."""
     pooling: Pooling | None = None
+    """What becomes the vector: the `mean` of the last layer's states, the first token's (`cls`), or the `last` one's."""
     normalize: bool | None = None
-    max_length: int | None = None
+    """Divide vectors by their length. Without it, what the encoder's files say, else true."""
+    max_length: int | None = Field(None, gt=0)
+    """Tokens, special ones included; longer texts are cut. Without it, what the encoder's files say."""
+
+
+class EncoderSettings(Overrides):
+    """What makes texts into vectors: E5, BGE, MiniLM or another encoder that transformers can load."""
+
+    model: str
+    """Directory of an encoder, or a Hub id. Weights are safetensors; code that comes along is never run."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """While the corpus is encoded; queries are always encoded in float32. `auto`: bfloat16 where the hardware multiplies it."""
+    device: str = "auto"
+    """`auto` (an accelerator if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    batch_tokens: int | None = Field(None, gt=0)
+    """Most tokens of a batch, padding included. Without it 2,048 on a CPU and 65,536 on an accelerator."""
 
 
 class Convention(Record):

@@ -23,7 +23,7 @@ from search_e1.progress import Progress, silent
 from search_e1.retrieval import directory as directories
 from search_e1.retrieval import vectors
 from search_e1.retrieval.base import Hit
-from search_e1.retrieval.convention import Convention
+from search_e1.retrieval.convention import Convention, EncoderSettings
 from search_e1.retrieval.directory import Building, IndexManifest
 from search_e1.retrieval.encoder import Encoder
 from search_e1.retrieval.passages import Passages
@@ -152,16 +152,15 @@ class DenseIndex:
     def open(
         cls,
         directory: Path,
-        encoder: Encoder | str | Path | None = None,
+        encoder: Encoder | EncoderSettings | str | Path | None = None,
         *,
         device: str = "auto",
-        dtype: str = "float32",
         parameters: str | None = None,
     ) -> Self:
         """The index that ``build`` left in ``directory``, with the encoder that it was built with.
 
-        Without ``encoder`` it is looked for where it was; ``device`` and ``dtype`` are those of its queries.
-        ``parameters`` are laid over those that the index was built with.
+        Without ``encoder`` it is looked for where it was. Unless it is open already, it encodes queries in float32 on
+        ``device``. ``parameters`` are laid over those that the index was built with.
 
         Raises:
             DataError: there is none, it is damaged or of another version, or ``encoder`` is another one.
@@ -175,7 +174,7 @@ class DenseIndex:
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{directory / _ENCODER}: damaged; build the index again") from error
         if not isinstance(encoder, Encoder):
-            encoder = _open_encoder(directory, encoder, about["model"], convention, device, dtype)
+            encoder = _open_encoder(directory, encoder, about["model"], convention, device)
         if encoder.checksum != manifest.settings["encoder"]:
             raise DataError(
                 f"{directory}: its vectors were made by {about['model']} and this is another encoder ({encoder.directory}, or "
@@ -279,12 +278,18 @@ def _tune(index: Any, parameters: str) -> None:
 
 
 def _open_encoder(
-    directory: Path, given: str | Path | None, built_with: str, convention: Convention, device: str, dtype: str
+    directory: Path, given: EncoderSettings | str | Path | None, built_with: str, convention: Convention, device: str
 ) -> Encoder:
+    model: str | Path = built_with
+    if isinstance(given, EncoderSettings):  # what it says must be what the index was built with; the checksum tells
+        said = given.model_dump(include=set(Convention.model_fields), exclude_none=True)
+        model, device, convention = given.model, given.device, convention.model_copy(update=said)
+    elif given is not None:
+        model = given
     try:
-        return Encoder.open(given or built_with, convention, device=device, dtype=dtype)
+        return Encoder.open(model, convention, device=device, dtype="float32")
     except ModelError as error:
-        if given:
+        if given is not None:
             raise
         raise ModelError(
             f"{directory}: {error} (it was built with that); or name its place now with --encoder"

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from search_e1 import loading
 from search_e1.errors import ModelError
-from search_e1.retrieval.convention import Convention, Overrides, read_convention
+from search_e1.retrieval.convention import Convention, EncoderSettings, Overrides, read_convention
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -85,6 +85,18 @@ class Encoder:
         tokens = batch_tokens or (2048 if place.type == "cpu" else 65_536)
         name = str(directory) if Path(model).expanduser().exists() else str(model)
         return cls(name, weights.to(place).eval(), tokenizer, convention, directory, tokens)
+
+    @classmethod
+    def of(cls, settings: EncoderSettings) -> Self:
+        """As ``open``."""
+        overrides = Overrides(**settings.model_dump(include=set(Overrides.model_fields)))
+        return cls.open(
+            settings.model,
+            overrides,
+            device=settings.device,
+            dtype=settings.dtype,
+            batch_tokens=settings.batch_tokens,
+        )
 
     @property
     def dimension(self) -> int:
