@@ -1,16 +1,23 @@
 import hashlib
+import multiprocessing
+import os
 import random
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import bm25s
 import numpy as np
 import pytest
 import Stemmer
+from bm25s.tokenization import Tokenizer
 
 from search_e1.errors import DataError
-from search_e1.retrieval import directory
+from search_e1.progress import silent
+from search_e1.retrieval import bm25_build, directory, postings
 from search_e1.retrieval.base import Hit, Retriever
 from search_e1.retrieval.bm25 import Bm25Index
+from search_e1.retrieval.passages import Passages
 from search_e1.types import Passage
 
 WORDS = [
@@ -38,6 +45,11 @@ def passages(n: int = 300, seed: int = 0) -> list[Passage]:
         )
         for i in range(n)
     ]
+
+
+def files_of(made: Path) -> dict[str, bytes]:
+    files = (f for f in made.rglob("*") if f.is_file() and f.name != "manifest.json")
+    return {str(f.relative_to(made)): f.read_bytes() for f in files}
 
 
 def passages_of(hits: list[Hit]) -> list[Passage]:
@@ -109,12 +121,9 @@ def test_an_opened_index_needs_nothing_but_its_directory(tmp_path: Path) -> None
 
 
 def test_building_twice_gives_the_same_bytes(tmp_path: Path) -> None:
-    def digests(made: Path) -> dict[str, str]:
-        Bm25Index.build(passages(), made)
-        files = (f for f in made.rglob("*") if f.is_file() and f.name != "manifest.json")
-        return {str(f.relative_to(made)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-
-    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    Bm25Index.build(passages(), tmp_path / "a")
+    Bm25Index.build(passages(), tmp_path / "b")
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
 def test_the_manifest_tells_what_was_indexed(tmp_path: Path) -> None:
@@ -134,7 +143,134 @@ def test_progress_is_told(tmp_path: Path) -> None:
     told: list[tuple[int, int, str]] = []
     corpus = [Passage(id=str(i), title="Bel", text="stone") for i in range(1500)]
     Bm25Index.build(corpus, tmp_path / "a", lambda done, total, figure="": told.append((done, total, figure)))
-    assert told == [(1000, 1500, "1,000 passages"), (1500, 1500, "1,500 passages")]
+    assert told == [
+        (1000, 1500, "1,000 passages"), (1500, 1500, "1,500 passages"),
+        (1500, 1500, "2 words"), (1500, 1500, "3,000 postings"), (1, 1, "sorted"),
+    ]  # fmt: skip
+
+
+def test_it_goes_on_after_a_kill_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bm25_build, "CHUNK_BYTES", 4000)
+    monkeypatch.setattr(bm25_build, "_DURABLE_EVERY", 2)
+    corpus = passages(300)
+
+    def killed_at(word: str) -> None:
+        def progress(done: int, total: int, figure: str = "") -> None:
+            if word in figure and done >= 150:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        process = multiprocessing.get_context("fork").Process(
+            target=lambda: Bm25Index.build(corpus, tmp_path / "index", progress, source="c")
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not (tmp_path / "index").exists()
+
+    counted: list[tuple[int, int]] = []
+    count = bm25_build.count
+    monkeypatch.setattr(
+        bm25_build, "count", lambda at, start, stop: counted.append((start, stop)) or count(at, start, stop)
+    )
+    killed_at("passages")
+    killed_at("words")
+    killed_at("postings")
+    index = Bm25Index.build([], tmp_path / "index", source="c")
+    assert counted == []  # all of it was done by those that were killed
+    Bm25Index.build(corpus, tmp_path / "undisturbed")
+    assert files_of(tmp_path / "index") == files_of(tmp_path / "undisturbed")
+    assert {path.name for path in tmp_path.iterdir()} == {"index", "undisturbed"}
+    assert index.search(["river"], 3) == Bm25Index.open(tmp_path / "undisturbed").search(["river"], 3)
+
+
+def test_a_kill_costs_the_last_chunks_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bm25_build, "CHUNK_BYTES", 4000)
+    monkeypatch.setattr(bm25_build, "_DURABLE_EVERY", 2)
+    stored = Passages.write(passages(300), tmp_path)
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "bm25").mkdir()
+    done: list[int] = []
+
+    def progress(at: int, total: int, figure: str = "") -> None:
+        done.append(at)
+        if len(done) == 5:  # the fourth chunk was the last to be made durable
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bm25_build.build(stored, tmp_path / "bm25", tmp_path / "scratch", progress, k1=0.9, b=0.4)
+    again: list[tuple[int, str]] = []
+    bm25_build.build(
+        stored,
+        tmp_path / "bm25",
+        tmp_path / "scratch",
+        lambda at, total, figure="": again.append((at, figure)),
+        k1=0.9,
+        b=0.4,
+    )
+    assert again[0][0] == done[4]
+    Bm25Index.build(passages(300), tmp_path / "undisturbed")
+    assert files_of(tmp_path / "bm25") == files_of(tmp_path / "undisturbed" / "bm25")
+
+
+@pytest.mark.parametrize(("most", "chunk", "processes"), [(2**24, 2**23, 1), (50, 1000, 1), (1, 1, 1), (500, 8000, 2)])
+def test_the_files_are_bm25s_own_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, chunk: int, processes: int
+) -> None:
+    """In blocks and chunks of any size, by several processes, with empty passages, stop words, repetitions, ï, ß, 漢字."""
+    monkeypatch.setattr(bm25_build, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(bm25_build, "POSTINGS", 8 * most)
+    corpus = [
+        *passages(200),
+        Passage(id="e", title="", text=""),
+        Passage(id="s", title="The", text="of A naïve Straße 漢字 x"),
+    ]
+    (tmp_path / "bm25").mkdir()
+    (tmp_path / "scratch").mkdir()
+    bm25_build.build(
+        Passages.write(corpus, tmp_path), tmp_path / "bm25", tmp_path / "scratch", silent,
+        k1=0.9, b=0.4, processes=processes, postings=most,
+    )  # fmt: skip
+    tokenizer = Tokenizer(stopwords="english", stemmer=Stemmer.Stemmer("english"))
+    ids = list(tokenizer.streaming_tokenize([f"{p.title} {p.text}" for p in corpus], allow_empty=False))
+    direct = bm25s.BM25(k1=0.9, b=0.4)
+    direct.index((ids, tokenizer.get_vocab_dict()), show_progress=False)
+    direct.save(tmp_path / "direct", show_progress=False)
+    expected = files_of(tmp_path / "direct")
+    assert len(expected) == 5
+    assert {name: found for name, found in files_of(tmp_path / "bm25").items() if name in expected} == expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("lookup", [0, 16, 10**6])
+def test_scores_are_bm25s_own_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, lookup: int
+) -> None:
+    """Whatever is looked up or added up, rare and common words, repeated words, ties, more asked for than there is."""
+    monkeypatch.setattr(postings, "_LOOKUP", lookup)
+    rng = np.random.default_rng(seed)
+    words = np.array([f"w{i}" for i in range(60)])
+    chances = 1 / np.arange(1, 61) ** 1.5
+    draw = lambda n: " ".join(rng.choice(words, n, p=chances / chances.sum()))  # noqa: E731
+    corpus = [Passage(id=str(i), title="", text=draw(rng.integers(1, 12))) for i in range(400)]
+    index = Bm25Index.build(corpus, tmp_path / "index")
+    direct = bm25s.BM25.load(tmp_path / "index" / "bm25")
+    queries = [draw(rng.integers(1, 8)) for _ in range(60)]
+    for k in (1, 3, 50, 1000):
+        for query, found in zip(queries, index.search(queries, k), strict=True):
+            scores = direct.get_scores(query.split())
+            best = [i for i in np.argsort(-scores, kind="stable")[:k] if scores[i] > 0]
+            assert [int(hit.id) for hit in found] == best
+            assert np.array_equal(np.float32([hit.score for hit in found]), scores[best])
+    assert not index._postings._sums().any()
+
+
+def test_threads_search_at_the_same_time(tmp_path: Path) -> None:
+    index = Bm25Index.build(passages(), tmp_path / "index")
+    queries = [" ".join(random.Random(i).sample(WORDS, 3)) for i in range(40)]
+    expected = index.search(queries, 5)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda query: index.search([query], 5)[0], queries * 5))
+    assert found == expected * 5
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,26 @@
 """BM25 over passages on disk: an index that is memory-mapped, so that processes share it and opening it takes no time."""
 
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
 import bm25s
 import numpy as np
-import Stemmer
-from bm25s.tokenization import Tokenizer
 
 from search_e1.errors import DataError
 from search_e1.progress import Progress, silent
 from search_e1.retrieval import directory as directories
 from search_e1.retrieval.base import Hit
+from search_e1.retrieval.bm25_build import MOST, WORDS, build
 from search_e1.retrieval.directory import IndexManifest
 from search_e1.retrieval.passages import Passages
+from search_e1.retrieval.postings import Postings
+from search_e1.retrieval.words import STEMMER, STOPWORDS, Stems, digest, split
 from search_e1.types import Passage
 
 KIND = "bm25"
 K1, B = 0.9, 0.4  # Anserini's and Pyserini's defaults for passages, not bm25s's
-STOPWORDS, STEMMER = "english", "english"
 SETTINGS = {"k1": K1, "b": B, "stopwords": STOPWORDS, "stemmer": STEMMER}
 
 _SCORES = "bm25"
@@ -36,8 +37,11 @@ class Bm25Index:
         self.directory = directory
         self.manifest = manifest
         self.passages = Passages.open(directory)
-        self._scores = bm25s.BM25.load(directory / _SCORES, mmap=True, show_progress=False)
-        self._stemmer = Stemmer.Stemmer(STEMMER)
+        # Without the vocabulary: that of 21 million passages takes a gigabyte as a dictionary; WORDS stays on disk.
+        model = bm25s.BM25.load(directory / _SCORES, mmap=True, load_vocab=False, show_progress=False)
+        self._postings = Postings(model.scores, np.load(directory / _SCORES / MOST, mmap_mode="r"))
+        self._words = np.asarray(np.load(directory / _SCORES / WORDS, mmap_mode="r"))
+        self._thread = threading.local()
 
     @classmethod
     def build(
@@ -47,11 +51,13 @@ class Bm25Index:
         progress: Progress = silent,
         *,
         source: str | None = None,
+        processes: int = 1,
     ) -> Self:
         """Index ``corpus`` into ``directory``, which appears under its name only when it is complete.
 
         The corpus is read once and its texts are not held in memory. ``source`` tells it from others (the checksum of its
-        file); with it a build that was interrupted goes on when it is run again.
+        file); with it a build that was interrupted goes on when it is run again. ``processes`` count words at the same time;
+        more than one needs a main module that may be imported again (``multiprocessing``'s spawn).
 
         Raises:
             DataError: the corpus is empty or holds no word to search for.
@@ -60,7 +66,7 @@ class Bm25Index:
         settings = source and {"kind": KIND, "format": directories.FORMAT, "source": source, **SETTINGS}
         with directories.building(directory, settings or None) as work:
             passages = work.passages(corpus, progress)
-            _write(passages, work.path / _SCORES)
+            build(passages, work.path / _SCORES, work.scratch, progress, k1=K1, b=B, processes=processes)
             manifest = work.finish(KIND, passages, SETTINGS, ("bm25s", "PyStemmer", "numpy"))
         return cls(directory, manifest)
 
@@ -90,40 +96,22 @@ class Bm25Index:
         return len(self.passages)
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
-        """See ``Retriever``. Passages that share no word with the query are never among them; ties in corpus order."""
+        """See ``Retriever``. Passages that share no word with the query are never among them; ties in corpus order.
+
+        May be called from several threads; each takes 4 bytes a passage for itself.
+        """
         # Siblings of one group often ask the same thing in the same turn.
         found = {query: self._search(query, topk) for query in dict.fromkeys(queries)}
         return [list(found[query]) for query in queries]
 
     def _search(self, query: str, topk: int) -> list[Hit]:
-        [words] = bm25s.tokenize(
-            [query], stopwords=STOPWORDS, stemmer=self._stemmer, return_ids=False, show_progress=False
-        )
-        ids = self._scores.get_tokens_ids(words)
-        if not ids:
-            return []
-        scores = self._scores.get_scores_from_ids(ids)
-        return [self.passages.hit(i, float(scores[i])) for i in _best(scores, topk)]
+        return [self.passages.hit(i, score) for i, score in self._postings.best(self._ids(query), topk)]
 
-
-def _best(scores: np.ndarray, topk: int) -> list[int]:
-    """Indices of the ``topk`` greatest positive scores, best first.
-
-    bm25s's own selection leaves it to ``argpartition`` which of several equal scores it keeps.
-    """
-    k = min(topk, len(scores))
-    least = np.partition(scores, len(scores) - k)[len(scores) - k]
-    candidates = np.flatnonzero((scores >= least) & (scores > 0))
-    return candidates[np.argsort(-scores[candidates], kind="stable")][:k].tolist()
-
-
-def _write(passages: Passages, directory: Path) -> None:
-    """Write bm25s's files of ``passages`` into ``directory``."""
-    tokenizer = Tokenizer(stopwords=STOPWORDS, stemmer=Stemmer.Stemmer(STEMMER))
-    ids = list(tokenizer.streaming_tokenize(passages.texts(), allow_empty=False))
-    vocabulary = tokenizer.get_vocab_dict()
-    if not vocabulary:
-        raise DataError(f"the corpus has {len(ids)} passages and not one word to search for; look at its contents")
-    scores = bm25s.BM25(k1=K1, b=B)
-    scores.index((ids, vocabulary), show_progress=False)
-    scores.save(directory, show_progress=False)
+    def _ids(self, query: str) -> list[int]:
+        """The numbers of the query's words, without those that no passage holds."""
+        if not hasattr(self._thread, "stems"):
+            self._thread.stems = Stems()  # a stemmer is not for two threads
+        stems = [stem for word in split(query) if (stem := self._thread.stems[word])]
+        digests = np.array([digest(stem) for stem in stems], dtype=np.uint64)
+        at = np.minimum(np.searchsorted(self._words["digest"], digests), len(self._words) - 1)
+        return self._words["id"][at[self._words["digest"][at] == digests]].tolist()

@@ -131,7 +131,8 @@ def building(directory: Path, settings: Mapping[str, Any] | None) -> Iterator[Bu
                     shutil.rmtree(work, ignore_errors=True)
                 raise
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        # numpy says how much it could not write, and not why.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "requested and" in str(error)
         kept = ", it goes on from what was written" if work.exists() else ""
         raise RunError(
             f"{directory}: {'the disk is full' if full else f'cannot be written ({error})'}; "

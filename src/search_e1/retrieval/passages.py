@@ -1,13 +1,14 @@
 """The passages of an index: written once, read by number, never all in memory."""
 
 import hashlib
+import io
 import json
 import mmap
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
-from typing import Self, overload
+from typing import Any, Self, overload
 
 import numpy as np
 
@@ -19,6 +20,16 @@ from search_e1.types import Passage
 
 _LINES, _OFFSETS, _ABOUT = "passages.jsonl", "offsets.npy", "passages.json"
 _TOLD_EVERY = 1000  # passages
+
+
+def npy_header(dtype: Any, length: int) -> bytes:
+    """The beginning of a ``.npy`` file of one dimension. What is written after it by hand fails on a full disk with an
+    error that says so; numpy's own does not.
+    """
+    header = io.BytesIO()
+    description = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(header, {"descr": description, "fortran_order": False, "shape": (length,)})
+    return header.getvalue()
 
 
 class Passages(Sequence[Passage]):
@@ -34,10 +45,11 @@ class Passages(Sequence[Passage]):
         self.path = directory / _LINES
         self.checksum: str = about["sha256"]
         """The sha256 of ``passages.jsonl``, in hexadecimal."""
-        self._offsets = np.load(directory / _OFFSETS, mmap_mode="r")
+        self.offsets = np.load(directory / _OFFSETS, mmap_mode="r")
+        """int64 [passages + 1]: where each begins in ``path``, in bytes."""
         with self.path.open("rb") as file:
             self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if self._offsets.shape != (about["passages"] + 1,) or self._offsets[-1] != len(self._lines):
+        if self.offsets.shape != (about["passages"] + 1,) or self.offsets[-1] != len(self._lines):
             raise ValueError(f"{_LINES} is not of its length")
 
     @classmethod
@@ -64,7 +76,9 @@ class Passages(Sequence[Passage]):
         if not passages:
             raise DataError("the corpus is empty; give one with at least one passage")
         progress(passages, total, f"{passages:,} passages")
-        np.save(directory / _OFFSETS, np.frombuffer(offsets, dtype=np.int64))
+        with (directory / _OFFSETS).open("wb") as file:
+            file.write(npy_header(np.int64, len(offsets)))
+            file.write(offsets)
         about = {"passages": passages, "bytes": offsets[-1], "sha256": digest.hexdigest()}
         write_atomically(directory / _ABOUT, json.dumps(about, indent=2) + "\n")
         return cls(directory)
@@ -85,7 +99,7 @@ class Passages(Sequence[Passage]):
             ) from error
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return len(self.offsets) - 1
 
     @overload
     def __getitem__(self, index: int) -> Passage: ...
@@ -119,9 +133,9 @@ class Passages(Sequence[Passage]):
         """Read past the memory map: pages that are read once would count as this process's memory until they are dropped."""
         stop = len(self) if stop is None else stop
         with self.path.open("rb") as file:
-            file.seek(int(self._offsets[start]))
+            file.seek(int(self.offsets[start]))
             for _ in range(start, stop):
                 yield json.loads(file.readline())
 
     def _line(self, index: int) -> bytes:
-        return self._lines[int(self._offsets[index]) : int(self._offsets[index + 1])]
+        return self._lines[int(self.offsets[index]) : int(self.offsets[index + 1])]

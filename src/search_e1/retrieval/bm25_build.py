@@ -1,0 +1,296 @@
+"""bm25s's index files, made in bounded memory.
+
+bm25s itself holds all words of the corpus and the whole matrix of scores in memory, far more than a hundred gigabytes for 21
+million passages. Here the words are counted passage by passage and written to disk; from there each posting (word, passage,
+count) is scored and sent to the block of words that it belongs to; each block is sorted in memory and appended to the files.
+They are bm25s's to the bit. What grows with the corpus in memory is its vocabulary, and 16 bytes a passage.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from array import array
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import bm25s
+import numpy as np
+
+from search_e1.errors import DataError, RunError
+from search_e1.progress import Progress
+from search_e1.retrieval.passages import Passages, npy_header
+from search_e1.retrieval.words import Stems, digest, split
+from search_e1.runs import write_atomically
+
+WORDS, MOST = "words.npy", "most.npy"
+"""Beside bm25s's files: ``WORD`` [words], sorted by digest; float32 [words], the greatest score of each by its number."""
+WORD = np.dtype([("digest", "<u8"), ("id", "<i4")])
+"""A word for searching: the digest of its stem, and bm25s's number of it."""
+POSTINGS = 2**24
+"""As many are sorted in memory at a time, 40 bytes each."""
+CHUNK_BYTES = 2**23
+"""Of passages that are counted together, by one process."""
+_DURABLE_EVERY = 8  # chunks; a kill costs the work on these
+
+_POSTING = np.dtype([("word", "<i4"), ("passage", "<i4"), ("score", "<f4")])
+_COUNTED, _STEMS = "counted.json", "stems.txt"
+_NUMBERS = ("lengths.i4", "distinct.i4", "words.i4", "counts.i4")
+"""int32. Of each passage its words and its different words; of each posting, by passage, the word and how often it is there."""
+
+
+def build(
+    passages: Passages,
+    directory: Path,
+    scratch: Path,
+    progress: Progress,
+    *,
+    k1: float,
+    b: float,
+    processes: int = 1,
+    postings: int = POSTINGS,
+) -> None:
+    """Write bm25s's files of ``passages``, ``WORDS`` and ``MOST`` into ``directory``.
+
+    It goes on from what an interrupted call left in ``scratch``.
+
+    Raises:
+        DataError: there is no word in any passage.
+        RunError: a process that counts was killed.
+    """
+    vocabulary = _count(passages, scratch, progress, processes)
+    if not vocabulary:
+        raise DataError(f"the corpus has {len(passages)} passages and not one word to search for; look at its contents")
+    numbers = {name: np.memmap(scratch / name, dtype=np.int32, mode="r") for name in _NUMBERS}
+    frequencies = np.zeros(len(vocabulary), dtype=np.int64)
+    for start in range(0, len(numbers["words.i4"]), postings):
+        part = numbers["words.i4"][start : start + postings]
+        frequencies += np.bincount(part, minlength=len(vocabulary))
+    ends = np.concatenate(([0], np.cumsum(frequencies)))
+    # The parameters, the vocabulary and where each word begins; its two empty arrays are written by `_sort`.
+    model = bm25s.BM25(k1=k1, b=b)
+    model.scores = {"data": np.empty(0), "indices": np.empty(0), "indptr": ends, "num_docs": len(passages)}
+    model.nonoccurrence_array = None
+    model.vocab_dict = vocabulary | {"": len(vocabulary)}
+    model.save(directory, show_progress=False)
+    blocks = _blocks(ends, postings)
+    _scatter(numbers, frequencies, blocks, scratch, progress, k1, b)
+    _write_npy(directory / MOST, _sort(ends, blocks, scratch, directory, progress))
+    words = np.empty(len(vocabulary), dtype=WORD)
+    words["digest"] = np.fromiter(map(digest, vocabulary), dtype=np.uint64, count=len(vocabulary))
+    words["id"] = np.arange(len(vocabulary))
+    _write_npy(directory / WORDS, words[np.argsort(words["digest"])])
+
+
+def _write_npy(path: Path, values: np.ndarray) -> None:
+    with path.open("wb") as file:
+        file.write(npy_header(values.dtype, len(values)))
+        file.write(values.data)
+
+
+class Counted(NamedTuple):
+    """The words of some passages."""
+
+    stems: list[str]
+    """In the order in which they come; ``words`` are numbers of this list."""
+    lengths: np.ndarray
+    distinct: np.ndarray
+    words: np.ndarray
+    counts: np.ndarray
+
+
+class _Numbers(dict[str, int]):
+    """Word -> number of its stem, in the order in which the stems come; -1 for a stop word."""
+
+    _stems = Stems()  # kept from chunk to chunk
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stems: dict[str, int] = {}
+
+    def __missing__(self, word: str) -> int:
+        stem = self._stems[word]
+        self[word] = number = self.stems.setdefault(stem, len(self.stems)) if stem else -1
+        return number
+
+
+def count(directory: Path, start: int, stop: int) -> Counted:
+    """The words of passages ``start`` to ``stop`` of those in ``directory``."""
+    numbers, found, lengths = _Numbers(), array("i"), []
+    for text in Passages.open(directory).texts(start, stop):
+        parts = split(text)
+        found.extend(map(numbers.__getitem__, parts))
+        lengths.append(len(parts))
+    words = np.frombuffer(found, dtype=np.int32)
+    passage = np.repeat(np.arange(stop - start), lengths)[words >= 0]
+    keys = passage * (len(numbers.stems) + 1) + words[words >= 0]
+    postings, counts = np.unique(keys, return_counts=True)
+    by_passage, word = np.divmod(postings, len(numbers.stems) + 1)
+    return Counted(
+        list(numbers.stems),
+        np.bincount(passage, minlength=stop - start).astype(np.int32),
+        np.bincount(by_passage, minlength=stop - start).astype(np.int32),
+        word.astype(np.int32),
+        counts.astype(np.int32),
+    )
+
+
+def _count(passages: Passages, scratch: Path, progress: Progress, processes: int) -> dict[str, int]:
+    """Write ``_NUMBERS`` of all passages; returns stem -> number, in the order in which they come."""
+    mark = scratch / _COUNTED
+    there: dict[str, Any] = {"passages": 0, "bytes": dict.fromkeys((_STEMS, *_NUMBERS), 0)}
+    if mark.exists():
+        there = json.loads(mark.read_text())
+    done: int = there["passages"]
+    bounds = [done + bound for bound in _blocks(passages.offsets[done:], CHUNK_BYTES)]
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(_cut(scratch / name, size)) for name, size in there["bytes"].items()}
+        stems = (scratch / _STEMS).read_text(encoding="utf-8").split("\n")[:-1]
+        vocabulary = {stem: number for number, stem in enumerate(stems)}
+        for number, counted in enumerate(_counted(passages, bounds, processes), 1):
+            fresh = [stem for stem in counted.stems if stem not in vocabulary]
+            vocabulary.update(zip(fresh, range(len(vocabulary), len(vocabulary) + len(fresh)), strict=True))
+            ids = np.fromiter(map(vocabulary.__getitem__, counted.stems), dtype=np.int32, count=len(counted.stems))
+            files[_STEMS].write("".join(f"{stem}\n" for stem in fresh).encode())
+            arrays = (counted.lengths, counted.distinct, ids[counted.words], counted.counts)
+            for name, values in zip(_NUMBERS, arrays, strict=True):
+                files[name].write(values)
+            done = bounds[number]
+            if number % _DURABLE_EVERY == 0 or done == len(passages):
+                for file in files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
+                sizes = {name: file.tell() for name, file in files.items()}
+                write_atomically(mark, json.dumps({"passages": done, "bytes": sizes}))
+            progress(done, len(passages), f"{len(vocabulary):,} words")
+    return vocabulary
+
+
+def _cut(path: Path, size: int) -> BinaryIO:
+    """``path`` with its first ``size`` bytes, to be written on."""
+    file = path.open("r+b" if path.exists() else "w+b")
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def _counted(passages: Passages, bounds: Sequence[int], processes: int) -> Iterator[Counted]:
+    """``count`` of each part between ``bounds``, in their order."""
+    parts = list(pairwise(bounds))
+    directory = passages.path.parent
+    if processes == 1 or len(parts) < 2 * processes:
+        for start, stop in parts:
+            yield count(directory, start, stop)
+        return
+    # Spawned: where there are threads, as torch and OpenMP have, a forked process may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=_begin_work) as pool:
+        ahead: deque[Future[Counted]] = deque()
+        try:
+            for start, stop in parts:
+                ahead.append(pool.submit(count, directory, start, stop))
+                if len(ahead) > 2 * processes:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        except BrokenProcessPool as error:
+            raise RunError(
+                "a process that counts words was killed, perhaps for memory; run the same command again with fewer --processes"
+            ) from error
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def _begin_work() -> None:
+    """In a worker: an interrupt is for the parent; when the parent is gone, even killed, so is this."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def leave() -> None:
+        parent = multiprocessing.parent_process()
+        if parent:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
+def _blocks(ends: np.ndarray, most: int) -> list[int]:
+    """Cuts [0, ..., n] of n things into parts that take at most ``most``; the i-th takes ``ends[i + 1] - ends[i]``.
+
+    One that takes more is a part of its own.
+    """
+    cuts = [0]
+    while cuts[-1] < len(ends) - 1:
+        fit = int(np.searchsorted(ends, ends[cuts[-1]] + most, side="right")) - 1
+        cuts.append(max(fit, cuts[-1] + 1))
+    return cuts
+
+
+def _block(scratch: Path, number: int) -> Path:
+    return scratch / f"block-{number}"
+
+
+def _scatter(
+    numbers: Mapping[str, np.ndarray],
+    frequencies: np.ndarray,
+    blocks: Sequence[int],
+    scratch: Path,
+    progress: Progress,
+    k1: float,
+    b: float,
+) -> None:
+    """Score each posting and append it to its block's file.
+
+    Lucene's BM25 in its accurate variant (Kamphuis et al., Which BM25 do you mean?, ECIR 2020), with bm25s's roundings.
+    """
+    lengths, distinct, words, counts = (numbers[name] for name in _NUMBERS)
+    total, average = len(lengths), lengths.mean()
+    different, where = np.unique(frequencies, return_inverse=True)
+    idf = np.array([math.log(1 + (total - n + 0.5) / (n + 0.5)) for n in different.tolist()], dtype=np.float32)[where]
+    ends = np.concatenate(([0], np.cumsum(distinct, dtype=np.int64)))
+    cuts = _blocks(ends, POSTINGS // 8)  # here a posting takes some 100 bytes for a moment
+    with ExitStack() as stack:
+        files = [stack.enter_context(_block(scratch, i).open("wb")) for i in range(len(blocks) - 1)]
+        for start, stop in pairwise(cuts):
+            here = slice(ends[start], ends[stop])
+            records = np.empty(ends[stop] - ends[start], dtype=_POSTING)
+            records["word"] = words[here]
+            records["passage"] = np.repeat(np.arange(start, stop, dtype=np.int32), distinct[start:stop])
+            tf, length = counts[here].astype(np.float32), lengths[records["passage"]]
+            records["score"] = idf[records["word"]] * (tf / (k1 * ((1 - b) + b * length / average) + tf))
+            block = (np.searchsorted(blocks, records["word"], side="right") - 1).astype(np.uint16)
+            records = records[np.argsort(block, kind="stable")]
+            bounds = np.concatenate(([0], np.cumsum(np.bincount(block, minlength=len(files)))))
+            for file, first, last in zip(files, bounds, bounds[1:], strict=False):
+                file.write(records[first:last].data)
+            progress(stop, total, f"{ends[stop]:,} postings")
+
+
+def _sort(ends: np.ndarray, blocks: Sequence[int], scratch: Path, directory: Path, progress: Progress) -> np.ndarray:
+    """Write bm25s's two great arrays; returns the greatest score of each word, float32."""
+    most = np.empty(len(ends) - 1, dtype=np.float32)
+    with (
+        (directory / "data.csc.index.npy").open("wb") as data,
+        (directory / "indices.csc.index.npy").open("wb") as indices,
+    ):
+        data.write(npy_header(np.float32, int(ends[-1])))
+        indices.write(npy_header(np.int32, int(ends[-1])))
+        for number, (first, last) in enumerate(pairwise(blocks)):
+            records = np.fromfile(_block(scratch, number), dtype=_POSTING)
+            order = np.argsort(records["word"].astype(np.int64) << 32 | records["passage"])
+            scores = records["score"][order]
+            data.write(scores.data)
+            indices.write(records["passage"][order].data)
+            most[first:last] = np.maximum.reduceat(scores, ends[first:last] - ends[first])
+            _block(scratch, number).unlink()
+            progress(number + 1, len(blocks) - 1, "sorted")
+    return most
