@@ -1,7 +1,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -9,8 +8,12 @@ from scripted import ScriptedGenerator
 from search_e1.config import EvaluationConfig, RolloutConfig
 from search_e1.data.benchmarks import BENCHMARKS, TEST_SIZES
 from search_e1.errors import DataError
-from search_e1.evaluation.evaluate import SAMPLED, TRAJECTORIES, Evaluation, Scores, bootstrap_interval, evaluate
+from search_e1.evaluation.ceiling import Ceiling
+from search_e1.evaluation.evaluate import SAMPLED, TIMINGS, TRAJECTORIES, evaluate
+from search_e1.evaluation.failures import Failure
 from search_e1.evaluation.published import PUBLISHED_3B, comparison
+from search_e1.evaluation.results import QUESTIONS as QUESTIONS_FILE
+from search_e1.evaluation.results import Evaluation, Result, read
 from search_e1.policy import Policy
 from search_e1.prompts import Prompts
 from search_e1.rollout.generator import Generation
@@ -63,15 +66,21 @@ def test_scores_by_hand(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> 
     assert result.em_sampled == 0.25
     assert result.stop_reasons == {StopReason.ANSWERED: 3, StopReason.MALFORMED: 1}
     assert list(result.by_benchmark) == ["nq", "musique"]
-    assert result.by_benchmark["musique"] == Scores(
-        n=1, em=1.0, em_interval=(1.0, 1.0), em_sampled=0.5, f1=1.0, searches=0.0, tokens=tokens["four?"]
-    )
+    four, nq = result.by_benchmark["musique"], result.by_benchmark["nq"]
+    assert (four.n, four.em, four.em_sampled, four.f1, four.searches) == (1, 1.0, 0.5, 1.0, 0.0)
+    assert (four.tokens, four.em_interval, four.failures) == (tokens["four?"], (1.0, 1.0), {})
+    assert (nq.read, four.read) == (1 / 3, 0.0)  # "one?" read that Arda's capital is Bel
+    assert (result.answerable, result.em_answerable, result.in_topk, result.in_corpus) == (None, None, None, None)
+    assert nq.failures == {Failure.FORMAT: 1, Failure.NO_SEARCH: 1}
+    assert result.em_by_sample == (0.5, 0.0)
+    assert result.macro_em_sampled == pytest.approx((0.5 / 3 + 0.5) / 2)
+    # Sampled: one? 15 and 7 ("wrong"), two? 7 and 7, three? 2 + 7 and 7, four? 7 and 7.
+    assert result.sampled_tokens == sum(tokens.values()) + 66
     assert {hops: (row.n, row.em, row.em_sampled) for hops, row in result.by_hops.items()} == {
         1: (1, 0.0, 0.0),
         2: (2, 0.5, 0.25),
     }
     assert {call["temperature"] for call in generator.calls} == {0.0, 0.5}
-    assert told[0] == (1, 12, "EM 0.000")
     assert told[-1] == (12, 12, "EM 0.333")
     assert [done for done, *_ in told] == list(range(1, 13))
     assert Evaluation.model_validate(json.loads(result.model_dump_json())) == result
@@ -127,14 +136,55 @@ def test_nothing_to_evaluate_on_is_refused(tiny_policy: Policy, tiny_retriever, 
         evaluate(generator, tiny_retriever, questions, PROMPTS, EvaluationConfig(), LIMITS, seed=0, out=tmp_path)
 
 
-def test_the_interval_is_that_of_resampling() -> None:
-    values = np.array([1.0] * 30 + [0.0] * 70)
-    rng = np.random.default_rng(1)
-    means = rng.choice(values, size=(20_000, 100)).mean(1)
-    assert bootstrap_interval(0.3, 100, 0) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.011)
-    assert bootstrap_interval(0.3, 100, 0) == bootstrap_interval(0.3, 100, 0)
-    assert bootstrap_interval(1.0, 5, 0) == (1.0, 1.0)
-    assert bootstrap_interval(0.0, 5, 0) == (0.0, 0.0)
+def test_every_question_is_judged(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:
+    ceilings = {
+        ("nq", "one?"): Ceiling(benchmark="nq", id="one?", in_topk=True, in_corpus=True),
+        ("nq", "two?"): Ceiling(benchmark="nq", id="two?", in_topk=False, in_corpus=True),
+        ("nq", "three?"): Ceiling(benchmark="nq", id="three?", in_topk=False, in_corpus=False),
+    }
+    result = evaluate(
+        Flipping(tiny_policy.tokenizer, SCRIPT), tiny_retriever, QUESTIONS, PROMPTS, EvaluationConfig(samples=2), LIMITS,
+        seed=0, out=tmp_path, ceilings=ceilings,
+    )  # fmt: skip
+    one, two, three, four = read(tmp_path / QUESTIONS_FILE)
+    tokens = [len(tiny_policy.tokenizer.encode(action)) for action in SCRIPT["one?"]]
+    assert one == Result(
+        benchmark="nq", id="one?", hops=2, question="one?", answers=("Bel",), answer="Bel", em=1.0, f1=1.0, cover_em=1.0,
+        searches=1, tokens=sum(tokens), stop_reason=StopReason.ANSWERED, em_of_samples=(1.0, 0.0),
+        tokens_of_samples=one.tokens_of_samples, yes_no=False, read=True, in_topk=True, in_corpus=True, failure=None,
+    )  # fmt: skip
+    assert (two.failure, two.cover_em, two.answer) == (Failure.NO_SEARCH, 0.0, "Cor")
+    assert (three.failure, three.answer) == (Failure.NOT_IN_CORPUS, None)
+    assert (four.in_topk, four.in_corpus) == (None, None)  # not looked for
+    assert (result.answerable, result.em_answerable, result.in_topk) == (2, 0.5, 1 / 3)
+    assert result.in_corpus == pytest.approx(2 / 3)
+
+
+def test_some_benchmarks_come_out_as_among_all(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:
+    generator = HFGenerator(tiny_policy.model, tiny_policy.tokenizer)
+    limits = LIMITS.model_copy(update={"max_action_tokens": 6})
+    found = []
+    for name, questions in (("all", QUESTIONS), ("some", {"musique": QUESTIONS["musique"]})):
+        (tmp_path / name).mkdir()
+        evaluate(generator, tiny_retriever, questions, PROMPTS, EvaluationConfig(), limits, seed=0, out=tmp_path / name)
+        found.append([(tmp_path / name / file).read_text().splitlines()[-1] for file in (TRAJECTORIES, SAMPLED)])
+    assert found[0] == found[1]
+
+
+def test_latency_is_that_of_questions_asked_alone(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:
+    generator = ScriptedGenerator(tiny_policy.tokenizer, SCRIPT)
+    config = EvaluationConfig(samples=0, latency=2)
+    evaluate(generator, tiny_retriever, QUESTIONS, PROMPTS, config, LIMITS, seed=0, out=tmp_path)
+    timings = json.loads((tmp_path / TIMINGS).read_text())
+    assert {name: timing["alone"] for name, timing in timings.items()} == {"nq": 2, "musique": 1}
+    assert all(0 < timing["latency"] <= timing["longest"] for timing in timings.values())
+    alone = [call["prompts"] for call in generator.calls if len(call["prompts"]) == 1]
+    asked = [tiny_policy.tokenizer.decode(prompt).split("\n")[0] for [prompt] in alone]
+    # "three?" goes on alone when the others have ended; then, alone: "one?" (two actions), "two?"; "four?", and again.
+    assert asked[-5:] == ["Q: one?", "Q: one?", "Q: two?", "Q: four?", "Q: four?"]
+    untimed = config.model_copy(update={"latency": 0})
+    evaluate(generator, tiny_retriever, QUESTIONS, PROMPTS, untimed, LIMITS, seed=0, out=tmp_path)
+    assert json.loads((tmp_path / TIMINGS).read_text())["nq"]["latency"] is None
 
 
 def test_published_averages_are_those_of_their_rows() -> None:

@@ -170,19 +170,26 @@ def evaluate(
     name: Annotated[
         str | None, typer.Option("--name", help="Name of the evaluation. Default: the policy's stage.")
     ] = None,
+    benchmark: Annotated[
+        list[str] | None, typer.Option("--benchmark", help="Only this benchmark of data.eval. May come again.")
+    ] = None,
     out: OutOption = None,
 ) -> None:
-    """Evaluate a policy on the evaluation questions, greedily and sampled."""
-    from search_e1.display import evaluation_table
+    """Evaluate a policy on the evaluation questions, greedily and sampled, and say why answers are wrong."""
+    from search_e1.display import show_evaluation
     from search_e1.stages import read_evaluation
 
     with _stages(config, context) as stages:
+        chosen = stages.benchmarks(benchmark or ())
         start = policy or str(_newest(stages))
         stages.check(start)
         if name is None:
             name = Path(start).parent.name if Path(start).name == "policy" else Path(start).name
-        made = stages.evaluate(start, name if policy or name != stages.config.policy.model else "base", out)
-    console.print(evaluation_table(read_evaluation(made)))
+            name = "base" if not policy and start == stages.config.policy.model else name
+            name += f"-{'+'.join(chosen)}" if len(chosen) < len(stages.config.data.eval) else ""
+        made = stages.evaluate(start, name, out, chosen)
+    show_evaluation(console, read_evaluation(made))
+    console.print(f"\n{made.path}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -242,6 +242,10 @@ class EvaluationConfig(Section):
     """Trajectories sampled for each question, beside the greedy one, for `em_sampled`. 0 leaves them out."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of the sampled trajectories."""
+    latency: NonNegative = 4
+    """Questions of each benchmark that are asked once more, alone, for the time from question to answer. 0 leaves it out."""
+    ceiling: bool = True
+    """Look, once a run, for the answers in the passages that each question itself finds, and in the whole corpus."""
 
 
 class TrackingConfig(Section):

@@ -16,7 +16,7 @@ from search_e1.types import ActionKind, Passage, Turn
 
 if TYPE_CHECKING:
     from search_e1.distill.teacher import Lead
-    from search_e1.evaluation.evaluate import Evaluation
+    from search_e1.evaluation.results import Evaluation
     from search_e1.evolve import Summary
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -90,18 +90,87 @@ def _round_seconds(summary: "Summary", stage: str) -> float:
     return sum(summary.seconds.get(name, 0.0) for name in names)
 
 
+def show_evaluation(console: Console, evaluation: "Evaluation") -> None:
+    """Figures, what could have been read, and why answers are wrong: a row for each benchmark. Fits 80 columns."""
+    console.print(evaluation_table(evaluation))
+    if len(evaluation.by_benchmark) > 1:
+        low, high = evaluation.macro_em_interval
+        console.print(
+            f"macro average EM {evaluation.macro_em:.3f} (95% {low:.3f} to {high:.3f})", highlight=False, markup=False
+        )
+    for table in (ceiling_table(evaluation), failure_table(evaluation)):
+        console.print()
+        console.print(table)
+
+
 def evaluation_table(evaluation: "Evaluation") -> Table:
     """A row for each benchmark and hop count."""
     table = _table(None)
-    for heading in ("questions", "n", "EM", "sampled", "F1", "searches", "tokens"):
-        table.add_column(heading, justify="left" if heading == "questions" else "right")
-    rows = [*evaluation.by_benchmark.items(), *((f"{hops}-hop", row) for hops, row in evaluation.by_hops.items())]
-    for name, row in [*rows, ("all", evaluation)]:
-        sampled = "" if row.em_sampled is None else f"{row.em_sampled:.3f}"
+    for heading in ("questions", "n", "EM", "95%", "sampled", "F1", "cover", "searches", "tokens"):
+        table.add_column(heading, justify="left" if heading == "questions" else "right", no_wrap=heading != "questions")
+    hops = ((f"{hops}-hop", row) for hops, row in evaluation.by_hops.items())
+    for name, row in (*evaluation.by_benchmark.items(), *hops, ("all", evaluation)):
         table.add_row(
-            name, str(row.n), f"{row.em:.3f}", sampled, f"{row.f1:.3f}", f"{row.searches:.2f}", f"{row.tokens:.0f}"
+            printable(name),
+            str(row.n),
+            f"{row.em:.3f}",
+            "{:.3f}-{:.3f}".format(*row.em_interval),
+            _share(row.em_sampled),
+            f"{row.f1:.3f}",
+            f"{row.cover_em:.3f}",
+            f"{row.searches:.2f}",
+            f"{row.tokens:.0f}",
         )
     return table
+
+
+def ceiling_table(evaluation: "Evaluation") -> Table:
+    """Where an answer stands, and EM over the questions whose answer is in the corpus."""
+    table = _table("An answer is in (share of the questions that are not yes/no)")
+    headings = ("questions", "what was read", "the question's top k", "the corpus", "EM if in corpus", "95%")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "questions" else "right")
+    for name, row in (*evaluation.by_benchmark.items(), ("all", evaluation)):
+        interval = row.em_answerable_interval
+        table.add_row(
+            printable(name),
+            _share(row.read),
+            _share(row.in_topk, "unknown"),
+            _share(row.in_corpus, "unknown"),
+            _share(row.em_answerable),
+            "{:.3f}-{:.3f}".format(*interval) if interval else "",
+        )
+    return table
+
+
+def failure_table(evaluation: "Evaluation") -> Table:
+    """How many wrong answers are of each class, by benchmark; classes without any are left out."""
+    wrong = sum(evaluation.failures.values())
+    table = _table(f"Why {wrong} answers are wrong" if wrong else "No answer is wrong")
+    table.add_column("questions", overflow="fold")
+    for failure in evaluation.failures:
+        table.add_column(_FAILURES.get(failure, failure), justify="right", no_wrap=True)
+    for name, row in (*evaluation.by_benchmark.items(), ("all", evaluation)):
+        table.add_row(printable(name), *(str(row.failures.get(failure, 0)) for failure in evaluation.failures))
+    if wrong:
+        table.add_row("share", *(f"{count / wrong:.3f}" for count in evaluation.failures.values()))
+    return table
+
+
+# Headings of two lines, so that all classes fit beside the longest name of a benchmark.
+_FAILURES = {
+    "not_in_corpus": "not in\ncorpus",
+    "repeated_search": "re-\npeated",
+    "yes_no": "yes/no",
+    "wording": "word-\ning",
+    "not_read_out": "not\nread\nout",
+    "no_search": "no\nsearch",
+    "not_retrieved": "not re-\ntrieved",
+}
+
+
+def _share(value: float | None, unknown: str = "") -> str:
+    return unknown if value is None else f"{value:.3f}"
 
 
 def lead_table(lead: "Lead") -> Table:

@@ -1,4 +1,4 @@
-"""Exact match and F1 of an answer, as in the Search-R1 protocol (the SQuAD definitions)."""
+"""Exact match, F1 and cover match of an answer, as in the Search-R1 protocol (the SQuAD definitions)."""
 
 import re
 import string
@@ -6,13 +6,12 @@ from collections import Counter
 from collections.abc import Iterable
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = frozenset(string.punctuation)
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize_answer(text: str) -> str:
     """Lower-case, strip ASCII punctuation, drop a/an/the, collapse white space, in this order."""
-    kept = "".join(c for c in text.lower() if c not in _PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", kept).split())
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
 def exact_match(answer: str | None, gold: Iterable[str]) -> float:
@@ -21,6 +20,17 @@ def exact_match(answer: str | None, gold: Iterable[str]) -> float:
         return 0.0
     normalized = normalize_answer(answer)
     return float(any(normalized == normalize_answer(g) for g in gold))
+
+
+def cover_match(answer: str | None, gold: Iterable[str]) -> float:
+    """1.0 if ``answer`` holds any gold answer, both normalised, as whole words, else 0.0; no answer scores 0.0.
+
+    Gold answers of which nothing is left after normalisation are held by no answer but an equal one.
+    """
+    if answer is None:
+        return 0.0
+    words = normalize_answer(answer)
+    return float(any(words == g or (g and f" {g} " in f" {words} ") for g in map(normalize_answer, gold)))
 
 
 def f1(answer: str | None, gold: Iterable[str]) -> float:

@@ -4,9 +4,10 @@ A stage reads what it needs from disk and leaves what it made there, so that sta
 different machines. Nothing here trains or samples; that is in the stages' own packages.
 """
 
+import difflib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,9 @@ from search_e1.distill import pairs as mining
 from search_e1.distill import profile, teacher
 from search_e1.distill import trainer as distill_trainer
 from search_e1.errors import ConfigError, DataError, ModelError
-from search_e1.evaluation.evaluate import Evaluation, evaluate
+from search_e1.evaluation import ceiling as ceilings
+from search_e1.evaluation.evaluate import evaluate
+from search_e1.evaluation.results import EVALUATION, Evaluation
 from search_e1.grpo import trainer as grpo_trainer
 from search_e1.policy import Policy
 from search_e1.progress import Progress, Track, silent, untracked
@@ -32,6 +35,7 @@ from search_e1.retrieval.base import Index, Retriever
 from search_e1.retrieval.cache import CachedRetriever
 from search_e1.retrieval.client import HttpRetriever
 from search_e1.retrieval.indexes import DenseSettings, build_index, open_indexes
+from search_e1.retrieval.passages import Passages
 from search_e1.rollout import pool
 from search_e1.rollout.hf import HFGenerator
 from search_e1.runs import Artifact
@@ -90,8 +94,12 @@ class Stages:
     @cached_property
     def _index(self) -> Index:
         retrieval = self.config.retrieval
-        made = retrieval.index or [self.index().path / kind for kind in self._kinds]
-        return open_indexes(made, retrieval.encoder, retrieval.parameters)
+        return open_indexes(self._indexes, retrieval.encoder, retrieval.parameters)
+
+    @property
+    def _indexes(self) -> Sequence[Path]:
+        """Directories of indexes over the same passages: given, or built."""
+        return self.config.retrieval.index or [self.index().path / kind for kind in self._kinds]
 
     @property
     def _kinds(self) -> tuple[str, ...]:
@@ -262,20 +270,53 @@ class Stages:
         inputs = {"policy": self._checksum(policy), "pairs": runs.checksum(pairs_path / "train.jsonl")}
         return self._stage(f"ofsd-{round}", out, ("distill",), inputs, train)
 
-    def evaluate(self, policy: str | Path, name: str, out: Path | None = None) -> Artifact:
-        """``policy`` on the evaluation questions; ``evaluation.json`` and ``trajectories.jsonl``."""
+    def ceiling(self) -> Artifact:
+        """What retrieval can do for each evaluation question, whatever the policy; in ``ceiling.jsonl``."""
+
+        def measure(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
+            rows = ceilings.measure(
+                self.retriever, self._passages(), self.eval_questions, self.config.rollout.topk, progress
+            )
+            lines = "".join(row.model_dump_json() + "\n" for row in rows)
+            (out / ceilings.FILE).write_text(lines, encoding="utf-8")
+            return ceilings.figures(rows)
+
+        corpus = self.config.data.corpus
+        known = {"corpus": runs.checksum(corpus)} if self.config.retrieval.url and corpus else {}
+        return self._stage("ceiling", None, ("rollout", "data.max_eval"), {**self._evaluated(), **known}, measure)
+
+    def _passages(self) -> Iterable[str] | None:
+        """Title and text of all passages: the index's, or ``data.corpus`` beside a server, else ``None``."""
+        corpus = self.config.data.corpus
+        if not self.config.retrieval.url:
+            return Passages.open(self._indexes[0]).texts()
+        return (f"{passage.title} {passage.text}" for passage in read_corpus(corpus)) if corpus else None
+
+    def evaluate(
+        self, policy: str | Path, name: str, out: Path | None = None, benchmarks: Sequence[str] = ()
+    ) -> Artifact:
+        """``policy`` on the evaluation questions, or on those of some ``benchmarks``.
+
+        See ``evaluation.evaluate`` for the files. The ceiling is measured first if ``evaluation.ceiling`` asks for it.
+
+        Raises:
+            ConfigError: ``data.eval`` has no such benchmark.
+        """
+        chosen = self.benchmarks(benchmarks)
+        ceiling = self.ceiling() if self.config.evaluation.ceiling else None
 
         def measure(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
             loaded = self._policy(policy)
+            known = ceilings.read(ceiling.path / ceilings.FILE) if ceiling else ()
             evaluation = evaluate(
-                self._generator(loaded), self.retriever, self.eval_questions, loaded.prompts, self.config.evaluation,
-                self.config.rollout, seed=seed, out=out, progress=progress,
+                self._generator(loaded), self.retriever, {name: self.eval_questions[name] for name in chosen},
+                loaded.prompts, self.config.evaluation, self.config.rollout, seed=seed, out=out, progress=progress,
+                ceilings={(row.benchmark, row.id): row for row in known},
             )  # fmt: skip
-            (out / "evaluation.json").write_text(evaluation.model_dump_json(indent=2) + "\n")
             return evaluation.model_dump(mode="json")
 
-        inputs = {"policy": self._checksum(policy), "retrieval": self._retrieval_checksum()}
-        inputs |= {f"eval.{name}": runs.checksum(path) for name, path in self.config.data.eval.items()}
+        inputs = {"policy": self._checksum(policy), **self._evaluated(chosen)}
+        inputs |= {"ceiling": runs.checksum(ceiling.path / ceilings.FILE)} if ceiling else {}
         # The same sampling seed for every policy: what differs between two evaluations is the policy.
         return self._stage(
             f"evaluation-{name}",
@@ -285,6 +326,26 @@ class Stages:
             measure,
             seed_name="evaluation",
         )
+
+    def benchmarks(self, names: Sequence[str] = ()) -> list[str]:
+        """The benchmarks of ``data.eval``, or ``names`` of them, in the config's order.
+
+        Raises:
+            ConfigError: there is no such benchmark; suggests the nearest.
+        """
+        known = list(self.config.data.eval)
+        for name in names:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"data.eval has {', '.join(known)}"
+                raise ConfigError(f"no benchmark {name!r} in data.eval; {hint}")
+        return [name for name in known if name in names or not names]
+
+    def _evaluated(self, benchmarks: Sequence[str] | None = None) -> dict[str, str]:
+        """Checksums of what is evaluated on."""
+        files = self.config.data.eval
+        chosen = {f"eval.{name}": runs.checksum(files[name]) for name in (files if benchmarks is None else benchmarks)}
+        return {"retrieval": self._retrieval_checksum(), **chosen}
 
     def _stage(
         self,
@@ -316,7 +377,7 @@ class Stages:
             inputs=inputs,
             seed=seed,
             make=make,
-            gpus=0 if name.startswith("pairs-") else policies.accelerators(self.config.policy),
+            gpus=0 if name.startswith(("pairs-", "ceiling")) else policies.accelerators(self.config.policy),
         )
 
     def _asking(self, policy: str | Path | None) -> dict[str, str]:
@@ -363,7 +424,7 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def read_evaluation(artifact: Artifact) -> Evaluation:
-    return Evaluation.model_validate(json.loads((artifact.path / "evaluation.json").read_text()))
+    return Evaluation.model_validate(json.loads((artifact.path / EVALUATION).read_text()))
 
 
 def _at_most(questions: list[Question], most: int | None, seed: int) -> list[Question]:

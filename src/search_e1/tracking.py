@@ -95,6 +95,8 @@ def run_of(stage: str) -> tuple[str, int]:
     kind, _, number = stage.rpartition("-")
     if kind in ("pool", "pairs", "lead"):
         return "rounds", int(number)
+    if stage == "ceiling":
+        return "evaluation", 0
     if not stage.startswith("evaluation-"):
         return stage, 0
     kind, _, number = stage.removeprefix("evaluation-").rpartition("-")

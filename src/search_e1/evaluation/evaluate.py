@@ -1,70 +1,51 @@
-"""How good a policy is: greedy and sampled rollouts of every question, scored by benchmark and by hops."""
+"""How good a policy is: greedy and sampled rollouts of every question, judged one by one."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from statistics import median
+from typing import TextIO
 
-import numpy as np
 import torch
 
 from search_e1.config import EvaluationConfig, RolloutConfig
 from search_e1.errors import DataError
+from search_e1.evaluation import results
+from search_e1.evaluation.ceiling import Ceiling, holds, is_yes_no, patterns
+from search_e1.evaluation.failures import classify
+from search_e1.evaluation.results import Evaluation, Result
 from search_e1.progress import Progress, silent
 from search_e1.prompts import Prompts
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.generator import Generator
 from search_e1.rollout.loop import OnTrajectory, rollout, starts
-from search_e1.types import Group, Question, Record, StopReason, Trajectory
+from search_e1.runs import derived_seed
+from search_e1.scoring import cover_match
+from search_e1.types import Group, Question, Record, Trajectory
 
-TRAJECTORIES, SAMPLED = "trajectories.jsonl", "sampled.jsonl"
-_RESAMPLES = 10_000
+TRAJECTORIES, SAMPLED, TIMINGS = "trajectories.jsonl", "sampled.jsonl", "timings.json"
 _BATCHES_AT_ONCE = 8  # as trajectories end, others fill the generator's batches; what is held in memory stays bounded
+_DOCUMENT = re.compile(r"Doc \d+\(Title: ")
+
+Ceilings = Mapping[tuple[str, str], Ceiling]
+"""By benchmark and question id."""
 
 
-class Scores(Record):
-    """Means over ``n`` questions, of the greedy trajectories unless said."""
+class Timing(Record):
+    """What ``timings.json`` holds for each benchmark. In a file of its own: all others are the same when made again."""
 
-    n: int
-    em: float
-    em_interval: tuple[float, float]
-    """95% bootstrap interval of ``em`` over questions."""
-    em_sampled: float | None
-    """Mean EM of the sampled trajectories; ``None`` if none were sampled."""
-    f1: float
-    searches: float
-    tokens: float
-    """Sampled tokens of a trajectory; observations are not counted."""
-
-
-class Evaluation(Scores):
-    """The scores over all questions, and over parts of them."""
-
-    macro_em: float
-    """Mean over benchmarks of their EM: the "average" of published tables."""
-    by_benchmark: dict[str, Scores]
-    by_hops: dict[int, Scores]
-    """Of the questions whose hop count is known."""
-    stop_reasons: dict[StopReason, int]
-    """Reason -> greedy trajectories that ended so."""
-    sampled_tokens: int = 0
-    """Of all trajectories together, greedy and sampled."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What is left of a question once its trajectories are written."""
-
-    benchmark: str
-    hops: int | None
-    em: float
-    em_sampled: float | None
-    f1: float
-    searches: int
-    tokens: int
-    stop: StopReason
+    seconds_a_question: float
+    """Wall-clock time of the greedy rollouts over their number: what a question costs in batches."""
+    latency: float | None
+    """Median seconds from question to answer when nothing else is asked; ``None`` if none was asked alone."""
+    longest: float | None
+    """Seconds of the slowest of these."""
+    alone: int
+    """Questions that were asked alone."""
 
 
 def evaluate(
@@ -77,12 +58,14 @@ def evaluate(
     *,
     seed: int,
     out: Path,
+    ceilings: Ceilings | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Roll out every question once greedily and ``config.samples`` times at ``config.temperature``.
+    """Roll out every question once greedily and ``config.samples`` times at ``config.temperature``, and judge the answers.
 
-    Groups go to ``out``, a JSON line for each question in order: greedy ones to ``TRAJECTORIES``, sampled ones to ``SAMPLED``.
-    Sampling is seeded with ``seed``, so that it depends on nothing that ran before; torch's global state is left as it was.
+    Into ``out`` go groups, a JSON line for each question in order (greedy ones to ``TRAJECTORIES``, sampled ones to
+    ``SAMPLED``), a ``Result`` for each question, the figures over them, and times. Each benchmark is sampled with a seed made
+    of ``seed`` and its name, so that it depends on nothing that ran before; torch's global state is left as it was.
 
     Raises:
         DataError: a benchmark has no questions, or there is no benchmark.
@@ -93,26 +76,79 @@ def evaluate(
         raise DataError(
             f"no questions to evaluate on in {empty or 'data.eval'}; give files that hold some in data.eval"
         )
-    names = [name for name, questions in questions_by_benchmark.items() for _ in questions]
-    questions = [question for part in questions_by_benchmark.values() for question in part]
-    told = _Told(progress, total=len(questions) * (1 + config.samples))
-
-    def groups(file: str, size: int, temperature: float) -> Iterator[Group]:
-        with (out / file).open("w", encoding="utf-8") as stream:
-            for group in _groups(generator, retriever, questions, prompts, limits, size, temperature, told):
-                stream.write(group.model_dump_json() + "\n")
-                yield group
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        outcomes = [_outcome(name, group) for name, group in zip(names, groups(TRAJECTORIES, 1, 0.0), strict=True)]
-        if config.samples:
-            sampled = groups(SAMPLED, config.samples, config.temperature)
-            outcomes = [
-                replace(outcome, em_sampled=fmean(t.reward for t in group.trajectories))
-                for outcome, group in zip(outcomes, sampled, strict=True)
+    asking = _Asking(generator, retriever, prompts, limits)
+    told = _Told(progress, sum(map(len, questions_by_benchmark.values())) * (1 + config.samples))
+    made: list[Result] = []
+    timings: dict[str, Timing] = {}
+    with torch.random.fork_rng(), ExitStack() as files:
+        greedy = files.enter_context((out / TRAJECTORIES).open("w", encoding="utf-8"))
+        sampled = files.enter_context((out / SAMPLED).open("w", encoding="utf-8")) if config.samples else None
+        for name, questions in questions_by_benchmark.items():
+            torch.manual_seed(derived_seed(seed, name))
+            clock = time.perf_counter()
+            part = [
+                judge(name, group, (ceilings or {}).get((name, group.question.id)))
+                for group in _written(asking.groups(questions, 1, 0.0, told), greedy)
             ]
-    return _summary(outcomes, seed).model_copy(update={"sampled_tokens": told.tokens})
+            seconds = time.perf_counter() - clock
+            if sampled:
+                groups = _written(asking.groups(questions, config.samples, config.temperature, told), sampled)
+                part = [with_samples(result, group) for result, group in zip(part, groups, strict=True)]
+            made += part
+            timings[name] = asking.timing(questions, seconds, config.latency)
+    found = results.evaluation(made, seed)
+    results.write(made, out / results.QUESTIONS)
+    (out / results.EVALUATION).write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    times = {name: timing.model_dump() for name, timing in timings.items()}
+    (out / TIMINGS).write_text(json.dumps(times, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def judge(benchmark: str, group: Group, ceiling: Ceiling | None = None) -> Result:
+    """What is to be said of a greedy trajectory, the only one of ``group``."""
+    [trajectory], question = group.trajectories, group.question
+    covers, yes_no = cover_match(trajectory.answer, question.answers), is_yes_no(question)
+    read = holds(_read(trajectory), patterns(question))
+    in_corpus = ceiling.in_corpus if ceiling else None
+    return Result(
+        benchmark=benchmark,
+        id=question.id,
+        hops=question.hops,
+        question=question.text,
+        answers=question.answers,
+        answer=trajectory.answer,
+        em=trajectory.reward,
+        f1=trajectory.f1,
+        cover_em=covers,
+        searches=trajectory.searches,
+        tokens=trajectory.sampled_tokens,
+        stop_reason=trajectory.stop_reason,
+        yes_no=yes_no,
+        read=read,
+        in_topk=ceiling.in_topk if ceiling else None,
+        in_corpus=in_corpus,
+        failure=classify(trajectory, covers=bool(covers), yes_no=yes_no, read=read, in_corpus=in_corpus),
+    )
+
+
+def with_samples(result: Result, group: Group) -> Result:
+    """``result`` with what the question's sampled trajectories came to."""
+    em = tuple(trajectory.reward for trajectory in group.trajectories)
+    tokens = tuple(trajectory.sampled_tokens for trajectory in group.trajectories)
+    return result.model_copy(update={"em_of_samples": em, "tokens_of_samples": tokens})
+
+
+def _read(trajectory: Trajectory) -> Iterator[str]:
+    """Title and text of every passage as the policy read it: tags broken, cut where it was cut."""
+    for turn in trajectory.turns:
+        if turn.served:
+            yield from (_DOCUMENT.sub("", line) for line in turn.observation_text.splitlines())
+
+
+def _written(groups: Iterable[Group], stream: TextIO) -> Iterator[Group]:
+    for group in groups:
+        stream.write(group.model_dump_json() + "\n")
+        yield group
 
 
 class _Told:
@@ -120,85 +156,52 @@ class _Told:
 
     def __init__(self, progress: Progress, total: int) -> None:
         self.progress, self.total = progress, total
-        self.done, self.right, self.tokens = 0, 0.0, 0
+        self.done, self.right = 0, 0.0
 
     def __call__(self, index: int, trajectory: Trajectory) -> None:
         self.done += 1
         self.right += trajectory.reward
-        self.tokens += trajectory.sampled_tokens
         self.progress(self.done, self.total, f"EM {self.right / self.done:.3f}")
 
 
-def _groups(
-    generator: Generator,
-    retriever: Retriever,
-    questions: Sequence[Question],
-    prompts: Prompts,
-    limits: RolloutConfig,
-    size: int,
-    temperature: float,
-    on_trajectory: OnTrajectory,
-) -> Iterator[Group]:
-    at_once = max(1, limits.batch_size * _BATCHES_AT_ONCE // size)
-    for at in range(0, len(questions), at_once):
-        batch = questions[at : at + at_once]
-        trajectories = rollout(
-            generator,
-            retriever,
-            starts(generator.tokenizer, prompts, batch, size),
-            limits,
-            temperature=temperature,
-            correction=prompts.correction,
-            on_trajectory=on_trajectory,
+@dataclass(frozen=True, slots=True)
+class _Asking:
+    """All that it takes to ask questions."""
+
+    generator: Generator
+    retriever: Retriever
+    prompts: Prompts
+    limits: RolloutConfig
+
+    def groups(
+        self, questions: Sequence[Question], size: int, temperature: float, on_trajectory: OnTrajectory | None = None
+    ) -> Iterator[Group]:
+        at_once = max(1, self.limits.batch_size * _BATCHES_AT_ONCE // size)
+        for at in range(0, len(questions), at_once):
+            batch = questions[at : at + at_once]
+            trajectories = rollout(
+                self.generator,
+                self.retriever,
+                starts(self.generator.tokenizer, self.prompts, batch, size),
+                self.limits,
+                temperature=temperature,
+                correction=self.prompts.correction,
+                on_trajectory=on_trajectory,
+            )
+            for i, question in enumerate(batch):
+                yield Group(question=question, trajectories=tuple(trajectories[i * size : (i + 1) * size]))
+
+    def timing(self, questions: Sequence[Question], seconds: float, alone: int) -> Timing:
+        """``seconds`` is what all of ``questions`` took together; of these, ``alone`` evenly spread ones are asked again."""
+        chosen = min(alone, len(questions))
+        times = []
+        for i in range(chosen):
+            clock = time.perf_counter()
+            list(self.groups([questions[i * len(questions) // chosen]], 1, 0.0))
+            times.append(time.perf_counter() - clock)
+        return Timing(
+            seconds_a_question=seconds / len(questions),
+            latency=median(times) if times else None,
+            longest=max(times, default=None),
+            alone=chosen,
         )
-        for i, question in enumerate(batch):
-            yield Group(question=question, trajectories=tuple(trajectories[i * size : (i + 1) * size]))
-
-
-def _outcome(benchmark: str, group: Group) -> _Outcome:
-    [t] = group.trajectories
-    hops = group.question.hops
-    return _Outcome(benchmark, hops, t.reward, None, t.f1, t.searches, t.sampled_tokens, t.stop_reason)
-
-
-def _summary(outcomes: Sequence[_Outcome], seed: int) -> Evaluation:
-    by_benchmark = _by(outcomes, lambda outcome: outcome.benchmark, seed)
-    by_hops = _by([o for o in outcomes if o.hops is not None], lambda outcome: outcome.hops, seed)
-    return Evaluation(
-        **_scores(outcomes, seed),
-        macro_em=fmean(scores.em for scores in by_benchmark.values()),
-        by_benchmark=by_benchmark,
-        by_hops=dict(sorted(by_hops.items())),
-        stop_reasons=dict(Counter(outcome.stop for outcome in outcomes).most_common()),
-    )
-
-
-def _by(outcomes: Sequence[_Outcome], key: Callable[[_Outcome], Any], seed: int) -> dict[Any, Scores]:
-    parts: dict[Any, list[_Outcome]] = {}
-    for outcome in outcomes:
-        parts.setdefault(key(outcome), []).append(outcome)
-    return {name: Scores(**_scores(part, seed)) for name, part in parts.items()}
-
-
-def _scores(outcomes: Sequence[_Outcome], seed: int) -> dict[str, Any]:
-    em = fmean(outcome.em for outcome in outcomes)
-    sampled = [outcome.em_sampled for outcome in outcomes if outcome.em_sampled is not None]
-    return dict(
-        n=len(outcomes),
-        em=em,
-        em_interval=bootstrap_interval(em, len(outcomes), seed),
-        em_sampled=fmean(sampled) if sampled else None,
-        f1=fmean(outcome.f1 for outcome in outcomes),
-        searches=fmean(outcome.searches for outcome in outcomes),
-        tokens=fmean(outcome.tokens for outcome in outcomes),
-    )
-
-
-def bootstrap_interval(em: float, n: int, seed: int) -> tuple[float, float]:
-    """95% percentile bootstrap interval of the mean of ``n`` zeros and ones whose mean is ``em``.
-
-    Drawing ``n`` of them with replacement and counting the ones is a draw of Binomial(n, em), so nothing is really resampled.
-    """
-    means = np.random.default_rng(seed).binomial(n, em, size=_RESAMPLES) / n
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)

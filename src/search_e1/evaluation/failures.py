@@ -1,0 +1,71 @@
+"""Why an answer is wrong: exactly one class for every wrong answer.
+
+The classes are tried in the order of ``Failure``; the first that holds is the one. First comes what no policy can mend, then
+how the trajectory ended, then what the answer had to go by.
+"""
+
+from enum import StrEnum
+
+from search_e1.scoring import normalize_answer
+from search_e1.types import ActionKind, StopReason, Trajectory
+
+
+class Failure(StrEnum):
+    """In the order of decision. "Read": an answer is in a passage as the policy read it."""
+
+    NOT_IN_CORPUS = "not_in_corpus"
+    """No passage of the corpus holds an answer."""
+    FORMAT = "format"
+    """No answer: the last generation was neither a search nor an answer."""
+    REPEATED_SEARCH = "repeated_search"
+    """A query was asked twice, and the policy gave no answer, or one of none of the three kinds that follow ``BUDGET``."""
+    BUDGET = "budget"
+    """No answer: searches or tokens ran out."""
+    YES_NO = "yes_no"
+    """The answer is yes or no, and the policy said something else."""
+    WORDING = "wording"
+    """The answer holds a right one as whole words, and more."""
+    NOT_READ_OUT = "not_read_out"
+    """An answer was read, and the policy gave another."""
+    NO_SEARCH = "no_search"
+    """The policy answered without a search."""
+    NOT_RETRIEVED = "not_retrieved"
+    """The policy searched, and no answer was in what it read."""
+
+
+def classify(
+    trajectory: Trajectory, *, covers: bool, yes_no: bool, read: bool | None, in_corpus: bool | None
+) -> Failure | None:
+    """The class of ``trajectory``; ``None`` if its answer is right.
+
+    Args:
+        covers: its answer holds a right one.
+        yes_no: the right answers are yes or no.
+        read: a passage that it read holds an answer; ``None`` where that cannot be said.
+        in_corpus: some passage does; ``None`` where that is not known.
+    """
+    if trajectory.correct:
+        return None
+    # What was read cannot be nowhere: a server may hold passages that the corpus file lacks.
+    if in_corpus is False and not read:
+        return Failure.NOT_IN_CORPUS
+    if trajectory.stop_reason is StopReason.MALFORMED:
+        return Failure.FORMAT
+    answered = trajectory.stop_reason is StopReason.ANSWERED
+    if not (answered and (yes_no or covers or read)) and repeats(trajectory):
+        return Failure.REPEATED_SEARCH
+    if not answered:
+        return Failure.BUDGET
+    if yes_no:
+        return Failure.YES_NO
+    if covers:
+        return Failure.WORDING
+    if read:
+        return Failure.NOT_READ_OUT
+    return Failure.NOT_RETRIEVED if trajectory.searches else Failure.NO_SEARCH
+
+
+def repeats(trajectory: Trajectory) -> bool:
+    """Whether a query came again, but for case, punctuation, articles and white space; unserved ones count."""
+    queries = [normalize_answer(turn.argument or "") for turn in trajectory.turns if turn.kind is ActionKind.SEARCH]
+    return len(set(queries)) < len(queries)

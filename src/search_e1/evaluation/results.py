@@ -1,0 +1,180 @@
+"""What came out for each question, and the figures over questions: what an evaluation artifact holds."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from search_e1.errors import DataError
+from search_e1.evaluation.failures import Failure
+from search_e1.evaluation.statistics import Interval, interval
+from search_e1.types import Record, StopReason
+
+EVALUATION, QUESTIONS = "evaluation.json", "questions.jsonl"
+FIGURES = ("em", "f1", "cover_em", "searches", "tokens")
+"""What every question has, of its greedy trajectory."""
+
+
+class Result(Record):
+    """One question: its greedy trajectory judged, and how often the sampled ones were right."""
+
+    benchmark: str
+    id: str
+    hops: int | None
+    question: str
+    answers: tuple[str, ...]
+    answer: str | None
+    """What the policy said; ``None`` if it gave no answer."""
+    em: float
+    f1: float
+    cover_em: float
+    searches: int
+    tokens: int
+    """Sampled tokens of the trajectory; observations are not counted."""
+    stop_reason: StopReason
+    em_of_samples: tuple[float, ...] = ()
+    """EM of each sampled trajectory."""
+    tokens_of_samples: tuple[int, ...] = ()
+    yes_no: bool
+    """The right answers are yes or no: nothing can be said of where they stand."""
+    read: bool | None
+    """An answer is in a passage as the policy read it; ``None`` for yes/no questions."""
+    in_topk: bool | None
+    """See ``ceiling.Ceiling``; ``None`` where it was not looked for."""
+    in_corpus: bool | None
+    failure: Failure | None
+    """``None`` if the answer is right."""
+
+
+class Scores(Record):
+    """Means over ``n`` questions, of the greedy trajectories unless said, with 95% bootstrap intervals over questions."""
+
+    n: int
+    em: float
+    em_interval: Interval
+    f1: float
+    f1_interval: Interval
+    cover_em: float
+    """Share of answers that hold a right one as whole words."""
+    cover_em_interval: Interval
+    searches: float
+    searches_interval: Interval
+    tokens: float
+    tokens_interval: Interval
+    em_sampled: float | None
+    """Mean EM of the sampled trajectories; ``None`` if none were sampled."""
+    em_sampled_interval: Interval | None
+    em_by_sample: tuple[float, ...]
+    """EM of the first sampled trajectory of every question, of the second, ...: as of runs with other sampling seeds."""
+    answerable: int | None
+    """Questions whose answer is in the corpus; ``None`` where that is not known. Yes/no questions are not among them."""
+    em_answerable: float | None
+    """EM over these; ``None`` if there is none."""
+    em_answerable_interval: Interval | None
+    read: float | None
+    """Share of questions an answer to which was read; over all but yes/no questions, as are the next two."""
+    in_topk: float | None
+    in_corpus: float | None
+    failures: dict[Failure, int]
+    """Class -> wrong answers, in the order of decision; classes without any are left out."""
+
+
+class Evaluation(Scores):
+    """The scores over all questions (the micro average), and over parts of them. What ``evaluation.json`` holds."""
+
+    macro_em: float
+    """Mean over benchmarks of their EM: the "average" of published tables."""
+    macro_em_interval: Interval
+    """Questions are resampled within each benchmark."""
+    macro_em_sampled: float | None
+    macro_em_sampled_interval: Interval | None
+    by_benchmark: dict[str, Scores]
+    by_hops: dict[int, Scores]
+    """Of the questions whose hop count is known."""
+    stop_reasons: dict[StopReason, int]
+    """Reason -> greedy trajectories that ended so."""
+    sampled_tokens: int = 0
+    """Of all trajectories together, greedy and sampled."""
+
+
+def evaluation(results: Sequence[Result], seed: int) -> Evaluation:
+    """The figures over ``results``; ``seed`` is that of the bootstrap.
+
+    Raises:
+        ValueError: there are no results.
+    """
+    by_benchmark = _by(results, lambda result: result.benchmark)
+    by_hops = _by([result for result in results if result.hops is not None], lambda result: result.hops)
+    em = [[result.em for result in part] for part in by_benchmark.values()]
+    sampled = [
+        [fmean(result.em_of_samples) for result in part if result.em_of_samples] for part in by_benchmark.values()
+    ]
+    return Evaluation(
+        **_scores(results, seed),
+        macro_em=fmean(map(fmean, em)),
+        macro_em_interval=interval(*em, seed=seed),
+        macro_em_sampled=fmean(map(fmean, sampled)) if all(sampled) else None,
+        macro_em_sampled_interval=interval(*sampled, seed=seed) if all(sampled) else None,
+        by_benchmark={name: Scores(**_scores(part, seed)) for name, part in by_benchmark.items()},
+        by_hops={hops: Scores(**_scores(part, seed)) for hops, part in sorted(by_hops.items())},
+        stop_reasons=dict(Counter(result.stop_reason for result in results).most_common()),
+        sampled_tokens=sum(result.tokens + sum(result.tokens_of_samples) for result in results),
+    )
+
+
+def _by(results: Sequence[Result], key: Callable[[Result], Any]) -> dict[Any, list[Result]]:
+    parts: dict[Any, list[Result]] = {}
+    for result in results:
+        parts.setdefault(key(result), []).append(result)
+    return parts
+
+
+def _scores(results: Sequence[Result], seed: int) -> dict[str, Any]:
+    figures: dict[str, Any] = {"n": len(results)}
+    for name in FIGURES:
+        figures |= _mean(name, [getattr(result, name) for result in results], seed)
+    known = [result for result in results if result.in_corpus is not None]
+    answerable = [result for result in known if result.in_corpus]
+    classes = Counter(result.failure for result in results)
+    return figures | {
+        **_mean("em_sampled", [fmean(result.em_of_samples) for result in results if result.em_of_samples], seed),
+        "em_by_sample": tuple(map(fmean, zip(*(result.em_of_samples for result in results), strict=True))),
+        "answerable": len(answerable) if known else None,
+        **_mean("em_answerable", [result.em for result in answerable], seed),
+        **{name: _share(results, name) for name in ("read", "in_topk", "in_corpus")},
+        "failures": {failure: classes[failure] for failure in Failure if classes[failure]},
+    }
+
+
+def _mean(name: str, values: Sequence[float], seed: int) -> dict[str, Any]:
+    if not values:
+        return {name: None, f"{name}_interval": None}
+    return {name: fmean(values), f"{name}_interval": interval(values, seed=seed)}
+
+
+def _share(results: Sequence[Result], name: str) -> float | None:
+    known = [value for result in results if (value := getattr(result, name)) is not None]
+    return fmean(known) if known else None
+
+
+def write(results: Sequence[Result], path: Path) -> None:
+    """One JSON line each."""
+    path.write_text("".join(result.model_dump_json() + "\n" for result in results), encoding="utf-8")
+
+
+def read(path: Path) -> Iterator[Result]:
+    """The results of a file that ``write`` wrote.
+
+    Raises:
+        DataError: it cannot be read, or a line is no result; names it.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield Result.model_validate_json(line)
+                except ValueError as error:
+                    raise DataError(f"{path}:{number}: not a result; evaluate again") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; evaluate again") from error

@@ -1,0 +1,91 @@
+"""Intervals and tests against scipy's and statsmodels'."""
+
+import numpy as np
+import pytest
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
+
+from search_e1.evaluation.statistics import interval, mcnemar
+
+MANY = 40_000
+RNG = np.random.default_rng(7)
+RIGHT = (RNG.random(180) < 0.37).astype(float)
+BEFORE = (RNG.random(180) < 0.5).astype(float)
+OF_SAMPLES = RNG.binomial(4, 0.3, size=60) / 4
+TOKENS = RNG.gamma(2.0, 40.0, size=120)
+
+
+def scipy_interval(data, statistic=np.mean, **options):
+    found = stats.bootstrap(
+        data, statistic, n_resamples=MANY, method="percentile", rng=np.random.default_rng(3), **options
+    )
+    return (found.confidence_interval.low, found.confidence_interval.high)
+
+
+@pytest.mark.parametrize(
+    "values", [RIGHT, RIGHT - BEFORE, OF_SAMPLES, TOKENS], ids=["em", "paired", "samples", "tokens"]
+)
+def test_the_interval_of_a_mean_is_scipy_s(values):
+    spread = values.std() / len(values) ** 0.5
+    ours = interval(values, seed=0, resamples=MANY)
+    # Both are Monte Carlo: an end of the interval has a standard error of about 1% of the mean's.
+    assert ours == pytest.approx(scipy_interval((values,), vectorized=True, axis=0), abs=0.06 * spread)
+    assert interval(values, seed=0) == interval(values, seed=0)
+
+
+def test_the_interval_of_a_paired_difference_is_scipy_s():
+    paired = scipy_interval((RIGHT, BEFORE), lambda a, b, axis=-1: a.mean(axis) - b.mean(axis), paired=True, axis=0)
+    assert interval(RIGHT - BEFORE, seed=0, resamples=MANY) == pytest.approx(paired, abs=0.004)
+
+
+def test_the_interval_of_a_macro_average_is_scipy_s():
+    """Three benchmarks of different sizes, each resampled on its own."""
+    parts = (RIGHT, BEFORE[:25], OF_SAMPLES)
+    theirs = scipy_interval(parts, lambda a, b, c, axis=-1: (a.mean(axis) + b.mean(axis) + c.mean(axis)) / 3, axis=0)
+    assert interval(*parts, seed=0, resamples=MANY) == pytest.approx(theirs, abs=0.004)
+
+
+def test_another_seed_draws_anew():
+    assert interval(TOKENS, seed=0) != interval(TOKENS, seed=1)
+    # Two parts are drawn apart: errors of equal ones cancel in part.
+    one, two = interval(TOKENS, seed=0), interval(TOKENS, TOKENS, seed=0)
+    assert two[1] - two[0] == pytest.approx((one[1] - one[0]) / 2**0.5, rel=0.05)
+
+
+def test_intervals_of_which_the_answer_is_known():
+    assert interval([1.0] * 7, seed=0) == (1.0, 1.0)
+    assert interval([0.25], seed=0) == (0.25, 0.25)
+    # A mean of n coins: binomial, whose percentiles scipy knows exactly.
+    exact = stats.binom(400, 0.25).ppf([0.025, 0.975]) / 400
+    assert interval([1.0] * 100 + [0.0] * 300, seed=0, resamples=MANY) == pytest.approx(exact, abs=0.0026)
+    with pytest.raises(ValueError, match="no values"):
+        interval([], seed=0)
+    with pytest.raises(ValueError, match="no values"):
+        interval(seed=0)
+
+
+def test_samples_of_one_question_are_not_drawn_apart():
+    """Four samples that always agree tell no more than one: the interval is that of the questions."""
+    questions = [1.0] * 10 + [0.0] * 30
+    apart = interval([value for value in questions for _ in range(4)], seed=0)
+    together = interval(questions, seed=0)
+    assert together[1] - together[0] == pytest.approx(2 * (apart[1] - apart[0]), rel=0.1)
+
+
+def test_all_distinct_values_fit_in_little_memory():
+    values = np.linspace(0, 1, 5_000)
+    low, high = interval(values, seed=0, resamples=1_000)
+    assert (low + high) / 2 == pytest.approx(0.5, abs=0.002)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 5_000**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0, 0), (1, 0), (5, 5), (12, 3), (3, 12), (40, 61), (700, 801)])
+def test_mcnemar_is_statsmodels_s(won, lost):
+    theirs = statsmodels_mcnemar([[17, won], [lost, 4]], exact=True).pvalue
+    assert mcnemar(won, lost) == pytest.approx(theirs, rel=1e-9)
+
+
+def test_mcnemar_by_hand():
+    assert mcnemar(5, 0) == 2 / 32
+    assert mcnemar(4, 1) == 2 * (1 + 5) / 32
+    assert mcnemar(20_000, 0) == 0.0  # smaller than any float
