@@ -114,10 +114,12 @@ def test_the_same_run_gives_the_same_file(run, tmp_path):
 
 def test_failure_classes_of_the_evaluation_are_used(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
-    rows = [{"benchmark": "musique", "id": "q1", "em": 0.0, "failure": "not_retrieved"}]
+    found = {"read": False, "in_topk": True, "in_corpus": None}
+    rows = [{"benchmark": "musique", "id": "q1", "em": 0.0, "failure": "not_retrieved", **found}]
     (copy / "evaluation-base" / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, records = report(copy, tmp_path / "r.html")
     assert [t["class"] for t in records["trajectories"][:4]] == ["right", "not retrieved", "right", "wrong answer"]
+    assert [t["ceiling"] for t in records["trajectories"][:3]] == [None, {"read": False, "in_topk": True}, None]
 
 
 def test_the_page_needs_nothing_else_and_lets_nothing_else_run(run, tmp_path):

@@ -4,7 +4,6 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from search_e1.report.files import Run, Stage, policy_of, read_json, read_lines
@@ -73,7 +72,7 @@ class Collector:
 
     def _evaluation(self, stage: Stage, share: float) -> Evaluated:
         made = Evaluated(policy_of(stage))
-        classes = _failures(stage.path)
+        judged = {_key(row): row for row in read_lines(stage.path / "questions.jsonl")}
         for group in read_lines(stage.path / "trajectories.jsonl"):
             question, [trajectory] = group["question"], group["trajectories"]
             key = _key(question)
@@ -81,9 +80,11 @@ class Collector:
             if zlib.crc32(key.encode()) >= share * 2**32:
                 self.left_out += 1
                 continue
-            failure = classes.get(key) or (RIGHT if made.correct[key] else _STOPS[trajectory["stop_reason"]])
+            row = judged.get(key, {})
+            failure = row.get("failure") or _STOPS[trajectory["stop_reason"]]
             self.trajectories.append(
-                {"stage": made.policy, "question": self._question(question), "class": failure}
+                {"stage": made.policy, "question": self._question(question)}
+                | {"class": RIGHT if made.correct[key] else failure.replace("_", " "), "ceiling": _ceiling(row)}
                 | self._trajectory(trajectory)
             )
         return made
@@ -135,13 +136,10 @@ def _key(question: Mapping[str, Any]) -> str:
     return f"{question['benchmark']}\n{question['id']}"
 
 
-def _failures(directory: Path) -> dict[str, str]:
-    """Question -> class of its failure, of an evaluation that holds them."""
-    return {
-        _key(row): RIGHT if row["em"] else row["failure"].replace("_", " ")
-        for row in read_lines(directory / "questions.jsonl")
-        if row["em"] or row.get("failure")
-    }
+def _ceiling(row: Mapping[str, Any]) -> dict[str, bool] | None:
+    """Where an answer was found, as far as the evaluation looked for it: in what was ``read``, ``in_topk``, ``in_corpus``."""
+    known = {name: row[name] for name in ("read", "in_topk", "in_corpus") if row.get(name) is not None}
+    return known or None
 
 
 def _divergences(run: Run, round: int) -> Iterator[Any]:

@@ -65,8 +65,8 @@ function emCard(policies) {
     name: "greedy", values: policies.map((policy) => policy.em),
     low: policies.map((policy) => policy.em_interval?.[0]), high: policies.map((policy) => policy.em_interval?.[1]),
   }];
-  if (policies.some((policy) => policy.em_sampled !== null)) series.push({ name: "sampled", values: policies.map((policy) => policy.em_sampled), hollow: true });
-  return card("Exact match by policy", "Greedy with its 95% bootstrap interval over questions; sampled is the mean of the samples.",
+  if (policies.some((policy) => policy.em_sampled !== null)) series.push({ name: "sampled", values: policies.map((policy) => policy.em_sampled), hollow: true, low: policies.map((policy) => policy.em_sampled_interval?.[0]), high: policies.map((policy) => policy.em_sampled_interval?.[1]) });
+  return card("Exact match by policy", "With 95% bootstrap intervals over questions; sampled is the mean of the samples.",
     legend(series.map((one) => one.name)), pointChart("Exact match by policy", names, series, { height: 320 }));
 }
 
@@ -107,7 +107,7 @@ function policyCard(policies) {
 
 /** Figures that some evaluations have and others do not. */
 function extraColumns(policies) {
-  const known = [["cover_em", "cover EM"], ["answerable_em", "EM, answerable"], ["em_answerable", "EM, answerable"]];
+  const known = [["cover_em", "cover EM"], ["em_answerable", "EM, answerable"]];
   return known.filter(([key]) => policies.some((policy) => typeof policy[key] === "number"))
     .map(([key, name]) => [name, (policy) => number(policy[key]), "number"]);
 }
@@ -135,7 +135,15 @@ function failures(policies) {
   const reasons = [...new Set(policies.flatMap((policy) => Object.keys(policy.stop_reasons || {})))];
   const counts = (title, key, names) => names.length ? h("div", null, h("h3", null, title),
     table([["policy", (policy) => policy.stage], ...names.map((name) => [name.replace(/_/g, " "), (policy) => many(policy[key]?.[name] || 0), "number"])], policies, title)) : null;
-  return [counts("How wrong answers came about", "failures", classes), reasons.length > 1 && counts("How trajectories ended", "stop_reasons", reasons)];
+  return [ceiling(policies), counts("How wrong answers came about", "failures", classes), reasons.length > 1 && counts("How trajectories ended", "stop_reasons", reasons)];
+}
+
+/** Where an answer could be found at all: in what was read, in the question's own passages, in the corpus. */
+function ceiling(policies) {
+  if (!policies.some((policy) => typeof policy.read === "number")) return null;
+  const columns = [["read", "read"], ["in_topk", "in the question's top-k"], ["in_corpus", "in the corpus"], ["em_answerable", "EM, answerable"]];
+  return h("div", null, h("h3", null, "Retrieval ceiling", h("small", null, "share of questions an answer to which was …")),
+    table([["policy", (policy) => policy.stage], ...columns.map(([key, name]) => [name, (policy) => number(policy[key]), "number"])], policies, "Retrieval ceiling"));
 }
 
 function healthCard(rounds) {
