@@ -332,4 +332,6 @@ def _passage(hit: _Hit) -> Passage:
     if id is None:
         id = f"sha256:{hashlib.sha256(contents.encode()).hexdigest()[:16]}"
     passage = Passage.from_contents(str(id), contents)
-    return passage if hit.score is None else Hit(**passage.model_dump(), score=hit.score)
+    if hit.score is None:
+        return passage
+    return Hit(id=passage.id, title=passage.title, text=passage.text, score=hit.score)

@@ -4,7 +4,6 @@ Needs the extra ``serve``. There is no authentication: keep it on the loopback i
 """
 
 import asyncio
-import json
 import logging
 import math
 import signal
@@ -21,6 +20,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import to_json
 
 from search_e1.errors import ConfigError, RetrievalError
 from search_e1.retrieval.base import Index
@@ -283,18 +283,14 @@ def _search(index: Index, queries: list[str], topk: int) -> list[Hits]:
     if len(found) != len(queries):
         raise RetrievalError(f"{len(found)} results for {len(queries)} queries")
     return [
-        tuple((_encoded({"id": hit.id, "contents": hit.contents}), _score(hit.score)) for hit in hits) for hits in found
+        tuple((to_json({"id": hit.id, "contents": hit.contents}), _score(hit.score)) for hit in hits) for hits in found
     ]
-
-
-def _encoded(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _score(score: float) -> bytes:
     if not math.isfinite(score):
         raise RetrievalError(f"a score of {score}")
-    return _encoded(float(score))
+    return to_json(float(score))
 
 
 def _refusal(status: int, detail: str, headers: dict[str, str] | None = None) -> HTTPException:
