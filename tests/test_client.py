@@ -146,6 +146,7 @@ def test_after_a_fault_that_passes_the_answer_is_right(fault: str) -> None:
     ("status", "body", "says"),
     [
         (404, b"", "status 404 Not Found; is it the address of a Search-R1 retrieval server?"),
+        (404, b'{"detail": "Not Found"}', "status 404 Not Found; is it the address"),
         (307, b"", "status 307 Temporary Redirect; is it"),
         (422, b'{"detail": "topk: 9 is more than 5"}', "status 422 Unprocessable Entity (topk: 9 is more than 5); is"),
         (422, b'{"detail": [{"msg": "Field required"}]}', "status 422 Unprocessable Entity; is"),

@@ -296,7 +296,9 @@ def _detail(response: httpx.Response) -> str:
         detail = response.json()["detail"]
     except (ValueError, LookupError, TypeError):
         return ""
-    return f" ({' '.join(detail.split())[:200]})" if isinstance(detail, str) else ""
+    if not isinstance(detail, str) or detail == response.reason_phrase:
+        return ""
+    return f" ({' '.join(detail.split())[:200]})"
 
 
 def _checked(response: httpx.Response, queries: int, topk: int) -> list[list[Passage]]:
