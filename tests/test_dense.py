@@ -91,7 +91,8 @@ def test_presets_by_hand() -> None:
     assert compressed.factory == "IVF4096_HNSW32,PQ192x4fs,Refine(SQfp16)"
     assert compressed.base == "IVF4096_HNSW32,PQ192x4fs"
     assert layout("compressed", 21 * 10**6, 768).base == "IVF16384_HNSW32,PQ384x4fs"
-    assert layout("compressed", 500, 384).base == "PQ192x4fs"
+    assert layout("compressed", 5000, 384).base == "PQ192x4fs"
+    assert layout("compressed", 500, 384).base == layout("compressed", 10**6, 33).base == "SQ8"
     assert layout("IVF64,Flat", 10**6, 384, "nprobe=8") == ("IVF64,Flat", "IVF64,Flat", None, "nprobe=8")
     assert layout("PCA64,IVF64,PQ16,RFlat", 10**6, 384)[1:3] == ("PCA64,IVF64,PQ16", "Flat")
 

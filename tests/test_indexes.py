@@ -43,7 +43,10 @@ def test_dense_and_fused_indexes_from_the_command_line(tmp_path, monkeypatch, ca
             [*build, tmp_path / "x", *dense, "--pooling", "max"],
             "--pooling 'max': Input should be 'mean', 'cls' or 'last'",
         ),
-        ([*build, tmp_path / "x", *dense, "--faiss", "IVF"], "index 'IVF', parameters '': "),
+        (
+            [*build, tmp_path / "x", *dense, "--faiss", "IVF"],
+            "index 'IVF', parameters '': could not parse index string IVF; give exact",
+        ),
         ([*build, tmp_path / "x", *dense, "--device", "warp"], "device = 'warp': no such device"),
         ([*search, "--encoder", other], "this is another encoder"),
         ([*search, "--parameters", "nprobe=3"], "parameters 'nprobe=3'"),

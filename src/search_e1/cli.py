@@ -298,7 +298,9 @@ def index_build(
     corpus: Annotated[Path, typer.Option("--corpus", help="JSON lines (plain or .gz) with id and contents.")],
     out: Annotated[Path, typer.Option("--out", help="Directory of the new index.")],
     kind: Annotated[Literal["bm25", "dense"], typer.Option("--kind", help="bm25, or dense.")] = "bm25",
-    encoder: cli_serve.EncoderOption = None,
+    encoder: Annotated[
+        str | None, typer.Option("--encoder", help="Directory of an encoder, or a Hub id. For --kind dense.")
+    ] = None,
     faiss: Annotated[
         str,
         typer.Option(

@@ -20,8 +20,7 @@ IndexOption = Annotated[
 EncoderOption = Annotated[
     str | None,
     typer.Option(
-        "--encoder",
-        help="Directory of an encoder, or a Hub id. Of an index that is built: only if it is elsewhere now.",
+        "--encoder", help="Directory of the encoder that a dense index was built with, if it is elsewhere now."
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="Where the encoder works: auto, cpu, cuda, cuda:1, ...")]

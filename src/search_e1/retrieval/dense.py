@@ -83,8 +83,10 @@ def _graph(passages: int, dimension: int) -> tuple[str, str]:
 
 def _compressed(passages: int, dimension: int) -> tuple[str, str]:
     """Two bits a dimension: 1/16 of float32, beside 8 bytes of a number."""
-    codes = f"PQ{dimension // 2}x4fs" if dimension % 2 == 0 else "SQ4"
-    if passages < 20_000:  # fewer than a list's training needs, and quick without lists
+    if passages < 1000 or dimension % 2:  # four-bit codes are trained on 624 vectors at least
+        return "SQ8,Refine(SQfp16)", "k_factor_rf=20"
+    codes = f"PQ{dimension // 2}x4fs"
+    if passages < 20_000:  # too few to train lists on, and quick without
         return f"{codes},Refine(SQfp16)", "k_factor_rf=20"
     lists = 2 ** round(math.log2(4 * math.sqrt(passages)))
     return f"IVF{lists}_HNSW32,{codes},Refine(SQfp16)", "nprobe=64,quantizer_efSearch=128,k_factor_rf=20"
@@ -309,4 +311,4 @@ def _packages() -> list[str]:
 
 def _said(error: RuntimeError) -> str:
     """FAISS's message without the C++ function and line before it."""
-    return re.sub(r"^.*?(?:failed: |Error: )", "", str(error).strip().replace("\n", " "))
+    return re.sub(r"^.*(?:failed: |Error: |[.]cpp:\d+: )", "", str(error).strip().replace("\n", " "))
