@@ -6,7 +6,7 @@ import torch
 from search_e1.config import LeadConfig, RolloutConfig
 from search_e1.distill.collate import TokenClass
 from search_e1.distill.profile import by_class, pair_kl, pieces
-from search_e1.distill.teacher import Lead, gate, hold_out, measure
+from search_e1.distill.teacher import Lead, gate, hold_out, interval, measure
 from search_e1.errors import DataError, NoLeadError
 from search_e1.prompts import plain_prompt, privileged_prompt
 from search_e1.rollout.generator import Generation
@@ -58,7 +58,9 @@ def test_a_sound_privileged_prompt_leads_and_passes(tiny_policy, tiny_retriever)
     told: list[tuple[int, int, str]] = []
     lead = measured(tiny_policy, tiny_retriever, pairs_of(tiny_policy), progress=lambda *a: told.append(a))
     assert (lead.em_plain, lead.em_privileged, lead.lead) == (0.0, 1.0, 1.0)
-    assert (lead.low, lead.high) == (1.0, 1.0)
+    # 4 pairs of difference 1, and the added ones: mean 4/6, variance 5/6 - (4/6) ** 2.
+    assert lead.low == pytest.approx(4 / 6 - 1.96 * (7 / 18 / 6) ** 0.5)
+    assert lead.high == 1.0
     assert (lead.pairs, lead.pairs_off_track, lead.samples, lead.too_long) == (4, 4, 2, 0)
     assert (lead.em_plain_off_track, lead.em_privileged_off_track, lead.lead_off_track) == (0.0, 1.0, 1.0)
     assert (lead.searches_plain, lead.searches_privileged) == (1, 0)
@@ -96,18 +98,66 @@ def test_off_track_starts_are_for_wrong_students_with_something_left_to_do(tiny_
 
 
 def test_the_interval_is_of_paired_differences(tiny_policy, tiny_retriever):
-    # "Fen" is right for one of two questions, so plain and privileged differ by 1 and by 0: 0.5 +- 1.96 * 0.7071 / 2 ** 0.5.
+    # "Fen" is right for one of two questions, so plain and privileged differ by 1 and by 0.
     easy = make_pair(tiny_policy, Question(id="easy", text="Easy?", answers=("Fen", "Cor Dun")))
     lead = measured(tiny_policy, tiny_retriever, [easy, *pairs_of(tiny_policy, 1)])
     assert (lead.em_plain, lead.em_privileged) == (0.5, 1.0)
-    assert (lead.low, lead.high) == pytest.approx((0.5 - 0.98, 0.5 + 0.98))
+    assert (lead.low, lead.high) == pytest.approx(interval([1.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        # Matched pairs of 100 questions, 30 right with the reference only and 10 without it only. Agresti and Min: the table
+        # with 0.5 in each cell more, (30.5 - 10.5) / 102 +- 1.96 * sqrt(30.5 + 10.5 - 20 ** 2 / 102) / 102.
+        ([1.0] * 30 + [-1.0] * 10 + [0.0] * 60, (20 / 102, 1.96 * (41 - 20**2 / 102) ** 0.5 / 102)),
+        # Nobody differs: not for sure.
+        ([0.0] * 10, (0.0, 1.96 / 12)),
+        # One pair, and halves as of two samples: (0.5 / 3, variance (0.25 + 1) / 3 - (0.5 / 3) ** 2).
+        ([0.5], (0.5 / 3, 1.96 * ((1.25 / 3 - 0.25 / 9) / 3) ** 0.5)),
+    ],
+)
+def test_the_interval_by_hand(differences, expected):
+    mean, half = expected
+    assert interval(differences) == pytest.approx((mean - half, mean + half))
+
+
+def test_the_interval_stays_in_its_bounds():
+    assert interval([1.0] * 8)[1] == 1.0
+    assert interval([-1.0] * 8)[0] == -1.0
+
+
+def test_the_gate_on_the_lower_end(tiny_policy, tiny_retriever):
+    low = LeadConfig(gate="low", minimum=0.5)
+    lead = measured(tiny_policy, tiny_retriever, pairs_of(tiny_policy))
+    gate(lead, CONFIG.model_copy(update={"minimum": 0.5}))
+    with pytest.raises(
+        NoLeadError,
+        match=r"does not lead for sure: .*lead \+1\.000, 95% \+0\.168 .*lower end is less than lead\.minimum = 0\.5",
+    ) as refused:
+        gate(lead, low)
+    assert "raise lead.pairs" in str(refused.value)
+    gate(lead, low.model_copy(update={"minimum": 0.16}))
+    gate(lead, low.model_copy(update={"enforce": False}))
+
+
+def test_the_teacher_is_asked_with_what_is_shown(tiny_policy, tiny_retriever):
+    """What may be seen of the reference reaches sampling and divergence alike; with nothing of it there is no teacher."""
+    pair = make_pair(tiny_policy)
+    hidden = pair.model_copy(update={"reference_shown": ""})
+    lead = measured(tiny_policy, tiny_retriever, [hidden])
+    assert (lead.em_privileged, lead.searches_privileged) == (0.0, 1.0)
+    assert max(part.mean for part in lead.kl.values()) < 1e-10
+    cut = pair.model_copy(update={"reference_shown": "<answer>Cor Dun</answer>", "shortened": True})
+    lead = measured(tiny_policy, tiny_retriever, [cut])
+    assert (lead.em_privileged, lead.shortened) == (1.0, 1)
 
 
 def test_one_pair_of_a_question_is_measured(tiny_policy, tiny_retriever):
     pair = make_pair(tiny_policy)
     lead = measured(tiny_policy, tiny_retriever, [pair, pair, pair])
     assert lead.pairs == 1
-    assert (lead.low, lead.high) == (-1.0, 1.0)
+    assert (lead.low, lead.high) == pytest.approx(interval([1.0]))
 
 
 def test_pairs_too_long_for_the_context_are_counted(tiny_policy, tiny_retriever):

@@ -5,7 +5,10 @@ from zlib import crc32
 import pytest
 
 from search_e1.config import PairsConfig
-from search_e1.distill.pairs import divergence, select
+from search_e1.distill.files import check_tokenizer
+from search_e1.distill.pairs import align, divergence, find_references, select
+from search_e1.errors import DataError
+from search_e1.privileged import Shown
 from search_e1.types import ActionKind, Group, Question, StopReason, Trajectory, Turn
 
 QUESTION = Question(id="q", text="Who is the mayor of Bel?", answers=("Cor Dun",))
@@ -43,8 +46,8 @@ def group(*trajectories: Trajectory) -> Group:
     return Group(question=QUESTION, trajectories=trajectories)
 
 
-def students_of(*trajectories: Trajectory, students: int = 9) -> list[Trajectory]:
-    pairs, _ = select([group(*trajectories)], PairsConfig(students=students))
+def students_of(*trajectories: Trajectory, students: int = 9, **config) -> list[Trajectory]:
+    pairs, _ = select([group(*trajectories)], PairsConfig(students=students, **config))
     return [pair.student for pair in pairs]
 
 
@@ -124,6 +127,7 @@ def test_health():
     assert health.divergence == pytest.approx((1.0 + 0.5) / 2)
     assert health.stop_reasons[StopReason.ANSWERED] == 9
     assert health.stop_reasons[StopReason.MALFORMED] == 1
+    assert (health.none_fits, health.too_long, health.shortened) == (0, 0, 0)
     assert select(groups, PairsConfig()) == (pairs, health)
 
 
@@ -131,3 +135,104 @@ def test_an_empty_pool_has_no_pairs():
     pairs, health = select([], PairsConfig())
     assert pairs == []
     assert (health.questions, health.pairs, health.em) == (0, 0, 0.0)
+
+
+def test_all_wrong_siblings_however_many():
+    assert students_of(SHORT, LONG, WRONG_NEAR, WRONG_FAR, students=1, students_by="all_wrong") == [
+        WRONG_FAR,
+        WRONG_NEAR,
+    ]
+    assert students_of(SHORT, LONG, students_by="all_wrong") == []
+
+
+def test_the_longest_first_right_or_wrong():
+    assert students_of(SHORT, WRONG_NEAR, WRONG_FAR, LONG, students_by="longest") == [LONG, WRONG_FAR, WRONG_NEAR]
+    assert students_of(SHORT, WRONG_NEAR, LONG, students=1, students_by="longest") == [LONG]
+
+
+def test_random_students_depend_on_the_seed_and_the_question_alone():
+    siblings = [trajectory(search(f"query {i}"), answer("Cor")) for i in range(8)]
+    config = PairsConfig(students=8, students_by="random")
+
+    def order(seed: int, *before: Group) -> list[Trajectory]:
+        pairs, _ = select([*before, group(SHORT, *siblings)], config, seed=seed)
+        return [pair.student for pair in pairs][-8:]
+
+    assert sorted(map(siblings.index, order(1))) == list(range(8))
+    assert order(1) == order(1) == order(1, group(SHORT, WRONG_FAR))
+    assert order(1) != order(2)
+
+
+def test_a_random_reference_is_any_correct_one_and_its_students_are_less_efficient_than_it():
+    groups = [
+        Group(question=Question(id=f"q{i}", text="?", answers=("Cor Dun",)), trajectories=(t(f"q{i}") for t in makers))
+        for i in range(30)
+        for makers in [(lambda q: trajectory(*SHORT.turns, question=q), lambda q: trajectory(*LONG.turns, question=q))]
+    ]
+    pairs, health = select(groups, PairsConfig(references_by="random"), seed=1)
+    # Shown the long one, the short one has nothing to learn.
+    assert {(pair.reference.searches, pair.student.searches) for pair in pairs} == {(1, 3)}
+    assert 5 < len(pairs) < 25
+    assert health.nothing_to_learn == 30 - len(pairs)
+
+
+def test_further_references_are_as_efficient_as_the_first_and_no_students():
+    twin = trajectory(search("bel mayor of"), answer("Cor Dun"))
+    found = find_references(group(LONG, SHORT, SHORT, twin, WRONG_FAR), PairsConfig(references=3))
+    assert found == [SHORT, twin]
+    pairs, _ = select([group(LONG, SHORT, twin, WRONG_FAR)], PairsConfig(references=3, students=9))
+    assert [(p.reference, p.student) for p in pairs] == [
+        (SHORT, WRONG_FAR), (SHORT, LONG), (twin, WRONG_FAR), (twin, LONG),
+    ]  # fmt: skip
+    anyone = PairsConfig(references=3, references_by="random", students=9)
+    pairs, _ = select([group(LONG, SHORT, twin, WRONG_FAR)], anyone)
+    assert len(pairs) == 3
+    assert all(pair.student == WRONG_FAR for pair in pairs)
+
+
+def test_a_sibling_that_does_not_fit_makes_room_for_the_next():
+    def show(question, reference, student):
+        return None if student == WRONG_FAR else Shown("cut", True) if student == WRONG_NEAR else Shown(reference.text)
+
+    fits, health = select([group(SHORT, LONG, WRONG_NEAR, WRONG_FAR)], PairsConfig(students=2), show)
+    assert [(p.student, p.shown, p.reference_shown, p.shortened) for p in fits] == [
+        (WRONG_NEAR, "cut", "cut", True),
+        (LONG, SHORT.text, None, False),
+    ]
+    assert (health.usable, health.none_fits, health.too_long, health.shortened) == (1, 0, 1, 1)
+    pairs, health = select([group(SHORT, WRONG_FAR), group(WRONG_FAR)], PairsConfig(), show)
+    assert pairs == []
+    assert (health.none_fits, health.too_long, health.never_correct, health.nothing_to_learn) == (1, 1, 1, 0)
+
+
+def test_actions_side_by_side():
+    def brief(steps):
+        return [(s.a and s.a.argument, s.b and s.b.argument, s.cost) for s in steps]
+
+    assert brief(align(SHORT, LONG)) == [
+        (None, "bel", 1), (None, "mayor", 1), ("mayor bel", "mayor bel", 0), ("Cor Dun", "Cor Dun", 0),
+    ]  # fmt: skip
+    assert brief(align(SHORT, WRONG_NEAR)) == [("mayor bel", "mayor bel", 0), ("Cor Dun", "Cor", 0.5)]
+    # Replacing costs as much as leaving out and putting in one action less; it keeps them side by side.
+    assert brief(align(trajectory(search("x"), MALFORMED), trajectory(search("y"), MALFORMED)))[0] == ("x", "y", 1)
+
+
+class Words:
+    """Ids 1 and 2 are words, 3 none."""
+
+    def decode(self, ids, **_):
+        return " ".join({1: "a", 2: "b"}[i] for i in ids)
+
+
+def test_ids_of_another_tokenizer_are_refused():
+    def said(*ids: int) -> Trajectory:
+        turn = Turn(action_ids=ids, action_text="a b", kind=ActionKind.MALFORMED)
+        return Trajectory(question_id="q7", prompt_ids=(9,), turns=(turn,), stop_reason=StopReason.MALFORMED)
+
+    check_tokenizer(Words(), [said(1, 2)], "pairs-1")
+    for ids in ((2, 1), (1, 3)):
+        with pytest.raises(
+            DataError, match="pairs-1: sampled with another tokenizer: the ids of question 'q7'"
+        ) as refused:
+            check_tokenizer(Words(), [said(1, 2), said(*ids)], "pairs-1")
+        assert "\n" not in str(refused.value)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from search_e1 import cli_data, cli_serve
+from search_e1 import cli_data, cli_pairs, cli_serve
 from search_e1.errors import ConfigError, RunError, SearchE1Error
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ app = typer.Typer(
 index_app = typer.Typer(no_args_is_help=True, help="Make and look into retrieval indexes.")
 app.add_typer(index_app, name="index")
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_pairs.app, name="pairs")
 app.command("serve-retriever")(cli_serve.serve_retriever)
 console = Console()
 
@@ -44,6 +45,9 @@ PolicyOption = Annotated[
 ]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Where the artifact goes. Default: its place in the run.")
+]
+OtherPolicyOption = Annotated[
+    bool, typer.Option("--allow-other-policy", help="Take what another policy sampled, if the tokenizer is the same.")
 ]
 
 
@@ -109,19 +113,22 @@ def rollout(
         _report(stages.pool(start, round, out))
 
 
-@app.command(context_settings=OVERRIDES)
+@cli_pairs.app.command("mine", context_settings=OVERRIDES)
 def pairs(
     context: typer.Context,
     config: ConfigOption,
     round: RoundOption = 1,
+    policy: PolicyOption = None,
     pool: Annotated[
         Path | None, typer.Option("--pool", help="Pool to mine. Default: the run's, of this round.")
     ] = None,
     out: OutOption = None,
+    other: OtherPolicyOption = False,
 ) -> None:
     """Mine a pool for pairs of an efficient reference and a sibling that is to learn from it."""
     with _stages(config, context) as stages:
-        _report(stages.pairs(pool or _made(stages, f"pool-{round}"), round, out))
+        pool = pool or _made(stages, f"pool-{round}")
+        _report(stages.pairs(policy or _after_grpo(stages, round), pool, round, out, other_policy=other))
 
 
 @app.command(context_settings=OVERRIDES)
@@ -132,13 +139,15 @@ def lead(
     policy: PolicyOption = None,
     pairs: Annotated[Path | None, typer.Option("--pairs", help="Pairs. Default: the run's, of this round.")] = None,
     out: OutOption = None,
+    other: OtherPolicyOption = False,
 ) -> None:
     """Measure how much better the policy is when it sees the reference."""
     from search_e1.display import lead_table
     from search_e1.distill.teacher import Lead
 
     with _stages(config, context) as stages:
-        made = stages.lead(policy or _after_grpo(stages, round), pairs or _made(stages, f"pairs-{round}"), round, out)
+        mined = pairs or _made(stages, f"pairs-{round}")
+        made = stages.lead(policy or _after_grpo(stages, round), mined, round, out, other_policy=other)
     console.print(lead_table(Lead.model_validate(made.manifest.result)))
 
 
@@ -153,13 +162,14 @@ def distill(
         Path | None, typer.Option("--lead", help="Measured lead. Default: the run's, else measured.")
     ] = None,
     out: OutOption = None,
+    other: OtherPolicyOption = False,
 ) -> None:
     """Measure the lead if it is not measured yet, distil, and merge the adapter. Refused without a lead."""
     with _stages(config, context) as stages:
         start = policy or _after_grpo(stages, round)
         mined = pairs or _made(stages, f"pairs-{round}")
-        measured = lead or stages.lead(start, mined, round).path
-        _report(stages.distill(start, mined, measured, round, out))
+        measured = lead or stages.lead(start, mined, round, other_policy=other).path
+        _report(stages.distill(start, mined, measured, round, out, other_policy=other))
 
 
 @app.command(context_settings=OVERRIDES)

@@ -158,9 +158,36 @@ class PoolConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
 
 
+class ReferenceConfig(Section):
+    """What the teacher sees of a reference: the same in GRPO's replay, when the lead is measured and in distillation."""
+
+    shows: Literal["whole", "searches", "searches_and_answer", "answer", "none"] = "whole"
+    """The whole trajectory (as published), or its searches, its searches and its answer, its answer alone, each in its tags;
+    `none` is the null test of the method: the teacher's prompt is the plain one."""
+    max_tokens: Positive | None = None
+    """Most tokens of the teacher's prompt and the response together. Without it as many as the policy's context holds."""
+    shorten: Literal["passages", "evenly", "never"] = "passages"
+    """How a whole reference that does not fit is shortened: the last `passages` of its observations are left out, or all are
+    cut `evenly`, to as many of their first words. Its actions never are; what still does not fit is left out and counted."""
+
+
+WHOLE = ReferenceConfig()
+"""As published."""
+
+
 class PairsConfig(Section):
+    """Who is shown to the teacher, and who learns from it. `docs/distillation.md` tells more."""
+
     students: Positive = 1
-    """Most pairs of one question; they share the reference."""
+    """Most students of one reference; each makes a pair."""
+    students_by: Literal["wrong_first", "all_wrong", "longest", "random"] = "wrong_first"
+    """Which siblings come first: wrong ones, then correct but less efficient ones, the most divergent first; every wrong one,
+    however many; of the wrong and the less efficient ones those with most sampled tokens; or any of them."""
+    references: Positive = 1
+    """Most references of one question; each makes pairs of its own, and none of them is a student."""
+    references_by: Literal["fewest_searches", "random"] = "fewest_searches"
+    """Which correct trajectory is shown: that with the fewest searches (ties: fewest sampled tokens), or any of them. Further
+    references by `fewest_searches` are as efficient as the first."""
 
 
 class LeadConfig(Section):
@@ -174,6 +201,8 @@ class LeadConfig(Section):
     """Trajectories sampled for each pair, each prompt and each kind of start."""
     minimum: float = 0.02
     """Lead in EM (privileged minus plain, from the question on) below which distillation is refused."""
+    gate: Literal["mean", "low"] = "mean"
+    """What must reach `minimum`: the measured lead, or the lower end of its 95% interval."""
     enforce: bool = True
     """Refuse to distil without a lead. Turned off, the lead is measured and reported only."""
 
@@ -314,6 +343,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     grpo: GrpoConfig = GrpoConfig()
     pool: PoolConfig = PoolConfig()
+    reference: ReferenceConfig = ReferenceConfig()
     pairs: PairsConfig = PairsConfig()
     lead: LeadConfig = LeadConfig()
     distill: DistillConfig = DistillConfig()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -173,21 +173,35 @@ def _share(value: float | None, unknown: str = "") -> str:
     return unknown if value is None else f"{value:.3f}"
 
 
-def lead_table(lead: "Lead") -> Table:
-    """Plain against privileged prompt."""
-    table = _table(f"The teacher's lead: {lead.lead:+.3f} EM (95% {lead.low:+.3f} to {lead.high:+.3f})")
+def lead_table(lead: "Lead") -> RenderableType:
+    """Plain against privileged prompt, then where teacher and student disagree. Fits 80 columns."""
+    sampling, divergence = _table(None), _table(None)
     for heading in ("prompt", "EM", "EM off track", "searches", "tokens"):
-        table.add_column(heading, justify="left" if heading == "prompt" else "right")
+        sampling.add_column(heading, justify="left" if heading == "prompt" else "right")
     for name in ("plain", "privileged"):
         off_track = getattr(lead, f"em_{name}_off_track")
-        table.add_row(
+        sampling.add_row(
             name,
             f"{getattr(lead, f'em_{name}'):.3f}",
             "" if off_track is None else f"{off_track:.3f}",
             f"{getattr(lead, f'searches_{name}'):.2f}",
             f"{getattr(lead, f'tokens_{name}'):.0f}",
         )
-    return table
+    for heading in ("sampled token", "number", "KL, nats", "share of KL"):
+        divergence.add_column(heading, justify="left" if heading == "sampled token" else "right")
+    for kind, part in lead.kl.items():
+        divergence.add_row(kind, str(part.tokens), f"{part.mean:.4f}", f"{part.share:.1%}")
+    return Group(
+        Text(f"The teacher's lead: {lead.lead:+.3f} EM (95% {lead.low:+.3f} to {lead.high:+.3f})", style="italic"),
+        Text(
+            f"{lead.pairs} held-out pairs, {lead.shortened} of them with a shortened reference; {lead.too_long} too long",
+            style="italic",
+        ),
+        sampling,
+        "",
+        Text("What the students did, and how far the teacher is from it", style="italic"),
+        divergence,
+    )
 
 
 def show_turn(console: Console, turn: Turn) -> None:

@@ -80,7 +80,7 @@ def train(config: Config, watch: Watch = unwatched) -> Summary:
                 policy = grpo.path / "policy"
                 summary.evaluate(f"grpo-{round}", policy)
             pool = summary.add(stages.pool(policy, round))
-            pairs = summary.add(stages.pairs(pool.path, round))
+            pairs = summary.add(stages.pairs(policy, pool.path, round))
             lead = summary.add(stages.lead(policy, pairs.path, round)) if pairs.manifest.result["train_pairs"] else None
             if lead is None:
                 summary.refuse(round, pairs, None, "no pairs: " + _why_no_pairs(pairs))

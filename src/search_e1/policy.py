@@ -1,6 +1,8 @@
 """A policy on disk and in memory: a plain Hugging Face directory plus the prompts it works under."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from search_e1.config import LoraConfig, PolicyConfig
 from search_e1.errors import ModelError
@@ -34,6 +36,15 @@ class Policy:
             self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         self.prompts.save(directory)
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """What a policy reads with: all of it but the weights."""
+
+    tokenizer: Any
+    prompts: Prompts
+    context_length: int
 
 
 def resolve(model: str) -> Path | str:
@@ -63,26 +74,44 @@ def load(model: str | Path, config: PolicyConfig, prompts: Prompts | None = None
     Raises:
         ModelError: the directory is none, or what is in it does not load.
     """
-    source = resolve(str(model))
-    try:
-        with no_bars():
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-            weights = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=getattr(torch, config.dtype),
-                trust_remote_code=config.trust_remote_code,
-                use_safetensors=True,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"policy.model = {str(model)!r} does not load: {str(error).strip().splitlines()[0]}"
-        ) from error
+    reader = load_reader(model, config, prompts)
+    with _loading(model) as source:
+        weights = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=getattr(torch, config.dtype),
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+        )
+    weights.to(device(config.device))  # type: ignore[arg-type]
+    return Policy(weights, reader.tokenizer, reader.prompts)
+
+
+def load_reader(model: str | Path, config: PolicyConfig, prompts: Prompts | None = None) -> Reader:
+    """Load all of a policy but its weights.
+
+    Raises:
+        ModelError: as ``load``.
+    """
+    with _loading(model) as source:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        settings = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if prompts is None:
         prompts = Prompts.of_policy(source) if isinstance(source, Path) else Prompts()
-    weights.to(device(config.device))  # type: ignore[arg-type]
-    return Policy(weights, tokenizer, prompts)
+    return Reader(tokenizer, prompts, settings.get_text_config().max_position_embeddings)
+
+
+@contextmanager
+def _loading(model: str | Path) -> Iterator[Path | str]:
+    source = resolve(str(model))
+    try:
+        with no_bars():
+            yield source
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"policy.model = {str(model)!r} does not load: {str(error).strip().splitlines()[0]}"
+        ) from error
 
 
 def accelerators(config: PolicyConfig) -> int:

@@ -23,6 +23,7 @@ CORRECTION = (
     "If I want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
 )
 _TAG = re.compile(r"<(/?\s*(?:think|search|information|answer)\s*)>", re.IGNORECASE)
+_PASSAGE_START = re.compile(r"^(?=Doc \d+\(Title: )", re.MULTILINE)
 _FILE = "search_e1.json"
 
 
@@ -92,7 +93,10 @@ def plain_prompt(tokenizer, prompts: Prompts, question: str) -> tuple[int, ...]:
 
 
 def privileged_prompt(tokenizer, prompts: Prompts, question: str, reference: str) -> tuple[int, ...]:
-    """Ids of the teacher's prompt. ``reference`` is ``Trajectory.text`` of the trajectory to show, whole."""
+    """Ids of the teacher's prompt. ``reference`` is what ``privileged.show`` makes of the trajectory to show; if that is
+    nothing, the prompt is the plain one."""
+    if not reference:
+        return plain_prompt(tokenizer, prompts, question)
     # `str.replace`, not `str.format`: references and questions are full of braces.
     message = prompts.privileged.replace("{instruction}", _instruction(tokenizer, prompts, question))
     return _encode_message(tokenizer, message.replace("{reference}", _break_special_tokens(tokenizer, reference)))
@@ -155,3 +159,25 @@ def observation(tokenizer, passages: Sequence[Passage], max_tokens: int) -> tupl
         # Give back as many characters of the body as its last `excess` tokens cover, and look again.
         ends = [end for _, end in encoded["offset_mapping"] if end - len(INFORMATION_OPEN) <= room]
         room = max(0, min(room - 1, ends[-excess - 1] - len(INFORMATION_OPEN) if len(ends) > excess else 0))
+
+
+def passages_of(observation: str) -> list[str] | None:
+    """The passages in the text of an observation, from ``Doc`` to the new line; ``None`` if it holds no information.
+
+    The inverse is ``with_passages``.
+    """
+    if not (observation.startswith(INFORMATION_OPEN) and observation.endswith(INFORMATION_CLOSE)):
+        return None
+    body = observation[len(INFORMATION_OPEN) : -len(INFORMATION_CLOSE)]
+    return [piece for piece in _PASSAGE_START.split(body) if piece.strip()]
+
+
+def with_passages(passages: Sequence[str]) -> str:
+    """The text of an observation that holds ``passages``, each with its new line."""
+    return INFORMATION_OPEN + ("".join(passages) or "\n") + INFORMATION_CLOSE
+
+
+def split_passage(passage: str) -> tuple[str, str]:
+    """``"Doc 1(Title: Bel) A city."`` -> ``("Bel", "A city.")``; no title: a passage cut short within it."""
+    head, closing, text = passage.partition(") ")
+    return (head.partition("(Title: ")[2], text.strip()) if closing else ("", passage.strip())

@@ -20,10 +20,10 @@ from search_e1 import runs, tracking
 from search_e1.config import Config
 from search_e1.data.corpus import read_corpus
 from search_e1.data.questions import load_many, load_questions, subset
-from search_e1.distill import pairs as mining
+from search_e1.distill import files as pair_files
 from search_e1.distill import profile, teacher
 from search_e1.distill import trainer as distill_trainer
-from search_e1.errors import ConfigError, DataError, ModelError
+from search_e1.errors import ConfigError, DataError, ModelError, RunError
 from search_e1.evaluation import ceiling as ceilings
 from search_e1.evaluation.evaluate import evaluate
 from search_e1.evaluation.results import EVALUATION, Evaluation
@@ -39,7 +39,7 @@ from search_e1.retrieval.passages import Passages
 from search_e1.rollout import pool
 from search_e1.rollout.hf import HFGenerator
 from search_e1.runs import Artifact
-from search_e1.types import Pair, Question
+from search_e1.types import Question
 from search_e1.warmstart.stage import warm_start
 
 Watch = Callable[[str], AbstractContextManager[Progress]]
@@ -198,10 +198,10 @@ class Stages:
         def train(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
             return grpo_trainer.train(
                 self._policy(policy), self.train_questions, self.retriever, self.config.grpo, self.config.rollout,
-                seed=seed, out=out, progress=progress, track=self._track,
+                self.config.reference, seed=seed, out=out, progress=progress, track=self._track,
             )  # fmt: skip
 
-        return self._stage(f"grpo-{round}", out, ("grpo", "rollout"), self._asking(policy), train)
+        return self._stage(f"grpo-{round}", out, ("grpo", "rollout", "reference"), self._asking(policy), train)
 
     def pool(self, policy: str | Path, round: int, out: Path | None = None) -> Artifact:
         """Groups sampled from ``policy``, in ``groups.jsonl``."""
@@ -216,58 +216,81 @@ class Stages:
 
         return self._stage(f"pool-{round}", out, ("pool", "rollout"), self._asking(policy), sample)
 
-    def pairs(self, pool_path: Path, round: int, out: Path | None = None) -> Artifact:
-        """Pairs mined from a pool: ``train.jsonl``, and ``held_out.jsonl`` that the lead is measured on."""
+    def pairs(
+        self, policy: str | Path, pool_path: Path, round: int, out: Path | None = None, *, other_policy: bool = False
+    ) -> Artifact:
+        """Pairs mined from a pool of ``policy``: ``train.jsonl``, and ``held_out.jsonl`` that the lead is measured on.
+
+        Raises:
+            RunError: another policy sampled the pool, unless ``other_policy`` allows it.
+            DataError: another tokenizer did.
+        """
+        sampled_by = self._sampled_by(pool_path, policy, other_policy)
 
         def select(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
-            pairs, health = mining.select(pool.read(pool_path / pool.FILE), self.config.pairs)
-            train, held_out = teacher.hold_out(pairs, self.config.lead, seed)
-            for name, part in (("train", train), ("held_out", held_out)):
-                (out / f"{name}.jsonl").write_text("".join(pair.model_dump_json() + "\n" for pair in part))
-            return {**health.model_dump(), "train_pairs": len(train), "held_out_pairs": len(held_out)}
+            reader = policies.load_reader(policy, self.config.policy, self.config.prompts)
+            return pair_files.mine(pool_path / pool.FILE, reader, self.config, seed=seed, out=out)
 
-        inputs = {"pool": runs.checksum(pool_path / pool.FILE)} if (pool_path / pool.FILE).is_file() else {}
-        return self._stage(f"pairs-{round}", out, ("pairs", "lead"), inputs, select)
+        inputs = {"policy": sampled_by, "reader": self._checksum(policy)}
+        if (pool_path / pool.FILE).is_file():
+            inputs["pool"] = runs.checksum(pool_path / pool.FILE)
+        return self._stage(f"pairs-{round}", out, ("reference", "pairs", "lead"), inputs, select)
 
-    def lead(self, policy: str | Path, pairs_path: Path, round: int, out: Path | None = None) -> Artifact:
+    def lead(
+        self, policy: str | Path, pairs_path: Path, round: int, out: Path | None = None, *, other_policy: bool = False
+    ) -> Artifact:
         """How much better ``policy`` is when it sees the reference, on the held-out pairs; in ``lead.json``. The
         per-token divergence of these pairs is in ``kl.jsonl``.
 
         Raises:
-            DataError: no pair is held out, so that nothing can be measured.
+            DataError: no pair is held out, so that nothing can be measured; or pairs of another tokenizer.
+            RunError: pairs of another policy, unless ``other_policy`` allows them.
         """
+        self._sampled_by(pairs_path, policy, other_policy)
 
         def measure(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
             loaded = self._policy(policy)
+            pairs = pair_files.read(pairs_path / pair_files.HELD_OUT, loaded.tokenizer)
             measured, divergences = teacher.measure(
-                loaded, self._generator(loaded), self.retriever, read_pairs(pairs_path / "held_out.jsonl"), self.config.lead,
-                self.config.rollout, temperature=self.config.pool.temperature, seed=seed, progress=progress,
+                loaded, self._generator(loaded), self.retriever, pairs, self.config.lead, self.config.rollout,
+                temperature=self.config.pool.temperature, seed=seed, progress=progress,
             )  # fmt: skip
             (out / "lead.json").write_text(measured.model_dump_json(indent=2) + "\n")
             lines = "".join(row.model_dump_json() + "\n" for row in divergences)
             (out / profile.FILE).write_text(lines, encoding="utf-8")
             return measured.model_dump()
 
-        inputs = {**self._asking(policy), "pairs": runs.checksum(pairs_path / "held_out.jsonl")}
+        inputs = {**self._asking(policy), "pairs": runs.checksum(pairs_path / pair_files.HELD_OUT)}
         return self._stage(f"lead-{round}", out, ("lead", "rollout"), inputs, measure)
 
     def distill(
-        self, policy: str | Path, pairs_path: Path, lead_path: Path, round: int, out: Path | None = None
+        self,
+        policy: str | Path,
+        pairs_path: Path,
+        lead_path: Path,
+        round: int,
+        out: Path | None = None,
+        *,
+        other_policy: bool = False,
     ) -> Artifact:
         """``policy`` distilled on the pairs and merged; the new one is in ``policy/``.
 
         Raises:
+            DataError: no pairs, or pairs of another tokenizer.
+            RunError: pairs of another policy, unless ``other_policy`` allows them.
             NoLeadError: the measured lead does not pass the gate; nothing is trained.
         """
+        self._sampled_by(pairs_path, policy, other_policy)
         teacher.gate(teacher.Lead.model_validate_json((lead_path / "lead.json").read_text()), self.config.lead)
 
         def train(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
+            loaded = self._policy(policy)
             return distill_trainer.train(
-                self._policy(policy), read_pairs(pairs_path / "train.jsonl"), self.config.distill,
+                loaded, pair_files.read(pairs_path / pair_files.TRAIN, loaded.tokenizer), self.config.distill,
                 seed=seed, out=out, progress=progress, track=self._track,
             )  # fmt: skip
 
-        inputs = {"policy": self._checksum(policy), "pairs": runs.checksum(pairs_path / "train.jsonl")}
+        inputs = {"policy": self._checksum(policy), "pairs": runs.checksum(pairs_path / pair_files.TRAIN)}
         return self._stage(f"ofsd-{round}", out, ("distill",), inputs, train)
 
     def ceiling(self) -> Artifact:
@@ -387,6 +410,20 @@ class Stages:
         start = {} if policy is None else {"policy": self._checksum(policy)}
         return {**start, "retrieval": self._retrieval_checksum(), **train, **limit}
 
+    def _sampled_by(self, path: Path, policy: str | Path, other_policy: bool) -> str:
+        """Checksum of the policy whose trajectories a pool or pairs hold: ``policy``, unless another is allowed.
+
+        Where there is no manifest, nobody knows; another tokenizer is still told by the ids.
+        """
+        given = self._checksum(policy)
+        known = runs.read(path).manifest.inputs.get("policy") if (path / runs.MANIFEST).exists() else None
+        if known in (None, given) or other_policy:
+            return known or given
+        raise RunError(
+            f"{path}: sampled by another policy than {policy} (checksum {known[:12]} there, {given[:12]} given); give the "
+            "policy that sampled it with --policy, or sample a new pool, or allow it with --allow-other-policy"
+        )
+
     def _policy(self, policy: str | Path) -> Policy:
         return policies.load(policy, self.config.policy, self.config.prompts)
 
@@ -402,25 +439,6 @@ class Stages:
         if retrieval.url:
             return self._server.checksum or retrieval.cache_key or retrieval.url
         return self._index.checksum
-
-
-def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a file that the pairs stage wrote.
-
-    Raises:
-        DataError: the file is not there, or a line is not a pair; names it.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; give pairs made by `search-e1 pairs`") from error
-    pairs = []
-    for number, line in enumerate(lines, 1):
-        try:
-            pairs.append(Pair.model_validate_json(line))
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not a pair; make the pairs again") from error
-    return pairs
 
 
 def read_evaluation(artifact: Artifact) -> Evaluation:

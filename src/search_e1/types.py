@@ -175,6 +175,10 @@ class Pair(Record):
     question: Question
     reference: Trajectory
     student: Trajectory
+    reference_shown: str | None = None
+    """What the teacher sees of the reference, if that is not all of it; empty: nothing."""
+    shortened: bool = False
+    """Passages of the reference were cut so that the teacher's prompt fits."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -183,3 +187,8 @@ class Pair(Record):
         if {self.reference.question_id, self.student.question_id} != {self.question.id}:
             raise ValueError("a pair across questions")
         return self
+
+    @property
+    def shown(self) -> str:
+        """What the teacher sees of the reference: the same text when the lead is measured and when it is distilled."""
+        return self.reference.text if self.reference_shown is None else self.reference_shown

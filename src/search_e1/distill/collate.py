@@ -87,7 +87,7 @@ def encode(
         DataError: the teacher's row, or the student's, is longer than ``context_length``; see ``fits``.
     """
     student_prompt = pair.student.prompt_ids
-    teacher_prompt = privileged_prompt(tokenizer, prompts, pair.question.text, pair.reference.text)
+    teacher_prompt = prompt_of_teacher(tokenizer, prompts, pair)
     response = pair.student.response_ids
     longest = max(len(student_prompt), len(teacher_prompt)) + len(response)
     if context_length is not None and longest > context_length:
@@ -119,9 +119,14 @@ def _loss_tokens(tokenizer: Any, pair: Pair, tokens: Tokens) -> tuple[list[int],
     return [offset for offset, _ in chosen], [kind for _, kind in chosen]
 
 
+def prompt_of_teacher(tokenizer: Any, prompts: Prompts, pair: Pair) -> tuple[int, ...]:
+    """What the teacher reads before the response, here and when its lead is measured."""
+    return privileged_prompt(tokenizer, prompts, pair.question.text, pair.shown)
+
+
 def fits(tokenizer: Any, prompts: Prompts, pair: Pair, context_length: int) -> bool:
     """Whether ``encode`` takes the pair."""
-    prompt = privileged_prompt(tokenizer, prompts, pair.question.text, pair.reference.text)
+    prompt = prompt_of_teacher(tokenizer, prompts, pair)
     return max(len(prompt), len(pair.student.prompt_ids)) + len(pair.student.response_ids) <= context_length
 
 

@@ -9,15 +9,22 @@ where inserting or deleting an action costs 1, and replacing x by y costs 1 if t
 ``1 - |W(x) & W(y)| / |W(x) | W(y)|`` with W the set of words of the argument after EM's normalisation.
 """
 
-from collections.abc import Iterable, Sequence
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
+from typing import NamedTuple
 
 from search_e1.config import PairsConfig
+from search_e1.privileged import Shown
 from search_e1.scoring import normalize_answer
-from search_e1.types import Group, Pair, Record, StopReason, Trajectory, Turn
+from search_e1.types import Group, Pair, Question, Record, StopReason, Trajectory, Turn
 
 VERBOSE = 1.25
 """A correct sibling with as many searches as the reference is less efficient from this many times its sampled tokens on."""
+
+Show = Callable[[Question, Trajectory, Trajectory], Shown | None]
+"""Of a question, a reference and a student: what the teacher sees of the reference; ``None`` if that cannot be made to fit."""
 
 
 class PoolHealth(Record):
@@ -28,14 +35,20 @@ class PoolHealth(Record):
     never_correct: int
     """Without a pair: no trajectory is correct, so there is nothing to show."""
     nothing_to_learn: int
-    """Without a pair: no sibling is wrong, and none is less efficient than the reference."""
+    """Without a pair: no sibling is one to learn from its reference."""
+    none_fits: int
+    """Without a pair: those that there were are all too long."""
     usable: int
-    """With at least one pair; ``questions == never_correct + nothing_to_learn + usable``."""
+    """With at least one pair; ``questions == never_correct + nothing_to_learn + none_fits + usable``."""
     all_correct: int
     """Every trajectory is correct, usable or not."""
     pairs: int
     wrong_students: int
     """Pairs whose student is wrong; the other students are correct and less efficient."""
+    shortened: int
+    """Pairs whose teacher sees a reference without some of its passages, so that the prompt fits."""
+    too_long: int
+    """Pairs that were left out because no reference that may be shown fits; the next sibling took their place, if any."""
     em: float
     """Of all trajectories, like the next two."""
     searches: float
@@ -52,50 +65,170 @@ class PoolHealth(Record):
     """Of all trajectories."""
 
 
-def select(groups: Iterable[Group], config: PairsConfig) -> tuple[list[Pair], PoolHealth]:
+_COUNTS = ("questions", "all_correct", "never_correct", "nothing_to_learn", "none_fits", "usable", "too_long")
+
+
+class _Figures(NamedTuple):
+    """What is kept of a trajectory, so that a pool need not be in memory."""
+
+    reward: float
+    searches: int
+    tokens: int
+    stop_reason: StopReason
+
+
+def show_whole(question: Question, reference: Trajectory, student: Trajectory) -> Shown:
+    """A ``Show`` without limits."""
+    return Shown(reference.text)
+
+
+def select(
+    groups: Iterable[Group], config: PairsConfig, show: Show = show_whole, *, seed: int = 0
+) -> tuple[list[Pair], PoolHealth]:
     """The pairs of a pool, in the order of its groups, and what the pool was like.
 
-    The reference is ``Group.reference``: correct, with the fewest searches. Its students are at most ``config.students``
-    siblings: wrong ones first, then correct ones that are less efficient; within each the most divergent first. Of
-    siblings with the same ids one is enough. Remaining ties go by the order in the group.
+    What is drawn at random depends on ``seed`` and the question's id alone, not on the other groups.
     """
-    groups = list(groups)
     pairs: list[Pair] = []
-    never_correct = nothing_to_learn = 0
+    sampled: list[_Figures] = []
+    counts = dict.fromkeys(_COUNTS, 0)
     for group in groups:
-        reference = group.reference
-        students = find_students(group, reference)[: config.students] if reference else []
-        never_correct += reference is None
-        nothing_to_learn += reference is not None and not students
-        if reference:
-            pairs += [Pair(question=group.question, reference=reference, student=student) for student in students]
-    return pairs, _health(groups, pairs, never_correct, nothing_to_learn)
+        sampled += [_Figures(t.reward, t.searches, t.sampled_tokens, t.stop_reason) for t in group.trajectories]
+        counts["questions"] += 1
+        counts["all_correct"] += all(t.correct for t in group.trajectories)
+        references = find_references(group, config, seed)
+        made, too_long = _pairs(group, references, config, show, seed)
+        pairs += made
+        counts["too_long"] += too_long
+        if made:
+            counts["usable"] += 1
+        elif too_long:
+            counts["none_fits"] += 1
+        else:
+            counts["nothing_to_learn" if references else "never_correct"] += 1
+    return pairs, _health(sampled, pairs, counts)
 
 
-def find_students(group: Group, reference: Trajectory) -> list[Trajectory]:
-    """Every sibling that teaches something, the one to prefer first."""
+def _pairs(
+    group: Group, references: Sequence[Trajectory], config: PairsConfig, show: Show, seed: int
+) -> tuple[list[Pair], int]:
+    """The pairs of a group, and how many were too long."""
+    pairs: list[Pair] = []
+    too_long = 0
+    most = len(group.trajectories) if config.students_by == "all_wrong" else config.students
+    for reference in references:
+        kept = 0
+        for student in find_students(group, reference, config, seed):
+            if kept == most:
+                break
+            if any(student is other for other in references):
+                continue
+            shown = show(group.question, reference, student)
+            if shown is None:
+                too_long += 1
+                continue
+            kept += 1
+            pairs.append(
+                Pair(
+                    question=group.question,
+                    reference=reference,
+                    student=student,
+                    reference_shown=None if shown.text == reference.text else shown.text,
+                    shortened=shown.shortened,
+                )
+            )
+    return pairs, too_long
+
+
+def find_references(group: Group, config: PairsConfig, seed: int = 0) -> list[Trajectory]:
+    """The trajectories to show, at most ``config.references``, the one to prefer first; none if none is correct.
+
+    By ``fewest_searches`` the first is ``Group.reference`` (ties: fewest sampled tokens, then the order in the group), and
+    the others are no less efficient than it. Of trajectories with the same ids one is enough.
+    """
+    correct = [trajectory for trajectory in _distinct(group) if trajectory.correct]
+    if config.references_by == "random":
+        _random(seed, "reference", group).shuffle(correct)
+    else:
+        correct.sort(key=lambda t: (t.searches, t.sampled_tokens))
+        correct = [t for t in correct if not _less_efficient(t, correct[0])]
+    return correct[: config.references]
+
+
+def find_students(group: Group, reference: Trajectory, config: PairsConfig, seed: int = 0) -> list[Trajectory]:
+    """Every sibling that may learn from ``reference``, the one to prefer first.
+
+    That is one that is wrong or, except by ``all_wrong``, correct and less efficient: more searches, or ``VERBOSE`` times
+    the sampled tokens. By ``wrong_first`` wrong ones come first, and within each the most divergent; by ``all_wrong`` the
+    most divergent; by ``longest`` that with most sampled tokens. Remaining ties go by the order in the group. Of siblings
+    with the same ids one is enough.
+    """
+    students = [t for t in _distinct(group) if t.turns and (not t.correct or _less_efficient(t, reference))]
+    if config.students_by == "all_wrong":
+        students = [t for t in students if not t.correct]
+    if config.students_by == "random":
+        _random(seed, "student", group).shuffle(students)
+    elif config.students_by == "longest":
+        students.sort(key=lambda t: -t.sampled_tokens)
+    else:
+        students.sort(key=lambda t: (t.correct, -divergence(reference, t)))
+    return students
+
+
+def _distinct(group: Group) -> list[Trajectory]:
     distinct: dict[tuple[int, ...], Trajectory] = {}
     for trajectory in group.trajectories:
         distinct.setdefault(trajectory.response_ids, trajectory)
-    siblings = [t for t in distinct.values() if t.turns and (not t.correct or _less_efficient(t, reference))]
-    return sorted(siblings, key=lambda t: (t.correct, -divergence(reference, t)))
+    return list(distinct.values())
+
+
+def _random(seed: int, what: str, group: Group) -> random.Random:
+    return random.Random(f"{seed}/{what}/{group.question.id}")
 
 
 def _less_efficient(sibling: Trajectory, reference: Trajectory) -> bool:
     return sibling.searches > reference.searches or sibling.sampled_tokens >= VERBOSE * reference.sampled_tokens
 
 
+class Step(NamedTuple):
+    """Two actions side by side: what replacing ``a`` by ``b`` costs, or 1 where one of them is missing."""
+
+    a: Turn | None
+    b: Turn | None
+    cost: float
+
+
+_Way = tuple[float, int, list[Step]]
+"""Cost, steps without a partner, steps."""
+
+
 def divergence(a: Trajectory, b: Trajectory) -> float:
     """How differently two trajectories acted, in [0, 1]; the module's head has the formula."""
-    if not a.turns or not b.turns:
-        return float(bool(a.turns) != bool(b.turns))
-    previous = [float(j) for j in range(len(b.turns) + 1)]
-    for i, x in enumerate(a.turns, 1):
-        row = [float(i)]
-        for j, y in enumerate(b.turns, 1):
-            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + _replacement(x, y)))
-        previous = row
-    return previous[-1] / max(len(a.turns), len(b.turns))
+    return sum(step.cost for step in align(a, b)) / max(len(a.turns), len(b.turns), 1)
+
+
+def align(a: Trajectory, b: Trajectory) -> list[Step]:
+    """The cheapest way from the actions of ``a`` to those of ``b``, in order; of equally cheap ones the one that keeps most
+    actions side by side."""
+    ways: list[list[_Way]] = []  # for each pair of prefixes
+    for i in range(len(a.turns) + 1):
+        ways.append([])
+        for j in range(len(b.turns) + 1):
+            options: list[_Way] = [] if i or j else [(0.0, 0, [])]
+            if i and j:
+                x, y = a.turns[i - 1], b.turns[j - 1]
+                options.append(_longer(ways[i - 1][j - 1], Step(x, y, _replacement(x, y))))
+            if i:
+                options.append(_longer(ways[i - 1][j], Step(a.turns[i - 1], None, 1.0)))
+            if j:
+                options.append(_longer(ways[i][j - 1], Step(None, b.turns[j - 1], 1.0)))
+            ways[i].append(min(options, key=lambda way: way[:2]))
+    return ways[-1][-1][2]
+
+
+def _longer(way: _Way, step: Step) -> _Way:
+    cost, missing, steps = way
+    return cost + step.cost, missing + (step.a is None or step.b is None), [*steps, step]
 
 
 def _replacement(x: Turn, y: Turn) -> float:
@@ -106,28 +239,24 @@ def _replacement(x: Turn, y: Turn) -> float:
     return 1 - len(words_x & words_y) / len(union) if union else 0.0
 
 
-def _health(groups: Sequence[Group], pairs: Sequence[Pair], never_correct: int, nothing_to_learn: int) -> PoolHealth:
-    trajectories = [t for group in groups for t in group.trajectories]
+def _health(sampled: Sequence[_Figures], pairs: Sequence[Pair], counts: dict[str, int]) -> PoolHealth:
     references, students = [p.reference for p in pairs], [p.student for p in pairs]
-    stop_reasons = [t.stop_reason for t in trajectories]
+    stop_reasons = Counter(t.stop_reason for t in sampled)
     return PoolHealth(
-        questions=len(groups),
-        trajectories=len(trajectories),
-        never_correct=never_correct,
-        nothing_to_learn=nothing_to_learn,
-        usable=len(groups) - never_correct - nothing_to_learn,
-        all_correct=sum(all(t.correct for t in group.trajectories) for group in groups),
+        **counts,
+        trajectories=len(sampled),
         pairs=len(pairs),
         wrong_students=sum(not t.correct for t in students),
-        em=_mean(t.reward for t in trajectories),
-        searches=_mean(t.searches for t in trajectories),
-        tokens=_mean(t.sampled_tokens for t in trajectories),
+        shortened=sum(pair.shortened for pair in pairs),
+        em=_mean(t.reward for t in sampled),
+        searches=_mean(t.searches for t in sampled),
+        tokens=_mean(t.tokens for t in sampled),
         reference_searches=_mean(t.searches for t in references),
         reference_tokens=_mean(t.sampled_tokens for t in references),
         student_searches=_mean(t.searches for t in students),
         student_tokens=_mean(t.sampled_tokens for t in students),
         divergence=_mean(divergence(p.reference, p.student) for p in pairs),
-        stop_reasons={reason: stop_reasons.count(reason) for reason in StopReason},
+        stop_reasons={reason: stop_reasons[reason] for reason in StopReason},
     )
 
 

@@ -7,17 +7,16 @@ middle of what a wrong student did ("off track"), which is where distillation as
 import math
 import random
 from collections.abc import Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 
 import torch
 
 from search_e1.config import LeadConfig, RolloutConfig
-from search_e1.distill.collate import TokenClass, context_length, fits
+from search_e1.distill.collate import TokenClass, context_length, fits, prompt_of_teacher
 from search_e1.distill.profile import ClassKL, PairKL, by_class, pair_kl
 from search_e1.errors import DataError, NoLeadError
 from search_e1.policy import Policy
 from search_e1.progress import Progress, silent
-from search_e1.prompts import privileged_prompt
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout import loop
 from search_e1.rollout.generator import Generator
@@ -30,12 +29,14 @@ class Lead(Record):
     pairs: int
     too_long: int
     """Held-out pairs left out because the policy's context cannot hold them with the reference in the prompt."""
+    shortened: int = 0
+    """Pairs whose reference lacks some of its passages, so that the prompt fits."""
     samples: int
     """Trajectories for each pair, prompt and kind of start."""
     em_plain: float
     em_privileged: float
     low: float
-    """Lower end of the 95% interval of the lead (normal, over pairs); -1 if there is but one pair."""
+    """Lower end of the 95% interval of the lead, over pairs; see ``interval``."""
     high: float
     searches_plain: float
     searches_privileged: float
@@ -109,11 +110,12 @@ def measure(
     outcomes = _sample(policy, generator, retriever, kept, begins, config, rollout, temperature, progress)
     plain, privileged = outcomes[0][: len(kept)], outcomes[1][: len(kept)]
     plain_off, privileged_off = outcomes[0][len(kept) :], outcomes[1][len(kept) :]
-    low, high = _interval([_em(b) - _em(a) for a, b in zip(plain, privileged, strict=True)])
+    low, high = interval([_em(b) - _em(a) for a, b in zip(plain, privileged, strict=True)])
     divergences = pair_kl(policy, kept)
     lead = Lead(
         pairs=len(kept),
         too_long=len(first) - len(kept),
+        shortened=sum(pair.shortened for pair in kept),
         samples=config.samples,
         em_plain=fmean(map(_em, plain)),
         em_privileged=fmean(map(_em, privileged)),
@@ -136,13 +138,18 @@ def gate(lead: Lead, config: LeadConfig) -> None:
     """Let a distillation pass, or refuse it.
 
     Raises:
-        NoLeadError: the lead is below ``config.minimum`` and ``config.enforce`` is on.
+        NoLeadError: what ``config.gate`` names is below ``config.minimum``, and ``config.enforce`` is on.
     """
-    if config.enforce and not lead.lead >= config.minimum:
+    measured = lead.lead if config.gate == "mean" else lead.low
+    if config.enforce and not measured >= config.minimum:
+        sure = "" if config.gate == "mean" or lead.lead < config.minimum else " for sure"
+        less = "less than" if config.gate == "mean" else "whose lower end is less than"
         raise NoLeadError(
-            f"the teacher does not lead: EM {lead.em_privileged:.3f} with the reference in the prompt, {lead.em_plain:.3f} "
-            f"without (lead {lead.lead:+.3f}, 95% {lead.low:+.3f} to {lead.high:+.3f}, {lead.pairs} pairs), less than "
-            f"lead.minimum = {config.minimum:g}; mend prompts.privileged, or train the policy so that it still follows a "
+            f"the teacher does not lead{sure}: EM {lead.em_privileged:.3f} with the reference in the prompt, "
+            f"{lead.em_plain:.3f} without (lead {lead.lead:+.3f}, 95% {lead.low:+.3f} to {lead.high:+.3f}, {lead.pairs} "
+            f"pairs), {less} lead.minimum = {config.minimum:g}; "
+            + ("raise lead.pairs; or " if sure else "")
+            + "mend prompts.privileged, or train the policy so that it still follows a "
             "reference (grpo.replay, a lower grpo.learning_rate), or set lead.enforce = false"
         )
 
@@ -168,9 +175,7 @@ def _sample(
 ) -> list[list[list[Trajectory]]]:
     """For the plain prompt, then the privileged: the samples of each begin (a pair's index and its first turns)."""
     plain = [pair.student.prompt_ids for pair in pairs]
-    privileged = [
-        privileged_prompt(policy.tokenizer, policy.prompts, pair.question.text, pair.reference.text) for pair in pairs
-    ]
+    privileged = [prompt_of_teacher(policy.tokenizer, policy.prompts, pair) for pair in pairs]
     longer = max(len(b) - len(a) for a, b in zip(plain, privileged, strict=True))
     roomier = rollout.model_copy(update={"max_tokens": rollout.max_tokens + max(0, longer)})
     total = 2 * config.samples * len(begins)
@@ -199,9 +204,15 @@ def _em(samples: Sequence[Trajectory]) -> float:
     return fmean(t.reward for t in samples)
 
 
-def _interval(differences: Sequence[float]) -> tuple[float, float]:
-    """95%, normal, of the mean of paired differences in EM; all that is possible if there is but one."""
-    if len(differences) < 2:
-        return -1.0, 1.0
-    half = 1.96 * stdev(differences) / math.sqrt(len(differences))
-    return fmean(differences) - half, fmean(differences) + half
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of the mean of paired differences in [-1, 1] (EM with the reference minus EM without).
+
+    Agresti and Min's (Statistics in Medicine 24, 2005) for matched proportions: normal, after half an observation is added
+    to each cell of the table (+1, -1 and twice 0). The plain normal interval has no width where all pairs agree, and is too
+    narrow for few pairs; so is the bootstrap.
+    """
+    n = len(differences) + 2
+    mean = sum(differences) / n
+    variance = (sum(d * d for d in differences) + 1) / n - mean**2
+    half = 1.96 * math.sqrt(variance / n)
+    return max(-1.0, mean - half), min(1.0, mean + half)

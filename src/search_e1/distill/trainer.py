@@ -60,8 +60,9 @@ def train(
     counted.
 
     Returns:
-        pairs, pairs_too_long, positions (sampled tokens in the loss, an epoch), steps, kl_first and kl_last (mean clipped
-        divergence in nats a token over the first and the last tenth of the steps), seconds.
+        pairs, pairs_too_long, pairs_shortened (whose reference lacks passages, so that it fits), positions (sampled tokens
+        in the loss, an epoch), steps, kl_first and kl_last (mean clipped divergence in nats a token over the first and the
+        last tenth of the steps), seconds.
 
     Raises:
         DataError: no pair, or none that fits.
@@ -99,6 +100,7 @@ def train(
     return {
         "pairs": len(rows),
         "pairs_too_long": len(pairs) - len(rows),
+        "pairs_shortened": sum(pair.shortened for pair in pairs),
         "positions": sum(len(row["student_positions"]) for row in rows),
         "steps": len(log.losses),
         "kl_first": fmean(log.losses[:tenth]),

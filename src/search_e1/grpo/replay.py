@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from search_e1.config import ReplayConfig
+from search_e1.config import WHOLE, ReferenceConfig, ReplayConfig
+from search_e1.privileged import room, show
 from search_e1.prompts import Prompts, privileged_prompt
 from search_e1.types import ActionKind, Group, Turn
 
@@ -28,14 +29,20 @@ class Example:
 
 
 def examples(
-    tokenizer: Any, prompts: Prompts, groups: Iterable[Group], config: ReplayConfig, context_length: int
+    tokenizer: Any,
+    prompts: Prompts,
+    groups: Iterable[Group],
+    config: ReplayConfig,
+    context_length: int,
+    shown: ReferenceConfig = WHOLE,
 ) -> list[Example]:
     """At most ``config.examples_per_step`` examples, at most one a group, of the first groups that have a reference.
 
-    An example that does not fit into ``context_length`` is left out.
+    An example that does not fit into ``context_length``, shortened as ``shown`` says, is left out. None are made where
+    ``shown`` shows nothing that could be followed.
     """
     made: list[Example] = []
-    if not config.weight:
+    if not config.weight or shown.shows == "none":
         return made
     for group in groups:
         if len(made) == config.examples_per_step:
@@ -46,21 +53,20 @@ def examples(
         # Spreads the detours evenly: with a share of 0.5 every second example has one.
         wants_detour = int((number + 1) * config.detours) > int(number * config.detours)
         detour = _detour(group) if wants_detour else ()
-        example = _example(tokenizer, prompts, group, detour)
-        if len(example.prompt_ids) + len(example.response_ids) <= context_length:
-            made.append(example)
+        off_track = tuple(i for turn in detour for i in turn.action_ids + turn.observation_ids)
+        response = off_track + group.reference.response_ids
+        left = room(shown, context_length, len(response))
+        text = show(tokenizer, prompts, group.question.text, group.reference, shown, left)
+        if text is None:
+            continue
+        made.append(
+            Example(
+                prompt_ids=privileged_prompt(tokenizer, prompts, group.question.text, text.text),
+                response_ids=response,
+                loss_mask=(0,) * len(off_track) + group.reference.action_mask,
+            )
+        )
     return made
-
-
-def _example(tokenizer: Any, prompts: Prompts, group: Group, detour: Sequence[Turn]) -> Example:
-    reference = group.reference
-    assert reference is not None
-    off_track = tuple(i for turn in detour for i in turn.action_ids + turn.observation_ids)
-    return Example(
-        prompt_ids=privileged_prompt(tokenizer, prompts, group.question.text, reference.text),
-        response_ids=off_track + reference.response_ids,
-        loss_mask=(0,) * len(off_track) + reference.action_mask,
-    )
 
 
 def _detour(group: Group) -> tuple[Turn, ...]:

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
-from search_e1.config import GrpoConfig, RolloutConfig
+from search_e1.config import WHOLE, GrpoConfig, ReferenceConfig, RolloutConfig
 from search_e1.errors import ConfigError, DataError, TrainingError
 from search_e1.grpo import batching, replay
 from search_e1.grpo.record import Recorder, summarize
@@ -90,6 +90,7 @@ def train(
     retriever: Retriever,
     config: GrpoConfig,
     limits: RolloutConfig,
+    shown: ReferenceConfig = WHOLE,
     *,
     seed: int,
     out: Path,
@@ -97,6 +98,8 @@ def train(
     track: Track = untracked,
 ) -> dict[str, float]:
     """Train ``policy`` in place; write it to ``out/policy`` and one line a step to ``out/steps.jsonl``.
+
+    ``shown`` is what examples of reference following show.
 
     Returns:
         The stage's figures: steps and seconds; mean reward of the first and of the last quarter of the steps; the share
@@ -124,7 +127,7 @@ def train(
                     reward_funcs=exact_match,
                     train_dataset=Dataset.from_dict({"prompt": batching.order(questions, config, seed)}),
                     processing_class=policy.tokenizer,
-                    rollout_func=_Rollouts(policy, questions, retriever, config, limits),
+                    rollout_func=_Rollouts(policy, questions, retriever, config, limits, shown),
                     replay_weight=config.replay.weight,
                     bad_batch=out / BAD_BATCH,
                     on_step=recorder,
@@ -219,12 +222,14 @@ class _Rollouts:
         retriever: Retriever,
         config: GrpoConfig,
         limits: RolloutConfig,
+        shown: ReferenceConfig,
     ) -> None:
         self.policy = policy
         self.questions = {question.id: question for question in questions}
         self.retriever = retriever
         self.config = config
         self.limits = limits
+        self.shown = shown
 
     def __call__(self, prompts: list[str], trainer: "_Trainer") -> dict[str, Any]:
         policy, asked = self.policy, [self.questions[id] for id in dict.fromkeys(prompts)]
@@ -247,6 +252,7 @@ class _Rollouts:
             [_group(question, trajectories) for question in asked],
             self.config.replay,
             generator.context_length,
+            self.shown,
         )
         return {
             "prompt_ids": [list(t.prompt_ids) for t in trajectories],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from search_e1.types import ActionKind
 
 # The inner guards make a match start at the *last* opening tag before its closing one, and end at the first closing one.
-_ACTION = re.compile(r"<(search|answer)>((?:(?!<\1>|</(?:search|answer)>).)*)</\1>", re.DOTALL)
+ACTION = re.compile(r"<(search|answer)>((?:(?!<\1>|</(?:search|answer)>).)*)</\1>", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ def parse_action(text: str) -> Action:
 
     Text after the closing tag is ignored. A search without a query is malformed; an empty answer is an answer.
     """
-    match = _ACTION.search(text)
+    match = ACTION.search(text)
     if match is None:
         return Action(ActionKind.MALFORMED, None)
     kind, argument = ActionKind(match[1]), match[2].strip()

@@ -1,6 +1,6 @@
 """The pool: groups of trajectories that pairs are mined from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from search_e1.config import PoolConfig, RolloutConfig
@@ -53,23 +53,22 @@ def sample(
     }
 
 
-def read(path: Path) -> list[Group]:
-    """The groups of a pool's file.
+def read(path: Path) -> Iterator[Group]:
+    """The groups of a pool's file, one at a time: a large pool does not fit into memory.
 
     Raises:
         DataError: the file is not there, or a line is not a group; names it.
     """
-    groups = []
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    groups.append(Group.model_validate_json(line))
+                    group = Group.model_validate_json(line)
                 except ValueError as error:
                     raise DataError(f"{path}:{number}: not a group of trajectories; sample the pool again") from error
+                yield group
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; give a pool made by `search-e1 rollout`") from error
-    return groups
 
 
 def _mean(groups: Sequence[Group], attribute: str) -> float:

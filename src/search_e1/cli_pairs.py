@@ -1,0 +1,103 @@
+"""The verbs of ``search-e1 pairs``; the one that makes pairs is a stage, and stands with the stages in ``cli``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from search_e1.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from search_e1.types import Pair
+
+console = Console(highlight=False)
+PAIRS = (
+    "train.jsonl",
+    "held_out.jsonl",
+)  # as `distill.files` names them; importing it here would keep `--help` waiting
+
+
+class _Group(TyperGroup):
+    """``pairs --config FILE`` is ``pairs mine --config FILE``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, *self.get_help_option_names(ctx)):
+            args = ["mine", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    help="Mine a pool for pairs (`pairs --config FILE`, or `pairs mine`), or look at them.",
+)
+
+
+@app.command()
+def show(
+    place: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_ARTIFACT", help="A run (its newest pairs), or the directory of pairs.")
+    ],
+    question: Annotated[
+        str | None, typer.Option("--question", help="Show the pairs of the question with this id.")
+    ] = None,
+    number: Annotated[
+        int | None, typer.Option("--number", help="Show the pair with this number, from 1; held-out pairs come last.")
+    ] = None,
+) -> None:
+    """Print a pair side by side: what the reference did, and what the student did in its place."""
+    from search_e1.display_pairs import show_pair
+
+    if question is not None and number is not None:
+        raise ConfigError("give --question or --number, not both")
+    directory = _newest(place)
+    pairs = _read(directory)
+    if question is not None:
+        chosen = [i for i, (pair, _) in enumerate(pairs) if pair.question.id == question]
+        if not chosen:
+            ids = list(dict.fromkeys(pair.question.id for pair, _ in pairs))
+            raise DataError(
+                f"{directory}: no pair of question {question!r}; its {len(ids)} questions are {', '.join(map(repr, ids[:3]))}"
+                + (", ..." if len(ids) > 3 else "")
+            )
+    else:
+        number = 1 if number is None else number
+        if not 1 <= number <= len(pairs):
+            raise DataError(f"{directory}: no pair {number}; give a --number from 1 to {len(pairs)}")
+        chosen = [number - 1]
+    for i in chosen:
+        pair, part = pairs[i]
+        show_pair(console, pair, f"pair {i + 1} of {len(pairs)} in {directory.name}, {part}")
+
+
+def _newest(place: Path) -> Path:
+    """``place`` itself if it holds pairs, else the pairs of the last round of the run there.
+
+    Raises:
+        DataError: neither.
+    """
+    if all((place / name).is_file() for name in PAIRS):
+        return place
+    made = [path for path in place.glob("pairs-*") if path.name.removeprefix("pairs-").isdigit()]
+    if not made:
+        raise DataError(
+            f"{place}: neither a run that has pairs nor pairs; make them with `search-e1 pairs --config FILE`"
+        )
+    return max(made, key=lambda path: int(path.name.removeprefix("pairs-")))
+
+
+def _read(directory: Path) -> "list[tuple[Pair, str]]":
+    """All pairs, with what each is for.
+
+    Raises:
+        DataError: there are none, or a file of them cannot be read.
+    """
+    from search_e1.distill import files
+
+    parts = zip(PAIRS, ("to distil on", "held out"), strict=True)
+    pairs = [(pair, part) for name, part in parts for pair in files.read(directory / name)]
+    if not pairs:
+        raise DataError(f"{directory}: it holds no pairs; its manifest.json says what the pool was like")
+    return pairs

@@ -1,0 +1,86 @@
+"""Pairs on disk: mined from a pool's file, and read by those who measure on them and learn from them."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from search_e1.config import Config
+from search_e1.distill import pairs as mining
+from search_e1.distill import teacher
+from search_e1.errors import DataError
+from search_e1.policy import Reader
+from search_e1.privileged import Shown, room, show
+from search_e1.rollout import pool
+from search_e1.types import Group, Pair, Question, Trajectory
+
+TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
+_CHECKED = 64
+"""Groups or pairs of a file whose ids are decoded to see whether the tokenizer is theirs."""
+
+
+def mine(pool_file: Path, reader: Reader, config: Config, *, seed: int, out: Path) -> dict[str, Any]:
+    """Mine a pool for pairs that ``reader``'s policy can hold; write ``out / TRAIN`` and ``out / HELD_OUT``.
+
+    Returns:
+        ``PoolHealth``, train_pairs, held_out_pairs.
+
+    Raises:
+        DataError: a file that is no pool, or one that was sampled with another tokenizer.
+    """
+
+    def groups() -> Iterator[Group]:
+        for number, group in enumerate(pool.read(pool_file)):
+            if number < _CHECKED:
+                check_tokenizer(reader.tokenizer, group.trajectories, pool_file)
+            yield group
+
+    def shown(question: Question, reference: Trajectory, student: Trajectory) -> Shown | None:
+        left = room(config.reference, reader.context_length, len(student.response_ids))
+        return show(reader.tokenizer, reader.prompts, question.text, reference, config.reference, left)
+
+    pairs, health = mining.select(groups(), config.pairs, shown, seed=seed)
+    train, held_out = teacher.hold_out(pairs, config.lead, seed)
+    for name, part in ((TRAIN, train), (HELD_OUT, held_out)):
+        with (out / name).open("w", encoding="utf-8") as file:
+            file.writelines(pair.model_dump_json() + "\n" for pair in part)
+    return {**health.model_dump(), "train_pairs": len(train), "held_out_pairs": len(held_out)}
+
+
+def read(path: Path, tokenizer: Any = None) -> list[Pair]:
+    """The pairs of a file that ``mine`` wrote.
+
+    Raises:
+        DataError: the file is not there, a line is not a pair (named), or its ids are not ``tokenizer``'s, if that is given.
+    """
+    pairs = []
+    try:
+        with path.open(encoding="utf-8") as file:  # not `splitlines`: texts hold separators that are none to JSON
+            for number, line in enumerate(file, 1):
+                try:
+                    pairs.append(Pair.model_validate_json(line))
+                except ValueError as error:
+                    raise DataError(f"{path}:{number}: not a pair; make the pairs again") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; give pairs made by `search-e1 pairs`") from error
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, (pair.student for pair in pairs[:_CHECKED]), path)
+    return pairs
+
+
+def check_tokenizer(tokenizer: Any, trajectories: Iterable[Trajectory], source: object) -> None:
+    """See that ``trajectories``, read from ``source``, were sampled with ``tokenizer``: their ids must decode to their text.
+
+    Raises:
+        DataError: they do not.
+    """
+    for trajectory in trajectories:
+        for turn in trajectory.turns:
+            try:
+                text = tokenizer.decode(turn.action_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            except (IndexError, KeyError, OverflowError, TypeError, ValueError):  # tokenizers differ in what they do
+                text = None
+            if text != turn.action_text:
+                raise DataError(
+                    f"{source}: sampled with another tokenizer: the ids of question {trajectory.question_id!r} do not decode "
+                    "to its text; give the policy that sampled them, or sample a new pool"
+                )

@@ -1,0 +1,147 @@
+"""The pairs stage and those that take its pairs: whose they are, what was cut, and that a refusal leaves the policy alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import TinyRetriever, make_tiny_policy
+from search_e1 import runs
+from search_e1.config import Config
+from search_e1.distill import files
+from search_e1.errors import DataError, NoLeadError, RunError
+from search_e1.policy import load_reader
+from search_e1.runs import checksum
+from search_e1.stages import Stages
+from search_e1.types import Group
+from test_collate import make_pair
+from test_evolve import config, project  # noqa: F401
+
+MANY = 8
+
+
+@pytest.fixture
+def stages(project, tmp_path) -> Stages:  # noqa: F811
+    return Stages(config(project, tmp_path / "run"), tmp_path / "run")
+
+
+def pool(stages: Stages, policy: str | Path, questions: int = MANY) -> Path:
+    """A pool of tiny pairs, as ``policy`` would have sampled them."""
+    loaded = stages._policy(policy)
+    pairs = [make_pair(loaded) for _ in range(questions)]
+    groups = [
+        Group(
+            question=pair.question.model_copy(update={"id": f"q{i}"}),
+            trajectories=[t.model_copy(update={"question_id": f"q{i}"}) for t in (pair.student, pair.reference)],
+        )
+        for i, pair in enumerate(pairs)
+    ]
+
+    def make(out: Path) -> dict:
+        (out / "groups.jsonl").write_text("".join(group.model_dump_json() + "\n" for group in groups))
+        return {}
+
+    inputs = {"policy": stages._checksum(policy)}
+    return runs.artifact(stages.root / "pool-1", stage="pool-1", settings={}, inputs=inputs, seed=0, make=make).path
+
+
+def changed(stages: Stages, **sections) -> Stages:
+    settings = Config.model_validate(stages.config.model_dump() | sections)
+    return Stages(settings, stages.root / "changed")
+
+
+def test_pairs_remember_the_policy_that_sampled_them(stages):
+    policy = stages.config.policy.model
+    made = stages.pairs(policy, pool(stages, policy), 1)
+    assert made.manifest.inputs["policy"] == checksum(Path(policy))
+    assert made.manifest.result["pairs"] == MANY
+    assert len(files.read(made.path / files.TRAIN)) + len(files.read(made.path / files.HELD_OUT)) == MANY
+
+
+def test_another_policy_is_refused_and_left_as_it_was(stages, tmp_path):
+    policy, other = stages.config.policy.model, tmp_path / "other"
+    make_tiny_policy(seed=5).save(other)
+    before = checksum(other)
+    sampled = pool(stages, policy)
+    pairs = stages.pairs(policy, sampled, 1).path
+    stages.retriever = TinyRetriever([])
+    told = (
+        rf"sampled by another policy than {other} \(checksum {checksum(Path(policy))[:12]} there, {before[:12]} given\)"
+    )
+    for refused in (
+        lambda: stages.pairs(other, sampled, 2),
+        lambda: stages.lead(other, pairs, 1),
+        lambda: stages.distill(other, pairs, tmp_path, 1),
+    ):
+        with pytest.raises(RunError, match=told) as refusal:
+            refused()
+        assert "\n" not in str(refusal.value)
+        assert "--allow-other-policy" in str(refusal.value)
+    assert checksum(other) == before
+    assert {path.name for path in stages.root.iterdir()} == {"pool-1", "pairs-1"}
+
+
+def test_another_policy_may_be_allowed(stages, tmp_path):
+    policy, other = stages.config.policy.model, tmp_path / "other"
+    make_tiny_policy(seed=5).save(other)
+    sampled = pool(stages, policy)
+    pairs = stages.pairs(other, sampled, 1, other_policy=True)
+    assert pairs.manifest.inputs["policy"] == checksum(Path(policy))  # still those of who sampled them
+    lead = tmp_path / "lead"
+    lead.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"lead\.json"):  # past the check
+        stages.distill(other, pairs.path, lead, 1, other_policy=True)
+
+
+def test_another_tokenizer_is_refused_even_then(stages, tmp_path):
+    policy = stages.config.policy.model
+    sampled = pool(stages, policy)
+    pairs = stages.pairs(policy, sampled, 1).path
+    with pytest.raises(DataError, match=r"pool-1.*sampled with another tokenizer"):
+        stages.pairs("small", sampled, 2, other_policy=True)
+    with pytest.raises(DataError, match=r"train.jsonl: sampled with another tokenizer: the ids of question 'q"):
+        files.read(pairs / files.TRAIN, load_reader("small", stages.config.policy).tokenizer)
+
+
+def test_what_does_not_fit_is_counted_and_what_is_cut_too(stages):
+    policy = stages.config.policy.model
+    sampled = pool(stages, policy)
+    tight = changed(stages, reference={"max_tokens": 60}).pairs(policy, sampled, 1)
+    result = tight.manifest.result
+    assert (result["pairs"], result["none_fits"], result["too_long"], result["usable"]) == (0, MANY, MANY, 0)
+    assert (tight.path / files.TRAIN).read_text() == ""
+
+
+def test_the_choice_of_what_is_shown_is_in_the_pairs(stages):
+    policy = stages.config.policy.model
+    made = changed(stages, reference={"shows": "none"}).pairs(policy, pool(stages, policy), 1)
+    assert {pair.shown for pair in files.read(made.path / files.TRAIN)} == {""}
+    assert made.manifest.settings["reference"]["shows"] == "none"
+
+
+def test_without_pairs_there_is_nothing_to_measure_or_to_distil(stages, tmp_path):
+    policy = stages.config.policy.model
+    before = checksum(Path(policy))
+    pairs = changed(stages, reference={"max_tokens": 60}).pairs(policy, pool(stages, policy), 1).path
+    stages.retriever = TinyRetriever([])
+    stages.__dict__["_retrieval_checksum"] = lambda: "none"
+    with pytest.raises(DataError, match="no pair to measure the teacher's lead on: there are none"):
+        stages.lead(policy, pairs, 1)
+    measured = json.loads(LEAD)
+    (tmp_path / "lead").mkdir()
+    (tmp_path / "lead" / "lead.json").write_text(json.dumps(measured))
+    with pytest.raises(DataError, match="no pairs to distil on"):
+        stages.distill(policy, pairs, tmp_path / "lead", 1)
+    measured |= {"em_privileged": 0.0}
+    (tmp_path / "lead" / "lead.json").write_text(json.dumps(measured))
+    stages.config = stages.config.model_copy(update={"lead": stages.config.lead.model_copy(update={"enforce": True})})
+    with pytest.raises(NoLeadError):
+        stages.distill(policy, pairs, tmp_path / "lead", 1)
+    assert not (stages.root / "lead-1").exists()
+    assert not (stages.root / "ofsd-1").exists()
+    assert checksum(Path(policy)) == before
+
+
+LEAD = """{"pairs": 1, "too_long": 0, "samples": 1, "em_plain": 0, "em_privileged": 1, "low": 0, "high": 1, "searches_plain": 0,
+"searches_privileged": 0, "tokens_plain": 0, "tokens_privileged": 0, "pairs_off_track": 0, "em_plain_off_track": null,
+"em_privileged_off_track": null, "kl": {}}"""
