@@ -37,7 +37,13 @@ class _Hub(BaseHTTPRequestHandler):
     def _file(self, path: Path) -> None:
         if path.is_file():
             content = path.read_bytes()
-            self._send(content, 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT})
+            headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+                first, last = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
+                headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+                self._send(content[first : last + 1], 206, headers)
+            else:
+                self._send(content, 200, headers)
         else:
             self._send(b"", 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
 

@@ -170,3 +170,27 @@ def test_the_docs_list_every_key(monkeypatch, capsys):
     assert status == 0
     docs = Path(__file__).parent.parent / "docs" / "configuration.md"
     assert docs.read_text() == out, "run `search-e1 config > docs/configuration.md`"
+
+
+def test_index_build_leaves_out_bad_lines_when_told_to(project, monkeypatch, capsys):
+    corpus, index = project / "corpus.jsonl", project / "index"
+    bad = len(corpus.read_text().splitlines()) + 1
+    corpus.write_text(corpus.read_text() + "{broken\n")
+    build = ("index", "build", "--corpus", corpus, "--out", index)
+    status, _, err = run(monkeypatch, capsys, *build)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"{corpus}:{bad}: not JSON" in err
+    assert not [path for path in project.iterdir() if "index" in path.name]
+    status, out, _ = run(monkeypatch, capsys, *build, "--skip-bad-lines")
+    assert status == 0
+    assert f"1 records left out: 1 not JSON (first {corpus}:{bad})" in out
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = run(monkeypatch, capsys, "index", "info", index)
+    assert status == 0
+    assert out.startswith(f"bm25 index, {bad - 1} passages, ")
+    assert max(map(len, out.splitlines())) <= 80
+    for word in ("k1", "0.9", "english", "passages.jsonl", "checksum"):
+        assert word in out
+    status, _, err = run(monkeypatch, capsys, "index", "info", project)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "not an index" in err

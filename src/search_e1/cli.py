@@ -7,12 +7,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from search_e1 import cli_data, cli_pairs, cli_serve
+from search_e1 import cli_data, cli_index, cli_pairs, cli_serve
 from search_e1.errors import ConfigError, RunError, SearchE1Error
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ app = typer.Typer(
     help="Train search agents by GRPO interleaved with offline self-distillation.",
     epilog="Errors are one line; --traceback before the verb shows where they came from.",
 )
-index_app = typer.Typer(no_args_is_help=True, help="Make and look into retrieval indexes.")
-app.add_typer(index_app, name="index")
+app.add_typer(cli_index.app, name="index")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_pairs.app, name="pairs")
 app.command("serve-retriever")(cli_serve.serve_retriever)
@@ -301,80 +300,6 @@ def config() -> None:
     from search_e1.config import describe
 
     print(describe(), end="")
-
-
-@index_app.command("build")
-def index_build(
-    corpus: Annotated[Path, typer.Option("--corpus", help="JSON lines (plain or .gz) with id and contents.")],
-    out: Annotated[Path, typer.Option("--out", help="Directory of the new index.")],
-    kind: Annotated[Literal["bm25", "dense"], typer.Option("--kind", help="bm25, or dense.")] = "bm25",
-    encoder: Annotated[
-        str | None, typer.Option("--encoder", help="Directory of an encoder, or a Hub id. For --kind dense.")
-    ] = None,
-    faiss: Annotated[
-        str,
-        typer.Option(
-            "--faiss", help="exact, graph, compressed, or a factory string of FAISS. Dense only, as all below."
-        ),
-    ] = "exact",
-    parameters: Annotated[
-        str | None, typer.Option("--parameters", help="How it is searched, e.g. nprobe=128,k_factor_rf=40.")
-    ] = None,
-    query_prefix: Annotated[str | None, typer.Option(help="Put before queries. Default: as the encoder says.")] = None,
-    passage_prefix: Annotated[
-        str | None, typer.Option(help="Put before passages. Default: as the encoder says.")
-    ] = None,
-    pooling: Annotated[str | None, typer.Option(help="mean, cls or last. Default: as the encoder says.")] = None,
-    normalize: Annotated[
-        bool | None,
-        typer.Option("--normalize/--no-normalize", help="Vectors of length 1. Default: as the encoder says."),
-    ] = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a text. Default: as the encoder says.")
-    ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="While passages are encoded.")
-    ] = "auto",
-    device: cli_serve.DeviceOption = "auto",
-    batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of a batch. Default: 2048 on a CPU, else 65536.")
-    ] = None,
-) -> None:
-    """Build an index of a corpus: of its words (bm25), or of vectors (dense). Run again, it goes on where it was killed."""
-    from search_e1.data.corpus import checksum, read_corpus
-    from search_e1.display import watch
-    from search_e1.retrieval.indexes import DenseSettings, build_index
-
-    told = {
-        "query_prefix": query_prefix, "passage_prefix": passage_prefix, "pooling": pooling, "normalize": normalize,
-        "max_length": max_length, "dtype": dtype, "device": device, "batch_tokens": batch_tokens,
-    }  # fmt: skip
-    settings = cli_serve.encoder_settings(encoder, **told)
-    if (kind == "dense") != (settings is not None):
-        raise ConfigError("--kind dense and --encoder go together; a bm25 index has no encoder")
-    dense = DenseSettings(settings, faiss, parameters) if settings else None
-    with watch(console, 1)("index") as progress:
-        build_index(read_corpus(corpus), out, progress, dense=dense, source=checksum(corpus))
-    console.print(f"{out}", markup=False, highlight=False)
-
-
-@index_app.command("search")
-def index_search(
-    query: Annotated[str, typer.Argument(help="What to look for.")],
-    index: cli_serve.IndexOption,
-    topk: Annotated[int, typer.Option(min=1, help="Passages to show.")] = 3,
-    encoder: cli_serve.EncoderOption = None,
-    device: cli_serve.DeviceOption = "auto",
-    parameters: Annotated[
-        str | None, typer.Option("--parameters", help="How a dense index is searched, e.g. nprobe=128.")
-    ] = None,
-) -> None:
-    """Search an index, or several whose rankings are fused."""
-    from search_e1.display import show_passages
-    from search_e1.retrieval.indexes import open_indexes
-
-    settings = cli_serve.encoder_settings(encoder, device=device)
-    show_passages(console, open_indexes(index, settings, parameters).search([query], topk)[0])
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """What a person sees in the terminal: progress, tables, turns."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from search_e1.distill.teacher import Lead
     from search_e1.evaluation.results import Evaluation
     from search_e1.evolve import Summary
+    from search_e1.retrieval.directory import IndexManifest
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -202,6 +203,43 @@ def lead_table(lead: "Lead") -> RenderableType:
         Text("What the students did, and how far the teacher is from it", style="italic"),
         divergence,
     )
+
+
+def index_table(manifest: "IndexManifest") -> Table:
+    """What an index is and what it takes: a row for each fact, then one for each file. Fits 80 columns."""
+    table = _table(f"{manifest.kind} index, {manifest.passages:,} passages, {_bytes(sum(manifest.files.values()))}")
+    table.show_header = False
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in flat(manifest.settings).items():
+        table.add_row(name, Text(printable(str(value))))
+    table.add_row(
+        "built in", f"{manifest.seconds:,.0f} s with {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}"
+    )
+    table.add_row("corpus", manifest.corpus)
+    table.add_row("checksum", manifest.checksum)
+    for name, size in sorted(manifest.files.items(), key=lambda item: -item[1]):
+        table.add_row(f"{_bytes(size):>10}", Text(printable(name)))
+    return table
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} GiB"
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names; what is not set is left out."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        elif value is not None and value != "":
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def show_turn(console: Console, turn: Turn) -> None:

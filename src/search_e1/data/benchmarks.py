@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from search_e1.data.corpus import checksum, read_lines
+from search_e1.data.lines import checksum, read_lines
 from search_e1.data.questions import Loaded, to_question
 from search_e1.errors import ConfigError, DataError
 from search_e1.types import Question

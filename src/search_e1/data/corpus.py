@@ -1,101 +1,183 @@
-"""Passages from JSON lines."""
+"""Passages from JSON lines, Parquet or the Hub, checked one by one."""
 
-import gzip
 import hashlib
-import json
-import zlib
-from collections.abc import Iterator
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from search_e1.data import sources
+from search_e1.data.lines import BadRecordError, parse
 from search_e1.errors import DataError
 from search_e1.types import Passage
 
+MOST_BYTES = 2**20
+"""Of one passage. One that is longer is almost always a file that was taken for a passage."""
 _HOLDS = 'each line holds {"id", "contents"} or {"id", "title", "text"}'
 
 
-def read_corpus(path: Path) -> Iterator[Passage]:
-    """The passages of ``path``, one at a time; only their ids are kept.
+def read_corpus(*places: str | Path) -> Iterator[Passage]:
+    """The passages of ``places``: see ``Corpus``."""
+    return iter(Corpus(*places))
 
-    Each line (of a plain file, or a ``.gz``) holds ``id`` and ``contents`` (the title in quotes, a new line, the text), or
-    ``id``, ``title`` and ``text``. Other keys are ignored; an id may be a number.
+
+class Corpus:
+    """The passages of one or more places, one at a time; 8 to 24 bytes are kept of each.
+
+    A place is a file (JSON lines, plain or ``.gz`` or ``.zst``; Parquet), a directory of such files, or a data set on the Hub:
+    ``owner/name``, ``owner/name:config`` or ``owner/name:config:split``. A record holds ``id`` and ``contents`` (the title in
+    quotes, a new line, the text), or ``id``, ``title`` and ``text``. Other keys are ignored; an id may be a number.
+
+    Iterating raises ``DataError`` where a place cannot be read or holds nothing, and names file and line of a record that is
+    no passage, has no text or is too long, or whose id came before. With ``skip_bad_lines`` these are left out, and counted.
+    """
+
+    def __init__(self, *places: str | Path, skip_bad_lines: bool = False, most_bytes: int = MOST_BYTES) -> None:
+        """``most_bytes``: of a passage's title and text in UTF-8."""
+        self.places = places
+        self.skip_bad_lines, self.most_bytes = skip_bad_lines, most_bytes
+        self.skipped: Counter[str] = Counter()
+        """What was wrong -> records that were left out, as far as the last iteration came."""
+        self.first: dict[str, str] = {}
+        """What was wrong -> where it was so first."""
+
+    def checksum(self) -> str:
+        """The sha256, in hexadecimal, of all that decides which passages there are: the bytes of the files, or the Hub's
+        commit, and what is left out.
+
+        Raises:
+            DataError: a place cannot be read.
+        """
+        parts = [*map(sources.checksum, self.places), f"{self.skip_bad_lines} {self.most_bytes}"]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def __iter__(self) -> Iterator[Passage]:
+        self.skipped, self.first = Counter(), {}
+        seen, passage = _Seen(), None
+        for where, record in self._records():
+            try:
+                passage = _passage(record, where, self.most_bytes)
+                if seen.twice(passage.id):
+                    self._refuse_second(passage.id, where)
+            except BadRecordError as error:
+                if not self.skip_bad_lines:
+                    raise
+                self.skipped[error.kind] += 1
+                self.first.setdefault(error.kind, where)
+            else:
+                yield passage
+        if passage is None or not len(seen):
+            left_out = f" ({self.report()})" if self.skipped else ""
+            raise DataError(f"{', '.join(map(str, self.places))}: no passages in it{left_out}; {_HOLDS}")
+
+    def report(self) -> str:
+        """What was left out, in one line, e.g. ``3 records left out: 2 not JSON (first c.jsonl:3), ...``."""
+        parts = [f"{number:,} {kind} (first {self.first[kind]})" for kind, number in self.skipped.most_common()]
+        return f"{self.skipped.total():,} records left out: {', '.join(parts)}" if parts else "nothing left out"
+
+    def _records(self) -> Iterator[tuple[str, sources.Record]]:
+        # JSON may write a character in six bytes; more than that is too long, whatever it holds.
+        return chain.from_iterable(sources.records(place, 6 * self.most_bytes + 2**16) for place in self.places)
+
+    def _refuse_second(self, id: str, where: str) -> None:
+        if self.skip_bad_lines:
+            raise BadRecordError("with an id that came before", "")
+        for first, record in self._records():
+            if first == where:
+                return  # two ids with the same hash
+            if _id(record) == id:
+                raise BadRecordError("", f"{where}: id {id!r} was used in {first}; give every passage its own")
+
+
+class _Seen:
+    """A set of texts that keeps 64 bits of each, in a table of at most two thirds full.
+
+    That two of 21 million texts are taken for the same happens once in 80,000 corpora.
+    """
+
+    def __init__(self) -> None:
+        self._table = array("Q", bytes(8 * 2**10))
+        self._held = 0
+
+    def __len__(self) -> int:
+        return self._held
+
+    def twice(self, text: str) -> bool:
+        """Whether ``text`` was given before."""
+        # Python's own hash (SipHash, keyed anew in each process) is 64 bits of the quality that this needs; 0 means free.
+        key = hash(text) % 2**64 or 1
+        at = self._find(key)
+        if self._table[at] == key:
+            return True
+        self._table[at] = key
+        self._held += 1
+        if 3 * self._held > 2 * len(self._table):
+            before, self._table = self._table, array("Q", bytes(8 * 2 * len(self._table)))
+            for old in before:
+                if old:
+                    self._table[self._find(old)] = old
+        return False
+
+    def _find(self, key: int) -> int:
+        """Where ``key`` is, or belongs."""
+        table, mask = self._table, len(self._table) - 1
+        at = key & mask
+        while table[at] and table[at] != key:
+            at = (at + 1) & mask
+        return at
+
+
+def _id(record: sources.Record) -> str | None:
+    try:
+        return str((parse(record, "") if isinstance(record, bytes) else record).get("id"))
+    except BadRecordError:
+        return None
+
+
+def _passage(record: sources.Record, where: str, most: int) -> Passage:
+    """The passage in ``record``, a line that is not parsed yet or a row.
 
     Raises:
-        DataError: the file cannot be read or is empty, a line is no passage, or an id comes twice; names file and line.
+        BadRecordError: there is none that can be used.
     """
-    seen: set[str] = set()
-    for number, record in read_lines(path):
-        passage = _passage(record, f"{path}:{number}")
-        if passage.id in seen:
-            first = next(n for n, r in read_lines(path) if str(r.get("id")) == passage.id)
-            raise DataError(f"{path}:{number}: id {passage.id!r} was used on line {first}; give every passage its own")
-        seen.add(passage.id)
-        yield passage
-    if not seen:
-        raise DataError(f"{path}: no passages in it; {_HOLDS}")
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers, from 1, and the JSON objects of a plain or ``.gz`` file; blank lines are left out.
-
-    Raises:
-        DataError: the file cannot be read, or a line is not a JSON object; names file and line.
-    """
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _object(line, f"{path}:{number}")
-    except (OSError, EOFError, zlib.error) as error:
-        # A .gz that is none, is cut short, or is damaged: an OSError without strerror, an EOFError, a zlib.error.
-        problem = getattr(error, "strerror", None) or error
-        where = f"{path}:{number + 1}" if number else str(path)
-        raise DataError(
-            f"{where}: cannot be read ({problem}); give the path of a JSON lines file, plain or .gz"
-        ) from error
-
-
-def checksum(path: Path) -> str:
-    """The sha256 of the file as it lies there, in hexadecimal.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give the path of a file") from error
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise DataError(f"{where}: not JSON ({error}); write one JSON object a line") from error
-    if b"\\u" in line:  # JSON can escape half of a surrogate pair, and no file or tokenizer can hold one
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{where}: half of a surrogate pair in its text; mend or remove the \\u escape") from error
-    if not isinstance(record, dict):
-        raise DataError(
-            f"{where}: {type(record).__name__} found where a JSON object is needed; write one object a line"
+    if isinstance(record, bytes):
+        if len(record) > 6 * most + 2**16:
+            raise _too_long(where, f"more than {len(record) - 1:,}", most)
+        record = parse(record, where)
+    fields = _checked(record, where)
+    passage = Passage.from_contents(**fields) if "contents" in fields else Passage(**fields)
+    length = len(passage.title) + len(passage.text)
+    if 4 * length > most and (length := len(passage.title.encode()) + len(passage.text.encode())) > most:
+        raise _too_long(where, f"{length:,}", most)
+    if not passage.text.strip():
+        raise BadRecordError(
+            "without text",
+            f"{where}: passage {passage.id!r} has no text; remove it, or leave such lines out with --skip-bad-lines",
         )
-    return record
+    return passage
 
 
-def _passage(record: dict[str, Any], where: str) -> Passage:
+def _too_long(where: str, length: str, most: int) -> BadRecordError:
+    return BadRecordError(
+        "too long",
+        f"{where}: a passage of {length} bytes, and {most:,} are allowed; split it, raise --max-passage-bytes, or leave such "
+        "lines out with --skip-bad-lines",
+    )
+
+
+def _checked(record: Mapping[str, Any], where: str) -> dict[str, str]:
     needed = ("id", "contents") if "contents" in record or "text" not in record else ("id", "title", "text")
     for field in needed:
         if field not in record:
-            raise DataError(f"{where}: field {field!r} is missing; {_HOLDS}")
+            raise BadRecordError(f"without {field}", f"{where}: field {field!r} is missing; {_HOLDS}")
         if not isinstance(record[field], str) and (field != "id" or type(record[field]) is not int):
-            raise DataError(f"{where}: field {field!r} is {type(record[field]).__name__}, not text; {_HOLDS}")
-    id = str(record["id"])
-    if not id:
-        raise DataError(f"{where}: field 'id' is empty; give every passage its own")
-    if "contents" in needed:
-        return Passage.from_contents(id, record["contents"])
-    return Passage(id=id, title=record["title"], text=record["text"])
+            raise BadRecordError(
+                f"whose {field} is no text",
+                f"{where}: field {field!r} is {type(record[field]).__name__}, not text; {_HOLDS}",
+            )
+    fields = {field: str(record[field]) for field in needed}
+    if not fields["id"]:
+        raise BadRecordError("with an empty id", f"{where}: field 'id' is empty; give every passage its own")
+    return fields

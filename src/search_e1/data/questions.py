@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from search_e1.data.corpus import read_lines
+from search_e1.data.lines import read_lines
 from search_e1.errors import DataError
 from search_e1.types import Question
 

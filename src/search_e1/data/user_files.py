@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from search_e1.data.corpus import checksum, read_lines
+from search_e1.data.lines import checksum, read_lines
 from search_e1.data.questions import Loaded, to_question
 from search_e1.errors import ConfigError, DataError
 from search_e1.types import Question

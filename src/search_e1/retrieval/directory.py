@@ -105,6 +105,16 @@ class Building:
         return file in (self.path / _SETTINGS, self.path / MANIFEST) or self.scratch in file.parents
 
 
+def refuse_existing(directory: Path) -> None:
+    """An index is never written over.
+
+    Raises:
+        RunError: ``directory`` is there.
+    """
+    if directory.exists():
+        raise RunError(f"{directory} is there already; remove it, or give another directory for the index")
+
+
 @contextmanager
 def building(directory: Path, settings: Mapping[str, Any] | None) -> Iterator[Building]:
     """Build the index ``directory`` in a hidden directory beside it; ``Building.finish`` gives it its name.
@@ -117,8 +127,7 @@ def building(directory: Path, settings: Mapping[str, Any] | None) -> Iterator[Bu
         RunError: ``directory`` is there already, another process builds it, or the disk is full or cannot be written to.
         DataError: as it was raised inside; nothing is left then.
     """
-    if directory.exists():
-        raise RunError(f"{directory} is there already; remove it, or give another directory for the index")
+    refuse_existing(directory)
     work = directory.with_name(f".{directory.name}.unfinished")
     identity = None if settings is None else json.loads(json.dumps(settings))
     try:
@@ -151,8 +160,7 @@ def _held(directory: Path) -> Iterator[None]:
     except Timeout as error:
         raise RunError(f"{directory}: another process builds this index; wait for it, or give another name") from error
     try:
-        if directory.exists():  # finished while this process was on its way here
-            raise RunError(f"{directory} is there already; remove it, or give another directory for the index")
+        refuse_existing(directory)  # finished while this process was on its way here
         yield
     finally:
         path.unlink(missing_ok=True)  # filelock sees that a file it is about to lock was unlinked

@@ -33,6 +33,7 @@ def build_index(
     *,
     dense: DenseSettings | None = None,
     source: str | None = None,
+    processes: int = 1,
 ) -> Index:
     """A BM25 index of ``corpus`` in ``directory``, or a dense one: see ``Bm25Index.build`` and ``DenseIndex.build``.
 
@@ -40,7 +41,7 @@ def build_index(
         ConfigError: its kind needs an extra that is not installed.
     """
     if dense is None:
-        return _kind("bm25", directory).build(corpus, directory, progress, source=source)
+        return _kind("bm25", directory).build(corpus, directory, progress, source=source, processes=processes)
     made = _kind("dense", directory)
     encoder = import_module("search_e1.retrieval.encoder").Encoder.of(dense.encoder)
     return made.build(

@@ -1,0 +1,109 @@
+"""JSON lines: plain, ``.gz`` or ``.zst``."""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from search_e1.errors import DataError
+
+
+class BadRecordError(DataError):
+    """One record that cannot be used, where the others may be."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        """``kind`` is what is counted: a few words, the same for all records with this fault."""
+        super().__init__(message)
+        self.kind = kind
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers, from 1, and the JSON objects of a plain, ``.gz`` or ``.zst`` file; blank lines are left out.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not a JSON object; names file and line.
+    """
+    for number, line in raw_lines(path):
+        yield number, parse(line, f"{path}:{number}")
+
+
+def raw_lines(path: Path, most: int = -1) -> Iterator[tuple[int, bytes]]:
+    """Line numbers and lines that are not blank. Of one longer than ``most`` bytes only its first ``most + 1`` are given.
+
+    Raises:
+        DataError: the file cannot be read, is cut short or damaged.
+    """
+    number = 0
+    try:
+        with open_binary(path) as file:
+            while line := file.readline(most + 1 if most >= 0 else -1):
+                number += 1
+                if line.strip():
+                    yield number, line
+                while not line.endswith(b"\n") and line:  # what is left of one that is too long
+                    line = file.readline(2**20)
+    except (OSError, EOFError, zlib.error) as error:
+        # A .gz that is none, is cut short, or is damaged: an OSError without strerror, an EOFError, a zlib.error.
+        problem = getattr(error, "strerror", None) or error
+        where = f"{path}:{number + 1}" if number else str(path)
+        raise DataError(
+            f"{where}: cannot be read ({problem}); give the path of a JSON lines file, plain, .gz or .zst"
+        ) from error
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """The file as it reads when it is unpacked."""
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if path.suffix == ".zst":
+        import pyarrow
+
+        # Not `zstandard`, whose reader takes a file that is cut short for one that ends there.
+        return io.BufferedReader(pyarrow.CompressedInputStream(path.open("rb"), "zstd"), 2**17)
+    return path.open("rb")
+
+
+def checksum(path: Path) -> str:
+    """The sha256 of the file as it lies there, in hexadecimal.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({os.strerror(error.errno or 0)}); give the path of a file") from error
+
+
+def parse(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in ``line``.
+
+    Raises:
+        BadRecordError: there is none; says ``where``.
+    """
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise BadRecordError("not UTF-8", f"{where}: not UTF-8 ({error}); write the file in UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRecordError("not JSON", f"{where}: not JSON ({error}); write one JSON object a line") from error
+    if b"\\u" in line:  # JSON can escape half of a surrogate pair, and no file or tokenizer can hold one
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise BadRecordError(
+                "half of a surrogate pair",
+                f"{where}: half of a surrogate pair in its text; mend or remove the \\u escape",
+            ) from error
+    if not isinstance(record, dict):
+        raise BadRecordError(
+            "no JSON object",
+            f"{where}: {type(record).__name__} found where a JSON object is needed; write one object a line",
+        )
+    return record

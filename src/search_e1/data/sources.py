@@ -1,0 +1,155 @@
+"""Where the records of a corpus come from: files, directories of files, data sets on the Hub."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from search_e1.data import lines
+from search_e1.errors import DataError
+
+Record = bytes | Mapping[str, Any]
+"""A line that is not parsed yet, or a row."""
+
+_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+_PARQUET = ".parquet"
+_HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[^:/]*))?(:(?P<split>[^:/]+))?")
+_FIELDS = ("id", "contents", "title", "text")
+_BATCH = 1024  # rows
+INSTEAD = "give a file of JSON lines (plain, .gz or .zst) or Parquet, or a directory of such files"
+
+
+def records(place: str | Path, most: int) -> Iterator[tuple[str, Record]]:
+    """Where each record stands, e.g. ``corpus.jsonl:3``, and the record. Of a line longer than ``most`` its beginning.
+
+    Raises:
+        DataError: the place cannot be read.
+    """
+    if asked := _hub(place):
+        yield from _hub_rows(str(place), asked)
+        return
+    for file in files(Path(place)):
+        if file.suffix == _PARQUET:
+            yield from _parquet_rows(file)
+        else:
+            for number, line in lines.raw_lines(file, most):
+                yield f"{file}:{number}", line
+
+
+def checksum(place: str | Path) -> str:
+    """Of the bytes of the files, with the names of those in a directory; of a data set on the Hub, its newest commit.
+
+    Raises:
+        DataError: the place cannot be read.
+    """
+    if asked := _hub(place):
+        return f"{place} {_commit(str(place), asked['name'])}"
+    found = files(Path(place))
+    if found == [Path(place)]:
+        return lines.checksum(found[0])
+    parts = [f"{file.relative_to(place)} {lines.checksum(file)}" for file in found]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def files(path: Path) -> list[Path]:
+    """``path`` itself, or the corpus files of a directory and those below it, by name.
+
+    Raises:
+        DataError: a directory holds none.
+    """
+    if not path.is_dir():
+        return [path]
+    found = sorted(p for p in path.rglob("*") if p.name.endswith((*_LINES, _PARQUET)) and p.is_file())
+    if not found:
+        raise DataError(f"{path}: no file in it that could be a corpus; {INSTEAD}")
+    return found
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Record]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        # Without reading ahead: a row group may be the whole file.
+        with parquet.ParquetFile(path, pre_buffer=False) as file:
+            columns = [name for name in _FIELDS if name in file.schema_arrow.names]
+            if "id" not in columns or not {"contents", "text"} & set(columns):
+                raise DataError(
+                    f"{path}: its columns are {', '.join(file.schema_arrow.names)}; needed are id and contents, or id, title "
+                    "and text"
+                )
+            for batch in file.iter_batches(_BATCH, columns=columns):
+                for row in _rows(batch):
+                    number += 1
+                    yield f"{path}:{number}", row
+    except (OSError, pyarrow.ArrowException) as error:
+        where = f"{path}:{number + 1}" if number else str(path)
+        problem = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise DataError(f"{where}: cannot be read ({problem}); {INSTEAD}") from error
+
+
+def _rows(batch: Any) -> Iterator[Record]:
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:  # one cell of it; a line of JSON with these bytes says the same of this row alone
+        for i in range(len(batch)):
+            try:
+                yield from batch.slice(i, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield b'"' + error.object + b'"'
+
+
+def _hub(place: str | Path) -> dict[str, Any] | None:
+    """The name, configuration and split of a data set on the Hub, if ``place`` is not here and looks like one."""
+    if Path(place).is_absolute() or Path(place).exists():
+        return None
+    asked = _HUB.fullmatch(str(place))
+    return asked.groupdict() if asked and not asked["name"].endswith((*_LINES, _PARQUET, ".gz", ".zst")) else None
+
+
+def _hub_rows(place: str, asked: Mapping[str, Any]) -> Iterator[tuple[str, Record]]:
+    import datasets
+
+    name, config = asked["name"], asked["config"] or None
+    commit = _commit(place, name)
+    datasets.logging.set_verbosity_error()
+    number = 0
+    try:
+        split = asked["split"] or _only_split(place, datasets.get_dataset_split_names(name, config, revision=commit))
+        for row in datasets.load_dataset(name, config, split=split, revision=commit, streaming=True):
+            number += 1
+            yield f"{place}:{number}", row
+    except DataError:
+        raise
+    except Exception as error:  # what the transport below `datasets` raises is not part of any interface
+        where = f"{place}:{number + 1}" if number else place
+        raise DataError(f"{where}: cannot be read from the Hub ({_one_line(error)}); {INSTEAD}") from error
+
+
+def _only_split(place: str, splits: list[str]) -> str:
+    if len(splits) > 1 and "train" not in splits:
+        raise DataError(
+            f"{place}: has the splits {', '.join(splits)}; name one, as in {place.split(':')[0]}::{splits[0]}"
+        )
+    return "train" if "train" in splits else splits[0]
+
+
+def _commit(place: str, name: str) -> str:
+    """The newest commit: asked for once and without retries, so that a dead network ends fast."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return str(HfApi().dataset_info(name, timeout=10).sha)
+    except RepositoryNotFoundError as error:
+        problem = "not found on the Hub, or closed to you"
+        raise DataError(f"{place}: no such file, and {problem}; {INSTEAD}") from error
+    except Exception as error:  # see `_hub_rows`
+        problem = f"the Hub cannot be reached ({_one_line(error)})"
+        raise DataError(f"{place}: no such file, and {problem}; {INSTEAD}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
