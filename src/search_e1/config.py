@@ -43,7 +43,8 @@ class PolicyConfig(Section):
 
 class DataConfig(Section):
     corpus: Path | None = None
-    """Passages, JSON lines (plain or .gz) with `id` and `contents`. Needed unless `retrieval.index` or `.url` is given."""
+    """Passages: JSON lines (plain, .gz, .zst) or Parquet with `id` and `contents`, or `id`, `title` and `text`. Needed unless
+    `retrieval.index` or `.url` is given."""
     train: tuple[Path, ...] = Field(min_length=1)
     """Question files, JSON lines (plain or .gz) with `id`, `question`, `golden_answers`, perhaps `metadata`."""
     eval: dict[str, Path] = Field(min_length=1)
