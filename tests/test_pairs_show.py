@@ -30,8 +30,9 @@ id          q
 divergence  0.75
 teacher     sees the whole reference
 
-reference: right, 1 search, 6 tokens     student: wrong, 2 searches, 11 tokens
----------------------------------------  ---------------------------------------
+reference: right                         student: wrong
+1 search, 6 tokens                       2 searches, 11 tokens
+--------------------------------------   ---------------------------------------
                                        > think  I need land Arda
                                          search land Arda
                                          found  Arda

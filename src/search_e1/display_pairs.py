@@ -47,10 +47,10 @@ def _seen(pair: Pair) -> str:
 def _table(pair: Pair, width: int) -> Table:
     table = Table(box=None, padding=0, pad_edge=False, show_header=False)
     side = (width - 2) // 2
-    for size in (side, 2, side):
+    for size in (side - 1, 3, side):  # a space before the mark, so that it stands clear of a full line
         table.add_column(width=size, overflow="fold")
     table.add_row(_totals("reference", pair.reference), "", _totals("student", pair.student))
-    table.add_row("-" * side, "", "-" * side)
+    table.add_row("-" * (side - 1), "", "-" * side)
     for step in align(pair.reference, pair.student):
         table.add_row(_turn(step.a), _mark(step), _turn(step.b))
     return table
@@ -59,12 +59,12 @@ def _table(pair: Pair, width: int) -> Table:
 def _totals(name: str, trajectory: Trajectory) -> Text:
     outcome = "right" if trajectory.correct else "wrong" if trajectory.answer is not None else "no answer"
     searches = f"{trajectory.searches} search{'' if trajectory.searches == 1 else 'es'}"
-    return Text(f"{name}: {outcome}, {searches}, {trajectory.sampled_tokens} tokens", style="bold")
+    return Text(f"{name}: {outcome}\n{searches}, {trajectory.sampled_tokens} tokens", style="bold")
 
 
 def _mark(step: Step) -> Text:
     mark = "<" if step.b is None else ">" if step.a is None else "|" if step.cost else " "
-    return Text(f"{mark} ", style="bold yellow")
+    return Text(f" {mark} ", style="bold yellow")
 
 
 def _turn(turn: Turn | None) -> RenderableType:
