@@ -165,6 +165,28 @@ def test_index_build_and_search(project, monkeypatch, capsys):
     assert "is there already" in err
 
 
+def test_some_benchmarks_are_evaluated(project, monkeypatch, capsys):
+    """With the ceiling: Oslo is in a passage; nothing says Atlantis."""
+    monkeypatch.setenv("COLUMNS", "80")
+    jsonl(project / "other.jsonl", QUESTION, {**QUESTION, "id": "q2", "golden_answers": ["Atlantis"]})
+    both = f'{{ dev = "{project}/dev.jsonl", other = "{project}/other.jsonl" }}'
+    words = ["evaluate", "--config", project / "config.toml", "--data.eval", both, "--rollout.max_action_tokens", 8]
+    status, _, err = run(monkeypatch, capsys, *words, "--benchmark", "othr")
+    assert (status, err) == (2, "search-e1: no benchmark 'othr' in data.eval; did you mean 'other'?\n")
+    status, out, err = run(monkeypatch, capsys, *words, "--benchmark", "other")
+    assert status == 0, err
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    made = project / "run" / "evaluation-base-other"
+    assert out.splitlines()[-1] == str(made)
+    rows = [json.loads(line) for line in (made / "questions.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["in_topk"], row["in_corpus"]) for row in rows] == [("q1", True, True), ("q2", False, False)]
+    assert json.loads((made / "evaluation.json").read_text())["answerable"] == 1
+    assert rows[1]["failure"] == "not_in_corpus"
+    status, out, _ = run(monkeypatch, capsys, "compare", made, f"again={made}")
+    assert status == 0
+    assert "other (2 questions)" in out
+
+
 def test_the_docs_list_every_key(monkeypatch, capsys):
     status, out, _ = run(monkeypatch, capsys, "config")
     assert status == 0

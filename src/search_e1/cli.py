@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from search_e1 import cli_data, cli_index, cli_pairs, cli_serve
+from search_e1 import cli_compare, cli_data, cli_index, cli_pairs, cli_serve
 from search_e1.errors import ConfigError, RunError, SearchE1Error
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ app = typer.Typer(
 app.add_typer(cli_index.app, name="index")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_pairs.app, name="pairs")
+app.command()(cli_compare.compare)
 app.command("serve-retriever")(cli_serve.serve_retriever)
 console = Console()
 

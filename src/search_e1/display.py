@@ -56,7 +56,7 @@ def watch(console: Console, rounds: int) -> Callable[[str], AbstractContextManag
     return stage
 
 
-def _table(title: str | None) -> Table:
+def plain_table(title: str | None) -> Table:
     """No frame and no wasted column: the widest one here still fits a terminal of 80."""
     return Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
 
@@ -64,7 +64,7 @@ def _table(title: str | None) -> Table:
 def summary_table(summary: "Summary") -> Table:
     """The run in one table: a row for each evaluated policy. Fits 80 columns."""
     hops = sorted({h for policy in summary.policies for h in policy.by_hops if h != "None"})
-    table = _table(f"EM of each policy (seed {summary.seed})")
+    table = plain_table(f"EM of each policy (seed {summary.seed})")
     for heading in ("policy", "EM", "sampled", *(f"{h}-hop" for h in hops), "searches", "tokens", "lead", "pairs", "s"):
         table.add_column(heading, justify="left" if heading == "policy" else "right")
     for policy in summary.policies:
@@ -106,7 +106,7 @@ def show_evaluation(console: Console, evaluation: "Evaluation") -> None:
 
 def evaluation_table(evaluation: "Evaluation") -> Table:
     """A row for each benchmark and hop count."""
-    table = _table(None)
+    table = plain_table(None)
     for heading in ("questions", "n", "EM", "95%", "sampled", "F1", "cover", "searches", "tokens"):
         table.add_column(heading, justify="left" if heading == "questions" else "right", no_wrap=heading != "questions")
     hops = ((f"{hops}-hop", row) for hops, row in evaluation.by_hops.items())
@@ -127,7 +127,7 @@ def evaluation_table(evaluation: "Evaluation") -> Table:
 
 def ceiling_table(evaluation: "Evaluation") -> Table:
     """Where an answer stands, and EM over the questions whose answer is in the corpus."""
-    table = _table("An answer is in (share of the questions that are not yes/no)")
+    table = plain_table("An answer is in (share of the questions that are not yes/no)")
     headings = ("questions", "what was read", "the question's top k", "the corpus", "EM if in corpus", "95%")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "questions" else "right")
@@ -147,7 +147,7 @@ def ceiling_table(evaluation: "Evaluation") -> Table:
 def failure_table(evaluation: "Evaluation") -> Table:
     """How many wrong answers are of each class, by benchmark; classes without any are left out."""
     wrong = sum(evaluation.failures.values())
-    table = _table(f"Why {wrong} answers are wrong" if wrong else "No answer is wrong")
+    table = plain_table(f"Why {wrong} answers are wrong" if wrong else "No answer is wrong")
     table.add_column("questions", overflow="fold")
     for failure in evaluation.failures:
         table.add_column(_FAILURES.get(failure, failure), justify="right", no_wrap=True)
@@ -176,7 +176,7 @@ def _share(value: float | None, unknown: str = "") -> str:
 
 def lead_table(lead: "Lead") -> RenderableType:
     """Plain against privileged prompt, then where teacher and student disagree. Fits 80 columns."""
-    sampling, divergence = _table(None), _table(None)
+    sampling, divergence = plain_table(None), plain_table(None)
     for heading in ("prompt", "EM", "EM off track", "searches", "tokens"):
         sampling.add_column(heading, justify="left" if heading == "prompt" else "right")
     for name in ("plain", "privileged"):
@@ -207,7 +207,7 @@ def lead_table(lead: "Lead") -> RenderableType:
 
 def index_table(manifest: "IndexManifest") -> Table:
     """What an index is and what it takes: a row for each fact, then one for each file. Fits 80 columns."""
-    table = _table(f"{manifest.kind} index, {manifest.passages:,} passages, {_bytes(sum(manifest.files.values()))}")
+    table = plain_table(f"{manifest.kind} index, {manifest.passages:,} passages, {_bytes(sum(manifest.files.values()))}")
     table.show_header = False
     table.add_column(style="dim")
     table.add_column(overflow="fold")
