@@ -168,6 +168,8 @@ def test_several_files_and_directories_are_one_corpus(tmp_path: Path) -> None:
     (tmp_path / "d" / "a.jsonl.gz").write_bytes(gzip.compress(b'{"id": "a", "contents": "x"}'))
     table(tmp_path / "d" / "sub" / "c.parquet", [{"id": "c", "contents": "x"}])
     write(tmp_path / "d" / "notes.txt", "not this")
+    (tmp_path / "d" / ".hidden").mkdir()
+    write(tmp_path / "d" / ".hidden" / "e.jsonl", "nor this")
     last = write(tmp_path / "last.jsonl", {"id": "d", "contents": "x"})
     assert [p.id for p in read_corpus(tmp_path / "d", last)] == ["a", "b", "c", "d"]
     second = write(tmp_path / "second.jsonl", {"id": "b", "contents": "y"})

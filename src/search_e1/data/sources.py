@@ -53,14 +53,15 @@ def checksum(place: str | Path) -> str:
 
 
 def files(path: Path) -> list[Path]:
-    """``path`` itself, or the corpus files of a directory and those below it, by name.
+    """``path`` itself, or the corpus files of a directory and those below it, by name; what is hidden is left out.
 
     Raises:
         DataError: a directory holds none.
     """
     if not path.is_dir():
         return [path]
-    found = sorted(p for p in path.rglob("*") if p.name.endswith((*_LINES, _PARQUET)) and p.is_file())
+    below = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+    found = sorted(p for p in below if p.name.endswith((*_LINES, _PARQUET)) and p.is_file())
     if not found:
         raise DataError(f"{path}: no file in it that could be a corpus; {INSTEAD}")
     return found
