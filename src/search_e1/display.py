@@ -207,7 +207,9 @@ def lead_table(lead: "Lead") -> RenderableType:
 
 def index_table(manifest: "IndexManifest") -> Table:
     """What an index is and what it takes: a row for each fact, then one for each file. Fits 80 columns."""
-    table = plain_table(f"{manifest.kind} index, {manifest.passages:,} passages, {_bytes(sum(manifest.files.values()))}")
+    table = plain_table(
+        f"{manifest.kind} index, {manifest.passages:,} passages, {_bytes(sum(manifest.files.values()))}"
+    )
     table.show_header = False
     table.add_column(style="dim")
     table.add_column(overflow="fold")
