@@ -127,10 +127,10 @@ def evaluation_table(evaluation: "Evaluation") -> Table:
 
 def ceiling_table(evaluation: "Evaluation") -> Table:
     """Where an answer stands, and EM over the questions whose answer is in the corpus."""
-    table = plain_table("An answer is in (share of the questions that are not yes/no)")
-    headings = ("questions", "what was read", "the question's top k", "the corpus", "EM if in corpus", "95%")
+    table = plain_table("An answer is in what was read, in the question's own top k, in the corpus")
+    headings = ("questions", "read", "top k", "corpus", "EM if in corpus", "95%")
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "questions" else "right")
+        table.add_column(heading, justify="left" if heading == "questions" else "right", no_wrap=True)
     for name, row in (*evaluation.by_benchmark.items(), ("all", evaluation)):
         interval = row.em_answerable_interval
         table.add_row(
