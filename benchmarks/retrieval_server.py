@@ -141,7 +141,7 @@ def timed(search: Search, parts: Sequence[Sequence[str]], threads: int) -> float
 
 @contextlib.contextmanager
 def ours(index: Path) -> Iterator[str]:
-    command = [sys.executable, "-c", "from search_e1.cli import main; main()", "serve-retriever"]
+    command = [sys.executable, "-c", "from search_e1.cli.main import main; main()", "serve-retriever"]
     with _running([*command, "--index", str(index), "--port", "0"]) as line:
         yield line.partition(" at ")[2].partition("/retrieve")[0]
 

@@ -202,7 +202,7 @@ def test_the_hub_is_read_by_datasets_itself(collection: Path, tmp_path: Path) ->
         environment = {**clean, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
 
         def run(*words: str) -> tuple[int, str]:
-            command = [sys.executable, "-c", "from search_e1.cli import main; main()", "data", "prepare", *words]
+            command = [sys.executable, "-c", "from search_e1.cli.main import main; main()", "data", "prepare", *words]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             return done.returncode, done.stderr
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from search_e1 import cli
+from search_e1.cli import main as cli
 
 
 def run(monkeypatch, capsys, *words: object) -> tuple[int, str, str]:
@@ -58,7 +58,7 @@ def test_help_needs_no_torch():
     code = """
 import sys
 sys.argv = ["search-e1", "--help"]
-from search_e1 import cli
+from search_e1.cli import main as cli
 try:
     cli.main()
 except SystemExit:

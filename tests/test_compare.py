@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from search_e1 import cli, runs
-from search_e1.cli_compare import places
+from search_e1 import runs
+from search_e1.cli import main as cli
+from search_e1.cli.compare import places
 from search_e1.errors import ConfigError
 from search_e1.evaluation import results
 from search_e1.evaluation.compare import MACRO, MICRO, Figure, compare, load
@@ -297,7 +298,7 @@ def test_two_runs_tell_their_policies_apart(run, tmp_path):
 def test_comparing_loads_no_engine(run):
     code = """
 import sys
-from search_e1 import cli
+from search_e1.cli import main as cli
 sys.argv = ["search-e1", "compare", sys.argv[1]]
 cli.main()
 """

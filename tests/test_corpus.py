@@ -257,7 +257,7 @@ def test_a_data_set_of_the_hub_is_streamed(tmp_path: Path) -> None:
     with fake_hub.serve(tmp_path / "hub") as address:
         clean = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
         environment = {**clean, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "COLUMNS": "200"}
-        command = [sys.executable, "-c", "from search_e1.cli import main; main()", "index", "build"]
+        command = [sys.executable, "-c", "from search_e1.cli.main import main; main()", "index", "build"]
         words = ["--corpus", "some/repository", "--out", str(tmp_path / "made")]
         done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from made_run import POLICIES, make_run
-from search_e1.cli import app
+from search_e1.cli.main import app
 from search_e1.errors import DataError, RunError
 from search_e1.report import page
 

@@ -26,7 +26,14 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_it_serves_until_it_is_told_to_stop(index: Path, stop: signal.Signals) -> None:
-    command = [sys.executable, "-c", "from search_e1.cli import main; main()", "serve-retriever", "--index", str(index)]
+    command = [
+        sys.executable,
+        "-c",
+        "from search_e1.cli.main import main; main()",
+        "serve-retriever",
+        "--index",
+        str(index),
+    ]
     running = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert running.stdout
     line = running.stdout.readline()

@@ -47,7 +47,7 @@ def compare(
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
 ) -> None:
     """Compare evaluations question by question: EM, paired differences, McNemar's test, searches, tokens."""
-    from search_e1.display_comparison import show_comparison
+    from search_e1.display.comparison import show_comparison
     from search_e1.evaluation import compare as comparing
     from search_e1.evaluation.exports import FORMATS, SUFFIXES
 

@@ -48,7 +48,7 @@ def show(
     ] = None,
 ) -> None:
     """Print a pair side by side: what the reference did, and what the student did in its place."""
-    from search_e1.display_pairs import show_pair
+    from search_e1.display.pairs import show_pair
 
     if question is not None and number is not None:
         raise ConfigError("give --question or --number, not both")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from search_e1.cli_serve import DeviceOption, EncoderOption, IndexOption, encoder_settings
+from search_e1.cli.serve import DeviceOption, EncoderOption, IndexOption, encoder_settings
 from search_e1.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Make and look into retrieval indexes.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from search_e1 import cli_compare, cli_data, cli_index, cli_pairs, cli_serve
+from search_e1.cli import compare, data, index, pairs, serve
 from search_e1.errors import ConfigError, RunError, SearchE1Error
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ app = typer.Typer(
     help="Train search agents by GRPO interleaved with offline self-distillation.",
     epilog="Errors are one line; --traceback before the verb shows where they came from.",
 )
-app.add_typer(cli_index.app, name="index")
-app.add_typer(cli_data.app, name="data")
-app.add_typer(cli_pairs.app, name="pairs")
-app.command()(cli_compare.compare)
-app.command("serve-retriever")(cli_serve.serve_retriever)
+app.add_typer(index.app, name="index")
+app.add_typer(data.app, name="data")
+app.add_typer(pairs.app, name="pairs")
+app.command()(compare.compare)
+app.command("serve-retriever")(serve.serve_retriever)
 console = Console()
 
 # Overrides such as --grpo.steps 8 are not known to typer; they are checked against the config.
@@ -113,8 +113,8 @@ def rollout(
         _report(stages.pool(start, round, out))
 
 
-@cli_pairs.app.command("mine", context_settings=OVERRIDES)
-def pairs(
+@pairs.app.command("mine", context_settings=OVERRIDES)
+def mine(
     context: typer.Context,
     config: ConfigOption,
     round: RoundOption = 1,
