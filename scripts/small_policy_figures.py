@@ -51,10 +51,10 @@ class _Sampler:
     def __init__(self, policy: Policy, index: Bm25Index) -> None:
         self.generator = HFGenerator(policy.model, policy.tokenizer, batch_size=ROLLOUT.batch_size)
         self.index = index
-        self.correction = policy.prompts.correction
+        self.prompts = policy.prompts
 
     def run(self, rows: Sequence[Start], temperature: float) -> list[Trajectory]:
-        return rollout(self.generator, self.index, rows, ROLLOUT, temperature=temperature, correction=self.correction)
+        return rollout(self.generator, self.index, rows, ROLLOUT, temperature=temperature, prompts=self.prompts)
 
 
 def _leads(

@@ -7,9 +7,11 @@ from search_e1.config import ReferenceConfig, ReplayConfig
 from search_e1.grpo import replay
 from search_e1.privileged import Shown, room, show, view
 from search_e1.prompts import observation, passages_of, plain_prompt, privileged_prompt, split_passage, with_passages
+from search_e1.rollout.protocols import protocol_of
 from search_e1.types import ActionKind, Group, Passage, Question, StopReason, Trajectory, Turn
 
 TOKENIZER = byte_tokenizer()
+TAGS = protocol_of(TOKENIZER, TINY_PROMPTS)
 QUESTION = "Mayor of Bel?"
 PLENTY = 100_000
 
@@ -84,13 +86,13 @@ def shown(room: int, **config) -> Shown | None:
     ],
 )
 def test_what_is_shown(shows, expected):
-    assert view(REFERENCE, ReferenceConfig(shows=shows)) == expected
+    assert view(REFERENCE, ReferenceConfig(shows=shows), TAGS) == expected
     assert shown(PLENTY, shows=shows) == Shown(expected)
 
 
 def test_a_thought_that_mentions_a_tag_is_no_action():
     turn = searched("bel", thought="<think>I could <search> or not</think> ")
-    assert view(reference(turn, answered("x")), ReferenceConfig(shows="searches")) == "<search> bel </search>"
+    assert view(reference(turn, answered("x")), ReferenceConfig(shows="searches"), TAGS) == "<search> bel </search>"
 
 
 def test_nothing_shown_is_the_plain_prompt():
@@ -162,7 +164,7 @@ def test_what_is_cut_fits_and_keeps_every_action(shorten, cut):
 def test_what_may_not_be_cut_does_not_fit():
     assert shown(tokens(REFERENCE.text)) == Shown(REFERENCE.text)
     assert shown(tokens(REFERENCE.text) - 1, shorten="never") is None
-    answer = view(REFERENCE, ReferenceConfig(shows="answer"))
+    answer = view(REFERENCE, ReferenceConfig(shows="answer"), TAGS)
     assert shown(tokens(answer), shows="answer") == Shown(answer)
     assert shown(tokens(answer) - 1, shows="answer") is None
 

@@ -63,7 +63,7 @@ def play(
 ) -> tuple[list[Trajectory], ScriptedGenerator]:
     generator = ScriptedGenerator(tokenizer, script)
     begun = starts(tokenizer, PROMPTS, questions(*script))
-    done = rollout(generator, retriever, begun, limits, temperature=0.7, correction=CORRECTION, **kwargs)
+    done = rollout(generator, retriever, begun, limits, temperature=0.7, prompts=PROMPTS, **kwargs)
     return done, generator
 
 
@@ -191,7 +191,7 @@ def test_a_rollout_goes_on_from_turns_already_taken(tiny_policy: Policy, tiny_re
     [whole], generator = play(tiny_policy.tokenizer, tiny_retriever, script)
     for taken in (1, 2):
         start = Start(*questions("one?"), whole.prompt_ids, whole.turns[:taken])
-        [again] = rollout(generator, tiny_retriever, [start], LIMITS, temperature=0.7, correction=CORRECTION)
+        [again] = rollout(generator, tiny_retriever, [start], LIMITS, temperature=0.7, prompts=PROMPTS)
         assert again == whole
 
 

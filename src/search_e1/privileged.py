@@ -9,13 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from search_e1.config import ReferenceConfig
-from search_e1.prompts import Prompts, passages_of, privileged_prompt, with_passages
-from search_e1.rollout.env import ACTION
+from search_e1.prompts import TEMPLATE_TOKENS, Prompts, privileged_prompt
+from search_e1.rollout.env import Protocol
+from search_e1.rollout.protocols import protocol_of
 from search_e1.types import ActionKind, Trajectory
-
-_TEMPLATE_TOKENS = 64
-"""More than a chat template adds around a message."""
-
 
 _ACTIONS = {
     "searches": (ActionKind.SEARCH,),
@@ -36,18 +33,22 @@ def show(
 ) -> Shown | None:
     """What to put into the teacher's prompt of ``reference``; ``None`` if nothing of it may be cut that would make the
     prompt fit into ``room`` tokens."""
-    text = view(reference, config)
+    protocol = protocol_of(tokenizer, prompts)
+    text = view(reference, config, protocol)
 
     def fits(text: str) -> bool:
         # A text has at most as many tokens as bytes, so that only long ones are worth tokenising.
         size = sum(len(part.encode()) for part in (prompts.privileged, prompts.instruction, question, text))
-        return size + _TEMPLATE_TOKENS <= room or len(privileged_prompt(tokenizer, prompts, question, text)) <= room
+        return (
+            size + TEMPLATE_TOKENS[prompts.protocol] <= room
+            or len(privileged_prompt(tokenizer, prompts, question, text)) <= room
+        )
 
     if fits(text):
         return Shown(text)
     if config.shows != "whole" or config.shorten == "never":
         return None
-    shorter = (_fewer_passages if config.shorten == "passages" else _shorter_passages)(reference, fits)
+    shorter = (_fewer_passages if config.shorten == "passages" else _shorter_passages)(protocol, reference, fits)
     return None if shorter is None else Shown(shorter, shortened=True)
 
 
@@ -56,39 +57,42 @@ def room(config: ReferenceConfig, context_length: int, response: int) -> int:
     return min(context_length, config.max_tokens or context_length) - response
 
 
-def view(reference: Trajectory, config: ReferenceConfig) -> str:
+def view(reference: Trajectory, config: ReferenceConfig, protocol: Protocol) -> str:
     """What ``config.shows`` names: all of it, or the actions alone, as they were, from their tag on, a line each."""
     if config.shows == "whole":
         return reference.text
     kinds = _ACTIONS[config.shows]
-    matches = [(turn.action_text, ACTION.search(turn.action_text)) for turn in reference.turns if turn.kind in kinds]
-    actions = [text[match.start() :] for text, match in matches if match]
+    texts = [turn.action_text for turn in reference.turns if turn.kind in kinds]
+    actions = [text[begin:] for text in texts if (begin := protocol.begins(text)) is not None]
     return "".join(action.rstrip("\n") + "\n" for action in actions[:-1]) + "".join(actions[-1:])
 
 
-def _render(reference: Trajectory, passages: Sequence[Sequence[str] | None]) -> str:
+def _render(protocol: Protocol, reference: Trajectory, passages: Sequence[Sequence[str] | None]) -> str:
     return "".join(
-        turn.action_text + (turn.observation_text if kept is None else with_passages(kept))
+        turn.action_text
+        + (turn.observation_text if kept is None else protocol.with_passages(turn.observation_text, kept))
         for turn, kept in zip(reference.turns, passages, strict=True)
     )
 
 
-def _fewer_passages(reference: Trajectory, fits: Callable[[str], bool]) -> str | None:
+def _fewer_passages(protocol: Protocol, reference: Trajectory, fits: Callable[[str], bool]) -> str | None:
     """Without the lowest-ranked passages: one at a time, the last of the observation that holds most (ties: the first)."""
-    passages = [passages_of(turn.observation_text) for turn in reference.turns]
+    passages = [protocol.passages(turn.observation_text) for turn in reference.turns]
     while longest := max(filter(None, passages), key=len, default=None):
         longest.pop()
-        if fits(text := _render(reference, passages)):
+        if fits(text := _render(protocol, reference, passages)):
             return text
     return None
 
 
-def _shorter_passages(reference: Trajectory, fits: Callable[[str], bool]) -> str | None:
+def _shorter_passages(protocol: Protocol, reference: Trajectory, fits: Callable[[str], bool]) -> str | None:
     """All passages cut to the same number of their first words, the largest that fits; the heading stays."""
-    passages = [passages_of(turn.observation_text) for turn in reference.turns]
+    passages = [protocol.passages(turn.observation_text) for turn in reference.turns]
 
     def cut(words: int) -> str:
-        return _render(reference, [kept and [_first_words(passage, words) for passage in kept] for kept in passages])
+        return _render(
+            protocol, reference, [kept and [_first_words(passage, words) for passage in kept] for kept in passages]
+        )
 
     most = max((len(passage.split()) for kept in passages for passage in kept or ()), default=0)
     if not fits(cut(0)):

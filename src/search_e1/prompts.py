@@ -5,14 +5,14 @@ Prompts are ids. They are made here and nowhere else, so that GRPO, pools, disti
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from search_e1.errors import ConfigError
+from search_e1.errors import ConfigError, ModelError
 from search_e1.types import Passage
 
 SEARCH_CLOSE, ANSWER_CLOSE = "</search>", "</answer>"
@@ -22,9 +22,44 @@ CORRECTION = (
     "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>. "
     "If I want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
 )
-_TAG = re.compile(r"<(/?\s*(?:think|search|information|answer)\s*)>", re.IGNORECASE)
+ProtocolName = Literal["tags", "tools"]
+SEARCH_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "search",
+        "description": "Searches for passages that help to answer the question.",
+        "parameters": {
+            "type": "object",
+            "properties": {"query": {"type": "string", "description": "What to search for."}},
+            "required": ["query"],
+        },
+    },
+}
+"""What a chat template is told of the one tool."""
+_TOOLS: dict[ProtocolName, list[dict[str, Any]] | None] = {"tags": None, "tools": [SEARCH_TOOL]}
+TEMPLATE_TOKENS: dict[ProtocolName, int] = {"tags": 64, "tools": 1024}
+"""More than a chat template adds around a message, and what it says of the tools."""
+_TAG: dict[ProtocolName, re.Pattern[str]] = {
+    "tags": re.compile(r"<(/?\s*(?:think|search|information|answer)\s*)>", re.IGNORECASE),
+    "tools": re.compile(
+        r"<(/?\s*(?:think|search|information|answer|tools|tool_call|tool_response)\s*)>", re.IGNORECASE
+    ),
+}
+_LOOKS_LIKE_A_TAG = re.compile(r"[<\[]\S+[>\]]")
 _PASSAGE_START = re.compile(r"^(?=Doc \d+\(Title: )", re.MULTILINE)
 _FILE = "search_e1.json"
+_OF_TOOLS = {
+    "instruction": (
+        "Answer the given question. If you lack some knowledge, call the search tool with a query, once a turn; you can "
+        "search as many times as you want. When no further knowledge is needed, give the final answer between <answer> and "
+        "</answer>, without detailed illustrations. For example, <answer> Beijing </answer>. Question: {question}\n"
+    ),
+    "correction": (
+        "Not a valid call. To search, call the tool `search` once, with a JSON object of one key, `query`. "
+        "To finish, give the final answer between <answer> and </answer>."
+    ),
+}
+"""Defaults that differ under ``protocol = "tools"``."""
 
 
 class Prompts(BaseModel):
@@ -35,6 +70,9 @@ class Prompts(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    protocol: ProtocolName = "tags"
+    """How a policy searches: Search-R1's `<search>` and `<information>` tags, or calls of a `search` tool in the format of
+    its own chat template. `tools` has defaults of its own for `instruction` and `correction`."""
     instruction: str = (
         "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get new "
         "information. After reasoning, if you find you lack some knowledge, you can call a search engine by <search> query "
@@ -51,6 +89,11 @@ class Prompts(BaseModel):
     """The teacher's user message; ``{instruction}`` (with its question) and ``{reference}`` are replaced."""
     correction: str = CORRECTION
     """What a malformed action is answered with."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, given: Any) -> Any:
+        return {**_OF_TOOLS, **given} if isinstance(given, dict) and given.get("protocol") == "tools" else given
 
     @field_validator("instruction")
     @classmethod
@@ -88,8 +131,12 @@ def _require(template: str, field: str) -> str:
 
 
 def plain_prompt(tokenizer, prompts: Prompts, question: str) -> tuple[int, ...]:
-    """Ids of the standard prompt: the student's, and everyone's but the teacher's."""
-    return _encode_message(tokenizer, _instruction(tokenizer, prompts, question))
+    """Ids of the standard prompt: the student's, and everyone's but the teacher's.
+
+    Raises:
+        ModelError: tools without a chat template.
+    """
+    return _encode_message(tokenizer, prompts, _instruction(tokenizer, prompts, question))
 
 
 def privileged_prompt(tokenizer, prompts: Prompts, question: str, reference: str) -> tuple[int, ...]:
@@ -99,57 +146,102 @@ def privileged_prompt(tokenizer, prompts: Prompts, question: str, reference: str
         return plain_prompt(tokenizer, prompts, question)
     # `str.replace`, not `str.format`: references and questions are full of braces.
     message = prompts.privileged.replace("{instruction}", _instruction(tokenizer, prompts, question))
-    return _encode_message(tokenizer, message.replace("{reference}", _break_special_tokens(tokenizer, reference)))
+    reference = _break(special_tokens(tokenizer), reference)
+    return _encode_message(tokenizer, prompts, message.replace("{reference}", reference))
+
+
+def user_message(prompts: Prompts, question: str) -> str:
+    """The standard prompt where there is no tokenizer: at an endpoint."""
+    return prompts.instruction.replace("{question}", neutralize_tags(question, prompts.protocol))
 
 
 def _instruction(tokenizer, prompts: Prompts, question: str) -> str:
-    return prompts.instruction.replace("{question}", neutralize(tokenizer, question))
+    return prompts.instruction.replace("{question}", neutralize(tokenizer, question, prompts.protocol))
 
 
-def _encode_message(tokenizer, message: str) -> tuple[int, ...]:
+def _encode_message(tokenizer, prompts: Prompts, message: str) -> tuple[int, ...]:
+    tools = _TOOLS[prompts.protocol]
     if tokenizer.chat_template:
         return tuple(
             tokenizer.apply_chat_template(
-                [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=True, return_dict=False
+                [{"role": "user", "content": message}],
+                tools=tools,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
             )
         )
+    if tools:
+        raise ModelError(NO_TEMPLATE)
     return tuple(tokenizer.encode(message))
 
 
-def neutralize(tokenizer, text: str) -> str:
-    """``text`` with protocol tags and the tokenizer's special tokens made harmless: ``<search>`` becomes ``(search)``."""
-    return _break_special_tokens(tokenizer, _TAG.sub(r"(\1)", text))
+NO_TEMPLATE = (
+    'prompts.protocol = "tools": the policy\'s tokenizer has no chat template; use a chat model, or protocol = "tags"'
+)
 
 
-def _break_special_tokens(tokenizer, text: str) -> str:
-    for token in _special_tokens(tokenizer):
+def neutralize(tokenizer, text: str, protocol: ProtocolName = "tags") -> str:
+    """``text`` with protocol tags and the tokenizer's special tokens made harmless: ``<search>`` becomes ``(search)``.
+
+    Under ``tools`` so are all added tokens that look like tags: chat models have ``<tool_call>`` among them, not marked as
+    special.
+    """
+    reserved = special_tokens if protocol == "tags" else _tag_tokens
+    return _break(reserved(tokenizer), neutralize_tags(text, protocol))
+
+
+def neutralize_tags(text: str, protocol: ProtocolName) -> str:
+    """``text`` with the tags of the protocol made harmless; all that can be done without a tokenizer."""
+    return _TAG[protocol].sub(r"(\1)", text)
+
+
+def _break(tokens: Sequence[str], text: str) -> str:
+    for token in tokens:
         if token in text:
-            text = text.replace(token, f"({token.strip('<|>[]')})")
+            bare = token.strip("<|>[]")
+            text = text.replace(token, f"({bare})" if bare != token else f"{token[0]} {token[1:]}")
     return text
 
 
 @lru_cache(maxsize=16)
-def _special_tokens(tokenizer) -> tuple[str, ...]:
+def special_tokens(tokenizer) -> tuple[str, ...]:
     """All that encoding turns into a special id: the named ones, and those that chat templates use without a name."""
     unnamed = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return tuple(sorted({*tokenizer.all_special_tokens, *unnamed}, key=len, reverse=True))
 
 
-def observation(tokenizer, passages: Sequence[Passage], max_tokens: int) -> tuple[str, tuple[int, ...]]:
-    """Text and ids of what a search is answered with, at most ``max_tokens`` ids.
+@lru_cache(maxsize=16)
+def _tag_tokens(tokenizer) -> tuple[str, ...]:
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    tags = filter(_LOOKS_LIKE_A_TAG.fullmatch, added)
+    return tuple(sorted({*special_tokens(tokenizer), *tags}, key=len, reverse=True))
 
-    Too long a text is cut at the end of the passages; the closing tag is always whole.
+
+def listed(passages: Sequence[Passage], clean: Callable[[str], str]) -> str:
+    """Passages as they are shown, a line each; ``clean`` neutralises titles and texts."""
+    return "".join(
+        f"Doc {i}(Title: {clean(p.title)}) {clean(' '.join(p.text.split()))}\n" for i, p in enumerate(passages, 1)
+    )
+
+
+def observation(tokenizer, passages: Sequence[Passage], max_tokens: int) -> tuple[str, tuple[int, ...]]:
+    """Text and ids of what a search is answered with under ``tags``; see ``enclosed``."""
+    body = listed(passages, lambda text: neutralize(tokenizer, text))
+    return enclosed(tokenizer, INFORMATION_OPEN, body, INFORMATION_CLOSE, max_tokens)
+
+
+def enclosed(tokenizer, opening: str, body: str, closing: str, max_tokens: int) -> tuple[str, tuple[int, ...]]:
+    """Text and ids of ``body`` between ``opening`` and ``closing``, at most ``max_tokens`` ids.
+
+    Too long a text is cut at the end of the body; the closing is always whole, and begins a line.
 
     Raises:
-        ConfigError: ``max_tokens`` has no room for the tags alone.
+        ConfigError: ``max_tokens`` has no room for opening and closing alone.
     """
-    body = "".join(
-        f"Doc {i}(Title: {neutralize(tokenizer, p.title)}) {neutralize(tokenizer, ' '.join(p.text.split()))}\n"
-        for i, p in enumerate(passages, 1)
-    )
     room = len(body)
     while True:
-        text = INFORMATION_OPEN + body[:room] + ("" if body[:room].endswith("\n") else "\n") + INFORMATION_CLOSE
+        text = opening + body[:room] + ("" if body[:room].endswith("\n") else "\n") + closing
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         excess = len(encoded["input_ids"]) - max_tokens
         if excess <= 0:
@@ -157,24 +249,26 @@ def observation(tokenizer, passages: Sequence[Passage], max_tokens: int) -> tupl
         if room == 0:
             raise ConfigError(f"rollout.max_observation_tokens = {max_tokens} has no room for the tags alone; raise it")
         # Give back as many characters of the body as its last `excess` tokens cover, and look again.
-        ends = [end for _, end in encoded["offset_mapping"] if end - len(INFORMATION_OPEN) <= room]
-        room = max(0, min(room - 1, ends[-excess - 1] - len(INFORMATION_OPEN) if len(ends) > excess else 0))
+        ends = [end for _, end in encoded["offset_mapping"] if end - len(opening) <= room]
+        room = max(0, min(room - 1, ends[-excess - 1] - len(opening) if len(ends) > excess else 0))
 
 
-def passages_of(observation: str) -> list[str] | None:
+def passages_of(
+    observation: str, opening: str = INFORMATION_OPEN, closing: str = INFORMATION_CLOSE
+) -> list[str] | None:
     """The passages in the text of an observation, from ``Doc`` to the new line; ``None`` if it holds no information.
 
     The inverse is ``with_passages``.
     """
-    if not (observation.startswith(INFORMATION_OPEN) and observation.endswith(INFORMATION_CLOSE)):
+    if not (observation.startswith(opening) and observation.endswith(closing)):
         return None
-    body = observation[len(INFORMATION_OPEN) : -len(INFORMATION_CLOSE)]
+    body = observation[len(opening) : -len(closing)]
     return [piece for piece in _PASSAGE_START.split(body) if piece.strip()]
 
 
-def with_passages(passages: Sequence[str]) -> str:
+def with_passages(passages: Sequence[str], opening: str = INFORMATION_OPEN, closing: str = INFORMATION_CLOSE) -> str:
     """The text of an observation that holds ``passages``, each with its new line."""
-    return INFORMATION_OPEN + ("".join(passages) or "\n") + INFORMATION_CLOSE
+    return opening + ("".join(passages) or "\n") + closing
 
 
 def split_passage(passage: str) -> tuple[str, str]:

@@ -30,7 +30,7 @@ from search_e1.evaluation.results import EVALUATION, Evaluation
 from search_e1.grpo import trainer as grpo_trainer
 from search_e1.policy import Policy
 from search_e1.progress import Progress, Track, silent, untracked
-from search_e1.prompts import plain_prompt
+from search_e1.prompts import TEMPLATE_TOKENS, plain_prompt
 from search_e1.retrieval.base import Index, Retriever
 from search_e1.retrieval.cache import CachedRetriever
 from search_e1.retrieval.client import HttpRetriever
@@ -38,6 +38,7 @@ from search_e1.retrieval.indexes import DenseSettings, build_index, open_indexes
 from search_e1.retrieval.passages import Passages
 from search_e1.rollout import pool
 from search_e1.rollout.hf import HFGenerator
+from search_e1.rollout.protocols import protocol_of
 from search_e1.runs import Artifact
 from search_e1.types import Question
 from search_e1.warmstart.stage import warm_start
@@ -143,7 +144,8 @@ class Stages:
         room = min(self.config.rollout.max_tokens, loaded.model.config.get_text_config().max_position_embeddings)
         for question in (*self.train_questions, *(q for qs in self.eval_questions.values() for q in qs)):
             # A prompt has at most as many tokens as bytes, so that only the long ones are worth tokenising.
-            if len(question.text.encode()) + len(loaded.prompts.instruction.encode()) + 64 < room:
+            size = len(question.text.encode()) + len(loaded.prompts.instruction.encode())
+            if size + TEMPLATE_TOKENS[loaded.prompts.protocol] < room:
                 continue
             needed = len(plain_prompt(loaded.tokenizer, loaded.prompts, question.text))
             if needed >= room:
@@ -425,7 +427,9 @@ class Stages:
         )
 
     def _policy(self, policy: str | Path) -> Policy:
-        return policies.load(policy, self.config.policy, self.config.prompts)
+        loaded = policies.load(policy, self.config.policy, self.config.prompts)
+        protocol_of(loaded.tokenizer, loaded.prompts)  # a tokenizer that does not fit is refused before the work
+        return loaded
 
     def _generator(self, policy: Policy) -> HFGenerator:
         return HFGenerator(policy.model, policy.tokenizer, batch_size=self.config.rollout.batch_size)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from search_e1.evolve import Summary
     from search_e1.retrieval.directory import IndexManifest
 
+_PASSAGE = re.compile(r"Doc \d+\(Title: ")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -246,14 +247,13 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def show_turn(console: Console, turn: Turn) -> None:
     """A thought, a search, and the first words of what came back."""
-    thought = re.split(r"<(?:search|answer)>", turn.action_text)[0]
+    thought = re.split(r"<(?:search|answer|tool_call)>", turn.action_text)[0]
     thought = re.sub(r"</?think>", "", thought).strip()
     if thought:
         console.print(Text(printable(thought), style="dim"))
     if turn.kind is ActionKind.SEARCH:
         console.print(Text(f"search  {printable(turn.argument or '')}", style="bold cyan"))
-        body = turn.observation_text.replace("<information>", "").replace("</information>", "").strip()
-        for line in body.splitlines():
+        for line in filter(_PASSAGE.match, turn.observation_text.splitlines()):
             console.print(Text("  " + printable(line)), overflow="ellipsis", no_wrap=True)
     elif turn.kind is ActionKind.MALFORMED:
         console.print(Text("(neither a search nor an answer)", style="red"))

@@ -5,7 +5,6 @@ the student's ids and in the teacher's; the two lists belong together one by one
 """
 
 import itertools
-import re
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any, Literal, TypedDict
@@ -14,12 +13,10 @@ import torch
 
 from search_e1.errors import DataError
 from search_e1.prompts import Prompts, privileged_prompt
+from search_e1.rollout.protocols import protocol_of
 from search_e1.types import Pair, Turn
 
 Tokens = Literal["sampled", "acting"]
-
-_TAG = re.compile(r"</?(?:think|search|answer)>")
-_ARGUMENT = re.compile(r"<(search|answer)>(.*?)(?:</\1>|\Z)", re.DOTALL)
 
 
 class TokenClass(StrEnum):
@@ -46,7 +43,7 @@ class Row(TypedDict):
     """As long as the positions."""
 
 
-def token_classes(tokenizer: Any, turn: Turn) -> list[TokenClass]:
+def token_classes(tokenizer: Any, turn: Turn, prompts: Prompts | None = None) -> list[TokenClass]:
     """The class of each id of an action.
 
     Each id is decoded by itself, and the tags are looked for in the pieces joined together, so that every character
@@ -58,10 +55,8 @@ def token_classes(tokenizer: Any, turn: Turn) -> list[TokenClass]:
     pieces = [decode[i] for i in turn.action_ids]
     text = "".join(pieces)
     labels = [TokenClass.THOUGHT] * len(text)
-    for match in _ARGUMENT.finditer(text):
-        labels[slice(*match.span(2))] = [TokenClass(match[1])] * len(match[2])
-    for match in _TAG.finditer(text):
-        labels[slice(*match.span())] = [TokenClass.TAG] * len(match[0])
+    for begin, end, part in protocol_of(tokenizer, prompts or Prompts()).spans(text):
+        labels[begin:end] = [TokenClass(part)] * (end - begin)
     special = set(tokenizer.all_special_ids)
     classes: list[TokenClass] = []
     at = 0
@@ -95,7 +90,7 @@ def encode(
             f"the pair of question {pair.question.id!r} takes {longest} tokens with the reference in the prompt, and the "
             f"policy's context holds {context_length}; leave the pair out, or use a policy with a longer context"
         )
-    offsets, classes = _loss_tokens(tokenizer, pair, tokens)
+    offsets, classes = _loss_tokens(tokenizer, prompts, pair, tokens)
     return Row(
         name=pair.question.id,
         number=number,
@@ -107,10 +102,10 @@ def encode(
     )
 
 
-def _loss_tokens(tokenizer: Any, pair: Pair, tokens: Tokens) -> tuple[list[int], list[TokenClass]]:
+def _loss_tokens(tokenizer: Any, prompts: Prompts, pair: Pair, tokens: Tokens) -> tuple[list[int], list[TokenClass]]:
     """Offsets into the response of the sampled ids that enter the loss, and their classes."""
     sampled = [offset for offset, mask in enumerate(pair.student.action_mask) if mask]
-    classes = [kind for turn in pair.student.turns for kind in token_classes(tokenizer, turn)]
+    classes = [kind for turn in pair.student.turns for kind in token_classes(tokenizer, turn, prompts)]
     chosen = [
         (offset, kind)
         for offset, kind in zip(sampled, classes, strict=True)

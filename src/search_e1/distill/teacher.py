@@ -193,7 +193,7 @@ def _sample(
             [loop.Start(pairs[i].question, prompts[i], turns) for i, turns in begins for _ in range(config.samples)],
             limits,
             temperature=temperature,
-            correction=policy.prompts.correction,
+            prompts=policy.prompts,
             on_trajectory=on_trajectory,
         )
         outcomes.append([sampled[at : at + config.samples] for at in range(0, len(sampled), config.samples)])

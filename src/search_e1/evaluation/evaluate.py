@@ -185,7 +185,7 @@ class _Asking:
                 starts(self.generator.tokenizer, self.prompts, batch, size),
                 self.limits,
                 temperature=temperature,
-                correction=self.prompts.correction,
+                prompts=self.prompts,
                 on_trajectory=on_trajectory,
             )
             for i, question in enumerate(batch):

@@ -244,7 +244,7 @@ class _Rollouts:
                 [begin[id] for id in prompts],
                 self.limits,
                 temperature=self.config.temperature,
-                correction=policy.prompts.correction,
+                prompts=policy.prompts,
             )
         trainer.replay = replay.examples(
             policy.tokenizer,

@@ -32,7 +32,7 @@ def ask(
         [Start(asked, plain_prompt(policy.tokenizer, policy.prompts, question))],
         limits or RolloutConfig(),
         temperature=temperature,
-        correction=policy.prompts.correction,
+        prompts=policy.prompts,
         on_turn=(lambda _, turn: on_turn(turn)) if on_turn else None,
     )
     return trajectory.model_copy(update={"reward": 0.0, "f1": 0.0})

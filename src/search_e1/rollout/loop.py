@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 from search_e1.config import RolloutConfig
 from search_e1.errors import ModelError
-from search_e1.prompts import STOP_STRINGS, Prompts, observation, plain_prompt
+from search_e1.prompts import Prompts, plain_prompt
 from search_e1.retrieval.base import Retriever
-from search_e1.rollout.env import parse_action
+from search_e1.rollout.env import Protocol
 from search_e1.rollout.generator import Generation, Generator
+from search_e1.rollout.protocols import protocol_of
 from search_e1.scoring import exact_match, f1
 from search_e1.types import ActionKind, Question, StopReason, Trajectory, Turn
 
@@ -85,19 +86,21 @@ def rollout(
     config: RolloutConfig,
     *,
     temperature: float,
-    correction: str = Prompts().correction,
+    prompts: Prompts | None = None,
     on_turn: OnTurn | None = None,
     on_trajectory: OnTrajectory | None = None,
 ) -> list[Trajectory]:
     """Roll out every start to its end; trajectories in the order of ``starts``.
 
     A policy takes at most ``config.max_searches`` turns that are answered (with passages, or with a correction) and
-    then one last generation. ``on_turn`` and ``on_trajectory`` are called with the index of the start as things happen.
+    then one last generation. ``prompts`` says how it acts and is corrected (without them:
+    Search-R1's tags). ``on_turn`` and ``on_trajectory`` are called with the index of the start as things happen.
 
     Raises:
-        ModelError: a start's context leaves no room for a single token.
+        ModelError: a start's context leaves no room for a single token, or the tokenizer does not fit the protocol.
         RetrievalError: from the retriever; nothing is returned then.
     """
+    protocol = protocol_of(generator.tokenizer, prompts or Prompts())
     limit = min(config.max_tokens, generator.context_length)
     rows = [_Row.begin(start) for start in starts]
     for row in rows:
@@ -111,11 +114,9 @@ def rollout(
             [rows[i].context for i in active],
             max_new_tokens=min(config.max_action_tokens, limit - min(len(rows[i].context) for i in active)),
             temperature=temperature,
-            stop=STOP_STRINGS,
+            stop=protocol.stop,
         )
-        turns = _answer(
-            generator.tokenizer, retriever, [rows[i] for i in active], generations, limit, config, correction
-        )
+        turns = _answer(generator.tokenizer, protocol, retriever, [rows[i] for i in active], generations, limit, config)
         for i, turn in zip(active, turns, strict=True):
             row = rows[i]
             row.append(turn)
@@ -129,12 +130,12 @@ def rollout(
 
 def _answer(
     tokenizer,
+    protocol: Protocol,
     retriever: Retriever,
     rows: Sequence[_Row],
     generations: Sequence[Generation],
     limit: int,
     config: RolloutConfig,
-    correction: str,
 ) -> list[Turn]:
     """The turn that each generation makes, its observation included; sets ``stop`` on rows that end with it."""
     drafts: list[dict] = []
@@ -142,7 +143,7 @@ def _answer(
         # Rows of one batch share max_new_tokens; a row with less room left keeps what fits.
         room = limit - len(row.context)
         text = tokenizer.decode(generation.ids[:room], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        action = parse_action(text)
+        action = protocol.parse(text)
         logprobs = generation.logprobs and generation.logprobs[:room]
         drafts.append(
             dict(
@@ -161,12 +162,10 @@ def _answer(
     searches = [draft for draft in open_drafts if draft["kind"] is ActionKind.SEARCH]
     found = retriever.search([draft["argument"] for draft in searches], config.topk) if searches else []
     for draft, passages in zip(searches, found, strict=True):
-        text, ids = observation(tokenizer, passages, config.max_observation_tokens)
+        text, ids = protocol.observe(draft["action_text"], passages, config.max_observation_tokens)
         draft |= dict(observation_text=text, observation_ids=ids, passage_ids=tuple(p.id for p in passages))
     for draft in open_drafts:
         if draft["kind"] is ActionKind.MALFORMED:
-            draft |= dict(
-                observation_text=correction,
-                observation_ids=tuple(tokenizer.encode(correction, add_special_tokens=False)),
-            )
+            text, ids = protocol.correct(draft["action_text"])
+            draft |= dict(observation_text=text, observation_ids=ids)
     return [Turn(**draft) for draft in drafts]

@@ -38,7 +38,7 @@ def sample(
                 starts(generator.tokenizer, prompts, batch, config.group_size),
                 limits,
                 temperature=config.temperature,
-                correction=prompts.correction,
+                prompts=prompts,
             )
             for i, question in enumerate(batch):
                 siblings = trajectories[i * config.group_size : (i + 1) * config.group_size]

@@ -1,0 +1,98 @@
+"""Random models of five families go through a rollout, a GRPO step and a distillation step, under both protocols."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from chat import call, chat_tokenizer
+from conftest import PASSAGES, TinyRetriever
+from search_e1.config import DistillConfig, GrpoConfig, LoraConfig, RolloutConfig
+from search_e1.distill import trainer as distillation
+from search_e1.grpo import trainer as grpo
+from search_e1.policy import Policy
+from search_e1.prompts import Prompts
+from search_e1.rollout.hf import HFGenerator
+from search_e1.rollout.loop import rollout, starts
+from search_e1.types import Pair, Question
+from taught import Script
+
+FAMILIES = {
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "llama": {},
+    "gemma": {"head_dim": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+QUESTIONS = [Question(id=name, text=f"capital of {name}?", answers=("Bel",)) for name in ("Arda", "Eth")]
+LIMITS = RolloutConfig(max_searches=1, topk=1, max_action_tokens=8, max_observation_tokens=130, max_tokens=900)
+RIGHT = {
+    "tags": ["<search>Arda</search>", "<answer>Bel</answer>"],
+    "tools": [call("Arda"), "<answer>Bel</answer><|im_end|>"],
+}
+WRONG = {"tags": ["<answer>Fen</answer>"], "tools": ["Fen<|im_end|>"]}
+
+
+def random_policy(family: str, protocol: str) -> Policy:
+    tokenizer = chat_tokenizer()
+    shape = dict(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape | FAMILIES[family]))
+    given = {"instruction": "Q: {question}", "correction": "\nNo.\n"}
+    return Policy(model, tokenizer, Prompts.model_validate({"protocol": protocol} | given))
+
+
+@pytest.mark.parametrize("protocol", ["tags", "tools"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_rolls_out_and_trains(family: str, protocol: str, tmp_path, monkeypatch) -> None:
+    policy, retriever = random_policy(family, protocol), TinyRetriever(PASSAGES)
+    begun = starts(policy.tokenizer, policy.prompts, QUESTIONS)
+    torch.manual_seed(0)
+    generator = HFGenerator(policy.model, policy.tokenizer)
+    sampled: list[tuple[int, ...]] = []
+    generate = generator.generate
+
+    def recorded(prompts, **kwargs):
+        made = generate(prompts, **kwargs)
+        sampled.extend(generation.ids for generation in made)
+        return made
+
+    monkeypatch.setattr(generator, "generate", recorded)
+    done = rollout(generator, retriever, begun, LIMITS, temperature=1.0, prompts=policy.prompts)
+    assert sorted(turn.action_ids for t in done for turn in t.turns) == sorted(sampled)
+    for t in done:
+        with torch.no_grad():
+            logits = policy.model(torch.tensor([[*t.prompt_ids, *t.response_ids]])).logits[
+                0, len(t.prompt_ids) - 1 : -1
+            ]
+        logprobs = torch.log_softmax(logits, -1).gather(1, torch.tensor(t.response_ids)[:, None])[:, 0]
+        recorded_logprobs = torch.tensor([x for turn in t.turns for x in turn.sampling_logprobs or ()])
+        mask = torch.tensor(t.action_mask, dtype=torch.bool)
+        torch.testing.assert_close(recorded_logprobs, logprobs[mask], atol=1e-4, rtol=0)
+
+    [right], [wrong] = (
+        rollout(Script(policy.tokenizer, [script[protocol]]), retriever, begun[:1],
+                LIMITS.model_copy(update={"max_action_tokens": 100}), temperature=1.0, prompts=policy.prompts)
+        for script in (RIGHT, WRONG)
+    )  # fmt: skip
+    assert (right.reward, wrong.reward, right.searches) == (1.0, 0.0, 1)
+    # A random policy is never right, so that its advantages are 0; what a step takes from rewards is tested with a taught one.
+    config = GrpoConfig(steps=1, questions_per_step=2, group_size=2, learning_rate=1e-2)
+    figures = grpo.train(policy, QUESTIONS, retriever, config, LIMITS, seed=0, out=tmp_path)
+    assert figures["steps"] == 1
+
+    before = {name: weight.clone() for name, weight in policy.model.named_parameters()}
+    pairs = [Pair(question=QUESTIONS[0], reference=right, student=student) for student in (wrong, right)]
+    config = DistillConfig(learning_rate=1e-2, batch_size=2, lora=LoraConfig(rank=2, alpha=4))
+    figures = distillation.train(policy, pairs, config, seed=0, out=tmp_path)
+    assert figures["positions"] == right.sampled_tokens + wrong.sampled_tokens
+    assert figures["kl_first"] > 0
+    assert any(not torch.equal(before[name], weight) for name, weight in policy.model.named_parameters())
+    saved = json.loads((tmp_path / "policy" / "search_e1.json").read_text())["prompts"]["protocol"]
+    assert saved == protocol
