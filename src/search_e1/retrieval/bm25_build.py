@@ -1,7 +1,7 @@
 """bm25s's index files, made in bounded memory.
 
-bm25s itself holds all words of the corpus and the whole matrix of scores in memory, far more than a hundred gigabytes for 21
-million passages. Here the words are counted passage by passage and written to disk; from there each posting (word, passage,
+bm25s itself holds all words of the corpus and the whole matrix of scores in memory, some 50 gigabytes for 21 million
+passages. Here the words are counted passage by passage and written to disk; from there each posting (word, passage,
 count) is scored and sent to the block of words that it belongs to; each block is sorted in memory and appended to the files.
 They are bm25s's to the bit. What grows with the corpus in memory is its vocabulary, and 16 bytes a passage.
 """
