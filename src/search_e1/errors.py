@@ -7,6 +7,7 @@
     ├── DataError        (ValueError)    a question, a passage or an artifact's content
     ├── ModelError       (ValueError)    a policy directory, its tokenizer, its context
     ├── RetrievalError   (RuntimeError)  the retriever did not answer, or answered rubbish
+    ├── EndpointError    (RuntimeError)  a model's endpoint did not answer, or answered rubbish
     ├── RunError         (RuntimeError)  a run directory: locked, drifted, incomplete
     ├── NoLeadError      (RuntimeError)  the teacher does not lead; distilling would not help
     └── TrainingError    (RuntimeError)  training cannot go on (a loss that is not finite)
@@ -34,6 +35,10 @@ class ModelError(SearchE1Error, ValueError):
 
 class RetrievalError(SearchE1Error, RuntimeError):
     """Retrieval failed. Never turned into an empty observation."""
+
+
+class EndpointError(SearchE1Error, RuntimeError):
+    """A model's endpoint is down, refuses, or answers what is no completion."""
 
 
 class RunError(SearchE1Error, RuntimeError):

@@ -150,11 +150,6 @@ def privileged_prompt(tokenizer, prompts: Prompts, question: str, reference: str
     return _encode_message(tokenizer, prompts, message.replace("{reference}", reference))
 
 
-def user_message(prompts: Prompts, question: str) -> str:
-    """The standard prompt where there is no tokenizer: at an endpoint."""
-    return prompts.instruction.replace("{question}", neutralize_tags(question, prompts.protocol))
-
-
 def _instruction(tokenizer, prompts: Prompts, question: str) -> str:
     return prompts.instruction.replace("{question}", neutralize(tokenizer, question, prompts.protocol))
 
@@ -188,12 +183,7 @@ def neutralize(tokenizer, text: str, protocol: ProtocolName = "tags") -> str:
     special.
     """
     reserved = special_tokens if protocol == "tags" else _tag_tokens
-    return _break(reserved(tokenizer), neutralize_tags(text, protocol))
-
-
-def neutralize_tags(text: str, protocol: ProtocolName) -> str:
-    """``text`` with the tags of the protocol made harmless; all that can be done without a tokenizer."""
-    return _TAG[protocol].sub(r"(\1)", text)
+    return _break(reserved(tokenizer), _TAG[protocol].sub(r"(\1)", text))
 
 
 def _break(tokens: Sequence[str], text: str) -> str:
@@ -262,7 +252,7 @@ def passages_of(
     """
     if not (observation.startswith(opening) and observation.endswith(closing)):
         return None
-    body = observation[len(opening) : -len(closing)]
+    body = observation[len(opening) : len(observation) - len(closing)]
     return [piece for piece in _PASSAGE_START.split(body) if piece.strip()]
 
 

@@ -30,13 +30,15 @@ from search_e1.evaluation.results import EVALUATION, Evaluation
 from search_e1.grpo import trainer as grpo_trainer
 from search_e1.policy import Policy
 from search_e1.progress import Progress, Track, silent, untracked
-from search_e1.prompts import TEMPLATE_TOKENS, plain_prompt
+from search_e1.prompts import TEMPLATE_TOKENS, Prompts, plain_prompt
 from search_e1.retrieval.base import Index, Retriever
 from search_e1.retrieval.cache import CachedRetriever
 from search_e1.retrieval.client import HttpRetriever
 from search_e1.retrieval.indexes import DenseSettings, build_index, open_indexes
 from search_e1.retrieval.passages import Passages
 from search_e1.rollout import pool
+from search_e1.rollout.endpoint import Endpoint, EndpointGenerator
+from search_e1.rollout.generator import Generator
 from search_e1.rollout.hf import HFGenerator
 from search_e1.rollout.protocols import protocol_of
 from search_e1.runs import Artifact
@@ -128,7 +130,7 @@ class Stages:
         path = self.root / "retrieval-cache.sqlite" if retrieval.cache is True else retrieval.cache
         return CachedRetriever(self._server, path, key)
 
-    def check(self, policy: str | Path) -> None:
+    def check(self, policy: str | Path | Endpoint) -> None:
         """Find every mistake that can be found before training: questions, retriever, policy, prompt length.
 
         Raises:
@@ -138,6 +140,10 @@ class Stages:
             if not questions:
                 raise DataError("no questions; give data.train and data.eval files that hold some")
         tracking.check(self.config.tracking)
+        if isinstance(policy, Endpoint):
+            self._asked(policy)
+            assert self.retriever
+            return
         policies.resolve(str(policy))
         assert self.retriever
         loaded = self._policy(policy)
@@ -318,9 +324,9 @@ class Stages:
         return (f"{passage.title} {passage.text}" for passage in read_corpus(corpus)) if corpus else None
 
     def evaluate(
-        self, policy: str | Path, name: str, out: Path | None = None, benchmarks: Sequence[str] = ()
+        self, policy: str | Path | Endpoint, name: str, out: Path | None = None, benchmarks: Sequence[str] = ()
     ) -> Artifact:
-        """``policy`` on the evaluation questions, or on those of some ``benchmarks``.
+        """``policy``, or what an endpoint serves, on the evaluation questions, or on those of some ``benchmarks``.
 
         See ``evaluation.evaluate`` for the files. The ceiling is measured first if ``evaluation.ceiling`` asks for it.
 
@@ -331,16 +337,20 @@ class Stages:
         ceiling = self.ceiling() if self.config.evaluation.ceiling else None
 
         def measure(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
-            loaded = self._policy(policy)
+            generator, prompts = self._asked(policy)
             known = ceilings.read(ceiling.path / ceilings.FILE) if ceiling else ()
             evaluation = evaluate(
-                self._generator(loaded), self.retriever, {name: self.eval_questions[name] for name in chosen},
-                loaded.prompts, self.config.evaluation, self.config.rollout, seed=seed, out=out, progress=progress,
+                generator, self.retriever, {name: self.eval_questions[name] for name in chosen},
+                prompts, self.config.evaluation, self.config.rollout, seed=seed, out=out, progress=progress,
                 ceilings={(row.benchmark, row.id): row for row in known},
             )  # fmt: skip
             return evaluation.model_dump(mode="json")
 
-        inputs = {"policy": self._checksum(policy), **self._evaluated(chosen)}
+        if isinstance(policy, Endpoint):
+            asked = {"endpoint": policy.address, "model": policy.model, "ids": "words of an endpoint, not trainable"}
+        else:
+            asked = {"policy": self._checksum(policy)}
+        inputs = {**asked, **self._evaluated(chosen)}
         inputs |= {"ceiling": runs.checksum(ceiling.path / ceilings.FILE)} if ceiling else {}
         # The same sampling seed for every policy: what differs between two evaluations is the policy.
         return self._stage(
@@ -433,6 +443,13 @@ class Stages:
 
     def _generator(self, policy: Policy) -> HFGenerator:
         return HFGenerator(policy.model, policy.tokenizer, batch_size=self.config.rollout.batch_size)
+
+    def _asked(self, policy: str | Path | Endpoint) -> tuple[Generator, Prompts]:
+        if isinstance(policy, Endpoint):
+            prompts = self.config.prompts or Prompts()
+            return EndpointGenerator(policy, prompts), prompts
+        loaded = self._policy(policy)
+        return self._generator(loaded), loaded.prompts
 
     def _checksum(self, policy: str | Path) -> str:
         source = policies.resolve(str(policy))

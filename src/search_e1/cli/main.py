@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from search_e1.errors import ConfigError, RunError, SearchE1Error
 
 if TYPE_CHECKING:
     from search_e1.config import Config
+    from search_e1.rollout.endpoint import Endpoint
     from search_e1.stages import Stages
 
 # What takes seconds to import (torch, transformers) is imported by the verb that needs it: `--help` must not wait for it.
@@ -46,6 +48,13 @@ PolicyOption = Annotated[
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Where the artifact goes. Default: its place in the run.")
 ]
+EndpointOption = Annotated[
+    str | None,
+    typer.Option(
+        "--endpoint", help="OpenAI-compatible server to ask instead of a policy, e.g. http://127.0.0.1:8000/v1."
+    ),
+]
+EndpointModelOption = Annotated[str | None, typer.Option("--endpoint-model", help="Its name for the model.")]
 OtherPolicyOption = Annotated[
     bool, typer.Option("--allow-other-policy", help="Take what another policy sampled, if the tokenizer is the same.")
 ]
@@ -184,6 +193,8 @@ def evaluate(
         list[str] | None, typer.Option("--benchmark", help="Only this benchmark of data.eval. May come again.")
     ] = None,
     out: OutOption = None,
+    endpoint: EndpointOption = None,
+    endpoint_model: EndpointModelOption = None,
 ) -> None:
     """Evaluate a policy on the evaluation questions, greedily and sampled, and say why answers are wrong."""
     from search_e1.display import show_evaluation
@@ -191,13 +202,15 @@ def evaluate(
 
     with _stages(config, context) as stages:
         chosen = stages.benchmarks(benchmark or ())
+        served = _endpoint(endpoint, endpoint_model, policy)
         start = policy or str(_newest(stages))
-        stages.check(start)
+        stages.check(served or start)
         if name is None:
             name = Path(start).parent.name if Path(start).name == "policy" else Path(start).name
             name = "base" if not policy and start == stages.config.policy.model else name
+            name = re.sub(r"[^\w.-]+", "-", endpoint_model) if endpoint_model else name
             name += f"-{'+'.join(chosen)}" if len(chosen) < len(stages.config.data.eval) else ""
-        made = stages.evaluate(start, name, out, chosen)
+        made = stages.evaluate(served or start, name, out, chosen)
     show_evaluation(console, read_evaluation(made))
     console.print(f"\n{made.path}", highlight=False, markup=False, soft_wrap=True)
 
@@ -312,6 +325,16 @@ def _stages(config: Path, context: typer.Context) -> "Iterator[Stages]":
     loaded = _load(config, context)
     with runs.opened(loaded.run, loaded.model_dump(mode="json", exclude={"run", "tracking"})) as root:
         yield Stages(loaded, root, watch(console, loaded.rounds))
+
+
+def _endpoint(url: str | None, model: str | None, policy: str | None) -> "Endpoint | None":
+    from search_e1.rollout.endpoint import Endpoint
+
+    if (url is None) != (model is None):
+        raise ConfigError("--endpoint and --endpoint-model belong together; give both")
+    if url and policy:
+        raise ConfigError(f"--endpoint and a policy ({policy}); give one of them")
+    return Endpoint(url, model) if url and model else None
 
 
 def _load(config: Path, context: typer.Context) -> "Config":

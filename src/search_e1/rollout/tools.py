@@ -8,6 +8,7 @@ again: templates that drop the thinking of earlier turns do not get to do so, an
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
@@ -52,7 +53,7 @@ class ToolCalls(Protocol):
             raise ModelError(NO_TEMPLATE)
         self._tokenizer = tokenizer
         self._correction = prompts.correction
-        pieces = _pieces(tokenizer)
+        pieces = getattr(tokenizer, "tool_pieces", None) or _pieces(tokenizer)
         self._thinking = pieces.thinking
         self._end = pieces.closing.strip()
         after = pieces.closing[pieces.closing.find(self._end) + len(self._end) :]
@@ -161,7 +162,8 @@ def _without_thinking(text: str, thinking: bool) -> str:
     return text if since is None else text[:since] + " " * (len(text) - since)
 
 
-class _Pieces:
+@dataclass(frozen=True, slots=True)
+class Pieces:
     """What a chat template writes around what is sampled."""
 
     closing: str
@@ -172,7 +174,7 @@ class _Pieces:
     """An assistant's turn begins within ``<think>``."""
 
 
-def _pieces(tokenizer: Any) -> _Pieces:
+def _pieces(tokenizer: Any) -> Pieces:
     user = {"role": "user", "content": "0question0"}
     call = {"type": "function", "id": "search000", "function": {"name": "search", "arguments": {"query": _QUERY_MARK}}}
     calling = {"role": "assistant", "content": "", "tool_calls": [call]}
@@ -195,14 +197,12 @@ def _pieces(tokenizer: Any) -> _Pieces:
     calls = called[called.rfind("<tool_call>") :]
     if _query(calls[: calls.find("</tool_call>") + len("</tool_call>")]) != _QUERY_MARK:
         raise ModelError(_refusal("writes calls otherwise than <tool_call>{JSON}</tool_call>"))
-    pieces = _Pieces()
-    pieces.closing = message.rpartition(_TEXT_MARK)[2]
+    closing = message.rpartition(_TEXT_MARK)[2]
     after_query, to_next = called.rpartition(_QUERY_MARK)[2], answered.rpartition(_QUERY_MARK)[2]
-    if not (after_query.endswith(pieces.closing) and to_next.startswith(after_query)):
+    if not (after_query.endswith(closing) and to_next.startswith(after_query)):
         raise ModelError(_refusal("ends a turn with a call otherwise than one without"))
-    pieces.result = to_next[len(after_query) :]
-    pieces.thinking = start.rfind("<think>") > start.rfind("</think>")
-    return pieces
+    thinking = start.rfind("<think>") > start.rfind("</think>")
+    return Pieces(closing, to_next[len(after_query) :], thinking)
 
 
 def _refusal(what: str) -> str:
