@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from search_e1.cli import compare, data, index, pairs, serve
-from search_e1.errors import ConfigError, RunError, SearchE1Error
+from search_e1.cli import asking, compare, data, index, pairs, serve
+from search_e1.errors import RunError, SearchE1Error
 
 if TYPE_CHECKING:
     from search_e1.config import Config
-    from search_e1.rollout.endpoint import Endpoint
     from search_e1.stages import Stages
 
 # What takes seconds to import (torch, transformers) is imported by the verb that needs it: `--help` must not wait for it.
@@ -34,11 +33,12 @@ app.add_typer(index.app, name="index")
 app.add_typer(data.app, name="data")
 app.add_typer(pairs.app, name="pairs")
 app.command()(compare.compare)
+app.command("ask", context_settings=asking.OVERRIDES)(asking.ask)
+app.command("chat", context_settings=asking.OVERRIDES)(asking.chat)
 app.command("serve-retriever")(serve.serve_retriever)
 console = Console()
 
-# Overrides such as --grpo.steps 8 are not known to typer; they are checked against the config.
-OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+OVERRIDES = asking.OVERRIDES
 ConfigOption = Annotated[Path, typer.Option("--config", help="TOML file; every key can be set as --section.key VALUE.")]
 RoundOption = Annotated[int, typer.Option("--round", min=1, help="The round that this stage belongs to.")]
 PolicyOption = Annotated[
@@ -48,13 +48,6 @@ PolicyOption = Annotated[
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Where the artifact goes. Default: its place in the run.")
 ]
-EndpointOption = Annotated[
-    str | None,
-    typer.Option(
-        "--endpoint", help="OpenAI-compatible server to ask instead of a policy, e.g. http://127.0.0.1:8000/v1."
-    ),
-]
-EndpointModelOption = Annotated[str | None, typer.Option("--endpoint-model", help="Its name for the model.")]
 OtherPolicyOption = Annotated[
     bool, typer.Option("--allow-other-policy", help="Take what another policy sampled, if the tokenizer is the same.")
 ]
@@ -193,8 +186,8 @@ def evaluate(
         list[str] | None, typer.Option("--benchmark", help="Only this benchmark of data.eval. May come again.")
     ] = None,
     out: OutOption = None,
-    endpoint: EndpointOption = None,
-    endpoint_model: EndpointModelOption = None,
+    endpoint: asking.EndpointOption = None,
+    endpoint_model: asking.EndpointModelOption = None,
 ) -> None:
     """Evaluate a policy on the evaluation questions, greedily and sampled, and say why answers are wrong."""
     from search_e1.display import show_evaluation
@@ -202,8 +195,8 @@ def evaluate(
 
     with _stages(config, context) as stages:
         chosen = stages.benchmarks(benchmark or ())
-        served = _endpoint(endpoint, endpoint_model, policy)
-        start = policy or str(_newest(stages))
+        served = asking.endpoint_of(endpoint, endpoint_model, policy)
+        start = policy or str(asking.newest(stages))
         stages.check(served or start)
         if name is None:
             name = Path(start).parent.name if Path(start).name == "policy" else Path(start).name
@@ -236,54 +229,6 @@ def report(
         highlight=False,
         soft_wrap=True,
     )
-
-
-@app.command(context_settings=OVERRIDES)
-def ask(
-    context: typer.Context,
-    question: Annotated[str, typer.Argument(help="The question.")],
-    config: Annotated[
-        Path | None, typer.Option("--config", help="Limits, and the run whose policy and index to use.")
-    ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Policy directory, Hub id, or `small`.")] = None,
-    index: Annotated[
-        list[Path] | None, typer.Option("--index", help="Index directory; twice: their rankings are fused.")
-    ] = None,
-    url: Annotated[str | None, typer.Option("--url", help="Retrieval server, instead of --index.")] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-) -> None:
-    """Answer one question and show each thought, search and passage as it comes."""
-    from search_e1 import policy as policies
-    from search_e1.config import PolicyConfig, RolloutConfig
-    from search_e1.display import show_turn
-    from search_e1.retrieval.client import HttpRetriever
-    from search_e1.retrieval.indexes import open_indexes
-    from search_e1.rollout.ask import ask as answer
-    from search_e1.stages import Stages
-
-    if not question.strip():
-        raise ConfigError("the question is empty; give one in quotes")
-    stages = None
-    if config:
-        loaded = _load(config, context)
-        stages = Stages(loaded, loaded.run)
-    elif context.args:
-        raise ConfigError(f"unexpected argument {context.args[0]!r}; overrides need --config")
-    if model is None and stages is None:
-        raise ConfigError("no policy; give --model DIR, or --config FILE of a run")
-    if not index and url is None and stages is None:
-        raise ConfigError("no passages; give --index DIR, --url URL, or --config FILE of a run")
-    retriever = HttpRetriever(url) if url else open_indexes(index) if index else stages.retriever  # type: ignore[union-attr]
-    settings = stages.config.policy if stages else PolicyConfig(model=str(model))
-    policy = policies.load(model or _newest(stages), settings, stages.config.prompts if stages else None)  # type: ignore[arg-type]
-    limits = stages.config.rollout if stages else RolloutConfig()
-    trajectory = answer(
-        question, policy, retriever, limits, temperature=temperature, on_turn=lambda turn: show_turn(console, turn)
-    )
-    if trajectory.answer is None:
-        console.print(f"no answer ({trajectory.stop_reason})", style="red")
-        raise typer.Exit(1)
-    console.print(trajectory.answer, style="bold green", markup=False, highlight=False)
 
 
 @app.command()
@@ -327,16 +272,6 @@ def _stages(config: Path, context: typer.Context) -> "Iterator[Stages]":
         yield Stages(loaded, root, watch(console, loaded.rounds))
 
 
-def _endpoint(url: str | None, model: str | None, policy: str | None) -> "Endpoint | None":
-    from search_e1.rollout.endpoint import Endpoint
-
-    if (url is None) != (model is None):
-        raise ConfigError("--endpoint and --endpoint-model belong together; give both")
-    if url and policy:
-        raise ConfigError(f"--endpoint and a policy ({policy}); give one of them")
-    return Endpoint(url, model) if url and model else None
-
-
 def _load(config: Path, context: typer.Context) -> "Config":
     from search_e1.config import load
 
@@ -372,15 +307,6 @@ def _before_grpo(stages: "Stages", round: int) -> str:
 
 def _after_grpo(stages: "Stages", round: int) -> str:
     return str(_made(stages, f"grpo-{round}") / "policy") if stages.config.grpo.steps else _before_grpo(stages, round)
-
-
-def _newest(stages: "Stages") -> str:
-    """The last policy that the run made, else the one it starts from."""
-    for round in range(stages.config.rounds, 0, -1):
-        for name in (f"ofsd-{round}", f"grpo-{round}"):
-            if (stages.root / name).exists():
-                return str(stages.root / name / "policy")
-    return stages.config.policy.model
 
 
 def main() -> None:

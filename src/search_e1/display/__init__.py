@@ -251,6 +251,11 @@ def show_turn(console: Console, turn: Turn) -> None:
     thought = re.sub(r"</?think>", "", thought).strip()
     if thought:
         console.print(Text(printable(thought), style="dim"))
+    show_reply(console, turn)
+
+
+def show_reply(console: Console, turn: Turn) -> None:
+    """A search, and the first words of what came back."""
     if turn.kind is ActionKind.SEARCH:
         console.print(Text(f"search  {printable(turn.argument or '')}", style="bold cyan"))
         for line in filter(_PASSAGE.match, turn.observation_text.splitlines()):

@@ -1,6 +1,6 @@
 """The generator for CPUs and small GPUs: transformers' own ``generate``, batched, with stop strings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,19 @@ from search_e1.rollout.generator import Generation
 class HFGenerator:
     """Samples from a transformers model that is already in memory, so that a trainer can lend its own."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, *, batch_size: int = 64) -> None:
-        """``batch_size``: rows sampled together. More is faster until memory ends."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        batch_size: int = 64,
+        on_id: Callable[[int | None], None] | None = None,
+    ) -> None:
+        """``batch_size``: rows sampled together. More is faster until memory ends.
+
+        ``on_id``, where one row is sampled alone: called with ``None`` when it begins, then with each id as it is sampled.
+        """
+        self.on_id = on_id
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -60,7 +71,7 @@ class HFGenerator:
         ids = torch.tensor([[self._pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         ends = _Ends(width, self._end_ids, StopStringCriteria(self.tokenizer, list(stop)) if stop else None)
-        record = _Logprobs(temperature or 1.0)
+        record = _Logprobs(temperature or 1.0, self.on_id if len(prompts) == 1 else None)
         config = GenerationConfig(
             max_new_tokens=max_new_tokens, pad_token_id=self._pad_id, do_sample=temperature > 0, top_k=0, top_p=1.0
         )
@@ -87,8 +98,11 @@ class _Logprobs(LogitsProcessor):
     ``generate`` could return all logits instead, but at a vocabulary of 151,936 that is 19 GB for 64 rows of 500 tokens.
     """
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, temperature: float, on_id: Callable[[int | None], None] | None = None) -> None:
         self.temperature = temperature
+        self._on_id = on_id
+        if on_id:
+            on_id(None)
         self.sampled: list[torch.Tensor] = []  # one [rows] a step, float32
         self._step: torch.Tensor | None = None  # [rows, vocabulary], float32
 
@@ -100,6 +114,8 @@ class _Logprobs(LogitsProcessor):
         """Called by ``generate`` right after each sampled id was appended; never stops anything."""
         assert self._step is not None
         self.sampled.append(self._step.gather(1, input_ids[:, -1:])[:, 0])
+        if self._on_id:
+            self._on_id(int(input_ids[0, -1]))
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 

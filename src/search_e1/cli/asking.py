@@ -1,0 +1,209 @@
+"""The verbs that answer questions now: one (`ask`), or one after another (`chat`)."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from search_e1.errors import ConfigError, SearchE1Error
+
+if TYPE_CHECKING:
+    from search_e1.rollout.endpoint import Endpoint
+    from search_e1.stages import Stages
+    from search_e1.types import Trajectory, Turn
+
+# Overrides such as --grpo.steps 8 are not known to typer; they are checked against the config.
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+console = Console()
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="Limits, and the run whose policy and index to use.")
+]
+ModelOption = Annotated[str | None, typer.Option("--model", help="Policy directory, Hub id, or `small`.")]
+IndexOption = Annotated[
+    list[Path] | None, typer.Option("--index", help="Index directory; twice: their rankings are fused.")
+]
+UrlOption = Annotated[str | None, typer.Option("--url", help="Retrieval server, instead of --index.")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")]
+EndpointOption = Annotated[
+    str | None,
+    typer.Option(
+        "--endpoint", help="OpenAI-compatible server to ask instead of a policy, e.g. http://127.0.0.1:8000/v1."
+    ),
+]
+EndpointModelOption = Annotated[str | None, typer.Option("--endpoint-model", help="Its name for the model.")]
+
+
+def ask(
+    context: typer.Context,
+    question: Annotated[str, typer.Argument(help="The question.")],
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    index: IndexOption = None,
+    url: UrlOption = None,
+    temperature: TemperatureOption = 0.0,
+    endpoint: EndpointOption = None,
+    endpoint_model: EndpointModelOption = None,
+) -> None:
+    """Answer one question and show each thought, search and passage as it comes."""
+    if not question.strip():
+        raise ConfigError("the question is empty; give one in quotes")
+    answer = _asker(context, config, model, index, url, temperature, endpoint_of(endpoint, endpoint_model, model))
+    if not _show(answer(question)):
+        raise typer.Exit(1)
+
+
+def chat(
+    context: typer.Context,
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    index: IndexOption = None,
+    url: UrlOption = None,
+    temperature: TemperatureOption = 0.0,
+    endpoint: EndpointOption = None,
+    endpoint_model: EndpointModelOption = None,
+) -> None:
+    """Answer questions, a line each, until Ctrl-D. Each is asked by itself; Ctrl-C ends an answer."""
+    answer = _asker(context, config, model, index, url, temperature, endpoint_of(endpoint, endpoint_model, model))
+    for question in _lines():
+        try:
+            _show(answer(question))
+        except SearchE1Error as error:  # of this question; the next may fare better
+            print(f"search-e1: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            console.print("\n(interrupted)", style="red")
+
+
+def endpoint_of(url: str | None, model: str | None, policy: str | None) -> "Endpoint | None":
+    """
+    Raises:
+        ConfigError: one of ``url`` and ``model`` alone, or with a policy.
+    """
+    from search_e1.rollout.endpoint import Endpoint
+
+    if (url is None) != (model is None):
+        raise ConfigError("--endpoint and --endpoint-model belong together; give both")
+    if url and policy:
+        raise ConfigError(f"--endpoint and a policy ({policy}); give one of them")
+    return Endpoint(url, model) if url and model else None
+
+
+def newest(stages: "Stages") -> str:
+    """The last policy that the run made, else the one it starts from."""
+    for round in range(stages.config.rounds, 0, -1):
+        for name in (f"ofsd-{round}", f"grpo-{round}"):
+            if (stages.root / name).exists():
+                return str(stages.root / name / "policy")
+    return stages.config.policy.model
+
+
+def _asker(
+    context: typer.Context,
+    config: Path | None,
+    model: str | None,
+    index: list[Path] | None,
+    url: str | None,
+    temperature: float,
+    endpoint: "Endpoint | None",
+) -> "Callable[[str], Trajectory]":
+    """What answers a question, with everything that it takes loaded."""
+    from search_e1 import policy as policies
+    from search_e1.config import PolicyConfig, RolloutConfig, load
+    from search_e1.retrieval.client import HttpRetriever
+    from search_e1.retrieval.indexes import open_indexes
+    from search_e1.rollout.ask import ask as answer
+    from search_e1.stages import Stages
+
+    stages = None
+    if config:
+        loaded = load(config, context.args)
+        stages = Stages(loaded, loaded.run)
+    elif context.args:
+        raise ConfigError(f"unexpected argument {context.args[0]!r}; overrides need --config")
+    if model is None and stages is None and endpoint is None:
+        raise ConfigError("no policy; give --model DIR, --endpoint URL, or --config FILE of a run")
+    if not index and url is None and stages is None:
+        raise ConfigError("no passages; give --index DIR, --url URL, or --config FILE of a run")
+    retriever = HttpRetriever(url) if url else open_indexes(index) if index else stages.retriever  # type: ignore[union-attr]
+    prompts = stages.config.prompts if stages else None
+    settings = stages.config.policy if stages else PolicyConfig(model=str(model))
+    policy = endpoint or policies.load(model or newest(stages), settings, prompts)  # type: ignore[arg-type]
+    limits = stages.config.rollout if stages else RolloutConfig()
+    shown = _Live() if console.is_terminal else None
+
+    def answered(question: str) -> "Trajectory":
+        # A terminal or a pipe can hand over bytes that are no text; no tokenizer takes them.
+        text = question.encode("utf-8", "replace").decode()
+        return answer(
+            text, policy, retriever, limits, prompts=prompts, temperature=temperature,
+            on_turn=shown.turn if shown else _show_turn, on_text=shown.text if shown else None,
+        )  # fmt: skip
+
+    return answered
+
+
+class _Live:
+    """What is sampled, as it is sampled; then what it was answered with."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def text(self, piece: str) -> None:
+        from search_e1.display import printable
+
+        self._said = True
+        console.print(Text(printable(piece), style="dim"), end="", soft_wrap=True)
+
+    def turn(self, turn: "Turn") -> None:
+        from search_e1.display import show_reply
+
+        if not self._said:  # an endpoint's, which comes whole
+            _show_turn(turn)
+            return
+        self._said = False
+        console.print()
+        show_reply(console, turn)
+
+
+def _show_turn(turn: "Turn") -> None:
+    from search_e1.display import show_turn
+
+    show_turn(console, turn)
+
+
+def _show(trajectory: "Trajectory") -> bool:
+    """The answer; whether there is one."""
+    from search_e1.display import printable
+
+    if trajectory.answer is None:
+        console.print(f"no answer ({trajectory.stop_reason})", style="red")
+        return False
+    console.print(Text(printable(trajectory.answer), style="bold green"))
+    return True
+
+
+def _lines() -> Iterator[str]:
+    """Questions from the terminal, or from whatever stands in its place; empty lines are none."""
+    prompt = "\n? " if sys.stdin.isatty() and console.is_terminal else ""
+    with suppress(ImportError):
+        import readline  # noqa: F401  editing and earlier lines, where Python has it
+    while True:
+        try:
+            line = input(prompt)
+        except EOFError:
+            if prompt:
+                console.print()
+            return
+        except UnicodeDecodeError as error:
+            print(f"search-e1: a line that is not UTF-8 ({error.reason})", file=sys.stderr)
+            continue
+        # Escape sequences of keys that the terminal did not take are no part of a question.
+        line = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]", " ", line).strip()
+        if line:
+            yield line

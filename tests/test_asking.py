@@ -1,0 +1,141 @@
+"""`ask` and `chat`: what is sampled is shown as it is sampled, a session goes on, and nothing steers the terminal."""
+
+import io
+import sys
+
+import pytest
+
+from chat import call, chat_tokenizer
+from conftest import PASSAGES, TinyRetriever, make_tiny_policy
+from search_e1 import policy as policies
+from search_e1.cli import asking, main
+from search_e1.errors import RetrievalError
+from search_e1.policy import Policy
+from search_e1.prompts import Prompts
+from search_e1.retrieval import indexes
+from search_e1.rollout import ask as asked
+from search_e1.rollout.ask import ask
+from search_e1.rollout.generator import Generation
+from search_e1.types import Passage
+from serving import misbehaving
+from test_endpoint import completion
+
+
+class Spoken:
+    """Takes the place of the transformers generator: says what it is told, an id at a time."""
+
+    script: list[str] = []
+    context_length = 1024
+
+    def __init__(self, model, tokenizer, *, on_id=None) -> None:
+        self.tokenizer, self.on_id = tokenizer, on_id
+
+    def generate(self, prompts, **_):
+        ids = tuple(self.tokenizer.encode(Spoken.script.pop(0)))
+        for id in (None, *ids) if self.on_id else ():
+            self.on_id(id)
+        return [Generation(ids)]
+
+
+@pytest.fixture
+def spoken(monkeypatch):
+    monkeypatch.setattr(asked, "HFGenerator", Spoken)
+    return Spoken
+
+
+def test_text_streams_in_whole_characters_and_without_end_tokens(spoken) -> None:
+    tokenizer = chat_tokenizer()
+    policy = Policy(None, tokenizer, Prompts(protocol="tools"))  # type: ignore[arg-type]
+    spoken.script = ["Zoë 日 " + call("Bel"), "<answer>Cor Dun</answer><|im_end|>"]
+    heard: list[str] = []
+    t = ask("Mayor?", policy, TinyRetriever(PASSAGES), on_text=heard.append)
+    assert heard[:6] == ["Z", "o", "ë", " ", "日", " "]
+    assert "".join(heard) == "Zoë 日 " + call("Bel", end="") + "<answer>Cor Dun</answer>"
+    assert t.answer == "Cor Dun"
+
+
+def test_ids_are_told_as_they_are_sampled(tiny_policy, tiny_retriever) -> None:
+    heard: list[str] = []
+    t = ask("Arda?", tiny_policy, tiny_retriever, on_text=heard.append)
+    special = tiny_policy.tokenizer.all_special_ids
+    said = ([i for i in turn.action_ids if i not in special] for turn in t.turns)
+    assert len(heard) > 3
+    assert "".join(heard) == "".join(
+        tiny_policy.tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}") for ids in said
+    )
+
+
+def verb(monkeypatch, capsys, *words: str, stdin: str = "", terminal: bool = False) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["search-e1", *words])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    monkeypatch.setattr(policies, "load", lambda *_: make_tiny_policy())
+    evil = Passage(id="p", title="Bel\x1b]0;pwned\x07", text="Bel \x1b[2J\x9b31m city")
+    monkeypatch.setattr(indexes, "open_indexes", lambda *_: TinyRetriever([evil]))
+    monkeypatch.setattr(asking, "console", asking.Console(force_terminal=terminal, color_system=None, width=80))
+    try:
+        main.main()
+        status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+BASE = ("--model", "x", "--index", "i")
+EVIL = "<think>\x1b[31mhm</think> <search>the bel city\x07</search>"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_nothing_steers_the_terminal(monkeypatch, capsys, spoken, terminal: bool) -> None:
+    spoken.script = [EVIL, "<answer>Cor\x1b[0m Dun</answer>"]
+    status, out, _ = verb(monkeypatch, capsys, "ask", "Who?", *BASE, terminal=terminal)
+    assert status == 0
+    assert "Cor\ufffd[0m Dun" in out
+    assert "search  the bel city" in out
+    assert not {"\x1b", "\x07", "\x9b"} & set(out)
+    assert ("<think>" in out) == terminal  # as sampled, in a terminal; else a thought, a search
+
+
+def test_a_session_goes_on(monkeypatch, capsys, spoken) -> None:
+    spoken.script = ["<answer>one</answer>", "no", "no", "no", "no", "no", "<answer>three</answer>"]
+    status, out, _ = verb(monkeypatch, capsys, "chat", *BASE, stdin="a?\n\n   \nb\udcff?\nc?\n")
+    assert status == 0
+    assert [line for line in out.splitlines() if line and "neither" not in line and line != "no"] == [
+        "one", "no answer (malformed)", "three",
+    ]  # fmt: skip
+
+
+def test_a_question_that_fails_does_not_end_a_session(monkeypatch, capsys, spoken) -> None:
+    def broken(self, queries, topk):
+        raise RetrievalError("http://x: no passages after 4 attempts")
+
+    monkeypatch.setattr(TinyRetriever, "search", broken)
+    spoken.script = ["<search>a</search>", "<answer>two</answer>"]
+    status, out, err = verb(monkeypatch, capsys, "chat", *BASE, stdin="a?\nb?\n")
+    assert (status, out.strip()) == (0, "two")
+    assert err.strip() == "search-e1: http://x: no passages after 4 attempts"
+
+
+def test_an_endpoint_is_asked(monkeypatch, capsys) -> None:
+    replies = [completion("<search> bel city"), completion("<answer> Cor Dun")]
+    with misbehaving(lambda request, number: replies[number]) as server:
+        options = ("--endpoint", server.url, "--endpoint-model", "m", "--index", "i")
+        status, out, _ = verb(monkeypatch, capsys, "ask", "Who?", *options, terminal=True)
+    assert status == 0
+    assert "search  bel city" in out
+    assert out.strip().endswith("Cor Dun")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--endpoint", "http://x"), "belong together"),
+        (("--endpoint", "http://x", "--endpoint-model", "m", "--model", "small"), "give one of them"),
+        (("--endpoint", "x", "--endpoint-model", "m", "--index", "i"), "not an http or https URL"),
+    ],
+)
+def test_what_is_missing_is_said(monkeypatch, capsys, words, message: str) -> None:
+    status, _, err = verb(monkeypatch, capsys, "ask", "Who?", *words)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
