@@ -8,6 +8,7 @@ import pytest
 from chat import call, chat_tokenizer
 from conftest import PASSAGES, TinyRetriever, make_tiny_policy
 from search_e1 import policy as policies
+from search_e1 import stages  # noqa: F401  imported now, so that it does not keep what is put in a name's place below
 from search_e1.cli import asking, main
 from search_e1.errors import RetrievalError
 from search_e1.policy import Policy
