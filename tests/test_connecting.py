@@ -32,7 +32,7 @@ def test_a_server_that_tells_its_checksum_is_cached_in_the_run(tmp_path: Path) -
         first = stages(tmp_path, server.url)
         assert isinstance(first.retriever, CachedRetriever)
         assert (first.retriever.path, first.retriever.key) == (tmp_path / "retrieval-cache.sqlite", "c" * 64)
-        assert first._retrieval_checksum() == "c" * 64
+        assert first.retrieval_checksum() == "c" * 64
         found = first.retriever.search(["a"], 2)
         assert stages(tmp_path, server.url).retriever.search(["a"], 2) == found
         # Each run probes; the second run's query came from the file.
@@ -44,11 +44,11 @@ def test_a_server_that_tells_nothing_is_cached_under_a_name_only(tmp_path: Path)
     with misbehaving(good) as server:
         plain = stages(tmp_path, server.url)
         assert isinstance(plain.retriever, HttpRetriever)
-        assert plain._retrieval_checksum() == server.url
+        assert plain.retrieval_checksum() == server.url
         named = stages(tmp_path, server.url, cache=tmp_path / "mine.sqlite", cache_key="wiki-18 e5")
         assert isinstance(named.retriever, CachedRetriever)
         assert (named.retriever.path, named.retriever.key) == (tmp_path / "mine.sqlite", "wiki-18 e5")
-        assert named._retrieval_checksum() == "wiki-18 e5"
+        assert named.retrieval_checksum() == "wiki-18 e5"
         with pytest.raises(ConfigError, match=r"retrieval\.cache: .* does not tell its index's checksum; name"):
             assert stages(tmp_path, server.url, cache=tmp_path / "mine.sqlite").retriever
 

@@ -85,11 +85,11 @@ def test_a_run_builds_what_its_config_says(project, monkeypatch) -> None:
     assert encoded == [['"Ann"\nAnn lives in Oslo.'], *[['"Bob"\nBob lives in Rome.']] * 2]  # nothing that was done
     assert isinstance(index, HybridIndex)
     assert [type(part).__name__ for part in index.indexes] == ["Bm25Index", "DenseIndex"]
-    assert stages._retrieval_checksum() == index.checksum
+    assert stages.retrieval_checksum() == index.checksum
     assert not list(stages.root.glob(".index*"))
     made = [stages.root / "index" / kind for kind in ("bm25", "dense")]
     given = load(project, "--retrieval.index", json.dumps([str(path) for path in made]))
-    assert given._retrieval_checksum() == index.checksum
+    assert given.retrieval_checksum() == index.checksum
     one = load(project, "--retrieval.index", made[1], "--retrieval.parameters", "efSearch=3")
     assert isinstance(one.retriever, DenseIndex)
     assert one.retriever.parameters.endswith(",efSearch=3")

@@ -124,7 +124,7 @@ def test_without_pairs_there_is_nothing_to_measure_or_to_distil(stages, tmp_path
     before = checksum(Path(policy))
     pairs = changed(stages, reference={"max_tokens": 60}).pairs(policy, pool(stages, policy), 1).path
     stages.retriever = TinyRetriever([])
-    stages.__dict__["_retrieval_checksum"] = lambda: "none"
+    stages.__dict__["retrieval_checksum"] = lambda: "none"
     with pytest.raises(DataError, match="no pair to measure the teacher's lead on: there are none"):
         stages.lead(policy, pairs, 1)
     measured = json.loads(LEAD)

@@ -8,8 +8,9 @@ from search_e1 import runs
 from search_e1.config import Config
 from search_e1.distill.teacher import Lead
 from search_e1.errors import NoLeadError
+from search_e1.inputs import Watch, unwatched
 from search_e1.runs import Artifact
-from search_e1.stages import Stages, Watch, read_evaluation, unwatched
+from search_e1.stages import Stages, read_evaluation
 from search_e1.types import Record
 
 SUMMARY = "summary.json"

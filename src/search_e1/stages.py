@@ -4,12 +4,8 @@ A stage reads what it needs from disk and leaves what it made there, so that sta
 different machines. Nothing here trains or samples; that is in the stages' own packages.
 """
 
-import difflib
 import json
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +14,28 @@ from transformers import set_seed
 from search_e1 import policy as policies
 from search_e1 import runs, tracking
 from search_e1.config import Config
-from search_e1.data.corpus import read_corpus
-from search_e1.data.questions import load_many, load_questions, subset
 from search_e1.distill import files as pair_files
 from search_e1.distill import profile, teacher
 from search_e1.distill import trainer as distill_trainer
-from search_e1.errors import ConfigError, DataError, ModelError, RunError
+from search_e1.errors import DataError, ModelError, RunError
 from search_e1.evaluation import ceiling as ceilings
 from search_e1.evaluation.evaluate import evaluate
 from search_e1.evaluation.results import EVALUATION, Evaluation
 from search_e1.grpo import trainer as grpo_trainer
+from search_e1.inputs import Inputs, Watch, at_most, unwatched
 from search_e1.policy import Policy
-from search_e1.progress import Progress, Track, silent, untracked
+from search_e1.progress import Progress, Track, untracked
 from search_e1.prompts import TEMPLATE_TOKENS, Prompts, plain_prompt
-from search_e1.retrieval.base import Index, Retriever
-from search_e1.retrieval.cache import CachedRetriever
-from search_e1.retrieval.client import HttpRetriever
-from search_e1.retrieval.indexes import DenseSettings, build_index, open_indexes
-from search_e1.retrieval.passages import Passages
 from search_e1.rollout import pool
 from search_e1.rollout.endpoint import Endpoint, EndpointGenerator
 from search_e1.rollout.generator import Generator
 from search_e1.rollout.hf import HFGenerator
 from search_e1.rollout.protocols import protocol_of
 from search_e1.runs import Artifact
-from search_e1.types import Question
 from search_e1.warmstart.stage import warm_start
 
-Watch = Callable[[str], AbstractContextManager[Progress]]
-"""Called with the name of a stage that is about to work; its context gives the stage something to tell progress to."""
 
-
-def unwatched(stage: str) -> AbstractContextManager[Progress]:
-    """A ``Watch`` for nobody."""
-    return nullcontext(silent)
-
-
-class Stages:
+class Stages(Inputs):
     """The stages of the run in ``root`` under ``config``.
 
     A ``policy`` argument is the directory of a policy, a Hub id, or ``small``. ``out`` is the artifact's place; without
@@ -62,73 +43,8 @@ class Stages:
     """
 
     def __init__(self, config: Config, root: Path, watch: Watch = unwatched) -> None:
-        self.config = config
-        self.root = root
-        self.watch = watch
+        super().__init__(config, root, watch)
         self._track: Track = untracked  # of the stage at work
-
-    # What every stage needs, made once, in the order in which a mistake is cheapest to find.
-
-    @cached_property
-    def train_questions(self) -> list[Question]:
-        """The training questions, or the subset of them that the config asks for."""
-        questions = load_many(self.config.data.train)
-        return _at_most(questions, self.config.data.max_train, self.config.seed)
-
-    @cached_property
-    def eval_questions(self) -> dict[str, list[Question]]:
-        """Benchmark -> its questions."""
-        data = self.config.data
-        return {
-            name: _at_most(load_questions(path, name), data.max_eval, self.config.seed)
-            for name, path in data.eval.items()
-        }
-
-    @cached_property
-    def retriever(self) -> Retriever:
-        """Connected and known to answer."""
-        retrieval = self.config.retrieval
-        if retrieval.url:
-            return self._cached_server()
-        if isinstance(retrieval.cache, Path):
-            return CachedRetriever(self._index, retrieval.cache, self._retrieval_checksum())
-        return self._index
-
-    @cached_property
-    def _index(self) -> Index:
-        retrieval = self.config.retrieval
-        return open_indexes(self._indexes, retrieval.encoder, retrieval.parameters)
-
-    @property
-    def _indexes(self) -> Sequence[Path]:
-        """Directories of indexes over the same passages: given, or built."""
-        return self.config.retrieval.index or [self.index().path / kind for kind in self._kinds]
-
-    @property
-    def _kinds(self) -> tuple[str, ...]:
-        """Of the indexes that are built."""
-        kind = self.config.retrieval.kind
-        return ("bm25", "dense") if kind == "hybrid" else (kind,)
-
-    @cached_property
-    def _server(self) -> HttpRetriever:
-        retrieval = self.config.retrieval
-        client = HttpRetriever(str(retrieval.url), retrieval.timeout, retrieval.attempts, retrieval.time_limit)
-        client.probe()
-        return client
-
-    def _cached_server(self) -> Retriever:
-        retrieval = self.config.retrieval
-        key = self._server.checksum or retrieval.cache_key
-        if isinstance(retrieval.cache, Path) and not key:
-            raise ConfigError(
-                f"retrieval.cache: {retrieval.url} does not tell its index's checksum; name what it serves with "
-                "retrieval.cache_key, or leave retrieval.cache out"
-            )
-        if not retrieval.cache or not key:
-            return self._server
-        path = self.root / "retrieval-cache.sqlite" if retrieval.cache is True else retrieval.cache
-        return CachedRetriever(self._server, path, key)
 
     def check(self, policy: str | Path | Endpoint) -> None:
         """Find every mistake that can be found before training: questions, retriever, policy, prompt length.
@@ -160,34 +76,6 @@ class Stages:
                     "shorten prompts.instruction, or use a policy with a longer context"
                 )
 
-    def index(self) -> Artifact:
-        """The index of ``data.corpus``, or both if they are to be fused, each in a directory named by its kind."""
-        corpus = self.config.data.corpus
-        if corpus is None:
-            raise DataError("data.corpus is missing; give it, or retrieval.index, or retrieval.url")
-        if not corpus.is_file():
-            raise DataError(f"data.corpus = {str(corpus)!r}: no such file; give the path of a JSON lines file")
-
-        retrieval, checksum = self.config.retrieval, runs.checksum(corpus)
-
-        def make(out: Path) -> dict[str, Any]:
-            for kind in self._kinds:
-                # Encoding can take hours, and what it has written outlives a kill here, unlike in the artifact's directory.
-                place = self.root / f".index-{kind}"
-                shutil.rmtree(place, ignore_errors=True)  # complete, but perhaps of other settings
-                dense = (
-                    DenseSettings(retrieval.encoder, retrieval.faiss) if kind == "dense" and retrieval.encoder else None
-                )
-                with self.watch("index") as progress:
-                    build_index(read_corpus(corpus), place, progress, dense=dense, source=checksum)
-                place.rename(out / kind)
-            return {}
-
-        settings = {} if retrieval.kind == "bm25" else retrieval.model_dump(include={"kind", "encoder", "faiss"})
-        return runs.artifact(
-            self.root / "index", stage="index", settings=settings, inputs={"corpus": checksum}, seed=0, make=make
-        )
-
     def warmstart(self, out: Path | None = None) -> Artifact:
         """A policy made from nothing and taught by demonstrations, in ``policy/``."""
 
@@ -216,7 +104,7 @@ class Stages:
 
         def sample(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
             loaded = self._policy(policy)
-            questions = _at_most(self.train_questions, self.config.pool.questions, seed)
+            questions = at_most(self.train_questions, self.config.pool.questions, seed)
             return pool.sample(
                 self._generator(loaded), self.retriever, questions, loaded.prompts, self.config.pool, self.config.rollout,
                 out=out, progress=progress,
@@ -306,7 +194,7 @@ class Stages:
 
         def measure(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
             rows = ceilings.measure(
-                self.retriever, self._passages(), self.eval_questions, self.config.rollout.topk, progress
+                self.retriever, self.passage_texts(), self.eval_questions, self.config.rollout.topk, progress
             )
             lines = "".join(row.model_dump_json() + "\n" for row in rows)
             (out / ceilings.FILE).write_text(lines, encoding="utf-8")
@@ -314,14 +202,7 @@ class Stages:
 
         corpus = self.config.data.corpus
         known = {"corpus": runs.checksum(corpus)} if self.config.retrieval.url and corpus else {}
-        return self._stage("ceiling", None, ("rollout", "data.max_eval"), {**self._evaluated(), **known}, measure)
-
-    def _passages(self) -> Iterable[str] | None:
-        """Title and text of all passages: the index's, or ``data.corpus`` beside a server, else ``None``."""
-        corpus = self.config.data.corpus
-        if not self.config.retrieval.url:
-            return Passages.open(self._indexes[0]).texts()
-        return (f"{passage.title} {passage.text}" for passage in read_corpus(corpus)) if corpus else None
+        return self._stage("ceiling", None, ("rollout", "data.max_eval"), {**self.evaluated_on(), **known}, measure)
 
     def evaluate(
         self, policy: str | Path | Endpoint, name: str, out: Path | None = None, benchmarks: Sequence[str] = ()
@@ -350,7 +231,7 @@ class Stages:
             asked = {"endpoint": policy.address, "model": policy.model, "ids": "words of an endpoint, not trainable"}
         else:
             asked = {"policy": self._checksum(policy)}
-        inputs = {**asked, **self._evaluated(chosen)}
+        inputs = {**asked, **self.evaluated_on(chosen)}
         inputs |= {"ceiling": runs.checksum(ceiling.path / ceilings.FILE)} if ceiling else {}
         # The same sampling seed for every policy: what differs between two evaluations is the policy.
         return self._stage(
@@ -361,26 +242,6 @@ class Stages:
             measure,
             seed_name="evaluation",
         )
-
-    def benchmarks(self, names: Sequence[str] = ()) -> list[str]:
-        """The benchmarks of ``data.eval``, or ``names`` of them, in the config's order.
-
-        Raises:
-            ConfigError: there is no such benchmark; suggests the nearest.
-        """
-        known = list(self.config.data.eval)
-        for name in names:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"data.eval has {', '.join(known)}"
-                raise ConfigError(f"no benchmark {name!r} in data.eval; {hint}")
-        return [name for name in known if name in names or not names]
-
-    def _evaluated(self, benchmarks: Sequence[str] | None = None) -> dict[str, str]:
-        """Checksums of what is evaluated on."""
-        files = self.config.data.eval
-        chosen = {f"eval.{name}": runs.checksum(files[name]) for name in (files if benchmarks is None else benchmarks)}
-        return {"retrieval": self._retrieval_checksum(), **chosen}
 
     def _stage(
         self,
@@ -420,7 +281,7 @@ class Stages:
         train = {f"train.{i}": runs.checksum(path) for i, path in enumerate(self.config.data.train)}
         limit = {"max_train": str(self.config.data.max_train)}
         start = {} if policy is None else {"policy": self._checksum(policy)}
-        return {**start, "retrieval": self._retrieval_checksum(), **train, **limit}
+        return {**start, "retrieval": self.retrieval_checksum(), **train, **limit}
 
     def _sampled_by(self, path: Path, policy: str | Path, other_policy: bool) -> str:
         """Checksum of the policy whose trajectories a pool or pairs hold: ``policy``, unless another is allowed.
@@ -455,16 +316,6 @@ class Stages:
         source = policies.resolve(str(policy))
         return runs.checksum(source) if isinstance(source, Path) else source
 
-    def _retrieval_checksum(self) -> str:
-        retrieval = self.config.retrieval
-        if retrieval.url:
-            return self._server.checksum or retrieval.cache_key or retrieval.url
-        return self._index.checksum
-
 
 def read_evaluation(artifact: Artifact) -> Evaluation:
     return Evaluation.model_validate(json.loads((artifact.path / EVALUATION).read_text()))
-
-
-def _at_most(questions: list[Question], most: int | None, seed: int) -> list[Question]:
-    return questions if most is None else subset(questions, min(most, len(questions)), seed)
