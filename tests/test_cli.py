@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from search_e1.cli import main as cli
+from serving import misbehaving
 
 
 def run(monkeypatch, capsys, *words: object) -> tuple[int, str, str]:
@@ -185,6 +186,34 @@ def test_some_benchmarks_are_evaluated(project, monkeypatch, capsys):
     status, out, _ = run(monkeypatch, capsys, "compare", made, f"again={made}")
     assert status == 0
     assert "other (2 questions)" in out
+
+
+def test_an_endpoint_is_evaluated_and_marked(project, monkeypatch, capsys):
+    monkeypatch.setenv("SEARCH_E1_API_KEY", "sk-secret")
+    completion = {"choices": [{"message": {"content": "<answer>Oslo"}, "finish_reason": "stop"}]}
+    words = ["evaluate", "--config", project / "config.toml", "--endpoint-model", "org/model"]
+    with misbehaving(lambda request, number: (200, json.dumps(completion).encode())) as server:
+        status, _, err = run(monkeypatch, capsys, *words, "--endpoint", server.url)
+    assert status == 0, err
+    made = project / "run" / "evaluation-org-model"
+    assert json.loads((made / "evaluation.json").read_text())["em"] == 1.0
+    inputs = json.loads((made / "manifest.json").read_text())["inputs"]
+    assert inputs["endpoint"] == f"{server.url}/v1/chat/completions"
+    assert (inputs["model"], inputs["ids"]) == ("org/model", "words of an endpoint, not trainable")
+    assert "policy" not in inputs
+    assert not [path for path in (project / "run").rglob("*") if path.is_file() and b"sk-secret" in path.read_bytes()]
+
+
+def test_tools_that_a_chat_template_does_not_know_are_refused_before_the_work(project, monkeypatch, capsys):
+    status, _, err = run(
+        monkeypatch, capsys, "grpo", "--config", project / "config.toml", "--prompts.protocol", "tools"
+    )
+    assert status == 2
+    assert err == (
+        'search-e1: prompts.protocol = "tools": the policy\'s chat template knows no tools; use another model, or protocol = '
+        '"tags"\n'
+    )
+    assert not (project / "run" / "index").exists()
 
 
 def test_the_docs_list_every_key(monkeypatch, capsys):

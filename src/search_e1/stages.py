@@ -60,7 +60,8 @@ class Stages(Inputs):
             self._asked(policy)
             assert self.retriever
             return
-        policies.resolve(str(policy))
+        reader = policies.load_reader(policy, self.config.policy, self.config.prompts)
+        protocol_of(reader.tokenizer, reader.prompts)  # before an index is built
         assert self.retriever
         loaded = self._policy(policy)
         room = min(self.config.rollout.max_tokens, loaded.model.config.get_text_config().max_position_embeddings)
