@@ -261,6 +261,11 @@ def with_passages(passages: Sequence[str], opening: str = INFORMATION_OPEN, clos
     return opening + ("".join(passages) or "\n") + closing
 
 
+def seen_passages(observation: str) -> list[str]:
+    """The passages in the text of an observation, whatever the protocol, to be shown to a person."""
+    return [line for line in observation.split("\n") if _PASSAGE_START.match(line)]
+
+
 def split_passage(passage: str) -> tuple[str, str]:
     """``"Doc 1(Title: Bel) A city."`` -> ``("Bel", "A city.")``; no title: a passage cut short within it."""
     head, closing, text = passage.partition(") ")

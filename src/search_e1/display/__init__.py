@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from search_e1.progress import Progress
+from search_e1.prompts import seen_passages
 from search_e1.types import ActionKind, Passage, Turn
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from search_e1.evolve import Summary
     from search_e1.retrieval.directory import IndexManifest
 
-_PASSAGE = re.compile(r"Doc \d+\(Title: ")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -258,7 +258,7 @@ def show_reply(console: Console, turn: Turn) -> None:
     """A search, and the first words of what came back."""
     if turn.kind is ActionKind.SEARCH:
         console.print(Text(f"search  {printable(turn.argument or '')}", style="bold cyan"))
-        for line in filter(_PASSAGE.match, turn.observation_text.splitlines()):
+        for line in seen_passages(turn.observation_text):
             console.print(Text("  " + printable(line)), overflow="ellipsis", no_wrap=True)
     elif turn.kind is ActionKind.MALFORMED:
         console.print(Text("(neither a search nor an answer)", style="red"))

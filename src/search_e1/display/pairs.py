@@ -12,11 +12,11 @@ from rich.text import Text
 
 from search_e1.display import printable
 from search_e1.distill.pairs import Step, align, divergence
-from search_e1.prompts import passages_of, split_passage
+from search_e1.prompts import seen_passages, split_passage
 from search_e1.types import ActionKind, Pair, Trajectory, Turn
 
 _TAGS = re.compile(r"</?think>")
-_ARGUMENT = re.compile(r"<(?:search|answer)>")
+_ARGUMENT = re.compile(r"<(?:search|answer|tool_call)>")
 
 
 def show_pair(console: Console, pair: Pair, heading: str) -> None:
@@ -82,7 +82,7 @@ def _turn(turn: Turn | None) -> RenderableType:
     else:
         style = "bold cyan" if turn.kind is ActionKind.SEARCH else "bold green"
         rows.add_row(Text(turn.kind, style=style), Text(_flat(turn.argument or "(empty)"), style=style))
-    for i, passage in enumerate(passages_of(turn.observation_text) or ()):
+    for i, passage in enumerate(seen_passages(turn.observation_text)):
         title, text = split_passage(passage)
         rows.add_row("" if i else "found", Text(_flat(title or text)))
     return Group(rows, "")

@@ -142,7 +142,8 @@ def _read(trajectory: Trajectory) -> Iterator[str]:
     """Title and text of every passage as the policy read it: tags broken, cut where it was cut."""
     for turn in trajectory.turns:
         if turn.served:
-            yield from (_DOCUMENT.sub("", line) for line in turn.observation_text.splitlines())
+            lines = turn.observation_text.splitlines()  # a passage each, between the protocol's own
+            yield from (_DOCUMENT.sub("", line, count=1) for line in lines if _DOCUMENT.match(line))
 
 
 def _written(groups: Iterable[Group], stream: TextIO) -> Iterator[Group]:

@@ -46,6 +46,10 @@ def warm_start(
         raise ConfigError("data.corpus is missing; a warm start reads the supporting passages there")
     passages = {passage.id: passage for passage in read_corpus(corpus)}
     prompts = config.prompts or Prompts()
+    if prompts.protocol != "tags":
+        raise ConfigError(
+            'prompts.protocol = "tools": the demonstrations of a warm start are written in tags; leave it out'
+        )
     policy = fresh.policy(_texts(questions, passages, prompts, warmstart, config.seed), warmstart, prompts, config.seed)
     taught = demonstrations.lessons(
         questions, passages, retriever, policy.tokenizer, prompts, config.rollout, seed=config.seed, progress=progress

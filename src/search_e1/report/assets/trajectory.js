@@ -1,7 +1,16 @@
 // A trajectory: thought, search, passages and answer, each told apart by label, shape and colour.
 
-const TAG = /<\/?(?:think|search|answer)>/g;
-const ACTION = /<(search|answer)>([\s\S]*?)(?:<\/\1>|$)/g;
+const TAG = /<\/?(?:think|search|answer|tool_call)>/g;
+const ACTION = /<(search|answer|tool_call)>([\s\S]*?)(?:<\/\1>|$)/g;
+
+/** The query of a tool's call, or what stands in its place. */
+function query(call) {
+  try {
+    return String(JSON.parse(call).arguments.query);
+  } catch {
+    return call;
+  }
+}
 
 /** The parts of an action's text: [{kind: "thought" | "search" | "answer", text}]; the tags are what divides them. */
 function actionParts(text) {
@@ -13,7 +22,8 @@ function actionParts(text) {
   };
   for (const match of text.matchAll(ACTION)) {
     thought(text.slice(at, match.index));
-    parts.push({ kind: match[1], text: match[2].trim() });
+    const called = match[1] === "tool_call";
+    parts.push({ kind: called ? "search" : match[1], text: (called ? query(match[2]) : match[2]).trim() });
     at = match.index + match[0].length;
   }
   thought(text.slice(at));
