@@ -197,7 +197,7 @@ def searched(directory: Path, encoder: Varied, parameters: str | None) -> dict:
     for file in directory.iterdir():  # what building left in the file cache would be counted as this process's memory
         with file.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    before = memory()["anonymous"]
+    before = memory(directory)["anonymous"]
     index = DenseIndex.open(directory, encoder, parameters=parameters)
     asked = [str(i) for i in range(len(encoder.asked))]
     batches = [asked[i : i + BATCH] for i in range(0, len(asked), BATCH)]
@@ -206,7 +206,7 @@ def searched(directory: Path, encoder: Varied, parameters: str | None) -> dict:
         wall, cpu = time.perf_counter(), time.process_time()
         found = [[int(hit.id) for hit in hits] for batch in batches for hits in index.search(batch, TOPK)]
         rates.append((len(asked) / (time.perf_counter() - wall), len(asked) / (time.process_time() - cpu)))
-    used = memory()
+    used = memory(directory)
     return {
         "build s": index.manifest.seconds,
         "anonymous MB": used["anonymous"] - before,
@@ -220,14 +220,15 @@ def searched(directory: Path, encoder: Varied, parameters: str | None) -> dict:
     }
 
 
-def memory() -> dict[str, float]:
-    """MB of this process that are resident: anonymous, and of each mapped file of an index."""
+def memory(directory: Path) -> dict[str, float]:
+    """MB of this process that are resident: anonymous, and of each mapped file of the index in ``directory``."""
     used = {"anonymous": 0.0, "index.faiss": 0.0, "vectors.faiss": 0.0}
     name = ""
     for line in Path("/proc/self/smaps").read_text().splitlines():
         key, _, value = line.partition(":")
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            name = line.rsplit("/", 1)[-1]
+            file = Path(line.partition("/")[1] + line.partition("/")[2])
+            name = file.name if file.parent == directory.resolve() else ""
         elif key == "Anonymous":
             used["anonymous"] += int(value.split()[0]) * 1024 / 1e6
         elif key == "Rss" and name in used:

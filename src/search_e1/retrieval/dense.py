@@ -89,7 +89,7 @@ def _compressed(passages: int, dimension: int) -> tuple[str, str]:
     if passages < 20_000:  # too few to train lists on, and quick without
         return f"{codes},Refine(SQfp16)", "k_factor_rf=20"
     lists = 2 ** round(math.log2(4 * math.sqrt(passages)))
-    return f"IVF{lists}_HNSW32,{codes},Refine(SQfp16)", "nprobe=64,quantizer_efSearch=128,k_factor_rf=20"
+    return f"IVF{lists}_HNSW32,{codes},Refine(SQfp16)", "nprobe=256,quantizer_efSearch=512,k_factor_rf=10"
 
 
 _PRESETS = {"exact": lambda passages, dimension: ("Flat", ""), "graph": _graph, "compressed": _compressed}
