@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument(
         "--kinds", nargs="+", default=["exact", "graph", "compressed"], help="presets or factory strings"
     )
-    parser.add_argument("--parameters", nargs="*", default=[], help="kinds: further settings to search each with")
+    parser.add_argument(
+        "--parameters", nargs="*", default=[], help="kinds: further settings to search the last kind with"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/retrieval-dense"), help="kinds: where indexes go")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path)
@@ -158,13 +160,13 @@ def kinds_rows(arguments: argparse.Namespace) -> list[dict]:
     np.save(arguments.work / "queries.npy", open_index(arguments.index[0]).encoder.queries(questions))
     rows, exact = [], None
     for kind in arguments.kinds:
-        for parameters in ("", *(arguments.parameters if kind != "exact" else ())):
+        for parameters in ("", *(arguments.parameters if kind == arguments.kinds[-1] else ())):
             command = [sys.executable, __file__, "child", "--index", arguments.index[0], "--questions", "-"]
             command += ["--passages", arguments.passages, "--work", arguments.work, "--kinds", kind]
             command += ["--parameters", parameters] if parameters else []
-            for step in ("build", "search"):  # building leaves memory behind that is none of the index's
-                if step == "search" or not place(arguments.work, kind).exists():
-                    done = subprocess.run([*map(str, command), "--json", step], stdout=subprocess.PIPE, check=True)
+            if not place(arguments.work, kind).exists():  # in a process of its own, whose memory is none of the index's
+                subprocess.run([*map(str, command), "--json", "build"], check=True)
+            done = subprocess.run([*map(str, command), "--json", "search"], stdout=subprocess.PIPE, check=True)
             measured = json.loads(done.stdout)
             exact = exact or measured.pop("found")
             same = [len(set(a) & set(b)) / TOPK for a, b in zip(exact, measured.pop("found", exact), strict=True)]
@@ -179,12 +181,9 @@ def place(work: Path, kind: str) -> Path:
 
 def child(arguments: argparse.Namespace) -> None:
     """Build one index, or search it and print what was measured."""
-    from search_e1.retrieval.dense import _read  # vectors that are stored are read as an index that holds nothing else
-
     kind, step = arguments.kinds[0], str(arguments.json)
     source = open_index(arguments.index[0])
-    stored = _read(arguments.index[0], "Flat")
-    real = np.asarray(stored.reconstruct_n(0, stored.ntotal))
+    real = source._index.reconstruct_n(0, len(source))
     encoder = Varied(real, np.load(arguments.work / "queries.npy"), source)
     directory = place(arguments.work, kind)
     if step == "build":
@@ -202,7 +201,7 @@ def searched(directory: Path, encoder: Varied, parameters: str | None) -> dict:
     asked = [str(i) for i in range(len(encoder.asked))]
     batches = [asked[i : i + BATCH] for i in range(0, len(asked), BATCH)]
     rates = []
-    for _ in range(3):  # the first reads from disk
+    for _ in range(4):  # the first reads from disk
         wall, cpu = time.perf_counter(), time.process_time()
         found = [[int(hit.id) for hit in hits] for batch in batches for hits in index.search(batch, TOPK)]
         rates.append((len(asked) / (time.perf_counter() - wall), len(asked) / (time.process_time() - cpu)))

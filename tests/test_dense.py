@@ -89,12 +89,17 @@ def test_presets_by_hand() -> None:
     assert graph == ("HNSW32,SQ8,Refine(SQfp16)", "HNSW32,SQ8", "SQfp16", "efSearch=128,k_factor_rf=10")
     compressed = layout("compressed", 10**6, 384)
     assert compressed.factory == "IVF4096_HNSW32,PQ192x4fs,Refine(SQfp16)"
-    assert compressed.base == "IVF4096_HNSW32,PQ192x4fs"
+    assert compressed[1:] == ("IVF4096_HNSW32,PQ192x4fs", "SQfp16", "nprobe=512,k_factor_rf=10")
     assert layout("compressed", 21 * 10**6, 768).base == "IVF16384_HNSW32,PQ384x4fs"
-    assert layout("compressed", 5000, 384).base == "PQ192x4fs"
+    assert layout("compressed", 5000, 384)[1:] == ("PQ192x4fs", "SQfp16", "k_factor_rf=10")
     assert layout("compressed", 500, 384).base == layout("compressed", 10**6, 33).base == "SQ8"
-    assert layout("IVF64,Flat", 10**6, 384, "nprobe=8") == ("IVF64,Flat", "IVF64,Flat", None, "nprobe=8")
-    assert layout("PCA64,IVF64,PQ16,RFlat", 10**6, 384)[1:3] == ("PCA64,IVF64,PQ16", "Flat")
+
+
+def test_factory_strings_by_hand() -> None:
+    assert layout("IVF64,Flat", 10**6, 384, "nprobe=3") == ("IVF64,Flat", "IVF64,Flat", None, "nprobe=3")
+    assert layout("PCA64,IVF64,PQ16,RFlat", 10**6, 384)[1:] == ("PCA64,IVF64,PQ16", "Flat", "nprobe=8,k_factor_rf=10")
+    assert layout("IVF4,SQ8,Refine(Flat)", 10**6, 384)[2:] == ("Flat", "nprobe=1,k_factor_rf=10")
+    assert layout("SQ8", 10**6, 384) == ("SQ8", "SQ8", None, "")
 
 
 @pytest.mark.parametrize(
