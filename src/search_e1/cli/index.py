@@ -115,4 +115,4 @@ def index_search(
     from search_e1.retrieval.indexes import open_indexes
 
     settings = encoder_settings(encoder, device=device)
-    show_passages(console, open_indexes(index, settings, parameters).search([query], topk)[0])
+    show_passages(console, open_indexes(index, settings, parameters, device).search([query], topk)[0])

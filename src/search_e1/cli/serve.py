@@ -94,7 +94,7 @@ def serve_retriever(
     )
     with server.bind(host, port) as bound:  # a taken port is found before an index is loaded
         names = " and ".join(map(str, index))
-        opened = open_indexes(index, encoder_settings(encoder, device=device))
+        opened = open_indexes(index, encoder_settings(encoder, device=device), device=device)
 
         def ready(url: str) -> None:
             console.print(

@@ -49,10 +49,12 @@ def build_index(
     )
 
 
-def open_index(directory: Path, encoder: EncoderSettings | None = None, parameters: str | None = None) -> StoredIndex:
+def open_index(
+    directory: Path, encoder: EncoderSettings | None = None, parameters: str | None = None, device: str = "auto"
+) -> StoredIndex:
     """The index in ``directory``, of the kind that its manifest names. Only that kind's libraries are loaded.
 
-    ``encoder`` and ``parameters``: see ``DenseIndex.open``; other kinds have none.
+    ``encoder``, ``parameters`` and ``device``: see ``DenseIndex.open``; other kinds have none.
 
     Raises:
         DataError: there is none, or it is damaged, of another version or of an unknown kind.
@@ -62,14 +64,19 @@ def open_index(directory: Path, encoder: EncoderSettings | None = None, paramete
     if kind not in _KINDS:
         raise DataError(f"{directory}: an index of the unknown kind {kind!r}; this version knows {', '.join(_KINDS)}")
     found = _kind(kind, directory)
-    return found.open(directory, encoder, parameters=parameters) if kind == "dense" else found.open(directory)
+    if kind == "dense":
+        return found.open(directory, encoder, parameters=parameters, device=device)
+    return found.open(directory)
 
 
 def open_indexes(
-    indexes: Sequence[Path], encoder: EncoderSettings | None = None, parameters: str | None = None
+    indexes: Sequence[Path],
+    encoder: EncoderSettings | None = None,
+    parameters: str | None = None,
+    device: str = "auto",
 ) -> Index:
     """The index of one directory, or those of several fused: see ``open_index`` and ``HybridIndex``."""
-    opened = [open_index(directory, encoder, parameters) for directory in indexes]
+    opened = [open_index(directory, encoder, parameters, device) for directory in indexes]
     return opened[0] if len(opened) == 1 else HybridIndex(opened)
 
 
