@@ -144,7 +144,10 @@ def test_a_place_without_pairs_is_named(pairs, monkeypatch, capsys):
     assert "neither a run that has pairs nor pairs" in show(monkeypatch, capsys, run_directory / "nothing")[2]
     (pairs / "train.jsonl").write_text("{}\n")
     status, _, err = show(monkeypatch, capsys, pairs)
-    assert (status, err) == (2, f"search-e1: {pairs}/train.jsonl:1: not a pair; make the pairs again\n")
+    assert (status, err) == (
+        2,
+        f"search-e1: {pairs}/train.jsonl:1: not a pair; make the pairs with `search-e1 pairs`\n",
+    )
 
 
 @pytest.mark.parametrize("words", [["pairs"], ["pairs", "mine"]])

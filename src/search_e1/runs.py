@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from search_e1.errors import RunError
+from search_e1.errors import DataError, RunError
 from search_e1.types import Record
 
 MANIFEST = "manifest.json"
@@ -142,6 +142,27 @@ def read(path: Path) -> Artifact:
                 f"{file}: {'damaged' if file.exists() else 'missing'}; remove {path} and run the stage again"
             )
     return Artifact(path, manifest)
+
+
+Kept = TypeVar("Kept", bound=Record)
+
+
+def read_records(path: Path, kind: type[Kept], again: str) -> Iterator[Kept]:
+    """The records of a file that holds one a line, one at a time. ``again`` says how to come by a sound file.
+
+    Raises:
+        DataError: the file cannot be read, or a line is none of its records; names it.
+    """
+    try:
+        with path.open("rb") as file:  # not `splitlines`: texts hold separators that are none to JSON
+            for number, line in enumerate(file, 1):
+                try:
+                    record = kind.model_validate_json(line)
+                except ValueError as error:
+                    raise DataError(f"{path}:{number}: not a {kind.__name__.lower()}; {again}") from error
+                yield record
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; {again}") from error
 
 
 @contextmanager

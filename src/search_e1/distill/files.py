@@ -11,6 +11,7 @@ from search_e1.errors import DataError
 from search_e1.policy import Reader
 from search_e1.privileged import Shown, room, show
 from search_e1.rollout import pool
+from search_e1.runs import read_records
 from search_e1.types import Group, Pair, Question, Trajectory
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
@@ -52,16 +53,7 @@ def read(path: Path, tokenizer: Any = None) -> list[Pair]:
     Raises:
         DataError: the file is not there, a line is not a pair (named), or its ids are not ``tokenizer``'s, if that is given.
     """
-    pairs = []
-    try:
-        with path.open(encoding="utf-8") as file:  # not `splitlines`: texts hold separators that are none to JSON
-            for number, line in enumerate(file, 1):
-                try:
-                    pairs.append(Pair.model_validate_json(line))
-                except ValueError as error:
-                    raise DataError(f"{path}:{number}: not a pair; make the pairs again") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; give pairs made by `search-e1 pairs`") from error
+    pairs = list(read_records(path, Pair, "make the pairs with `search-e1 pairs`"))
     if tokenizer is not None:
         check_tokenizer(tokenizer, (pair.student for pair in pairs[:_CHECKED]), path)
     return pairs

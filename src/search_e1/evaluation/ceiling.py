@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from search_e1.errors import DataError
 from search_e1.progress import Progress, silent
 from search_e1.retrieval.base import Retriever
+from search_e1.runs import read_records
 from search_e1.types import Question, Record
 
 FILE = "ceiling.jsonl"
@@ -135,17 +135,5 @@ def in_topk(
 
 
 def read(path: Path) -> Iterator[Ceiling]:
-    """The rows of a file that holds one a line.
-
-    Raises:
-        DataError: it cannot be read, or a line is none; names it.
-    """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield Ceiling.model_validate_json(line)
-                except ValueError as error:
-                    raise DataError(f"{path}:{number}: damaged; remove {path.parent} and evaluate again") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; evaluate again") from error
+    """The rows of a ceiling's file; see ``runs.read_records``."""
+    return read_records(path, Ceiling, f"remove {path.parent} and evaluate again")

@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from search_e1.errors import DataError
 from search_e1.evaluation.failures import Failure
 from search_e1.evaluation.statistics import Interval, interval
+from search_e1.runs import read_records
 from search_e1.types import Record, StopReason
 
 EVALUATION, QUESTIONS = "evaluation.json", "questions.jsonl"
@@ -164,17 +164,5 @@ def write(results: Sequence[Result], path: Path) -> None:
 
 
 def read(path: Path) -> Iterator[Result]:
-    """The results of a file that ``write`` wrote.
-
-    Raises:
-        DataError: it cannot be read, or a line is no result; names it.
-    """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield Result.model_validate_json(line)
-                except ValueError as error:
-                    raise DataError(f"{path}:{number}: not a result; evaluate again") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; evaluate again") from error
+    """The results of a file that ``write`` wrote; see ``runs.read_records``."""
+    return read_records(path, Result, "evaluate again")

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from search_e1.config import PoolConfig, RolloutConfig
-from search_e1.errors import DataError
 from search_e1.progress import Progress, silent
 from search_e1.prompts import Prompts
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.generator import Generator
 from search_e1.rollout.loop import rollout, starts
+from search_e1.runs import read_records
 from search_e1.types import Group, Question
 
 FILE = "groups.jsonl"
@@ -54,21 +54,8 @@ def sample(
 
 
 def read(path: Path) -> Iterator[Group]:
-    """The groups of a pool's file, one at a time: a large pool does not fit into memory.
-
-    Raises:
-        DataError: the file is not there, or a line is not a group; names it.
-    """
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    group = Group.model_validate_json(line)
-                except ValueError as error:
-                    raise DataError(f"{path}:{number}: not a group of trajectories; sample the pool again") from error
-                yield group
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; give a pool made by `search-e1 rollout`") from error
+    """The groups of a pool's file, one at a time: a large pool does not fit into memory. See ``runs.read_records``."""
+    return read_records(path, Group, "sample the pool with `search-e1 rollout`")
 
 
 def _mean(groups: Sequence[Group], attribute: str) -> float:

@@ -1,0 +1,53 @@
+"""The configuration: one frozen section per stage, from TOML and dotted flags; unknown keys are refused.
+
+What the engines know how to configure is not declared again: ``[grpo.trainer]`` goes to ``trl.GRPOConfig`` and
+``[distill.trainer]``, ``[warmstart.trainer]`` to ``transformers.TrainingArguments`` as they are.
+"""
+
+from search_e1.config.files import describe, load, parse_overrides
+from search_e1.config.sections import (
+    WHOLE,
+    ClassWeights,
+    Config,
+    DataConfig,
+    DistillConfig,
+    EvaluationConfig,
+    GrpoConfig,
+    LeadConfig,
+    LoraConfig,
+    PairsConfig,
+    PolicyConfig,
+    PoolConfig,
+    ReferenceConfig,
+    ReplayConfig,
+    RetrievalConfig,
+    RolloutConfig,
+    Section,
+    TrackingConfig,
+    WarmstartConfig,
+)
+
+__all__ = [
+    "WHOLE",
+    "ClassWeights",
+    "Config",
+    "DataConfig",
+    "DistillConfig",
+    "EvaluationConfig",
+    "GrpoConfig",
+    "LeadConfig",
+    "LoraConfig",
+    "PairsConfig",
+    "PolicyConfig",
+    "PoolConfig",
+    "ReferenceConfig",
+    "ReplayConfig",
+    "RetrievalConfig",
+    "RolloutConfig",
+    "Section",
+    "TrackingConfig",
+    "WarmstartConfig",
+    "describe",
+    "load",
+    "parse_overrides",
+]

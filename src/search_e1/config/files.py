@@ -1,0 +1,141 @@
+"""From a TOML file and dotted flags to a configuration, and from its sections to the table of all keys."""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from search_e1.config.sections import Config
+from search_e1.errors import ConfigError
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in the TOML file ``path``, with dotted flags laid over it.
+
+    ``overrides`` is what stands on a command line: ``["--grpo.steps", "8", "--data.eval.nq=nq.jsonl"]``. Values are read
+    as TOML where they are TOML, and as text otherwise. Relative paths in the file are relative to the working directory.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key is unknown, missing or has an impossible value; names it.
+    """
+    try:
+        raw = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}; give the path of a TOML file with --config") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+    for key, value in parse_overrides(overrides):
+        _set(raw, key, value)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_first_problem(error)}") from error
+
+
+def parse_overrides(flags: Sequence[str]) -> list[tuple[list[str], Any]]:
+    """``["--a.b", "1", "--c=x"]`` -> ``[(["a", "b"], 1), (["c"], "x")]``.
+
+    Raises:
+        ConfigError: a word that is no flag, or a flag without a value.
+    """
+    pairs: list[tuple[list[str], Any]] = []
+    words = list(flags)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"unexpected argument {word!r}; overrides are written --section.key value")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise ConfigError(f"--{name}: a value is missing; write --{name} VALUE")
+            value = words.pop(0)
+        pairs.append((name.split("."), _toml_value(value)))
+    return pairs
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _set(tree: dict[str, Any], key: list[str], value: Any) -> None:
+    for i, part in enumerate(key[:-1]):
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--{'.'.join(key)}: {'.'.join(key[: i + 1])} is a value, not a section")
+    tree[key[-1]] = value
+
+
+def _first_problem(error: ValidationError) -> str:
+    """The first error in one line: the key, what was found, how to mend it."""
+    problem = error.errors()[0]
+    parts = [str(part) for part in problem["loc"]]
+    key = ".".join(parts)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] == "missing":
+        return f"key {key!r} is missing{more}"
+    if problem["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(parts[-1], _keys_at(parts[:-1]), n=1)
+        hint = f"did you mean {'.'.join([*parts[:-1], close[0]])!r}?" if close else f"known: {_keys_at(parts[:-1])}"
+        return f"unknown key {key!r}; {hint}{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key} = {problem['input']!r}: {message}{more}" if key else f"{message}{more}"
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in path:
+        section = _nested(section.model_fields[part].annotation) or section
+    return list(section.model_fields)
+
+
+def describe() -> str:
+    """Every key with its default and what it does, as Markdown: what `docs/configuration.md` holds."""
+    lines = [
+        "# Configuration",
+        "",
+        "Every key of a TOML file, and as a flag: `--section.key VALUE`. Made by `search-e1 config`.",
+        "",
+    ]
+    return "\n".join(lines + _section("", Config)) + "\n"
+
+
+def _section(prefix: str, section: type[BaseModel]) -> list[str]:
+    about = section.__doc__ if section.__doc__ and prefix else ""
+    lines = [f"## `[{prefix}]`" if prefix else "## Top level", ""]
+    lines += [" ".join(about.split()), ""] if about else []
+    lines += ["| key | default | what |", "|---|---|---|"]
+    inner: list[tuple[str, type[BaseModel]]] = []
+    for name, field in section.model_fields.items():
+        nested = _nested(field.annotation)
+        if nested is not None:
+            inner.append((f"{prefix}.{name}".lstrip("."), nested))
+            if field.default is not None:
+                continue
+        what = " ".join((field.description or "").split()).replace("|", "\\|")
+        lines.append(f"| `{name}` | {_shown_default(field)} | {what} |")
+    for key, nested in inner:
+        lines += ["", *_section(key, nested)]
+    return lines
+
+
+def _nested(annotation: Any) -> type[BaseModel] | None:
+    candidates = (annotation, *getattr(annotation, "__args__", ()))
+    return next((t for t in candidates if isinstance(t, type) and issubclass(t, BaseModel)), None)
+
+
+def _shown_default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return "none" if field.default is None else f"`{_shorten(json.dumps(field.default))}`"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 48 else f"{text[:45]}..."
