@@ -87,10 +87,10 @@ def test_presets_by_hand() -> None:
     assert layout("exact", 100, 384) == ("Flat", None, "Flat", "")
     graph = layout("graph", 10**6, 384)
     assert graph == ("HNSW32,SQ8,Refine(SQfp16)", "HNSW32,SQ8", "SQfp16", "efSearch=128,k_factor_rf=10")
-    compressed = layout("compressed", 10**6, 384)
-    assert compressed.factory == "IVF4096_HNSW32,PQ192x4fs,Refine(SQfp16)"
-    assert compressed[1:] == ("IVF4096_HNSW32,PQ192x4fs", "SQfp16", "nprobe=512,k_factor_rf=10")
-    assert layout("compressed", 21 * 10**6, 768).base == "IVF16384_HNSW32,PQ384x4fs"
+    assert layout("compressed", 10**6, 384)[1:] == ("PQ192x4fs", "SQfp16", "k_factor_rf=10")
+    assert layout("compressed", 21 * 10**6, 768).base == "PQ384x4fs"
+    lists = layout("IVF4096,PQ192x4fs,Refine(SQfp16)", 10**6, 384)
+    assert lists[1:] == ("IVF4096,PQ192x4fs", "SQfp16", "nprobe=512,k_factor_rf=10")
     assert layout("compressed", 5000, 384)[1:] == ("PQ192x4fs", "SQfp16", "k_factor_rf=10")
     assert layout("compressed", 500, 384).base == layout("compressed", 10**6, 33).base == "SQ8"
 
