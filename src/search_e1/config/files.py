@@ -14,7 +14,7 @@ from search_e1.config.sections import Config
 from search_e1.errors import ConfigError
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in the TOML file ``path``, with dotted flags laid over it.
 
     ``overrides`` is what stands on a command line: ``["--grpo.steps", "8", "--data.eval.nq=nq.jsonl"]``. Values are read
@@ -23,6 +23,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file cannot be read, or a key is unknown, missing or has an impossible value; names it.
     """
+    path = Path(path)
     try:
         raw = tomllib.loads(path.read_text())
     except OSError as error:

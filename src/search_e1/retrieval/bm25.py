@@ -71,12 +71,13 @@ class Bm25Index:
         return cls(directory, manifest)
 
     @classmethod
-    def open(cls, directory: Path) -> Self:
+    def open(cls, directory: str | Path) -> Self:
         """The index that ``build`` left in ``directory``.
 
         Raises:
             DataError: there is none, or it is damaged, of another kind or of another version.
         """
+        directory = Path(directory)
         manifest = directories.read(directory, KIND)
         try:
             return cls(directory, manifest)
