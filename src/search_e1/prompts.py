@@ -46,6 +46,11 @@ _TAG: dict[ProtocolName, re.Pattern[str]] = {
     ),
 }
 _LOOKS_LIKE_A_TAG = re.compile(r"[<\[]\S+[>\]]")
+_CONTROL = re.compile(
+    r"<(\|[\w ./:-]{1,48}\|)>|<(\uff5c[^\uff5c<>\n]{1,48}\uff5c)>|<(<?/?SYS>?)>|\[(/?INST)\]|<(/?s)>|<((?:start|end)_of_turn)>"
+)
+"""What chat templates write, whoever's: an endpoint's tokenizer is not known here, and some templates use plain text."""
+_MOST_CHARS = 64  # a token of an observation; more text than that is not even tokenised
 _PASSAGE_START = re.compile(r"^(?=Doc \d+\(Title: )", re.MULTILINE)
 _FILE = "search_e1.json"
 _OF_TOOLS = {
@@ -146,7 +151,7 @@ def privileged_prompt(tokenizer, prompts: Prompts, question: str, reference: str
         return plain_prompt(tokenizer, prompts, question)
     # `str.replace`, not `str.format`: references and questions are full of braces.
     message = prompts.privileged.replace("{instruction}", _instruction(tokenizer, prompts, question))
-    reference = _break(special_tokens(tokenizer), reference)
+    reference = _as_read(tokenizer, lambda text: _break(special_tokens(tokenizer), text), reference)
     return _encode_message(tokenizer, prompts, message.replace("{reference}", reference))
 
 
@@ -176,21 +181,45 @@ NO_TEMPLATE = (
 )
 
 
-def neutralize(tokenizer, text: str, protocol: ProtocolName = "tags") -> str:
-    """``text`` with protocol tags and the tokenizer's special tokens made harmless: ``<search>`` becomes ``(search)``.
+def neutralize(tokenizer, text: str, protocol: ProtocolName = "tags", markup: Sequence[str] = ()) -> str:
+    """``text`` with protocol tags, control tokens of chat templates, the tokenizer's special tokens and ``markup`` made
+    harmless: ``<search>`` becomes ``(search)``.
 
-    Under ``tools`` so are all added tokens that look like tags: chat models have ``<tool_call>`` among them, not marked as
-    special.
+    So are all added tokens that look like tags: chat models have ``<tool_call>`` among them, not marked as special. Halves of
+    characters, which no tokenizer takes, become ``?``.
     """
-    reserved = special_tokens if protocol == "tags" else _tag_tokens
-    return _break(reserved(tokenizer), _TAG[protocol].sub(r"(\1)", text))
+    if not text.isascii():
+        text = text.encode("utf-8", "replace").decode()
+
+    def harmless(text: str) -> str:
+        text = _CONTROL.sub(lambda match: f"({match[match.lastindex or 0].strip('|<>')})", text)
+        return _break((*_tag_tokens(tokenizer), *markup), _TAG[protocol].sub(r"(\1)", text))
+
+    return _as_read(tokenizer, harmless, text)
+
+
+def _as_read(tokenizer, harmless: Callable[[str], str], text: str) -> str:
+    """``text``, made ``harmless`` also as the tokenizer reads it.
+
+    Normalisation can bring tags about: it takes a zero-width space out, or makes a full-width bracket a plain one. Where it
+    would, the text is replaced by its normal form.
+    """
+    text = harmless(text)
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    if normalizer is None:
+        return text
+    # The mark is what SentencePiece's tokenizers put in the place of a space.
+    read = normalizer.normalize_str(text).replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
+    return text if (mended := harmless(read)) == read else mended
 
 
 def _break(tokens: Sequence[str], text: str) -> str:
     for token in tokens:
         if token in text:
             bare = token.strip("<|>[]")
-            text = text.replace(token, f"({bare})" if bare != token else f"{token[0]} {token[1:]}")
+            text = text.replace(
+                token, f"({bare})" if bare != token else f"{token[0]} {token[1:]}" if token[1:] else " "
+            )
     return text
 
 
@@ -210,9 +239,11 @@ def _tag_tokens(tokenizer) -> tuple[str, ...]:
 
 def listed(passages: Sequence[Passage], clean: Callable[[str], str]) -> str:
     """Passages as they are shown, a line each; ``clean`` neutralises titles and texts."""
-    return "".join(
-        f"Doc {i}(Title: {clean(p.title)}) {clean(' '.join(p.text.split()))}\n" for i, p in enumerate(passages, 1)
-    )
+
+    def line(text: str) -> str:
+        return " ".join(clean(" ".join(text.split())).split())
+
+    return "".join(f"Doc {i}(Title: {line(p.title)}) {line(p.text)}\n" for i, p in enumerate(passages, 1))
 
 
 def observation(tokenizer, passages: Sequence[Passage], max_tokens: int) -> tuple[str, tuple[int, ...]]:
@@ -229,7 +260,7 @@ def enclosed(tokenizer, opening: str, body: str, closing: str, max_tokens: int) 
     Raises:
         ConfigError: ``max_tokens`` has no room for opening and closing alone.
     """
-    room = len(body)
+    room = min(len(body), _MOST_CHARS * max_tokens)
     while True:
         text = opening + body[:room] + ("" if body[:room].endswith("\n") else "\n") + closing
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

@@ -61,7 +61,9 @@ class ToolCalls(Protocol):
         self._opening = after + head
         self._closing = tail.removeprefix("\n")  # `enclosed` begins a line for it
         self._markup = sorted(set(_MARKUP.findall(self._end + head + tail)), key=len, reverse=True)
-        self._ends = tuple(t for t in (self._end, *special_tokens(tokenizer)) if t and not _OWN.fullmatch(t))
+        # Not the unknown token: it stands for a character within what is said.
+        ends = {self._end, *special_tokens(tokenizer)} - {"", getattr(tokenizer, "unk_token", None)}
+        self._ends = tuple(sorted(end for end in ends if not _OWN.fullmatch(end)))
         self.stop = (self._end,) if self._end else ()
 
     def parse(self, text: str) -> Action:
@@ -123,10 +125,7 @@ class ToolCalls(Protocol):
         return self._opening if self._end in action else self._end + self._opening
 
     def _clean(self, text: str) -> str:
-        text = neutralize(self._tokenizer, text, "tools")
-        for piece in self._markup:
-            text = text.replace(piece, f"({piece.strip('<|>[]')})")
-        return text
+        return neutralize(self._tokenizer, text, "tools", self._markup)
 
     def _said(self, text: str) -> tuple[str, bool]:
         """The text up to its end token with thinking blanked out, character by character, and whether it was ended."""
