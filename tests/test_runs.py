@@ -2,11 +2,13 @@
 
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
 
 from search_e1 import runs
+from search_e1.checkpoints import Lines
 from search_e1.errors import RunError
 
 
@@ -64,6 +66,80 @@ def test_a_stage_that_fails_leaves_nothing_that_looks_complete(tmp_path):
     assert not (tmp_path / "pool-1").exists()
     made = runs.artifact(tmp_path / "pool-1", stage="pool-1", settings={}, inputs={}, seed=0, make=lambda out: {})
     assert made.manifest.files == {}  # the half file of the first try is gone
+
+
+class Killed(BaseException):
+    pass
+
+
+def half_made(path: Path, seed: int = 0) -> None:
+    """A stage that was killed after a chunk of lines and a file."""
+
+    def make(out: Path) -> dict:
+        (out / runs.WORK / "step-0000000003").mkdir()
+        Lines(out / "groups.jsonl", out / runs.WORK / "groups.jsonl.journal").append(["a group"])
+        (out / "half").write_text("half")
+        raise Killed
+
+    with pytest.raises(Killed):
+        runs.artifact(path, stage="pool-1", settings={}, inputs={}, seed=seed, make=make)
+
+
+def go_on(path: Path, seed: int = 0) -> tuple[runs.Artifact, list[str]]:
+    """Makes the same; also what it found."""
+    found: list[str] = []
+
+    def make(out: Path) -> dict:
+        found.extend(str(p.relative_to(out)) for p in sorted(out.rglob("*")))
+        return {}
+
+    return runs.artifact(path, stage="pool-1", settings={}, inputs={}, seed=seed, make=make), found
+
+
+def test_a_killed_stage_goes_on_from_what_it_kept_and_from_nothing_else(tmp_path):
+    half_made(tmp_path / "pool-1")
+    made, found = go_on(tmp_path / "pool-1")
+    work = [".work", ".work/begun.json", ".work/groups.jsonl.journal", ".work/step-0000000003"]
+    assert found == [*work, "groups.jsonl"]
+    assert list(made.manifest.files) == ["groups.jsonl"]
+    assert made.manifest.attempts == 2
+    assert [p.name for p in tmp_path.rglob("*")] == ["pool-1", "groups.jsonl", "manifest.json"]
+
+
+@pytest.mark.parametrize("change", ["seed", "versions", "torn"])
+def test_what_was_kept_for_something_else_is_not_used(tmp_path, monkeypatch, change):
+    half_made(tmp_path / "pool-1")
+    begun = tmp_path / ".pool-1.partial" / runs.WORK / "begun.json"
+    if change == "versions":
+        monkeypatch.setattr(runs, "_versions", lambda: {"torch": "0.1"})
+    if change == "torn":
+        begun.write_text(begun.read_text()[:-9])
+    made, found = go_on(tmp_path / "pool-1", seed=1 if change == "seed" else 0)
+    assert found == [".work", ".work/begun.json"]
+    assert made.manifest.attempts == 1
+
+
+def test_the_time_of_all_attempts_adds_up(tmp_path, monkeypatch):
+    """A killed attempt counts up to the last that it wrote."""
+    half_made(tmp_path / "pool-1")
+    partial = tmp_path / ".pool-1.partial"
+    begun = json.loads((partial / runs.WORK / "begun.json").read_text())
+    for path in (*partial.rglob("*"), partial):
+        os.utime(path, (begun["attempt"], begun["attempt"]))
+    os.utime(partial / "half", (begun["attempt"] + 100, begun["attempt"] + 100))
+    clock = iter([5.0, 12.0])
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: next(clock))
+    made, _ = go_on(tmp_path / "pool-1")
+    assert made.manifest.seconds == 107.0
+    assert made.manifest.started == begun["started"]
+
+
+def test_a_kill_after_the_artifact_got_its_name_leaves_nothing_behind(tmp_path):
+    made, _ = go_on(tmp_path / "pool-1")
+    (made.path / runs.WORK).mkdir()
+    (made.path / runs.WORK / "step-0000000003").mkdir()
+    assert go_on(tmp_path / "pool-1")[0].manifest == made.manifest
+    assert not (made.path / runs.WORK).exists()
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])

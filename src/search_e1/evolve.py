@@ -11,6 +11,7 @@ from search_e1.errors import NoLeadError
 from search_e1.inputs import Watch, unwatched
 from search_e1.runs import Artifact
 from search_e1.stages import Stages, read_evaluation
+from search_e1.stopping import Stop
 from search_e1.types import Record
 
 SUMMARY = "summary.json"
@@ -63,14 +64,17 @@ class Summary(Record):
         return Path(self.policies[-1].path)
 
 
-def train(config: Config, watch: Watch = unwatched) -> Summary:
+def train(config: Config, watch: Watch = unwatched, stop: Stop | None = None) -> Summary:
     """Run the whole loop in ``config.run``, or what is left of it; returns what ``summary.json`` then holds.
+
+    ``stop`` says when to stop; see ``stopping.on_signals``.
 
     Raises:
         SearchE1Error: a mistake in config, data or policy (before any training), a failed part, another run's directory.
+        Stopped: a signal ended it; to go on, call it again.
     """
-    with runs.opened(config.run, config.model_dump(mode="json", exclude={"run", "tracking"})) as root:
-        stages = Stages(config, root, watch)
+    with runs.opened(config.run, config.binding()) as root:
+        stages = Stages(config, root, watch, stop)
         stages.check(config.policy.model)
         summary = _Summary(config, stages)
         policy: str | Path = config.policy.model

@@ -25,6 +25,11 @@ from search_e1.errors import DataError, RunError
 from search_e1.types import Record
 
 MANIFEST = "manifest.json"
+WORK = ".work"
+"""Directory in an artifact in the making: what it takes to go on after a kill. Gone when the artifact is complete."""
+JOURNAL = ".journal"
+"""Ending of a file in ``WORK``: the file of that name beside ``WORK`` is unfinished, and the stage knows how to go on."""
+_BEGUN = "begun.json"
 _PACKAGES = (
     "search-e1",
     "torch",
@@ -55,7 +60,9 @@ class Manifest(Record):
     started: float
     """Seconds since the epoch."""
     seconds: float
-    """Wall-clock time of the stage."""
+    """Wall-clock time of the stage, over all attempts."""
+    attempts: int = 1
+    """How often the stage was begun or gone on with until it was complete."""
     gpus: int = 0
     """Accelerators that the stage held, over all its processes."""
 
@@ -88,7 +95,8 @@ def artifact(
 ) -> Artifact:
     """The artifact at ``path``: as it lies there if it is complete, else made by ``make``.
 
-    ``make`` writes its files into the directory it is given and returns its summary figures (JSON). ``gpus`` is only noted.
+    ``make`` writes its files into the directory it is given and returns its summary figures (JSON). If it was killed, and
+    is to make the same now under the same versions, it finds what it kept in ``WORK`` there. ``gpus`` is only noted.
 
     Raises:
         RunError: another artifact is in that place, or its files are not those that were written.
@@ -101,26 +109,75 @@ def artifact(
             raise RunError(
                 f"{path} was made with other inputs: {difference(there, identity)}; use another run directory"
             )
+        shutil.rmtree(path / WORK, ignore_errors=True)  # killed between the last two lines below
         return found
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
-    started, clock = time.time(), time.perf_counter()
+    versions = _versions()
+    begun, clock = _begin(partial, {**identity, "versions": versions}), time.perf_counter()
     result = make(partial)
     manifest = Manifest(
         stage=stage,
-        files={str(f.relative_to(partial)): sha256(f) for f in sorted(partial.rglob("*")) if f.is_file()},
+        files={str(f.relative_to(partial)): sha256(f) for f in _files(partial)},
         result=dict(result),
-        versions=_versions(),
-        started=started,
-        seconds=round(time.perf_counter() - clock, 3),
+        versions=versions,
+        started=begun.started,
+        seconds=round(begun.seconds + time.perf_counter() - clock, 3),
+        attempts=begun.attempts,
         gpus=gpus,
         **identity,
     )
     write_atomically(partial / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     partial.rename(path)
     sync(path.parent)
+    shutil.rmtree(path / WORK)
     return Artifact(path, manifest)
+
+
+class _Begun(Record):
+    """Of an artifact in the making."""
+
+    identity: dict[str, Any]
+    started: float
+    """The first attempt, in seconds since the epoch."""
+    attempt: float
+    """The latest."""
+    attempts: int
+    seconds: float
+    """Of the attempts before the latest."""
+
+
+def _begin(partial: Path, identity: dict[str, Any]) -> _Begun:
+    """Begin to make an artifact in ``partial``, or go on; only what its stage can go on from is left there."""
+    now = time.time()
+    before = _begun(partial)
+    if before and before.identity == identity:
+        kept = {WORK, *(file.name.removesuffix(JOURNAL) for file in (partial / WORK).glob(f"*{JOURNAL}"))}
+        # A killed attempt cannot say when it ended; its last sign of life is the last that it wrote.
+        last = max(file.stat().st_mtime for file in partial.rglob("*"))
+        seconds = before.seconds + max(0.0, last - before.attempt)
+        begun = before.model_copy(update={"attempt": now, "attempts": before.attempts + 1, "seconds": seconds})
+    else:
+        kept = set()
+        begun = _Begun(identity=identity, started=now, attempt=now, attempts=1, seconds=0.0)
+    for old in partial.iterdir() if partial.is_dir() else ():
+        if old.name not in kept:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    (partial / WORK).mkdir(parents=True, exist_ok=True)
+    write_atomically(partial / WORK / _BEGUN, begun.model_dump_json() + "\n")
+    return begun
+
+
+def _begun(partial: Path) -> _Begun | None:
+    try:
+        return _Begun.model_validate_json((partial / WORK / _BEGUN).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _files(directory: Path) -> list[Path]:
+    """Of an artifact; not what it is made with."""
+    files = (file for file in sorted(directory.rglob("*")) if file.is_file())
+    return [file for file in files if file.relative_to(directory).parts[0] != WORK]
 
 
 def read(path: Path) -> Artifact:

@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from search_e1 import policy as policies
 from search_e1 import runs, tracking
+from search_e1.checkpoints import Work
 from search_e1.config import Config
 from search_e1.distill import files as pair_files
 from search_e1.distill import profile, teacher
@@ -32,6 +33,7 @@ from search_e1.rollout.generator import Generator
 from search_e1.rollout.hf import HFGenerator
 from search_e1.rollout.protocols import protocol_of
 from search_e1.runs import Artifact
+from search_e1.stopping import Stop
 from search_e1.warmstart.stage import warm_start
 
 
@@ -42,9 +44,13 @@ class Stages(Inputs):
     it the stage's own name in the run directory.
     """
 
-    def __init__(self, config: Config, root: Path, watch: Watch = unwatched) -> None:
+    def __init__(self, config: Config, root: Path, watch: Watch = unwatched, stop: Stop | None = None) -> None:
+        """``stop`` says when to stop; see ``stopping.on_signals``."""
         super().__init__(config, root, watch)
-        self._track: Track = untracked  # of the stage at work
+        self.stop = stop or Stop()
+        # Of the stage at work:
+        self._track: Track = untracked
+        self._work = Work()
 
     def check(self, policy: str | Path | Endpoint) -> None:
         """Find every mistake that can be found before training: questions, retriever, policy, prompt length.
@@ -258,6 +264,8 @@ class Stages(Inputs):
         def make(out: Path) -> Mapping[str, Any]:
             run, step = tracking.run_of(name)
             tracker = tracking.tracked(self.config.tracking, self.root, run, dumped, anew=run == name)
+            often = self.config.checkpoints.model_dump()
+            self._work = Work(out / runs.WORK, **often, stop=self.stop)
             with self.watch(name) as progress, tracker as self._track:
                 set_seed(seed)
                 result = work(out, seed, progress)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from search_e1.cli import asking, compare, data, index, pairs, serve
 from search_e1.errors import RunError, SearchE1Error
+from search_e1.stopping import Stopped, on_signals
 
 if TYPE_CHECKING:
     from search_e1.config import Config
@@ -69,7 +70,8 @@ def train(context: typer.Context, config: ConfigOption) -> None:
     from search_e1.display import summary_table, watch
 
     loaded = _load(config, context)
-    summary = evolve.train(loaded, watch(console, loaded.rounds))
+    with on_signals() as stop:
+        summary = evolve.train(loaded, watch(console, loaded.rounds), stop)
     for number, round in summary.rounds.items():
         if round.refused:
             console.print(f"round {number}: not distilled: {round.refused}", style="yellow", markup=False)
@@ -268,8 +270,8 @@ def _stages(config: Path, context: typer.Context) -> "Iterator[Stages]":
     from search_e1.stages import Stages
 
     loaded = _load(config, context)
-    with runs.opened(loaded.run, loaded.model_dump(mode="json", exclude={"run", "tracking"})) as root:
-        yield Stages(loaded, root, watch(console, loaded.rounds))
+    with on_signals() as stop, runs.opened(loaded.run, loaded.binding()) as root:
+        yield Stages(loaded, root, watch(console, loaded.rounds), stop)
 
 
 def _load(config: Path, context: typer.Context) -> "Config":
@@ -310,7 +312,7 @@ def _after_grpo(stages: "Stages", round: int) -> str:
 
 
 def main() -> None:
-    """Entry point of ``search-e1``: a user's mistake is one line and exit status 2."""
+    """Entry point of ``search-e1``: a user's mistake is one line and exit status 2; see ``stopping`` for signals."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # OpenMP threads that spin while they wait starve each other on busy cores: a rollout took 13 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -324,6 +326,9 @@ def main() -> None:
             raise
         print(f"search-e1: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        print(f"search-e1: {stopped}", file=sys.stderr)
+        sys.exit(stopped.status)
     except KeyboardInterrupt:
         print("search-e1: interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)

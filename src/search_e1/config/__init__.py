@@ -7,6 +7,7 @@ What the engines know how to configure is not declared again: ``[grpo.trainer]``
 from search_e1.config.files import describe, load, parse_overrides
 from search_e1.config.sections import (
     WHOLE,
+    CheckpointsConfig,
     ClassWeights,
     Config,
     DataConfig,
@@ -29,6 +30,7 @@ from search_e1.config.sections import (
 
 __all__ = [
     "WHOLE",
+    "CheckpointsConfig",
     "ClassWeights",
     "Config",
     "DataConfig",

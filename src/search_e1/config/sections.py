@@ -277,6 +277,15 @@ class TrackingConfig(Section):
     """Project of the tracker, where it has such a thing."""
 
 
+class CheckpointsConfig(Section):
+    """How often a stage that trains saves how far it is. It changes nothing in a run, and may change while a run goes on."""
+
+    every_seconds: NonNegativeFloat = 60.0
+    """From one checkpoint to the next, at the end of a step. The last two are kept until the stage is complete."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.02
+    """Of the time, at most, that checkpoints take: large ones are saved less often than `every_seconds`."""
+
+
 class WarmstartConfig(Section):
     """A small policy from nothing, taught the protocol by demonstrations built of the questions' supporting passages."""
 
@@ -340,6 +349,7 @@ class Config(Section):
     distill: DistillConfig = DistillConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
     warmstart: WarmstartConfig | None = None
     """Only for `search-e1 warmstart`, which makes a policy to start from."""
 
@@ -348,3 +358,7 @@ class Config(Section):
         if not (self.data.corpus or self.retrieval.index or self.retrieval.url):
             raise ValueError("no passages: give data.corpus, retrieval.index or retrieval.url")
         return self
+
+    def binding(self) -> dict[str, Any]:
+        """What a run directory belongs to, as JSON: all but its place and the sections that change nothing in a run."""
+        return self.model_dump(mode="json", exclude={"run", "tracking", "checkpoints"})

@@ -1,0 +1,204 @@
+"""How far a stage is, on disk: what outlives a kill, and is verified before it is used again.
+
+A stage that trains saves checkpoints; a stage that writes lines writes them chunk by chunk. Both belong to an artifact in
+the making (``runs.artifact`` decides whether they may still be used) and are gone when it is complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from search_e1.runs import JOURNAL, sha256, sync, write_atomically
+from search_e1.stopping import Stop
+from search_e1.types import Record
+
+_SUMS = "sha256.json"
+_KEPT = 2
+
+
+class Work:
+    """A stage at work: its checkpoints, its unfinished lines, and whether it is asked to stop."""
+
+    def __init__(
+        self,
+        directory: Path | None = None,
+        *,
+        every_seconds: float = 60.0,
+        share: float = 0.02,
+        stop: Stop | None = None,
+    ) -> None:
+        """``directory`` is where all of it lies; without one nothing is kept.
+
+        A checkpoint is due ``every_seconds``, and less often where saving one takes more than ``share`` of the time.
+        """
+        self.directory = directory
+        self.stop = stop or Stop()
+        self._every, self._share = every_seconds, share
+        self._begun, self._cost = time.monotonic(), 0.0
+        self._saved: int | None = None
+
+    def finishing(self) -> AbstractContextManager[None]:
+        """See ``Stop.finishing``."""
+        return self.stop.finishing()
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole; damaged ones are removed."""
+        for path in sorted(self._checkpoints(), reverse=True):
+            if _whole(path):
+                self._saved = int(path.name.removeprefix("step-"))
+                return path
+            shutil.rmtree(path)
+        return None
+
+    def reached(self, step: int, write: Callable[[Path], None]) -> None:
+        """Step ``step`` is complete: save a checkpoint if one is due, and stop if that was asked for.
+
+        ``write`` writes its files into the directory it is given. It is read back with ``newest``.
+
+        Raises:
+            Stopped: a signal has asked to stop; the checkpoint is saved.
+        """
+        waited = time.monotonic() - self._begun
+        if self.directory and (self.stop.asked or waited >= max(self._every, self._cost / self._share)):
+            self._save(self.directory, step, write)
+        self.stop.leave()
+
+    def lines(self, path: Path) -> "Lines":
+        """The lines of ``path``, as far as they were written."""
+        return Lines(path, self.directory and self.directory / f"{path.name}{JOURNAL}")
+
+    def _save(self, directory: Path, step: int, write: Callable[[Path], None]) -> None:
+        if self._saved == step:
+            return
+        begun = time.monotonic()
+        partial, path = directory / ".step", directory / f"step-{step:010d}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        for file in partial.iterdir():
+            _sync_file(file)
+        write_atomically(partial / _SUMS, json.dumps(_sums(partial)) + "\n")
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+        sync(directory)
+        for old in sorted(self._checkpoints())[:-_KEPT]:
+            shutil.rmtree(old)
+        self._saved, self._begun, self._cost = step, begun, time.monotonic() - begun
+
+    def _checkpoints(self) -> Iterator[Path]:
+        return self.directory.glob("step-*") if self.directory else iter(())
+
+
+def _sums(directory: Path) -> dict[str, str]:
+    return {file.name: sha256(file) for file in sorted(directory.iterdir()) if file.name != _SUMS}
+
+
+def _whole(directory: Path) -> bool:
+    try:
+        return json.loads((directory / _SUMS).read_bytes()) == _sums(directory)
+    except (OSError, ValueError):
+        return False
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+class _Chunk(Record):
+    """What a journal says of a chunk."""
+
+    end: int
+    """Bytes of the file up to the end of the chunk."""
+    sha256: str
+    """Of the chunk's bytes."""
+    tally: dict[str, float]
+
+
+class Lines:
+    """A file of lines that is written chunk by chunk; a journal beside it says which chunks are whole.
+
+    What was not finished, or is not as it was written, is cut off when the file is opened, and is to be made again.
+    """
+
+    def __init__(self, path: Path, journal: Path | None = None) -> None:
+        """Without ``journal`` the file begins anew."""
+        self.path = path
+        self._journal = journal
+        self._chunks = _whole_chunks(path, journal) if journal else []
+        self._at = 0
+        self.tally: Counter[str] = Counter()
+        """Sums over the chunks that were read, skipped or appended."""
+        path.touch()
+        os.truncate(path, self._chunks[-1].end if self._chunks else 0)
+        if journal:
+            write_atomically(journal, "".join(map(_entry, self._chunks)))
+
+    def skip(self) -> bool:
+        """Whether the next chunk is there already; goes on to the one after it then."""
+        if self._at == len(self._chunks):
+            return False
+        self.tally.update(self._chunks[self._at].tally)
+        self._at += 1
+        return True
+
+    def read(self) -> list[bytes] | None:
+        """The lines of the next chunk, if it is there already; goes on to the one after it then."""
+        begin = self._end
+        if not self.skip():
+            return None
+        with self.path.open("rb") as stream:
+            stream.seek(begin)
+            return stream.read(self._end - begin).split(b"\n")[:-1]
+
+    def append(self, lines: Iterable[str], tally: Mapping[str, float] | None = None) -> None:
+        """Write the next chunk, with the figures that are added to ``self.tally``. On disk when this returns."""
+        assert self._at == len(self._chunks), "the chunks that are there come first"
+        data = "".join(f"{line}\n" for line in lines).encode()
+        chunk = _Chunk(end=self._end + len(data), sha256=hashlib.sha256(data).hexdigest(), tally=dict(tally or {}))
+        _append(self.path, data)
+        if self._journal:
+            _append(self._journal, _entry(chunk).encode())
+        self._chunks.append(chunk)
+        self.skip()
+
+    @property
+    def _end(self) -> int:
+        return self._chunks[self._at - 1].end if self._at else 0
+
+
+def _append(path: Path, data: bytes) -> None:
+    with path.open("ab") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _whole_chunks(path: Path, journal: Path) -> list[_Chunk]:
+    """Up to the first that is not in the file as it was written."""
+    found: list[_Chunk] = []
+    if not (path.is_file() and journal.is_file()):
+        return found
+    with path.open("rb") as stream:
+        for line in journal.read_bytes().splitlines():
+            checksum, _, entry = line.partition(b" ")
+            if hashlib.sha256(entry).hexdigest().encode() != checksum:
+                break
+            chunk = _Chunk.model_validate_json(entry)
+            data = stream.read(chunk.end - (found[-1].end if found else 0))
+            if hashlib.sha256(data).hexdigest() != chunk.sha256:
+                break
+            found.append(chunk)
+    return found
+
+
+def _entry(chunk: _Chunk) -> str:
+    """A line of a journal, behind its own checksum."""
+    entry = chunk.model_dump_json()
+    return f"{hashlib.sha256(entry.encode()).hexdigest()} {entry}\n"
