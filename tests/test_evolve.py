@@ -180,6 +180,6 @@ def test_a_run_directory_of_another_config_is_refused(finished, project):
     settings, _, _ = finished
     before = sorted(settings.run.rglob("*"))
     changed = settings.model_copy(update={"seed": 2})
-    with pytest.raises(RunError, match=r"seed \(1 there, 2 given\)"):
+    with pytest.raises(RunError, match=r"seed: 1 there, 2 given"):
         evolve.train(changed)
     assert sorted(settings.run.rglob("*")) == before

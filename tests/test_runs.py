@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from search_e1 import runs
 from search_e1.checkpoints import Lines
 from search_e1.errors import RunError
+from search_e1.opening import opened
 
 
 def make_once(calls: list[int]):
@@ -43,9 +45,9 @@ def test_a_complete_artifact_is_returned_and_not_made_again(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"settings": {"grpo": {"steps": 9}}}, r"settings\.grpo\.steps \(8 there, 9 given\)"),
-        ({"inputs": {"policy": "y"}}, r'inputs\.policy \("x" there, "y" given\)'),
-        ({"seed": 1}, r"seed \(0 there, 1 given\)"),
+        ({"settings": {"grpo": {"steps": 9}}}, r"\n  grpo\.steps: 8 there, 9 given"),
+        ({"inputs": {"policy": "y"}}, r'\n  inputs\.policy: "x" there, "y" given'),
+        ({"seed": 1}, r"\n  seed: 0 there, 1 given"),
     ],
 )
 def test_another_identity_is_refused_and_named(tmp_path, changes, said):
@@ -103,7 +105,8 @@ def test_a_killed_stage_goes_on_from_what_it_kept_and_from_nothing_else(tmp_path
     assert found == [*work, "groups.jsonl"]
     assert list(made.manifest.files) == ["groups.jsonl"]
     assert made.manifest.attempts == 2
-    assert [p.name for p in tmp_path.rglob("*")] == ["pool-1", "groups.jsonl", "manifest.json"]
+    left = ["groups.jsonl", "manifest.json", "manifest.json.sha256", "pool-1"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == left
 
 
 @pytest.mark.parametrize("change", ["seed", "versions", "torn"])
@@ -111,7 +114,7 @@ def test_what_was_kept_for_something_else_is_not_used(tmp_path, monkeypatch, cha
     half_made(tmp_path / "pool-1")
     begun = tmp_path / ".pool-1.partial" / runs.WORK / "begun.json"
     if change == "versions":
-        monkeypatch.setattr(runs, "_versions", lambda: {"torch": "0.1"})
+        monkeypatch.setattr(runs, "versions", lambda: {"torch": "0.1"})
     if change == "torn":
         begun.write_text(begun.read_text()[:-9])
     made, found = go_on(tmp_path / "pool-1", seed=1 if change == "seed" else 0)
@@ -155,12 +158,12 @@ def test_damage_is_noticed(tmp_path, damage):
 
 
 def test_a_directory_of_another_config_is_refused_and_untouched(tmp_path):
-    with runs.opened(tmp_path / "run", {"grpo": {"steps": 8}, "seed": 0}) as root:
+    with opened(tmp_path / "run", {"grpo": {"steps": 8}, "seed": 0}) as root:
         ask(root / "grpo-1", [])
     before = (tmp_path / "run" / "config.json").read_text()
     with (
-        pytest.raises(RunError, match=r"grpo\.steps \(8 there, 16 given\)"),
-        runs.opened(tmp_path / "run", {"grpo": {"steps": 16}, "seed": 0}),
+        pytest.raises(RunError, match=r"\n  grpo\.steps: 8 there, 16 given"),
+        opened(tmp_path / "run", {"grpo": {"steps": 16}, "seed": 0}),
     ):
         pass
     assert (tmp_path / "run" / "config.json").read_text() == before
@@ -168,27 +171,27 @@ def test_a_directory_of_another_config_is_refused_and_untouched(tmp_path):
 
 
 def test_a_config_can_be_mended_until_something_was_made(tmp_path):
-    with runs.opened(tmp_path / "run", {"seed": 0}) as root:
+    with opened(tmp_path / "run", {"seed": 0}) as root:
         runs.artifact(root / "index", stage="index", settings={}, inputs={}, seed=0, make=lambda out: {})
-    with runs.opened(tmp_path / "run", {"seed": 1}) as root:
+    with opened(tmp_path / "run", {"seed": 1}) as root:
         assert json.loads((root / "config.json").read_text()) == {"seed": 1}
 
 
 def test_a_second_process_is_refused(tmp_path):
     context = multiprocessing.get_context("spawn")
-    with runs.opened(tmp_path / "run", {}):
+    with opened(tmp_path / "run", {}):
         queue = context.Queue()
         process = context.Process(target=_try_to_open, args=(tmp_path / "run", queue))
         process.start()
-        assert "another process" in queue.get(timeout=60)
+        assert f"process {os.getpid()} on {socket.gethostname()} (since " in queue.get(timeout=60)
         process.join()
-    with runs.opened(tmp_path / "run", {}):
+    with opened(tmp_path / "run", {}):
         assert (tmp_path / "run" / "config.json").exists()
 
 
 def _try_to_open(directory: Path, queue) -> None:
     try:
-        with runs.opened(directory, {}):
+        with opened(directory, {}):
             queue.put("opened")
     except RunError as error:
         queue.put(str(error))
@@ -196,7 +199,7 @@ def _try_to_open(directory: Path, queue) -> None:
 
 def test_a_run_directory_that_is_a_file_is_refused_in_one_line(tmp_path):
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(RunError, match="run directory that can be written to"), runs.opened(tmp_path / "run", {}):
+    with pytest.raises(RunError, match="run directory that can be written to"), opened(tmp_path / "run", {}):
         pass
 
 

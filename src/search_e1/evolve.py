@@ -5,10 +5,11 @@ from typing import Any
 
 from search_e1 import policy as policies
 from search_e1 import runs
-from search_e1.config import Config
+from search_e1.config import Config, default_of
 from search_e1.distill.teacher import Lead
 from search_e1.errors import NoLeadError
 from search_e1.inputs import Watch, unwatched
+from search_e1.opening import opened
 from search_e1.runs import Artifact
 from search_e1.stages import Stages, read_evaluation
 from search_e1.stopping import Stop
@@ -64,16 +65,27 @@ class Summary(Record):
         return Path(self.policies[-1].path)
 
 
-def train(config: Config, watch: Watch = unwatched, stop: Stop | None = None) -> Summary:
+def train(
+    config: Config,
+    watch: Watch = unwatched,
+    stop: Stop | None = None,
+    *,
+    branch_of: Path | None = None,
+    other_versions: bool = False,
+) -> Summary:
     """Run the whole loop in ``config.run``, or what is left of it; returns what ``summary.json`` then holds.
 
-    ``stop`` says when to stop; see ``stopping.on_signals``.
+    ``stop`` says when to stop; see ``stopping.on_signals``. ``branch_of``: another run, whose finished artifacts are taken over
+    where ``config`` would make the same.
+    ``other_versions``: go on with a run that was begun under other versions of the packages that decide about results.
 
     Raises:
         SearchE1Error: a mistake in config, data or policy (before any training), a failed part, another run's directory.
         Stopped: a signal ended it; to go on, call it again.
     """
-    with runs.opened(config.run, config.binding()) as root:
+    with opened(
+        config.run, config.binding(), defaults=default_of, branch_of=branch_of, other_versions=other_versions
+    ) as root:
         stages = Stages(config, root, watch, stop)
         stages.check(config.policy.model)
         summary = _Summary(config, stages)

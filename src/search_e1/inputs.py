@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from search_e1 import runs
-from search_e1.config import Config
+from search_e1.config import Config, default_of
 from search_e1.data.corpus import read_corpus
 from search_e1.data.questions import load_many, load_questions, subset
 from search_e1.errors import ConfigError, DataError
@@ -128,8 +128,9 @@ class Inputs:
 
         settings = {} if retrieval.kind == "bm25" else retrieval.model_dump(include={"kind", "encoder", "faiss"})
         return runs.artifact(
-            self.root / "index", stage="index", settings=settings, inputs={"corpus": checksum}, seed=0, make=make
-        )
+            self.root / "index", stage="index", settings=settings, inputs={"corpus": checksum}, seed=0, make=make,
+            defaults=lambda path: default_of(("retrieval", *path)),
+        )  # fmt: skip
 
     def passage_texts(self) -> Iterable[str] | None:
         """Title and text of all passages: the index's, or ``data.corpus`` beside a server, else ``None``."""

@@ -13,14 +13,12 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
-
+from search_e1.drift import Change, Defaults, changes, lines, no_defaults
 from search_e1.errors import DataError, RunError
 from search_e1.types import Record
 
@@ -30,6 +28,10 @@ WORK = ".work"
 JOURNAL = ".journal"
 """Ending of a file in ``WORK``: the file of that name beside ``WORK`` is unfinished, and the stage knows how to go on."""
 _BEGUN = "begun.json"
+_SUM = "manifest.json.sha256"
+"""Of the manifest, as `sha256sum -c` reads it; artifacts of earlier versions have none."""
+ORIGIN = "branch.json"
+"""In the directory of a run that branched off another: which one."""
 _PACKAGES = (
     "search-e1",
     "torch",
@@ -92,41 +94,45 @@ def artifact(
     seed: int,
     make: Make,
     gpus: int = 0,
+    defaults: Defaults = no_defaults,
 ) -> Artifact:
     """The artifact at ``path``: as it lies there if it is complete, else made by ``make``.
 
     ``make`` writes its files into the directory it is given and returns its summary figures (JSON). If it was killed, and
-    is to make the same now under the same versions, it finds what it kept in ``WORK`` there. ``gpus`` is only noted.
+    is to make the same now under the same versions, it finds what it kept in ``WORK`` there. A setting
+    that an artifact lacks, and that stands at its default now (``defaults``), is no other setting. ``gpus`` is only noted.
 
     Raises:
         RunError: another artifact is in that place, or its files are not those that were written.
     """
     identity = json.loads(json.dumps({"settings": settings, "inputs": inputs, "seed": seed}, default=str))
+    if not path.exists():
+        _take_over(path, identity, defaults)
     if path.exists():
         found = read(path)
-        there = {"settings": found.manifest.settings, "inputs": found.manifest.inputs, "seed": found.manifest.seed}
-        if there != identity:
+        if different := _different(found.manifest, identity, defaults):
             raise RunError(
-                f"{path} was made with other inputs: {difference(there, identity)}; use another run directory"
+                f"{path} was made of something else; give what it was made of again, or use another run directory, or go on "
+                f"in one that takes over what stays the same (search-e1 train --branch DIR):{lines(different)}"
             )
         shutil.rmtree(path / WORK, ignore_errors=True)  # killed between the last two lines below
         return found
     partial = path.with_name(f".{path.name}.partial")
-    versions = _versions()
-    begun, clock = _begin(partial, {**identity, "versions": versions}), time.perf_counter()
+    here = versions()
+    begun, clock = _begin(partial, {**identity, "versions": here}), time.perf_counter()
     result = make(partial)
     manifest = Manifest(
         stage=stage,
         files={str(f.relative_to(partial)): sha256(f) for f in _files(partial)},
         result=dict(result),
-        versions=versions,
+        versions=here,
         started=begun.started,
         seconds=round(begun.seconds + time.perf_counter() - clock, 3),
         attempts=begun.attempts,
         gpus=gpus,
         **identity,
     )
-    write_atomically(partial / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+    _write_manifest(partial, manifest)
     partial.rename(path)
     sync(path.parent)
     shutil.rmtree(path / WORK)
@@ -187,7 +193,10 @@ def read(path: Path) -> Artifact:
         RunError: there is none, or it is damaged.
     """
     try:
-        manifest = Manifest.model_validate_json((path / MANIFEST).read_text())
+        text = (path / MANIFEST).read_bytes()
+        if (path / _SUM).exists() and (path / _SUM).read_bytes() != _sum_of(text):
+            raise ValueError("not as it was written")
+        manifest = Manifest.model_validate_json(text)
     except FileNotFoundError as error:
         raise RunError(f"{path}: no complete artifact; run the stage that makes it") from error
     except ValueError as error:
@@ -199,6 +208,51 @@ def read(path: Path) -> Artifact:
                 f"{file}: {'damaged' if file.exists() else 'missing'}; remove {path} and run the stage again"
             )
     return Artifact(path, manifest)
+
+
+def _write_manifest(directory: Path, manifest: Manifest) -> None:
+    text = manifest.model_dump_json(indent=2) + "\n"
+    write_atomically(directory / _SUM, _sum_of(text.encode()).decode())
+    write_atomically(directory / MANIFEST, text)
+
+
+def _sum_of(manifest: bytes) -> bytes:
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
+
+
+def _different(manifest: Manifest, identity: Mapping[str, Any], defaults: Defaults) -> list[Change]:
+    """What the artifact was made of and what it would be made of now. Of the settings only, ``defaults`` are known."""
+    there = {"inputs": manifest.inputs, "seed": manifest.seed}
+    rest = {"inputs": identity["inputs"], "seed": identity["seed"]}
+    return changes(manifest.settings, identity["settings"], defaults) + changes(there, rest)
+
+
+def _take_over(path: Path, identity: Mapping[str, Any], defaults: Defaults) -> None:
+    """If the run branched off another one that has made this very artifact: hard links to its files, or copies.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    found = next((there for run in _origins(path.parent) if (there := run / path.name).exists()), None)
+    if found is None or _different((source := read(found)).manifest, identity, defaults):
+        return
+    partial = path.with_name(f".{path.name}.taken")
+    shutil.rmtree(partial, ignore_errors=True)
+    for name in (*source.manifest.files, MANIFEST, *([_SUM] if (found / _SUM).exists() else [])):
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            (partial / name).hardlink_to(found / name)
+        except OSError:  # another file system, or one without hard links
+            shutil.copy2(found / name, partial / name)
+    partial.rename(path)
+    sync(path.parent)
+
+
+def _origins(run: Path) -> Iterator[Path]:
+    """The run that ``run`` branched off, the one which that branched off, and so on."""
+    while (run / ORIGIN).exists():
+        run = Path(json.loads((run / ORIGIN).read_text(encoding="utf-8"))["of"])
+        yield run
 
 
 Kept = TypeVar("Kept", bound=Record)
@@ -220,69 +274,6 @@ def read_records(path: Path, kind: type[Kept], again: str) -> Iterator[Kept]:
                 yield record
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; {again}") from error
-
-
-@contextmanager
-def opened(directory: Path, config: Mapping[str, Any]) -> Iterator[Path]:
-    """Hold the run directory for this process; make it if it is new.
-
-    Raises:
-        RunError: another process works in it, it belongs to another config, or it cannot be written to.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout as error:
-        raise RunError(
-            f"{directory}: another process works in this run directory; wait for it, or use another"
-        ) from error
-    except OSError as error:
-        raise RunError(
-            f"{directory}: {error.strerror or error}; give a run directory that can be written to"
-        ) from error
-    try:
-        _check_config(directory / "config.json", json.loads(json.dumps(config, default=str)))
-        yield directory
-    finally:
-        lock.release()
-
-
-def _check_config(path: Path, config: dict[str, Any]) -> None:
-    if not path.exists() or not _has_stages(path.parent):
-        # Nothing was made yet, so that a mistake that was found on the way can be mended in the config.
-        write_atomically(path, json.dumps(config, indent=2) + "\n")
-        return
-    try:
-        there = json.loads(path.read_text())
-    except ValueError as error:
-        raise RunError(f"{path}: damaged; use another run directory") from error
-    if there != config:
-        raise RunError(
-            f"{path.parent} belongs to another config: {difference(there, config)}; set `run` to another directory"
-        )
-
-
-def _has_stages(directory: Path) -> bool:
-    return any(manifest.parent.name != "index" for manifest in directory.glob(f"*/{MANIFEST}"))
-
-
-def difference(there: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> str:
-    """The keys in which two nested mappings differ, e.g. ``grpo.steps (8 there, 16 given)``."""
-    parts = []
-    for key in sorted({*there, *given}):
-        a, b = there.get(key), given.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            if a != b:
-                parts.append(difference(a, b, f"{prefix}{key}."))
-        elif a != b:
-            parts.append(f"{prefix}{key} ({_short(a)} there, {_short(b)} given)")
-    return ", ".join(parts)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def checksum(path: Path) -> str:
@@ -327,7 +318,7 @@ def _sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -14,7 +14,7 @@ from transformers import set_seed
 from search_e1 import policy as policies
 from search_e1 import runs, tracking
 from search_e1.checkpoints import Work
-from search_e1.config import Config
+from search_e1.config import Config, default_of
 from search_e1.distill import files as pair_files
 from search_e1.distill import profile, teacher
 from search_e1.distill import trainer as distill_trainer
@@ -282,6 +282,7 @@ class Stages(Inputs):
             inputs=inputs,
             seed=seed,
             make=make,
+            defaults=default_of,
             gpus=0 if name.startswith(("pairs-", "ceiling")) else policies.accelerators(self.config.policy),
         )
 

@@ -55,23 +55,42 @@ OtherPolicyOption = Annotated[
 
 
 @app.callback()
-def options(traceback: Annotated[bool, typer.Option("--traceback", help="Show tracebacks of errors.")] = False) -> None:
-    global _show_traceback
-    _show_traceback = traceback
+def options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show tracebacks of errors.")] = False,
+    other_versions: Annotated[
+        bool, typer.Option("--other-versions", help="Go on with a run that was begun under other package versions.")
+    ] = False,
+) -> None:
+    global _show_traceback, _other_versions
+    _show_traceback, _other_versions = traceback, other_versions
 
 
-_show_traceback = False
+_show_traceback = _other_versions = False
 
 
 @app.command(context_settings=OVERRIDES)
-def train(context: typer.Context, config: ConfigOption) -> None:
+def train(
+    context: typer.Context,
+    config: ConfigOption,
+    branch: Annotated[
+        Path | None,
+        typer.Option(
+            "--branch",
+            help="A new run directory, which takes over from `run` what a changed config would make the same.",
+        ),
+    ] = None,
+) -> None:
     """Run the whole loop, or what is left of it, and print what it came to."""
     from search_e1 import evolve
     from search_e1.display import summary_table, watch
 
     loaded = _load(config, context)
+    origin = loaded.run if branch else None
+    loaded = loaded.model_copy(update={"run": branch}) if branch else loaded
     with on_signals() as stop:
-        summary = evolve.train(loaded, watch(console, loaded.rounds), stop)
+        summary = evolve.train(
+            loaded, watch(console, loaded.rounds), stop, branch_of=origin, other_versions=_other_versions
+        )
     for number, round in summary.rounds.items():
         if round.refused:
             console.print(f"round {number}: not distilled: {round.refused}", style="yellow", markup=False)
@@ -265,12 +284,14 @@ def config() -> None:
 
 @contextmanager
 def _stages(config: Path, context: typer.Context) -> "Iterator[Stages]":
-    from search_e1 import runs
+    from search_e1.config import default_of
     from search_e1.display import watch
+    from search_e1.opening import opened
     from search_e1.stages import Stages
 
     loaded = _load(config, context)
-    with on_signals() as stop, runs.opened(loaded.run, loaded.binding()) as root:
+    held = opened(loaded.run, loaded.binding(), defaults=default_of, other_versions=_other_versions)
+    with on_signals() as stop, held as root:
         yield Stages(loaded, root, watch(console, loaded.rounds), stop)
 
 

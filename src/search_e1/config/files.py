@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from search_e1.config.sections import Config
 from search_e1.errors import ConfigError
@@ -95,6 +96,20 @@ def _keys_at(path: Sequence[str]) -> list[str]:
     for part in path:
         section = _nested(section.model_fields[part].annotation) or section
     return list(section.model_fields)
+
+
+def default_of(path: Sequence[str]) -> Any:
+    """The default of the key with this path, as JSON has it.
+
+    Raises:
+        LookupError: there is no such key, or it has no default.
+    """
+    section: type[BaseModel] | None = Config
+    for part in path[:-1]:
+        section = _nested(section.model_fields[part].annotation) if section else None
+    if section is None or section.model_fields[path[-1]].is_required():
+        raise LookupError(path)
+    return to_jsonable_python(section.model_fields[path[-1]].get_default(call_default_factory=True))
 
 
 def describe() -> str:

@@ -1,0 +1,67 @@
+"""What a disk does to a run: full, read-only, failing; told in one line."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from search_e1.errors import RunError, SearchE1Error
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+# Libraries that write through other languages tell what happened in words only.
+_FULL_WORDS = (
+    *("No space left on device", "Disk quota exceeded", "File too large", "disk is full"),
+    *("os error 28", "os error 122", "os error 27"),  # Rust, so safetensors and tokenizers
+    *("PytorchStreamWriter failed", "file write failed", "inline_container.cc"),
+    "requested and",  # numpy: `12 requested and 5 written`
+)
+
+
+@contextmanager
+def told(directory: Path) -> Iterator[None]:
+    """Turn what a disk does to work in ``directory`` into a message.
+
+    Raises:
+        RunError: the disk is full, cannot be written to, or fails.
+    """
+    try:
+        yield
+    except SearchE1Error:
+        raise
+    except Exception as error:
+        what = next((said for said in map(_said, _causes(error)) if said), None)
+        if what is None:
+            raise
+        raise RunError(
+            f"{directory}: {what}; what was finished is kept: run the same command again once that is mended"
+        ) from error
+
+
+def reserve(path: Path, size: int) -> None:
+    """Make a file of ``size`` bytes whose room is there: to write into a mapped file on a full disk kills the process.
+
+    Raises:
+        OSError: there is no room for it.
+    """
+    with path.open("wb") as file:
+        file.truncate(size)
+        if size and hasattr(os, "posix_fallocate"):  # macOS has none
+            os.posix_fallocate(file.fileno(), 0, size)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _said(error: BaseException) -> str | None:
+    number = error.errno if isinstance(error, OSError) else None
+    where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+    if number in _FULL or any(words in str(error) for words in _FULL_WORDS):
+        return f"the disk is full{where}"
+    if number is not None and number in _REFUSED:
+        return f"{os.strerror(number)}{where}"
+    return f"the disk fails{where}" if number == errno.EIO else None

@@ -1,0 +1,66 @@
+"""What is not as it was: two nested mappings compared key by key, and told a line a key."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+Defaults = Callable[[tuple[str, ...]], Any]
+"""From the path of a key to its default, as JSON has it; raises LookupError for what has none."""
+
+ABSENT = object()
+"""In the place of a value that is not there."""
+
+
+class Change(NamedTuple):
+    """A key whose values differ."""
+
+    key: str
+    """With dots."""
+    there: Any
+    given: Any
+
+
+def no_defaults(path: tuple[str, ...]) -> Any:
+    """``Defaults`` of nothing."""
+    raise LookupError(path)
+
+
+def changes(there: Mapping[str, Any], given: Mapping[str, Any], defaults: Defaults = no_defaults) -> list[Change]:
+    """The keys in which two nested mappings of JSON differ.
+
+    A key that is not ``there`` and stands at its default in ``given`` is no change: it was added to the package since.
+    """
+    return list(_changes(there, given, defaults, ()))
+
+
+def _changes(
+    there: Mapping[str, Any], given: Mapping[str, Any], defaults: Defaults, prefix: tuple[str, ...]
+) -> Iterator[Change]:
+    for key in sorted({*there, *given}):
+        a, b, path = there.get(key, ABSENT), given.get(key, ABSENT), (*prefix, key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from _changes(a, b, defaults, path)
+        elif a != b and not (a is ABSENT and _is_default(b, path, defaults)):
+            yield Change(".".join(path), a, b)
+
+
+def _is_default(value: Any, path: tuple[str, ...], defaults: Defaults) -> bool:
+    try:
+        return bool(defaults(tuple(part for word in path for part in word.split("."))) == value)
+    except LookupError:
+        return False
+
+
+def lines(found: Sequence[Change]) -> str:
+    """A line for each change, each after a line break: ``grpo.steps: 8 there, 16 given``."""
+    return "".join(f"\n  {change.key}: {_short(change.there)} there, {_short(change.given)} given" for change in found)
+
+
+def _short(value: Any) -> str:
+    if value is ABSENT:
+        return "nothing"
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return value[:12]  # a checksum
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,108 @@
+"""Open a run directory: for one process, under the config and the package versions that it was begun with."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from search_e1 import disk, locks, runs
+from search_e1.drift import Defaults, changes, lines, no_defaults
+from search_e1.errors import RunError
+
+CONFIG = "config.json"
+_VERSIONS = "versions.json"
+
+
+@contextmanager
+def opened(
+    directory: Path,
+    config: Mapping[str, Any],
+    *,
+    defaults: Defaults = no_defaults,
+    branch_of: Path | None = None,
+    other_versions: bool = False,
+) -> Iterator[Path]:
+    """Hold the run directory for this process; make it if it is new.
+
+    ``defaults`` are those of the config: a key that was added to the package since the run was begun, and stands at its
+    default, is no change. ``branch_of``: the run that this one branches off, whose finished artifacts it takes over where
+    they would be made the same. ``other_versions``: go on under other versions of the packages that decide about results.
+
+    Raises:
+        RunError: another process works in it, it belongs to another config, to other versions or to another origin, it
+            cannot be written to, or its disk is full.
+    """
+    if branch_of:
+        _check_branch(directory, branch_of)
+    with locks.held(directory), disk.told(directory):
+        if branch_of:
+            runs.write_atomically(directory / runs.ORIGIN, json.dumps({"of": str(branch_of.resolve())}) + "\n")
+        _check_config(directory, json.loads(json.dumps(config, default=str)), defaults)
+        _check_versions(directory, other_versions)
+        yield directory
+
+
+def _check_branch(directory: Path, origin: Path) -> None:
+    if not (origin / CONFIG).exists():
+        raise RunError(
+            f"{origin}: no run to branch off there; give its directory with --run, the new one with --branch"
+        )
+    if directory.resolve() == origin.resolve():
+        raise RunError(f"{directory}: a run cannot branch into its own directory; give another with --branch")
+    if not directory.exists() or all(file.name.startswith(".") for file in directory.iterdir()):
+        return  # new, or killed before it began
+    try:
+        known = json.loads((directory / runs.ORIGIN).read_text(encoding="utf-8"))["of"]
+    except (OSError, ValueError, LookupError, TypeError):
+        known = None
+    if known != str(origin.resolve()):
+        raise RunError(f"{directory}: there already, and no branch of {origin}; give a new directory with --branch")
+
+
+def _check_config(directory: Path, config: dict[str, Any], defaults: Defaults) -> None:
+    path = directory / CONFIG
+    if not path.exists() or not any(_stages(directory)):
+        # Nothing was made yet, so that a mistake that was found on the way can be mended in the config.
+        runs.write_atomically(path, json.dumps(config, indent=2) + "\n")
+        return
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path}: damaged; use another run directory") from error
+    if found := changes(there, config, defaults):
+        raise RunError(
+            f"{directory} belongs to another config; set that again, or `run` to another directory, or go on in one that takes "
+            f"over what the change does not concern (search-e1 train --branch DIR):{lines(found)}"
+        )
+
+
+def _check_versions(directory: Path, allowed: bool) -> None:
+    """A run that goes on under other versions is no longer the same to the bit as one that was never interrupted."""
+    here, there = runs.versions(), _begun_with(directory)
+    both = here.keys() & there.keys()
+    found = changes({key: there[key] for key in both}, {key: here[key] for key in both})
+    if found and not allowed:
+        raise RunError(
+            f"{directory} was begun with other versions; install those, or go on with these all the same (search-e1 "
+            f"--other-versions VERB ...), and its results are of both:{lines(found)}"
+        )
+    if found or not there:
+        runs.write_atomically(directory / _VERSIONS, json.dumps(here, indent=2) + "\n")
+
+
+def _begun_with(directory: Path) -> dict[str, str]:
+    """What was accepted last; of a run that an earlier version of the package began, what its last artifact says."""
+    try:
+        found: dict[str, str] = json.loads((directory / _VERSIONS).read_text(encoding="utf-8"))
+        return found
+    except FileNotFoundError:
+        made = [json.loads(path.read_text(encoding="utf-8")) for path in _stages(directory)]
+        return max(made, key=lambda manifest: manifest["started"])["versions"] if made else {}
+    except ValueError as error:
+        raise RunError(f"{directory / _VERSIONS}: damaged; remove it, and the present versions count") from error
+
+
+def _stages(directory: Path) -> Iterator[Path]:
+    """Manifests of finished stages; the index depends on nothing but the corpus."""
+    return (path for path in directory.glob(f"*/{runs.MANIFEST}") if path.parent.name != "index")

@@ -1,0 +1,248 @@
+"""Opening a run directory: one process, one config, one set of versions; what changed is told, and can be branched off."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from search_e1 import disk, locks, runs
+from search_e1.config import default_of
+from search_e1.drift import Change, changes, lines
+from search_e1.errors import RunError
+from search_e1.opening import opened
+
+CONFIG = {"seed": 0, "grpo": {"steps": 8, "lora": {"rank": 4, "alpha": 32, "dropout": 0.0}}}
+
+
+def make(out: Path) -> dict:
+    (out / "policy").mkdir()
+    (out / "policy" / "weights").write_bytes(b"abc")
+    return {"em": 0.5}
+
+
+def stage(root: Path, name: str, settings: dict, calls: list[str] | None = None, **inputs: str) -> runs.Artifact:
+    def noted(out: Path) -> dict:
+        (calls if calls is not None else []).append(name)
+        return make(out)
+
+    return runs.artifact(
+        root / name, stage=name, settings=settings, inputs=inputs, seed=0, make=noted, defaults=default_of
+    )
+
+
+# What differs
+
+
+def test_what_differs_is_told_a_line_a_key():
+    there = {"seed": 0, "grpo": {"steps": 8, "gone": 1}, "inputs": {"policy": "a" * 64}}
+    given = {"seed": 0, "grpo": {"steps": 16, "new": [2]}, "inputs": {"policy": "b" * 64}}
+    found = changes(there, given)
+    assert [change.key for change in found] == ["grpo.gone", "grpo.new", "grpo.steps", "inputs.policy"]
+    assert found[2] == Change("grpo.steps", 8, 16)
+    assert lines(found).splitlines() == [
+        "",
+        "  grpo.gone: 1 there, nothing given",
+        "  grpo.new: nothing there, [2] given",
+        "  grpo.steps: 8 there, 16 given",
+        "  inputs.policy: aaaaaaaaaaaa there, bbbbbbbbbbbb given",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "default"),
+    [
+        (("seed",), 0),
+        (("grpo", "lora"), None),
+        (("grpo", "lora", "alpha"), 32),
+        (("lead", "gate"), "mean"),
+        (("data", "max_eval"), None),
+        (("reference",), {"shows": "whole", "max_tokens": None, "shorten": "passages"}),
+    ],
+)
+def test_defaults_of_keys(path, default):
+    assert default_of(path) == default
+
+
+@pytest.mark.parametrize(
+    "path", [("run",), ("policy", "model"), ("data", "eval", "nq"), ("grpo", "trainer", "x"), ("x",)]
+)
+def test_what_has_no_default(path):
+    with pytest.raises(LookupError):
+        default_of(path)
+
+
+def test_a_run_of_an_earlier_version_goes_on_where_the_new_keys_stand_at_their_defaults(tmp_path):
+    """Its config and its artifacts lack `alpha` and `dropout` of the adapters, and the limit of the questions."""
+    old = {"seed": 0, "grpo": {"steps": 8, "lora": {"rank": 4}}}
+    with opened(tmp_path, old, defaults=default_of) as root:
+        stage(root, "grpo-1", {"grpo": old["grpo"]})
+    calls: list[str] = []
+    with opened(tmp_path, CONFIG, defaults=default_of) as root:
+        stage(root, "grpo-1", {"grpo": CONFIG["grpo"], "data.max_eval": None}, calls)
+    assert not calls
+    other = {"seed": 0, "grpo": {"steps": 8, "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}}
+    with (
+        pytest.raises(RunError, match=r"\n  grpo\.lora\.alpha: nothing there, 8 given$"),
+        opened(tmp_path, other, defaults=default_of),
+    ):
+        pass
+    with pytest.raises(RunError, match=r"\n  data\.max_eval: nothing there, 5 given$"):
+        stage(tmp_path, "grpo-1", {"grpo": CONFIG["grpo"], "data.max_eval": 5})
+
+
+# Versions
+
+
+def test_other_versions_are_refused_until_they_are_allowed(tmp_path, monkeypatch):
+    with opened(tmp_path, CONFIG) as root:
+        stage(root, "grpo-1", {})
+    new = {**runs.versions(), "torch": "99.0"}
+    monkeypatch.setattr(runs, "versions", lambda: new)
+    said = r"install those.*--other-versions.*\n  torch: \"[^9].*\" there, \"99.0\" given$"
+    with pytest.raises(RunError, match=said), opened(tmp_path, CONFIG):
+        pass
+    with opened(tmp_path, CONFIG, other_versions=True):
+        pass
+    with opened(tmp_path, CONFIG):  # they were accepted
+        pass
+
+
+def test_without_a_note_of_versions_the_last_artifact_tells(tmp_path, monkeypatch):
+    with opened(tmp_path, CONFIG) as root:
+        stage(root, "grpo-1", {})
+    (tmp_path / "versions.json").unlink()
+    with opened(tmp_path, CONFIG):
+        pass
+    monkeypatch.setattr(runs, "versions", lambda: {"torch": "99.0", "new-package": "1"})
+    with pytest.raises(RunError, match=r"\n  torch: .*\"99.0\" given$"), opened(tmp_path, CONFIG):
+        pass
+
+
+# Branches
+
+
+def test_a_branch_takes_over_what_the_change_does_not_concern(tmp_path):
+    old, new, calls = tmp_path / "old", tmp_path / "new", []
+    with opened(old, {"steps": 8}) as root:
+        first = stage(root, "grpo-1", {"grpo": {"steps": 8}}, policy="x")
+        stage(root, "pool-1", {"pool": {"group_size": 4}}, policy=first.checksum)
+    for _ in range(2):  # begun, and gone on with
+        with opened(new, {"steps": 9}, branch_of=old) as root:
+            again = stage(root, "grpo-1", {"grpo": {"steps": 8}}, calls, policy="x")
+            stage(root, "pool-1", {"pool": {"group_size": 5}}, calls, policy=again.checksum)
+    assert calls == ["pool-1"]
+    assert again.manifest == first.manifest
+    weights = [run / "grpo-1" / "policy" / "weights" for run in (old, new)]
+    assert weights[0].stat().st_ino == weights[1].stat().st_ino
+    assert json.loads((old / "config.json").read_text()) == {"steps": 8}
+    with opened(tmp_path / "third", {"steps": 9}, branch_of=new) as root:  # a branch of a branch
+        (new / "grpo-1").rename(tmp_path / "gone")
+        stage(root, "grpo-1", {"grpo": {"steps": 8}}, calls, policy="x")
+    assert calls == ["pool-1"]
+
+
+def test_a_damaged_artifact_is_not_taken_over(tmp_path):
+    with opened(tmp_path / "old", {}) as root:
+        stage(root, "grpo-1", {})
+    (tmp_path / "old" / "grpo-1" / "policy" / "weights").write_bytes(b"abd")
+    with opened(tmp_path / "new", {}, branch_of=tmp_path / "old") as root:
+        with pytest.raises(RunError, match="weights: damaged"):
+            stage(root, "grpo-1", {})
+        assert not (root / "grpo-1").exists()
+
+
+def test_branches_that_cannot_be(tmp_path):
+    with (
+        pytest.raises(RunError, match="no run to branch off there"),
+        opened(tmp_path / "b", {}, branch_of=tmp_path / "a"),
+    ):
+        pass
+    for name in ("a", "c"):
+        with opened(tmp_path / name, {}):
+            pass
+    with pytest.raises(RunError, match="into its own directory"), opened(tmp_path / "a", {}, branch_of=tmp_path / "a"):
+        pass
+    with pytest.raises(RunError, match=r"no branch of .*/a;"), opened(tmp_path / "c", {}, branch_of=tmp_path / "a"):
+        pass
+
+
+# Locks
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    """Killed with SIGKILL, so that nothing was tidied up: the note of the holder is still there."""
+    code = "import sys, time, pathlib; from search_e1.locks import held\n" \
+           "with held(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "held\n"
+    said = rf"process {process.pid} on {socket.gethostname()} \(since 20.*\) works in this run directory; wait for it"
+    with pytest.raises(RunError, match=said), locks.held(tmp_path):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / ".holder.json").exists()
+    with locks.held(tmp_path):
+        assert json.loads((tmp_path / ".holder.json").read_text())["pid"] == os.getpid()
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """A file system without locks, as NFS is without its lock daemon."""
+
+    def refuse(self: FileLock) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(FileLock, "_acquire", refuse)
+
+
+def test_where_there_are_no_locks_a_file_stands_in(tmp_path, no_locks):
+    with locks.held(tmp_path):
+        with pytest.raises(RunError, match=r"for certain, remove .*\.lock-file\)"), locks.held(tmp_path):
+            pass
+        marker = (tmp_path / ".lock-file").read_text()
+    assert not (tmp_path / ".lock-file").exists()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / ".lock-file").write_text(marker.replace(str(os.getpid()), str(dead.pid), 1))
+    with locks.held(tmp_path):
+        pass  # left by a process of this machine that is dead
+    (tmp_path / ".lock-file").write_text(marker.replace(socket.gethostname(), "another-machine"))
+    with pytest.raises(RunError, match="works in this run directory"), locks.held(tmp_path):
+        pass
+
+
+# The disk
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "/runs/x/weights"), r"the disk is full \(/runs/x/weights\)"),
+        (OSError(122, "Disk quota exceeded"), "the disk is full"),
+        (OSError(30, "Read-only file system", "/runs/x"), r"Read-only file system \(/runs/x\)"),
+        (OSError(5, "Input/output error"), "the disk fails"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "the disk is full"),
+        (ValueError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+    ],
+)
+def test_what_the_disk_does_is_told_in_one_line(tmp_path, error, said):
+    with (
+        pytest.raises(RunError, match=f"^{tmp_path}: {said}; what was finished is kept") as caught,
+        disk.told(tmp_path),
+    ):
+        raise error
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_are_not_the_disks(tmp_path):
+    with pytest.raises(ZeroDivisionError), disk.told(tmp_path):
+        _ = 1 / 0
+    with pytest.raises(FileNotFoundError), disk.told(tmp_path):
+        (tmp_path / "x").read_text()
