@@ -249,6 +249,34 @@ def test_no_try_goes_past_the_time_limit() -> None:
         retriever.search(["a"], 1)
 
 
+def test_without_attempts_it_waits_as_long_as_its_time_allows_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Down for a minute: 8 tries are refused, the 9th is answered."""
+    down = [(503, b"")] * 8
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    slept: list[float] = []
+    with misbehaving(lambda r, n: down.pop() if down else good(r)) as server, HttpRetriever(server.url) as retriever:
+        monkeypatch.setattr(retriever._retrying, "sleep", sleep)
+        assert retriever.search(["a"], 1)[0][0].id == "a-0"
+        assert len(server.requests) == 9
+    assert sum(slept) > 30
+    assert [record.message.split(": ", 1)[-1] for record in caplog.records] == [
+        "status 503 Service Unavailable; tried again for up to 180 s",
+        f"{server.url}/retrieve answers again",
+    ]
+
+
+def test_a_probe_does_not_wait_for_a_server_that_is_down() -> None:
+    with HttpRetriever("http://127.0.0.1:1", time_limit=60) as retriever:
+        retriever._retrying.wait = wait_none()
+        with pytest.raises(RetrievalError, match="no passages after 4 attempts: ConnectError"):
+            retriever.probe()
+
+
 def test_many_queries_go_in_several_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     queries = [f"query {i}" for i in range(600)]
     with misbehaving(good) as server, client(server.url) as retriever:

@@ -7,17 +7,18 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
 from search_e1 import disk, locks, runs
-from search_e1.config import default_of
+from search_e1.config import Config, bound_now, default_of
 from search_e1.drift import Change, changes, lines
 from search_e1.errors import RunError
 from search_e1.opening import opened
 
-CONFIG = {"seed": 0, "grpo": {"steps": 8, "lora": {"rank": 4, "alpha": 32, "dropout": 0.0}}}
+CONFIG = {"seed": 0}
 
 
 def make(out: Path) -> dict:
@@ -77,23 +78,35 @@ def test_what_has_no_default(path):
         default_of(path)
 
 
+def bound(**changes: Any) -> dict[str, Any]:
+    raw = {
+        "run": "r", "policy": {"model": "small"}, "data": {"corpus": "c", "train": ["t"], "eval": {"nq": "e"}},
+        "grpo": {"lora": {"rank": 4}}, **changes,
+    }  # fmt: skip
+    return Config.model_validate(raw).binding()
+
+
 def test_a_run_of_an_earlier_version_goes_on_where_the_new_keys_stand_at_their_defaults(tmp_path):
-    """Its config and its artifacts lack `alpha` and `dropout` of the adapters, and the limit of the questions."""
-    old = {"seed": 0, "grpo": {"steps": 8, "lora": {"rank": 4}}}
-    with opened(tmp_path, old, defaults=default_of) as root:
+    """Its config and its artifacts lack some keys, and hold one that no longer binds."""
+    now, old = bound(), bound()
+    del old["grpo"]["lora"]["alpha"], old["lead"]["gate"], old["reference"]
+    old["retrieval"]["attempts"] = 4
+    with opened(tmp_path, old) as root:
         stage(root, "grpo-1", {"grpo": old["grpo"]})
     calls: list[str] = []
-    with opened(tmp_path, CONFIG, defaults=default_of) as root:
-        stage(root, "grpo-1", {"grpo": CONFIG["grpo"], "data.max_eval": None}, calls)
+    with opened(tmp_path, now, bound_now=bound_now) as root:
+        stage(root, "grpo-1", {"grpo": now["grpo"], "reference": now["reference"], "data.max_eval": None}, calls)
     assert not calls
-    other = {"seed": 0, "grpo": {"steps": 8, "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}}
-    with (
-        pytest.raises(RunError, match=r"\n  grpo\.lora\.alpha: nothing there, 8 given$"),
-        opened(tmp_path, other, defaults=default_of),
-    ):
+    other = bound(grpo={"lora": {"rank": 4, "alpha": 8}}, data={"corpus": "c", "train": ["t"], "eval": {"pop": "e"}})
+    with pytest.raises(RunError) as caught, opened(tmp_path, other, bound_now=bound_now):
         pass
+    assert str(caught.value).splitlines()[1:] == [
+        '  data.eval.nq: "e" there, nothing given',
+        '  data.eval.pop: nothing there, "e" given',
+        "  grpo.lora.alpha: 32 there, 8 given",
+    ]
     with pytest.raises(RunError, match=r"\n  data\.max_eval: nothing there, 5 given$"):
-        stage(tmp_path, "grpo-1", {"grpo": CONFIG["grpo"], "data.max_eval": 5})
+        stage(tmp_path, "grpo-1", {"grpo": now["grpo"], "data.max_eval": 5})
 
 
 # Versions

@@ -5,7 +5,7 @@ from typing import Any
 
 from search_e1 import policy as policies
 from search_e1 import runs
-from search_e1.config import Config, default_of
+from search_e1.config import Config, bound_now
 from search_e1.distill.teacher import Lead
 from search_e1.errors import NoLeadError
 from search_e1.inputs import Watch, unwatched
@@ -84,7 +84,7 @@ def train(
         Stopped: a signal ended it; to go on, call it again.
     """
     with opened(
-        config.run, config.binding(), defaults=default_of, branch_of=branch_of, other_versions=other_versions
+        config.run, config.binding(), bound_now=bound_now, branch_of=branch_of, other_versions=other_versions
     ) as root:
         stages = Stages(config, root, watch, stop)
         stages.check(config.policy.model)

@@ -1,13 +1,13 @@
 """Open a run directory: for one process, under the config and the package versions that it was begun with."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from search_e1 import disk, locks, runs
-from search_e1.drift import Defaults, changes, lines, no_defaults
+from search_e1.drift import changes, lines
 from search_e1.errors import RunError
 
 CONFIG = "config.json"
@@ -19,15 +19,15 @@ def opened(
     directory: Path,
     config: Mapping[str, Any],
     *,
-    defaults: Defaults = no_defaults,
+    bound_now: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
     branch_of: Path | None = None,
     other_versions: bool = False,
 ) -> Iterator[Path]:
     """Hold the run directory for this process; make it if it is new.
 
-    ``defaults`` are those of the config: a key that was added to the package since the run was begun, and stands at its
-    default, is no change. ``branch_of``: the run that this one branches off, whose finished artifacts it takes over where
-    they would be made the same. ``other_versions``: go on under other versions of the packages that decide about results.
+    ``bound_now`` makes of the config that an earlier version left what this one would have left. ``branch_of``: the run that
+    this one branches off, whose finished artifacts it takes over where they would be made the same. ``other_versions``: go on
+    under other versions of the packages that decide about results.
 
     Raises:
         RunError: another process works in it, it belongs to another config, to other versions or to another origin, it
@@ -38,7 +38,7 @@ def opened(
     with locks.held(directory), disk.told(directory):
         if branch_of:
             runs.write_atomically(directory / runs.ORIGIN, json.dumps({"of": str(branch_of.resolve())}) + "\n")
-        _check_config(directory, json.loads(json.dumps(config, default=str)), defaults)
+        _check_config(directory, json.loads(json.dumps(config, default=str)), bound_now)
         _check_versions(directory, other_versions)
         yield directory
 
@@ -60,17 +60,19 @@ def _check_branch(directory: Path, origin: Path) -> None:
         raise RunError(f"{directory}: there already, and no branch of {origin}; give a new directory with --branch")
 
 
-def _check_config(directory: Path, config: dict[str, Any], defaults: Defaults) -> None:
+def _check_config(
+    directory: Path, config: dict[str, Any], bound_now: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> None:
     path = directory / CONFIG
     if not path.exists() or not any(_stages(directory)):
         # Nothing was made yet, so that a mistake that was found on the way can be mended in the config.
         runs.write_atomically(path, json.dumps(config, indent=2) + "\n")
         return
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        there = bound_now(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
         raise RunError(f"{path}: damaged; use another run directory") from error
-    if found := changes(there, config, defaults):
+    if found := changes(there, config):
         raise RunError(
             f"{directory} belongs to another config; set that again, or `run` to another directory, or go on in one that takes "
             f"over what the change does not concern (search-e1 train --branch DIR):{lines(found)}"

@@ -284,13 +284,13 @@ def config() -> None:
 
 @contextmanager
 def _stages(config: Path, context: typer.Context) -> "Iterator[Stages]":
-    from search_e1.config import default_of
+    from search_e1.config import bound_now
     from search_e1.display import watch
     from search_e1.opening import opened
     from search_e1.stages import Stages
 
     loaded = _load(config, context)
-    held = opened(loaded.run, loaded.binding(), defaults=default_of, other_versions=_other_versions)
+    held = opened(loaded.run, loaded.binding(), bound_now=bound_now, other_versions=_other_versions)
     with on_signals() as stop, held as root:
         yield Stages(loaded, root, watch(console, loaded.rounds), stop)
 

@@ -3,7 +3,7 @@
 import difflib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,16 @@ def _keys_at(path: Sequence[str]) -> list[str]:
     for part in path:
         section = _nested(section.model_fields[part].annotation) or section
     return list(section.model_fields)
+
+
+def bound_now(there: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``Config.binding`` of an earlier version gave, as this one gives it: keys that were added since at their defaults,
+    keys that no longer bind left out. As it is, where this version does not take it.
+    """
+    try:
+        return Config.model_validate({**there, "run": "."}).binding()
+    except ValidationError:
+        return dict(there)
 
 
 def default_of(path: Sequence[str]) -> Any:

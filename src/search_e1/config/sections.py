@@ -61,10 +61,11 @@ class RetrievalConfig(Section):
     """A server that speaks Search-R1's `/retrieve`, e.g. `http://127.0.0.1:8000`. Used instead of an index."""
     timeout: Annotated[float, Field(gt=0)] = 30.0
     """Seconds for one request to `url`, from connecting to the last byte of the answer."""
-    attempts: Positive = 4
-    """Tries of one request to `url` before the stage stops."""
+    attempts: Positive | None = None
+    """Tries of one request to `url` before the stage stops. Without it as many as `time_limit` allows."""
     time_limit: Annotated[float, Field(gt=0)] = 180.0
-    """Seconds for all tries of one request to `url` and the waits between them; then the stage stops."""
+    """Seconds for all tries of one request to `url` and the waits between them; then the stage stops. How long a server may
+    be down without harm."""
     cache: bool | Path = True
     """File that keeps answers for later rounds and other runs; several processes may share it. `true`: for `url`, in the run
     directory; `false`: none."""
@@ -360,5 +361,8 @@ class Config(Section):
         return self
 
     def binding(self) -> dict[str, Any]:
-        """What a run directory belongs to, as JSON: all but its place and the sections that change nothing in a run."""
-        return self.model_dump(mode="json", exclude={"run", "tracking", "checkpoints"})
+        """What a run directory belongs to, as JSON: all but its place and what changes nothing in a run."""
+        waiting = {"timeout", "attempts", "time_limit", "cache"}
+        return self.model_dump(
+            mode="json", exclude={"run": True, "tracking": True, "checkpoints": True, "retrieval": waiting}
+        )

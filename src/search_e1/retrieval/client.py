@@ -7,6 +7,7 @@ something failed.
 
 import asyncio
 import hashlib
+import logging
 import os
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
@@ -26,6 +27,7 @@ from tenacity import (
     stop_before_delay,
     wait_exponential_jitter,
 )
+from tenacity.stop import stop_base
 
 from search_e1.errors import RetrievalError
 from search_e1.retrieval.base import Hit
@@ -39,12 +41,15 @@ MOST_QUERIES_HEADER = "Search-E1-Max-Queries"
 _REQUEST_QUERIES, _REQUEST_CHARS = 256, 2**20
 """Most queries, and characters of them, in one request; what is more goes into further ones."""
 _CONNECTIONS = 4
+_PROBE_ATTEMPTS = 4
+"""Before the work begins nobody waits for a server that is down: its address may be wrong."""
 _CONNECT_SECONDS = 10.0
 _RETRY_AFTER_SECONDS = 60.0
 """The longest wait that a server can ask for."""
 _REMEMBERED = 20_000
 """Queries whose passages are kept in memory: siblings ask the same things, also in later turns."""
 
+logger = logging.getLogger(__name__)
 Found = TypeVar("Found")
 
 
@@ -81,13 +86,14 @@ class HttpRetriever:
         self,
         url: str,
         timeout: float = 30.0,
-        attempts: int = 4,
+        attempts: int | None = None,
         time_limit: float = 180.0,
     ) -> None:
         """``url``: with or without ``/retrieve`` at its end.
 
         ``timeout``: seconds for one try of a request, from connecting to the last byte of the answer. ``attempts``: tries of
-        a request. ``time_limit``: seconds for all tries of a request and the waits between them.
+        a request, or as many as its time allows. ``time_limit``: seconds for all tries of a request and the waits between
+        them: how long a server may be down without harm.
 
         Raises:
             RetrievalError: ``url`` is not an http or https URL.
@@ -106,10 +112,12 @@ class HttpRetriever:
         self._most_queries = _REQUEST_QUERIES
         self._retrying = AsyncRetrying(
             retry=retry_if_exception_type(_PassingError),
-            stop=stop_after_attempt(attempts) | stop_before_delay(time_limit),
+            stop=stop_before_delay(time_limit) if attempts is None else _either(attempts, time_limit),
             wait=_wait,
+            before_sleep=self._tell,
             retry_error_callback=self._give_up,
         )
+        self._waiting = False
         self._starting = threading.Lock()
         self._process: int | None = None
 
@@ -129,7 +137,10 @@ class HttpRetriever:
         Raises:
             RetrievalError: it does not answer, or not as it should.
         """
-        self.search(["Who wrote Hamlet?"], 1)
+        retrying = self._retrying.copy(
+            stop=_either(min(self.attempts or _PROBE_ATTEMPTS, _PROBE_ATTEMPTS), self.time_limit)
+        )
+        self._run(self._search(["Who wrote Hamlet?"], 1, retrying))
 
     def close(self) -> None:
         """End the connections; a search afterwards opens new ones."""
@@ -175,7 +186,9 @@ class HttpRetriever:
             task.cancel()
         await self._client.aclose()
 
-    async def _search(self, queries: list[str], topk: int) -> dict[str, list[Passage]]:
+    async def _search(
+        self, queries: list[str], topk: int, retrying: AsyncRetrying | None = None
+    ) -> dict[str, list[Passage]]:
         waited: dict[str, asyncio.Future[list[Passage]]] = {}
         new = []
         for query in queries:
@@ -184,7 +197,10 @@ class HttpRetriever:
                 new.append(query)
                 known = self._memory[query, topk] = asyncio.get_running_loop().create_future()
             waited[query] = known
-        parts = [asyncio.create_task(self._fetch(part, topk, waited)) for part in self._parts(new)]
+        parts = [
+            asyncio.create_task(self._fetch(part, topk, waited, retrying or self._retrying))
+            for part in self._parts(new)
+        ]
         if waited:
             await asyncio.wait(waited.values())
         if parts:
@@ -206,13 +222,19 @@ class HttpRetriever:
         if part:
             yield part
 
-    async def _fetch(self, queries: list[str], topk: int, waited: dict[str, "asyncio.Future[list[Passage]]"]) -> None:
+    async def _fetch(
+        self,
+        queries: list[str],
+        topk: int,
+        waited: dict[str, "asyncio.Future[list[Passage]]"],
+        retrying: AsyncRetrying,
+    ) -> None:
         """Ask for ``queries`` in one request and settle their futures, whatever happens."""
         try:
             async with self._sending:
                 until = asyncio.get_running_loop().time() + self.time_limit
                 # A copy: an object of tenacity keeps the state of one call.
-                results: list[list[Passage]] = await self._retrying.copy()(self._ask, queries, topk, until)
+                results: list[list[Passage]] = await retrying.copy()(self._ask, queries, topk, until)
         except Exception as error:
             for query in queries:
                 self._memory.pop((query, topk), None)
@@ -240,6 +262,9 @@ class HttpRetriever:
             raise self._failed(f"{status}{_detail(response)}; is it the address of a Search-R1 retrieval server?")
         passages = _checked(response, len(queries), topk)
         self._remember(response)
+        if self._waiting:
+            self._waiting = False
+            logger.warning("%s answers again", self.url)
         return passages
 
     def _remember(self, response: httpx.Response) -> None:
@@ -258,6 +283,13 @@ class HttpRetriever:
         if most.isdecimal() and int(most):
             self._most_queries = min(int(most), _REQUEST_QUERIES)
 
+    def _tell(self, state: RetryCallState) -> None:
+        """Once an outage, when it is no longer a hiccup: a stage that waits looks like one that hangs."""
+        if state.attempt_number >= _PROBE_ATTEMPTS and not self._waiting:
+            self._waiting = True
+            cause = state.outcome.exception() if state.outcome else None
+            logger.warning("%s: %s; tried again for up to %g s", self.url, cause, self.time_limit)
+
     def _give_up(self, state: RetryCallState) -> Any:
         assert state.outcome is not None
         cause = state.outcome.exception()
@@ -266,6 +298,10 @@ class HttpRetriever:
     def _failed(self, cause: str, attempts: int = 1) -> RetrievalError:
         tries = "1 attempt" if attempts == 1 else f"{attempts} attempts"
         return RetrievalError(f"{self.url}: no passages after {tries}: {cause}")
+
+
+def _either(attempts: int, time_limit: float) -> stop_base:
+    return stop_after_attempt(attempts) | stop_before_delay(time_limit)
 
 
 _backoff = wait_exponential_jitter(initial=0.2, max=10.0, jitter=0.2)
