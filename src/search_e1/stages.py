@@ -101,7 +101,7 @@ class Stages(Inputs):
         def train(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
             return grpo_trainer.train(
                 self._policy(policy), self.train_questions, self.retriever, self.config.grpo, self.config.rollout,
-                self.config.reference, seed=seed, out=out, progress=progress, track=self._track,
+                self.config.reference, seed=seed, out=out, progress=progress, track=self._track, work=self._work,
             )  # fmt: skip
 
         return self._stage(f"grpo-{round}", out, ("grpo", "rollout", "reference"), self._asking(policy), train)

@@ -7,24 +7,30 @@ from collections.abc import Mapping, Sequence
 from typing import TextIO
 
 from search_e1.progress import Progress, Track
+from search_e1.resuming import figures
 
 
 class Recorder:
     """Keeps each step's figures, writes them as a JSON line, and tells ``progress`` and ``track``."""
 
-    def __init__(self, file: TextIO, total: int, progress: Progress, track: Track) -> None:
-        self.steps: list[dict[str, float]] = []
+    def __init__(
+        self, file: TextIO, total: int, progress: Progress, track: Track, earlier: Sequence[dict[str, float]] = ()
+    ) -> None:
+        """``earlier``: the steps before the first, which ``file`` holds already; they are tracked once more."""
+        self.steps = list(earlier)
+        for step in earlier:
+            track(int(step["step"]), figures(step))
         self._file, self._total, self._progress, self._track = file, total, progress, track
         self._last = time.perf_counter()
 
-    def __call__(self, step: int, figures: Mapping[str, float]) -> None:
+    def __call__(self, step: int, told: Mapping[str, float]) -> None:
         now = time.perf_counter()
-        self.steps.append({"step": step, **figures, "seconds": round(now - self._last, 3)})
+        self.steps.append({"step": step, **told, "seconds": round(now - self._last, 3)})
         self._last = now
         self._file.write(json.dumps(self.steps[-1]) + "\n")
         self._file.flush()
-        self._track(step, figures)
-        self._progress(step, self._total, f"reward {figures.get('reward', math.nan):.3f}")
+        self._track(step, told)
+        self._progress(step, self._total, f"reward {told.get('reward', math.nan):.3f}")
 
 
 def summarize(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

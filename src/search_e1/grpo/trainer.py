@@ -25,18 +25,19 @@ from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from search_e1.checkpoints import Work
 from search_e1.config import WHOLE, GrpoConfig, ReferenceConfig, RolloutConfig
 from search_e1.errors import ConfigError, DataError, TrainingError
 from search_e1.grpo import batching, replay
 from search_e1.grpo.record import Recorder, summarize
 from search_e1.policy import Policy, merge_adapter, with_adapter
 from search_e1.progress import Progress, Track, silent, untracked
+from search_e1.resuming import STEPS, ResumingTrainer, restored_steps
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.hf import HFGenerator
 from search_e1.rollout.loop import rollout, starts
 from search_e1.types import Group, Question, Trajectory
 
-STEPS = "steps.jsonl"
 BAD_BATCH = "bad_batch.pt"
 
 # What the user sets elsewhere, or not at all: key of trl.GRPOConfig -> what to do instead.
@@ -59,6 +60,7 @@ _RESERVED = {
     "disable_tqdm": "progress is not TRL's; leave it out",
     "logging_steps": "every step is logged; leave it out",
     "logging_strategy": "every step is logged; leave it out",
+    "ignore_data_skip": "a stage that goes on must not see its questions again; leave it out",
     "shuffle_dataset": "the order of questions follows from `seed`; leave it out",
     "mask_truncated_completions": "it would drop every trajectory that ends at </answer>; leave it out",
     "deepspeed": "sharded weights are not supported; leave it out",
@@ -96,10 +98,12 @@ def train(
     out: Path,
     progress: Progress = silent,
     track: Track = untracked,
+    work: Work | None = None,
 ) -> dict[str, float]:
     """Train ``policy`` in place; write it to ``out/policy`` and one line a step to ``out/steps.jsonl``.
 
-    ``shown`` is what examples of reference following show.
+    ``shown`` is what examples of reference following show. With the same arguments and a ``work`` that was begun, training
+    goes on from its newest checkpoint and ends as if it had never been interrupted.
 
     Returns:
         The stage's figures: steps and seconds; mean reward of the first and of the last quarter of the steps; the share
@@ -110,14 +114,18 @@ def train(
         ConfigError: a ``[grpo.trainer]`` key that cannot be used, or sizes that do not fit together; before any work.
         DataError: two questions with one id; before any work.
         RetrievalError: from the retriever, as it is.
+        Stopped: a signal has asked to stop.
         TrainingError: a loss or gradient that is not finite; the batch is in ``out/bad_batch.pt``.
     """
     if len({question.id for question in questions}) < len(questions):
         raise DataError("two training questions have the same id; give each its own")
     with _quiet():
         arguments = trl_arguments(config, limits, len(questions), seed=seed, out=out, device=policy.model.device)
-        with (out / STEPS).open("w", encoding="utf-8") as file:
-            recorder = Recorder(file, config.steps, progress, track)
+        work = work or Work()
+        checkpoint = work.newest()
+        earlier = restored_steps(checkpoint, out / STEPS)
+        with (out / STEPS).open("a", encoding="utf-8") as file:
+            recorder = Recorder(file, config.steps, progress, track, earlier)
             if config.steps:
                 set_seed(seed)
                 use_cache = policy.model.config.use_cache
@@ -132,7 +140,7 @@ def train(
                     bad_batch=out / BAD_BATCH,
                     on_step=recorder,
                 )
-                trainer.train()
+                trainer.train_on(work, out / STEPS, checkpoint)
                 policy.model = _give_back(trainer)
                 policy.model.config.use_cache = use_cache  # a choice for training, no property of the policy
         if arguments.process_index == 0:
@@ -275,7 +283,7 @@ def exact_match(*, trajectory: list[Trajectory], log_metric: Callable[[str, floa
     return [t.reward for t in trajectory]
 
 
-class _Trainer(GRPOTrainer):
+class _Trainer(ResumingTrainer, GRPOTrainer):
     """TRL's trainer, with replay, that stops at the first loss or gradient that is not finite."""
 
     args: GRPOConfig
@@ -300,6 +308,11 @@ class _Trainer(GRPOTrainer):
 
     def _send_telemetry(self) -> None:
         """Nobody is told."""
+
+    def at_boundary(self) -> bool:
+        """TRL keeps the trajectories that it has sampled for several steps where ``num_iterations`` says so."""
+        assert self.args.steps_per_generation
+        return self._step % (self.args.steps_per_generation * self.args.num_iterations) == 0
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """TRL's next micro-batch, of trajectories of like length. TRL's own are as wide as the longest of the step."""
