@@ -12,11 +12,15 @@ from safetensors.torch import load_file
 
 from conftest import PASSAGES, TinyRetriever
 from search_e1.checkpoints import Work
-from search_e1.config import GrpoConfig, LoraConfig, ReplayConfig
+from search_e1.config import DistillConfig, GrpoConfig, LoraConfig, ReplayConfig
+from search_e1.distill import passes
+from search_e1.distill import trainer as distill
 from search_e1.grpo import trainer as grpo
 from search_e1.policy import Policy
 from search_e1.progress import silent
+from search_e1.types import Pair
 from taught import LIMITS, QUESTIONS, teach
+from test_distill import pairs_of
 
 
 class Killed(BaseException):
@@ -24,13 +28,14 @@ class Killed(BaseException):
 
 
 class KilledAt:
-    """Progress that dies at a step."""
+    """Progress that dies at a step, or when it has been told ``what`` as often."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, what: str = "") -> None:
+        self.step, self.what, self.told = step, what, 0
 
     def __call__(self, done: int, total: int, figure: str = "") -> None:
-        if done == self.step:
+        self.told += figure == self.what
+        if self.step == (self.told if self.what else done) and figure not in {"teacher"} - {self.what}:
             raise Killed
 
 
@@ -104,3 +109,82 @@ def test_grpo(taught, tmp_path, changes, kills):
     whole = never_interrupted(stage, tmp_path / "whole")
     assert without_times(interrupted(stage, tmp_path / "killed", *kills)) == without_times(whole)
     assert_equal(tmp_path / "killed", tmp_path / "whole")
+
+
+DISTILL = DistillConfig(epochs=3, batch_size=2, learning_rate=3e-3)
+
+
+@pytest.fixture(scope="module")
+def pairs(taught) -> list[Pair]:
+    """Seven, so that the last batch of an epoch is a short one."""
+    return pairs_of(taught, 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kills"),
+    [
+        ({"lora": LoraConfig(rank=4, dropout=0.2), "teacher": "live"}, (2, 6, 9)),
+        ({"weights": "all", "trainer": {"per_device_train_batch_size": 1, "lr_scheduler_type": "cosine"}}, (5,)),
+        ({"trainer": {"train_sampling_strategy": "random"}}, (8,)),
+    ],
+    ids=["adapters", "all weights, cached teacher", "random order"],
+)
+def test_distillation(taught, pairs, tmp_path, changes, kills):
+    def stage(**kwargs) -> dict[str, Any]:
+        return distill.train(copy.deepcopy(taught), pairs, DISTILL.model_copy(update=changes), seed=5, **kwargs)
+
+    whole = never_interrupted(stage, tmp_path / "whole")
+    assert without_times(interrupted(stage, tmp_path / "killed", *kills)) == without_times(whole)
+    assert_equal(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_what_the_teacher_has_read_it_does_not_read_again(taught, pairs, tmp_path, monkeypatch):
+    read: list[int] = []
+
+    def hidden_at(decoder, batch, role):
+        read.append(len(batch["pairs"]))
+        return passes_hidden_at(decoder, batch, role)
+
+    passes_hidden_at = passes.hidden_at
+    monkeypatch.setattr(passes, "hidden_at", hidden_at)
+
+    def stage(**kwargs) -> dict[str, Any]:
+        del read[:]
+        config = DISTILL.model_copy(update={"epochs": 2})
+        return distill.train(copy.deepcopy(taught), pairs, config, seed=5, **kwargs)
+
+    whole = never_interrupted(stage, tmp_path / "whole")
+    student = sum(read) - len(pairs)
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    with pytest.raises(Killed):
+        stage(out=killed, progress=KilledAt(3, "teacher"), work=saving(killed))
+    assert read == [2, 2, 2]
+    states = killed / ".work" / "scratch" / "states"
+    damaged = bytearray(states.read_bytes())
+    damaged[7] ^= 1  # in one of the three batches, and in no other
+    states.write_bytes(damaged)
+    assert without_times(stage(out=killed, progress=silent, work=saving(killed))) == without_times(whole)
+    assert sum(read) - student == 2 + 1  # the damaged batch and the last, of one
+    assert_equal(killed, tmp_path / "whole")
+
+
+def test_each_epoch_has_an_order_of_its_own_that_follows_from_the_seed(taught, pairs, tmp_path, monkeypatch):
+    orders: dict[int, list[list[int]]] = {}
+
+    def run(seed: int) -> list[list[int]]:
+        seen: list[int] = []
+        monkeypatch.setattr(
+            distill._Collator,
+            "__call__",
+            lambda self, rows: seen.extend(row["number"] for row in rows) or collate(self, rows),
+        )
+        config = DISTILL.model_copy(update={"teacher": "live"})
+        distill.train(copy.deepcopy(taught), pairs, config, seed=seed, out=tmp_path)
+        return [seen[at : at + len(pairs)] for at in range(0, len(seen), len(pairs))]
+
+    collate = distill._Collator.__call__
+    orders = {seed: run(seed) for seed in (5, 6)}
+    assert all(sorted(order) == list(range(7)) for epochs in orders.values() for order in epochs)
+    assert len({tuple(order) for epochs in orders.values() for order in epochs}) == 6
+    assert run(5) == orders[5]

@@ -8,10 +8,11 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from search_e1.runs import JOURNAL, sha256, sync, write_atomically
@@ -68,6 +69,20 @@ class Work:
         if self.directory and (self.stop.asked or waited >= max(self._every, self._cost / self._share)):
             self._save(self.directory, step, write)
         self.stop.leave()
+
+    @contextmanager
+    def scratch(self, beside: Path) -> Iterator[Path]:
+        """A directory for what a stage puts aside. It is there again when the stage goes on; check what lies in it.
+
+        Without a place of its own it is made in ``beside`` and removed.
+        """
+        if self.directory is None:
+            with tempfile.TemporaryDirectory(dir=beside, prefix=".scratch-") as name:
+                yield Path(name)
+            return
+        path = self.directory / "scratch"
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
 
     def lines(self, path: Path) -> "Lines":
         """The lines of ``path``, as far as they were written."""

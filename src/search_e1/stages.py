@@ -190,7 +190,7 @@ class Stages(Inputs):
             loaded = self._policy(policy)
             return distill_trainer.train(
                 loaded, pair_files.read(pairs_path / pair_files.TRAIN, loaded.tokenizer), self.config.distill,
-                seed=seed, out=out, progress=progress, track=self._track,
+                seed=seed, out=out, progress=progress, track=self._track, work=self._work,
             )  # fmt: skip
 
         inputs = {"policy": self._checksum(policy), "pairs": runs.checksum(pairs_path / pair_files.TRAIN)}

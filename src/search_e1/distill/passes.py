@@ -6,6 +6,7 @@ the longest part of all, is read once however many epochs follow.
 """
 
 import copy
+import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,8 @@ class TeacherStates:
         self._starts = dict(zip(sorted(counts), [0, *ends.tolist()[:-1]], strict=True))
         self._counts = counts
         needed = int(ends[-1]) * width * dtype.itemsize
-        if needed > (free := shutil.disk_usage(path.parent).free):
+        free = shutil.disk_usage(path.parent).free + (path.stat().st_blocks * 512 if path.exists() else 0)
+        if needed > free:
             raise RunError(
                 f"{path.parent}: the teacher's hidden states take {needed / 2**30:.1f} GiB and the disk has {free / 2**30:.1f} "
                 'left; make room, or set distill.teacher = "live"'
@@ -56,6 +58,10 @@ class TeacherStates:
             start, count = self._starts[number], self._counts[number]
             self._states[start : start + count] = states[at : at + count].cpu()
             at += count
+
+    def checksum(self, numbers: Tensor) -> str:
+        """sha256 of what ``read`` gives."""
+        return hashlib.sha256(self.read(numbers).view(torch.uint8).numpy().data).hexdigest()
 
     def read(self, numbers: Tensor) -> Tensor:
         """[N, H], on the CPU: the states of the rows ``numbers``, one after the other."""
@@ -140,6 +146,8 @@ def teach(
 ) -> TeacherStates:
     """The teacher's hidden states of all rows, computed in batches of like length and kept in the file ``path``.
 
+    Batches that an earlier call has finished there are not computed again, if they are as it left them.
+
     Raises:
         RunError: the disk has no room.
     """
@@ -148,9 +156,16 @@ def teach(
     training = model.training
     model.eval()
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)  # what does not fit fails first
+    finished = path.with_suffix(".finished")  # a batch's checksum a line
+    finished.touch()
+    sums = set(finished.read_text().split())
     for at in range(0, len(ordered), batch_size):
-        batch = {k: v.to(head.weight.device) for k, v in collator(ordered[at : at + batch_size]).items()}
-        states.write(batch["pairs"], hidden_at(decoder, batch, "teacher"))
+        batch = collator(ordered[at : at + batch_size])
+        if not (sums and states.checksum(batch["pairs"]) in sums):
+            batch = {key: value.to(head.weight.device) for key, value in batch.items()}
+            states.write(batch["pairs"], hidden_at(decoder, batch, "teacher"))
+            with finished.open("a") as file:
+                file.write(f"{states.checksum(batch['pairs'])}\n")
         progress(min(at + batch_size, len(rows)), len(rows), "teacher")
     model.train(training)
     return states

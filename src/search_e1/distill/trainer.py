@@ -2,10 +2,8 @@
 
 import json
 import os
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,14 +11,18 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
+from search_e1.checkpoints import Work
 from search_e1.config import DistillConfig
 from search_e1.distill.collate import Row, collate, context_length, encode, fits, pack, pad_id
 from search_e1.distill.passes import SelfDistillation, TeacherStates, packs, teach
 from search_e1.errors import ConfigError, DataError, TrainingError
 from search_e1.policy import Policy, merge_adapter, with_adapter
 from search_e1.progress import Progress, Track, silent, untracked
+from search_e1.resuming import STEPS, ResumingTrainer, figures, restored_steps
+from search_e1.runs import derived_seed
 from search_e1.types import Pair
 
 _OWN_KEYS = {  # key of TrainingArguments -> where it is set instead
@@ -41,6 +43,7 @@ _FIXED_KEYS = {
     "label_names",
 }
 _FIXED_KEYS |= {"auto_find_batch_size", "eval_strategy", "do_eval", "load_best_model_at_end", "resume_from_checkpoint"}
+_FIXED_KEYS |= {"ignore_data_skip", "restore_callback_states_from_checkpoint"}
 
 
 def train(
@@ -52,37 +55,40 @@ def train(
     out: Path,
     progress: Progress = silent,
     track: Track = untracked,
+    work: Work | None = None,
 ) -> dict[str, Any]:
     """Distil ``policy`` on ``pairs``, in place; an adapter is merged into its weights.
 
     Writes ``out/policy`` (what ``policy.load`` reads) and ``out/steps.jsonl`` (a line a step: loss, grad_norm,
     learning_rate, seconds). Pairs that the policy's context cannot hold with the reference in the prompt are left out and
-    counted.
+    counted. With the same arguments and a ``work`` that was begun, training goes on from its newest checkpoint and ends as if
+    it had never been interrupted.
 
     Returns:
         pairs, pairs_too_long, pairs_shortened (whose reference lacks passages, so that it fits), positions (sampled tokens
         in the loss, an epoch), steps, kl_first and kl_last (mean clipped divergence in nats a token over the first and the
-        last tenth of the steps), seconds.
+        last tenth of the steps), seconds of the steps.
 
     Raises:
         DataError: no pair, or none that fits.
         ConfigError: a key of ``config.trainer`` that is unknown, reserved, or has an impossible value.
         ModelError: a policy whose logits are more than its output head makes of its hidden states.
+        Stopped: a signal has asked to stop.
         TrainingError: a loss that is not finite; ``out/bad_batch.pt`` holds the batch.
     """
-    started = time.monotonic()
+    work = work or Work()
     rows = _rows(policy, pairs, config)
     out.mkdir(parents=True, exist_ok=True)
     arguments = _arguments(config, policy, seed, out)
     collator = _Collator(pad_id(policy.tokenizer), config.class_weights.model_dump(), _packed(policy, config))
-    # Not in the artifact: states of another epoch's student are of no use to anyone.
-    with tempfile.TemporaryDirectory(dir=out, prefix=".teacher-") as scratch:
-        cached = _cached(policy, rows, config, arguments, collator, Path(scratch), progress)
+    with work.scratch(out) as scratch:
+        cached = _cached(policy, rows, config, arguments, collator, scratch, progress)
         set_seed(seed)  # of the adapter's start
         model: PeftModel | PreTrainedModel = policy.model
         if config.weights == "lora":
             model = with_adapter(policy.model, config.lora)
-        log = _StepLog(out / "steps.jsonl", progress, track)
+        checkpoint = work.newest()
+        log = _StepLog(out / STEPS, progress, track, restored_steps(checkpoint, out / STEPS))
         trainer = _DistillTrainer(
             model=SelfDistillation(model, config, cached),
             args=arguments,
@@ -91,21 +97,22 @@ def train(
             callbacks=[log],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        trainer.train_on(work, out / STEPS, checkpoint)
         del cached, trainer.model
     policy.model = (merge_adapter(model) if isinstance(model, PeftModel) else model).eval()
     if trainer.is_world_process_zero():
         policy.save(out / "policy")
-    tenth = max(1, len(log.losses) // 10)
+    losses = [step["loss"] for step in log.steps]
+    tenth = max(1, len(losses) // 10)
     return {
         "pairs": len(rows),
         "pairs_too_long": len(pairs) - len(rows),
         "pairs_shortened": sum(pair.shortened for pair in pairs),
         "positions": sum(len(row["student_positions"]) for row in rows),
-        "steps": len(log.losses),
-        "kl_first": fmean(log.losses[:tenth]),
-        "kl_last": fmean(log.losses[-tenth:]),
-        "seconds": time.monotonic() - started,
+        "steps": len(losses),
+        "kl_first": fmean(losses[:tenth]),
+        "kl_last": fmean(losses[-tenth:]),
+        "seconds": sum(step["seconds"] for step in log.steps),
     }
 
 
@@ -231,8 +238,32 @@ class _Collator:
         return {**(pack(rows) if self.packed else collate(rows, self.pad)), "weights": torch.tensor(weights)}
 
 
-class _DistillTrainer(Trainer):
+class _ByEpoch(Sampler[int]):
+    """The order of another sampler, which follows from seed and epoch alone: it is the same after a kill."""
+
+    def __init__(self, sampler: Any, seed: int) -> None:
+        self._sampler, self._seed, self._epoch = sampler, seed, 0
+        self._generator = torch.Generator()
+        sampler.generator = self._generator  # those of torch and transformers draw from it if they draw at all
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        if hasattr(self._sampler, "set_epoch"):
+            self._sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        self._generator.manual_seed(derived_seed(self._seed, "epoch", self._epoch))
+        return iter(self._sampler)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+
+class _DistillTrainer(ResumingTrainer):
     loss_is_scaled_for_ga = True  # by `compute_loss`: the mean is over all micro-batches
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return _ByEpoch(super()._get_train_sampler(train_dataset), self.args.seed)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         weight = torch.stack([batch["weights"].sum() for batch in batch_samples]).sum().to(device)
@@ -257,30 +288,29 @@ class _DistillTrainer(Trainer):
 class _StepLog(TrainerCallback):
     """Writes a line a step and tells progress and track."""
 
-    def __init__(self, path: Path, progress: Progress, track: Track) -> None:
+    def __init__(self, path: Path, progress: Progress, track: Track, earlier: Sequence[dict[str, float]] = ()) -> None:
+        """``earlier``: the steps before the first, which ``path`` holds already; they are tracked once more."""
         self.path = path
         self.progress = progress
         self.track = track
-        self.losses: list[float] = []
+        self.steps = list(earlier)
         self._started = time.monotonic()
+        for step in earlier:
+            track(int(step["step"]), figures(step))
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        with suppress(FileNotFoundError):
-            self.path.unlink()
         self._started = time.monotonic()
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" not in logs:  # the summary at the end
             return
-        self.losses.append(logs["loss"])
+        now = time.monotonic()
+        told = {k: logs[k] for k in ("loss", "grad_norm", "learning_rate") if k in logs}
+        self.steps.append({"step": state.global_step, **told, "seconds": round(now - self._started, 4)})
         if not state.is_world_process_zero:
             return
-        now = time.monotonic()
-        figures = {k: logs[k] for k in ("loss", "grad_norm", "learning_rate") if k in logs}
         with self.path.open("a") as file:
-            file.write(
-                json.dumps({"step": state.global_step, **figures, "seconds": round(now - self._started, 4)}) + "\n"
-            )
+            file.write(json.dumps(self.steps[-1]) + "\n")
         self._started = now
-        self.track(state.global_step, figures)
+        self.track(state.global_step, told)
         self.progress(state.global_step, state.max_steps, f"KL {logs['loss']:.4f}")
