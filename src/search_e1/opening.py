@@ -9,6 +9,7 @@ from typing import Any
 from search_e1 import disk, locks, runs
 from search_e1.drift import changes, lines
 from search_e1.errors import RunError
+from search_e1.safe import masked
 
 CONFIG = "config.json"
 _VERSIONS = "versions.json"
@@ -38,7 +39,7 @@ def opened(
     with locks.held(directory), disk.told(directory):
         if branch_of:
             runs.write_atomically(directory / runs.ORIGIN, json.dumps({"of": str(branch_of.resolve())}) + "\n")
-        _check_config(directory, json.loads(json.dumps(config, default=str)), bound_now)
+        _check_config(directory, masked(json.loads(json.dumps(config, default=str))), bound_now)
         _check_versions(directory, other_versions)
         yield directory
 

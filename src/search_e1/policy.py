@@ -65,6 +65,12 @@ def resolve(model: str) -> Path | str:
     for needed in ("config.json", "tokenizer_config.json"):
         if not (path / needed).is_file():
             raise ModelError(f"policy.model = {model!r}: no {needed} in it; give the directory of a Hugging Face model")
+    pickled = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern)]
+    if pickled and not any(path.glob("*.safetensors")):
+        raise ModelError(
+            f"policy.model = {model!r}: weights only as pickles ({pickled[0]}), which can run code; save them as safetensors, "
+            "where you trust them"
+        )
     return path
 
 
@@ -109,9 +115,10 @@ def _loading(model: str | Path) -> Iterator[Path | str]:
         with no_bars():
             yield source
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"policy.model = {str(model)!r} does not load: {str(error).strip().splitlines()[0]}"
-        ) from error
+        problem = str(error).strip().splitlines()[0]
+        if "custom code" in problem:
+            problem = "it brings code of its own; read that, and set policy.trust_remote_code = true to run it"
+        raise ModelError(f"policy.model = {str(model)!r} does not load: {problem}") from error
 
 
 def accelerators(config: PolicyConfig) -> int:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from search_e1.errors import ConfigError, ModelError
@@ -162,15 +163,19 @@ def _instruction(tokenizer, prompts: Prompts, question: str) -> str:
 def _encode_message(tokenizer, prompts: Prompts, message: str) -> tuple[int, ...]:
     tools = _TOOLS[prompts.protocol]
     if tokenizer.chat_template:
-        return tuple(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": message}],
-                tools=tools,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
+        try:
+            return tuple(
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": message}],
+                    tools=tools,
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=False,
+                )
             )
-        )
+        except TemplateError as error:  # a template that reaches out of its sandbox too
+            problem = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"the policy's chat template fails ({problem}); use another model, or mend it") from error
     if tools:
         raise ModelError(NO_TEMPLATE)
     return tuple(tokenizer.encode(message))

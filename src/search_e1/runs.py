@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from search_e1.drift import Change, Defaults, changes, lines, no_defaults
 from search_e1.errors import DataError, RunError
+from search_e1.safe import inside, masked
 from search_e1.types import Record
 
 MANIFEST = "manifest.json"
@@ -105,7 +106,7 @@ def artifact(
     Raises:
         RunError: another artifact is in that place, or its files are not those that were written.
     """
-    identity = json.loads(json.dumps({"settings": settings, "inputs": inputs, "seed": seed}, default=str))
+    identity = masked(json.loads(json.dumps({"settings": settings, "inputs": inputs, "seed": seed}, default=str)))
     if not path.exists():
         _take_over(path, identity, defaults)
     if path.exists():
@@ -202,7 +203,11 @@ def read(path: Path) -> Artifact:
     except ValueError as error:
         raise RunError(f"{path / MANIFEST}: damaged; remove {path} and run the stage again") from error
     for name, checksum in manifest.files.items():
-        file = path / name
+        file = inside(path, name)
+        if file is None:
+            raise RunError(
+                f"{path / MANIFEST}: names the file {name!r}, which is not in {path}; do not use this artifact"
+            )
         if not file.is_file() or sha256(file) != checksum:
             raise RunError(
                 f"{file}: {'damaged' if file.exists() else 'missing'}; remove {path} and run the stage again"

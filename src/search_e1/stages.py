@@ -18,7 +18,7 @@ from search_e1.config import Config, default_of
 from search_e1.distill import files as pair_files
 from search_e1.distill import profile, teacher
 from search_e1.distill import trainer as distill_trainer
-from search_e1.errors import DataError, ModelError, RunError
+from search_e1.errors import ConfigError, DataError, ModelError, RunError
 from search_e1.evaluation import ceiling as ceilings
 from search_e1.evaluation.evaluate import evaluate
 from search_e1.evaluation.results import EVALUATION, Evaluation
@@ -33,6 +33,7 @@ from search_e1.rollout.generator import Generator
 from search_e1.rollout.hf import HFGenerator
 from search_e1.rollout.protocols import protocol_of
 from search_e1.runs import Artifact
+from search_e1.safe import is_name, masked
 from search_e1.stopping import Stop
 from search_e1.warmstart.stage import warm_start
 
@@ -219,8 +220,12 @@ class Stages(Inputs):
         See ``evaluation.evaluate`` for the files. The ceiling is measured first if ``evaluation.ceiling`` asks for it.
 
         Raises:
-            ConfigError: ``data.eval`` has no such benchmark.
+            ConfigError: ``data.eval`` has no such benchmark, or no directory can have this ``name``.
         """
+        if not is_name(name):
+            raise ConfigError(
+                f"--name {name!r}: cannot be the name of a directory; use letters, digits, '.', '+', '-' and '_'"
+            )
         chosen = self.benchmarks(benchmarks)
         ceiling = self.ceiling() if self.config.evaluation.ceiling else None
 
@@ -273,7 +278,7 @@ class Stages(Inputs):
                     self._track(step, figures)
                 return result
 
-        dumped = self.config.model_dump(mode="json")
+        dumped = masked(self.config.model_dump(mode="json"))  # manifests and trackers show it
         dumped["data.max_eval"], dumped["data.max_train"] = dumped["data"]["max_eval"], dumped["data"]["max_train"]
         return runs.artifact(
             out or self.root / name,

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from search_e1.errors import ConfigError, SearchE1Error
+from search_e1.safe import plain, printable
 
 if TYPE_CHECKING:
     from search_e1.rollout.endpoint import Endpoint
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 # Overrides such as --grpo.steps 8 are not known to typer; they are checked against the config.
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-console = Console()
+console = Console(markup=False, emoji=False)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="Limits, and the run whose policy and index to use.")
@@ -75,7 +76,7 @@ def chat(
         try:
             _show(answer(question))
         except SearchE1Error as error:  # of this question; the next may fare better
-            print(f"search-e1: {error}", file=sys.stderr)
+            print(f"search-e1: {plain(str(error))}", file=sys.stderr)
         except KeyboardInterrupt:
             console.print("\n(interrupted)", style="red")
 
@@ -155,8 +156,6 @@ class _Live:
         self._said = False
 
     def text(self, piece: str) -> None:
-        from search_e1.display import printable
-
         self._said = True
         console.print(Text(printable(piece), style="dim"), end="", soft_wrap=True)
 
@@ -179,8 +178,6 @@ def _show_turn(turn: "Turn") -> None:
 
 def _show(trajectory: "Trajectory") -> bool:
     """The answer; whether there is one."""
-    from search_e1.display import printable
-
     if trajectory.answer is None:
         console.print(f"no answer ({trajectory.stop_reason})", style="red")
         return False

@@ -1,6 +1,7 @@
 """The verb ``search-e1 compare``."""
 
 import difflib
+import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -11,9 +12,10 @@ from rich.console import Console
 
 from search_e1.errors import ConfigError, RunError
 from search_e1.runs import MANIFEST, write_atomically
+from search_e1.safe import printable
 
-console = Console(highlight=False)
-notices = Console(stderr=True, highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)
+notices = Console(stderr=True, highlight=False, markup=False, emoji=False)
 _PREFIX = "evaluation-"
 
 
@@ -63,13 +65,13 @@ def compare(
         return
     text = FORMATS[chosen](comparison, questions)
     if out is None:
-        print(text, end="")
+        print(printable(text) if sys.stdout.isatty() else text, end="")
         return
     try:
         write_atomically(out, text)
     except OSError as error:
         raise RunError(f"{out}: {error.strerror or error}; give a file that can be written with --out") from error
-    console.print(f"{out}", markup=False, soft_wrap=True)
+    console.print(f"{out}", soft_wrap=True)
 
 
 def places(words: Sequence[str]) -> dict[str, Path]:
@@ -107,7 +109,7 @@ def _places(word: str) -> list[tuple[str, Path]]:
             )
         if begun:
             told = f"{path}: not finished, left out: {', '.join(begun)}"
-            notices.print(told, style="yellow", markup=False, soft_wrap=True)
+            notices.print(told, style="yellow", soft_wrap=True)
         return [(name, directory) for directory in there.values()]
     run, colon, stage = place.rpartition(":")
     if not colon or not Path(run).is_dir():

@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from search_e1.display import printable
 from search_e1.errors import ConfigError
+from search_e1.safe import printable
 
 if TYPE_CHECKING:
     from search_e1.data.prepare import Again, Prepared
 
 app = typer.Typer(no_args_is_help=True, help="Make question files ready for a run.")
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)
 
 
 class Duplicates(StrEnum):

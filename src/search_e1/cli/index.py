@@ -11,7 +11,7 @@ from search_e1.cli.serve import DeviceOption, EncoderOption, IndexOption, encode
 from search_e1.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Make and look into retrieval indexes.")
-console = Console()
+console = Console(markup=False, emoji=False)
 
 
 @app.command("build")
@@ -86,8 +86,8 @@ def index_build(
     with watch(console, 1)("index") as progress:
         build_index(read, out, progress, dense=dense, source=read.checksum(), processes=cores)
     if read.skipped:
-        console.print(read.report(), style="yellow", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{out}", markup=False, highlight=False, soft_wrap=True)
+        console.print(read.report(), style="yellow", highlight=False, soft_wrap=True)
+    console.print(f"{out}", highlight=False, soft_wrap=True)
 
 
 @app.command("info")

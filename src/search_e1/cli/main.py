@@ -15,6 +15,7 @@ from rich.console import Console
 
 from search_e1.cli import asking, compare, data, index, pairs, serve
 from search_e1.errors import RunError, SearchE1Error
+from search_e1.safe import plain
 from search_e1.stopping import Stopped, on_signals
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ app.command()(compare.compare)
 app.command("ask", context_settings=asking.OVERRIDES)(asking.ask)
 app.command("chat", context_settings=asking.OVERRIDES)(asking.chat)
 app.command("serve-retriever")(serve.serve_retriever)
-console = Console()
+console = Console(markup=False, emoji=False)  # in what is named by users, brackets are brackets
 
 OVERRIDES = asking.OVERRIDES
 ConfigOption = Annotated[Path, typer.Option("--config", help="TOML file; every key can be set as --section.key VALUE.")]
@@ -222,8 +223,9 @@ def evaluate(
         if name is None:
             name = Path(start).parent.name if Path(start).name == "policy" else Path(start).name
             name = "base" if not policy and start == stages.config.policy.model else name
-            name = re.sub(r"[^\w.-]+", "-", endpoint_model) if endpoint_model else name
+            name = endpoint_model or name
             name += f"-{'+'.join(chosen)}" if len(chosen) < len(stages.config.data.eval) else ""
+            name = re.sub(r"[^\w.+-]+", "-", name).lstrip(".-") or "policy"
         made = stages.evaluate(served or start, name, out, chosen)
     show_evaluation(console, read_evaluation(made))
     console.print(f"\n{made.path}", highlight=False, markup=False, soft_wrap=True)
@@ -345,7 +347,7 @@ def main() -> None:
     except SearchE1Error as error:
         if _show_traceback:
             raise
-        print(f"search-e1: {error}", file=sys.stderr)
+        print(f"search-e1: {plain(str(error))}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
         print(f"search-e1: {stopped}", file=sys.stderr)

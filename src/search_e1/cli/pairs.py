@@ -12,7 +12,7 @@ from search_e1.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from search_e1.types import Pair
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)
 PAIRS = (
     "train.jsonl",
     "held_out.jsonl",

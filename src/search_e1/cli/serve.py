@@ -12,7 +12,7 @@ from search_e1.errors import ConfigError
 if TYPE_CHECKING:
     from search_e1.retrieval.convention import EncoderSettings
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)
 
 IndexOption = Annotated[
     list[Path], typer.Option("--index", help="Directory of an index. Given twice, their rankings are fused.")
@@ -100,7 +100,6 @@ def serve_retriever(
             console.print(
                 f"{len(opened):,} passages of {names} at {url}/retrieve; Ctrl-C ends it",
                 soft_wrap=True,
-                markup=False,
             )
 
         server.serve(opened, bound, settings, ready)

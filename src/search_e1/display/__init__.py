@@ -13,6 +13,7 @@ from rich.text import Text
 
 from search_e1.progress import Progress
 from search_e1.prompts import seen_passages
+from search_e1.safe import printable
 from search_e1.types import ActionKind, Passage, Turn
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from search_e1.evaluation.results import Evaluation
     from search_e1.evolve import Summary
     from search_e1.retrieval.directory import IndexManifest
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def watch(console: Console, rounds: int) -> Callable[[str], AbstractContextManager[Progress]]:
@@ -35,15 +34,15 @@ def watch(console: Console, rounds: int) -> Callable[[str], AbstractContextManag
         kind, _, round = name.rpartition("-")
         label = f"{kind.replace('-', ' ')} {round}/{rounds}" if round.isdigit() else name.replace("-", " ")
         bars = Bars(
-            TextColumn("{task.description:<20}"),
+            TextColumn("{task.description:<20}", markup=False),
             BarColumn(bar_width=16),
-            TextColumn("{task.fields[count]:>11}"),
+            TextColumn("{task.fields[count]:>11}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figure]}"),
+            TextColumn("{task.fields[figure]}", markup=False),
             console=console,
         )
-        task = bars.add_task(label, total=None, figure="", count="")
+        task = bars.add_task(printable(label), total=None, figure="", count="")
 
         def progress(done: int, total: int, figure: str = "") -> None:
             count = f"{done}/{total}" if total else str(done)
@@ -208,19 +207,17 @@ def lead_table(lead: "Lead") -> RenderableType:
 
 def index_table(manifest: "IndexManifest") -> Table:
     """What an index is and what it takes: a row for each fact, then one for each file. Fits 80 columns."""
-    table = plain_table(
-        f"{manifest.kind} index, {manifest.passages:,} passages, {_bytes(sum(manifest.files.values()))}"
-    )
+    total = _bytes(sum(manifest.files.values()))
+    table = plain_table(printable(f"{manifest.kind} index, {manifest.passages:,} passages, {total}"))
     table.show_header = False
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, value in flat(manifest.settings).items():
-        table.add_row(name, Text(printable(str(value))))
-    table.add_row(
-        "built in", f"{manifest.seconds:,.0f} s with {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}"
-    )
-    table.add_row("corpus", manifest.corpus)
-    table.add_row("checksum", manifest.checksum)
+        table.add_row(Text(printable(name)), Text(printable(str(value))))
+    versions = ", ".join(f"{package} {version}" for package, version in manifest.versions.items())
+    table.add_row("built in", Text(printable(f"{manifest.seconds:,.0f} s with {versions}")))
+    table.add_row("corpus", Text(printable(manifest.corpus)))
+    table.add_row("checksum", Text(printable(manifest.checksum)))
     for name, size in sorted(manifest.files.items(), key=lambda item: -item[1]):
         table.add_row(f"{_bytes(size):>10}", Text(printable(name)))
     return table
@@ -270,8 +267,3 @@ def show_passages(console: Console, passages: Sequence[Passage]) -> None:
     for rank, passage in enumerate(passages, 1):
         console.print(Text(f"{rank}  {printable(passage.title)}  [{printable(passage.id)}]", style="bold"))
         console.print(Text(printable(passage.text)))
-
-
-def printable(text: str) -> str:
-    """Without control characters: what a model or a corpus says must not steer the terminal."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)

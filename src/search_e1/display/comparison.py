@@ -6,9 +6,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from search_e1.display import plain_table, printable
+from search_e1.display import plain_table
 from search_e1.evaluation.compare import Change, Comparison, Row
 from search_e1.evaluation.exports import by_benchmark, legend, p_value, percent, published_cells, signed
+from search_e1.safe import printable
 
 
 def show_comparison(console: Console, comparison: Comparison, *, questions: bool = False) -> None:

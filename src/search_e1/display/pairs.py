@@ -10,9 +10,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from search_e1.display import printable
 from search_e1.distill.pairs import Step, align, divergence
 from search_e1.prompts import seen_passages, split_passage
+from search_e1.safe import printable
 from search_e1.types import ActionKind, Pair, Trajectory, Turn
 
 _TAGS = re.compile(r"</?think>")

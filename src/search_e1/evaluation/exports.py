@@ -10,6 +10,7 @@ from search_e1.errors import ConfigError
 from search_e1.evaluation.compare import Comparison, Figure, Row
 from search_e1.evaluation.published import Row as Published
 from search_e1.evaluation.results import FIGURES
+from search_e1.safe import printable
 
 PUBLISHED = "published"
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
@@ -18,6 +19,8 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "^": r"\textasciicircum{}",
 }
 _SIGNIFICANT = 0.05
+_ACTIVE = re.compile(r"\||<(?=[A-Za-z/!?])|\](?=[(\[:])")
+"""What ends a cell of Markdown, begins HTML, or makes a link."""
 
 
 def percent(figure: Figure) -> str:
@@ -128,7 +131,7 @@ def _head(headings: Sequence[str], left: int) -> list[str]:
 
 
 def _pipes(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(_ACTIVE.sub(r"\\\g<0>", printable(" ".join(cell.split()))) for cell in cells) + " |"
 
 
 def published_cells(row: Published, benchmarks: Sequence[str]) -> list[str]:
@@ -184,7 +187,7 @@ def _latex_cell(row: Row) -> str:
 
 
 def _latex(text: str) -> str:
-    return re.sub(r"[&%$#_{}\\~^]", lambda match: _LATEX[match[0]], text)
+    return re.sub(r"[&%$#_{}\\~^]", lambda match: _LATEX[match[0]], printable(" ".join(text.split())))
 
 
 FORMATS: dict[str, Callable[[Comparison, bool], str]] = {

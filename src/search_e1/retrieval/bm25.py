@@ -38,9 +38,11 @@ class Bm25Index:
         self.manifest = manifest
         self.passages = Passages.open(directory)
         # Without the vocabulary: that of 21 million passages takes a gigabyte as a dictionary; WORDS stays on disk.
-        model = bm25s.BM25.load(directory / _SCORES, mmap=True, load_vocab=False, show_progress=False)
-        self._postings = Postings(model.scores, np.load(directory / _SCORES / MOST, mmap_mode="r"))
-        self._words = np.asarray(np.load(directory / _SCORES / WORDS, mmap_mode="r"))
+        model = bm25s.BM25.load(
+            directory / _SCORES, mmap=True, load_vocab=False, show_progress=False, allow_pickle=False
+        )
+        self._postings = Postings(model.scores, np.load(directory / _SCORES / MOST, mmap_mode="r", allow_pickle=False))
+        self._words = np.asarray(np.load(directory / _SCORES / WORDS, mmap_mode="r", allow_pickle=False))
         self._thread = threading.local()
 
     @classmethod

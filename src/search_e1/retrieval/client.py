@@ -31,6 +31,7 @@ from tenacity.stop import stop_base
 
 from search_e1.errors import RetrievalError
 from search_e1.retrieval.base import Hit
+from search_e1.safe import masked
 from search_e1.types import Passage
 
 CHECKSUM_HEADER = "Search-E1-Index"
@@ -102,9 +103,9 @@ class HttpRetriever:
         try:
             parsed = httpx.URL(self.url)
         except httpx.InvalidURL as error:
-            raise RetrievalError(f"retrieval.url = {url!r}: {error}; write http://host:port") from error
+            raise RetrievalError(f"retrieval.url = {masked(url)!r}: {error}; write http://host:port") from error
         if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise RetrievalError(f"retrieval.url = {url!r}: not an http or https URL; write http://host:port")
+            raise RetrievalError(f"retrieval.url = {masked(url)!r}: not an http or https URL; write http://host:port")
         self.timeout, self.attempts, self.time_limit = timeout, attempts, time_limit
         # A proxy from the environment is never meant for this machine.
         self._environment = parsed.host not in ("localhost", "127.0.0.1", "::1")
@@ -297,7 +298,7 @@ class HttpRetriever:
 
     def _failed(self, cause: str, attempts: int = 1) -> RetrievalError:
         tries = "1 attempt" if attempts == 1 else f"{attempts} attempts"
-        return RetrievalError(f"{self.url}: no passages after {tries}: {cause}")
+        return RetrievalError(f"{masked(self.url)}: no passages after {tries}: {cause}")
 
 
 def _either(attempts: int, time_limit: float) -> stop_base:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from search_e1.errors import ModelError
+from search_e1.safe import inside
 from search_e1.types import Record
 
 Pooling = Literal["mean", "cls", "last"]
@@ -129,7 +130,11 @@ def _pooling(directory: Path, modules: list[dict[str, str]]) -> Pooling | None:
     path = next((module["path"] for module in modules if module["type"].endswith("Pooling")), None)
     if path is None:
         return None
-    file = directory / path / "config.json"
+    file = inside(directory, f"{path}/config.json")
+    if file is None:
+        raise ModelError(
+            f"{directory / 'modules.json'}: names the module {path!r}, which is not in it; do not use this model"
+        )
     config = _json(file)
     mode = config.get("pooling_mode")
     if mode is None:

@@ -23,6 +23,7 @@ from search_e1.errors import DataError, RunError
 from search_e1.progress import Progress, silent
 from search_e1.retrieval.passages import Passages
 from search_e1.runs import sync, write_atomically
+from search_e1.safe import inside
 from search_e1.types import Passage, Record
 
 FORMAT = 2
@@ -206,7 +207,11 @@ def read(directory: Path, kind: str | None = None) -> IndexManifest:
             f"{directory}: a {manifest.kind} index where a {kind} index is needed; give another, or {_AGAIN}"
         )
     for name, size in manifest.files.items():
-        file = directory / name
+        file = inside(directory, name)
+        if file is None:
+            raise DataError(
+                f"{directory}: its manifest names the file {name!r}, which is not in it; do not use this index"
+            )
         there = file.stat().st_size if file.is_file() else None
         if there != size:
             state = "missing" if there is None else f"{there:,} bytes long, not {size:,}"

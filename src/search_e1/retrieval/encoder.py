@@ -76,7 +76,10 @@ class Encoder:
                     directory, dtype=_dtype(dtype, place), trust_remote_code=False, use_safetensors=True
                 )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            raise ModelError(f"encoder {str(model)!r} does not load: {str(error).strip().splitlines()[0]}") from error
+            problem = str(error).strip().splitlines()[0]
+            if "custom code" in problem:
+                problem = "it brings code of its own, which is never run here; give another encoder"
+            raise ModelError(f"encoder {str(model)!r} does not load: {problem}") from error
         if weights.config.is_encoder_decoder:
             raise ModelError(f"encoder {str(model)!r} is an encoder and a decoder; give a model that is one of them")
         known = Overrides.model_validate(overrides.model_dump()) if overrides else Overrides()

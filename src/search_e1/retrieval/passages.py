@@ -45,7 +45,7 @@ class Passages(Sequence[Passage]):
         self.path = directory / _LINES
         self.checksum: str = about["sha256"]
         """The sha256 of ``passages.jsonl``, in hexadecimal."""
-        self.offsets = np.load(directory / _OFFSETS, mmap_mode="r")
+        self.offsets = np.load(directory / _OFFSETS, mmap_mode="r", allow_pickle=False)
         """int64 [passages + 1]: where each begins in ``path``, in bytes."""
         with self.path.open("rb") as file:
             self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
