@@ -48,7 +48,7 @@ def passages(n: int = 300, seed: int = 0) -> list[Passage]:
 
 
 def files_of(made: Path) -> dict[str, bytes]:
-    files = (f for f in made.rglob("*") if f.is_file() and f.name != "manifest.json")
+    files = (f for f in made.rglob("*") if f.is_file() and not f.name.startswith("manifest"))
     return {str(f.relative_to(made)): f.read_bytes() for f in files}
 
 

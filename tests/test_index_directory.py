@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from search_e1 import runs
 from search_e1.errors import DataError, RunError
 from search_e1.retrieval import directory as directories
 from search_e1.retrieval.bm25 import Bm25Index
-from search_e1.retrieval.directory import building, read
+from search_e1.retrieval.directory import building, read, verify
 from search_e1.retrieval.indexes import open_index
 from search_e1.types import Passage
 
@@ -51,7 +52,7 @@ def test_a_finished_index_holds_its_parts_and_nothing_else(tmp_path: Path) -> No
     assert made.files["sub/scores"] == 5
     assert made.passages == 3
     assert {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()} == {
-        f"index/{name}" for name in (*parts, "manifest.json")
+        f"index/{name}" for name in (*parts, "manifest.json", "manifest.json.sha256")
     }
 
 
@@ -173,10 +174,24 @@ def test_another_version_or_kind_and_damage_are_refused(tmp_path: Path) -> None:
     assert "an index of format 99, and this version reads 2" in refusal(made)
 
 
+@pytest.mark.parametrize(
+    "name", ["sub/scores", "passages.jsonl", "offsets.npy", "manifest.json", "manifest.json.sha256"]
+)
+def test_a_flipped_bit_is_noticed_before_an_index_is_used(tmp_path: Path, name: str) -> None:
+    finished(tmp_path / "index")
+    verify(tmp_path / "index")
+    file = tmp_path / "index" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"damaged|not an index"):
+        verify(tmp_path / "index")
+
+
 def test_an_index_is_opened_by_its_kind(tmp_path: Path) -> None:
     Bm25Index.build(PASSAGES, tmp_path / "index")
     assert isinstance(open_index(tmp_path / "index"), Bm25Index)
     manifest = tmp_path / "index" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"kind": "bm25"', '"kind": "sparse"'))
+    runs.write_summed(manifest, manifest.read_text().replace('"kind": "bm25"', '"kind": "sparse"'))
     with pytest.raises(DataError, match="unknown kind 'sparse'"):
         open_index(tmp_path / "index")

@@ -17,6 +17,7 @@ from search_e1.data.corpus import read_corpus
 from search_e1.data.questions import load_many, load_questions, subset
 from search_e1.errors import ConfigError, DataError
 from search_e1.progress import Progress, silent
+from search_e1.retrieval import directory as directories
 from search_e1.retrieval.base import Index, Retriever
 from search_e1.retrieval.cache import CachedRetriever
 from search_e1.retrieval.client import HttpRetriever
@@ -71,6 +72,14 @@ class Inputs:
     def _index(self) -> Index:
         retrieval = self.config.retrieval
         return open_indexes(self._indexes, retrieval.encoder, retrieval.parameters)
+
+    @cached_property
+    def _verified(self) -> Index:
+        """The index, whose every byte is as it was written; one that the run has built is verified with its artifact."""
+        for directory in self.config.retrieval.index:
+            with self.watch("index check") as progress:
+                directories.verify(directory, progress)
+        return self._index
 
     @property
     def _indexes(self) -> Sequence[Path]:
@@ -164,7 +173,7 @@ class Inputs:
         retrieval = self.config.retrieval
         if retrieval.url:
             return self._server.checksum or retrieval.cache_key or retrieval.url
-        return self._index.checksum
+        return self._verified.checksum
 
 
 def at_most(questions: list[Question], most: int | None, seed: int) -> list[Question]:

@@ -29,8 +29,8 @@ WORK = ".work"
 JOURNAL = ".journal"
 """Ending of a file in ``WORK``: the file of that name beside ``WORK`` is unfinished, and the stage knows how to go on."""
 _BEGUN = "begun.json"
-_SUM = "manifest.json.sha256"
-"""Of the manifest, as `sha256sum -c` reads it; artifacts of earlier versions have none."""
+_SUM = ".sha256"
+"""Ending of the file with a manifest's checksum, as `sha256sum -c` reads it; what earlier versions made has none."""
 ORIGIN = "branch.json"
 """In the directory of a run that branched off another: which one."""
 _PACKAGES = (
@@ -133,7 +133,7 @@ def artifact(
         gpus=gpus,
         **identity,
     )
-    _write_manifest(partial, manifest)
+    write_summed(partial / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     partial.rename(path)
     sync(path.parent)
     shutil.rmtree(path / WORK)
@@ -194,10 +194,7 @@ def read(path: Path) -> Artifact:
         RunError: there is none, or it is damaged.
     """
     try:
-        text = (path / MANIFEST).read_bytes()
-        if (path / _SUM).exists() and (path / _SUM).read_bytes() != _sum_of(text):
-            raise ValueError("not as it was written")
-        manifest = Manifest.model_validate_json(text)
+        manifest = Manifest.model_validate_json(read_summed(path / MANIFEST))
     except FileNotFoundError as error:
         raise RunError(f"{path}: no complete artifact; run the stage that makes it") from error
     except ValueError as error:
@@ -213,16 +210,6 @@ def read(path: Path) -> Artifact:
                 f"{file}: {'damaged' if file.exists() else 'missing'}; remove {path} and run the stage again"
             )
     return Artifact(path, manifest)
-
-
-def _write_manifest(directory: Path, manifest: Manifest) -> None:
-    text = manifest.model_dump_json(indent=2) + "\n"
-    write_atomically(directory / _SUM, _sum_of(text.encode()).decode())
-    write_atomically(directory / MANIFEST, text)
-
-
-def _sum_of(manifest: bytes) -> bytes:
-    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
 
 
 def _different(manifest: Manifest, identity: Mapping[str, Any], defaults: Defaults) -> list[Change]:
@@ -243,7 +230,8 @@ def _take_over(path: Path, identity: Mapping[str, Any], defaults: Defaults) -> N
         return
     partial = path.with_name(f".{path.name}.taken")
     shutil.rmtree(partial, ignore_errors=True)
-    for name in (*source.manifest.files, MANIFEST, *([_SUM] if (found / _SUM).exists() else [])):
+    sums = [file.name for file in found.glob(f"*{_SUM}")]
+    for name in (*source.manifest.files, MANIFEST, *sums):
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             (partial / name).hardlink_to(found / name)
@@ -308,6 +296,29 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(stream.fileno())
     partial.replace(path)
     sync(path.parent)
+
+
+def write_summed(path: Path, text: str) -> None:
+    """Write ``path`` as a whole, with a file beside it that tells its checksum."""
+    write_atomically(path.with_name(path.name + _SUM), _sum_of(path, text.encode()).decode())
+    write_atomically(path, text)
+
+
+def read_summed(path: Path) -> bytes:
+    """What ``write_summed`` wrote; where there is no file beside it, unchecked.
+
+    Raises:
+        ValueError: it is not as it was written.
+        FileNotFoundError: it is not there.
+    """
+    text, beside = path.read_bytes(), path.with_name(path.name + _SUM)
+    if beside.exists() and beside.read_bytes() != _sum_of(path, text):
+        raise ValueError("not as it was written")
+    return text
+
+
+def _sum_of(path: Path, text: bytes) -> bytes:
+    return f"{hashlib.sha256(text).hexdigest()}  {path.name}\n".encode()
 
 
 def sync(directory: Path) -> None:

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
 
 from search_e1.errors import DataError, RunError
 from search_e1.progress import Progress, silent
 from search_e1.retrieval.passages import Passages
-from search_e1.runs import sync, write_atomically
+from search_e1.runs import read_summed, sha256, sync, write_atomically, write_summed
 from search_e1.safe import inside
 from search_e1.types import Passage, Record
 
@@ -48,6 +47,8 @@ class IndexManifest(Record):
     """sha256 of kind, format, corpus and settings: of all that the answers depend on."""
     files: dict[str, int]
     """Path inside the directory -> bytes."""
+    checksums: dict[str, str] = {}
+    """Path inside the directory -> sha256; an index of an earlier version has none."""
     versions: dict[str, str]
     seconds: float
     """Wall-clock time of the building; where it was resumed, of the last run."""
@@ -86,6 +87,7 @@ class Building:
             passages=len(passages),
             checksum=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
             files={file.relative_to(self.path).as_posix(): file.stat().st_size for file in files},
+            checksums={file.relative_to(self.path).as_posix(): sha256(file) for file in files},
             versions={"python": platform.python_version()}
             | {package: version(package) for package in ("search-e1", *packages)},
             seconds=round(time.perf_counter() - self._clock, 3),
@@ -95,7 +97,7 @@ class Building:
                 os.fsync(stream.fileno())
         for directory in {file.parent for file in files}:
             sync(directory)
-        write_atomically(self.path / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+        write_summed(self.path / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
         self.path.rename(self.directory)
         sync(self.directory.parent)
         shutil.rmtree(self.directory / _SCRATCH)
@@ -103,7 +105,9 @@ class Building:
         return manifest
 
     def _passing(self, file: Path) -> bool:
-        return file in (self.path / _SETTINGS, self.path / MANIFEST) or self.scratch in file.parents
+        return (
+            file.parent == self.path and file.name.startswith((_SETTINGS, MANIFEST))
+        ) or self.scratch in file.parents
 
 
 def refuse_existing(directory: Path) -> None:
@@ -187,7 +191,8 @@ def read(directory: Path, kind: str | None = None) -> IndexManifest:
         DataError: there is no index, or one of another format, or not of ``kind``, or it is damaged.
     """
     try:
-        found = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        text = (directory / MANIFEST).read_bytes()
+        found = json.loads(text)
         format = found["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         unfinished = directory.name and directory.with_name(f".{directory.name}.unfinished").exists()
@@ -199,8 +204,9 @@ def read(directory: Path, kind: str | None = None) -> IndexManifest:
     if format != FORMAT:
         raise DataError(f"{directory}: an index of format {format}, and this version reads {FORMAT}; {_AGAIN}")
     try:
+        read_summed(directory / MANIFEST)
         manifest = IndexManifest.model_validate(found)
-    except ValidationError as error:
+    except ValueError as error:
         raise DataError(f"{directory / MANIFEST}: damaged; {_AGAIN}") from error
     if kind is not None and manifest.kind != kind:
         raise DataError(
@@ -217,3 +223,18 @@ def read(directory: Path, kind: str | None = None) -> IndexManifest:
             state = "missing" if there is None else f"{there:,} bytes long, not {size:,}"
             raise DataError(f"{directory}: a damaged index ({name} is {state}); {_AGAIN}")
     return manifest
+
+
+def verify(directory: Path, progress: Progress = silent) -> None:
+    """Read all files of the index in ``directory`` and compare their checksums: sizes do not tell of flipped bits.
+
+    Raises:
+        DataError: a file is damaged; also from ``read``.
+    """
+    manifest = read(directory)
+    done, total = 0, sum(manifest.files.values())
+    for name, checksum in manifest.checksums.items():
+        if sha256(directory / name) != checksum:
+            raise DataError(f"{directory}: a damaged index ({name} is not as it was written); {_AGAIN}")
+        done += manifest.files[name]
+        progress(done // 2**20, total // 2**20, "MiB")
