@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from search_e1.prompts import INFORMATION_CLOSE
-from search_e1.rollout.generator import Generation
+from search_e1.rollout.generator import BatchGenerator, Generation, Request
 
 
-class ScriptedGenerator:
+class ScriptedGenerator(BatchGenerator):
     """Says ``script[question][i]`` as the ``i``-th action of the question that its prompt holds.
 
     Which action is due is read off the context (observations and corrections in it), so that rows may come in any order.
@@ -27,17 +27,19 @@ class ScriptedGenerator:
         self.correction = correction
         self.calls: list[dict[str, Any]] = []
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, stop: Sequence[str]
-    ) -> list[Generation]:
+    def generate(self, requests: Sequence[Request], *, temperature: float, stop: Sequence[str]) -> list[Generation]:
         self.calls.append(
-            {"prompts": [tuple(p) for p in prompts], "max_new_tokens": max_new_tokens, "temperature": temperature}
+            {
+                "prompts": [tuple(request.prompt) for request in requests],
+                "max_new_tokens": [request.max_new_tokens for request in requests],
+                "temperature": temperature,
+            }
         )
         generations = []
-        for prompt in prompts:
-            text = self.tokenizer.decode(prompt)
+        for request in requests:
+            text = self.tokenizer.decode(request.prompt)
             [question] = [q for q in self.script if q in text]
             action = self.script[question][text.count(INFORMATION_CLOSE) + text.count(self.correction)]
-            ids = tuple(self.tokenizer.encode(action, add_special_tokens=False))[:max_new_tokens]
+            ids = tuple(self.tokenizer.encode(action, add_special_tokens=False))[: request.max_new_tokens]
             generations.append(Generation(ids, tuple(-0.5 - i for i in range(len(ids)))))
         return generations

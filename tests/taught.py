@@ -8,7 +8,7 @@ from conftest import PASSAGES, TinyRetriever, make_tiny_policy
 from search_e1.config import RolloutConfig
 from search_e1.grpo import replay
 from search_e1.policy import Policy
-from search_e1.rollout.generator import Generation
+from search_e1.rollout.generator import BatchGenerator, Generation
 from search_e1.rollout.loop import rollout, starts
 from search_e1.types import Question, Trajectory
 
@@ -27,7 +27,7 @@ HABITS = [
 ]
 
 
-class Script:
+class Script(BatchGenerator):
     """A generator that takes each prompt for the next turn of the script it was given."""
 
     context_length = 1024
@@ -36,15 +36,15 @@ class Script:
         self.tokenizer = tokenizer
         self._scripts = [list(script) for script in scripts]
 
-    def generate(self, prompts, *, max_new_tokens, temperature, stop):
+    def generate(self, requests, *, temperature, stop):
         turns = [script.pop(0) for script in self._scripts if script]
-        assert len(turns) == len(prompts)
+        assert len(turns) == len(requests)
         return [Generation(tuple(self.tokenizer.encode(turn))) for turn in turns]
 
 
 def scripted(policy: Policy, question: Question, scripts: list[list[str]]) -> list[Trajectory]:
     begin = starts(policy.tokenizer, policy.prompts, [question], len(scripts))
-    return rollout(Script(policy.tokenizer, scripts), TinyRetriever(PASSAGES), begin, LIMITS, temperature=1.0)
+    return rollout(Script(policy.tokenizer, scripts), TinyRetriever(PASSAGES), begin, LIMITS, temperature=1.0, seed=0)
 
 
 def teach() -> Policy:

@@ -16,13 +16,13 @@ from search_e1.prompts import Prompts
 from search_e1.retrieval import indexes
 from search_e1.rollout import ask as asked
 from search_e1.rollout.ask import ask
-from search_e1.rollout.generator import Generation
+from search_e1.rollout.generator import BatchGenerator, Generation
 from search_e1.types import Passage
 from serving import misbehaving
 from test_endpoint import completion
 
 
-class Spoken:
+class Spoken(BatchGenerator):
     """Takes the place of the transformers generator: says what it is told, an id at a time."""
 
     script: list[str] = []
@@ -31,7 +31,7 @@ class Spoken:
     def __init__(self, model, tokenizer, *, on_id=None) -> None:
         self.tokenizer, self.on_id = tokenizer, on_id
 
-    def generate(self, prompts, **_):
+    def generate(self, requests, **_):
         ids = tuple(self.tokenizer.encode(Spoken.script.pop(0)))
         for id in (None, *ids) if self.on_id else ():
             self.on_id(id)

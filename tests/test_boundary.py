@@ -83,7 +83,7 @@ def mined(tokenizer, end: str) -> Pair:
     trajectories = [
         rollout(
             ScriptedGenerator(tokenizer, {QUESTION.text: script}), TinyRetriever(PASSAGES),
-            starts(tokenizer, TINY_PROMPTS, [QUESTION]), limits, temperature=1.0,
+            starts(tokenizer, TINY_PROMPTS, [QUESTION]), limits, temperature=1.0, seed=0,
         )[0]
         for script in scripts
     ]  # fmt: skip

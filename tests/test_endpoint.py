@@ -12,6 +12,7 @@ from search_e1.errors import ConfigError, EndpointError
 from search_e1.evaluation.evaluate import evaluate
 from search_e1.prompts import Prompts
 from search_e1.rollout.endpoint import API_KEY, Endpoint, EndpointGenerator
+from search_e1.rollout.generator import generate
 from search_e1.rollout.loop import rollout, starts
 from search_e1.rollout.words import Words
 from search_e1.types import ActionKind, Question, StopReason, Trajectory
@@ -36,7 +37,7 @@ def play(prompts: Prompts, *replies, limits: RolloutConfig = LIMITS, **settings)
         generator = EndpointGenerator(Endpoint(server.url, "m", **settings), prompts)
         generator._retrying.wait = wait_none()
         begun = starts(generator.tokenizer, prompts, [QUESTION])
-        [done] = rollout(generator, TinyRetriever(PASSAGES), begun, limits, temperature=0.5, prompts=prompts)
+        [done] = rollout(generator, TinyRetriever(PASSAGES), begun, limits, temperature=0.5, seed=0, prompts=prompts)
         return done, server
 
 
@@ -127,7 +128,7 @@ def test_an_endpoint_that_fails_is_one_line(reply, message: str, requests: int) 
         generator = EndpointGenerator(Endpoint(server.url, "m", timeout=0.5, attempts=3), TAGS)
         generator._retrying.wait = wait_none()
         with pytest.raises(EndpointError, match=message) as caught:
-            generator.generate([generator.tokenizer.encode("x")], max_new_tokens=5, temperature=0.0, stop=())
+            generate(generator, [generator.tokenizer.encode("x")], max_new_tokens=5, temperature=0.0, stop=())
     assert "\n" not in str(caught.value)
     assert len(seen) == requests
 

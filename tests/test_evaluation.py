@@ -43,10 +43,13 @@ QUESTIONS = {
 class Flipping(ScriptedGenerator):
     """When it samples, every second trajectory of a first action answers ``wrong``."""
 
-    def generate(self, prompts, *, max_new_tokens, temperature, stop):
-        done = super().generate(prompts, max_new_tokens=max_new_tokens, temperature=temperature, stop=stop)
+    def generate(self, requests, *, temperature, stop):
+        done = super().generate(requests, temperature=temperature, stop=stop)
         wrong = tuple(self.tokenizer.encode("<answer>wrong</answer>"))
-        return [Generation(wrong) if temperature and i % 2 else g for i, g in enumerate(done)]
+        return [
+            Generation(wrong) if temperature and request.key % 2 else g
+            for request, g in zip(requests, done, strict=True)
+        ]
 
 
 def test_scores_by_hand(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:
@@ -74,8 +77,8 @@ def test_scores_by_hand(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> 
     assert nq.failures == {Failure.FORMAT: 1, Failure.NO_SEARCH: 1}
     assert result.em_by_sample == (0.5, 0.0)
     assert result.macro_em_sampled == pytest.approx((0.5 / 3 + 0.5) / 2)
-    # Sampled: one? 15 and 7 ("wrong"), two? 7 and 7, three? 2 + 7 and 7, four? 7 and 7.
-    assert result.sampled_tokens == sum(tokens.values()) + 66
+    # Sampled: one? 15 and 7 ("wrong"), two? 7 and 7, three? 2 + 2 and 7, four? 7 and 7.
+    assert result.sampled_tokens == sum(tokens.values()) + 61
     assert {hops: (row.n, row.em, row.em_sampled) for hops, row in result.by_hops.items()} == {
         1: (1, 0.0, 0.0),
         2: (2, 0.5, 0.25),

@@ -13,6 +13,7 @@ from search_e1.distill import trainer as distillation
 from search_e1.grpo import trainer as grpo
 from search_e1.policy import Policy
 from search_e1.prompts import Prompts
+from search_e1.rollout.continuous import ContinuousSession
 from search_e1.rollout.hf import HFGenerator
 from search_e1.rollout.loop import rollout, starts
 from search_e1.types import Pair, Question
@@ -56,15 +57,15 @@ def test_a_family_rolls_out_and_trains(family: str, protocol: str, tmp_path, mon
     torch.manual_seed(0)
     generator = HFGenerator(policy.model, policy.tokenizer)
     sampled: list[tuple[int, ...]] = []
-    generate = generator.generate
+    step = ContinuousSession.step
 
-    def recorded(prompts, **kwargs):
-        made = generate(prompts, **kwargs)
-        sampled.extend(generation.ids for generation in made)
+    def recorded(session):
+        made = step(session)
+        sampled.extend(generation.ids for _, generation in made)
         return made
 
-    monkeypatch.setattr(generator, "generate", recorded)
-    done = rollout(generator, retriever, begun, LIMITS, temperature=1.0, prompts=policy.prompts)
+    monkeypatch.setattr(ContinuousSession, "step", recorded)
+    done = rollout(generator, retriever, begun, LIMITS, temperature=1.0, seed=0, prompts=policy.prompts)
     assert sorted(turn.action_ids for t in done for turn in t.turns) == sorted(sampled)
     for t in done:
         with torch.no_grad():
@@ -78,7 +79,7 @@ def test_a_family_rolls_out_and_trains(family: str, protocol: str, tmp_path, mon
 
     [right], [wrong] = (
         rollout(Script(policy.tokenizer, [script[protocol]]), retriever, begun[:1],
-                LIMITS.model_copy(update={"max_action_tokens": 100}), temperature=1.0, prompts=policy.prompts)
+                LIMITS.model_copy(update={"max_action_tokens": 100}), temperature=1.0, seed=0, prompts=policy.prompts)
         for script in (RIGHT, WRONG)
     )  # fmt: skip
     assert (right.reward, wrong.reward, right.searches) == (1.0, 0.0, 1)

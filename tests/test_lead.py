@@ -9,7 +9,7 @@ from search_e1.distill.profile import by_class, pair_kl, pieces
 from search_e1.distill.teacher import Lead, gate, hold_out, interval, measure
 from search_e1.errors import DataError, NoLeadError
 from search_e1.prompts import plain_prompt, privileged_prompt
-from search_e1.rollout.generator import Generation
+from search_e1.rollout.generator import BatchGenerator, Generation
 from search_e1.types import ActionKind, Question
 from test_collate import make_pair, make_turn
 
@@ -18,7 +18,7 @@ ROLLOUT = RolloutConfig(max_action_tokens=60, max_tokens=900, topk=1)
 SPOILT = "{instruction}Solved by an expert, but not for you to see.{reference}"
 
 
-class Copier:
+class Copier(BatchGenerator):
     """Answers what an expert in its prompt answered, right after a search if it is off track; else searches, then gives up."""
 
     context_length = 1024
@@ -26,10 +26,12 @@ class Copier:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
 
-    def generate(self, prompts, *, max_new_tokens, temperature, stop):
+    def generate(self, requests, *, temperature, stop):
         return [
-            Generation(tuple(self.tokenizer.encode(self._act(self.tokenizer.decode(p)))[:max_new_tokens]))
-            for p in prompts
+            Generation(
+                tuple(self.tokenizer.encode(self._act(self.tokenizer.decode(request.prompt)))[: request.max_new_tokens])
+            )
+            for request in requests
         ]
 
     def _act(self, context: str) -> str:
@@ -252,7 +254,9 @@ def test_students_are_asked_with_their_own_prompt(tiny_policy, tiny_retriever):
     seen: list[tuple[int, ...]] = []
     generator = Copier(tiny_policy.tokenizer)
     generate = generator.generate
-    generator.generate = lambda prompts, **kwargs: seen.extend(map(tuple, prompts)) or generate(prompts, **kwargs)
+    generator.generate = lambda requests, **kwargs: (
+        seen.extend(tuple(request.prompt) for request in requests) or generate(requests, **kwargs)
+    )
     pair = make_pair(tiny_policy)
     measure(tiny_policy, generator, tiny_retriever, [pair], CONFIG, ROLLOUT, temperature=1.0, seed=1)
     assert (

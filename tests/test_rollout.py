@@ -11,6 +11,7 @@ from search_e1.errors import ModelError, RetrievalError
 from search_e1.policy import Policy
 from search_e1.prompts import STOP_STRINGS, Prompts, observation
 from search_e1.rollout.env import Action, parse_action
+from search_e1.rollout.generator import generate
 from search_e1.rollout.hf import HFGenerator
 from search_e1.rollout.loop import Start, rollout, starts
 from search_e1.types import ActionKind, Question, StopReason, Trajectory
@@ -63,7 +64,7 @@ def play(
 ) -> tuple[list[Trajectory], ScriptedGenerator]:
     generator = ScriptedGenerator(tokenizer, script)
     begun = starts(tokenizer, PROMPTS, questions(*script))
-    done = rollout(generator, retriever, begun, limits, temperature=0.7, prompts=PROMPTS, **kwargs)
+    done = rollout(generator, retriever, begun, limits, temperature=0.7, seed=0, prompts=PROMPTS, **kwargs)
     return done, generator
 
 
@@ -151,7 +152,7 @@ def test_a_row_with_less_room_keeps_what_fits(tiny_policy: Policy, tiny_retrieve
     short, long = (len(f"Q: {text}\n") for text in script)
     limits = LIMITS.model_copy(update={"max_tokens": short + 22})
     done, generator = play(tiny_policy.tokenizer, tiny_retriever, script, limits)
-    assert generator.calls[0]["max_new_tokens"] == 22
+    assert generator.calls[0]["max_new_tokens"] == [22, 22 - (long - short)]
     assert [t.stop_reason for t in done] == [StopReason.ANSWERED, StopReason.MAX_TOKENS]
     assert [t.sampled_tokens for t in done] == [22, 22 - (long - short)]
     assert len(done[1].turns[0].sampling_logprobs or ()) == 22 - (long - short)
@@ -181,7 +182,7 @@ def test_rows_end_at_different_times_and_keep_their_order(tiny_policy: Policy, t
     )
     assert [(t.question_id, t.answer) for t in done] == [("slow?", "Gil Hor"), ("fast?", "Cor Dun"), ("middle?", "Bel")]
     assert [len(call["prompts"]) for call in generator.calls] == [3, 2, 1]
-    assert turns == [(0, "eth"), (1, "Cor Dun"), (2, "arda"), (0, "fen"), (2, "Bel"), (0, "Gil Hor")]
+    assert turns == [(1, "Cor Dun"), (0, "eth"), (2, "arda"), (2, "Bel"), (0, "fen"), (0, "Gil Hor")]
     assert ended == [(1, "Cor Dun"), (2, "Bel"), (0, "Gil Hor")]
     assert tiny_retriever.queries == ["eth", "arda", "fen"]
 
@@ -191,7 +192,7 @@ def test_a_rollout_goes_on_from_turns_already_taken(tiny_policy: Policy, tiny_re
     [whole], generator = play(tiny_policy.tokenizer, tiny_retriever, script)
     for taken in (1, 2):
         start = Start(*questions("one?"), whole.prompt_ids, whole.turns[:taken])
-        [again] = rollout(generator, tiny_retriever, [start], LIMITS, temperature=0.7, prompts=PROMPTS)
+        [again] = rollout(generator, tiny_retriever, [start], LIMITS, temperature=0.7, seed=0, prompts=PROMPTS)
         assert again == whole
 
 
@@ -234,10 +235,9 @@ def forward_logprobs(
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_logprobs_are_those_of_a_forward_pass(tiny_policy: Policy, temperature: float) -> None:
-    torch.manual_seed(0)
     generator = HFGenerator(tiny_policy.model, tiny_policy.tokenizer, batch_size=3)
     prompts = encoded(tiny_policy)
-    done = generator.generate(prompts, max_new_tokens=24, temperature=temperature, stop=STOP_STRINGS)
+    done = generate(generator, prompts, max_new_tokens=24, temperature=temperature, stop=STOP_STRINGS)
     for prompt, generation in zip(prompts, done, strict=True):
         expected = forward_logprobs(tiny_policy.model, prompt, generation.ids, temperature or 1.0)
         torch.testing.assert_close(torch.tensor(generation.logprobs), expected, atol=1e-5, rtol=0)
@@ -247,7 +247,7 @@ def test_greedy_ids_are_the_most_likely_ones(tiny_policy: Policy) -> None:
     generator = HFGenerator(tiny_policy.model, tiny_policy.tokenizer)
     for prompt, generation in zip(
         encoded(tiny_policy),
-        generator.generate(encoded(tiny_policy), max_new_tokens=16, temperature=0.0, stop=()),
+        generate(generator, encoded(tiny_policy), max_new_tokens=16, temperature=0.0, stop=()),
         strict=True,
     ):
         with torch.no_grad():
@@ -260,7 +260,7 @@ def test_greedy_output_does_not_depend_on_the_batch(tiny_policy: Policy) -> None
 
     def ids(order: list[int], batch_size: int) -> list[tuple[int, ...]]:
         generator = HFGenerator(tiny_policy.model, tiny_policy.tokenizer, batch_size=batch_size)
-        done = generator.generate([prompts[i] for i in order], max_new_tokens=20, temperature=0.0, stop=STOP_STRINGS)
+        done = generate(generator, [prompts[i] for i in order], max_new_tokens=20, temperature=0.0, stop=STOP_STRINGS)
         return [done[order.index(i)].ids for i in range(len(prompts))]
 
     expected = ids([0, 1, 2, 3], 1)
@@ -272,21 +272,18 @@ def test_sampling_is_seeded(tiny_policy: Policy) -> None:
     generator = HFGenerator(tiny_policy.model, tiny_policy.tokenizer)
 
     def sample(seed: int) -> list[tuple[int, ...]]:
-        torch.manual_seed(seed)
-        done = generator.generate(encoded(tiny_policy), max_new_tokens=12, temperature=1.0, stop=())
+        done = generate(generator, encoded(tiny_policy), max_new_tokens=12, temperature=1.0, stop=(), seed=100 * seed)
         return [generation.ids for generation in done]
 
     assert sample(0) == sample(0) != sample(1)
 
 
 def test_the_models_own_sampling_defaults_are_ignored_and_kept(tiny_policy: Policy) -> None:
-    own = GenerationConfig(repetition_penalty=5.0, top_k=1, temperature=0.1, do_sample=True, eos_token_id=[264, 3])
+    own = GenerationConfig(repetition_penalty=5.0, top_k=1, temperature=0.1, do_sample=True)
     plain = HFGenerator(tiny_policy.model, tiny_policy.tokenizer)
-    torch.manual_seed(0)
-    expected = plain.generate(encoded(tiny_policy), max_new_tokens=12, temperature=1.0, stop=())
+    expected = generate(plain, encoded(tiny_policy), max_new_tokens=12, temperature=1.0, stop=())
     tiny_policy.model.generation_config = own
-    torch.manual_seed(0)
-    assert plain.generate(encoded(tiny_policy), max_new_tokens=12, temperature=1.0, stop=()) == expected
+    assert generate(plain, encoded(tiny_policy), max_new_tokens=12, temperature=1.0, stop=()) == expected
     assert tiny_policy.model.generation_config is own
     assert own.repetition_penalty == 5.0
 
@@ -299,13 +296,13 @@ def test_train_mode_is_lent_and_given_back_even_on_failure(
     tiny_policy.model.train()
     modes: list[bool] = []
     hook = tiny_policy.model.register_forward_pre_hook(lambda model, args: modes.append(model.training))
-    generator.generate(encoded(tiny_policy), max_new_tokens=2, temperature=1.0, stop=())
+    generate(generator, encoded(tiny_policy), max_new_tokens=2, temperature=1.0, stop=())
     hook.remove()
     assert set(modes) == {False}
     assert tiny_policy.model.training
     monkeypatch.setattr(tiny_policy.model, "forward", _out_of_memory)
     with pytest.raises(RuntimeError, match="out of memory"):
-        generator.generate(encoded(tiny_policy), max_new_tokens=2, temperature=1.0, stop=())
+        generate(generator, encoded(tiny_policy), max_new_tokens=2, temperature=1.0, stop=())
     assert tiny_policy.model.training
     assert tiny_policy.model.generation_config is own
 
@@ -345,8 +342,8 @@ def chain(*tokens: str) -> dict[str, str]:
 
 def test_a_token_that_straddles_the_end_of_a_tag_stays_whole() -> None:
     model, tokenizer = chain_policy(chain("Q", "<", "/", "s", "e", "a", "r", "c", "h>!", "Z", "Z"))
-    [done] = HFGenerator(model, tokenizer).generate(
-        [tokenizer.encode("Q")], max_new_tokens=20, temperature=0.0, stop=STOP_STRINGS
+    [done] = generate(
+        HFGenerator(model, tokenizer), [tokenizer.encode("Q")], max_new_tokens=20, temperature=0.0, stop=STOP_STRINGS
     )
     assert tokenizer.decode(done.ids) == "</search>!"
     assert done.ids[-1] == tokenizer.convert_tokens_to_ids("h>!")
@@ -356,7 +353,8 @@ def test_a_token_that_straddles_the_end_of_a_tag_stays_whole() -> None:
 def test_rows_end_apart_and_hold_no_padding() -> None:
     links = chain("Q", "<", "/", "s", "e", "a", "r", "c", "h>", "Z", "Z") | chain("A", "B", "<|end|>", "Z") | {"Y": "Y"}
     model, tokenizer = chain_policy(links)
-    rows = HFGenerator(model, tokenizer).generate(
+    rows = generate(
+        HFGenerator(model, tokenizer),
         [tokenizer.encode(text) for text in ("long prompt A", "Q", "Y")],
         max_new_tokens=12,
         temperature=0.0,
@@ -370,7 +368,7 @@ def test_rows_end_apart_and_hold_no_padding() -> None:
 def test_a_tag_in_the_prompt_does_not_stop_its_row(prompt: str, sampled: str) -> None:
     model, tokenizer = chain_policy({"c": "h>", "h>": "Y", "Y": "Y"})
     generator = HFGenerator(model, tokenizer)
-    [done] = generator.generate([tokenizer.encode(prompt)], max_new_tokens=5, temperature=0.0, stop=STOP_STRINGS)
+    [done] = generate(generator, [tokenizer.encode(prompt)], max_new_tokens=5, temperature=0.0, stop=STOP_STRINGS)
     assert tokenizer.decode(done.ids) == sampled
 
 
@@ -378,17 +376,18 @@ def test_a_models_further_end_tokens_end_a_row() -> None:
     model, tokenizer = chain_policy(chain("A", "B", "C", "D", "D"))
     end = tokenizer.convert_tokens_to_ids("C")
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
-    [done] = HFGenerator(model, tokenizer).generate([tokenizer.encode("A")], max_new_tokens=9, temperature=0.0, stop=())
+    [done] = generate(
+        HFGenerator(model, tokenizer), [tokenizer.encode("A")], max_new_tokens=9, temperature=0.0, stop=()
+    )
     assert tokenizer.decode(done.ids) == "BC"
 
 
 def test_rollouts_of_a_real_model_train_on_what_it_sampled(tiny_policy: Policy, tiny_retriever) -> None:
     """Ids and log-probabilities of a whole trajectory, recomputed in one pass over prompt and response."""
-    torch.manual_seed(0)
     generator = HFGenerator(tiny_policy.model, tiny_policy.tokenizer)
     limits = LIMITS.model_copy(update={"max_action_tokens": 12})
     begun = starts(tiny_policy.tokenizer, PROMPTS, questions("one?", "two, longer?"), 2)
-    for t in rollout(generator, tiny_retriever, begun, limits, temperature=1.0):
+    for t in rollout(generator, tiny_retriever, begun, limits, temperature=1.0, seed=0):
         recomputed = forward_logprobs(tiny_policy.model, list(t.prompt_ids), t.response_ids, 1.0)
         sampled = recomputed[torch.tensor(t.action_mask, dtype=torch.bool)]
         recorded = torch.tensor([x for turn in t.turns for x in turn.sampling_logprobs or ()])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from chat import call, chat_tokenizer
 from search_e1.config import RolloutConfig
 from search_e1.prompts import Prompts
-from search_e1.rollout.generator import Generation
+from search_e1.rollout.generator import BatchGenerator, Generation
 from search_e1.rollout.loop import Start, rollout, starts
 from search_e1.rollout.protocols import protocol_of
 from search_e1.types import ActionKind, Passage, Question, StopReason
@@ -42,7 +42,7 @@ PIECES = st.lists(MARKUP | TEXT, max_size=6).map("".join)
 ACTIONS = st.lists(PIECES, min_size=3, max_size=3)
 
 
-class Says:
+class Says(BatchGenerator):
     """Gives ids of the actions it was told, cut where a generation may be cut; keeps what it gave."""
 
     context_length = 10_000
@@ -53,9 +53,9 @@ class Says:
         self.gave: list[tuple[int, ...]] = []
         self.read: list[list[int]] = []
 
-    def generate(self, prompts, *, max_new_tokens, temperature, stop):
-        self.read.append(list(prompts[0]))
-        self.gave.append(self.left.pop(0)[:max_new_tokens])
+    def generate(self, requests, *, temperature, stop):
+        self.read.append(list(requests[0].prompt))
+        self.gave.append(self.left.pop(0)[: requests[0].max_new_tokens])
         return [Generation(self.gave[-1])]
 
 
@@ -70,7 +70,7 @@ class Finds:
 def play(tokenizer, protocol: str, actions, passages):
     says, prompts = Says(tokenizer, actions), PROMPTS[protocol]
     [start] = starts(tokenizer, prompts, [Question(id="q", text="Who?", answers=("x",))])
-    [done] = rollout(says, Finds(passages), [start], LIMITS, temperature=1.0, prompts=prompts)
+    [done] = rollout(says, Finds(passages), [start], LIMITS, temperature=1.0, seed=0, prompts=prompts)
     return done, says, start
 
 
@@ -103,7 +103,7 @@ def test_what_is_sampled_is_what_is_kept(protocol: str, actions, passages, token
     if len(t.turns) > 1:
         question = Question(id="q", text="Who?", answers=("x",))
         begun = [Start(question, start.prompt_ids, t.turns[:1])]
-        [resumed] = rollout(again, Finds(passages), begun, LIMITS, temperature=1.0, prompts=PROMPTS[protocol])
+        [resumed] = rollout(again, Finds(passages), begun, LIMITS, temperature=1.0, seed=0, prompts=PROMPTS[protocol])
         assert resumed == t
 
 

@@ -83,7 +83,13 @@ def test_what_an_action_says(text: str, action: Action) -> None:
 def play(tokenizer, *actions: str, prompts: Prompts = PROMPTS, passages=PASSAGES):
     begun = starts(tokenizer, prompts, [QUESTION])
     [done] = rollout(
-        Script(tokenizer, [list(actions)]), TinyRetriever(passages), begun, LIMITS, temperature=1.0, prompts=prompts
+        Script(tokenizer, [list(actions)]),
+        TinyRetriever(passages),
+        begun,
+        LIMITS,
+        temperature=1.0,
+        seed=0,
+        prompts=prompts,
     )
     return done
 

@@ -16,7 +16,7 @@ from search_e1.policy import Policy, load, resolve
 from search_e1.prompts import observation, plain_prompt, privileged_prompt
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.rollout.env import parse_action
-from search_e1.rollout.generator import Generation
+from search_e1.rollout.generator import BatchGenerator, Generation
 from search_e1.rollout.hf import HFGenerator
 from search_e1.rollout.loop import Start, rollout, starts
 from search_e1.types import ActionKind
@@ -172,7 +172,9 @@ def test_clean_demonstrations_are_what_the_rollout_loop_would_have_made(writer, 
         demonstration = writer.plain(random.Random(0), question, CLEAN)
         assert demonstration.prompt_ids == plain_prompt(small.tokenizer, small.prompts, question.text)
         replayed = _Replay(small.tokenizer, demonstration)
-        [trajectory] = rollout(replayed, index, [Start(question, demonstration.prompt_ids)], ROLLOUT, temperature=0.0)
+        [trajectory] = rollout(
+            replayed, index, [Start(question, demonstration.prompt_ids)], ROLLOUT, temperature=0.0, seed=0
+        )
         assert trajectory.correct
         assert trajectory.searches == question.hops
         assert trajectory.response_ids == demonstration.response_ids
@@ -267,11 +269,11 @@ def test_the_small_policy_answers_questions_about_entities_it_has_never_met(smal
     torch.manual_seed(0)
     generator = HFGenerator(small.model, small.tokenizer, batch_size=64)
     asked = world.questions("dev", 32)
-    plain = rollout(generator, index, starts(small.tokenizer, small.prompts, asked), ROLLOUT, temperature=0.0)
+    plain = rollout(generator, index, starts(small.tokenizer, small.prompts, asked), ROLLOUT, temperature=0.0, seed=0)
     assert sum(t.reward for t in plain) / 32 >= 0.35
 
 
-class _Replay:
+class _Replay(BatchGenerator):
     """A generator that says what a demonstration says."""
 
     context_length = 2048
@@ -283,5 +285,5 @@ class _Replay:
         )
         self.actions = [tuple(id for _, id in run) for sampled, run in runs if sampled]
 
-    def generate(self, prompts, *, max_new_tokens, temperature, stop):
-        return [Generation(self.actions.pop(0)) for _ in prompts]
+    def generate(self, requests, *, temperature, stop):
+        return [Generation(self.actions.pop(0)) for _ in requests]

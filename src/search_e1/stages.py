@@ -115,7 +115,7 @@ class Stages(Inputs):
             questions = at_most(self.train_questions, self.config.pool.questions, seed)
             return pool.sample(
                 self._generator(loaded), self.retriever, questions, loaded.prompts, self.config.pool, self.config.rollout,
-                out=out, progress=progress,
+                seed=seed, out=out, progress=progress,
             )  # fmt: skip
 
         return self._stage(f"pool-{round}", out, ("pool", "rollout"), self._asking(policy), sample)

@@ -9,8 +9,6 @@ import random
 from collections.abc import Sequence
 from statistics import fmean
 
-import torch
-
 from search_e1.config import LeadConfig, RolloutConfig
 from search_e1.distill.collate import TokenClass, context_length, fits, prompt_of_teacher
 from search_e1.distill.profile import ClassKL, PairKL, by_class, pair_kl
@@ -104,10 +102,9 @@ def measure(
     if not kept:
         why = f"all {len(first)} are too long for the policy's context of {length}" if first else "there are none"
         raise DataError(f"no pair to measure the teacher's lead on: {why}; sample a larger pool (pool.questions)")
-    torch.manual_seed(seed)
     off_track = [(i, prefix) for i, pair in enumerate(kept) if (prefix := _prefix(pair.student, rollout))]
     begins = [*((i, ()) for i in range(len(kept))), *off_track]
-    outcomes = _sample(policy, generator, retriever, kept, begins, config, rollout, temperature, progress)
+    outcomes = _sample(policy, generator, retriever, kept, begins, config, rollout, temperature, seed, progress)
     plain, privileged = outcomes[0][: len(kept)], outcomes[1][: len(kept)]
     plain_off, privileged_off = outcomes[0][len(kept) :], outcomes[1][len(kept) :]
     low, high = interval([_em(b) - _em(a) for a, b in zip(plain, privileged, strict=True)])
@@ -171,6 +168,7 @@ def _sample(
     config: LeadConfig,
     rollout: RolloutConfig,
     temperature: float,
+    seed: int,
     progress: Progress,
 ) -> list[list[list[Trajectory]]]:
     """For the plain prompt, then the privileged: the samples of each begin (a pair's index and its first turns)."""
@@ -190,9 +188,10 @@ def _sample(
         sampled = loop.rollout(
             generator,
             retriever,
-            [loop.Start(pairs[i].question, prompts[i], turns) for i, turns in begins for _ in range(config.samples)],
+            [loop.Start(pairs[i].question, prompts[i], turns, k) for i, turns in begins for k in range(config.samples)],
             limits,
             temperature=temperature,
+            seed=seed,  # the same for both prompts: what differs is what the policy sees
             prompts=policy.prompts,
             on_trajectory=on_trajectory,
         )

@@ -10,8 +10,6 @@ from pathlib import Path
 from statistics import median
 from typing import TextIO
 
-import torch
-
 from search_e1.config import EvaluationConfig, RolloutConfig
 from search_e1.errors import DataError
 from search_e1.evaluation import results
@@ -65,7 +63,7 @@ def evaluate(
 
     Into ``out`` go groups, a JSON line for each question in order (greedy ones to ``TRAJECTORIES``, sampled ones to
     ``SAMPLED``), a ``Result`` for each question, the figures over them, and times. Each benchmark is sampled with a seed made
-    of ``seed`` and its name, so that it depends on nothing that ran before; torch's global state is left as it was.
+    of ``seed`` and its name, so that it depends on nothing that ran before.
 
     Raises:
         DataError: a benchmark has no questions, or there is no benchmark.
@@ -80,19 +78,19 @@ def evaluate(
     told = _Told(progress, sum(map(len, questions_by_benchmark.values())) * (1 + config.samples))
     made: list[Result] = []
     timings: dict[str, Timing] = {}
-    with torch.random.fork_rng(), ExitStack() as files:
+    with ExitStack() as files:
         greedy = files.enter_context((out / TRAJECTORIES).open("w", encoding="utf-8"))
         sampled = files.enter_context((out / SAMPLED).open("w", encoding="utf-8")) if config.samples else None
         for name, questions in questions_by_benchmark.items():
-            torch.manual_seed(derived_seed(seed, name))
+            own = derived_seed(seed, name)
             clock = time.perf_counter()
             part = [
                 judge(name, group, (ceilings or {}).get((name, group.question.id)))
-                for group in _written(asking.groups(questions, 1, 0.0, told), greedy)
+                for group in _written(asking.groups(questions, 1, 0.0, own, told), greedy)
             ]
             seconds = time.perf_counter() - clock
             if sampled:
-                groups = _written(asking.groups(questions, config.samples, config.temperature, told), sampled)
+                groups = _written(asking.groups(questions, config.samples, config.temperature, own, told), sampled)
                 part = [with_samples(result, group) for result, group in zip(part, groups, strict=True)]
             made += part
             timings[name] = asking.timing(questions, seconds, config.latency)
@@ -175,7 +173,12 @@ class _Asking:
     limits: RolloutConfig
 
     def groups(
-        self, questions: Sequence[Question], size: int, temperature: float, on_trajectory: OnTrajectory | None = None
+        self,
+        questions: Sequence[Question],
+        size: int,
+        temperature: float,
+        seed: int,
+        on_trajectory: OnTrajectory | None = None,
     ) -> Iterator[Group]:
         at_once = max(1, self.limits.batch_size * _BATCHES_AT_ONCE // size)
         for at in range(0, len(questions), at_once):
@@ -186,6 +189,7 @@ class _Asking:
                 starts(self.generator.tokenizer, self.prompts, batch, size),
                 self.limits,
                 temperature=temperature,
+                seed=seed,
                 prompts=self.prompts,
                 on_trajectory=on_trajectory,
             )
@@ -198,7 +202,7 @@ class _Asking:
         times = []
         for i in range(chosen):
             clock = time.perf_counter()
-            list(self.groups([questions[i * len(questions) // chosen]], 1, 0.0))
+            list(self.groups([questions[i * len(questions) // chosen]], 1, 0.0, 0))
             times.append(time.perf_counter() - clock)
         return Timing(
             seconds_a_question=seconds / len(questions),

@@ -12,7 +12,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from search_e1.resuming import STEPS, ResumingTrainer, restored_steps
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.hf import HFGenerator
 from search_e1.rollout.loop import rollout, starts
+from search_e1.runs import derived_seed
 from search_e1.types import Group, Question, Trajectory
 
 BAD_BATCH = "bad_batch.pt"
@@ -135,7 +136,7 @@ def train(
                     reward_funcs=exact_match,
                     train_dataset=Dataset.from_dict({"prompt": batching.order(questions, config, seed)}),
                     processing_class=policy.tokenizer,
-                    rollout_func=_Rollouts(policy, questions, retriever, config, limits, shown),
+                    rollout_func=_Rollouts(policy, questions, retriever, config, limits, shown, seed),
                     replay_weight=config.replay.weight,
                     bad_batch=out / BAD_BATCH,
                     on_step=recorder,
@@ -231,6 +232,7 @@ class _Rollouts:
         config: GrpoConfig,
         limits: RolloutConfig,
         shown: ReferenceConfig,
+        seed: int,
     ) -> None:
         self.policy = policy
         self.questions = {question.id: question for question in questions}
@@ -238,9 +240,11 @@ class _Rollouts:
         self.config = config
         self.limits = limits
         self.shown = shown
+        self.seed = seed
 
     def __call__(self, prompts: list[str], trainer: "_Trainer") -> dict[str, Any]:
         policy, asked = self.policy, [self.questions[id] for id in dict.fromkeys(prompts)]
+        first = trainer.accelerator.process_index * len(prompts)  # place in the step's trajectories, of all processes
         begin = {start.question.id: start for start in starts(policy.tokenizer, policy.prompts, asked)}
         with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
             # The adapters are inside the base model's layers. Wrapped in peft, its own generation config would rule.
@@ -249,9 +253,10 @@ class _Rollouts:
             trajectories = rollout(
                 generator,
                 self.retriever,
-                [begin[id] for id in prompts],
+                [replace(begin[id], sample=first + i) for i, id in enumerate(prompts)],
                 self.limits,
                 temperature=self.config.temperature,
+                seed=derived_seed(self.seed, trainer.state.global_step),
                 prompts=policy.prompts,
             )
         trainer.replay = replay.examples(

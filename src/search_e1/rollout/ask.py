@@ -1,5 +1,6 @@
 """One question, answered now."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ def ask(
     *,
     prompts: Prompts | None = None,
     temperature: float = 0.0,
+    seed: int | None = None,
     on_turn: Callable[[Turn], None] | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Trajectory:
@@ -50,6 +52,7 @@ def ask(
         starts(generator.tokenizer, prompts, [asked]),
         limits or RolloutConfig(),
         temperature=temperature,
+        seed=random.randrange(2**32) if seed is None else seed,
         prompts=prompts,
         on_turn=(lambda _, turn: on_turn(turn)) if on_turn else None,
     )

@@ -10,7 +10,8 @@ import asyncio
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_af
 
 from search_e1.errors import ConfigError, EndpointError
 from search_e1.prompts import SEARCH_TOOL, Prompts
-from search_e1.rollout.generator import Generation
+from search_e1.rollout.generator import Generation, Request
 from search_e1.rollout.words import END, Words
 
 API_KEY = "SEARCH_E1_API_KEY"
@@ -116,42 +117,28 @@ class EndpointGenerator:
             wait=wait_exponential_jitter(initial=0.5, max=20.0),
         )
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, stop: Sequence[str]
-    ) -> list[Generation]:
-        """See ``Generator``. At most ``endpoint.concurrency`` requests at a time.
-
-        Raises:
-            EndpointError: it does not answer, or not as it should, after ``endpoint.attempts`` tries.
-        """
-        request = {"model": self.endpoint.model, "max_tokens": max_new_tokens, "temperature": temperature}
+    @contextmanager
+    def session(self, *, temperature: float, stop: Sequence[str], max_tokens: int) -> Iterator["_Conversations"]:
+        """See ``Generator.session``. At most ``endpoint.concurrency`` requests at a time; seeds are not sent."""
+        request: dict[str, Any] = {"model": self.endpoint.model, "temperature": temperature}
         request |= {"tools": self._tools} if self._tools else {"stop": list(stop)}
-        return asyncio.run(self._all(prompts, request))
-
-    async def _all(self, prompts: Sequence[Sequence[int]], request: dict[str, Any]) -> list[Generation]:
-        turns = asyncio.Semaphore(self.endpoint.concurrency)
         # A proxy from the environment is never meant for this machine.
         elsewhere = httpx.URL(self.address).host not in ("localhost", "127.0.0.1", "::1")
-        async with httpx.AsyncClient(headers=self._headers, timeout=None, trust_env=elsewhere) as client:
-
-            async def one(ids: Sequence[int]) -> Generation:
-                async with turns:
-                    # A copy: an object of tenacity keeps the state of one call.
-                    conversation = request | {"messages": self.tokenizer.messages(ids)}
-                    generation: Generation = await self._retrying.copy()(self._ask, client, conversation)
-                    return generation
-
+        client = httpx.AsyncClient(headers=self._headers, timeout=None, trust_env=elsewhere)
+        with asyncio.Runner() as runner:
             try:
-                async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(one(ids)) for ids in prompts]
-            except BaseExceptionGroup as failed:
-                error = failed.exceptions[0]
-                if not isinstance(error, RetryError):
-                    raise error from None
-                cause = error.last_attempt.exception()
-                tries = error.last_attempt.attempt_number
-                raise EndpointError(f"{self.address}: no answer after {tries} attempts: {cause}") from cause
-        return [task.result() for task in tasks]
+                yield _Conversations(self, runner, client, request)
+            finally:
+                runner.run(client.aclose())
+
+    async def _answer(self, client: httpx.AsyncClient, request: dict[str, Any]) -> Generation:
+        try:
+            # A copy: an object of tenacity keeps the state of one call.
+            generation: Generation = await self._retrying.copy()(self._ask, client, request)
+        except RetryError as error:
+            cause, tries = error.last_attempt.exception(), error.last_attempt.attempt_number
+            raise EndpointError(f"{self.address}: no answer after {tries} attempts: {cause}") from cause
+        return generation
 
     async def _ask(self, client: httpx.AsyncClient, request: dict[str, Any]) -> Generation:
         try:
@@ -178,6 +165,44 @@ class EndpointGenerator:
         text = _text(choice, with_end=self._tools is not None)
         counted = completion.usage.completion_tokens if completion.usage else None
         return Generation(self.tokenizer.said(text, counted, request["max_tokens"]))
+
+
+class _Conversations:
+    """A ``Session``: requests under way."""
+
+    pace = 1
+
+    def __init__(
+        self, generator: EndpointGenerator, runner: asyncio.Runner, client: httpx.AsyncClient, request: dict[str, Any]
+    ) -> None:
+        self._generator, self._runner, self._client, self._request = generator, runner, client, request
+        self._turns = asyncio.Semaphore(generator.endpoint.concurrency)
+        self._under_way: set[asyncio.Task[tuple[int, Generation]]] = set()
+
+    def submit(self, request: Request) -> None:
+        """See ``Session``."""
+        self._under_way.add(self._runner.get_loop().create_task(self._one(request)))
+
+    def step(self) -> list[tuple[int, Generation]]:
+        """See ``Session``: waits until at least one request is answered.
+
+        Raises:
+            EndpointError: the endpoint does not answer, or not as it should, after ``endpoint.attempts`` tries.
+        """
+        done, self._under_way = self._runner.run(self._some())
+        return sorted(task.result() for task in done)
+
+    def release(self, key: int) -> None:
+        """Nothing is kept."""
+
+    async def _some(self) -> tuple[set[asyncio.Task[Any]], set[asyncio.Task[Any]]]:
+        return await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _one(self, request: Request) -> tuple[int, Generation]:
+        async with self._turns:
+            messages = self._generator.tokenizer.messages(request.prompt)
+            conversation = self._request | {"messages": messages, "max_tokens": request.max_new_tokens}
+            return request.key, await self._generator._answer(self._client, conversation)
 
 
 def _text(choice: _Choice, *, with_end: bool) -> str:

@@ -1,8 +1,27 @@
-"""What a generator is. An extension point: anything with these members samples for rollouts."""
+"""What a generator is. An extension point: anything with these members samples for rollouts.
 
-from collections.abc import Sequence
+A rollout asks through a session: it submits rows, takes what is finished step by step, and submits a row again with its
+observation while others are still being sampled. An engine that can only sample a whole batch at a time subclasses
+``BatchGenerator`` and gets its session from there.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A row to sample: what to go on from, and how far."""
+
+    key: int
+    """Names the row in its session. A row that was finished is submitted again under its key, with a longer prompt."""
+    prompt: Sequence[int]
+    max_new_tokens: int
+    seed: int
+    """Of this generation's randomness, which is its own: not that of the batch it happens to be sampled in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +36,29 @@ class Generation:
     logprobs: tuple[float, ...] | None = None
 
 
+class Session(Protocol):
+    """Sampling under way, for many rows together."""
+
+    pace: int
+    """Steps between two moments at which rows had best be submitted. More than 1 where rows join at a cost."""
+
+    def submit(self, request: Request) -> None:
+        """Ask for a row; it waits until there is room for it."""
+        ...
+
+    def step(self) -> list[tuple[int, Generation]]:
+        """Go on for a while; keys and generations of the rows that have finished since, perhaps none.
+
+        A generation ends at the first of: an end token of the model, a token that completes a stop string,
+        ``max_new_tokens``.
+        """
+        ...
+
+    def release(self, key: int) -> None:
+        """Say that a finished row is not submitted again."""
+        ...
+
+
 class Generator(Protocol):
     """Samples from a policy, ids in, ids out."""
 
@@ -24,12 +66,67 @@ class Generator(Protocol):
     context_length: int
     """Most ids that a prompt and what is sampled after it may have together."""
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, stop: Sequence[str]
-    ) -> list[Generation]:
-        """One generation per prompt, in their order.
+    def session(self, *, temperature: float, stop: Sequence[str], max_tokens: int) -> AbstractContextManager["Session"]:
+        """Begin to sample. ``stop`` holds the strings that end a generation, beside the end tokens of the model.
 
-        Each ends at the first of: an end token of the model, a token that completes one of ``stop``, ``max_new_tokens``.
-        ``temperature`` 0 is greedy; otherwise the full distribution is sampled, without top-k or top-p.
+        ``temperature`` 0 is greedy; otherwise the full distribution is sampled, without top-k or top-p. No prompt, with
+        what is sampled after it, will have more than ``max_tokens`` ids.
         """
         ...
+
+
+class BatchGenerator(ABC):
+    """A generator that samples whole batches: every row is finished before the next step."""
+
+    tokenizer: Any
+    context_length: int
+
+    @abstractmethod
+    def generate(self, requests: Sequence[Request], *, temperature: float, stop: Sequence[str]) -> list[Generation]:
+        """One generation per request, in their order. See ``Session.step`` and ``Generator.session``."""
+
+    @contextmanager
+    def session(self, *, temperature: float, stop: Sequence[str], max_tokens: int) -> Iterator["_Batches"]:
+        """See ``Generator.session``."""
+        yield _Batches(self, temperature, stop)
+
+
+class _Batches:
+    pace = 1
+
+    def __init__(self, generator: BatchGenerator, temperature: float, stop: Sequence[str]) -> None:
+        self._generator, self._temperature, self._stop = generator, temperature, stop
+        self._waiting: list[Request] = []
+
+    def submit(self, request: Request) -> None:
+        self._waiting.append(request)
+
+    def step(self) -> list[tuple[int, Generation]]:
+        requests, self._waiting = self._waiting, []
+        generations = self._generator.generate(requests, temperature=self._temperature, stop=self._stop)
+        return [(request.key, done) for request, done in zip(requests, generations, strict=True)]
+
+    def release(self, key: int) -> None:
+        """Nothing is kept."""
+
+
+def generate(
+    generator: Generator,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    stop: Sequence[str],
+    seed: int = 0,
+) -> list[Generation]:
+    """One generation per prompt, in their order; each prompt's randomness is that of its place."""
+    most = max(map(len, prompts)) + max_new_tokens
+    done: dict[int, Generation] = {}
+    with generator.session(temperature=temperature, stop=stop, max_tokens=most) as session:
+        for key, prompt in enumerate(prompts):
+            session.submit(Request(key, prompt, max_new_tokens, seed + key))
+        while len(done) < len(prompts):
+            for key, generation in session.step():
+                done[key] = generation
+                session.release(key)
+    return [done[key] for key in range(len(prompts))]

@@ -1,23 +1,45 @@
 """The rollout loop: sample an action, answer it, and go on until every trajectory has ended.
 
-It is the only one: GRPO, pools, the teacher's lead, evaluation and ``ask`` all sample through it.
+It is the only one: GRPO, pools, the teacher's lead, evaluation and ``ask`` all sample through it. Trajectories do not wait
+for one another: while some are being sampled, the retriever answers others.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from search_e1.config import RolloutConfig
 from search_e1.errors import ModelError
 from search_e1.prompts import Prompts, plain_prompt
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.env import Protocol
-from search_e1.rollout.generator import Generation, Generator
+from search_e1.rollout.generator import Generation, Generator, Request, Session
 from search_e1.rollout.protocols import protocol_of
+from search_e1.runs import derived_seed
 from search_e1.scoring import exact_match, f1
-from search_e1.types import ActionKind, Question, StopReason, Trajectory, Turn
+from search_e1.types import ActionKind, Passage, Question, StopReason, Trajectory, Turn
 
 OnTurn = Callable[[int, Turn], None]
 OnTrajectory = Callable[[int, Trajectory], None]
+
+
+@dataclass(slots=True)
+class Spent:
+    """Seconds that rollouts took, by what they went into; filled by ``rollout``."""
+
+    sampling: float = 0.0
+    retrieval: float = 0.0
+    """Waiting for the retriever. What it did while others were sampled is not in it."""
+    rest: float = 0.0
+
+    @contextmanager
+    def _on(self, part: str) -> Iterator[None]:
+        clock = time.perf_counter()
+        yield
+        setattr(self, part, getattr(self, part) + time.perf_counter() - clock)
 
 
 @dataclass(slots=True)
@@ -27,6 +49,8 @@ class Start:
     question: Question
     prompt_ids: tuple[int, ...]
     turns: Sequence[Turn] = ()
+    sample: int = 0
+    """Which of the question's trajectories it is. Two with the same number would be sampled alike."""
 
 
 @dataclass(slots=True)
@@ -72,10 +96,10 @@ class _Row:
 def starts(tokenizer, prompts: Prompts, questions: Sequence[Question], group_size: int = 1) -> list[Start]:
     """Plain starts, ``group_size`` for each question, siblings side by side."""
     return [
-        Start(question, prompt_ids)
+        Start(question, prompt_ids, sample=sample)
         for question in questions
         for prompt_ids in (plain_prompt(tokenizer, prompts, question.text),)
-        for _ in range(group_size)
+        for sample in range(group_size)
     ]
 
 
@@ -86,15 +110,21 @@ def rollout(
     config: RolloutConfig,
     *,
     temperature: float,
+    seed: int,
     prompts: Prompts | None = None,
     on_turn: OnTurn | None = None,
     on_trajectory: OnTrajectory | None = None,
+    spent: Spent | None = None,
 ) -> list[Trajectory]:
     """Roll out every start to its end; trajectories in the order of ``starts``.
 
     A policy takes at most ``config.max_searches`` turns that are answered (with passages, or with a correction) and
-    then one last generation. ``prompts`` says how it acts and is corrected (without them:
-    Search-R1's tags). ``on_turn`` and ``on_trajectory`` are called with the index of the start as things happen.
+    then one last generation. ``prompts`` says how it acts and is corrected (without them: Search-R1's tags). ``on_turn``
+    and ``on_trajectory`` are called with the index of the start as things happen.
+
+    What a trajectory samples depends on ``seed``, its question's id and its ``sample``, not on the others, but for rounding:
+    a matrix product of more rows may differ in the last bit. The same call gives the same bits: searches are answered at
+    steps of the generator's, not when the retriever happens to have found something.
 
     Raises:
         ModelError: a start's context leaves no room for a single token, or the tokenizer does not fit the protocol.
@@ -109,63 +139,138 @@ def rollout(
                 f"question {row.start.question.id!r}: a context of {len(row.context)} tokens does not fit into {limit}; "
                 "raise rollout.max_tokens, or use a policy with a longer context"
             )
-    while active := [i for i, row in enumerate(rows) if row.stop is None]:
-        generations = generator.generate(
-            [rows[i].context for i in active],
-            max_new_tokens=min(config.max_action_tokens, limit - min(len(rows[i].context) for i in active)),
-            temperature=temperature,
-            stop=protocol.stop,
-        )
-        turns = _answer(generator.tokenizer, protocol, retriever, [rows[i] for i in active], generations, limit, config)
-        for i, turn in zip(active, turns, strict=True):
-            row = rows[i]
-            row.append(turn)
-            if on_turn:
-                on_turn(i, turn)
-            row.stop = row.stop or (StopReason.MAX_TOKENS if len(row.context) >= limit else None)
-            if row.stop and on_trajectory:
-                on_trajectory(i, row.finish())
+    spent = spent or Spent()
+    clock, before = time.perf_counter(), spent.sampling + spent.retrieval
+    begun = generator.session(temperature=temperature, stop=protocol.stop, max_tokens=limit)
+    with begun as session, _Searches(retriever, config.topk) as searches:
+        _Rollout(
+            rows, session, searches, generator.tokenizer, protocol, config, limit, seed, on_turn, on_trajectory
+        ).run(spent)
+    spent.rest += time.perf_counter() - clock - (spent.sampling + spent.retrieval - before)
     return [row.finish() for row in rows]
 
 
-def _answer(
-    tokenizer,
-    protocol: Protocol,
-    retriever: Retriever,
-    rows: Sequence[_Row],
-    generations: Sequence[Generation],
-    limit: int,
-    config: RolloutConfig,
-) -> list[Turn]:
-    """The turn that each generation makes, its observation included; sets ``stop`` on rows that end with it."""
-    drafts: list[dict] = []
-    for row, generation in zip(rows, generations, strict=True):
-        # Rows of one batch share max_new_tokens; a row with less room left keeps what fits.
-        room = limit - len(row.context)
-        text = tokenizer.decode(generation.ids[:room], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        action = protocol.parse(text)
-        logprobs = generation.logprobs and generation.logprobs[:room]
-        drafts.append(
-            dict(
-                action_ids=generation.ids[:room],
-                action_text=text,
-                kind=action.kind,
-                argument=action.argument,
-                sampling_logprobs=logprobs,
-            )
+@dataclass(slots=True)
+class _Rollout:
+    """One call of ``rollout``."""
+
+    rows: Sequence[_Row]
+    session: Session
+    searches: "_Searches"
+    tokenizer: Any
+    protocol: Protocol
+    config: RolloutConfig
+    limit: int
+    seed: int
+    on_turn: OnTurn | None
+    on_trajectory: OnTrajectory | None
+    sampling: int = 0
+    """Rows that the session has."""
+
+    def run(self, spent: Spent) -> None:
+        for i in range(len(self.rows)):
+            self._sample(i)
+        steps = 0
+        while self.sampling or self.searches.under_way:
+            if self.searches.under_way and (not self.sampling or steps % self.session.pace == 0):
+                with spent._on("retrieval"):
+                    found = self.searches.collect()
+                for i, draft, passages in found:
+                    text, ids = self.protocol.observe(
+                        draft["action_text"], passages, self.config.max_observation_tokens
+                    )
+                    draft |= dict(observation_text=text, observation_ids=ids, passage_ids=tuple(p.id for p in passages))
+                    self._take(i, draft)
+            if self.sampling:
+                with spent._on("sampling"):
+                    finished = self.session.step()
+                steps += 1
+                self._answer(finished)
+
+    def _sample(self, i: int) -> None:
+        start, context = self.rows[i].start, self.rows[i].context
+        own = derived_seed(self.seed, start.question.id, start.sample, len(self.rows[i].turns))
+        most = min(self.config.max_action_tokens, self.limit - len(context))
+        self.session.submit(Request(i, context, most, own))
+        self.sampling += 1
+
+    def _answer(self, finished: Sequence[tuple[int, Generation]]) -> None:
+        self.sampling -= len(finished)
+        searches = []
+        for i, generation in finished:
+            draft = self._draft(self.rows[i], generation)
+            if self.rows[i].stop is None and draft["kind"] is ActionKind.SEARCH:
+                searches.append((i, draft))
+            else:
+                self._take(i, draft)
+        self.searches.launch(searches)
+
+    def _draft(self, row: _Row, generation: Generation) -> "_Draft":
+        """What a generation says, with the correction that a malformed one gets; sets ``stop`` on a row that ends with it."""
+        text = self.tokenizer.decode(generation.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        action = self.protocol.parse(text)
+        draft: _Draft = dict(
+            action_ids=generation.ids,
+            action_text=text,
+            kind=action.kind,
+            argument=action.argument,
+            sampling_logprobs=generation.logprobs,
         )
         if action.kind is ActionKind.ANSWER:
             row.stop = StopReason.ANSWERED
-        elif len(row.turns) >= config.max_searches:
+        elif len(row.turns) >= self.config.max_searches:
             row.stop = StopReason.MAX_TURNS if action.kind is ActionKind.SEARCH else StopReason.MALFORMED
-    open_drafts = [draft for row, draft in zip(rows, drafts, strict=True) if row.stop is None]
-    searches = [draft for draft in open_drafts if draft["kind"] is ActionKind.SEARCH]
-    found = retriever.search([draft["argument"] for draft in searches], config.topk) if searches else []
-    for draft, passages in zip(searches, found, strict=True):
-        text, ids = protocol.observe(draft["action_text"], passages, config.max_observation_tokens)
-        draft |= dict(observation_text=text, observation_ids=ids, passage_ids=tuple(p.id for p in passages))
-    for draft in open_drafts:
-        if draft["kind"] is ActionKind.MALFORMED:
-            text, ids = protocol.correct(draft["action_text"])
-            draft |= dict(observation_text=text, observation_ids=ids)
-    return [Turn(**draft) for draft in drafts]
+        elif action.kind is ActionKind.MALFORMED:
+            told, ids = self.protocol.correct(text)
+            draft |= dict(observation_text=told, observation_ids=ids)
+        return draft
+
+    def _take(self, i: int, draft: "_Draft") -> None:
+        """Add a turn, and sample on or end."""
+        row, turn = self.rows[i], Turn(**draft)
+        row.append(turn)
+        if self.on_turn:
+            self.on_turn(i, turn)
+        if row.stop is None and len(row.context) >= self.limit:
+            row.stop = StopReason.MAX_TOKENS
+        if row.stop is None:
+            self._sample(i)
+            return
+        self.session.release(i)
+        if self.on_trajectory:
+            self.on_trajectory(i, row.finish())
+
+
+_Draft = dict[str, Any]
+"""The fields of a turn, as far as they are known."""
+
+
+class _Searches:
+    """Searches that are answered in the background, one batch after another."""
+
+    def __init__(self, retriever: Retriever, topk: int) -> None:
+        self._retriever, self._topk = retriever, topk
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="retriever")
+        self.under_way: list[tuple[list[tuple[int, _Draft]], Future[Sequence[Sequence[Passage]]]]] = []
+
+    def __enter__(self) -> "_Searches":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.shutdown(cancel_futures=True)
+
+    def launch(self, searches: Sequence[tuple[int, _Draft]]) -> None:
+        """Rows and the turns that they search with."""
+        if searches:
+            queries = [draft["argument"] for _, draft in searches]
+            future = self._executor.submit(self._retriever.search, queries, self._topk)
+            self.under_way.append((list(searches), future))
+
+    def collect(self) -> list[tuple[int, _Draft, Sequence[Passage]]]:
+        """Rows, turns and passages of all that was launched, once it is there."""
+        batches, self.under_way = self.under_way, []
+        return [
+            (i, draft, passages)
+            for searches, future in batches
+            for (i, draft), passages in zip(searches, future.result(), strict=True)
+        ]

@@ -23,6 +23,7 @@ def sample(
     config: PoolConfig,
     limits: RolloutConfig,
     *,
+    seed: int,
     out: Path,
     progress: Progress = silent,
 ) -> dict[str, float]:
@@ -38,6 +39,7 @@ def sample(
                 starts(generator.tokenizer, prompts, batch, config.group_size),
                 limits,
                 temperature=config.temperature,
+                seed=seed,
                 prompts=prompts,
             )
             for i, question in enumerate(batch):

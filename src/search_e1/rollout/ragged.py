@@ -1,0 +1,169 @@
+"""The key-value cache of rows that come, wait, go on and leave, each with its own length."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+_ROUND = 64
+"""Capacity grows in steps of this many positions."""
+_LAYERS = {"full_attention", "sliding_attention", "conv"}
+
+
+class RaggedCache(Cache):
+    """A slot for each row; in it, what a position's token left behind lies at that position, without padding.
+
+    Attention layers keep keys and values as [slots, capacity, heads, width], short convolutions their last inputs as
+    [slots, channels, kernel]. A forward pass concerns the rows of some neighbouring slots, each with new tokens at its own
+    positions, padded on the right: what padding leaves lies behind a row's end, where the mask hides it until it is
+    overwritten.
+    """
+
+    def __init__(self, model: PreTrainedModel, slots: int) -> None:
+        super().__init__(layers=[])
+        self._model = model
+        config = model.config.get_text_config(decoder=True)
+        types, kwargs = get_layer_types_and_kwargs(config)
+        if not set(types) <= _LAYERS or config._attn_implementation not in ("sdpa", "eager"):
+            raise NotImplementedError(f"layers {sorted(set(types))} with {config._attn_implementation} attention")
+        self._types = types
+        self._windows = {k["sliding_window"] for k, t in zip(kwargs, types, strict=True) if t == "sliding_attention"}
+        self._additive = config._attn_implementation == "eager"
+        self._longest = config.max_position_embeddings
+        self.slots = slots
+        self._capacity = 0
+        self._attention: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._convolution: dict[int, torch.Tensor] = {}
+        self._rows = self._positions = self._counts = torch.empty(0)
+        self._at = slice(0)
+        self._extent = 0
+
+    def forward(self, first: int, known: Sequence[int], ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Logits, [rows, vocabulary], after the last of the (padded) ``ids`` of the rows in slots ``first`` and on.
+
+        ``known`` tells how many tokens of each row are in the cache already.
+        """
+        device = self._model.device
+        width = max(map(len, ids))
+        begin = torch.tensor(known, device=device)
+        new = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], device=device)
+        self._positions = begin[:, None] + torch.arange(width, device=device)
+        self._extent = max(known) + width
+        self._at = slice(first, first + len(ids))
+        self._rows = torch.arange(first, first + len(ids), device=device)[:, None]
+        self._counts = torch.tensor([len(row) for row in ids], device=device)
+        self._reserve(self._extent)
+        output = self._model(
+            input_ids=new,
+            attention_mask=self._masks(),
+            position_ids=self._positions.clamp(max=self._longest - 1),  # padding may reach beyond
+            past_key_values=self,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+    def move(self, to: Sequence[int], of: Sequence[int], length: int) -> None:
+        """Copy the first ``length`` positions of slots ``of`` over those of slots ``to``; one of ``of`` may serve all."""
+        for keys, values in self._attention.values():
+            keys[to, :length] = keys[of, :length]
+            values[to, :length] = values[of, :length]
+        for state in self._convolution.values():
+            state[to] = state[of]
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Make slots ready for rows that begin. (Keys and values need nothing: the mask hides them.)"""
+        for state in self._convolution.values():
+            state[slots] = 0
+
+    def bytes_per_position(self) -> int:
+        """Of one row's keys and values, once something was computed."""
+        return sum(
+            2 * keys.element_size() * keys.shape[2] * max(keys.shape[3], values.shape[3])
+            for keys, values in self._attention.values()
+        )
+
+    def _masks(self) -> Any:
+        """As transformers' models take them ready made: one for all layers, or one for each type of layers."""
+        places = torch.arange(self._extent, device=self._positions.device)
+        seen = places <= self._positions[:, None, :, None]  # [rows, 1, width, extent]
+        masks: dict[str, torch.Tensor | None] = {"full_attention": seen, "conv": None}
+        for window in self._windows:
+            masks["sliding_attention"] = seen & (places > self._positions[:, None, :, None] - window)
+        if self._additive:
+            masks = {name: self._as_addend(mask) for name, mask in masks.items()}
+        needed = set(self._types)
+        return masks[needed.pop()] if len(needed) == 1 else {name: masks[name] for name in needed}
+
+    def _as_addend(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        dtype = self._model.dtype
+        return mask if mask is None else torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+
+    def _reserve(self, length: int) -> None:
+        if length <= self._capacity:
+            return
+        self._capacity = -(-max(length, min(2 * self._capacity, 4096)) // _ROUND) * _ROUND
+        for layer, (keys, values) in list(self._attention.items()):
+            self._attention[layer] = self._grown(keys), self._grown(values)
+
+    def _grown(self, old: torch.Tensor) -> torch.Tensor:
+        new = old.new_zeros(self.slots, self._capacity, *old.shape[2:])
+        new[:, : old.shape[1]] = old
+        return new
+
+    # What models call.
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [rows, heads, new, width] come in; those of all positions so far go out."""
+        if layer_idx not in self._attention:
+            self._attention[layer_idx] = self._room(key_states), self._room(value_states)
+        keys, values = self._attention[layer_idx]
+        keys[self._rows, self._positions] = key_states.transpose(1, 2)
+        values[self._rows, self._positions] = value_states.transpose(1, 2)
+        return keys[self._at, : self._extent].transpose(1, 2), values[self._at, : self._extent].transpose(1, 2)
+
+    def _room(self, states: torch.Tensor) -> torch.Tensor:
+        _, heads, _, width = states.shape
+        return states.new_zeros(self.slots, self._capacity, heads, width)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """The rows' last inputs, [rows, channels, kernel], written in place when one token is added."""
+        state = self._convolution.get(layer_idx)
+        return None if state is None else state[self._at]
+
+    def update_conv_state(
+        self,
+        conv_states: torch.Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """New inputs [rows, channels, new] come in; they go out behind the earlier ones that the kernel reaches."""
+        if conv_kernel_size is None or state_idx:
+            raise NotImplementedError("a convolution of another kind")
+        rows, channels, _width = conv_states.shape
+        if layer_idx not in self._convolution:
+            self._convolution[layer_idx] = conv_states.new_zeros(self.slots, channels, conv_kernel_size)
+        state = self._convolution[layer_idx]
+        whole = torch.cat((state[self._at], conv_states), -1)
+        last = self._counts[:, None] + torch.arange(conv_kernel_size, device=whole.device)
+        state[self._at] = whole.gather(2, last[:, None].expand(rows, channels, -1))
+        return whole
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise NotImplementedError("a recurrent state")
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return bool(self._convolution)
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return int(self._extent - self._positions.shape[1])
