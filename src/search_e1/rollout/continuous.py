@@ -105,6 +105,7 @@ class ContinuousSession:
             ModelError: memory does not hold a single row.
         """
         try:
+            self._settle()  # now it is known who was released, and need not be kept
             if self._waiting and (not self._active or self._steps % self.pace == 0):
                 self._join()
             self._steps += 1
@@ -121,14 +122,15 @@ class ContinuousSession:
 
     def _sample(self) -> list[tuple[int, Generation]]:
         rows = [row for row in self._held[: self._active] if row]
-        logits = self._cache.forward(0, [row.known for row in rows], [row.ids[-1:] for row in rows])
+        logits = self._cache.forward(range(len(rows)), [row.known for row in rows], [row.ids[-1:] for row in rows])
         ids, logprobs = draw(logits, self._temperature, [row.source for row in rows])
-        finished = []
+        finished, ends = [], self._ends
         for row, id, logprob in zip(rows, ids, logprobs, strict=True):
             row.known += 1
             row.ids.append(id)
             row.logprobs.append(logprob)
-            if len(row.ids) >= row.end or self._ends.at(row.ids, row.prompt):
+            last = (ends.candidates is None or id in ends.candidates) and ends.at(row.ids, row.prompt)
+            if last or len(row.ids) >= row.end:
                 row.unfinished = False
                 finished.append(row)
         if self._on_id and len(rows) == 1:
@@ -136,8 +138,6 @@ class ContinuousSession:
         for row in reversed(finished):  # the last active row takes the place of one that leaves
             self._active -= 1
             self._put(row, self._active)
-        if finished:
-            self._settle()
         return [(row.key, Generation(tuple(row.ids[row.prompt :]), tuple(row.logprobs))) for row in finished]
 
     # Rows that join.
@@ -159,15 +159,10 @@ class ContinuousSession:
         followed = {row.key for row in followers}
         needy = [row for row in joining if row.key not in followed]
         self._begin(list(leaders.values()))
-        # Those that need a pass over their prompt or observation stand together, the longest first.
-        needy.sort(key=lambda row: len(row.ids) - row.known, reverse=True)
-        for place, row in enumerate([*needy, *followers], self._active):
-            self._put(row, place)
+        self._gather(joining)
         self._settle()
-        self._prefill(needy)
-        for row in followers:
-            leader = leaders[tuple(row.ids)]
-            self._copy(leader.stored, [row], leader.known)
+        self._prefill(sorted(needy, key=lambda row: len(row.ids) - row.known, reverse=True))
+        self._copy([leaders[tuple(row.ids)] for row in followers], followers)
         self._active += len(joining)
 
     def _begin(self, rows: Sequence[_Row]) -> None:
@@ -177,18 +172,21 @@ class ContinuousSession:
             common = _common([row.ids[:-1] for row in rows])
             self._prefix = common if len(common) >= _PREFIX else []
             if self._prefix:
-                self._cache.forward(self.rows, [0], [self._prefix])
-        length = len(self._prefix or ())
-        if given := [row for row in rows if length and row.ids[:length] == self._prefix and len(row.ids) > length]:
-            self._copy(self.rows, given, length)
+                self._cache.forward([self.rows], [0], [self._prefix])
+        prefix = _Row(-1, stored=self.rows, ids=self._prefix or [], known=len(self._prefix or []))
+        given = [row for row in rows if row.ids[: prefix.known] == prefix.ids and len(row.ids) > prefix.known > 0]
+        self._copy([prefix] * len(given), given)
 
-    def _copy(self, slot: int, rows: Sequence[_Row], length: int) -> None:
-        self._cache.move([row.stored for row in rows], [slot], length)
-        for row in rows:
-            row.known = length
+    def _copy(self, models: Sequence[_Row], rows: Sequence[_Row]) -> None:
+        """Let each row have what the cache holds of another."""
+        if rows:
+            length = max(model.known for model in models)
+            self._cache.move([row.stored for row in rows], [model.stored for model in models], length)
+        for row, model in zip(rows, models, strict=True):
+            row.known = model.known
 
     def _prefill(self, rows: Sequence[_Row]) -> None:
-        """Compute what ``rows``, in neighbouring slots and the longest first, have before their last ids."""
+        """Compute what ``rows``, those with most to compute first, have before their last ids."""
         at = 0
         while at < len(rows) and rows[at].new:
             width, end = len(rows[at].new), at + 1
@@ -196,12 +194,20 @@ class ContinuousSession:
             while end < len(rows) and (end + 1 - at) * width <= _PREFILL and len(rows[end].new) * 2 > width:
                 end += 1
             part = rows[at:end]
-            self._cache.forward(part[0].stored, [row.known for row in part], [row.new for row in part])
+            self._cache.forward([row.stored for row in part], [row.known for row in part], [row.new for row in part])
             for row in part:
                 row.known = len(row.ids) - 1
             at = end
 
     # Slots.
+
+    def _gather(self, rows: Sequence[_Row]) -> None:
+        """Let ``rows`` have the slots behind the active ones; those who are there already stay."""
+        places = range(self._active, self._active + len(rows))
+        elsewhere = [row for row in rows if row.slot not in places]
+        held = {row.slot for row in rows}
+        for row, place in zip(elsewhere, [place for place in places if place not in held], strict=True):
+            self._put(row, place)
 
     def _put(self, row: _Row, slot: int) -> None:
         """Let ``row`` change slots with whoever holds ``slot``; ``_settle`` moves what they have in the cache."""

@@ -198,10 +198,10 @@ def _try(model: PreTrainedModel) -> int | None:
     a, b, more = [1, 2, 3, 4, 5], [6, 7, 8], [9, 10, 11]
     try:
         cache = RaggedCache(model, 3)
-        cache.forward(1, [0, 0], [a, b])
+        cache.forward([1, 2], [0, 0], [a, b])
         cache.move([1, 2], [2, 1], len(a))
-        cache.forward(1, [len(b)], [more])
-        together = cache.forward(1, [len(b) + len(more), len(a)], [[12], [13]]).float()
+        cache.forward([1], [len(b)], [more])
+        together = cache.forward([1, 2], [len(b) + len(more), len(a)], [[12], [13]]).float()
     except torch.OutOfMemoryError:
         raise
     except (NotImplementedError, TypeError, ValueError, LookupError, AttributeError, RuntimeError):

@@ -20,7 +20,7 @@ from search_e1.rollout.generator import Generation, Generator, Request, Session
 from search_e1.rollout.protocols import protocol_of
 from search_e1.runs import derived_seed
 from search_e1.scoring import exact_match, f1
-from search_e1.types import ActionKind, Passage, Question, StopReason, Trajectory, Turn
+from search_e1.types import ActionKind, Question, StopReason, Trajectory, Turn
 
 OnTurn = Callable[[int, Turn], None]
 OnTrajectory = Callable[[int, Trajectory], None]
@@ -142,7 +142,7 @@ def rollout(
     spent = spent or Spent()
     clock, before = time.perf_counter(), spent.sampling + spent.retrieval
     begun = generator.session(temperature=temperature, stop=protocol.stop, max_tokens=limit)
-    with begun as session, _Searches(retriever, config.topk) as searches:
+    with begun as session, _Searches(retriever, protocol, config) as searches:
         _Rollout(
             rows, session, searches, generator.tokenizer, protocol, config, limit, seed, on_turn, on_trajectory
         ).run(spent)
@@ -175,11 +175,7 @@ class _Rollout:
             if self.searches.under_way and (not self.sampling or steps % self.session.pace == 0):
                 with spent._on("retrieval"):
                     found = self.searches.collect()
-                for i, draft, passages in found:
-                    text, ids = self.protocol.observe(
-                        draft["action_text"], passages, self.config.max_observation_tokens
-                    )
-                    draft |= dict(observation_text=text, observation_ids=ids, passage_ids=tuple(p.id for p in passages))
+                for i, draft in found:
                     self._take(i, draft)
             if self.sampling:
                 with spent._on("sampling"):
@@ -248,10 +244,10 @@ _Draft = dict[str, Any]
 class _Searches:
     """Searches that are answered in the background, one batch after another."""
 
-    def __init__(self, retriever: Retriever, topk: int) -> None:
-        self._retriever, self._topk = retriever, topk
+    def __init__(self, retriever: Retriever, protocol: Protocol, config: RolloutConfig) -> None:
+        self._retriever, self._protocol, self._config = retriever, protocol, config
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="retriever")
-        self.under_way: list[tuple[list[tuple[int, _Draft]], Future[Sequence[Sequence[Passage]]]]] = []
+        self.under_way: list[Future[list[tuple[int, _Draft]]]] = []
 
     def __enter__(self) -> "_Searches":
         return self
@@ -262,15 +258,18 @@ class _Searches:
     def launch(self, searches: Sequence[tuple[int, _Draft]]) -> None:
         """Rows and the turns that they search with."""
         if searches:
-            queries = [draft["argument"] for _, draft in searches]
-            future = self._executor.submit(self._retriever.search, queries, self._topk)
-            self.under_way.append((list(searches), future))
+            self.under_way.append(self._executor.submit(self._answer, searches))
 
-    def collect(self) -> list[tuple[int, _Draft, Sequence[Passage]]]:
-        """Rows, turns and passages of all that was launched, once it is there."""
+    def collect(self) -> list[tuple[int, _Draft]]:
+        """Rows and turns with their observations, of all that was launched, once it is there."""
         batches, self.under_way = self.under_way, []
-        return [
-            (i, draft, passages)
-            for searches, future in batches
-            for (i, draft), passages in zip(searches, future.result(), strict=True)
-        ]
+        return [answered for batch in batches for answered in batch.result()]
+
+    def _answer(self, searches: Sequence[tuple[int, _Draft]]) -> list[tuple[int, _Draft]]:
+        found = self._retriever.search([draft["argument"] for _, draft in searches], self._config.topk)
+        answered = []
+        for (i, draft), passages in zip(searches, found, strict=True):
+            text, ids = self._protocol.observe(draft["action_text"], passages, self._config.max_observation_tokens)
+            seen = dict(observation_text=text, observation_ids=ids, passage_ids=tuple(p.id for p in passages))
+            answered.append((i, draft | seen))
+        return answered

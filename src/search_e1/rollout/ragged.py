@@ -16,9 +16,9 @@ class RaggedCache(Cache):
     """A slot for each row; in it, what a position's token left behind lies at that position, without padding.
 
     Attention layers keep keys and values as [slots, capacity, heads, width], short convolutions their last inputs as
-    [slots, channels, kernel]. A forward pass concerns the rows of some neighbouring slots, each with new tokens at its own
-    positions, padded on the right: what padding leaves lies behind a row's end, where the mask hides it until it is
-    overwritten.
+    [slots, channels, kernel]. A forward pass concerns the rows of some slots, each with new tokens at its own positions,
+    padded on the right: what padding leaves lies behind a row's end, where the mask hides it until it is overwritten.
+    Slots side by side are read in place, others are gathered.
     """
 
     def __init__(self, model: PreTrainedModel, slots: int) -> None:
@@ -37,11 +37,11 @@ class RaggedCache(Cache):
         self._attention: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._convolution: dict[int, torch.Tensor] = {}
         self._rows = self._positions = self._counts = torch.empty(0)
-        self._at = slice(0)
+        self._at: slice | torch.Tensor = slice(0)
         self._extent = 0
 
-    def forward(self, first: int, known: Sequence[int], ids: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Logits, [rows, vocabulary], after the last of the (padded) ``ids`` of the rows in slots ``first`` and on.
+    def forward(self, slots: Sequence[int], known: Sequence[int], ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Logits, [rows, vocabulary], after the last of the (padded) ``ids`` of the rows in ``slots``.
 
         ``known`` tells how many tokens of each row are in the cache already.
         """
@@ -51,8 +51,9 @@ class RaggedCache(Cache):
         new = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], device=device)
         self._positions = begin[:, None] + torch.arange(width, device=device)
         self._extent = max(known) + width
-        self._at = slice(first, first + len(ids))
-        self._rows = torch.arange(first, first + len(ids), device=device)[:, None]
+        self._rows = torch.tensor(slots, device=device)[:, None]
+        beside = all(slot == slots[0] + i for i, slot in enumerate(slots))
+        self._at = slice(slots[0], slots[0] + len(slots)) if beside else self._rows[:, 0]
         self._counts = torch.tensor([len(row) for row in ids], device=device)
         self._reserve(self._extent)
         output = self._model(
@@ -67,12 +68,13 @@ class RaggedCache(Cache):
         return logits
 
     def move(self, to: Sequence[int], of: Sequence[int], length: int) -> None:
-        """Copy the first ``length`` positions of slots ``of`` over those of slots ``to``; one of ``of`` may serve all."""
+        """Copy the first ``length`` positions of slots ``of`` over those of slots ``to``."""
+        target, source = (torch.tensor(slots, device=self._model.device) for slots in (to, of))
         for keys, values in self._attention.values():
-            keys[to, :length] = keys[of, :length]
-            values[to, :length] = values[of, :length]
+            for kept in (keys[:, :length], values[:, :length]):
+                kept.index_copy_(0, target, kept.index_select(0, source))
         for state in self._convolution.values():
-            state[to] = state[of]
+            state.index_copy_(0, target, state.index_select(0, source))
 
     def clear(self, slots: Sequence[int]) -> None:
         """Make slots ready for rows that begin. (Keys and values need nothing: the mask hides them.)"""
@@ -125,16 +127,24 @@ class RaggedCache(Cache):
         keys, values = self._attention[layer_idx]
         keys[self._rows, self._positions] = key_states.transpose(1, 2)
         values[self._rows, self._positions] = value_states.transpose(1, 2)
-        return keys[self._at, : self._extent].transpose(1, 2), values[self._at, : self._extent].transpose(1, 2)
+        return self._whole(keys), self._whole(values)
+
+    def _whole(self, kept: torch.Tensor) -> torch.Tensor:
+        kept = kept[:, : self._extent]
+        at = self._at
+        return (kept[at] if isinstance(at, slice) else kept.index_select(0, at)).transpose(1, 2)
 
     def _room(self, states: torch.Tensor) -> torch.Tensor:
         _, heads, _, width = states.shape
         return states.new_zeros(self.slots, self._capacity, heads, width)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """The rows' last inputs, [rows, channels, kernel], written in place when one token is added."""
+        """The rows' last inputs, [rows, channels, kernel], to be written in place when one token is added.
+
+        ``None`` where there are none in one place: the model goes by ``update_conv_state`` then.
+        """
         state = self._convolution.get(layer_idx)
-        return None if state is None else state[self._at]
+        return None if state is None or not isinstance(self._at, slice) else state[self._at]
 
     def update_conv_state(
         self,

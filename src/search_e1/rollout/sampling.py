@@ -19,24 +19,25 @@ def draw(logits: torch.Tensor, temperature: float, sources: Sequence[Random]) ->
     Each row's randomness is one number of its own source (the inverse of the cumulative distribution), so that a row draws
     the same whoever it is sampled with.
     """
-    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+    logits = logits.float() / temperature if temperature not in (0.0, 1.0) else logits.float()
+    probabilities = torch.softmax(logits, -1)
     if temperature:
         numbers = torch.tensor([source.random() for source in sources], dtype=torch.float64, device=logits.device)
-        blocks = max(1, _AT_ONCE // logits.shape[1])
-        parts = zip(logprobs.split(blocks), numbers.split(blocks), strict=True)
+        rows = max(1, _AT_ONCE // logits.shape[1])
+        parts = zip(probabilities.split(rows), numbers.split(rows), strict=True)
         ids = torch.cat([_inverse(part, number) for part, number in parts])
     else:
-        ids = logprobs.argmax(-1)
+        ids = probabilities.argmax(-1)
     # One transfer: on an accelerator each is a wait for it.
-    both = torch.stack((ids.double(), logprobs.gather(1, ids[:, None])[:, 0].double())).tolist()
+    both = torch.stack((ids.double(), probabilities.gather(1, ids[:, None])[:, 0].log().double())).tolist()
     return [int(id) for id in both[0]], both[1]
 
 
-def _inverse(logprobs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+def _inverse(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     # In single precision the small probabilities at the end of a large vocabulary would be lost in the sum.
-    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     ids = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    return ids.clamp_(max=logprobs.shape[1] - 1)
+    return ids.clamp_(max=probabilities.shape[1] - 1)
 
 
 class Ends:
@@ -48,30 +49,31 @@ class Ends:
         # The tokenizer's, and those that the model's generation config adds (chat models often have two).
         configured = getattr(model.generation_config, "eos_token_id", None)
         self._end_ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
-        self._last = _that_may_end(tokenizer, self._stop)
+        last = _that_may_end(tokenizer, self._stop)
+        self.candidates = None if last is None else last | self._end_ids
+        """No other id ends a row; ``None`` if any may."""
 
     def at(self, ids: Sequence[int], begin: int = 0) -> bool:
         """Whether the last of ``ids`` is an end token, or completes a stop string of what follows ``begin``."""
         if ids[-1] in self._end_ids:
             return True
-        if not self._stop or (self._last is not None and ids[-1] not in self._last):
-            return False
         text = self._tokenizer.decode(ids[begin:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return any(string in text for string in self._stop)
 
 
 @lru_cache(maxsize=8)
 def _that_may_end(tokenizer: Any, stop: tuple[str, ...]) -> frozenset[int] | None:
-    """Ids of tokens that may hold the last character of a stop string; ``None`` if any may.
+    """Ids of the tokens that can complete a stop string; ``None`` if that cannot be told by their looks.
 
-    Byte-level and byte-fallback vocabularies write ASCII characters as they are, other characters as they please.
+    Vocabularies write ASCII characters as they are, bytes of their own as ``<0x3E>``, all else as they please.
     """
-    last = {string[-1] for string in stop}
-    if not all(character.isascii() and character.isprintable() and character != " " for character in last):
+    if not all(character.isascii() and character.isprintable() and character != " " for character in "".join(stop)):
         return None
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    return frozenset(
-        i
-        for i, token in enumerate(tokens)
-        if token is None or last & set(token) or (token.startswith("<0x") and token.endswith(">"))
-    )
+    return frozenset(i for i, token in enumerate(tokens) if token is None or any(_may_end(token, s) for s in stop))
+
+
+def _may_end(token: str, string: str) -> bool:
+    """A token completes a string that it holds, or that ends with what the token begins with."""
+    begins = any(string.endswith(token[:n]) for n in range(1, min(len(token), len(string)) + 1))
+    return begins or string in token or token.startswith("<0x")
