@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from chat import CHATML_TOOLS, call, chat_tokenizer
 from search_e1.config import RolloutConfig
 from search_e1.prompts import Prompts, plain_prompt
-from search_e1.rollout.generator import Generation
+from search_e1.rollout.generator import BatchGenerator, Generation, Request
 from search_e1.rollout.loop import rollout, starts
 from search_e1.rollout.protocols import protocol_of
 from search_e1.types import ActionKind, Passage, Question, StopReason, Trajectory
@@ -100,7 +100,7 @@ def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
     }
 
 
-class _Quoting:
+class _Quoting(BatchGenerator):
     """Searches, then quotes all passages that it was shown, word for word, before it answers."""
 
     context_length = 100_000
@@ -110,8 +110,8 @@ class _Quoting:
         self.protocol = protocol_of(tokenizer, prompts)
         self.begun = 0
 
-    def generate(self, prompts: Sequence[Sequence[int]], **_: Any) -> list[Generation]:
-        [context] = prompts
+    def generate(self, requests: Sequence[Request], **_: Any) -> list[Generation]:
+        [context] = [request.prompt for request in requests]
         if not self.begun:
             said = call("Bel") if self.tools else "<search> Bel </search>"
             ids = tuple(self.tokenizer.encode(said, add_special_tokens=False))
@@ -139,7 +139,7 @@ def _played(tokenizer: Any, prompts: Prompts, text: str) -> Trajectory:
         Passage(id="1", title=text, text=f"A {text} city."), Passage(id="2", title="Fen", text="Fen is old.")
     )
     [start] = starts(tokenizer, prompts, [Question(id="q", text="Who?", answers=("x", text))])
-    [played] = rollout(_Quoting(tokenizer, prompts), found, [start], _LIMITS, temperature=0.0, prompts=prompts)
+    [played] = rollout(_Quoting(tokenizer, prompts), found, [start], _LIMITS, temperature=0.0, seed=0, prompts=prompts)
     return played
 
 
