@@ -163,6 +163,7 @@ def test_the_published_set_up_needs_no_flags(collection: Path, tmp_path: Path, p
         "bamboogle.test.jsonl",
         "hotpotqa.train.jsonl",
         "manifest.json",
+        "manifest.json.sha256",
         "musique.dev.jsonl",
         "nq.test.jsonl",
         "nq.train.jsonl",
