@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from search_e1.distill import passes
 from search_e1.distill import trainer as distill
 from search_e1.grpo import trainer as grpo
 from search_e1.policy import Policy
-from search_e1.progress import silent
+from search_e1.progress import Progress, silent
 from search_e1.types import Pair
+from search_e1.warmstart.trainer import Demonstration
+from search_e1.warmstart.trainer import train as warmstart
 from taught import LIMITS, QUESTIONS, teach
 from test_distill import pairs_of
 
@@ -188,3 +191,29 @@ def test_each_epoch_has_an_order_of_its_own_that_follows_from_the_seed(taught, p
     assert all(sorted(order) == list(range(7)) for epochs in orders.values() for order in epochs)
     assert len({tuple(order) for epochs in orders.values() for order in epochs}) == 6
     assert run(5) == orders[5]
+
+
+def test_a_warm_start(taught, tmp_path):
+    def demonstrations() -> Iterator[list[Demonstration]]:
+        dice = random.Random(1)
+        while True:
+            ids = tuple(dice.choices(range(200), k=12))
+            yield [Demonstration(ids[:4], ids[4:], (1,) * 8)]
+
+    def stage(out: Path, progress: Progress, work: Work | None) -> dict[str, Any]:
+        policy = copy.deepcopy(taught)
+        for layer in policy.model.model.layers:
+            layer.self_attn.attention_dropout = 0.1
+        tracked: list[tuple[int, float]] = []
+        losses = warmstart(
+            policy, demonstrations(), steps=8, learning_rate=1e-2, seed=2, progress=progress, work=work,
+            track=lambda step, figures: tracked.append((step, figures["loss"])),
+        )  # fmt: skip
+        assert tracked == list(enumerate(losses, 1))
+        policy.save(out / "policy")
+        (out / "steps.jsonl").touch()
+        return {"losses": losses}
+
+    whole = never_interrupted(stage, tmp_path / "whole")
+    assert interrupted(stage, tmp_path / "killed", 2, 7) == whole
+    assert_equal(tmp_path / "killed", tmp_path / "whole")

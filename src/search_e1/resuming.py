@@ -1,4 +1,4 @@
-"""How transformers' trainers save a step and go on from it, to the bit."""
+"""How training saves a step and goes on from it, to the bit: transformers' trainers, and loops of our own."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ class ResumingTrainer(Trainer):
             self.work.reached(self.state.global_step, self._write)
 
     def _write(self, directory: Path) -> None:
-        save_file(_trained(self.model), directory / _WEIGHTS)
+        save_trained(self.model, directory)
         self._save_optimizer_and_scheduler(str(directory))
         self._save_scaler(str(directory))
         self._save_rng_state(str(directory))
@@ -62,10 +62,7 @@ class ResumingTrainer(Trainer):
         shutil.copyfile(self.steps, directory / STEPS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved, there = load_file(Path(resume_from_checkpoint) / _WEIGHTS), _trained(model or self.model)
-        assert saved.keys() == there.keys(), "the checkpoint is of another policy"
-        for name, weight in there.items():
-            weight.copy_(saved[name])
+        load_trained(model or self.model, Path(resume_from_checkpoint))
 
 
 def restored_steps(checkpoint: Path | None, path: Path) -> list[dict[str, float]]:
@@ -80,6 +77,19 @@ def restored_steps(checkpoint: Path | None, path: Path) -> list[dict[str, float]
 def figures(step: Mapping[str, float]) -> dict[str, float]:
     """What is tracked of a line of ``steps.jsonl``."""
     return {name: value for name, value in step.items() if name not in ("step", "seconds")}
+
+
+def save_trained(model: Any, directory: Path) -> None:
+    """Write the weights of ``model`` that are trained."""
+    save_file(_trained(model), directory / _WEIGHTS)
+
+
+def load_trained(model: Any, directory: Path) -> None:
+    """Set the weights of ``model`` that are trained to those of ``save_trained``."""
+    saved, there = load_file(directory / _WEIGHTS), _trained(model)
+    assert saved.keys() == there.keys(), "the checkpoint is of another policy"
+    for name, weight in there.items():
+        weight.copy_(saved[name])
 
 
 def _complete(state: TrainerState) -> bool:

@@ -89,8 +89,9 @@ class Stages(Inputs):
 
         def train(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
             return warm_start(
-                self.train_questions, self.retriever, self.config, out=out, progress=progress, track=self._track
-            )
+                self.train_questions, self.retriever, self.config, out=out, progress=progress, track=self._track,
+                work=self._work,
+            )  # fmt: skip
 
         return self._stage("warmstart", out, ("warmstart", "rollout", "seed"), self._asking(None), train)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from search_e1.checkpoints import Work
 from search_e1.config import Config, WarmstartConfig
 from search_e1.data.corpus import read_corpus
 from search_e1.errors import ConfigError
@@ -28,8 +29,9 @@ def warm_start(
     out: Path,
     progress: Progress = silent,
     track: Track = untracked,
+    work: Work | None = None,
 ) -> dict[str, Any]:
-    """Make a policy from nothing, teach it by demonstrations, and save it in ``out / "policy"``.
+    """Make a policy from nothing, teach it by demonstrations, and save it in ``out / "policy"``; see ``train`` for ``work``.
 
     Returns how many questions gave a demonstration, by the part of their id before ``_``, the number of weights, and the loss
     (nats) at the start and at the end.
@@ -62,6 +64,7 @@ def warm_start(
         seed=config.seed,
         progress=progress,
         track=track,
+        work=work,
     )
     policy.save(out / "policy")
     last = losses[-_LAST:]

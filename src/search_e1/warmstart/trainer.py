@@ -4,17 +4,21 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from search_e1.checkpoints import Work
 from search_e1.errors import DataError, TrainingError
 from search_e1.policy import Policy
 from search_e1.progress import Progress, Track, silent, untracked
+from search_e1.resuming import load_trained, save_trained
 
 _WARM_UP = 0.05  # share of the steps over which the learning rate rises; it then falls linearly to zero
 _MAX_NORM = 1.0
+_STATE = "state.pt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +61,12 @@ def train(
     pass_tokens: int = 16_384,
     progress: Progress = silent,
     track: Track = untracked,
+    work: Work | None = None,
 ) -> list[float]:
     """Train all weights of ``policy`` in place; returns the loss of each step.
+
+    With the same arguments and a ``work`` that was begun, training goes on from its newest checkpoint and ends as if it had
+    never been interrupted.
 
     The loss is the cross-entropy (nats) of the ids under ``action_mask`` 1, averaged over all of them in a batch.
     Matrices inside the layers are optimised by Muon, the rest (embeddings, norms, convolutions) by AdamW; Muon's update is
@@ -70,30 +78,72 @@ def train(
 
     Raises:
         DataError: too few batches, an empty one, or a demonstration that is longer than the model's context.
+        Stopped: a signal has asked to stop.
         TrainingError: the loss is not finite; the weights are those before that step.
     """
+    work = work or Work()
     model = policy.model
     torch.manual_seed(seed)  # dropout, where the model has it
     optimizers = _optimizers(model, learning_rate)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, steps)) for o in optimizers]
     was_training = model.training
     model.train()
-    losses: list[float] = []
+    state = _State(model, optimizers, schedules)
+    losses = state.restore(work.newest())
+    for step, loss in enumerate(losses, 1):
+        track(step, {"loss": loss})
     try:
-        for batch in itertools.islice(demonstrations, steps):
-            losses.append(_accumulate(model, batch, pass_tokens, len(losses) + 1))
-            torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_NORM)
-            for optimizer, schedule in zip(optimizers, schedules, strict=True):
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-            track(len(losses), {"loss": losses[-1]})
-            progress(len(losses), steps, f"loss {losses[-1]:.3f}")
+        with work.finishing():
+            for batch in itertools.islice(demonstrations, len(losses), steps):
+                losses.append(_accumulate(model, batch, pass_tokens, len(losses) + 1))
+                torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_NORM)
+                for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    schedule.step()
+                track(len(losses), {"loss": losses[-1]})
+                progress(len(losses), steps, f"loss {losses[-1]:.3f}")
+                work.reached(len(losses), lambda directory: state.save(directory, losses))
     finally:
         model.train(was_training)
     if len(losses) < steps:
         raise DataError(f"demonstrations ran out after {len(losses)} of {steps} steps; give more, or train fewer steps")
     return losses
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """All that a step depends on, beside its demonstrations."""
+
+    model: PreTrainedModel
+    optimizers: Sequence[torch.optim.Optimizer]
+    schedules: Sequence[torch.optim.lr_scheduler.LambdaLR]
+
+    def save(self, directory: Path, losses: Sequence[float]) -> None:
+        save_trained(self.model, directory)
+        state = {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedules": [schedule.state_dict() for schedule in self.schedules],
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "losses": list(losses),
+        }
+        torch.save(state, directory / _STATE)
+
+    def restore(self, directory: Path | None) -> list[float]:
+        """The losses so far."""
+        if directory is None:
+            return []
+        load_trained(self.model, directory)
+        state = torch.load(directory / _STATE, weights_only=True, map_location="cpu")
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(saved)
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"]:
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+        return state["losses"]
 
 
 def _rate(step: int, steps: int) -> float:
