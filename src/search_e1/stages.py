@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from search_e1 import policy as policies
 from search_e1 import runs, tracking
-from search_e1.checkpoints import Work
+from search_e1.checkpoints import Lines, Work
 from search_e1.config import Config, default_of
 from search_e1.distill import files as pair_files
 from search_e1.distill import profile, teacher
@@ -116,7 +116,7 @@ class Stages(Inputs):
             questions = at_most(self.train_questions, self.config.pool.questions, seed)
             return pool.sample(
                 self._generator(loaded), self.retriever, questions, loaded.prompts, self.config.pool, self.config.rollout,
-                seed=seed, out=out, progress=progress,
+                seed=seed, out=out, progress=progress, work=self._work,
             )  # fmt: skip
 
         return self._stage(f"pool-{round}", out, ("pool", "rollout"), self._asking(policy), sample)
@@ -156,10 +156,12 @@ class Stages(Inputs):
         def measure(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
             loaded = self._policy(policy)
             pairs = pair_files.read(pairs_path / pair_files.HELD_OUT, loaded.tokenizer)
-            measured, divergences = teacher.measure(
-                loaded, self._generator(loaded), self.retriever, pairs, self.config.lead, self.config.rollout,
-                temperature=self.config.pool.temperature, seed=seed, progress=progress,
-            )  # fmt: skip
+            with self._work.scratch(out) as scratch:
+                measured, divergences = teacher.measure(
+                    loaded, self._generator(loaded), self.retriever, pairs, self.config.lead, self.config.rollout,
+                    temperature=self.config.pool.temperature, seed=seed, progress=progress,
+                    lines=Lines(scratch / "trajectories.jsonl", scratch / "journal"),
+                )  # fmt: skip
             (out / "lead.json").write_text(measured.model_dump_json(indent=2) + "\n")
             lines = "".join(row.model_dump_json() + "\n" for row in divergences)
             (out / profile.FILE).write_text(lines, encoding="utf-8")
@@ -236,7 +238,7 @@ class Stages(Inputs):
             evaluation = evaluate(
                 generator, self.retriever, {name: self.eval_questions[name] for name in chosen},
                 prompts, self.config.evaluation, self.config.rollout, seed=seed, out=out, progress=progress,
-                ceilings={(row.benchmark, row.id): row for row in known},
+                ceilings={(row.benchmark, row.id): row for row in known}, work=self._work,
             )  # fmt: skip
             return evaluation.model_dump(mode="json")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from search_e1.progress import Progress
@@ -35,12 +35,16 @@ def watch(console: Console, rounds: int) -> Callable[[str], AbstractContextManag
         label = f"{kind.replace('-', ' ')} {round}/{rounds}" if round.isdigit() else name.replace("-", " ")
         bars = Bars(
             TextColumn("{task.description:<20}", markup=False),
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=10),
             TextColumn("{task.fields[count]:>11}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figure]}", markup=False),
+            # The rest of the line: what matters most comes first.
+            TextColumn(
+                "{task.fields[figure]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+            ),
             console=console,
+            expand=True,
         )
         task = bars.add_task(printable(label), total=None, figure="", count="")
 

@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from statistics import fmean
 
+from search_e1.checkpoints import Lines
 from search_e1.config import LeadConfig, RolloutConfig
 from search_e1.distill.collate import TokenClass, context_length, fits, prompt_of_teacher
 from search_e1.distill.profile import ClassKL, PairKL, by_class, pair_kl
@@ -86,11 +87,13 @@ def measure(
     temperature: float,
     seed: int,
     progress: Progress = silent,
+    lines: Lines | None = None,
 ) -> tuple[Lead, list[PairKL]]:
     """Sample under the plain and the privileged prompt and compare; also the per-token divergence of each pair measured.
 
     The pairs of one question share their reference, so only the first of them is measured. Rollouts under the privileged
-    prompt may be longer by as much as that prompt is, so that both have the same room to act.
+    prompt may be longer by as much as that prompt is, so that both have the same room to act. ``lines`` keep what was
+    sampled under each prompt; what lies there is not sampled again.
 
     Raises:
         DataError: no pairs, or none that fits the policy's context.
@@ -104,7 +107,7 @@ def measure(
         raise DataError(f"no pair to measure the teacher's lead on: {why}; sample a larger pool (pool.questions)")
     off_track = [(i, prefix) for i, pair in enumerate(kept) if (prefix := _prefix(pair.student, rollout))]
     begins = [*((i, ()) for i in range(len(kept))), *off_track]
-    outcomes = _sample(policy, generator, retriever, kept, begins, config, rollout, temperature, seed, progress)
+    outcomes = _sample(policy, generator, retriever, kept, begins, config, rollout, temperature, seed, progress, lines)
     plain, privileged = outcomes[0][: len(kept)], outcomes[1][: len(kept)]
     plain_off, privileged_off = outcomes[0][len(kept) :], outcomes[1][len(kept) :]
     low, high = interval([_em(b) - _em(a) for a, b in zip(plain, privileged, strict=True)])
@@ -170,6 +173,7 @@ def _sample(
     temperature: float,
     seed: int,
     progress: Progress,
+    lines: Lines | None,
 ) -> list[list[list[Trajectory]]]:
     """For the plain prompt, then the privileged: the samples of each begin (a pair's index and its first turns)."""
     plain = [pair.student.prompt_ids for pair in pairs]
@@ -185,16 +189,26 @@ def _sample(
 
     outcomes = []
     for prompts, limits in ((plain, rollout), (privileged, roomier)):
-        sampled = loop.rollout(
-            generator,
-            retriever,
-            [loop.Start(pairs[i].question, prompts[i], turns, k) for i, turns in begins for k in range(config.samples)],
-            limits,
-            temperature=temperature,
-            seed=seed,  # the same for both prompts: what differs is what the policy sees
-            prompts=policy.prompts,
-            on_trajectory=on_trajectory,
-        )
+        if lines and (found := lines.read()):
+            sampled = [Trajectory.model_validate_json(line) for line in found]
+            rewards += [trajectory.reward for trajectory in sampled]
+        else:
+            sampled = loop.rollout(
+                generator,
+                retriever,
+                [
+                    loop.Start(pairs[i].question, prompts[i], turns, k)
+                    for i, turns in begins
+                    for k in range(config.samples)
+                ],
+                limits,
+                temperature=temperature,
+                seed=seed,  # the same for both prompts: what differs is what the policy sees
+                prompts=policy.prompts,
+                on_trajectory=on_trajectory,
+            )
+            if lines:
+                lines.append(trajectory.model_dump_json() for trajectory in sampled)
         outcomes.append([sampled[at : at + config.samples] for at in range(0, len(sampled), config.samples)])
     return outcomes
 

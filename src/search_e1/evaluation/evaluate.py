@@ -3,13 +3,11 @@
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TextIO
 
+from search_e1.checkpoints import Lines, Work
 from search_e1.config import EvaluationConfig, RolloutConfig
 from search_e1.errors import DataError
 from search_e1.evaluation import results
@@ -19,14 +17,13 @@ from search_e1.evaluation.results import Evaluation, Result
 from search_e1.progress import Progress, silent
 from search_e1.prompts import Prompts
 from search_e1.retrieval.base import Retriever
+from search_e1.rollout.chunks import Asking
 from search_e1.rollout.generator import Generator
-from search_e1.rollout.loop import OnTrajectory, rollout, starts
 from search_e1.runs import derived_seed
 from search_e1.scoring import cover_match
 from search_e1.types import Group, Question, Record, Trajectory
 
 TRAJECTORIES, SAMPLED, TIMINGS = "trajectories.jsonl", "sampled.jsonl", "timings.json"
-_BATCHES_AT_ONCE = 8  # as trajectories end, others fill the generator's batches; what is held in memory stays bounded
 _DOCUMENT = re.compile(r"Doc \d+\(Title: ")
 
 Ceilings = Mapping[tuple[str, str], Ceiling]
@@ -58,6 +55,7 @@ def evaluate(
     out: Path,
     ceilings: Ceilings | None = None,
     progress: Progress = silent,
+    work: Work | None = None,
 ) -> Evaluation:
     """Roll out every question once greedily and ``config.samples`` times at ``config.temperature``, and judge the answers.
 
@@ -65,35 +63,36 @@ def evaluate(
     ``SAMPLED``), a ``Result`` for each question, the figures over them, and times. Each benchmark is sampled with a seed made
     of ``seed`` and its name, so that it depends on nothing that ran before.
 
+    With the same arguments and a ``work`` that was begun, groups that lie there are kept and the others are rolled out.
+
     Raises:
         DataError: a benchmark has no questions, or there is no benchmark.
         RetrievalError: from the retriever.
+        Stopped: a signal has asked to stop; the chunk at hand is finished and on disk.
     """
     empty = [name for name, questions in questions_by_benchmark.items() if not questions]
     if empty or not questions_by_benchmark:
         raise DataError(
             f"no questions to evaluate on in {empty or 'data.eval'}; give files that hold some in data.eval"
         )
-    asking = _Asking(generator, retriever, prompts, limits)
+    work = work or Work()
+    asking = Asking(generator, retriever, prompts, limits)
     told = _Told(progress, sum(map(len, questions_by_benchmark.values())) * (1 + config.samples))
+    greedy = _Written(asking, work.lines(out / TRAJECTORIES), work, told)
+    sampled = _Written(asking, work.lines(out / SAMPLED), work, told) if config.samples else None
     made: list[Result] = []
     timings: dict[str, Timing] = {}
-    with ExitStack() as files:
-        greedy = files.enter_context((out / TRAJECTORIES).open("w", encoding="utf-8"))
-        sampled = files.enter_context((out / SAMPLED).open("w", encoding="utf-8")) if config.samples else None
-        for name, questions in questions_by_benchmark.items():
-            own = derived_seed(seed, name)
-            clock = time.perf_counter()
-            part = [
-                judge(name, group, (ceilings or {}).get((name, group.question.id)))
-                for group in _written(asking.groups(questions, 1, 0.0, own, told), greedy)
-            ]
-            seconds = time.perf_counter() - clock
-            if sampled:
-                groups = _written(asking.groups(questions, config.samples, config.temperature, own, told), sampled)
-                part = [with_samples(result, group) for result, group in zip(part, groups, strict=True)]
-            made += part
-            timings[name] = asking.timing(questions, seconds, config.latency)
+    for name, questions in questions_by_benchmark.items():
+        own, before = derived_seed(seed, name), greedy.lines.tally["seconds"]
+        part = [
+            judge(name, group, (ceilings or {}).get((name, group.question.id)))
+            for group in greedy.groups(questions, 1, 0.0, own)
+        ]
+        if sampled:
+            groups = sampled.groups(questions, config.samples, config.temperature, own)
+            part = [with_samples(result, group) for result, group in zip(part, groups, strict=True)]
+        made += part
+        timings[name] = _timing(asking, questions, greedy.lines.tally["seconds"] - before, config.latency)
     found = results.evaluation(made, seed)
     results.write(made, out / results.QUESTIONS)
     (out / results.EVALUATION).write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -144,10 +143,30 @@ def _read(trajectory: Trajectory) -> Iterator[str]:
             yield from (_DOCUMENT.sub("", line, count=1) for line in lines if _DOCUMENT.match(line))
 
 
-def _written(groups: Iterable[Group], stream: TextIO) -> Iterator[Group]:
-    for group in groups:
-        stream.write(group.model_dump_json() + "\n")
-        yield group
+class _Written:
+    """Groups in a file, chunk by chunk: as they lie there, or rolled out and written."""
+
+    def __init__(self, asking: Asking, lines: Lines, work: Work, told: "_Told") -> None:
+        self.asking, self.lines, self.work, self.told = asking, lines, work, told
+
+    def groups(self, questions: Sequence[Question], size: int, temperature: float, seed: int) -> Iterator[Group]:
+        for chunk in self.asking.chunks(questions, size):
+            found = self.lines.read()
+            yield from self._asked(chunk, size, temperature, seed) if found is None else self._there(found)
+
+    def _there(self, lines: Sequence[bytes]) -> Iterator[Group]:
+        for line in lines:
+            group = Group.model_validate_json(line)
+            for trajectory in group.trajectories:
+                self.told(0, trajectory)
+            yield group
+
+    def _asked(self, chunk: Sequence[Question], size: int, temperature: float, seed: int) -> list[Group]:
+        clock = time.perf_counter()
+        with self.work.finishing():
+            groups = self.asking.groups(chunk, size, temperature=temperature, seed=seed, on_trajectory=self.told)
+            self.lines.append((group.model_dump_json() for group in groups), {"seconds": time.perf_counter() - clock})
+        return groups
 
 
 class _Told:
@@ -163,50 +182,17 @@ class _Told:
         self.progress(self.done, self.total, f"EM {self.right / self.done:.3f}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Asking:
-    """All that it takes to ask questions."""
-
-    generator: Generator
-    retriever: Retriever
-    prompts: Prompts
-    limits: RolloutConfig
-
-    def groups(
-        self,
-        questions: Sequence[Question],
-        size: int,
-        temperature: float,
-        seed: int,
-        on_trajectory: OnTrajectory | None = None,
-    ) -> Iterator[Group]:
-        at_once = max(1, self.limits.batch_size * _BATCHES_AT_ONCE // size)
-        for at in range(0, len(questions), at_once):
-            batch = questions[at : at + at_once]
-            trajectories = rollout(
-                self.generator,
-                self.retriever,
-                starts(self.generator.tokenizer, self.prompts, batch, size),
-                self.limits,
-                temperature=temperature,
-                seed=seed,
-                prompts=self.prompts,
-                on_trajectory=on_trajectory,
-            )
-            for i, question in enumerate(batch):
-                yield Group(question=question, trajectories=tuple(trajectories[i * size : (i + 1) * size]))
-
-    def timing(self, questions: Sequence[Question], seconds: float, alone: int) -> Timing:
-        """``seconds`` is what all of ``questions`` took together; of these, ``alone`` evenly spread ones are asked again."""
-        chosen = min(alone, len(questions))
-        times = []
-        for i in range(chosen):
-            clock = time.perf_counter()
-            list(self.groups([questions[i * len(questions) // chosen]], 1, 0.0, 0))
-            times.append(time.perf_counter() - clock)
-        return Timing(
-            seconds_a_question=seconds / len(questions),
-            latency=median(times) if times else None,
-            longest=max(times, default=None),
-            alone=chosen,
-        )
+def _timing(asking: Asking, questions: Sequence[Question], seconds: float, alone: int) -> Timing:
+    """``seconds`` is what all of ``questions`` took together; of these, ``alone`` evenly spread ones are asked again."""
+    chosen = min(alone, len(questions))
+    times = []
+    for i in range(chosen):
+        clock = time.perf_counter()
+        asking.groups([questions[i * len(questions) // chosen]], 1, temperature=0.0, seed=0)
+        times.append(time.perf_counter() - clock)
+    return Timing(
+        seconds_a_question=seconds / len(questions),
+        latency=median(times) if times else None,
+        longest=max(times, default=None),
+        alone=chosen,
+    )

@@ -1,16 +1,21 @@
 """The pool: groups of trajectories that pairs are mined from."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from search_e1.checkpoints import Work
 from search_e1.config import PoolConfig, RolloutConfig
 from search_e1.progress import Progress, silent
 from search_e1.prompts import Prompts
 from search_e1.retrieval.base import Retriever
+from search_e1.rollout.chunks import PARTS, Asking, tally
 from search_e1.rollout.generator import Generator
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import OnTrajectory, Spent
 from search_e1.runs import read_records
-from search_e1.types import Group, Question
+from search_e1.types import Group, Question, Trajectory
 
 FILE = "groups.jsonl"
 
@@ -26,40 +31,85 @@ def sample(
     seed: int,
     out: Path,
     progress: Progress = silent,
-) -> dict[str, float]:
-    """Sample a group for each question into ``out / FILE``, one JSON line each; returns EM, searches and tokens."""
-    groups: list[Group] = []
-    per_batch = max(1, limits.batch_size // config.group_size)
-    with (out / FILE).open("w", encoding="utf-8") as file:
-        for at in range(0, len(questions), per_batch):
-            batch = questions[at : at + per_batch]
-            trajectories = rollout(
-                generator,
-                retriever,
-                starts(generator.tokenizer, prompts, batch, config.group_size),
-                limits,
+    work: Work | None = None,
+) -> dict[str, Any]:
+    """Sample a group for each question into ``out / FILE``, one JSON line each, on disk chunk by chunk.
+
+    With the same arguments and a ``work`` that was begun, what lies there whole is kept and the rest is sampled.
+
+    Returns:
+        questions; means over the trajectories of EM (``em``), searches and sampled tokens; ``stop_reasons`` and how many
+        trajectories each has ended; ``seconds`` of sampling, waiting for the retriever and the rest; trajectories and sampled
+        tokens a second, over all attempts.
+
+    Raises:
+        Stopped: a signal has asked to stop; the chunk at hand is finished and on disk.
+        RetrievalError: from the retriever.
+    """
+    work = work or Work()
+    asking, size = Asking(generator, retriever, prompts, limits), config.group_size
+    lines, told = work.lines(out / FILE), _Told(progress, len(questions) * size)
+    for chunk in asking.chunks(questions, size):
+        if lines.skip():
+            continue
+        spent = Spent()
+        with work.finishing():
+            groups = asking.groups(
+                chunk,
+                size,
                 temperature=config.temperature,
                 seed=seed,
-                prompts=prompts,
+                on_trajectory=told.after(lines.tally),
+                spent=spent,
             )
-            for i, question in enumerate(batch):
-                siblings = trajectories[i * config.group_size : (i + 1) * config.group_size]
-                groups.append(Group(question=question, trajectories=tuple(siblings)))
-                file.write(groups[-1].model_dump_json() + "\n")
-            progress(len(groups), len(questions), f"EM {_mean(groups, 'reward'):.3f}")
+            sums = tally((t for group in groups for t in group.trajectories), spent)
+            lines.append((group.model_dump_json() for group in groups), sums)
+    return {"questions": len(questions), **figures(lines.tally)}
+
+
+def figures(sums: Mapping[str, float]) -> dict[str, Any]:
+    """What ``sums`` of ``chunks.tally`` come to."""
+    count, seconds = sums["trajectories"], sum(sums[f"seconds.{part}"] for part in PARTS)
     return {
-        "questions": len(groups),
-        "em": _mean(groups, "reward"),
-        "searches": _mean(groups, "searches"),
-        "tokens": _mean(groups, "sampled_tokens"),
+        **{name: sums[name] / count for name in ("em", "searches", "tokens")},
+        "stop_reasons": {
+            name.removeprefix("stop."): int(n) for name, n in sorted(sums.items()) if name.startswith("stop.")
+        },
+        "seconds": {part: round(sums[f"seconds.{part}"], 3) for part in PARTS},
+        "trajectories_per_second": round(count / seconds, 3),
+        "tokens_per_second": round(sums["tokens"] / seconds, 1),
     }
+
+
+class _Told:
+    """Tells progress of trajectories as they end."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress, self.total = progress, total
+
+    def after(self, before: Mapping[str, float]) -> OnTrajectory:
+        """``before``: sums over the chunks that are done."""
+        sums, begun = Counter(before), time.perf_counter()
+        seconds = sum(before[f"seconds.{part}"] for part in PARTS) if before else 0.0
+
+        def on_trajectory(_: int, trajectory: Trajectory) -> None:
+            sums.update(tally([trajectory], Spent()))
+            done = sums["trajectories"]
+            rate = sums["tokens"] / (seconds + time.perf_counter() - begun)
+            stops = (
+                f"{name.removeprefix('stop.')} {n:.0f}" for name, n in sums.most_common() if name.startswith("stop.")
+            )
+            figures = (
+                f"EM {sums['em'] / done:.3f}",
+                f"{rate:.0f} tok/s",
+                f"{sums['searches'] / done:.2f} searches",
+                *stops,
+            )
+            self.progress(int(done), self.total, ", ".join(figures))
+
+        return on_trajectory
 
 
 def read(path: Path) -> Iterator[Group]:
     """The groups of a pool's file, one at a time: a large pool does not fit into memory. See ``runs.read_records``."""
     return read_records(path, Group, "sample the pool with `search-e1 rollout`")
-
-
-def _mean(groups: Sequence[Group], attribute: str) -> float:
-    values = [getattr(t, attribute) for group in groups for t in group.trajectories]
-    return sum(values) / len(values)
