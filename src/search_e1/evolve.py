@@ -88,6 +88,7 @@ def train(
     ) as root:
         stages = Stages(config, root, watch, stop)
         stages.check(config.policy.model)
+        stages.check_memory(config.policy.model, "grpo", "distill")
         summary = _Summary(config, stages)
         policy: str | Path = config.policy.model
         summary.evaluate("base", policy)

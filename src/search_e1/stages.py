@@ -24,6 +24,8 @@ from search_e1.evaluation.evaluate import evaluate
 from search_e1.evaluation.results import EVALUATION, Evaluation
 from search_e1.grpo import trainer as grpo_trainer
 from search_e1.inputs import Inputs, Watch, at_most, unwatched
+from search_e1.loading import device
+from search_e1.planning import start
 from search_e1.policy import Policy
 from search_e1.progress import Progress, Track, untracked
 from search_e1.prompts import TEMPLATE_TOKENS, Prompts, plain_prompt
@@ -83,6 +85,15 @@ class Stages(Inputs):
                     f"question {question.id!r}: its prompt has {needed} tokens, the context {room}; raise rollout.max_tokens, "
                     "shorten prompts.instruction, or use a policy with a longer context"
                 )
+
+    def check_memory(self, policy: str | Path, *stages: str) -> None:
+        """Refuse what cannot fit the GPU in ``stages`` (``grpo``, ``distill``): see ``planning.start``.
+
+        Raises:
+            ConfigError: weights and states alone are more than its memory.
+        """
+        if found := start.cuda_device(device(self.config.policy.device)):
+            start.check_memory(self.config, str(policy), found, stages)
 
     def warmstart(self, out: Path | None = None) -> Artifact:
         """A policy made from nothing and taught by demonstrations, in ``policy/``."""

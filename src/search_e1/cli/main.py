@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from search_e1.cli import asking, compare, data, index, pairs, serve
+from search_e1.cli import asking, compare, data, index, pairs, plan, serve
 from search_e1.errors import RunError, SearchE1Error
 from search_e1.safe import plain
 from search_e1.stopping import Stopped, on_signals
@@ -35,6 +35,7 @@ app.add_typer(index.app, name="index")
 app.add_typer(data.app, name="data")
 app.add_typer(pairs.app, name="pairs")
 app.command()(compare.compare)
+app.command("plan", context_settings=asking.OVERRIDES)(plan.plan)
 app.command("ask", context_settings=asking.OVERRIDES)(asking.ask)
 app.command("chat", context_settings=asking.OVERRIDES)(asking.chat)
 app.command("serve-retriever")(serve.serve_retriever)
@@ -119,6 +120,7 @@ def grpo(
     with _stages(config, context) as stages:
         start = policy or _before_grpo(stages, round)
         stages.check(start)
+        stages.check_memory(start, "grpo")
         _report(stages.grpo(start, round, out))
 
 
@@ -192,6 +194,7 @@ def distill(
     with _stages(config, context) as stages:
         start = policy or _after_grpo(stages, round)
         mined = pairs or _made(stages, f"pairs-{round}")
+        stages.check_memory(start, "distill")
         measured = lead or stages.lead(start, mined, round, other_policy=other).path
         _report(stages.distill(start, mined, measured, round, out, other_policy=other))
 

@@ -1,0 +1,218 @@
+"""Tokens and operations of each stage, and the hours that they take."""
+
+import math
+from typing import NamedTuple
+
+from search_e1.config import Config
+from search_e1.planning.hardware import Cluster, Engine
+from search_e1.planning.lengths import Lengths
+from search_e1.planning.memory import Job
+from search_e1.planning.shapes import Shape
+from search_e1.types import Record
+
+
+class Rates(Record):
+    """What share of a GPU's promise is kept, and what each step of sampling costs beside it. Not measured on a GPU yet."""
+
+    training: float = 0.35
+    """Of the operations a second, in forward and backward passes."""
+    reading: float = 0.45
+    """The same in passes without gradients."""
+    bandwidth: float = 0.6
+    """Of the memory bandwidth, while sampling."""
+    layer_ms: dict[Engine, float] = {"transformers": 0.6, "vllm": 0.03}
+    """Of a step of sampling, for each layer: Python and kernel launches, however little there is to compute."""
+    cache_passes: dict[Engine, float] = {"transformers": 3.0, "vllm": 1.0}
+    """How often a step goes through the cache: ``generate`` copies it to append to it."""
+    most_rows: int = 256
+    """vLLM's sequences at once, where memory allows."""
+
+
+class Work(Record):
+    """A stage, over all its rounds."""
+
+    stage: str
+    times: int
+    trajectories: int = 0
+    sampled: float = 0
+    """Tokens that are sampled."""
+    read: float = 0
+    """Tokens of passes without gradients: prompts and contexts, a teacher's rows, a KL anchor's."""
+    trained: float = 0
+    """Tokens of forward and backward passes."""
+    flops: float = 0
+    hours: float = 0
+    """Of all GPUs together working, wall-clock."""
+
+
+class Counts(NamedTuple):
+    """How many questions there are."""
+
+    train: int
+    evaluated: int
+
+
+class Clock:
+    """Work and hours of the stages of ``config``."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        config: Config,
+        cluster: Cluster,
+        lengths: Lengths,
+        counts: Counts,
+        rates: Rates,
+        side_by_side: int,
+    ) -> None:
+        """``side_by_side``: trajectories that one GPU samples together."""
+        self.shape, self.config, self.cluster = shape, config, cluster
+        self.lengths, self.counts, self.rates = lengths, counts, rates
+        self.side_by_side = side_by_side
+        self.itemsize = {"float32": 4}.get(config.policy.dtype, 2)
+
+    def stages(self) -> list[Work]:
+        """In the order of the loop."""
+        rounds, config = self.config.rounds, self.config
+        policies = 1 + rounds * (2 if config.grpo.steps else 1)
+        asked = self.counts.evaluated * (1 + config.evaluation.samples)
+        made = [self.evaluation(policies, asked)]
+        if config.grpo.steps:
+            made.append(self.grpo())
+        questions = min(config.pool.questions or self.counts.train, self.counts.train)
+        pairs = questions * self.lengths.pair_yield * config.pairs.references
+        held_out = min(config.lead.pairs, config.lead.max_share * questions * self.lengths.pair_yield)
+        made += [
+            self.sampling("pool", rounds, questions * config.pool.group_size),
+            self.sampling("lead", rounds, int(4 * held_out * config.lead.samples), self.lengths.reference / 2),
+            self.distillation(max(1.0, pairs - held_out)),
+        ]
+        return made
+
+    def grpo(self) -> Work:
+        """Sampling and updates; a step waits for both."""
+        config, lengths = self.config.grpo, self.lengths
+        trajectories = config.steps * config.questions_per_step * config.group_size
+        sampled = self.sampling(
+            "grpo", self.config.rounds, trajectories, per_call=config.questions_per_step * config.group_size
+        )
+        job = Job.of(config.lora, config.trainer)
+        tokens = self.config.rounds * trajectories * lengths.total
+        scored = tokens * lengths.response / lengths.total
+        flops = trained(self.shape, tokens, lengths.total, scored, job)
+        anchor = (
+            passed(self.shape, tokens, lengths.total) + 2 * self.shape.head * scored
+            if config.trainer.get("beta")
+            else 0.0
+        )
+        halves = job.autocast or self.itemsize == 2
+        hours = self._hours(flops, self.rates.training, halves=halves)
+        hours += self._hours(anchor, self.rates.reading, halves=halves)
+        return sampled.model_copy(
+            update={
+                "read": sampled.read + (tokens if anchor else 0),
+                "trained": tokens,
+                "flops": sampled.flops + flops + anchor,
+                "hours": sampled.hours + hours,
+            }
+        )
+
+    def distillation(self, pairs: float) -> Work:
+        """``pairs`` a round."""
+        config, lengths, rounds = self.config.distill, self.lengths, self.config.rounds
+        job = Job.of(config.lora if config.weights == "lora" else None, config.trainer)
+        again = config.epochs > 1 or job.lora is None
+        cached = config.teacher == "cached" or (config.teacher == "auto" and again)
+        teacher = rounds * pairs * (1 if cached else config.epochs) * (lengths.total + lengths.reference)
+        student = rounds * pairs * config.epochs * lengths.total
+        positions = rounds * pairs * config.epochs * lengths.sampled
+        reading = passed(self.shape, teacher, lengths.total + lengths.reference) + 2 * self.shape.head * positions
+        training = trained(self.shape, student, lengths.total, positions, job)
+        halves = job.autocast or self.itemsize == 2
+        hours = self._hours(training, self.rates.training, halves=halves)
+        return Work(
+            stage="distillation", times=rounds, read=teacher, trained=student, flops=reading + training,
+            hours=hours + self._hours(reading, self.rates.reading, halves=halves),
+        )  # fmt: skip
+
+    def evaluation(self, policies: int, asked: int) -> Work:
+        return self.sampling("evaluation", policies, asked)
+
+    def sampling(
+        self, stage: str, times: int, trajectories: int, longer: float = 0.0, per_call: int | None = None
+    ) -> Work:
+        """``trajectories`` each time, their prompts ``longer`` by so many tokens.
+
+        ``per_call``: where not all of them can be sampled side by side, since the policy changes between calls.
+        """
+        lengths, engine = self.lengths, self.cluster.engine
+        # transformers reads the whole context anew in every turn; vLLM finds what it has read in its cache.
+        contexts = lengths.contexts + lengths.turns * longer if engine == "transformers" else lengths.total + longer
+        read, sampled = times * trajectories * contexts, times * trajectories * lengths.sampled
+        attended = lengths.total + longer
+        flops = (
+            passed(self.shape, read, attended)
+            + passed(self.shape, sampled, 2 * attended)
+            + 2 * self.shape.head * sampled
+        )
+        calls = times * math.ceil(trajectories / per_call) if per_call else times
+        hours = self._hours(passed(self.shape, read, attended), self.rates.reading, halves=self._sampled_in_halves)
+        hours += calls * self._sampling_seconds(per_call or trajectories, attended) / 3600
+        return Work(
+            stage=stage,
+            times=times,
+            trajectories=times * trajectories,
+            sampled=sampled,
+            read=read,
+            flops=flops,
+            hours=hours,
+        )
+
+    def _sampling_seconds(self, trajectories: int, context: float) -> float:
+        """Of one call: steps times what a step takes, on the busiest GPU."""
+        mine = math.ceil(trajectories / self.cluster.gpus)
+        rows = max(1, min(mine, self.side_by_side))
+        engine, lengths = self.cluster.engine, self.lengths
+        if engine == "transformers":  # a batch goes on until its longest row ends
+            steps = math.ceil(mine / rows) * lengths.turns * lengths.longest_action
+        else:
+            steps = max(mine / rows, 1) * lengths.turns * lengths.action
+        itemsize = 2 if self._sampled_in_halves else 4
+        weights = (self.shape.active + self.shape.head) * itemsize
+        read = weights + self.rates.cache_passes[engine] * rows * context * self.shape.cached * itemsize
+        by_memory = read / (self.cluster.gpu.gb_per_second * 1e9 * self.rates.bandwidth)
+        by_products = (
+            2
+            * rows
+            * (self.shape.active + self.shape.head)
+            / (self._rate(self._sampled_in_halves) * self.rates.reading)
+        )
+        return steps * (max(by_memory, by_products) + self.shape.layers * self.rates.layer_ms[engine] / 1000)
+
+    def _hours(self, flops: float, share: float, *, halves: bool) -> float:
+        return flops / (self.cluster.gpus * self._rate(halves) * share) / 3600
+
+    def _rate(self, halves: bool) -> float:
+        """Operations a second of one GPU."""
+        return 1e12 * (self.cluster.gpu.tflops if halves else self.cluster.gpu.tflops_float32)
+
+    @property
+    def _sampled_in_halves(self) -> bool:
+        return self.itemsize == 2 or self.cluster.engine == "vllm"  # which samples in bfloat16 whatever is trained
+
+
+def passed(shape: Shape, tokens: float, context: float) -> float:
+    """Operations of forward passes without the head: two for each weight, and causal attention over ``context`` tokens, of
+    which a token sees half on average (scores and values, two operations each)."""
+    return tokens * (2 * shape.active + 2 * shape.attention_width * context)
+
+
+def trained(shape: Shape, tokens: float, context: float, positions: float, job: Job) -> float:
+    """Operations of forward and backward passes, the head at ``positions``.
+
+    Gradients of activations cost as much as the forward pass, and those of weights as well; frozen weights have none.
+    Attention's backward is twice its forward. Checkpointing passes forward once more, but for the head.
+    """
+    again, passes = bool(job.checkpointing), 2 if job.lora else 3
+    weights, attention = 2 * shape.active * tokens, 2 * shape.attention_width * context * tokens
+    return (passes + again) * weights + (3 + again) * attention + passes * 2 * shape.head * positions
