@@ -61,8 +61,19 @@ def serve_retriever(
     ] = 2.0,
     queue: Annotated[int, typer.Option(min=1, help="Queries that may wait; more are answered with 503.")] = 8192,
     cache: Annotated[int, typer.Option(min=0, help="Queries whose answers are kept in memory; 0 keeps none.")] = 50_000,
+    cache_mib: Annotated[int, typer.Option(min=1, help="Most MiB of these answers.")] = 1024,
+    memory_mib: Annotated[
+        int, typer.Option(min=1, help="Most MiB of requests and large answers under way; more are answered with 503.")
+    ] = 512,
     threads: Annotated[int, typer.Option(min=1, help="Calls of the index at the same time.")] = 1,
-    body_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds in which a request has to arrive.")] = 30.0,
+    connections: Annotated[
+        int, typer.Option(min=1, help="Open at the same time; beyond them the slowest to ask is closed.")
+    ] = 800,
+    head_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds in which the head of a request has to arrive.")
+    ] = 10.0,
+    body_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds in which its body has to arrive.")] = 30.0,
+    send_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds in which an answer has to be taken.")] = 60.0,
     shutdown_timeout: Annotated[
         int, typer.Option(min=0, help="Seconds that requests under way have left at Ctrl-C or SIGTERM.")
     ] = 30,
@@ -87,8 +98,13 @@ def serve_retriever(
         batch_wait=batch_wait_ms / 1000,
         queue=queue,
         cache=cache,
+        cache_bytes=cache_mib * 2**20,
+        memory_bytes=memory_mib * 2**20,
         threads=threads,
+        connections=connections,
+        head_timeout=head_timeout,
         body_timeout=body_timeout,
+        send_timeout=send_timeout,
         shutdown_timeout=shutdown_timeout,
         access_log=access_log,
     )

@@ -39,17 +39,22 @@ class Batcher(Generic[Answer]):
         limit: int,
         threads: int,
         cached: int,
+        cached_bytes: int = 2**30,
+        size_of: Callable[[Answer], int] = lambda answer: 0,
         count: Callable[[str, int], None] = lambda source, queries: None,
     ) -> None:
         """``answer``: queries and topk -> one answer each; called from ``threads`` threads at once.
 
         ``size``: most queries of one call. ``wait``: seconds that a call which is not full waits for more queries.
-        ``limit``: most queries that may wait. ``cached``: answers that are kept, least recently used out first.
+        ``limit``: most queries that may wait. ``cached``: answers that are kept, least recently used out first, and as many of
+        ``cached_bytes`` as ``size_of`` says of them.
         ``count``: told how many queries were answered from where: ``index``, ``cache``, or ``joined`` to one under way.
         """
         self._answer = answer
         self.size, self.wait, self.limit, self.threads = size, wait, limit, threads
-        self.cache: LRUCache[Key, Answer] = LRUCache(cached)
+        # An answer counts for its share of the bytes at least, so that there are never more than ``cached``.
+        share = max(1, cached_bytes // max(1, cached))
+        self.cache: LRUCache[Key, Answer] = LRUCache(cached * share, lambda answer: max(share, size_of(answer)))
         self._count = count
         self._queue: asyncio.Queue[Key] = asyncio.Queue()
         self._under_way: dict[Key, asyncio.Future[Answer]] = {}
@@ -129,6 +134,6 @@ class Batcher(Generic[Answer]):
                 self._under_way.pop(key).set_exception(error)
             return
         for key, answer in answered.items():
-            if self.cache.maxsize:
+            with suppress(ValueError):  # larger than the whole cache
                 self.cache[key] = answer
             self._under_way.pop(key).set_result(answer)

@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import uvicorn
@@ -21,58 +21,21 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from search_e1.errors import ConfigError, RetrievalError
 from search_e1.retrieval.base import Index
 from search_e1.retrieval.batching import Batcher, IndexFailedError, QueueFullError
 from search_e1.retrieval.client import CHECKSUM_HEADER, MOST_QUERIES_HEADER
+from search_e1.retrieval.connections import Limits, guarded
+from search_e1.retrieval.settings import Settings
 
 logger = logging.getLogger(__name__)
 BACKLOG = 2048
 """Connections that the kernel holds until they are accepted."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a server allows itself and its clients."""
-
-    topk: int = 3
-    """Passages for a query where the request does not say."""
-    max_topk: int = 100
-    max_queries: int = 1024
-    """Queries of one request."""
-    max_query_chars: int = 100_000
-    """Characters of one query. A generation of 500 tokens stays far below."""
-    max_body_bytes: int = 16 * 2**20
-    batch: int = 64
-    """Most queries of one call of the index."""
-    batch_wait: float = 0.002
-    """Seconds that a call which is not full waits for more queries."""
-    queue: int = 8192
-    """Queries that may wait; more are answered with 503."""
-    cache: int = 50_000
-    """Queries whose answers are kept in memory."""
-    threads: int = 1
-    """Calls of the index at the same time."""
-    body_timeout: float = 30.0
-    """Seconds in which a request has to arrive."""
-    shutdown_timeout: int = 30
-    """Seconds that requests under way have left when the server is told to stop."""
-    access_log: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work.
-
-        Raises:
-            ConfigError: names the setting.
-        """
-        if self.topk > self.max_topk:
-            raise ConfigError(f"topk = {self.topk} is more than max_topk = {self.max_topk}; raise --max-topk")
-        if self.queue < self.max_queries:
-            raise ConfigError(
-                f"a queue of {self.queue} queries never has room for a request of {self.max_queries}; "
-                "raise --queue or lower --max-queries"
-            )
+_LARGE = 2**18
+"""Bytes of an answer from which on it is counted; so many for each connection there are always."""
 
 
 class Query(BaseModel):
@@ -122,6 +85,7 @@ class Metrics:
             registry=registry,
         )
         self.waiting = Gauge("search_e1_waiting_queries", "Queries that wait for the index.", registry=registry)
+        self.held = Gauge("search_e1_held_bytes", "Of requests and large answers under way.", registry=registry)
         self.cached = Gauge("search_e1_cached_queries", "Queries whose answers are kept.", registry=registry)
         self.passages = Gauge("search_e1_index_passages", "Passages of the index.", ["checksum"], registry=registry)
 
@@ -144,8 +108,12 @@ def make_app(index: Index, settings: Settings | None = None) -> FastAPI:
         limit=settings.queue,
         threads=settings.threads,
         cached=settings.cache,
+        cached_bytes=settings.cache_bytes,
+        size_of=_size,
         count=lambda source, queries: metrics.queries.labels(source).inc(queries),
     )
+    memory = Memory(settings.memory_bytes)
+    metrics.held.set_function(lambda: memory.held)
     metrics.waiting.set_function(lambda: batcher.waiting)
     metrics.cached.set_function(lambda: len(batcher.cache))
 
@@ -163,7 +131,9 @@ def make_app(index: Index, settings: Settings | None = None) -> FastAPI:
         """The best passages for each query."""
         started = time.perf_counter()
         try:
-            response = await _retrieve(request, batcher, settings)
+            response = await _retrieve(request, batcher, settings, memory)
+        except ClientDisconnect:
+            response = Response(status_code=400)  # nobody reads it
         except HTTPException as refusal:
             response = JSONResponse({"detail": refusal.detail}, refusal.status_code, refusal.headers)
         except IndexFailedError as failure:
@@ -209,21 +179,66 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         413: "The body is too large.",
         422: "A field of the wrong type, or over a limit.",
         500: "The index failed.",
-        503: "Too many queries wait; `Retry-After` says when to come again.",
+        503: "Too many queries wait, or too much is under way; `Retry-After` says when to come again.",
     }.items()
 }
 
 
-async def _retrieve(request: Request, batcher: Batcher[Hits], settings: Settings) -> Response:
-    asked = _parse(await _body(request, settings))
-    queries, topk = asked.all(), asked.topk or settings.topk
-    _check(queries, topk, settings)
+class Memory:
+    """Bytes that requests and large answers hold together."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.held = most, 0
+
+    def take(self, size: int) -> None:
+        """
+        Raises:
+            HTTPException: 503, there is no room beside what is held; what holds all of it by itself has room.
+        """
+        if self.held and self.held + size > self.most:
+            raise _refusal(503, "too much is under way; come again", {"Retry-After": "1", "Connection": "close"})
+        self.held += size
+
+    def give_back(self, size: int) -> None:
+        self.held -= size
+
+
+class _LargeAnswer(Response):
+    """Holds its bytes of memory until its client has taken them, or is gone."""
+
+    def __init__(self, content: bytes, memory: Memory, size: int) -> None:
+        super().__init__(content, media_type="application/json")
+        self._memory, self._size = memory, size
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self.body, "more_body": True})
+            await send({"type": "http.response.body"})  # waits until what was written before is on its way
+        finally:
+            self._memory.give_back(self._size)
+
+
+async def _retrieve(request: Request, batcher: Batcher[Hits], settings: Settings, memory: Memory) -> Response:
+    taken: list[int] = []
     try:
+        asked = _parse(await _body(request, settings, memory, taken))
+        queries, topk = asked.all(), asked.topk or settings.topk
+        _check(queries, topk, settings)
         answers = await batcher.search(queries, topk)
     except QueueFullError as error:
         raise _refusal(503, "too many queries wait; come again", {"Retry-After": "1"}) from error
-    shown = (_with_scores if asked.return_scores else _documents)(answers)
-    return Response(b'{"result":[' + b",".join(shown) + b"]}", media_type="application/json")
+    finally:
+        memory.give_back(sum(taken))
+    size = sum(map(_size, answers))
+    if size > _LARGE:
+        memory.take(size)
+    content = b'{"result":[' + b",".join((_with_scores if asked.return_scores else _documents)(answers)) + b"]}"
+    return _LargeAnswer(content, memory, size) if size > _LARGE else Response(content, media_type="application/json")
+
+
+def _size(hits: Hits) -> int:
+    return sum(len(document) + len(score) + 32 for document, score in hits)
 
 
 def _with_scores(answers: Sequence[Hits]) -> list[bytes]:
@@ -237,14 +252,19 @@ def _documents(answers: Sequence[Hits]) -> list[bytes]:
     return [b"[" + b",".join(document for document, _ in hits) + b"]" for hits in answers]
 
 
-async def _body(request: Request, settings: Settings) -> bytes:
-    """The body. Up to four times too much is read and thrown away, so that its client sees the answer."""
+async def _body(request: Request, settings: Settings, memory: Memory, taken: list[int]) -> bytes:
+    """The body. Up to four times too much is read and thrown away, so that its client sees the answer.
+
+    What it takes of ``memory`` is noted in ``taken``, whatever happens.
+    """
     most, parts, size = settings.max_body_bytes, [], 0
     try:
         async with asyncio.timeout(settings.body_timeout):
             async for part in request.stream():
                 size += len(part)
                 if size <= most:
+                    memory.take(len(part))
+                    taken.append(len(part))
                     parts.append(part)
                 elif size > 4 * most:
                     break
@@ -367,6 +387,7 @@ def make_server(index: Index, settings: Settings) -> uvicorn.Server:
             access_log=settings.access_log,
             ws="none",
             server_header=False,
+            http=guarded(Limits(settings.head_timeout, settings.send_timeout, settings.connections)),
             # Longer than clients keep an idle connection, so that it is theirs to close.
             timeout_keep_alive=75,
             timeout_graceful_shutdown=settings.shutdown_timeout,

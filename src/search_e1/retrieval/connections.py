@@ -1,0 +1,104 @@
+"""Connections of a server that nobody can hold for ever: uvicorn's own, with a time for every phase and a most of them.
+
+uvicorn gives up on an idle connection between two requests. It waits without end for the head of a request and for a
+client that does not read its answer, and takes as many connections as come.
+"""
+
+from asyncio import TimerHandle, Transport
+from collections.abc import Callable
+from typing import NamedTuple
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+_SLOW = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+_FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+
+class Limits(NamedTuple):
+    head_seconds: float
+    """For the first byte of a new connection, and from it to the end of the head of a request."""
+    send_seconds: float
+    """For an answer to be taken, once the client's end of the line is full."""
+    connections: int
+
+
+def guarded(limits: Limits) -> type[H11Protocol]:
+    """The protocol class for ``uvicorn.Config(http=...)``.
+
+    A new connection beyond the most takes the place of the oldest one whose request is not complete; only where all are being
+    answered it is turned away with 503.
+    """
+
+    class Guarded(H11Protocol):
+        _head: TimerHandle | None = None
+        _send: TimerHandle | None = None
+        _since = 0.0
+
+        def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._since = self.loop.time()
+            if len(self.connections) > limits.connections and not self._make_room():
+                transport.write(_FULL)
+                transport.close()
+                return
+            self._head = self._after(limits.head_seconds, self._slow)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._expect()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._since = self.loop.time()
+            self._expect(only_begun=True)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._send = self._send or self._after(limits.send_seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            _cancel(self._send)
+            self._send = None
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            _cancel(self._head)
+            _cancel(self._send)
+            super().connection_lost(exc)
+
+        def _expect(self, *, only_begun: bool = False) -> None:
+            """Give a head that is under way its time; between two requests it is uvicorn's to wait."""
+            if self._answering() or self.transport.is_closing():
+                _cancel(self._head)
+                self._head = None
+            elif self._head is None and (self.conn.trailing_data[0] or not only_begun):
+                self._head = self._after(limits.head_seconds, self._slow)
+
+        def _answering(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
+
+        def _after(self, seconds: float, act: Callable[[], None]) -> TimerHandle:
+            return self.loop.call_later(seconds, act)
+
+        def _slow(self) -> None:
+            if self.conn.trailing_data[0] and self.cycle is None:
+                self.transport.write(_SLOW)
+            self.transport.close()
+
+        def _make_room(self) -> bool:
+            waiting = [
+                c
+                for c in self.connections
+                if isinstance(c, Guarded) and c is not self and not (c._answering() and not c.cycle.more_body)
+            ]
+            if waiting:
+                # Of those that have sent nothing whole, one in whose request nothing has begun goes first.
+                min(waiting, key=lambda c: (c._answering(), c._since)).transport.abort()
+            return bool(waiting)
+
+    return Guarded
+
+
+def _cancel(timer: TimerHandle | None) -> None:
+    if timer:
+        timer.cancel()
