@@ -339,7 +339,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(tiny_policy, tmp_p
     with torch.no_grad():
         tiny_policy.model.model.norm.weight.fill_(float("nan"))
     pairs = pairs_of(tiny_policy, 2)
-    with pytest.raises(TrainingError, match=r"divergence of step 1 is nan; its batch is in .*bad_batch\.pt"):
+    with pytest.raises(TrainingError, match=r"step 1: the divergence is nan; its batch is in .*bad_batch\.pt"):
         train(tiny_policy, pairs, CONFIG, seed=1, out=tmp_path)
     saved = torch.load(tmp_path / "bad_batch.pt")
     assert saved["student_input_ids"].shape[0] == 2

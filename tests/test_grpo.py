@@ -242,7 +242,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_leaves_the_batch(policy, t
     spy = Spy(monkeypatch)
     honest = grpo.GRPOTrainer._compute_loss
     monkeypatch.setattr(grpo.GRPOTrainer, "_compute_loss", lambda *args: honest(*args) * torch.nan)
-    with pytest.raises(TrainingError, match=r"step 0: the loss is nan; the batch is in .*bad_batch\.pt"):
+    with pytest.raises(TrainingError, match=r"step 1: the loss is nan; the batch is in .*bad_batch\.pt"):
         run(policy, tmp_path)
     saved = torch.load(tmp_path / "bad_batch.pt")
     assert rows(saved["inputs"]) == rows(spy.inputs[0])

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import set_seed
 
+from search_e1 import memory, runs, tracking
 from search_e1 import policy as policies
-from search_e1 import runs, tracking
 from search_e1.checkpoints import Lines, Work
 from search_e1.config import Config, default_of
 from search_e1.distill import files as pair_files
@@ -285,7 +285,7 @@ class Stages(Inputs):
             tracker = tracking.tracked(self.config.tracking, self.root, run, dumped, anew=run == name)
             often = self.config.checkpoints.model_dump()
             self._work = Work(out / runs.WORK, **often, stop=self.stop)
-            with self.watch(name) as progress, tracker as self._track:
+            with self.watch(name) as progress, tracker as self._track, memory.told(name):
                 set_seed(seed)
                 result = work(out, seed, progress)
                 if figures := tracking.figures_of(name, result):

@@ -1,12 +1,13 @@
 """Offline self-distillation: one set of weights is teacher (as it was, privileged prompt) and student (trained)."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -19,6 +20,7 @@ from search_e1.config import DistillConfig
 from search_e1.distill.collate import Row, collate, context_length, encode, fits, pack, pad_id
 from search_e1.distill.passes import SelfDistillation, TeacherStates, packs, teach
 from search_e1.errors import ConfigError, DataError, TrainingError
+from search_e1.memory import HalvingTrainer
 from search_e1.policy import Policy, merge_adapter, with_adapter
 from search_e1.progress import Progress, Track, silent, untracked
 from search_e1.resuming import STEPS, ResumingTrainer, figures, restored_steps
@@ -66,8 +68,8 @@ def train(
 
     Returns:
         pairs, pairs_too_long, pairs_shortened (whose reference lacks passages, so that it fits), positions (sampled tokens
-        in the loss, an epoch), steps, kl_first and kl_last (mean clipped divergence in nats a token over the first and the
-        last tenth of the steps), seconds of the steps.
+        in the loss, an epoch), steps, halved (how often memory ran out for a micro-batch), kl_first and kl_last (mean
+        clipped divergence in nats a token over the first and the last tenth of the steps), seconds of the steps.
 
     Raises:
         DataError: no pair, or none that fits.
@@ -110,6 +112,7 @@ def train(
         "pairs_shortened": sum(pair.shortened for pair in pairs),
         "positions": sum(len(row["student_positions"]) for row in rows),
         "steps": len(losses),
+        "halved": sum(int(step.get("halved", 0)) for step in log.steps),
         "kl_first": fmean(losses[:tenth]),
         "kl_last": fmean(losses[-tenth:]),
         "seconds": sum(step["seconds"] for step in log.steps),
@@ -259,7 +262,7 @@ class _ByEpoch(Sampler[int]):
         return len(self._sampler)
 
 
-class _DistillTrainer(ResumingTrainer):
+class _DistillTrainer(HalvingTrainer, ResumingTrainer):
     loss_is_scaled_for_ga = True  # by `compute_loss`: the mean is over all micro-batches
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -269,20 +272,48 @@ class _DistillTrainer(ResumingTrainer):
         weight = torch.stack([batch["weights"].sum() for batch in batch_samples]).sum().to(device)
         return self.accelerator.gather(weight).sum()
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def part_loss(self, model: nn.Module, inputs: dict, num_items_in_batch: Any) -> Tensor:
         loss, per_token = model(**inputs)
         if not torch.isfinite(loss):
-            path = Path(str(self.args.output_dir)) / "bad_batch.pt"
-            torch.save({**inputs, "per_token": per_token}, path)
-            raise TrainingError(
-                f"the divergence of step {self.state.global_step + 1} is {loss.item()}; its batch is in {path}; lower "
-                "distill.learning_rate, or check the policy's weights"
-            )
+            raise self._failure(f"the divergence is {loss.item()}", {**inputs, "per_token": per_token})
         # Gradients are averaged over processes, each of which holds a part of the batch.
         share = inputs["weights"].sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1e-6)
         return loss * share
+
+    def halves(self, inputs: dict) -> tuple[dict, dict] | None:
+        rows = {row["number"]: row for row in cast("Sequence[Any]", self.train_dataset)}
+        numbers = inputs["pairs"].tolist()
+        if len(numbers) < 2:
+            return None
+        half = len(numbers) // 2
+        first, second = (
+            self._prepare_inputs(self.data_collator([rows[number] for number in part]))
+            for part in (numbers[:half], numbers[half:])
+        )
+        return first, second
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        """What transformers calls before it takes the optimiser's step."""
+        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
+        if not math.isfinite(norm) and self.accelerator.scaler is None:  # a loss scaler skips such steps
+            raise self._failure(f"the gradient's norm is {norm}", {})
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.halved and "loss" in logs:
+            logs = {**logs, "halved": self.halved}
+            self.halved = 0
+        super().log(logs, start_time)
+
+    def _failure(self, what: str, inputs: dict) -> TrainingError:
+        path = Path(str(self.args.output_dir)) / "bad_batch.pt"
+        saved = f"; its batch is in {path}" if inputs else ""
+        if inputs:
+            torch.save(inputs, path)
+        return TrainingError(
+            f"distillation step {self.state.global_step + 1}: {what}{saved}; lower distill.learning_rate, or check the "
+            "policy's weights"
+        )
 
 
 class _StepLog(TrainerCallback):
@@ -305,7 +336,7 @@ class _StepLog(TrainerCallback):
         if "loss" not in logs:  # the summary at the end
             return
         now = time.monotonic()
-        told = {k: logs[k] for k in ("loss", "grad_norm", "learning_rate") if k in logs}
+        told = {k: logs[k] for k in ("loss", "grad_norm", "learning_rate", "halved") if k in logs}
         self.steps.append({"step": state.global_step, **told, "seconds": round(now - self._started, 4)})
         if not state.is_world_process_zero:
             return

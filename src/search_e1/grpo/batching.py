@@ -42,6 +42,29 @@ def order(questions: Sequence[Question], config: GrpoConfig, seed: int) -> list[
     return asked[:count]
 
 
+WEIGHED_BY = {
+    **dict.fromkeys(("grpo", "sapo", "luspo", "dr_grpo"), "rows"),
+    "bnpo": "tokens",
+    **dict.fromkeys(("dapo", "cispo"), "nothing"),
+}
+"""What TRL's mean over a micro-batch is taken over, by ``loss_type``: what makes the losses of its parts add up."""
+
+
+def weight(batch: dict[str, Any], by: str) -> float:
+    """Of a micro-batch, or a part of one, in a mean over ``by``."""
+    if by == "nothing":  # a sum over a number that all micro-batches share
+        return 1.0
+    mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+    return float(mask.sum()) if by == "tokens" else float(len(mask))
+
+
+def part(batch: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """Some rows of a micro-batch, padding cut to what they need."""
+    prompt = int(batch["prompt_mask"][rows].sum(1).max())
+    completion = int(batch["completion_mask"][rows].sum(1).max())
+    return {key: _cut(key, value, rows, prompt, completion) for key, value in batch.items()}
+
+
 def by_length(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of TRL's micro-batches dealt anew: like lengths together, longest first, padding cut to what each needs.
 
@@ -54,12 +77,7 @@ def by_length(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         key: torch.cat([batch[key] for batch in batches]) if isinstance(value, torch.Tensor) and value.ndim else value
         for key, value in batches[0].items()
     }
-    dealt = []
-    for rows in order:
-        prompt = int(whole["prompt_mask"][rows].sum(1).max())
-        completion = int(lengths[rows].max())
-        dealt.append({key: _cut(key, value, rows, prompt, completion) for key, value in whole.items()})
-    return dealt
+    return [part(whole, rows) for rows in order]
 
 
 def _cut(key: str, value: Any, rows: torch.Tensor, prompt: int, completion: int) -> Any:

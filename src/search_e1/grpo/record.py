@@ -47,6 +47,7 @@ def summarize(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
         "mixed": _mean(steps, "mixed"),
         "searches_last": _mean(last, "searches"),
         "sampled_tokens_last": _mean(last, "sampled_tokens"),
+        "halved": sum(step.get("halved", 0) for step in steps),
     }
 
 

@@ -30,6 +30,7 @@ from search_e1.config import WHOLE, GrpoConfig, ReferenceConfig, RolloutConfig
 from search_e1.errors import ConfigError, DataError, TrainingError
 from search_e1.grpo import batching, replay
 from search_e1.grpo.record import Recorder, summarize
+from search_e1.memory import HalvingTrainer
 from search_e1.policy import Policy, merge_adapter, with_adapter
 from search_e1.progress import Progress, Track, silent, untracked
 from search_e1.resuming import STEPS, ResumingTrainer, restored_steps
@@ -109,7 +110,7 @@ def train(
     Returns:
         The stage's figures: steps and seconds; mean reward of the first and of the last quarter of the steps; the share
         of groups with mixed rewards (the others teach nothing); searches and sampled tokens of a trajectory in the last
-        quarter.
+        quarter; how often a micro-batch was halved because memory ran out.
 
     Raises:
         ConfigError: a ``[grpo.trainer]`` key that cannot be used, or sizes that do not fit together; before any work.
@@ -288,8 +289,12 @@ def exact_match(*, trajectory: list[Trajectory], log_metric: Callable[[str, floa
     return [t.reward for t in trajectory]
 
 
-class _Trainer(ResumingTrainer, GRPOTrainer):
-    """TRL's trainer, with replay, that stops at the first loss or gradient that is not finite."""
+class _Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
+    """TRL's trainer, with replay, that stops at the first loss or gradient that is not finite.
+
+    Micro-batches carry two entries more than TRL's: ``replay``, their share of the step's examples, and ``weight``, the share
+    of a micro-batch's loss that is theirs.
+    """
 
     args: GRPOConfig
     processing_class: Any
@@ -332,17 +337,46 @@ class _Trainer(ResumingTrainer, GRPOTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """The loss of one micro-batch, scaled so that the micro-batches of a step add up; a scalar."""
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # Each micro-batch takes its share of the examples, over the tokens of all: the sum is the mean over tokens.
         micro_batches = self.args.gradient_accumulation_steps
         share = self.replay[self._step % micro_batches :: micro_batches]
-        if share:
-            cross_entropy = self._cross_entropy(model, share) / sum(sum(e.loss_mask) for e in self.replay)
+        inputs = {**inputs, "replay": share, "weight": 1.0}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def part_loss(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+        loss = GRPOTrainer.compute_loss(self, model, inputs, num_items_in_batch=num_items_in_batch) * inputs["weight"]
+        if inputs["replay"]:
+            # Over the tokens of all examples: the sum over the micro-batches is the mean over tokens.
+            every = sum(sum(e.loss_mask) for e in self.replay)
+            cross_entropy = self._cross_entropy(model, inputs["replay"]) / every
             self._replay_cross_entropy += cross_entropy.item()
             loss = loss + self._replay_weight * cross_entropy
         if not torch.isfinite(loss):
             raise self._failure(f"the loss is {loss.item()}", inputs)
         return loss
+
+    def halves(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """See ``HalvingTrainer``. What is taken over a micro-batch as a whole in another way cannot be halved."""
+        rows = len(inputs["completion_mask"])
+        as_a_whole = self._entropy_bonus_enabled or self.aux_loss_enabled or self.top_entropy_quantile < 1
+        if rows < 2 or as_a_whole or self.loss_type not in batching.WEIGHED_BY:
+            return None
+        by, replay = batching.WEIGHED_BY[self.loss_type], inputs["replay"]
+        parts = [batching.part(inputs, chosen) for chosen in torch.arange(rows).tensor_split(2)]
+        weights = [batching.weight(part, by) / batching.weight(inputs, by) * inputs["weight"] for part in parts]
+        shares = (replay[: len(replay) // 2], replay[len(replay) // 2 :])
+        first, second = (
+            {**part, "weight": weight, "replay": share}
+            for part, weight, share in zip(parts, weights, shares, strict=True)
+        )
+        return first, second
+
+    def mark(self) -> tuple[dict[str, int], float]:
+        return {name: len(values) for name, values in self._metrics["train"].items()}, self._replay_cross_entropy
+
+    def rewind(self, mark: tuple[dict[str, int], float]) -> None:
+        lengths, self._replay_cross_entropy = mark
+        for name, values in self._metrics["train"].items():
+            del values[lengths.get(name, 0) :]
 
     def _cross_entropy(self, model: Any, examples: Sequence[replay.Example]) -> torch.Tensor:
         """Summed over the sampled positions of ``examples``."""
@@ -356,20 +390,30 @@ class _Trainer(ResumingTrainer, GRPOTrainer):
         super().log(logs, start_time)  # adds TRL's metrics to `logs`
         if "loss" not in logs:
             return  # the last one, about the run as a whole
-        if not math.isfinite(logs["grad_norm"]):
-            raise self._failure(f"the gradient's norm is {logs['grad_norm']}", self._buffered_inputs)
         figures = {ours: logs[theirs] for ours, theirs in _FIGURES.items() if theirs in logs}
         if "frac_reward_zero_std" in logs:
             figures["mixed"] = 1 - logs["frac_reward_zero_std"]
         if self.replay:
             figures |= {"replay_cross_entropy": self._replay_cross_entropy, "replay_examples": len(self.replay)}
             self._replay_cross_entropy = 0.0
+        if self.halved:
+            figures["halved"] = self.halved
+            self.halved = 0
         self._on_step(self.state.global_step, figures)
 
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
+        """What transformers calls before it takes the optimiser's step."""
+        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
+        if not math.isfinite(norm) and self.accelerator.scaler is None:  # a loss scaler skips such steps
+            raise self._failure(f"the gradient's norm is {norm}", self._buffered_inputs)
+        return norm
+
     def _failure(self, what: str, inputs: Any) -> TrainingError:
+        if isinstance(inputs, dict):  # else all micro-batches of the step
+            inputs = {name: value for name, value in inputs.items() if name not in ("replay", "weight")}
         torch.save({"step": self.state.global_step, "inputs": inputs, "replay": self.replay}, self._bad_batch)
         return TrainingError(
-            f"GRPO step {self.state.global_step}: {what}; the batch is in {self._bad_batch}; lower grpo.learning_rate, or "
+            f"GRPO step {self.state.global_step + 1}: {what}; the batch is in {self._bad_batch}; lower grpo.learning_rate, or "
             "use policy.dtype float32"
         )
 
