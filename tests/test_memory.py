@@ -16,6 +16,7 @@ from search_e1.distill import trainer as distill
 from search_e1.errors import TrainingError
 from search_e1.grpo import trainer as grpo
 from search_e1.policy import Policy
+from search_e1.warmstart import trainer as warmstart
 from taught import LIMITS, QUESTIONS, teach
 from test_distill import pairs_of
 
@@ -124,6 +125,57 @@ def test_a_step_of_distillation_is_the_same_in_halves(tmp_path, backward, teache
     expected, halved = (lines(tmp_path / name / "steps.jsonl")[0] for name in ("plain", "short"))
     assert halved["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert halved["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_step_of_a_warm_start_is_the_same_in_halves(tiny_policy, backward):
+    """Demonstrations of 8 to 22 ids; a pass holds two at most."""
+    batch = [warmstart.Demonstration((1, 2), tuple(range(n, 2 * n)), (1,) * n) for n in range(6, 21, 2)]
+    found, told = [], []
+    for rows in (9, 2):
+        policy = copy.deepcopy(tiny_policy)
+        with room_for(policy, rows, backward):
+            told.append([])
+            losses = warmstart.train(
+                policy, iter([batch]), steps=1, learning_rate=1e-3, track=lambda _, figures: told[-1].append(figures)
+            )
+        found.append((losses, weights(policy)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert "halved" not in told[0][0]
+    assert told[1][0]["halved"] > 0
+    # Muon and Adam hardly look at the size of a gradient, so that rounding shows: the mean change of a weight is 1e-3.
+    for name, tensor in found[0][1].items():
+        assert (tensor - found[1][1][name]).abs().mean() < 1e-5, name
+    with (
+        room_for(tiny_policy, 0),
+        pytest.raises(TrainingError, match="step 1: out of memory for a single demonstration"),
+    ):
+        warmstart.train(tiny_policy, iter([batch]), steps=1, learning_rate=1e-3)
+
+
+def test_a_gradient_that_is_not_finite_stops_a_warm_start_before_its_step(tiny_policy):
+    before = weights(tiny_policy)
+    tiny_policy.model.model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
+    batch = [warmstart.Demonstration((1, 2), (3, 4), (1, 1))]
+    with pytest.raises(TrainingError, match="the gradient's norm of step 1 is"):
+        warmstart.train(tiny_policy, iter([batch]), steps=1, learning_rate=1e-3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tiny_policy).items())
+
+
+def test_a_gradient_that_is_not_finite_stops_distillation_before_its_step(tmp_path):
+    policy = make_tiny_policy()
+    before = weights(policy)
+
+    def spoil(layer: torch.nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * torch.nan)
+
+    policy.model.model.norm.register_forward_hook(spoil, with_kwargs=True)
+    config = DistillConfig(batch_size=2, lora=LoraConfig(rank=4, alpha=8), logits_mib=1)
+    with pytest.raises(TrainingError, match="distillation step 1: the gradient's norm is nan"):
+        distill.train(policy, pairs_of(policy, 2), config, seed=1, out=tmp_path)
+    for name, tensor in policy.model.state_dict().items():
+        assert "lora" in name or torch.equal(tensor, before[name.replace(".base_layer", "")])
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import itertools
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def warm_start(
     """Make a policy from nothing, teach it by demonstrations, and save it in ``out / "policy"``; see ``train`` for ``work``.
 
     Returns how many questions gave a demonstration, by the part of their id before ``_``, the number of weights, and the loss
-    (nats) at the start and at the end.
+    (nats) at the start and at the end, and how often a pass was halved because memory ran out.
 
     Raises:
         ConfigError: the configuration lacks the warm start's section or the corpus.
@@ -56,6 +56,13 @@ def warm_start(
     taught = demonstrations.lessons(
         questions, passages, retriever, policy.tokenizer, prompts, config.rollout, seed=config.seed, progress=progress
     )
+    halved = 0
+
+    def tracked(step: int, figures: Mapping[str, float]) -> None:
+        nonlocal halved
+        halved += int(figures.get("halved", 0))
+        track(step, figures)
+
     losses = train(
         policy,
         demonstrations.batches(taught, policy.tokenizer, prompts, warmstart, config.rollout, seed=config.seed),
@@ -63,7 +70,7 @@ def warm_start(
         learning_rate=warmstart.learning_rate,
         seed=config.seed,
         progress=progress,
-        track=track,
+        track=tracked,
         work=work,
     )
     policy.save(out / "policy")
@@ -74,6 +81,7 @@ def warm_start(
         "parameters": policy.model.num_parameters(),
         "first_loss": losses[0],
         "last_loss": sum(last) / len(last),
+        "halved": halved,
     }
 
 

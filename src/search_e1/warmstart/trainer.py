@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from search_e1 import memory
 from search_e1.checkpoints import Work
 from search_e1.errors import DataError, TrainingError
 from search_e1.policy import Policy
@@ -74,12 +75,13 @@ def train(
 
     Args:
         demonstrations: one list an optimiser step; nothing after ``steps`` lists is drawn.
-        pass_tokens: most ids, padding included, that go through the model at a time; bounds memory, not the result.
+        pass_tokens: most ids, padding included, that go through the model at a time; bounds memory, not the result. It is
+            halved for a batch for which memory does not suffice; ``track`` is told how often.
 
     Raises:
         DataError: too few batches, an empty one, or a demonstration that is longer than the model's context.
         Stopped: a signal has asked to stop.
-        TrainingError: the loss is not finite; the weights are those before that step.
+        TrainingError: the loss or its gradient is not finite; the weights are those before that step.
     """
     work = work or Work()
     model = policy.model
@@ -95,13 +97,14 @@ def train(
     try:
         with work.finishing():
             for batch in itertools.islice(demonstrations, len(losses), steps):
-                losses.append(_accumulate(model, batch, pass_tokens, len(losses) + 1))
-                torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_NORM)
+                loss, halved = _fitting(model, batch, pass_tokens, len(losses) + 1)
+                losses.append(loss)
+                _clip(model, len(losses))
                 for optimizer, schedule in zip(optimizers, schedules, strict=True):
                     optimizer.step()
                     optimizer.zero_grad()
                     schedule.step()
-                track(len(losses), {"loss": losses[-1]})
+                track(len(losses), {"loss": losses[-1], **({"halved": halved} if halved else {})})
                 progress(len(losses), steps, f"loss {losses[-1]:.3f}")
                 work.reached(len(losses), lambda directory: state.save(directory, losses))
     finally:
@@ -163,6 +166,34 @@ def _optimizers(model: PreTrainedModel, learning_rate: float) -> list[torch.opti
     if rest:
         optimizers.append(torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0))
     return optimizers
+
+
+def _fitting(model: PreTrainedModel, batch: Sequence[Demonstration], pass_tokens: int, step: int) -> tuple[float, int]:
+    """``_accumulate`` with passes as small as memory asks for; the loss, and how often they were halved.
+
+    Raises:
+        TrainingError: a single demonstration does not fit.
+    """
+    for halved in itertools.count():
+        try:
+            return _accumulate(model, batch, pass_tokens >> halved, step), halved
+        except (RuntimeError, MemoryError) as error:
+            if not memory.ran_out(error):
+                raise
+        memory.give_back()
+        model.zero_grad()  # a pass that failed may have left a part of its gradients
+        if pass_tokens >> halved < min(map(len, batch)):
+            break
+    raise TrainingError(
+        f"step {step}: out of memory for a single demonstration; lower warmstart.hidden_size, .layers or .context_length"
+    )
+
+
+def _clip(model: PreTrainedModel, step: int) -> None:
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_NORM)
+    if not torch.isfinite(norm):
+        model.zero_grad()
+        raise TrainingError(f"the gradient's norm of step {step} is {norm.item()}; lower the learning rate")
 
 
 def _accumulate(model: PreTrainedModel, batch: Sequence[Demonstration], pass_tokens: int, step: int) -> float:
