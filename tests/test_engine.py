@@ -29,7 +29,7 @@ PROMPTS = Prompts(instruction="Answer this after searching. Question: {question}
 QUESTIONS = [
     Question(id=name, text=f"{name}?" * (1 + i), answers=("Bel",)) for i, name in enumerate(("Arda", "x", "Fen"))
 ]
-LIMITS = RolloutConfig(max_searches=3, topk=1, max_action_tokens=14, max_observation_tokens=60, max_tokens=400)
+LIMITS = RolloutConfig(max_searches=2, topk=1, max_action_tokens=10, max_observation_tokens=60, max_tokens=400)
 SHAPE = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 FAMILIES = {
     "qwen2": {},
@@ -38,7 +38,7 @@ FAMILIES = {
     "mistral": {"sliding_window": 9},
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "sliding_window": 9, "attn_implementation": "eager"},
-    "gemma3_text": {"head_dim": 8, "sliding_window": 9, "num_hidden_layers": 7},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": {},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
 }
@@ -57,7 +57,7 @@ def random_policy(family: str, **shape) -> Policy:
 
 
 def play(policy: Policy, generator, temperature: float, seed: int = 0, retriever=None, **kwargs) -> list[Trajectory]:
-    begun = starts(policy.tokenizer, policy.prompts, QUESTIONS, 3)
+    begun = starts(policy.tokenizer, policy.prompts, QUESTIONS, 2)
     order = kwargs.pop("order", range(len(begun)))
     retriever = retriever or TinyRetriever(PASSAGES)
     done = rollout(
@@ -79,11 +79,10 @@ def test_a_family_samples_the_same_in_any_company(family: str, temperature: floa
     assert hf._bytes_per_position(model), "its rows can come and go"
     # Seed 1: with 0, one number of 4,000 falls between two ids' shares of the distribution, where rounding decides.
     expected = play(policy, PlainGenerator(model, tokenizer, batch_size=1), temperature, seed=1)
-    assert sum(len(t.turns) for t in expected) > 2 * len(expected)
+    assert sum(len(t.turns) for t in expected) > 1.5 * len(expected)
     shuffled = random.Random(0).sample(range(len(expected)), len(expected))
     for generator, order in (
         (PlainGenerator(model, tokenizer), range(len(expected))),
-        (HFGenerator(model, tokenizer, batch_size=1), range(len(expected))),
         (HFGenerator(model, tokenizer, batch_size=4), shuffled),
         (HFGenerator(model, tokenizer), range(len(expected))),
     ):
@@ -144,7 +143,7 @@ def test_earlier_turns_and_common_prompts_are_computed_once(monkeypatch) -> None
     monkeypatch.setattr(policy.model, "forward", counting)
     done = play(policy, HFGenerator(policy.model, policy.tokenizer, batch_size=64), 1.0)
     prefix = len(policy.tokenizer.encode(PROMPTS.instruction.split("{")[0]))
-    prompts = prefix + sum(len(done[i].prompt_ids) - prefix for i in (0, 3, 6))
+    prompts = prefix + sum(len(done[i].prompt_ids) - prefix for i in (0, 2, 4))
     responses = sum(len(t.response_ids) for t in done)
     padding = 0.4 * responses  # observations of one moment are padded to the longest
     assert prompts + responses - 3 * len(done) <= seen <= prompts + responses + padding
@@ -172,20 +171,17 @@ class _Crowded:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_batch_that_memory_does_not_hold_is_halved_and_nothing_else_changes(temperature: float, monkeypatch) -> None:
     policy = random_policy("lfm2")
-    generator = HFGenerator(policy.model, policy.tokenizer, batch_size=9)
+    generator = HFGenerator(policy.model, policy.tokenizer, batch_size=6)
     expected = play(policy, generator, temperature)
     crowded = _Crowded(policy.model.forward, 2)
     monkeypatch.setattr(policy.model, "forward", crowded)
-    with pytest.warns(UserWarning, match="4 trajectories are sampled together instead of 9; lower rollout.batch_size"):
+    with pytest.warns(UserWarning, match="3 trajectories are sampled together instead of 6; lower rollout.batch_size"):
         assert ids(play(policy, generator, temperature)) == ids(expected)
-    assert (crowded.failed, generator.batch_size) == (2, 2)
+    assert (crowded.failed, generator.batch_size) == (2, 1)
     assert ids(play(policy, generator, temperature)) == ids(expected)
     assert crowded.failed == 2
     crowded.rows = 0
-    with (
-        pytest.warns(UserWarning, match="1 trajectories"),
-        pytest.raises(ModelError, match="not even one trajectory fits into memory"),
-    ):
+    with pytest.raises(ModelError, match="not even one trajectory fits into memory"):
         play(policy, generator, temperature)
 
 
