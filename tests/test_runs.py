@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -201,6 +202,16 @@ def test_a_run_directory_that_is_a_file_is_refused_in_one_line(tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(RunError, match="run directory that can be written to"), opened(tmp_path / "run", {}):
         pass
+
+
+def test_a_policy_in_an_artifact_is_verified_when_its_checksum_is_asked_for(tmp_path):
+    """And it has the checksum that it would have anywhere."""
+    made = ask(tmp_path / "grpo-1", [])
+    shutil.copytree(made.path / "policy", tmp_path / "elsewhere")
+    assert runs.checksum(made.path / "policy") == runs.checksum(tmp_path / "elsewhere")
+    (made.path / "policy" / "weights").write_bytes(b"abd")
+    with pytest.raises(RunError, match="policy/weights: damaged"):
+        runs.checksum(made.path / "policy")
 
 
 def test_seeds_are_derived_per_stage_and_stable():

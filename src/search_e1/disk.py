@@ -40,13 +40,12 @@ def told(directory: Path) -> Iterator[None]:
 
 
 def reserve(path: Path, size: int) -> None:
-    """Make a file of ``size`` bytes whose room is there: to write into a mapped file on a full disk kills the process.
+    """Make room for ``size`` bytes in a file, new or not: to write into a mapped file on a full disk kills the process.
 
     Raises:
         OSError: there is no room for it.
     """
-    with path.open("wb") as file:
-        file.truncate(size)
+    with path.open("ab") as file:
         if size and hasattr(os, "posix_fallocate"):  # macOS has none
             os.posix_fallocate(file.fileno(), 0, size)
 

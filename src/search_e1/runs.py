@@ -270,11 +270,26 @@ def read_records(path: Path, kind: type[Kept], again: str) -> Iterator[Kept]:
 
 
 def checksum(path: Path) -> str:
-    """Of a file, or of a directory's files with their names; what is written for people (``*.md``) does not count."""
+    """Of a file, or of a directory's files with their names; what is written for people (``*.md``) does not count.
+
+    Raises:
+        RunError: it is a directory in an artifact, and damaged.
+    """
     if path.is_file():
         return sha256(path)
+    if (path.parent / (MANIFEST + _SUM)).exists() and (path.parent / MANIFEST).exists():
+        return _verified(path)
     files = {str(f.relative_to(path)): sha256(f) for f in sorted(path.rglob("*")) if f.is_file() and f.suffix != ".md"}
     return _sha256_text(json.dumps(files))
+
+
+def _verified(path: Path) -> str:
+    """The checksum of a directory in an artifact, whose files are read once to compare them and to compute it."""
+    name = f"{path.name}/"
+    found = {
+        file.removeprefix(name): sum for file, sum in read(path.parent).manifest.files.items() if file.startswith(name)
+    }
+    return _sha256_text(json.dumps({file: sum for file, sum in found.items() if not file.endswith(".md")}))
 
 
 def sha256(file: Path) -> str:

@@ -318,10 +318,12 @@ def _report(artifact) -> None:
 
 
 def _made(stages: "Stages", name: str) -> Path:
+    from search_e1 import runs
+
     path = stages.root / name
     if not path.exists():
         raise RunError(f"{path}: not made yet; run its stage first, or name another artifact")
-    return path
+    return runs.read(path).path
 
 
 def _before_grpo(stages: "Stages", round: int) -> str:
@@ -329,7 +331,7 @@ def _before_grpo(stages: "Stages", round: int) -> str:
         return stages.config.policy.model
     for name in (f"ofsd-{round - 1}", f"grpo-{round - 1}"):
         if (stages.root / name).exists():
-            return str(stages.root / name / "policy")
+            return str(_made(stages, name) / "policy")
     raise RunError(f"{stages.root}: round {round - 1} is not made yet; run its stages first, or give --policy")
 
 

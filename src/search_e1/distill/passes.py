@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from search_e1 import disk
 from search_e1.config import DistillConfig
 from search_e1.distill.collate import Row
 from search_e1.distill.head import hidden_at, split_head
@@ -47,6 +48,7 @@ class TeacherStates:
                 f"{path.parent}: the teacher's hidden states take {needed / 2**30:.1f} GiB and the disk has {free / 2**30:.1f} "
                 'left; make room, or set distill.teacher = "live"'
             )
+        disk.reserve(path, needed)
         self._states = torch.from_file(str(path), shared=True, size=needed // dtype.itemsize, dtype=dtype).view(
             -1, width
         )
