@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,6 +178,24 @@ def test_a_gradient_that_is_not_finite_stops_distillation_before_its_step(tmp_pa
         distill.train(policy, pairs_of(policy, 2), config, seed=1, out=tmp_path)
     for name, tensor in policy.model.state_dict().items():
         assert "lora" in name or torch.equal(tensor, before[name.replace(".base_layer", "")])
+
+
+def test_a_worker_that_dies_ends_the_stage_with_a_message(tmp_path):
+    """Killed when it is asked for its first batch."""
+    loader = torch.utils.data.DataLoader(Deadly(), num_workers=1)
+    with (
+        pytest.raises(TrainingError, match=r"ofsd-1: DataLoader worker .*run the same command"),
+        memory.told("ofsd-1"),
+    ):
+        next(iter(loader))
+
+
+class Deadly(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

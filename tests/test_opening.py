@@ -259,3 +259,40 @@ def test_other_errors_are_not_the_disks(tmp_path):
         _ = 1 / 0
     with pytest.raises(FileNotFoundError), disk.told(tmp_path):
         (tmp_path / "x").read_text()
+
+
+def test_a_full_disk_harms_nothing_and_the_run_goes_on_once_there_is_room(tmp_path):
+    """Files may not grow beyond a limit, so that writing fails as it does on a full disk."""
+    code = """if True:
+        import resource, signal, sys
+        from pathlib import Path
+        from search_e1 import runs
+        from search_e1.opening import opened
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        if sys.argv[2] != "room":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+
+        try:
+            with opened(Path(sys.argv[1]), {"seed": 0}) as root:
+                for name, size in (("first", 3_000), ("second", 50_000)):
+                    runs.artifact(root / name, stage=name, settings={}, inputs={}, seed=0,
+                                  make=lambda out: (out / "weights").write_bytes(b"w" * size) and {})
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}")
+    """
+
+    def run(limit: int | str) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path), str(limit)], capture_output=True, text=True, check=True
+        ).stdout
+
+    for limit in (2_000, 20_000):  # the first one does not fit; the second one does not
+        said = run(limit)
+        assert said.startswith(f"RunError: {tmp_path}: the disk is full")
+        assert said.count("\n") == 1
+        assert not (tmp_path / "second").exists()
+    first = runs.read(tmp_path / "first")
+    assert run("room") == ""
+    assert runs.read(tmp_path / "first") == first
+    assert runs.read(tmp_path / "second").manifest.attempts == 2

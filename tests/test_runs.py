@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import socket
 from pathlib import Path
@@ -202,6 +203,26 @@ def test_a_run_directory_that_is_a_file_is_refused_in_one_line(tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(RunError, match="run directory that can be written to"), opened(tmp_path / "run", {}):
         pass
+
+
+def test_damage_at_random_places_is_always_noticed(tmp_path):
+    """The short form of ``benchmarks/damage.py``; any byte of any file, the manifest and its checksum among them."""
+    made = ask(tmp_path / "grpo-1", [])
+    files, dice = sorted(file for file in made.path.rglob("*") if file.is_file()), random.Random(0)
+    assert {file.name for file in files} == {"weights", "manifest.json", "manifest.json.sha256"}
+    for _ in range(60):
+        file = dice.choice(files)
+        whole = file.read_bytes()
+        at, damaged = dice.randrange(len(whole)), bytearray(whole)
+        if dice.random() < 0.5:
+            del damaged[at:]
+        else:
+            damaged[at] ^= 1 << dice.randrange(8)
+        file.write_bytes(damaged)
+        with pytest.raises(RunError, match="damaged"):
+            ask(tmp_path / "grpo-1", [])
+        file.write_bytes(whole)
+    assert ask(tmp_path / "grpo-1", []).manifest == made.manifest
 
 
 def test_a_policy_in_an_artifact_is_verified_when_its_checksum_is_asked_for(tmp_path):

@@ -26,17 +26,19 @@ def give_back() -> None:
 
 @contextmanager
 def told(stage: str) -> Iterator[None]:
-    """Turn memory that runs out, where smaller parts did not help, into a message.
+    """Turn memory that runs out, where smaller parts did not help, or a worker that was killed, into a message.
 
     Raises:
-        TrainingError: it ran out.
+        TrainingError: that happened.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if said.startswith("DataLoader worker"):  # torch's own words for one that was killed
+            raise TrainingError(f"{stage}: {said}; run the same command again, it goes on") from error
         if isinstance(error, TrainingError) or not ran_out(error):
             raise
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrainingError(
             f"{stage}: out of memory ({said}); lower rollout.batch_size, or per_device_train_batch_size in [grpo.trainer] or "
             "[distill.trainer], or turn gradient_checkpointing on there; then run the same command again"
