@@ -2,6 +2,7 @@
 
     python benchmarks/plan.py                                              # small shapes on the CPU, a few minutes
     python benchmarks/plan.py --shapes qwen2.5-1.5b qwen2.5-3b --device cuda --dtype bfloat16 --tokens 4096 --checkpointing
+    python benchmarks/plan.py --scaling configs/search-e1-3b.toml          # computed alone: from 1 to 64 GPUs
 
 Every measurement is a process of its own, with random weights. On a CPU its memory is the rise of the peak resident size from
 before the policy is made, on a GPU the allocator's peak. `grpo` is the stage's own trainer on made trajectories, `distill` its
@@ -37,9 +38,10 @@ from transformers import AutoModelForCausalLM
 
 import search_e1.policy as policies
 from distill import matmul_flops, random_rows  # beside this file
-from search_e1.config import Config, DistillConfig, GrpoConfig, LoraConfig, PolicyConfig, RolloutConfig
-from search_e1.planning.hardware import Cluster, gpu
+from search_e1.config import Config, DistillConfig, GrpoConfig, LoraConfig, PolicyConfig, RolloutConfig, load
+from search_e1.planning.hardware import GIB, Cluster, gpu
 from search_e1.planning.memory import Estimator, Job, Memory
+from search_e1.planning.plan import make_plan
 from search_e1.planning.shapes import SHAPES, read_config, shape_of
 from search_e1.planning.work import passed, trained
 from search_e1.policy import Policy, with_adapter
@@ -69,25 +71,27 @@ def main() -> None:
     )
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
+    parser.add_argument("--scaling", type=Path, help="a config to plan for 1 to 64 GPUs; nothing is measured")
+    parser.add_argument("--gpu", default="h100-80gb", help="with --scaling")
+    parser.add_argument("--sharding", default="full", choices=["none", "optimizer", "full"], help="with --scaling")
+    parser.add_argument("--engine", default="transformers", choices=["transformers", "vllm"], help="with --scaling")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measure(arguments.measure, arguments.shapes[0], arguments)))
         return
-    rows = compared(arguments)
     out = Console(width=100)
+    rows = scaled(arguments) if arguments.scaling else compared(arguments)
+    if arguments.scaling:
+        print_table(out, rows, arguments)
+        return
     device = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else f"{os.cpu_count()} cores"
     out.print(
         f"{platform.machine()}, {device}, torch {torch.__version__} ({torch.get_num_threads()} threads), transformers "
         f"{version('transformers')}, trl {version('trl')}; {arguments.dtype}, {MICRO_BATCHES} micro-batches "
         f"of {arguments.rows} x {arguments.tokens} tokens a step"
     )
-    table = Table(box=None, pad_edge=False)
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name in ("stage", "shape") else "right")
-    for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    out.print(table)
+    print_table(out, rows, arguments)
     for what in ("memory", "time"):
         errors = [
             abs(row[f"{what} ratio"] - 1) for row in rows if row["shape"] != arguments.shapes[0] or what == "memory"
@@ -95,8 +99,46 @@ def main() -> None:
         if not errors:
             continue
         out.print(f"{what}: median error {statistics.median(errors):.1%}, largest {max(errors):.1%}")
+
+
+def print_table(out: Console, rows: list[dict], arguments: argparse.Namespace) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name in ("stage", "shape") else "right")
+    for row in rows:
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    out.print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def scaled(arguments: argparse.Namespace) -> list[dict]:
+    """A row for each number of GPUs: memory of a rank in GiB at the peak of each stage, and hours by stage."""
+    rows = []
+    for gpus in (1, 2, 4, 8, 16, 32, 64):
+        cluster = Cluster(
+            gpu=gpu(arguments.gpu),
+            gpus=gpus,
+            sharding=arguments.sharding if gpus > 1 else "none",
+            engine=arguments.engine,
+        )
+        plan = make_plan(load(arguments.scaling), cluster, largest_rows=False)
+        memory = {m.stage: m.total / GIB for m in plan.memory}
+        hours = {w.stage: w.hours for w in plan.work}
+        rows.append({
+            "GPUs": gpus,
+            "update GiB": memory.get("grpo update", 0.0),
+            "sample GiB": max(memory["pool, evaluation"], memory.get("grpo sampling", 0.0)),
+            "distill GiB": memory["distillation"],
+            "fits": "yes" if plan.fits else "no",
+            "grpo h": hours.get("grpo", 0.0),
+            "pool h": hours["pool"],
+            "distill h": hours["lead"] + hours["distillation"],
+            "evaluation h": hours["evaluation"],
+            "all h": plan.hours,
+            "GPU-h": plan.hours * gpus,
+        })  # fmt: skip
+    return rows
 
 
 def compared(arguments: argparse.Namespace) -> list[dict]:
@@ -110,7 +152,7 @@ def compared(arguments: argparse.Namespace) -> list[dict]:
             memory, flops = computed(stage, shape, arguments)
             utilisation = flops / measured["seconds"] / ceiling
             share = share or utilisation
-            rows.append({
+            row = {
                 "stage": stage,
                 "shape": shape,
                 "M weights": round(shape_of(model_config(shape)).parameters / 1e6, 1),
@@ -120,7 +162,9 @@ def compared(arguments: argparse.Namespace) -> list[dict]:
                 "s measured": measured["seconds"],
                 "utilisation": utilisation,
                 "time ratio": flops / ceiling / share / measured["seconds"],
-            })  # fmt: skip
+            }
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)  # a long run that is cut short has told what it knew
     return rows
 
 
@@ -129,7 +173,7 @@ def in_a_process(stage: str, shape: str, arguments: argparse.Namespace) -> dict:
     command += ["--dtype", arguments.dtype, "--rows", str(arguments.rows), "--tokens", str(arguments.tokens)]
     command += ["--checkpointing"] * arguments.checkpointing
     # Freed memory goes back at once, so that the resident size is what is alive.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**23), "MALLOC_TRIM_THRESHOLD_": str(2**24)}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_TRIM_THRESHOLD_": str(2**18)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"{stage}, {shape}: {done.stderr.strip().splitlines()[-1]}")
@@ -312,18 +356,25 @@ def distilled(model, config: Config, arguments: argparse.Namespace) -> tuple[flo
 
 def sampled(model, config: Config, arguments: argparse.Namespace) -> tuple[float, int]:
     """Seconds of reading the contexts, and the peak once some tokens were sampled after them."""
+    from search_e1.rollout.generator import Request
     from search_e1.rollout.hf import HFGenerator
 
     tokenizer = policies.load_reader("small", PolicyConfig(model="small")).tokenizer
     model.generation_config.eos_token_id = None
     generator = HFGenerator(model, tokenizer, batch_size=arguments.rows)
-    prompts = [list(range(1, 1 + arguments.tokens - SAMPLED - 4 * (n % 3))) for n in range(arguments.rows)]
+    source = torch.Generator().manual_seed(0)
     seconds = []
     for _ in range(2):
-        started = now(arguments.device)
-        generator.generate(prompts, max_new_tokens=1, temperature=1.0, stop=())
-        seconds.append(now(arguments.device) - started)
-    generator.generate(prompts, max_new_tokens=SAMPLED, temperature=1.0, stop=())
+        with generator.session(temperature=1.0, stop=(), max_tokens=arguments.tokens) as session:
+            for row in range(arguments.rows):
+                length = arguments.tokens - SAMPLED - 4 * (row % 3)
+                prompt = torch.randint(tokenizer.vocab_size, (length,), generator=source).tolist()
+                session.submit(Request(key=row, prompt=prompt, max_new_tokens=SAMPLED, seed=row))
+            started = now(arguments.device)
+            done = session.step()
+            seconds.append(now(arguments.device) - started)
+            while not done:
+                done = session.step()
     return min(seconds), peak(arguments.device)
 
 

@@ -16,7 +16,7 @@ from search_e1.planning.hardware import GIB, GPUS, Cluster, gpu
 from search_e1.planning.memory import Estimator, Memory, largest
 from search_e1.planning.plan import make_plan
 from search_e1.planning.shapes import SHAPES, empty_model, read_config, shape_of
-from search_e1.planning.warnings import setting_warnings, sharing_problem, unfit
+from search_e1.planning.warnings import fewer_rows, setting_warnings, sharing_problem, unfit
 from search_e1.planning.work import Clock, Counts, Job, Rates, passed, trained
 from search_e1.policy import with_adapter
 from search_e1.types import ActionKind, Group, Question, StopReason, Trajectory, Turn
@@ -268,7 +268,16 @@ def test_sharding_divides_states_among_ranks() -> None:
 def test_the_cache_is_rows_times_tokens_times_keys_and_values() -> None:
     config = a_config(policy={"model": "small", "dtype": "bfloat16"}, rollout={"max_tokens": 128})
     memory = Estimator(tiny(), shape_of(tiny()), config, cluster()).sample("pool", rows=8, tokens=128)
-    assert memory.cache == 8 * 128 * 2 * 2 * 2 * 16 * 2  # rows, tokens, layers, keys and values, groups, width, bytes
+    token = 2 * 2 * 2 * 16 * 2  # layers, keys and values, groups, width, bytes
+    assert memory.cache == 9 * 128 * token  # a slot more, for what all prompts begin with
+    few = Cluster(gpu=gpu(memory_gib=0.01, tflops=1, gb_per_second=1))
+    free = few.room - memory.weights
+    less = Estimator(tiny(), shape_of(tiny()), config, few).sample("pool", rows=1000, tokens=128)
+    assert less.rows == int(0.6 * free / (128 * token)) - 1
+    assert fewer_rows([less], a_config(rollout={"batch_size": 1000}))[0].startswith(
+        f"pool: {less.rows} trajectories of 128"
+    )
+    assert fewer_rows([memory], config) == []
 
 
 def test_vllm_takes_its_share_whatever_it_needs() -> None:
@@ -318,11 +327,11 @@ def test_tokens_are_trajectories_times_lengths() -> None:
         source="made",
     )
     assert (known.sampled, known.response, known.total) == (150, 550, 650)
-    assert known.contexts == 100 + 350 + 600  # each turn reads all that was before it
     work = {
         w.stage: w for w in Clock(shape_of(tiny()), config, cluster(), known, Counts(1000, 50), Rates(), 64).stages()
     }
     assert work["grpo"].trajectories == 2 * 10 * 20
+    assert work["grpo"].read == 400 * (100 + 2 * 200)  # prompts and observations
     assert (work["grpo"].sampled, work["grpo"].trained) == (400 * 150, 400 * 650)
     assert work["pool"].trajectories == 2 * 800
     assert work["evaluation"].trajectories == 5 * 50 * 2
@@ -340,8 +349,8 @@ def test_more_gpus_take_less_time_and_a_step_of_sampling_never_less_than_its_lay
         Clock(shape, config, cluster(gpus=n), known, Counts(1000, 1000), Rates(), 64).stages() for n in (1, 8)
     )
     assert sum(w.hours for w in one) / 8 <= sum(w.hours for w in eight) < sum(w.hours for w in one) / 4
-    # Five evaluations of 2,000 trajectories in batches of 64, of three actions that wait for one of 300 tokens, 36 layers.
-    assert one[0].hours * 3600 >= 5 * 32 * 3 * 300 * 36 * 0.6e-3
+    # Five evaluations of 2,000 trajectories, 64 together, three actions of 100 tokens each, 36 layers.
+    assert one[0].hours * 3600 >= 5 * 2000 / 64 * 300 * 36 * 0.6e-3
 
 
 def test_lengths_are_measured_in_a_run(tmp_path: Path) -> None:

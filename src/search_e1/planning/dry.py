@@ -122,12 +122,12 @@ class DryModel:
         return Training(kept, alive.peak)
 
     @torch.no_grad()
-    def read(self, rows: int, width: int, *, masked: bool, cache: bool) -> int:
-        """Most bytes alive in a pass without gradients, the key-value cache included if there is one."""
+    def read(self, rows: int, width: int, *, masked: bool) -> int:
+        """Most bytes alive in a pass without gradients."""
         self.model.eval()
         base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         with self._alive() as alive, self._layout(rows, width, masked, False) as ids:
-            out = base.get_decoder()(input_ids=ids, use_cache=cache)
+            out = base.get_decoder()(input_ids=ids, use_cache=False)
             del out
         return alive.peak
 

@@ -29,7 +29,7 @@ class Lengths(Record):
     """Actions of a trajectory."""
     action: float = Field(gt=0)
     longest_action: float = Field(gt=0)
-    """The longest action among those that are sampled side by side: static batches wait for it."""
+    """The longest action among those that are sampled side by side: their stage ends with it."""
     observation: float = Field(ge=0)
     """After each action but the last."""
     reference: float = Field(ge=0)
@@ -50,12 +50,6 @@ class Lengths(Record):
     @property
     def total(self) -> float:
         return self.prompt + self.response
-
-    @property
-    def contexts(self) -> float:
-        """What is read when every turn reads its whole context anew."""
-        grown = (self.turns - 1) / 2 * (self.action + self.observation)
-        return self.turns * (self.prompt + grown)
 
 
 def assumed(config: Config) -> Lengths:

@@ -15,9 +15,9 @@ from search_e1.types import Record
 
 _TILE = (4096, 32_768)  # positions and vocabulary entries of TRL's projection at once
 _TILES_WITHOUT_TRITON = 7  # what its backward pass takes beside the tile, each as large
-_SAMPLING = (
-    5  # float32 copies of a step's logits: scores, over temperature, log-probabilities, and what `multinomial` makes
-)
+_SAMPLING = 5  # float32 copies of a step's logits: scores, over temperature, log-probabilities, and what drawing makes
+# Of `rollout.hf`, `.continuous` and `.ragged`: the cache's share of free memory, tokens of a pass, steps of capacity.
+_CACHE_SHARE, _PREFILL, _ROUND = 0.6, 8192, 64
 _VLLM_WORK = 1.5 * 2**30  # bytes of vLLM's own passes and CUDA graphs
 
 
@@ -29,6 +29,8 @@ class Memory(Record):
     """Sequences of one pass: the micro-batch in training."""
     tokens: int
     """Of each: the longest that the limits allow."""
+    asked: int = 0
+    """Rows that would be sampled together if memory held them."""
     weights: int = 0
     gradients: int = 0
     optimiser: int = 0
@@ -84,7 +86,7 @@ class Estimator:
         self.packs = wanted and _keeps_packed_apart(model)
         self._dry = cache(lambda dtype, lora, checkpointing: DryModel(model, dtype, lora, checkpointing=checkpointing))
         self._train = cache(lambda dry, *args: dry.train(*args[:2], **dict(args[2:])))
-        self._read = cache(lambda dry, rows, width, kept: dry.read(rows, width, masked=rows > 1, cache=kept))
+        self._read = cache(lambda dry, rows, width: dry.read(rows, width, masked=True))
 
     @property
     def width(self) -> int:
@@ -125,9 +127,8 @@ class Estimator:
             "distillation", job, rows, self.width, packed=self.packs, accumulated=micro_batches > 1,
             loss=self._fused_loss(positions, job), others=others,
         )  # fmt: skip
-        teacher = self._read(
-            self._model(job), 1 if self.packs else rows, self.teacher_width * (rows if self.packs else 1), False
-        )
+        read = (1, rows * self.teacher_width) if self.packs else (rows, self.teacher_width)
+        teacher = self._read(self._model(job), *read)
         # The teacher reads before the student's pass; gradients of earlier micro-batches are there then.
         there = step.gradients if micro_batches > 1 else 0
         before = step.fixed - step.gradients + there + teacher
@@ -141,7 +142,7 @@ class Estimator:
         self, stage: str, *, rows: int, tokens: int, during: Literal["training", "nothing"] = "nothing"
     ) -> Memory:
         """Sampling ``rows`` trajectories of at most ``tokens`` together; ``during`` GRPO, whose states are there too."""
-        job = Job.of(self.config.grpo.lora, self.config.grpo.trainer)
+        job, asked = Job.of(self.config.grpo.lora, self.config.grpo.trainer), rows
         training = during == "training"
         lora = job.lora if training else None
         dry = self._dry(self.dtype, lora, job.checkpointing if training else False)
@@ -152,11 +153,14 @@ class Estimator:
             others += self._share(dry.weights, "weights")
         if self.cluster.engine == "vllm":
             return self._sample_by_vllm(stage, rows, tokens, weights if training else 0, states)
-        cached = rows * tokens * self.shape.cached * self._itemsize
-        logits = _SAMPLING * rows * self.shape.vocabulary * 4
+        slot = -(-tokens // _ROUND) * _ROUND * self.shape.cached * self._itemsize
+        free = max(0, self.cluster.room - weights - states - others)
+        rows = max(1, min(rows, int(_CACHE_SHARE * free / (tokens * self.shape.cached * self._itemsize)) - 1))
         return Memory(
-            stage=stage, rows=rows, tokens=tokens, weights=weights, optimiser=states, others=others,
-            activations=max(0, self._read(dry, rows, tokens, True) - cached), logits=logits, cache=cached,
+            stage=stage, rows=rows, tokens=tokens, asked=asked, weights=weights, optimiser=states, others=others,
+            activations=self._read(dry, max(1, min(rows, _PREFILL // tokens)), tokens),
+            logits=_SAMPLING * rows * self.shape.vocabulary * 4,
+            cache=(rows + 1) * slot,  # a slot more for what all prompts begin with
             knob="rollout.batch_size",
         )  # fmt: skip
 
@@ -248,12 +252,9 @@ class Estimator:
     def _trl_loss(self, positions: int, job: Job) -> int:
         """TRL's log-probabilities tile by tile: a tile, and gradients of hidden states and head summed in float32."""
         itemsize = 2 if job.autocast else self._itemsize
-        tile = min(positions, _TILE[0]) * _TILE[1] * itemsize
-        tile += (
-            0
-            if self.triton
-            else _TILES_WITHOUT_TRITON * min(positions, _TILE[0]) * min(_TILE[1], self.shape.vocabulary) * 4
-        )
+        wide = _TILE[1] if self.triton else min(_TILE[1], self.shape.vocabulary)  # what is not touched takes nothing there
+        tile = min(positions, _TILE[0]) * wide * itemsize
+        tile += 0 if self.triton else _TILES_WITHOUT_TRITON * min(positions, _TILE[0]) * wide * 4
         return tile + self._gradients_of_loss(positions, itemsize, trains_head=job.lora is None)
 
     def _fused_loss(self, positions: int, job: Job) -> int:

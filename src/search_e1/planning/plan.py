@@ -16,7 +16,7 @@ from search_e1.planning.lengths import Lengths
 from search_e1.planning.memory import Estimator, Memory, largest
 from search_e1.planning.shapes import Shape, read_config, shape_of
 from search_e1.planning.storage import Storage, storage
-from search_e1.planning.warnings import setting_warnings, sharing_problem, unfit
+from search_e1.planning.warnings import fewer_rows, setting_warnings, sharing_problem, unfit
 from search_e1.planning.work import Clock, Counts, Rates, Work
 from search_e1.types import Record
 
@@ -87,7 +87,11 @@ def make_plan(
         work=tuple(Clock(shape, config, cluster, lengths, counts, rates, side_by_side).stages()),
         storage=stored,
         fits=not any(problems),
-        warnings=(*(p for p in problems if p), *setting_warnings(config, shape, cluster, counts)),
+        warnings=(
+            *(p for p in problems if p),
+            *fewer_rows(memory, config),
+            *setting_warnings(config, shape, cluster, counts),
+        ),
         notes=(*notes, *assumed),
     )
 

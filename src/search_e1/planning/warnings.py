@@ -1,5 +1,7 @@
 """What will go wrong, or does less than it seems, and what to change."""
 
+from collections.abc import Sequence
+
 from search_e1.config import Config
 from search_e1.errors import ConfigError
 from search_e1.grpo import batching
@@ -70,6 +72,16 @@ def sharing_problem(total: int, gpus: int) -> str | None:
     fitting = [n for n in range(1, total + 1) if total % n == 0]
     near = sorted(sorted(fitting, key=lambda n: abs(n - gpus))[:_MOST_SHOWN])
     return f"{total} do not divide among {gpus} GPUs; {', '.join(map(str, near))} GPUs would do"
+
+
+def fewer_rows(memory: Sequence[Memory], config: Config) -> list[str]:
+    """Where fewer trajectories are sampled together than were asked for, since their cache does not fit."""
+    return [
+        f"{row.stage}: {row.rows} trajectories of {row.tokens} tokens are sampled together, not rollout.batch_size = "
+        f"{config.rollout.batch_size}: their cache takes the memory"
+        for row in memory
+        if row.cache and row.rows < min(config.rollout.batch_size, row.asked)
+    ]
 
 
 def setting_warnings(config: Config, shape: Shape, cluster: Cluster, counts: Counts) -> list[str]:

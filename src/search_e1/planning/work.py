@@ -22,8 +22,6 @@ class Rates(Record):
     """Of the memory bandwidth, while sampling."""
     layer_ms: dict[Engine, float] = {"transformers": 0.6, "vllm": 0.03}
     """Of a step of sampling, for each layer: Python and kernel launches, however little there is to compute."""
-    cache_passes: dict[Engine, float] = {"transformers": 3.0, "vllm": 1.0}
-    """How often a step goes through the cache: ``generate`` copies it to append to it."""
     most_rows: int = 256
     """vLLM's sequences at once, where memory allows."""
 
@@ -145,10 +143,10 @@ class Clock:
 
         ``per_call``: where not all of them can be sampled side by side, since the policy changes between calls.
         """
-        lengths, engine = self.lengths, self.cluster.engine
-        # transformers reads the whole context anew in every turn; vLLM finds what it has read in its cache.
-        contexts = lengths.contexts + lengths.turns * longer if engine == "transformers" else lengths.total + longer
-        read, sampled = times * trajectories * contexts, times * trajectories * lengths.sampled
+        lengths = self.lengths
+        # Earlier turns are in the cache: what is read are prompts and observations.
+        unread = lengths.total - lengths.sampled + longer
+        read, sampled = times * trajectories * unread, times * trajectories * lengths.sampled
         attended = lengths.total + longer
         flops = (
             passed(self.shape, read, attended)
@@ -173,13 +171,11 @@ class Clock:
         mine = math.ceil(trajectories / self.cluster.gpus)
         rows = max(1, min(mine, self.side_by_side))
         engine, lengths = self.cluster.engine, self.lengths
-        if engine == "transformers":  # a batch goes on until its longest row ends
-            steps = math.ceil(mine / rows) * lengths.turns * lengths.longest_action
-        else:
-            steps = max(mine / rows, 1) * lengths.turns * lengths.action
+        # Rows come and go; at the end the longest trajectory is waited for.
+        steps = max(mine / rows * lengths.sampled, lengths.turns * lengths.longest_action)
         itemsize = 2 if self._sampled_in_halves else 4
         weights = (self.shape.active + self.shape.head) * itemsize
-        read = weights + self.rates.cache_passes[engine] * rows * context * self.shape.cached * itemsize
+        read = weights + rows * context * self.shape.cached * itemsize
         by_memory = read / (self.cluster.gpu.gb_per_second * 1e9 * self.rates.bandwidth)
         by_products = (
             2
