@@ -348,7 +348,7 @@ def test_more_gpus_take_less_time_and_a_step_of_sampling_never_less_than_its_lay
     one, eight = (
         Clock(shape, config, cluster(gpus=n), known, Counts(1000, 1000), Rates(), 64).stages() for n in (1, 8)
     )
-    assert sum(w.hours for w in one) / 8 <= sum(w.hours for w in eight) < sum(w.hours for w in one) / 4
+    assert sum(w.hours for w in one) / 8 <= sum(w.hours for w in eight) < sum(w.hours for w in one) / 2
     # Five evaluations of 2,000 trajectories, 64 together, three actions of 100 tokens each, 36 layers.
     assert one[0].hours * 3600 >= 5 * 2000 / 64 * 300 * 36 * 0.6e-3
 
