@@ -37,7 +37,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 import search_e1.policy as policies
-from distill import matmul_flops, random_rows  # beside this file
+from distill import random_rows  # beside this file
 from search_e1.config import Config, DistillConfig, GrpoConfig, LoraConfig, PolicyConfig, RolloutConfig, load
 from search_e1.planning.hardware import GIB, Cluster, gpu
 from search_e1.planning.memory import Estimator, Job, Memory
@@ -143,7 +143,7 @@ def scaled(arguments: argparse.Namespace) -> list[dict]:
 
 def compared(arguments: argparse.Namespace) -> list[dict]:
     """A row for each stage and shape; the ratios are computed / measured."""
-    ceiling = matmul_flops(torch.device(arguments.device), getattr(torch, arguments.dtype))
+    ceiling = products(arguments)
     rows = []
     for stage in arguments.stages:
         share = None
@@ -178,6 +178,20 @@ def in_a_process(stage: str, shape: str, arguments: argparse.Namespace) -> dict:
     if done.returncode:
         raise SystemExit(f"{stage}, {shape}: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def products(arguments: argparse.Namespace) -> float:
+    """Operations a second of large matrix products, the best of ten."""
+    size = 8192 if arguments.device.startswith("cuda") else 1024
+    left, right = (
+        torch.randn(size, size, device=arguments.device, dtype=getattr(torch, arguments.dtype)) for _ in range(2)
+    )
+    seconds = []
+    for _ in range(10):
+        started = now(arguments.device)
+        left @ right
+        seconds.append(now(arguments.device) - started)
+    return 2 * size**3 / min(seconds)
 
 
 # The computed side.
@@ -269,8 +283,10 @@ def peak(device: str) -> int:
 
 
 def now(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    """Seconds: of the clock on a GPU; of CPU time on a CPU, which may be busy with other work."""
+    if not device.startswith("cuda"):
+        return time.process_time()
+    torch.cuda.synchronize()
     return time.perf_counter()
 
 

@@ -252,7 +252,9 @@ class Estimator:
     def _trl_loss(self, positions: int, job: Job) -> int:
         """TRL's log-probabilities tile by tile: a tile, and gradients of hidden states and head summed in float32."""
         itemsize = 2 if job.autocast else self._itemsize
-        wide = _TILE[1] if self.triton else min(_TILE[1], self.shape.vocabulary)  # what is not touched takes nothing there
+        wide = (
+            _TILE[1] if self.triton else min(_TILE[1], self.shape.vocabulary)
+        )  # what is not touched takes nothing there
         tile = min(positions, _TILE[0]) * wide * itemsize
         tile += 0 if self.triton else _TILES_WITHOUT_TRITON * min(positions, _TILE[0]) * wide * 4
         return tile + self._gradients_of_loss(positions, itemsize, trains_head=job.lora is None)
