@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 RUN ?= runs/quickstart
 
-.PHONY: help setup quickstart test lint clean
+.PHONY: help setup quickstart test lint audit clean
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -34,6 +34,10 @@ lint: setup ## Formatting, lint, types, import layers
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: setup ## Look the installed packages up in PyPI's advisories
+	$(BIN)/pip install --quiet --constraint constraints.txt --group audit
+	$(BIN)/python scripts/audit.py
 
 clean: ## Remove the environment and all runs
 	rm -rf $(VENV) runs
