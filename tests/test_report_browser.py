@@ -252,6 +252,31 @@ def test_what_models_and_passages_say_stays_text(driver, tmp_path):
     assert not {"\x1b", "\u202e", "\u200b"} & set(report.js("document.body.innerText"))
 
 
+def test_names_of_anything_stay_text(driver, tmp_path):
+    evil = "</script><img src=x onerror='window.hacked = 6'><svg onload=window.hacked=7>\u202e\x1b"
+    root = make_run(tmp_path / "run")
+    config = json.loads((root / "config.json").read_text()) | {"policy": {"model": evil}, "rounds": 2}
+    (root / "config.json").write_text(json.dumps(config))
+    (root / "summary.json").write_text(json.dumps({"rounds": {"1": {"refused": evil}}}))
+    for file in root.glob("evaluation-*/*.json*"):
+        if file.name != "manifest.json":
+            # Benchmarks, and ids of questions: keys, values, whatever stands in the place of a name.
+            text = file.read_text().replace('"musique"', json.dumps(evil)).replace('"q1"', json.dumps(evil))
+            file.write_text(text.replace('"malformed": ', f"{json.dumps(evil)}: "))
+    for file in root.glob("*/steps.jsonl"):
+        file.write_text(file.read_text().replace('"grad_norm"', json.dumps(evil)))
+    page.write(root, tmp_path / "r.html")
+    report = Page(driver, tmp_path / "r.html")
+    for place in (*(f"#{view}" for view in VIEWS), "#trajectories?at=1", "#pairs?at=1", "#questions?at=1"):
+        report.open(place)
+        assert (
+            report.js("document.querySelectorAll('main img, main script, main iframe, [onload], [onerror]').length")
+            == 0
+        )
+        assert report.js("window.hacked") is None
+        assert not {"\x1b", "\u202e"} & set(report.js("document.body.innerText"))
+
+
 def test_five_thousand_trajectories(driver, tmp_path):
     page.write(make_run(tmp_path / "run", questions=1000, words=30), tmp_path / "r.html")
     report = Page(driver, tmp_path / "r.html").open("#trajectories")

@@ -17,14 +17,18 @@ function fill(element, properties, children) {
   for (const [key, value] of Object.entries(properties || {})) {
     if (value === null || value === undefined || value === false) continue;
     if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
-    else element.setAttribute(key, value === true ? "" : value);
+    else element.setAttribute(key, value === true ? "" : seen(value));
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  const given = children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
+  element.append(...given.map(seen));
   return element;
 }
 
 // Control characters, direction overrides, zero-width characters, and what no character is.
 const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/g;
+
+/** A name from outside (of a benchmark, a model, a figure) without what cannot be seen; anything but text as it is. */
+const seen = (value) => (typeof value === "string" ? value.replace(HIDDEN, "\ufffd") : value);
 
 /** Text from outside, as nodes: what cannot be seen is shown by its code, words of `marked` are marked. */
 function said(text, marked) {
