@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import signal
@@ -392,3 +393,14 @@ def test_a_proxy_is_not_asked_for_what_is_on_this_machine(monkeypatch: pytest.Mo
 def test_what_is_no_url_is_refused(url: str) -> None:
     with pytest.raises(RetrievalError, match=r"retrieval\.url = .*write http://host:port"):
         HttpRetriever(url)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_answer_without_end_is_refused(monkeypatch, packed: bool) -> None:
+    monkeypatch.setattr("search_e1.retrieval.client._ANSWER_BYTES", 2**20)
+    body = b" " * 2**24
+    headers = {"Content-Encoding": "gzip"} if packed else {}
+    with misbehaving(lambda request, number: (200, gzip.compress(body) if packed else body, headers)) as server:
+        with HttpRetriever(server.url) as client, pytest.raises(RetrievalError, match="an answer of more than 1 MiB"):
+            client.search(["a"], 1)
+        assert len(server.requests) == 1  # it is not asked for again

@@ -117,3 +117,11 @@ def test_a_subset_is_the_same_for_a_seed() -> None:
     assert subset(questions, 100, seed=0) == questions
     with pytest.raises(DataError, match="101 questions asked for, and there are 100"):
         subset(questions, 101, seed=0)
+
+
+def test_a_line_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("search_e1.data.lines._MOST_BYTES", 2**20)
+    path = tmp_path / "q.jsonl.gz"
+    path.write_bytes(gzip.compress(b"\n{" + b" " * 2**21 + b"}\n"))
+    with pytest.raises(DataError, match=rf"{path}:2: more than 1 MiB in one line; write one object a line"):
+        load_questions(path)

@@ -12,6 +12,8 @@ from typing import Any, BinaryIO, cast
 
 from search_e1.errors import DataError
 
+_MOST_BYTES = 2**26  # of a record that is no passage; a packed file can unpack to anything
+
 
 class BadRecordError(DataError):
     """One record that cannot be used, where the others may be."""
@@ -26,9 +28,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers, from 1, and the JSON objects of a plain, ``.gz`` or ``.zst`` file; blank lines are left out.
 
     Raises:
-        DataError: the file cannot be read, or a line is not a JSON object; names file and line.
+        DataError: the file cannot be read, or a line is not a JSON object or far too long; names file and line.
     """
-    for number, line in raw_lines(path):
+    for number, line in raw_lines(path, _MOST_BYTES):
+        if len(line) > _MOST_BYTES:
+            raise DataError(f"{path}:{number}: more than {_MOST_BYTES >> 20} MiB in one line; write one object a line")
         yield number, parse(line, f"{path}:{number}")
 
 

@@ -41,6 +41,9 @@ MOST_QUERIES_HEADER = "Search-E1-Max-Queries"
 
 _REQUEST_QUERIES, _REQUEST_CHARS = 256, 2**20
 """Most queries, and characters of them, in one request; what is more goes into further ones."""
+_ANSWER_BYTES = 2**28
+"""Of one answer, unpacked: 256 queries' passages are far below, whatever asks for more memory is none."""
+_OF_TRANSFER = ("content-encoding", "content-length", "transfer-encoding")
 _CONNECTIONS = 4
 _PROBE_ATTEMPTS = 4
 """Before the work begins nobody waits for a server that is down: its address may be wrong."""
@@ -249,7 +252,8 @@ class HttpRetriever:
         seconds = min(self.timeout, until - asyncio.get_running_loop().time())
         try:
             async with asyncio.timeout(seconds):
-                response = await self._client.post(self.url, json=request)
+                async with self._client.stream("POST", self.url, json=request) as answer:
+                    response = await self._whole(answer)
         except TimeoutError as error:
             raise _PassingError(
                 f"no answer within {seconds:.3g} s; raise retrieval.timeout if that is too short"
@@ -267,6 +271,22 @@ class HttpRetriever:
             self._waiting = False
             logger.warning("%s answers again", self.url)
         return passages
+
+    async def _whole(self, answer: httpx.Response) -> httpx.Response:
+        """``answer``, read and unpacked, as far as it may go.
+
+        Raises:
+            RetrievalError: it goes further.
+        """
+        parts, size = [], 0
+        async for part in answer.aiter_bytes():
+            parts.append(part)
+            size += len(part)
+            if size > _ANSWER_BYTES:
+                raise self._failed(f"an answer of more than {_ANSWER_BYTES >> 20} MiB; is it a retrieval server?")
+        headers = [(name, value) for name, value in answer.headers.multi_items() if name.lower() not in _OF_TRANSFER]
+        said = {"reason_phrase": answer.reason_phrase.encode("ascii", "replace")}
+        return httpx.Response(answer.status_code, headers=headers, content=b"".join(parts), extensions=said)
 
     def _remember(self, response: httpx.Response) -> None:
         """What the server tells of itself.
