@@ -45,8 +45,8 @@ class TeacherStates:
         free = shutil.disk_usage(path.parent).free + (path.stat().st_blocks * 512 if path.exists() else 0)
         if needed > free:
             raise RunError(
-                f"{path.parent}: the teacher's hidden states take {needed / 2**30:.1f} GiB and the disk has {free / 2**30:.1f} "
-                'left; make room, or set distill.teacher = "live"'
+                f"{path.parent}: the teacher's hidden states take {needed / 2**20:,.0f} MiB and the disk has "
+                f'{free / 2**20:,.0f} left; make room, or set distill.teacher = "live"'
             )
         disk.reserve(path, needed)
         self._states = torch.from_file(str(path), shared=True, size=needed // dtype.itemsize, dtype=dtype).view(
