@@ -182,3 +182,14 @@ def test_a_config_does_not_change_and_survives_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.rounds = 3
     assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+def test_one_training_file_needs_no_list(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(
+        'run = "r"\n[policy]\nmodel = "small"\n[data]\ncorpus = "c"\ntrain = "a.jsonl"\n[data.eval]\nb = "b.jsonl"\n'
+    )
+    assert load(path).data.train == (Path("a.jsonl"),)
+    assert load(path, ["--data.train", "x.jsonl"]).data.train == (Path("x.jsonl"),)
+    with pytest.raises(ConfigError, match=r"data\.train"):
+        load(path, ["--data.train", "[]"])

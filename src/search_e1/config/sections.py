@@ -12,6 +12,8 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str | Path) else v)]
+"""One path, or a list of them."""
 
 
 class Section(BaseModel):
@@ -35,8 +37,8 @@ class DataConfig(Section):
     corpus: Path | None = None
     """Passages: JSON lines (plain, .gz, .zst) or Parquet with `id` and `contents`, or `id`, `title` and `text`. Needed unless
     `retrieval.index` or `.url` is given."""
-    train: tuple[Path, ...] = Field(min_length=1)
-    """Question files, JSON lines (plain or .gz) with `id`, `question`, `golden_answers`, perhaps `metadata`."""
+    train: Annotated[Paths, Field(min_length=1)]
+    """Question file or files, JSON lines (plain or .gz) with `id`, `question`, `golden_answers`, perhaps `metadata`."""
     eval: dict[str, Path] = Field(min_length=1)
     """Benchmark name -> question file."""
     max_train: Positive | None = None
@@ -46,7 +48,7 @@ class DataConfig(Section):
 
 
 class RetrievalConfig(Section):
-    index: Annotated[tuple[Path, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str | Path) else v)] = ()
+    index: Paths = ()
     """Directory of an index made by `search-e1 index build`, or a list of several whose rankings are fused. Without it one is
     built of `data.corpus` in the run directory."""
     kind: Literal["bm25", "dense", "hybrid"] = "bm25"
