@@ -132,7 +132,6 @@ def world_pairs(directory: Path, count: int) -> list[Pair]:
     write(make_world(), directory / "world", train=300, dev=1, test=1, seed=0)
     index = Bm25Index.build(read_corpus(directory / "world" / "corpus.jsonl"), directory / "index")
     policy = small_policy()
-    torch.manual_seed(0)
     limits = RolloutConfig(
         topk=2, max_searches=5, max_action_tokens=48, max_observation_tokens=128, max_tokens=1024, batch_size=128
     )
@@ -140,7 +139,8 @@ def world_pairs(directory: Path, count: int) -> list[Pair]:
     (directory / "pool").mkdir()
     pool.sample(
         HFGenerator(policy.model, policy.tokenizer, batch_size=128),
-        index, questions, policy.prompts, PoolConfig(group_size=8), limits, out=directory / "pool",
+        index, questions, policy.prompts, PoolConfig(group_size=8), limits, seed=0,
+        out=directory / "pool",
     )  # fmt: skip
     found, _ = mining.select(pool.read(directory / "pool" / pool.FILE), PairsConfig(students=2))
     if len(found) < count:

@@ -1,0 +1,250 @@
+"""Kill runs at random times, start them again, and compare what they end with to a run that was never interrupted.
+
+    python benchmarks/kills.py --kills 60 --json results.json
+
+A small run in the generated world: a warm start, then a round of all stages from the policy that comes with the package. Each
+process is killed with SIGKILL at a random time within the stage that it has come to (or, one in twelve, while it starts), and
+the run is started again, until it is complete; then the next run begins. Every file is compared to the bit; of times, and of
+what holds nothing but times, only that they are there.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from search_e1.data.world import make_world, write
+
+CONFIG = """
+run = "{run}"
+rounds = 1
+[policy]
+model = "small"
+device = "cpu"
+[data]
+corpus = "{world}/corpus.jsonl"
+train = ["{world}/train.jsonl"]
+eval = {{ dev = "{world}/dev.jsonl", test = "{world}/test.jsonl" }}
+[rollout]
+topk = 2
+max_searches = 5
+max_action_tokens = 48
+max_observation_tokens = 128
+max_tokens = 1024
+batch_size = 4
+[grpo]
+steps = 4
+questions_per_step = 4
+group_size = 4
+learning_rate = 3e-4
+replay = {{ examples_per_step = 2 }}
+[pool]
+questions = 12
+group_size = 4
+[lead]
+pairs = 3
+enforce = false
+[distill]
+epochs = 2
+batch_size = 4
+learning_rate = 3e-4
+lora = {{ dropout = 0.1 }}
+[evaluation]
+latency = 1
+[checkpoints]  # after every step, however long that takes: kills are to find them being written
+every_seconds = 0
+share = 1
+[warmstart]
+hidden_size = 48
+layers = 2
+vocabulary = 1024
+steps = 16
+drills = 4
+batch_size = 4
+"""
+VERBS = ("warmstart", "train")
+TIMES = {"started", "seconds", "attempts", "trajectories_per_second", "tokens_per_second"}
+"""Keys, at any depth, whose values are times (or, as the number of attempts, what a kill is meant to change)."""
+UNCOMPARED = {"timings.json", ".sha256"}
+"""Files that hold times and nothing else; and the checksums of those that hold some, which are compared themselves."""
+
+
+@dataclass
+class Kill:
+    stage: str
+    """That was at work, or ``start``."""
+    run: int
+    identical: bool = False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0, help="of the times")
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    parser.add_argument("--keep", type=Path, help="leave the runs in this new directory")
+    arguments = parser.parse_args()
+    with TemporaryDirectory() as scratch:
+        root = arguments.keep or Path(scratch)
+        kills = measure(root, arguments.kills, random.Random(arguments.seed))
+    out = Console(width=None if sys.stdout.isatty() else 100)
+    out.print(f"{platform.machine()}, {os.cpu_count()} cores; {len(kills)} kills in {kills[-1].run} runs")
+    out.print(table(kills))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([vars(kill) for kill in kills], indent=2) + "\n")
+    sys.exit(not all(kill.identical for kill in kills))
+
+
+def measure(root: Path, count: int, dice: random.Random) -> list[Kill]:
+    """``count`` kills, in as many runs as it takes; what each run ends with is compared to one without."""
+    world = root / "world"
+    write(make_world(), world, train=48, dev=6, test=6, seed=0)
+    add_evidence(world / "train.jsonl")
+    whole = Run(root / "whole", world)
+    while (status := whole.attempt()) is not None:
+        raise SystemExit(f"the run without kills failed: {status}")
+    expected, lasts = dict(content(whole.path)), durations(whole.path)
+    kills: list[Kill] = []
+    for number in range(1, count + 1):
+        run, begun = Run(root / f"run-{number}", world), len(kills)
+        left = count - len(kills)
+        while (stage := run.attempt(dice, lasts) if left else run.attempt()) is not None:
+            kills.append(Kill(stage, number))
+            left -= 1
+            print(f"kill {len(kills)}: run {number}, {stage}", file=sys.stderr)
+        found = dict(content(run.path))
+        different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        print(f"run {number}: {f'differs in {different}' if different else 'identical'}", file=sys.stderr)
+        for kill in kills[begun:]:
+            kill.identical = not different
+        if len(kills) == count:
+            return kills
+    raise SystemExit("kills came too late, again and again")
+
+
+class Run:
+    """A run directory and the processes that work in it."""
+
+    def __init__(self, path: Path, world: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True)
+        self.config = path.with_suffix(".toml")
+        self.config.write_text(CONFIG.format(run=path, world=world))
+        self._aimed: set[str] = set()
+
+    def attempt(self, dice: random.Random | None = None, lasts: dict[str, float] | None = None) -> str | None:
+        """Start the verbs that are left; the stage in which they were killed, or ``None``: complete.
+
+        A stage is aimed at once in a run, so that the next process comes to the next.
+        """
+        for verb in VERBS:
+            command = [sys.executable, "-c", "from search_e1.cli.main import main; main()"]
+            with (self.path.parent / "log.txt").open("a") as log:
+                process = subprocess.Popen(
+                    [*command, verb, "--config", str(self.config)], stdout=log, stderr=log, start_new_session=True
+                )
+            if dice and lasts and (stage := self._kill(process, dice, lasts)):
+                return stage
+            if process.wait():
+                raise SystemExit(f"{verb} failed in {self.path}; see {log.name}")
+        return None
+
+    def _kill(self, process: subprocess.Popen, dice: random.Random, lasts: dict[str, float]) -> str | None:
+        if dice.random() < 1 / 12:
+            wait(process, dice.uniform(0.0, 4.0))
+            return self._killed(process, "start")
+        while process.poll() is None:
+            stage = self._at_work()
+            if stage and stage not in self._aimed:
+                self._aimed.add(stage)
+                wait(process, dice.uniform(0.0, lasts[stage]))
+                # It was faster than before: the next stage is hit instead, or nothing, if it was the last.
+                return self._killed(process, self._at_work() or stage)
+            time.sleep(0.001)
+        return None
+
+    def _at_work(self) -> str | None:
+        for partial in self.path.glob(".*.partial"):
+            if partial.is_dir():
+                return partial.name[1:].removesuffix(".partial")
+        return None
+
+    def _killed(self, process: subprocess.Popen, stage: str) -> str | None:
+        if process.poll() is not None:
+            return None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return stage
+
+
+def wait(process: subprocess.Popen, seconds: float) -> None:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return
+
+
+def add_evidence(questions: Path) -> None:
+    """Say which passages a question needs, which a warm start goes by: those of all entities but the answer."""
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    for row in rows:
+        row["metadata"]["gold_passage_ids"] = row["metadata"]["entities"][:-1]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def durations(run: Path) -> dict[str, float]:
+    """Seconds of each stage."""
+    manifests = (json.loads(path.read_text()) for path in run.glob("*/manifest.json"))
+    return {manifest["stage"]: manifest["seconds"] for manifest in manifests}
+
+
+def content(run: Path) -> Iterator[tuple[str, Any]]:
+    """Name and content of every file, without times and without the run's own place."""
+    for path in sorted(run.rglob("*")):
+        if path.is_file() and not any(path.name.endswith(name) for name in UNCOMPARED):
+            data = path.read_bytes().replace(str(run).encode(), b"RUN")
+            timed = path.name in ("steps.jsonl", "manifest.json", "summary.json")
+            name = str(path.relative_to(run))
+            yield name, [without_times(json.loads(part)) for part in parts(path, data)] if timed else data
+
+
+def parts(path: Path, data: bytes) -> list[bytes]:
+    return data.splitlines() if path.suffix == ".jsonl" else [data]
+
+
+def without_times(value: Any) -> Any:
+    """Checksums of files that hold times go as well; the files themselves are compared."""
+    if isinstance(value, dict):
+        timed = ("steps.jsonl", "timings.json")
+        return {k: without_times(v) for k, v in value.items() if k not in TIMES and not k.endswith(timed)}
+    return value
+
+
+def table(kills: list[Kill]) -> Table:
+    made = Table(title="kills, by the stage that was at work")
+    for heading in ("stage", "kills", "bit-identical"):
+        made.add_column(heading, justify="left" if heading == "stage" else "right")
+    killed, identical = (Counter(k.stage for k in kills if k.identical or every) for every in (True, False))
+    for stage, count in killed.items():
+        made.add_row(stage, str(count), str(identical[stage]))
+    made.add_section()
+    made.add_row("all", str(len(kills)), str(identical.total()))
+    return made
+
+
+if __name__ == "__main__":
+    main()
