@@ -3,30 +3,36 @@
     python benchmarks/kills.py --kills 60 --json results.json
 
 A small run in the generated world: a warm start, then a round of all stages from the policy that comes with the package. Each
-process is killed with SIGKILL at a random time within the stage that it has come to (or, one in twelve, while it starts), and
-the run is started again, until it is complete; then the next run begins. Every file is compared to the bit; of times, and of
-what holds nothing but times, only that they are there.
+process is killed with SIGKILL at a random time within the stage that it has come to, and the run is started again, until it is
+complete; then the next run begins. Every file is compared to the bit, but for times and what holds nothing else. Processes are
+forked from one that has loaded the libraries, so that they are at work at once.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import random
-import signal
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; the command line does the same
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 from rich.console import Console
 from rich.table import Table
 
+from search_e1 import evolve  # noqa: F401  loaded here, for the processes to come
+from search_e1.cli import main as cli
 from search_e1.data.world import make_world, write
 
 CONFIG = """
@@ -86,7 +92,7 @@ UNCOMPARED = {"timings.json", ".sha256"}
 @dataclass
 class Kill:
     stage: str
-    """That was at work, or ``start``."""
+    """That was at work."""
     run: int
     identical: bool = False
 
@@ -110,7 +116,7 @@ def main() -> None:
 
 
 def measure(root: Path, count: int, dice: random.Random) -> list[Kill]:
-    """``count`` kills, in as many runs as it takes; what each run ends with is compared to one without."""
+    """``count`` kills, in as many runs as it takes; what each run ends with is compared to one without kills."""
     world = root / "world"
     write(make_world(), world, train=48, dev=6, test=6, seed=0)
     add_evidence(world / "train.jsonl")
@@ -144,6 +150,7 @@ class Run:
         path.mkdir(parents=True)
         self.config = path.with_suffix(".toml")
         self.config.write_text(CONFIG.format(run=path, world=world))
+        self._log = path.with_suffix(".log")
         self._aimed: set[str] = set()
 
     def attempt(self, dice: random.Random | None = None, lasts: dict[str, float] | None = None) -> str | None:
@@ -152,28 +159,38 @@ class Run:
         A stage is aimed at once in a run, so that the next process comes to the next.
         """
         for verb in VERBS:
-            command = [sys.executable, "-c", "from search_e1.cli.main import main; main()"]
-            with (self.path.parent / "log.txt").open("a") as log:
-                process = subprocess.Popen(
-                    [*command, verb, "--config", str(self.config)], stdout=log, stderr=log, start_new_session=True
-                )
+            if (self.path / verb).exists():  # the warm start is complete
+                continue
+            process = multiprocessing.get_context("fork").Process(target=self._verb, args=(verb,))
+            process.start()
             if dice and lasts and (stage := self._kill(process, dice, lasts)):
                 return stage
-            if process.wait():
-                raise SystemExit(f"{verb} failed in {self.path}; see {log.name}")
+            process.join()
+            if process.exitcode:
+                raise SystemExit(f"{verb} failed in {self.path}; see {self._log}")
         return None
 
-    def _kill(self, process: subprocess.Popen, dice: random.Random, lasts: dict[str, float]) -> str | None:
-        if dice.random() < 1 / 12:
-            wait(process, dice.uniform(0.0, 4.0))
-            return self._killed(process, "start")
-        while process.poll() is None:
+    def _verb(self, verb: str) -> None:
+        """In the process that works."""
+        with self._log.open("a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        sys.argv = ["search-e1", verb, "--config", str(self.config)]
+        cli.main()
+
+    def _kill(self, process: Process, dice: random.Random, lasts: dict[str, float]) -> str | None:
+        while process.is_alive():
             stage = self._at_work()
             if stage and stage not in self._aimed:
                 self._aimed.add(stage)
-                wait(process, dice.uniform(0.0, lasts[stage]))
+                process.join(dice.uniform(0.0, lasts[stage]))
                 # It was faster than before: the next stage is hit instead, or nothing, if it was the last.
-                return self._killed(process, self._at_work() or stage)
+                stage = self._at_work() or stage
+                if not process.is_alive():
+                    return None
+                process.kill()
+                process.join()
+                return stage
             time.sleep(0.001)
         return None
 
@@ -182,20 +199,6 @@ class Run:
             if partial.is_dir():
                 return partial.name[1:].removesuffix(".partial")
         return None
-
-    def _killed(self, process: subprocess.Popen, stage: str) -> str | None:
-        if process.poll() is not None:
-            return None
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return stage
-
-
-def wait(process: subprocess.Popen, seconds: float) -> None:
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return
 
 
 def add_evidence(questions: Path) -> None:
@@ -229,7 +232,7 @@ def parts(path: Path, data: bytes) -> list[bytes]:
 def without_times(value: Any) -> Any:
     """Checksums of files that hold times go as well; the files themselves are compared."""
     if isinstance(value, dict):
-        timed = ("steps.jsonl", "timings.json")
+        timed = ("steps.jsonl", "timings.json", "manifest.json", ".sha256")
         return {k: without_times(v) for k, v in value.items() if k not in TIMES and not k.endswith(timed)}
     return value
 

@@ -1,6 +1,13 @@
 """The whole loop on CPU: one round, killed and gone on with, refused without a lead."""
 
+import importlib.util
 import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -11,10 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import PASSAGES
-from search_e1 import evolve
-from search_e1.config import Config
+from search_e1 import evolve, runs
+from search_e1.cli import main as cli
+from search_e1.config import CheckpointsConfig, Config
 from search_e1.errors import RunError
-from search_e1.progress import silent
 from taught import QUESTIONS, teach
 from test_report import report
 
@@ -22,6 +29,14 @@ STAGES = [
     "index", "ceiling", "evaluation-base", "grpo-1", "evaluation-grpo-1", "pool-1", "pairs-1", "lead-1", "ofsd-1",
     "evaluation-ofsd-1",
 ]  # fmt: skip
+
+
+KILLS = importlib.util.spec_from_file_location("kills", Path(__file__).parent.parent / "benchmarks" / "kills.py")
+assert KILLS
+assert KILLS.loader
+kills_benchmark = importlib.util.module_from_spec(KILLS)
+sys.modules["kills"] = kills_benchmark
+KILLS.loader.exec_module(kills_benchmark)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +65,7 @@ def config(project: Path, run: Path, **lead) -> Config:
             },
             "rollout": {
                 "max_searches": 2, "topk": 1, "max_action_tokens": 24, "max_observation_tokens": 60, "max_tokens": 300,
+                "batch_size": 2,
             },
             "grpo": {"steps": 2, "questions_per_step": 2, "group_size": 6, "learning_rate": 1e-3},
             "pool": {"group_size": 8},
@@ -60,22 +76,34 @@ def config(project: Path, run: Path, **lead) -> Config:
 
 
 class Watch:
-    """Notes which stages work; may die when one begins, or when it has got somewhere."""
+    """Notes which stages work; does ``then`` when the stage ``at[0]`` begins, or has told its progress ``at[1]`` times."""
 
-    def __init__(self, die_in: str = "", at: str = "begin") -> None:
+    def __init__(self, at: tuple[str, int] = ("", 0), then: Callable[[], None] = lambda: None) -> None:
         self.worked: list[str] = []
-        self.die_in = die_in
-        self.at = at
+        self.at, self.then = at, then
 
     @contextmanager
     def __call__(self, stage: str):
         self.worked.append(stage)
-        if stage == self.die_in and self.at == "begin":
-            raise KeyboardInterrupt
-        yield self._dies if stage == self.die_in else silent
+        told = 0
 
-    def _dies(self, done: int, total: int, figure: str = "") -> None:
-        raise KeyboardInterrupt
+        def progress(done: int, total: int, figure: str = "") -> None:
+            nonlocal told
+            told += 1
+            if self.at == (stage, told):
+                self.then()
+
+        if self.at == (stage, 0):
+            self.then()
+        yield progress
+
+
+def in_a_process(work: Callable[[], object]) -> int | None:
+    """How a process that does ``work`` ends: its exit status, or minus the signal that killed it."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 @pytest.fixture(scope="module")
@@ -147,21 +175,56 @@ def test_a_second_call_does_no_work(finished):
     }
 
 
-@pytest.mark.parametrize(
-    ("stage", "at"), [("grpo-1", "middle"), ("pool-1", "middle"), ("ofsd-1", "begin"), ("ofsd-1", "middle")]
-)
-def test_a_killed_run_goes_on_and_ends_the_same(finished, project, tmp_path, stage, at):
-    _, _, summary = finished
-    settings, killed, again = config(project, tmp_path / "run"), Watch(stage, at), Watch()
-    with pytest.raises(KeyboardInterrupt):
-        evolve.train(settings, killed)
-    resumed = evolve.train(settings, again)
-    assert killed.worked == STAGES[: STAGES.index(stage) + 1]
-    assert again.worked == STAGES[STAGES.index(stage) :]
-    for ours, theirs in zip(resumed.policies[1:], summary.policies[1:], strict=True):
-        a, b = (load_file(Path(p.path) / "model.safetensors") for p in (ours, theirs))
-        assert all(torch.equal(a[name], b[name]) for name in b)
-        assert (ours.em, ours.em_sampled, ours.tokens) == (theirs.em, theirs.em_sampled, theirs.tokens)
+def test_a_run_that_is_killed_again_and_again_ends_the_same_to_the_bit(finished, project, tmp_path):
+    """SIGKILL at a point in each kind of stage, and twice in one."""
+    whole, _, _ = finished
+    saving = {"every_seconds": 0.0, "share": 1.0}
+    settings = config(project, tmp_path / "run").model_copy(update={"checkpoints": CheckpointsConfig(**saving)})
+    kills = [
+        ("evaluation-base", 4), ("grpo-1", 2), ("evaluation-grpo-1", 0), ("pool-1", 20), ("lead-1", 2), ("ofsd-1", 1),
+        ("ofsd-1", 3), ("evaluation-ofsd-1", 6),
+    ]  # fmt: skip
+    for at in kills:
+        watch = Watch(at, then=lambda: os.kill(os.getpid(), signal.SIGKILL))
+        assert in_a_process(lambda watch=watch: evolve.train(settings, watch)) == -signal.SIGKILL, at
+    evolve.train(settings)
+    assert dict(kills_benchmark.content(settings.run)) == dict(kills_benchmark.content(whole.run))
+    attempts = {
+        stage: runs.read(settings.run / stage).manifest.attempts
+        for stage in STAGES
+        if stage not in ("index", "ceiling")
+    }
+    expected = dict.fromkeys(attempts, 1)
+    for stage, _ in kills:
+        expected[stage] += 1
+    assert attempts == expected
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
+    finished, project, tmp_path, capfd, monkeypatch, signum, status
+):
+    whole, _, _ = finished
+    run = tmp_path / "run"
+    shutil.copytree(whole.run, run)
+    for stage in STAGES[STAGES.index("grpo-1") :]:
+        shutil.rmtree(run / stage)
+    written = json.dumps(config(project, run).model_dump(mode="json", exclude_none=True))
+    (tmp_path / "run.json").write_text(written)
+    monkeypatch.setattr("search_e1.config.load", lambda *_: config(project, run))
+    watch = Watch(("grpo-1", 1), then=lambda: os.kill(os.getpid(), signum))
+    monkeypatch.setattr("search_e1.display.watch", lambda *_: watch)
+    monkeypatch.setattr("sys.argv", ["search-e1", "train", "--config", "run.json"])
+    assert in_a_process(cli.main) == status
+    told = capfd.readouterr().err
+    assert f"{signum.name}: finishing the step; once more ends it at once\n" in told
+    assert told.endswith(f"search-e1: stopped by {signum.name}; run the same command again to go on\n")
+    work = run / ".grpo-1.partial" / ".work"
+    assert [path.name for path in work.glob("step-*")] == ["step-0000000001"]
+    monkeypatch.setattr("search_e1.display.watch", lambda *_: Watch(("evaluation-grpo-1", 0), then=lambda: sys.exit(7)))
+    assert in_a_process(cli.main) == 7
+    weights = "grpo-1/policy/model.safetensors"
+    assert (run / weights).read_bytes() == (whole.run / weights).read_bytes()
 
 
 def test_without_a_lead_nothing_is_distilled_and_the_run_says_why(project, tmp_path):

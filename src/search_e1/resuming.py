@@ -21,7 +21,8 @@ class ResumingTrainer(Trainer):
 
     A checkpoint holds the weights that are trained (the others are the policy's, which is on disk), optimiser, scheduler,
     random states, the trainer's own state, and the lines of the steps so far. Trainers must have nothing else that a later
-    step depends on: an order of data that follows from seed and epoch, and no batch in store (``at_boundary``).
+    step depends on: an order of data that follows from seed and epoch, and no batch in store (``at_boundary``). With several
+    processes nothing is saved.
     """
 
     work: Work = Work()
@@ -50,7 +51,8 @@ class ResumingTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """What transformers calls at the end of each step, when its figures are known."""
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        if self.at_boundary():
+        # Of several processes each has random states and a clock of its own; theirs would have to agree.
+        if self.at_boundary() and self.args.world_size == 1:
             self.work.reached(self.state.global_step, self._write)
 
     def _write(self, directory: Path) -> None:

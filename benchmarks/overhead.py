@@ -1,0 +1,83 @@
+"""What being able to go on costs: the time of checkpoints, of chunks on disk, and of manifests, by stage of the quickstart.
+
+    python benchmarks/overhead.py --run runs/overhead --rounds 1 --json results.json
+
+Takes the quickstart's config (its world is made by `make quickstart`) and further flags for it. With `--every 0` a checkpoint
+is due as soon as the share of the time allows it, which is the most that checkpoints can cost.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; the command line does the same
+
+from rich.console import Console
+from rich.table import Table
+
+from search_e1 import checkpoints, config, evolve, runs
+from search_e1.display import watch
+
+# What is measured, and where it is done. Manifests: the checksums of all inputs and outputs as well.
+PARTS = (
+    ("checkpoints", checkpoints.Work, "_save"),
+    ("chunks", checkpoints.Lines, "append"),
+    ("manifests", runs, "sha256"),
+    ("manifests", runs, "_begin"),
+    ("manifests", runs, "write_atomically"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.toml"))
+    parser.add_argument("--every", default="60", help="checkpoints.every_seconds")
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    arguments, overrides = parser.parse_known_args()
+    settings = config.load(arguments.config, ["--checkpoints.every_seconds", arguments.every, *overrides])
+    spent: dict[str, float] = defaultdict(float)
+    for part, owner, name in PARTS:
+        setattr(owner, name, timed(getattr(owner, name), part, spent))
+    begun = time.perf_counter()
+    summary = evolve.train(settings, watch(Console(file=sys.stderr), settings.rounds))
+    total = time.perf_counter() - begun
+    rows = [{"part": part, "seconds": seconds, "share": seconds / total} for part, seconds in spent.items()]
+    rows.append({"part": "all of these", "seconds": sum(spent.values()), "share": sum(spent.values()) / total})
+    out = Console(width=None if sys.stdout.isatty() else 100)
+    out.print(
+        f"{platform.machine()}, {os.cpu_count()} cores; a run of {total:.0f} s, {len(summary.seconds)} stages, a checkpoint "
+        f"every {arguments.every} s, at most {settings.checkpoints.share:.0%} of the time"
+    )
+    table = Table()
+    for heading in ("part", "seconds", "share"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    for row in rows:
+        table.add_row(row["part"], f"{row['seconds']:.2f}", f"{row['share']:.2%}")
+    out.print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def timed(function: Callable[..., Any], part: str, spent: dict[str, float]) -> Callable[..., Any]:
+    """``function``, whose time counts for ``part``; of calls within others only the outermost counts."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        begun, before = time.perf_counter(), sum(spent.values())
+        try:
+            return function(*args, **kwargs)
+        finally:
+            spent[part] += time.perf_counter() - begun - (sum(spent.values()) - before)
+
+    return call
+
+
+if __name__ == "__main__":
+    main()
