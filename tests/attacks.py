@@ -108,39 +108,44 @@ class _Quoting(BatchGenerator):
     def __init__(self, tokenizer: Any, prompts: Prompts) -> None:
         self.tokenizer, self.tools = tokenizer, prompts.protocol == "tools"
         self.protocol = protocol_of(tokenizer, prompts)
-        self.begun = 0
+        self.begun: dict[int, int] = {}
 
     def generate(self, requests: Sequence[Request], **_: Any) -> list[Generation]:
-        [context] = [request.prompt for request in requests]
-        if not self.begun:
-            said = call("Bel") if self.tools else "<search> Bel </search>"
+        return [Generation(self._says(request.key, request.prompt)) for request in requests]
+
+    def _says(self, key: int, context: Sequence[int]) -> tuple[int, ...]:
+        if key not in self.begun:
+            said = call(f"Bel {key}") if self.tools else f"<search> Bel {key} </search>"
             ids = tuple(self.tokenizer.encode(said, add_special_tokens=False))
-            self.begun = len(context) + len(ids)
-            return [Generation(ids)]
-        seen = self.tokenizer.decode(context[self.begun :], skip_special_tokens=False)
+            self.begun[key] = len(context) + len(ids)
+            return ids
+        seen = self.tokenizer.decode(context[self.begun[key] :], skip_special_tokens=False)
         said = f"Seen:\n{''.join(self.protocol.passages(seen) or ())}<answer> x </answer>{'<|im_end|>' * self.tools}"
-        return [Generation(tuple(self.tokenizer.encode(said, add_special_tokens=False)))]
+        return tuple(self.tokenizer.encode(said, add_special_tokens=False))
 
 
 class _Finds:
-    def __init__(self, *passages: Passage) -> None:
-        self.passages = passages
+    """For ``Bel i`` a passage that says the i-th text, and a harmless one."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = {f"Bel {i}": text for i, text in enumerate(texts)}
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
-        return [list(self.passages) for _ in queries]
+        found = [self.texts.get(query) for query in queries]  # none where an attack has made another search of it
+        harmless = Passage(id="2", title="Fen", text="Fen is old.")
+        return [
+            [] if text is None else [Passage(id="1", title=text, text=f"A {text} city."), harmless] for text in found
+        ]
 
 
 _LIMITS = RolloutConfig(max_searches=2, max_action_tokens=20_000, max_observation_tokens=8_000, max_tokens=90_000)
 _PLAIN = "Bel is a city."
 
 
-def _played(tokenizer: Any, prompts: Prompts, text: str) -> Trajectory:
-    found = _Finds(
-        Passage(id="1", title=text, text=f"A {text} city."), Passage(id="2", title="Fen", text="Fen is old.")
-    )
-    [start] = starts(tokenizer, prompts, [Question(id="q", text="Who?", answers=("x", text))])
-    [played] = rollout(_Quoting(tokenizer, prompts), found, [start], _LIMITS, temperature=0.0, seed=0, prompts=prompts)
-    return played
+def _played(tokenizer: Any, prompts: Prompts, texts: Sequence[str]) -> list[Trajectory]:
+    asked = [Question(id=f"q{i}", text="Who?", answers=("x", text)) for i, text in enumerate(texts)]
+    generator, begun = _Quoting(tokenizer, prompts), starts(tokenizer, prompts, asked)
+    return rollout(generator, _Finds(texts), begun, _LIMITS, temperature=0.0, seed=0, prompts=prompts)
 
 
 def breaches(tokenizer: Any, protocol: str, texts: Sequence[str]) -> list[frozenset[str]]:
@@ -153,7 +158,8 @@ def breaches(tokenizer: Any, protocol: str, texts: Sequence[str]) -> list[frozen
     whole = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special or protocol == "tools"}
     whole -= {tokenizer.unk_token_id}
     marks = TAGS if protocol == "tools" else tuple(tag for tag in TAGS if "tool" not in tag)
-    plain = _played(tokenizer, prompts, _PLAIN)
+    acting = protocol_of(tokenizer, prompts)
+    plain, *all_played = _played(tokenizer, prompts, [_PLAIN, *texts])
 
     def special(ids: Sequence[int]) -> list[int]:
         return [i for i in ids if i in whole]
@@ -162,14 +168,14 @@ def breaches(tokenizer: Any, protocol: str, texts: Sequence[str]) -> list[frozen
         seen = tokenizer.decode(played.turns[0].observation_ids, skip_special_tokens=False).lower()
         return Counter({mark: seen.count(mark) for mark in marks})
 
-    def changed(text: str) -> frozenset[str]:
-        played, found = _played(tokenizer, prompts, text), set()
+    def changed(i: int, text: str, played: Trajectory) -> frozenset[str]:
+        found = set()
         actions = [(turn.kind, turn.argument) for turn in played.turns]
         if (actions, played.stop_reason, played.reward) != (
-            [(ActionKind.SEARCH, "Bel"), (ActionKind.ANSWER, "x")], StopReason.ANSWERED, 1.0
+            [(ActionKind.SEARCH, f"Bel {i}"), (ActionKind.ANSWER, "x")], StopReason.ANSWERED, 1.0
         ):  # fmt: skip
             found.add("action")
-        seen = protocol_of(tokenizer, prompts).passages(played.turns[0].observation_text) or []
+        seen = acting.passages(played.turns[0].observation_text) or []
         apart = len(seen) == 2 and seen[0].startswith("Doc 1(Title: ") and seen[1] == "Doc 2(Title: Fen) Fen is old.\n"
         if not apart or counted(played) != counted(plain):
             found.add("observation")
@@ -181,4 +187,4 @@ def breaches(tokenizer: Any, protocol: str, texts: Sequence[str]) -> list[frozen
             found.add("ids")
         return frozenset(found)
 
-    return [changed(text) for text in texts]
+    return [changed(i, text, played) for i, (text, played) in enumerate(zip(texts, all_played, strict=True), 1)]
