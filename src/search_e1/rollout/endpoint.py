@@ -6,26 +6,21 @@ list of words (``words.Words``). Observations are messages of their own: the use
 chat template (``/v1/completions``), are not.
 """
 
-import asyncio
-import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from pydantic import BaseModel, ValidationError
-from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+from pydantic import BaseModel
 
-from search_e1.errors import ConfigError, EndpointError
+from search_e1.errors import ConfigError
 from search_e1.prompts import SEARCH_TOOL, Prompts
 from search_e1.rollout.generator import Generation, Request
+from search_e1.rollout.remote import API_KEY, RemoteGenerator
 from search_e1.rollout.words import END, Words
 
-API_KEY = "SEARCH_E1_API_KEY"
-"""Environment variable of the key that is sent. No other is: a key of one provider is not for another."""
 _OPEN = re.compile(r"<(search|answer)>(?!.*</?(?:search|answer)>)", re.DOTALL)
 
 
@@ -59,10 +54,6 @@ class _Completion(BaseModel):
     usage: _Usage | None = None
 
 
-class _PassingError(Exception):
-    """Something that may pass."""
-
-
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     url: str
@@ -93,8 +84,8 @@ class Endpoint:
         return str(parsed.copy_with(path=(path or "/v1") + "/chat/completions", query=None, fragment=None))
 
 
-class EndpointGenerator:
-    """Samples from what an endpoint serves. A ``Generator`` of words, without log-probabilities."""
+class EndpointGenerator(RemoteGenerator):
+    """Samples from what an endpoint serves. A ``Generator`` of words, without log-probabilities; seeds are not sent."""
 
     context_length = sys.maxsize  # not known; a conversation that is too long for it ends as malformed
 
@@ -105,104 +96,32 @@ class EndpointGenerator:
         """
         self.tokenizer = Words()
         self.endpoint = endpoint
-        self.address = endpoint.address
         self._tools = [SEARCH_TOOL] if prompts.protocol == "tools" else None
-        key = os.environ.get(API_KEY, "").strip()
-        if not (key.isascii() and key.isprintable()):
-            raise ConfigError(f"{API_KEY}: holds characters that no key has; set it again")
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._retrying = AsyncRetrying(
-            retry=retry_if_exception_type(_PassingError),
-            stop=stop_after_attempt(endpoint.attempts),
-            wait=wait_exponential_jitter(initial=0.5, max=20.0),
+        super().__init__(
+            endpoint.address,
+            timeout=endpoint.timeout,
+            attempts=endpoint.attempts,
+            concurrency=endpoint.concurrency,
+            check="--endpoint, --endpoint-model",
         )
 
-    @contextmanager
-    def session(self, *, temperature: float, stop: Sequence[str], max_tokens: int) -> Iterator["_Conversations"]:
-        """See ``Generator.session``. At most ``endpoint.concurrency`` requests at a time; seeds are not sent."""
-        request: dict[str, Any] = {"model": self.endpoint.model, "temperature": temperature}
-        request |= {"tools": self._tools} if self._tools else {"stop": list(stop)}
-        # A proxy from the environment is never meant for this machine.
-        elsewhere = httpx.URL(self.address).host not in ("localhost", "127.0.0.1", "::1")
-        client = httpx.AsyncClient(headers=self._headers, timeout=None, trust_env=elsewhere)
-        with asyncio.Runner() as runner:
-            try:
-                yield _Conversations(self, runner, client, request)
-            finally:
-                runner.run(client.aclose())
+    def _payload(self, request: Request, temperature: float, stop: Sequence[str]) -> dict[str, Any]:
+        payload: dict[str, Any] = {"model": self.endpoint.model, "temperature": temperature}
+        payload |= {"tools": self._tools} if self._tools else {"stop": list(stop)}
+        return payload | {
+            "messages": self.tokenizer.messages(request.prompt),
+            "max_tokens": request.max_new_tokens,
+        }
 
-    async def _answer(self, client: httpx.AsyncClient, request: dict[str, Any]) -> Generation:
-        try:
-            # A copy: an object of tenacity keeps the state of one call.
-            generation: Generation = await self._retrying.copy()(self._ask, client, request)
-        except RetryError as error:
-            cause, tries = error.last_attempt.exception(), error.last_attempt.attempt_number
-            raise EndpointError(f"{self.address}: no answer after {tries} attempts: {cause}") from cause
-        return generation
-
-    async def _ask(self, client: httpx.AsyncClient, request: dict[str, Any]) -> Generation:
-        try:
-            # Of httpx's own limits each is for one read: a server that drips would never reach it.
-            async with asyncio.timeout(self.endpoint.timeout):
-                response = await client.post(self.address, json=request)
-        except TimeoutError as error:
-            raise _PassingError(f"nothing within {self.endpoint.timeout:g} s") from error
-        except (httpx.TransportError, httpx.DecodingError) as error:
-            raise _PassingError(f"{type(error).__name__}: {error}; is the server running?") from error
-        status = f"status {response.status_code}{_detail(response)}"
-        if response.status_code in (408, 409, 425, 429) or response.is_server_error:
-            raise _PassingError(status)
-        if response.status_code in (400, 413, 422) and "context" in response.text:
-            # The conversation is longer than the model's context. That is this trajectory's end, and nobody else's.
-            return Generation(self.tokenizer.said("", None, 1))
-        if not response.is_success:
-            raise EndpointError(f"{self.address}: {status}; check --endpoint, --endpoint-model and {API_KEY}")
-        try:
-            completion = _Completion.model_validate_json(response.content)
-            choice = completion.choices[0]
-        except (ValidationError, IndexError) as error:
-            raise _PassingError("not an answer of /v1/chat/completions") from error
-        text = _text(choice, with_end=self._tools is not None)
+    def _read(self, content: bytes, payload: dict[str, Any]) -> Generation:
+        completion = _Completion.model_validate_json(content)
+        text = _text(completion.choices[0], with_end=self._tools is not None)
         counted = completion.usage.completion_tokens if completion.usage else None
-        return Generation(self.tokenizer.said(text, counted, request["max_tokens"]))
+        return Generation(self.tokenizer.said(text, counted, payload["max_tokens"]))
 
-
-class _Conversations:
-    """A ``Session``: requests under way."""
-
-    pace = 1
-
-    def __init__(
-        self, generator: EndpointGenerator, runner: asyncio.Runner, client: httpx.AsyncClient, request: dict[str, Any]
-    ) -> None:
-        self._generator, self._runner, self._client, self._request = generator, runner, client, request
-        self._turns = asyncio.Semaphore(generator.endpoint.concurrency)
-        self._under_way: set[asyncio.Task[tuple[int, Generation]]] = set()
-
-    def submit(self, request: Request) -> None:
-        """See ``Session``."""
-        self._under_way.add(self._runner.get_loop().create_task(self._one(request)))
-
-    def step(self) -> list[tuple[int, Generation]]:
-        """See ``Session``: waits until at least one request is answered.
-
-        Raises:
-            EndpointError: the endpoint does not answer, or not as it should, after ``endpoint.attempts`` tries.
-        """
-        done, self._under_way = self._runner.run(self._some())
-        return sorted(task.result() for task in done)
-
-    def release(self, key: int) -> None:
-        """Nothing is kept."""
-
-    async def _some(self) -> tuple[set[asyncio.Task[Any]], set[asyncio.Task[Any]]]:
-        return await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
-
-    async def _one(self, request: Request) -> tuple[int, Generation]:
-        async with self._turns:
-            messages = self._generator.tokenizer.messages(request.prompt)
-            conversation = self._request | {"messages": messages, "max_tokens": request.max_new_tokens}
-            return request.key, await self._generator._answer(self._client, conversation)
+    def _too_long(self) -> Generation:
+        # That is this trajectory's end, and nobody else's.
+        return Generation(self.tokenizer.said("", None, 1))
 
 
 def _text(choice: _Choice, *, with_end: bool) -> str:
@@ -219,15 +138,3 @@ def _text(choice: _Choice, *, with_end: bool) -> str:
         return text + END
     opened = _OPEN.search(text)  # servers leave the stop string out
     return f"{text}</{opened[1]}>" if opened else text
-
-
-def _detail(response: httpx.Response) -> str:
-    """What the server says of its refusal, in one line of printable text."""
-    try:
-        told = response.json()
-        told = told.get("error", told)
-        told = told.get("message", told) if isinstance(told, dict) else told
-    except (ValueError, AttributeError):
-        return ""
-    line = "".join(c if c.isprintable() else " " for c in str(told))
-    return f" ({' '.join(line.split())[:200]})"
