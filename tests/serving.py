@@ -74,11 +74,17 @@ def misbehaving(reply: Reply) -> Iterator[Misbehaving]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def do_GET(self) -> None:
+            self._reply({})
+
         def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self._reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def _reply(self, request: dict[str, Any]) -> None:
             with lock:
                 number = len(server.requests)
-                server.requests.append(request | {"path": self.path})
+                request |= {"path": self.path}
+                server.requests.append(request)
             server.connections.add(self.client_address[1])
             status, body, *more = reply(request, number)
             if status is None:

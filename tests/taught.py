@@ -1,5 +1,6 @@
 """A tiny policy that was taught to search and answer, rightly now and then: its groups carry mixed rewards."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,26 +43,30 @@ class Script(BatchGenerator):
         return [Generation(tuple(self.tokenizer.encode(turn))) for turn in turns]
 
 
-def scripted(policy: Policy, question: Question, scripts: list[list[str]]) -> list[Trajectory]:
+def scripted(
+    policy: Policy, question: Question, scripts: list[list[str]], limits: RolloutConfig = LIMITS
+) -> list[Trajectory]:
     begin = starts(policy.tokenizer, policy.prompts, [question], len(scripts))
-    return rollout(Script(policy.tokenizer, scripts), TinyRetriever(PASSAGES), begin, LIMITS, temperature=1.0, seed=0)
+    generator = Script(policy.tokenizer, scripts)
+    return rollout(generator, TinyRetriever(PASSAGES), begin, limits, temperature=1.0, seed=0, prompts=policy.prompts)
 
 
 def teach() -> Policy:
     """The tiny policy after a second of teaching it the habits."""
     policy = make_tiny_policy()
-    lines = [
-        replay.Example(t.prompt_ids, t.response_ids, t.action_mask)
-        for question in QUESTIONS
-        for t in scripted(policy, question, HABITS)
-    ]
+    learn(policy, [t for question in QUESTIONS for t in scripted(policy, question, HABITS)], 90)
+    return policy
+
+
+def learn(policy: Policy, trajectories: Sequence[Trajectory], steps: int) -> None:
+    """Train on what was sampled in ``trajectories``."""
+    lines = [replay.Example(t.prompt_ids, t.response_ids, t.action_mask) for t in trajectories]
     batch = replay.collate(lines, policy.tokenizer.pad_token_id, torch.device("cpu"))
     labels = batch.input_ids.clone()
     labels[:, : -batch.loss_mask.shape[1]] = -100
     labels[:, -batch.loss_mask.shape[1] :][batch.loss_mask == 0] = -100
     optimiser = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
-    for _ in range(90):
+    for _ in range(steps):
         policy.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-    return policy

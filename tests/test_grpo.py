@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from conftest import PASSAGES, TinyRetriever
 from search_e1.config import GrpoConfig, LoraConfig, ReplayConfig
 from search_e1.errors import ConfigError, DataError, RetrievalError, TrainingError
-from search_e1.grpo import batching, replay
+from search_e1.grpo import batching, replay, rollouts
 from search_e1.grpo import trainer as grpo
 from search_e1.policy import Policy
 from search_e1.prompts import privileged_prompt
@@ -71,7 +71,7 @@ class Spy:
             finally:
                 handle.remove()
 
-        monkeypatch.setattr(grpo, "rollout", recording_rollout)
+        monkeypatch.setattr(rollouts, "rollout", recording_rollout)
         monkeypatch.setattr(grpo.GRPOTrainer, "_compute_loss", recording_loss)
 
     @property
@@ -261,7 +261,7 @@ def test_a_gradient_that_is_not_finite_stops_training(policy, tmp_path):
     [
         ({"epsilonn": 0.1}, r"unknown key grpo\.trainer\.epsilonn; did you mean 'epsilon'\?"),
         ({"num_generations": 4}, r"grpo\.trainer\.num_generations: set `grpo\.group_size`"),
-        ({"use_vllm": True}, r"grpo\.trainer\.use_vllm: has no effect"),
+        ({"use_vllm": True}, r"grpo\.trainer\.use_vllm: set `rollout\.engine"),
         ({"mask_truncated_completions": True}, r"grpo\.trainer\.mask_truncated_completions: it would drop"),
         ({"beta": "none"}, r"grpo\.trainer\.beta = 'none': Input should be a valid number"),
         ({"optim": "adamm"}, r"grpo\.trainer.*adamm"),

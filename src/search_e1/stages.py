@@ -5,7 +5,8 @@ different machines. Nothing here trains or samples; that is in the stages' own p
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,15 @@ from search_e1.grpo import trainer as grpo_trainer
 from search_e1.inputs import Inputs, Watch, at_most, unwatched
 from search_e1.loading import device
 from search_e1.planning import start
-from search_e1.policy import Policy
+from search_e1.policy import Policy, Reader
 from search_e1.progress import Progress, Track, untracked
 from search_e1.prompts import TEMPLATE_TOKENS, Prompts, plain_prompt
-from search_e1.rollout import pool
+from search_e1.rollout import pool, vllm
 from search_e1.rollout.endpoint import Endpoint, EndpointGenerator
 from search_e1.rollout.generator import Generator
 from search_e1.rollout.hf import HFGenerator
 from search_e1.rollout.protocols import protocol_of
+from search_e1.rollout.vllm_server import ServerGenerator
 from search_e1.runs import Artifact
 from search_e1.safe import is_name, masked
 from search_e1.stopping import Stop
@@ -66,11 +68,12 @@ class Stages(Inputs):
                 raise DataError("no questions; give data.train and data.eval files that hold some")
         tracking.check(self.config.tracking)
         if isinstance(policy, Endpoint):
-            self._asked(policy)
+            EndpointGenerator(policy, self.config.prompts or Prompts())
             assert self.retriever
             return
-        reader = policies.load_reader(policy, self.config.policy, self.config.prompts)
-        protocol_of(reader.tokenizer, reader.prompts)  # before an index is built
+        if self.config.rollout.engine == "vllm":
+            vllm.check(self.config.policy, self.config.vllm)
+        self._reader(policy)  # before an index is built
         assert self.retriever
         loaded = self._policy(policy)
         room = min(self.config.rollout.max_tokens, loaded.model.config.get_text_config().max_position_embeddings)
@@ -112,9 +115,12 @@ class Stages(Inputs):
         """``policy`` trained for one round; the new one is in ``policy/``."""
 
         def train(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
+            limits = self.config.rollout
+            with_vllm = limits.engine == "vllm" and self.config.grpo.steps > 0
             return grpo_trainer.train(
-                self._policy(policy), self.train_questions, self.retriever, self.config.grpo, self.config.rollout,
+                self._policy(policy), self.train_questions, self.retriever, self.config.grpo, limits,
                 self.config.reference, seed=seed, out=out, progress=progress, track=self._track, work=self._work,
+                engine=self._engine(policy, limits.max_tokens, shared=True) if with_vllm else None,
             )  # fmt: skip
 
         return self._stage(f"grpo-{round}", out, ("grpo", "rollout", "reference"), self._asking(policy), train)
@@ -123,12 +129,12 @@ class Stages(Inputs):
         """Groups sampled from ``policy``, in ``groups.jsonl``."""
 
         def sample(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
-            loaded = self._policy(policy)
             questions = at_most(self.train_questions, self.config.pool.questions, seed)
-            return pool.sample(
-                self._generator(loaded), self.retriever, questions, loaded.prompts, self.config.pool, self.config.rollout,
-                seed=seed, out=out, progress=progress, work=self._work,
-            )  # fmt: skip
+            with self.asked(policy) as (generator, prompts):
+                return pool.sample(
+                    generator, self.retriever, questions, prompts, self.config.pool, self.config.rollout,
+                    seed=seed, out=out, progress=progress, work=self._work,
+                )  # fmt: skip
 
         return self._stage(f"pool-{round}", out, ("pool", "rollout"), self._asking(policy), sample)
 
@@ -167,9 +173,9 @@ class Stages(Inputs):
         def measure(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
             loaded = self._policy(policy)
             pairs = pair_files.read(pairs_path / pair_files.HELD_OUT, loaded.tokenizer)
-            with self._work.scratch(out) as scratch:
+            with self._work.scratch(out) as scratch, self._generator(policy, None, loaded) as generator:
                 measured, divergences = teacher.measure(
-                    loaded, self._generator(loaded), self.retriever, pairs, self.config.lead, self.config.rollout,
+                    loaded, generator, self.retriever, pairs, self.config.lead, self.config.rollout,
                     temperature=self.config.pool.temperature, seed=seed, progress=progress,
                     lines=Lines(scratch / "trajectories.jsonl", scratch / "journal"),
                 )  # fmt: skip
@@ -244,13 +250,13 @@ class Stages(Inputs):
         ceiling = self.ceiling() if self.config.evaluation.ceiling else None
 
         def measure(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
-            generator, prompts = self._asked(policy)
             known = ceilings.read(ceiling.path / ceilings.FILE) if ceiling else ()
-            evaluation = evaluate(
-                generator, self.retriever, {name: self.eval_questions[name] for name in chosen},
-                prompts, self.config.evaluation, self.config.rollout, seed=seed, out=out, progress=progress,
-                ceilings={(row.benchmark, row.id): row for row in known}, work=self._work,
-            )  # fmt: skip
+            with self.asked(policy) as (generator, prompts):
+                evaluation = evaluate(
+                    generator, self.retriever, {name: self.eval_questions[name] for name in chosen},
+                    prompts, self.config.evaluation, self.config.rollout, seed=seed, out=out, progress=progress,
+                    ceilings={(row.benchmark, row.id): row for row in known}, work=self._work,
+                )  # fmt: skip
             return evaluation.model_dump(mode="json")
 
         if isinstance(policy, Endpoint):
@@ -331,15 +337,46 @@ class Stages(Inputs):
         protocol_of(loaded.tokenizer, loaded.prompts)  # a tokenizer that does not fit is refused before the work
         return loaded
 
-    def _generator(self, policy: Policy) -> HFGenerator:
-        return HFGenerator(policy.model, policy.tokenizer, batch_size=self.config.rollout.batch_size)
+    def _reader(self, policy: str | Path) -> Reader:
+        reader = policies.load_reader(policy, self.config.policy, self.config.prompts)
+        protocol_of(reader.tokenizer, reader.prompts)
+        return reader
 
-    def _asked(self, policy: str | Path | Endpoint) -> tuple[Generator, Prompts]:
+    @contextmanager
+    def asked(self, policy: str | Path | Endpoint) -> Iterator[tuple[Generator, Prompts]]:
+        """What samples, for as long as the context is, and the prompts to ask it with."""
         if isinstance(policy, Endpoint):
             prompts = self.config.prompts or Prompts()
-            return EndpointGenerator(policy, prompts), prompts
-        loaded = self._policy(policy)
-        return self._generator(loaded), loaded.prompts
+            yield EndpointGenerator(policy, prompts), prompts
+            return
+        with self._generator(policy, self.config.rollout.max_tokens) as generator:
+            yield generator, self._reader(policy).prompts
+
+    @contextmanager
+    def _generator(self, policy: str | Path, room: int | None, loaded: Policy | None = None) -> Iterator[Generator]:
+        """Samples from ``policy``, which is ``loaded`` where something else needs it too."""
+        rows = self.config.rollout.batch_size
+        if self.config.rollout.engine == "transformers":
+            loaded = loaded or self._policy(policy)
+            yield HFGenerator(loaded.model, loaded.tokenizer, batch_size=rows)
+            return
+        if self.config.vllm.url:
+            yield ServerGenerator(self.config.vllm, policy, self._reader(policy).tokenizer, concurrency=rows)
+            return
+        engine = self._engine(policy, room, shared=loaded is not None)
+        with engine.running(self._reader(policy).tokenizer) as generator:
+            yield generator
+
+    def _engine(self, policy: str | Path, room: int | None, *, shared: bool) -> vllm.Engine:
+        """``room``: most ids of a trajectory; without it the policy's whole context."""
+        if self.config.vllm.url:
+            raise ConfigError(
+                "vllm.url: GRPO changes the policy with every step, and the server would go on with the first; leave it out, "
+                'or set rollout.engine = "transformers"'
+            )
+        context = self._reader(policy).context_length
+        rows, most = self.config.rollout.batch_size, min(context, room or context)
+        return vllm.Engine(policy, self.config.policy, self.config.vllm, rows, most, shared)
 
     def _checksum(self, policy: str | Path) -> str:
         source = policies.resolve(str(policy))

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -134,7 +134,11 @@ def _asker(
     retriever = HttpRetriever(url) if url else open_indexes(index) if index else stages.retriever  # type: ignore[union-attr]
     prompts = stages.config.prompts if stages else None
     settings = stages.config.policy if stages else PolicyConfig(model=str(model))
-    policy = endpoint or policies.load(model or newest(stages), settings, prompts)  # type: ignore[arg-type]
+    policy: Any = endpoint
+    if stages and not endpoint and stages.config.rollout.engine == "vllm":
+        policy, prompts = context.with_resource(stages.asked(model or newest(stages)))
+    elif not endpoint:
+        policy = policies.load(model or newest(stages), settings, prompts)  # type: ignore[arg-type]
     limits = stages.config.rollout if stages else RolloutConfig()
     shown = _Live() if console.is_terminal else None
 

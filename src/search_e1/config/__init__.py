@@ -25,6 +25,7 @@ from search_e1.config.sections import (
     RolloutConfig,
     Section,
     TrackingConfig,
+    VllmConfig,
     WarmstartConfig,
 )
 
@@ -48,6 +49,7 @@ __all__ = [
     "RolloutConfig",
     "Section",
     "TrackingConfig",
+    "VllmConfig",
     "WarmstartConfig",
     "bound_now",
     "default_of",

@@ -101,6 +101,26 @@ class RolloutConfig(Section):
     """Most tokens of prompt and response together; a policy with a shorter context lowers it."""
     batch_size: Positive = 64
     """Trajectories that are sampled together."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples: the policy itself, on any device, or vLLM (an extra), whose settings are `[vllm]`."""
+
+
+class VllmConfig(Section):
+    """Of `rollout.engine = "vllm"`."""
+
+    url: str | None = None
+    """A server to sample from, started by `vllm serve` with the policy in question, instead of an engine in this process. Not
+    for GRPO, whose policy changes with every step."""
+    timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds for one request to `url`, to the last byte of its answer."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the device's memory for weights and cache."""
+    shared_gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """The same where the policy is in memory too: in GRPO, and when the lead is measured."""
+    tensor_parallel_size: Positive = 1
+    """Devices that the weights are spread over. More than 1 in GRPO needs as many processes."""
+    engine: dict[str, Any] = {}
+    """Further arguments of `vllm.EngineArgs` (`enforce_eager`, `kv_cache_dtype`, ...)."""
 
 
 class LoraConfig(Section):
@@ -344,6 +364,7 @@ class Config(Section):
     data: DataConfig
     retrieval: RetrievalConfig = RetrievalConfig()
     rollout: RolloutConfig = RolloutConfig()
+    vllm: VllmConfig = VllmConfig()
     grpo: GrpoConfig = GrpoConfig()
     pool: PoolConfig = PoolConfig()
     reference: ReferenceConfig = ReferenceConfig()
@@ -365,6 +386,8 @@ class Config(Section):
     def binding(self) -> dict[str, Any]:
         """What a run directory belongs to, as JSON: all but its place and what changes nothing in a run."""
         waiting = {"timeout", "attempts", "time_limit", "cache"}
+        place = {"url", "timeout", "gpu_memory_utilization", "shared_gpu_memory_utilization"}
         return self.model_dump(
-            mode="json", exclude={"run": True, "tracking": True, "checkpoints": True, "retrieval": waiting}
+            mode="json",
+            exclude={"run": True, "tracking": True, "checkpoints": True, "retrieval": waiting, "vllm": place},
         )

@@ -1,4 +1,4 @@
-"""Vanilla GRPO on whole trajectories, through ``trl.GRPOTrainer``. The only file that knows TRL.
+"""Vanilla GRPO on whole trajectories, through ``trl.GRPOTrainer``. With ``colocated`` all that knows TRL.
 
 TRL brings advantages, the clipped loss, the optimiser loop and distribution; the trajectories come from the same
 ``rollout`` as everywhere else, and TRL gets their ids and masks as they are. One optimiser step trains on
@@ -11,8 +11,8 @@ import os
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields, replace
+from contextlib import closing, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,18 @@ from search_e1.checkpoints import Work
 from search_e1.config import WHOLE, GrpoConfig, ReferenceConfig, RolloutConfig
 from search_e1.errors import ConfigError, DataError, TrainingError
 from search_e1.grpo import batching, replay
+from search_e1.grpo.colocated import Colocated
 from search_e1.grpo.record import Recorder, summarize
+from search_e1.grpo.rollouts import Rollouts, exact_match
 from search_e1.memory import HalvingTrainer
 from search_e1.policy import Policy, merge_adapter, with_adapter
 from search_e1.progress import Progress, Track, silent, untracked
 from search_e1.resuming import STEPS, ResumingTrainer, restored_steps
 from search_e1.retrieval.base import Retriever
+from search_e1.rollout import vllm
+from search_e1.rollout.generator import Generator
 from search_e1.rollout.hf import HFGenerator
-from search_e1.rollout.loop import rollout, starts
-from search_e1.runs import derived_seed
-from search_e1.types import Group, Question, Trajectory
+from search_e1.types import Question
 
 BAD_BATCH = "bad_batch.pt"
 
@@ -68,7 +70,11 @@ _RESERVED = {
     "deepspeed": "sharded weights are not supported; leave it out",
     "fsdp": "sharded weights are not supported; leave it out",
     **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs"), _ELSEWHERE),
-    **dict.fromkeys(("use_vllm", "use_transformers_continuous_batching", "use_transformers_paged"), _ELSEWHERE),
+    **dict.fromkeys(("use_vllm", "vllm_mode"), 'set `rollout.engine = "vllm"`'),
+    "vllm_gpu_memory_utilization": "set `vllm.shared_gpu_memory_utilization`",
+    "vllm_max_model_length": "set `rollout.max_tokens`",
+    **dict.fromkeys(("vllm_tensor_parallel_size", "vllm_enable_sleep_mode", "vllm_model_impl"), _ELSEWHERE),
+    **dict.fromkeys(("use_transformers_continuous_batching", "use_transformers_paged"), _ELSEWHERE),
     **dict.fromkeys(("cache_implementation", "chat_template_kwargs"), _ELSEWHERE),
 }
 
@@ -85,6 +91,7 @@ _FIGURES = {
     "entropy": "entropy",
     "clip_ratio": "clip_ratio/region_mean",
     "kl": "kl",
+    "sampling_gap": "sampling/sampling_logp_difference/mean",
 }
 
 
@@ -101,11 +108,13 @@ def train(
     progress: Progress = silent,
     track: Track = untracked,
     work: Work | None = None,
+    engine: vllm.Engine | None = None,
 ) -> dict[str, float]:
     """Train ``policy`` in place; write it to ``out/policy`` and one line a step to ``out/steps.jsonl``.
 
-    ``shown`` is what examples of reference following show. With the same arguments and a ``work`` that was begun, training
-    goes on from its newest checkpoint and ends as if it had never been interrupted.
+    ``shown`` is what examples of reference following show. ``engine`` is to sample in the policy's place. With the same
+    arguments and a ``work`` that was begun, training goes on from its newest checkpoint and ends as if it had never been
+    interrupted.
 
     Returns:
         The stage's figures: steps and seconds; mean reward of the first and of the last quarter of the steps; the share
@@ -131,18 +140,20 @@ def train(
             if config.steps:
                 set_seed(seed)
                 use_cache = policy.model.config.use_cache
-                trainer = _Trainer(
+                trainer = Trainer(
                     model=with_adapter(policy.model, config.lora) if config.lora else policy.model,
                     args=arguments,
                     reward_funcs=exact_match,
                     train_dataset=Dataset.from_dict({"prompt": batching.order(questions, config, seed)}),
                     processing_class=policy.tokenizer,
-                    rollout_func=_Rollouts(policy, questions, retriever, config, limits, shown, seed),
+                    rollout_func=Rollouts(policy, questions, retriever, config, limits, shown, seed),
                     replay_weight=config.replay.weight,
                     bad_batch=out / BAD_BATCH,
                     on_step=recorder,
+                    engine=engine,
                 )
-                trainer.train_on(work, out / STEPS, checkpoint)
+                with closing(trainer):
+                    trainer.train_on(work, out / STEPS, checkpoint)
                 policy.model = _give_back(trainer)
                 policy.model.config.use_cache = use_cache  # a choice for training, no property of the policy
         if arguments.process_index == 0:
@@ -176,6 +187,9 @@ def trl_arguments(
         report_to="none",
         save_strategy="no",
         dataloader_pin_memory=device.type != "cpu",
+        # With vLLM. TRL's default masks whole sequences by the product of all their ratios, which long ones rarely survive.
+        vllm_importance_sampling_mode="token_truncate",
+        vllm_importance_sampling_clip_max=2.0,
     )
     ours = dict(
         output_dir=str(out / "trainer"),
@@ -222,74 +236,7 @@ def _check_passthrough(trainer: dict[str, Any]) -> None:
             raise ConfigError(f"grpo.trainer.{key} = {value!r}: {error.errors()[0]['msg']}") from error
 
 
-class _Rollouts:
-    """TRL's ``rollout_func``. Its prompts are question ids, each already repeated for the members of its group."""
-
-    def __init__(
-        self,
-        policy: Policy,
-        questions: Sequence[Question],
-        retriever: Retriever,
-        config: GrpoConfig,
-        limits: RolloutConfig,
-        shown: ReferenceConfig,
-        seed: int,
-    ) -> None:
-        self.policy = policy
-        self.questions = {question.id: question for question in questions}
-        self.retriever = retriever
-        self.config = config
-        self.limits = limits
-        self.shown = shown
-        self.seed = seed
-
-    def __call__(self, prompts: list[str], trainer: "_Trainer") -> dict[str, Any]:
-        policy, asked = self.policy, [self.questions[id] for id in dict.fromkeys(prompts)]
-        first = trainer.accelerator.process_index * len(prompts)  # place in the step's trajectories, of all processes
-        begin = {start.question.id: start for start in starts(policy.tokenizer, policy.prompts, asked)}
-        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-            # The adapters are inside the base model's layers. Wrapped in peft, its own generation config would rule.
-            lent: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-            generator = HFGenerator(lent, policy.tokenizer, batch_size=self.limits.batch_size)
-            trajectories = rollout(
-                generator,
-                self.retriever,
-                [replace(begin[id], sample=first + i) for i, id in enumerate(prompts)],
-                self.limits,
-                temperature=self.config.temperature,
-                seed=derived_seed(self.seed, trainer.state.global_step),
-                prompts=policy.prompts,
-            )
-        trainer.replay = replay.examples(
-            policy.tokenizer,
-            policy.prompts,
-            [_group(question, trajectories) for question in asked],
-            self.config.replay,
-            generator.context_length,
-            self.shown,
-        )
-        return {
-            "prompt_ids": [list(t.prompt_ids) for t in trajectories],
-            "completion_ids": [list(t.response_ids) for t in trajectories],
-            "env_mask": [list(t.action_mask) for t in trajectories],
-            "logprobs": None,  # TRL reads them with vLLM only
-            "trajectory": trajectories,  # an extra field: TRL hands it to the reward function
-        }
-
-
-def _group(question: Question, trajectories: Sequence[Trajectory]) -> Group:
-    return Group(question=question, trajectories=tuple(t for t in trajectories if t.question_id == question.id))
-
-
-def exact_match(*, trajectory: list[Trajectory], log_metric: Callable[[str, float], None], **_: Any) -> list[float]:
-    """TRL's reward function: what the rollout has scored already."""
-    log_metric("searches", sum(t.searches for t in trajectory) / len(trajectory))
-    log_metric("sampled_tokens", sum(t.sampled_tokens for t in trajectory) / len(trajectory))
-    log_metric("answered", sum(t.answer is not None for t in trajectory) / len(trajectory))
-    return [t.reward for t in trajectory]
-
-
-class _Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
+class Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
     """TRL's trainer, with replay, that stops at the first loss or gradient that is not finite.
 
     Micro-batches carry two entries more than TRL's: ``replay``, their share of the step's examples, and ``weight``, the share
@@ -298,6 +245,7 @@ class _Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
 
     args: GRPOConfig
     processing_class: Any
+    vllm_generation: Colocated
 
     def __init__(
         self,
@@ -305,6 +253,7 @@ class _Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
         replay_weight: float,
         bad_batch: Path,
         on_step: Callable[[int, dict[str, float]], None],
+        engine: vllm.Engine | None,
         **kwargs: Any,
     ) -> None:
         self.replay: list[replay.Example] = []
@@ -314,10 +263,31 @@ class _Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
         self._bad_batch = bad_batch
         self._on_step = on_step
         super().__init__(**kwargs)
+        if engine:
+            self.use_vllm, self._last_loaded_step = True, -1
+            self.vllm_generation = Colocated(
+                engine, model=self.model, accelerator=self.accelerator, processing_class=self.processing_class
+            )
         self.remove_callback(PrinterCallback)  # without a progress bar, transformers prints every log
 
     def _send_telemetry(self) -> None:
         """Nobody is told."""
+
+    def close(self) -> None:
+        """Let go of what samples beside the policy."""
+        if self.use_vllm:
+            self.vllm_generation.close()
+
+    @contextmanager
+    def generator(self, batch_size: int) -> Iterator[Generator]:
+        """Samples from the policy as it is now."""
+        if self.use_vllm:
+            yield self.vllm_generation.generator(self.processing_class)
+            return
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+            # The adapters are inside the base model's layers. Wrapped in peft, its own generation config would rule.
+            lent: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+            yield HFGenerator(lent, self.processing_class, batch_size=batch_size)
 
     def at_boundary(self) -> bool:
         """TRL keeps the trajectories that it has sampled for several steps where ``num_iterations`` says so."""
@@ -418,7 +388,7 @@ class _Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
         )
 
 
-def _give_back(trainer: _Trainer) -> Any:
+def _give_back(trainer: Trainer) -> Any:
     """The plain model out of the trainer: adapters merged, TRL's and accelerate's patches of ``forward`` removed."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if isinstance(model, PeftModel):

@@ -12,12 +12,13 @@ from search_e1.rollout.endpoint import Endpoint, EndpointGenerator
 from search_e1.rollout.generator import Generator
 from search_e1.rollout.hf import HFGenerator
 from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.vllm import VLLMGenerator
 from search_e1.types import Question, Trajectory, Turn
 
 
 def ask(
     question: str,
-    policy: Policy | Endpoint,
+    policy: Policy | Endpoint | Generator,
     retriever: Retriever,
     limits: RolloutConfig | None = None,
     *,
@@ -30,8 +31,8 @@ def ask(
     """Let ``policy`` search and answer; ``answer`` of the trajectory is ``None`` if it came to none.
 
     ``on_turn`` is called with each turn as it comes, ``on_text`` with what is sampled, as it is sampled and without end
-    tokens (an endpoint's comes in turns only). ``prompts`` are those of an endpoint; a policy brings its own. The trajectory
-    carries no reward: the right answer is not known.
+    tokens (an endpoint's comes in turns only). ``prompts`` are those of an endpoint or a generator; a policy brings its own.
+    The trajectory carries no reward: the right answer is not known.
 
     Raises:
         SearchE1Error: the question does not fit, or the retriever or the endpoint fails.
@@ -42,10 +43,14 @@ def ask(
     if isinstance(policy, Endpoint):
         prompts = prompts or Prompts()
         generator = EndpointGenerator(policy, prompts)
-    else:
+    elif isinstance(policy, Policy):
         prompts = policy.prompts
         stream = _Stream(policy.tokenizer, on_text) if on_text else None
         generator = HFGenerator(policy.model, policy.tokenizer, on_id=stream)
+    else:
+        generator, prompts = policy, prompts or Prompts()
+        if isinstance(generator, VLLMGenerator):
+            generator.on_id = _Stream(generator.tokenizer, on_text) if on_text else None
     (trajectory,) = rollout(
         generator,
         retriever,
