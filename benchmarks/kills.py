@@ -83,7 +83,7 @@ drills = 4
 batch_size = 4
 """
 VERBS = ("warmstart", "train")
-TIMES = {"started", "seconds", "attempts", "trajectories_per_second", "tokens_per_second"}
+TIMES = {"started", "seconds", "cpu_seconds", "attempts", "trajectories_per_second", "tokens_per_second"}
 """Keys, at any depth, whose values are times (or, as the number of attempts, what a kill is meant to change)."""
 UNCOMPARED = {"timings.json", ".sha256"}
 """Files that hold times and nothing else; and the checksums of those that hold some, which are compared themselves."""

@@ -55,6 +55,17 @@ def test_defaults_are_those_of_the_paper(tmp_path: Path) -> None:
     assert config.data.eval == {"nq": Path("nq.jsonl")}
 
 
+@pytest.mark.parametrize(("ofsd", "rounds"), [("every_round", [1, 2, 3]), ("last_round", [3]), ("never", [])])
+def test_rounds_that_distil(tmp_path: Path, ofsd: str, rounds: list[int]) -> None:
+    config = load(written(tmp_path), ["--ofsd", ofsd, "--rounds", "3"])
+    assert [round for round in (1, 2, 3) if config.distills(round)] == rounds
+    assert config.distillations == len(rounds)
+
+
+def test_a_run_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
+    assert "leave nothing to do" in refusal(tmp_path, "--ofsd", "never", "--grpo.steps", "0")
+
+
 def test_flags_lie_over_the_file(tmp_path: Path) -> None:
     config = load(
         written(tmp_path),

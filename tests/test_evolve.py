@@ -164,6 +164,20 @@ def test_the_report_shows_what_the_run_made(finished, tmp_path):
     )
 
 
+def test_without_distillation_a_round_is_grpo_alone(finished, tmp_path):
+    """Branched off, so that all it needs is there; the report takes it for finished."""
+    whole, _, summary = finished
+    watch, settings = Watch(), whole.model_copy(update={"run": tmp_path / "run", "ofsd": "never"})
+    alone = evolve.train(settings, watch, branch_of=whole.run)
+    assert watch.worked == []
+    assert [(p.stage, p.em, p.tokens) for p in alone.policies] == [
+        (p.stage, p.em, p.tokens) for p in summary.policies[:2]
+    ]
+    assert alone.rounds == {}
+    overview, _ = report(settings.run, tmp_path / "report.html")
+    assert overview["finished"]
+
+
 def test_a_second_call_does_no_work(finished):
     settings, _, summary = finished
     before = {p: p.stat().st_mtime_ns for p in settings.run.rglob("*") if p.is_file() and p.parent != settings.run}

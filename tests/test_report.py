@@ -61,7 +61,8 @@ def test_costs_come_from_the_manifests(run, tmp_path):
     assert list(costs)[:3] == ["evaluation-base", "grpo-1", "evaluation-grpo-1"]
     # Five steps of 4 questions x 5 trajectories, of 13, 14, ..., 17 sampled tokens each; two GPUs for 90 seconds.
     assert costs["grpo-1"] == {
-        "stage": "grpo-1", "seconds": 90.0, "gpus": 2, "gpu_hours": 0.05, "sampled_tokens": 75 * 20, "trained_tokens": 75 * 20,
+        "stage": "grpo-1", "seconds": 90.0, "cpu_seconds": costs["grpo-1"]["cpu_seconds"], "gpus": 2, "gpu_hours": 0.05,
+        "sampled_tokens": 75 * 20, "trained_tokens": 75 * 20,
     }  # fmt: skip
     assert costs["pool-1"]["sampled_tokens"] == 10 * 8 * 30
     assert costs["lead-1"]["sampled_tokens"] == 400

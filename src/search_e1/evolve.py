@@ -71,12 +71,14 @@ def train(
     stop: Stop | None = None,
     *,
     branch_of: Path | None = None,
+    shared: Path | None = None,
     other_versions: bool = False,
 ) -> Summary:
     """Run the whole loop in ``config.run``, or what is left of it; returns what ``summary.json`` then holds.
 
     ``stop`` says when to stop; see ``stopping.on_signals``. ``branch_of``: another run, whose finished artifacts are taken over
     where ``config`` would make the same.
+    ``shared``: a directory where several runs share the artifacts that they would make the same.
     ``other_versions``: go on with a run that was begun under other versions of the packages that decide about results.
 
     Raises:
@@ -84,7 +86,12 @@ def train(
         Stopped: a signal ended it; to go on, call it again.
     """
     with opened(
-        config.run, config.binding(), bound_now=bound_now, branch_of=branch_of, other_versions=other_versions
+        config.run,
+        config.binding(),
+        bound_now=bound_now,
+        branch_of=branch_of,
+        shared=shared,
+        other_versions=other_versions,
     ) as root:
         stages = Stages(config, root, watch, stop)
         stages.check(config.policy.model)
@@ -97,6 +104,8 @@ def train(
                 grpo = summary.add(stages.grpo(policy, round))
                 policy = grpo.path / "policy"
                 summary.evaluate(f"grpo-{round}", policy)
+            if not config.distills(round):
+                continue
             pool = summary.add(stages.pool(policy, round))
             pairs = summary.add(stages.pairs(policy, pool.path, round))
             lead = summary.add(stages.lead(policy, pairs.path, round)) if pairs.manifest.result["train_pairs"] else None

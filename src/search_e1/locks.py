@@ -50,6 +50,22 @@ def held(directory: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def in_turn(file: Path) -> Iterator[None]:
+    """One process after the other, by a lock on ``file``. Where the file system has no locks, all at once."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
+    try:
+        lock.acquire(poll_interval=0.2)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _acquire(directory: Path) -> BaseFileLock:
     lock: BaseFileLock = FileLock(directory / _LOCK, timeout=0)
     try:

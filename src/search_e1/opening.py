@@ -22,13 +22,15 @@ def opened(
     *,
     bound_now: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
     branch_of: Path | None = None,
+    shared: Path | None = None,
     other_versions: bool = False,
 ) -> Iterator[Path]:
     """Hold the run directory for this process; make it if it is new.
 
     ``bound_now`` makes of the config that an earlier version left what this one would have left. ``branch_of``: the run that
-    this one branches off, whose finished artifacts it takes over where they would be made the same. ``other_versions``: go on
-    under other versions of the packages that decide about results.
+    this one branches off, whose finished artifacts it takes over where they would be made the same. ``shared``: a directory
+    where runs share artifacts that they would make the same. ``other_versions``: go on under other versions of the packages
+    that decide about results.
 
     Raises:
         RunError: another process works in it, it belongs to another config, to other versions or to another origin, it
@@ -39,6 +41,8 @@ def opened(
     with locks.held(directory), disk.told(directory):
         if branch_of:
             runs.write_atomically(directory / runs.ORIGIN, json.dumps({"of": str(branch_of.resolve())}) + "\n")
+        if shared:
+            runs.write_atomically(directory / runs.SHARED, json.dumps({"in": str(shared.resolve())}) + "\n")
         _check_config(directory, masked(json.loads(json.dumps(config, default=str))), bound_now)
         _check_versions(directory, other_versions)
         yield directory

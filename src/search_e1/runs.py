@@ -13,11 +13,13 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from search_e1 import locks
 from search_e1.drift import Change, Defaults, changes, lines, no_defaults
 from search_e1.errors import DataError, RunError
 from search_e1.safe import inside, masked
@@ -33,6 +35,8 @@ _SUM = ".sha256"
 """Ending of the file with a manifest's checksum, as `sha256sum -c` reads it; what earlier versions made has none."""
 ORIGIN = "branch.json"
 """In the directory of a run that branched off another: which one."""
+SHARED = "shared.json"
+"""In the directory of a run that shares its artifacts with others: the directory where they all leave them."""
 _PACKAGES = (
     "search-e1",
     "torch",
@@ -64,6 +68,8 @@ class Manifest(Record):
     """Seconds since the epoch."""
     seconds: float
     """Wall-clock time of the stage, over all attempts."""
+    cpu_seconds: float = 0.0
+    """CPU time of the process, all its threads. Attempts that were killed could not tell theirs."""
     attempts: int = 1
     """How often the stage was begun or gone on with until it was complete."""
     gpus: int = 0
@@ -107,21 +113,35 @@ def artifact(
         RunError: another artifact is in that place, or its files are not those that were written.
     """
     identity = masked(json.loads(json.dumps({"settings": settings, "inputs": inputs, "seed": seed}, default=str)))
-    if not path.exists():
-        _take_over(path, identity, defaults)
-    if path.exists():
-        found = read(path)
-        if different := _different(found.manifest, identity, defaults):
-            raise RunError(
-                f"{path} was made of something else; give what it was made of again, or use another run directory, or go on "
-                f"in one that takes over what stays the same (search-e1 train --branch DIR):{lines(different)}"
-            )
-        shutil.rmtree(path / WORK, ignore_errors=True)  # killed between the last two lines below
+    with _in_turn(path, stage, identity) as shared:
+        if not path.exists():
+            _take_over(path, identity, defaults, shared)
+        if path.exists():
+            found = read(path)
+            if different := _different(found.manifest, identity, defaults):
+                raise RunError(
+                    f"{path} was made of something else; give what it was made of again, or use another run directory, or go "
+                    f"on in one that takes over what stays the same (search-e1 train --branch DIR):{lines(different)}"
+                )
+            shutil.rmtree(path / WORK, ignore_errors=True)  # killed between the last two lines of `_made`
+        else:
+            found = _made(path, stage, identity, make, gpus)
+        if shared and not shared.exists():
+            _link(found, shared)
         return found
+
+
+def _made(path: Path, stage: str, identity: dict[str, Any], make: Make, gpus: int) -> Artifact:
     partial = path.with_name(f".{path.name}.partial")
     here = versions()
-    begun, clock = _begin(partial, {**identity, "versions": here}), time.perf_counter()
-    result = make(partial)
+    begun, clock, cpu = _begin(partial, {**identity, "versions": here}), time.perf_counter(), time.process_time()
+    try:
+        result = make(partial)
+    except BaseException:
+        begun = begun.model_copy(update={"cpu_seconds": begun.cpu_seconds + time.process_time() - cpu})
+        with suppress(OSError):
+            write_atomically(partial / WORK / _BEGUN, begun.model_dump_json() + "\n")
+        raise
     manifest = Manifest(
         stage=stage,
         files={str(f.relative_to(partial)): sha256(f) for f in _files(partial)},
@@ -129,6 +149,7 @@ def artifact(
         versions=here,
         started=begun.started,
         seconds=round(begun.seconds + time.perf_counter() - clock, 3),
+        cpu_seconds=round(begun.cpu_seconds + time.process_time() - cpu, 3),
         attempts=begun.attempts,
         gpus=gpus,
         **identity,
@@ -151,6 +172,8 @@ class _Begun(Record):
     attempts: int
     seconds: float
     """Of the attempts before the latest."""
+    cpu_seconds: float = 0.0
+    """Of those that were not killed."""
 
 
 def _begin(partial: Path, identity: dict[str, Any]) -> _Begun:
@@ -219,24 +242,47 @@ def _different(manifest: Manifest, identity: Mapping[str, Any], defaults: Defaul
     return changes(manifest.settings, identity["settings"], defaults) + changes(there, rest)
 
 
-def _take_over(path: Path, identity: Mapping[str, Any], defaults: Defaults) -> None:
-    """If the run branched off another one that has made this very artifact: hard links to its files, or copies.
+@contextmanager
+def _in_turn(path: Path, stage: str, identity: Mapping[str, Any]) -> Iterator[Path | None]:
+    """Where runs share their artifacts: the shared place of this one, while no other run makes it. Else ``None``."""
+    try:
+        place = Path(json.loads((path.parent / SHARED).read_text(encoding="utf-8"))["in"])
+    except FileNotFoundError:
+        yield None
+        return
+    except (ValueError, LookupError, TypeError) as error:
+        raise RunError(f"{path.parent / SHARED}: damaged; remove it and start again what began the run") from error
+    key = {"stage": stage, **identity, "versions": versions()}
+    shared = place / f"{stage}-{_sha256_text(json.dumps(key, sort_keys=True))[:16]}"
+    with locks.in_turn(place / f".{shared.name}.lock"):
+        yield shared
+
+
+def _take_over(path: Path, identity: Mapping[str, Any], defaults: Defaults, shared: Path | None = None) -> None:
+    """If the run branched off another one that has made this very artifact, or shares it with one: link to its files.
 
     Raises:
         RunError: it is damaged.
     """
-    found = next((there for run in _origins(path.parent) if (there := run / path.name).exists()), None)
+    places = [*([shared] if shared else []), *(run / path.name for run in _origins(path.parent))]
+    found = next((there for there in places if there.exists()), None)
     if found is None or _different((source := read(found)).manifest, identity, defaults):
         return
+    _link(source, path)
+    shutil.rmtree(path.with_name(f".{path.name}.partial"), ignore_errors=True)  # of an attempt that was killed
+
+
+def _link(source: Artifact, path: Path) -> None:
+    """The same artifact at ``path``: hard links to its files, or copies."""
     partial = path.with_name(f".{path.name}.taken")
     shutil.rmtree(partial, ignore_errors=True)
-    sums = [file.name for file in found.glob(f"*{_SUM}")]
+    sums = [file.name for file in source.path.glob(f"*{_SUM}")]
     for name in (*source.manifest.files, MANIFEST, *sums):
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         try:
-            (partial / name).hardlink_to(found / name)
+            (partial / name).hardlink_to(source.path / name)
         except OSError:  # another file system, or one without hard links
-            shutil.copy2(found / name, partial / name)
+            shutil.copy2(source.path / name, partial / name)
     partial.rename(path)
     sync(path.parent)
 

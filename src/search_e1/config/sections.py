@@ -358,6 +358,8 @@ class Config(Section):
     """Every stage draws its own seed from it."""
     rounds: Positive = 2
     """Rounds of GRPO and OFSD."""
+    ofsd: Literal["every_round", "last_round", "never"] = "every_round"
+    """After the GRPO of which rounds to distil; the others sample no pool and measure no lead. `never`: GRPO alone."""
     policy: PolicyConfig
     prompts: Prompts | None = None
     """Templates. Without them the policy's own (`search_e1.json` in its directory), else Search-R1's."""
@@ -382,6 +384,21 @@ class Config(Section):
         if not (self.data.corpus or self.retrieval.index or self.retrieval.url):
             raise ValueError("no passages: give data.corpus, retrieval.index or retrieval.url")
         return self
+
+    @model_validator(mode="after")
+    def _trains(self) -> "Config":
+        if self.ofsd == "never" and not self.grpo.steps:
+            raise ValueError('ofsd = "never" and grpo.steps = 0 leave nothing to do; change one of them')
+        return self
+
+    def distills(self, round: int) -> bool:
+        """Whether ``round``, from 1 on, ends with distillation, if there is a lead."""
+        return self.ofsd == "every_round" or (self.ofsd == "last_round" and round == self.rounds)
+
+    @property
+    def distillations(self) -> int:
+        """Over all rounds."""
+        return sum(self.distills(round) for round in range(1, self.rounds + 1))
 
     def binding(self) -> dict[str, Any]:
         """What a run directory belongs to, as JSON: all but its place and what changes nothing in a run."""

@@ -39,8 +39,8 @@ def storage(
     config: Config, shape: Shape, lengths: Lengths, counts: Counts, passages: int | None
 ) -> tuple[tuple[Storage, ...], list[str]]:
     """By what it is, and what had to be assumed."""
-    rounds, itemsize = config.rounds, {"float32": 4}.get(config.policy.dtype, 2)
-    policies = rounds * (2 if config.grpo.steps else 1)
+    rounds, itemsize = config.distillations, {"float32": 4}.get(config.policy.dtype, 2)
+    policies = rounds + (config.rounds if config.grpo.steps else 0)
     questions = min(config.pool.questions or counts.train, counts.train)
     evaluated = (1 + policies) * counts.evaluated * (1 + config.evaluation.samples)
     trajectory = _TOKEN * lengths.total

@@ -71,8 +71,8 @@ class Clock:
 
     def stages(self) -> list[Work]:
         """In the order of the loop."""
-        rounds, config = self.config.rounds, self.config
-        policies = 1 + rounds * (2 if config.grpo.steps else 1)
+        rounds, config = self.config.distillations, self.config
+        policies = 1 + rounds + (config.rounds if config.grpo.steps else 0)
         asked = self.counts.evaluated * (1 + config.evaluation.samples)
         made = [self.evaluation(policies, asked)]
         if config.grpo.steps:
@@ -80,11 +80,15 @@ class Clock:
         questions = min(config.pool.questions or self.counts.train, self.counts.train)
         pairs = questions * self.lengths.pair_yield * config.pairs.references
         held_out = min(config.lead.pairs, config.lead.max_share * questions * self.lengths.pair_yield)
-        made += [
-            self.sampling("pool", rounds, questions * config.pool.group_size),
-            self.sampling("lead", rounds, int(4 * held_out * config.lead.samples), self.lengths.reference / 2),
-            self.distillation(max(1.0, pairs - held_out)),
-        ]
+        made += (
+            []
+            if not rounds
+            else [
+                self.sampling("pool", rounds, questions * config.pool.group_size),
+                self.sampling("lead", rounds, int(4 * held_out * config.lead.samples), self.lengths.reference / 2),
+                self.distillation(max(1.0, pairs - held_out)),
+            ]
+        )
         return made
 
     def grpo(self) -> Work:
@@ -117,7 +121,7 @@ class Clock:
 
     def distillation(self, pairs: float) -> Work:
         """``pairs`` a round."""
-        config, lengths, rounds = self.config.distill, self.lengths, self.config.rounds
+        config, lengths, rounds = self.config.distill, self.lengths, self.config.distillations
         job = Job.of(config.lora if config.weights == "lora" else None, config.trainer)
         again = config.epochs > 1 or job.lora is None
         cached = config.teacher == "cached" or (config.teacher == "auto" and again)

@@ -29,7 +29,7 @@ def overview(run: Run, evaluated: Sequence[Evaluated]) -> dict[str, Any]:
         "gains": gains(evaluated),
         "rounds": _rounds(run),
         "curves": _curves(run),
-        "costs": [_cost(stage) for stage in run.stages.values()],
+        "costs": [cost(stage) for stage in run.stages.values()],
         "gate": run.config.get("lead", {}).get("minimum"),
     }
 
@@ -37,8 +37,9 @@ def overview(run: Run, evaluated: Sequence[Evaluated]) -> dict[str, Any]:
 def _finished(run: Run) -> bool:
     """Whether the loop got to its end: the last round was distilled and evaluated, or its distillation was refused."""
     rounds = run.config.get("rounds")
+    last = "grpo" if run.config.get("ofsd") == "never" else "ofsd"
     return rounds is not None and (
-        f"evaluation-ofsd-{rounds}" in run.stages or (str(rounds) in _refusals(run) and not run.begun)
+        f"evaluation-{last}-{rounds}" in run.stages or (str(rounds) in _refusals(run) and not run.begun)
     )
 
 
@@ -122,11 +123,13 @@ def _curves(run: Run) -> list[dict[str, Any]]:
     return curves
 
 
-def _cost(stage: Stage) -> dict[str, Any]:
+def cost(stage: Stage) -> dict[str, Any]:
+    """What a stage took; counts that it does not have are ``None``."""
     manifest = stage.manifest
     return {
         "stage": stage.name,
         "seconds": manifest.seconds,
+        "cpu_seconds": manifest.cpu_seconds,
         "gpus": manifest.gpus,
         "gpu_hours": manifest.gpus * manifest.seconds / 3600,
         "sampled_tokens": _sampled_tokens(stage),
