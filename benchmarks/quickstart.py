@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from search_e1 import config, evolve
+from search_e1.allocation import keep_freed_memory
 from search_e1.display import watch
 
 FIGURES = ("em", "em_sampled", "searches", "tokens")
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/quickstart-seeds"), help="one run directory a seed")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     arguments, overrides = parser.parse_known_args()
+    keep_freed_memory()  # as the command line does
     console = Console(file=sys.stderr)
     rows = []
     for seed in arguments.seeds:

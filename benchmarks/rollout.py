@@ -37,6 +37,7 @@ from rich.table import Table
 from trl import GRPOConfig, GRPOTrainer
 
 from search_e1 import policy as policies
+from search_e1.allocation import keep_freed_memory
 from search_e1.config import PolicyConfig, RolloutConfig
 from search_e1.data.world import make_world
 from search_e1.policy import Policy
@@ -51,7 +52,7 @@ from search_e1.scoring import exact_match
 from search_e1.types import ActionKind, Question
 
 LIMITS = RolloutConfig(
-    topk=2, max_searches=5, max_action_tokens=48, max_observation_tokens=128, max_tokens=1024, batch_size=128
+    topk=2, max_searches=5, max_action_tokens=48, max_observation_tokens=128, max_tokens=1024, batch_size=512
 )
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}<|end|><|assistant|>"
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # for all, as the command line does
     with tempfile.TemporaryDirectory() as directory:
         contestants = small_world(arguments, Path(directory))
         rounds: dict[str, list[Run]] = {name: [] for name in contestants}
@@ -139,8 +141,8 @@ def small_world(arguments: argparse.Namespace, directory: Path) -> dict[str, Cal
 
     size = arguments.questions * arguments.group
     return {
-        "ours": with_generator(lambda: HFGenerator(policy.model, policy.tokenizer, batch_size=LIMITS.batch_size)),
-        "ours, whole batch": with_generator(lambda: HFGenerator(policy.model, policy.tokenizer, batch_size=size)),
+        "ours": with_generator(lambda: HFGenerator(policy.model, policy.tokenizer, batch_size=size)),
+        "ours, 128 at a time": with_generator(lambda: HFGenerator(policy.model, policy.tokenizer, batch_size=128)),
         "plain": with_generator(lambda: PlainGenerator(policy.model, policy.tokenizer, batch_size=size)),
         "TRL": trl_loop(policy, retriever, questions, arguments, directory),
     }

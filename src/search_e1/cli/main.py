@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from search_e1.allocation import keep_freed_memory
 from search_e1.cli import asking, compare, data, index, pairs, plan, serve
 from search_e1.errors import RunError, SearchE1Error
 from search_e1.safe import plain
@@ -344,6 +345,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # OpenMP threads that spin while they wait starve each other on busy cores: a rollout took 13 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_freed_memory()
     # What libraries say to their developers; errors still come through.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -99,8 +99,8 @@ class RolloutConfig(Section):
     """Most tokens of one observation; passages are cut, the closing tag never."""
     max_tokens: Positive = 4096
     """Most tokens of prompt and response together; a policy with a shorter context lowers it."""
-    batch_size: Positive = 64
-    """Trajectories that are sampled together."""
+    batch_size: Positive = 256
+    """Most trajectories that are sampled together; fewer where memory does not hold their cache."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What samples: the policy itself, on any device, or vLLM (an extra), whose settings are `[vllm]`."""
 

@@ -15,7 +15,7 @@ from search_e1.types import Group, Question, Trajectory
 
 PARTS = ("sampling", "retrieval", "rest")
 """What the seconds of a rollout go into."""
-_BATCHES_AT_ONCE = 8  # as trajectories end, others fill the generator's batches
+_BATCHES_AT_ONCE = 2  # as trajectories end, others fill the generator's batches
 
 
 @dataclass(frozen=True, slots=True)
