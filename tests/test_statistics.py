@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 
-from search_e1.evaluation.statistics import interval, mcnemar
+from search_e1.evaluation.statistics import interval, intervals_over_seeds, mcnemar
 
 MANY = 40_000
 RNG = np.random.default_rng(7)
@@ -89,3 +89,38 @@ def test_mcnemar_by_hand():
     assert mcnemar(5, 0) == 2 / 32
     assert mcnemar(4, 1) == 2 * (1 + 5) / 32
     assert mcnemar(20_000, 0) == 0.0  # smaller than any float
+
+
+def test_intervals_over_seeds_are_those_of_drawing_seeds_and_questions():
+    """Against drawing rows and columns one by one, with the table's own percentiles; and a figure that has holes."""
+    rng = np.random.default_rng(5)
+    table = rng.random((2, 4, 25)) + np.array([0.0, 0.3, 0.1, 0.6])[None, :, None]
+    table[1, 2, :10] = np.nan
+    expected = []
+    for figure in table:
+        means = [
+            np.nanmean(figure[rng.integers(4, size=4)][:, rng.integers(25, size=25)]) for _ in range(6_000)
+        ]  # fmt: skip
+        expected.append(np.percentile(means, [2.5, 97.5]))
+    assert np.allclose(intervals_over_seeds(table, seed=0), expected, atol=0.02)
+
+
+def test_of_one_seed_only_questions_are_drawn():
+    values = [0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0]
+    [found] = intervals_over_seeds(np.array([[values]]), seed=0)
+    assert found == pytest.approx(interval(values, seed=0), abs=0.13)  # one question is 0.125
+
+
+def test_seeds_that_agree_in_nothing_but_their_mean_are_as_wide_as_seeds_alone():
+    """Every question alike: what varies is seeds. Of 0 and 1, two draws have the mean 0 or 1 in a quarter of cases each."""
+    [found] = intervals_over_seeds(np.array([[[0.0] * 9, [1.0] * 9]]), seed=0)
+    assert found == (0.0, 1.0)
+    [same] = intervals_over_seeds(np.full((1, 3, 9), 0.5), seed=0)
+    assert same == (0.5, 0.5)
+
+
+def test_nothing_has_no_interval_over_seeds():
+    with pytest.raises(ValueError, match="no values"):
+        intervals_over_seeds(np.full((1, 2, 3), np.nan), seed=0)
+    with pytest.raises(ValueError, match="no values"):
+        intervals_over_seeds(np.empty((0, 2, 3)), seed=0)

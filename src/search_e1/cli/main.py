@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from search_e1.allocation import keep_freed_memory
-from search_e1.cli import asking, compare, data, index, pairs, plan, serve
+from search_e1.cli import asking, compare, data, index, pairs, plan, serve, sweep
 from search_e1.errors import RunError, SearchE1Error
 from search_e1.safe import plain
 from search_e1.stopping import Stopped, on_signals
@@ -39,6 +39,7 @@ app.command()(compare.compare)
 app.command("plan", context_settings=asking.OVERRIDES)(plan.plan)
 app.command("ask", context_settings=asking.OVERRIDES)(asking.ask)
 app.command("chat", context_settings=asking.OVERRIDES)(asking.chat)
+app.command("sweep", context_settings=asking.OVERRIDES)(sweep.sweep)
 app.command("serve-retriever")(serve.serve_retriever)
 console = Console(markup=False, emoji=False)  # in what is named by users, brackets are brackets
 
@@ -59,6 +60,7 @@ OtherPolicyOption = Annotated[
 
 @app.callback()
 def options(
+    context: typer.Context,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show tracebacks of errors.")] = False,
     other_versions: Annotated[
         bool, typer.Option("--other-versions", help="Go on with a run that was begun under other package versions.")
@@ -66,6 +68,7 @@ def options(
 ) -> None:
     global _show_traceback, _other_versions
     _show_traceback, _other_versions = traceback, other_versions
+    context.obj = {"other_versions": other_versions}
 
 
 _show_traceback = _other_versions = False

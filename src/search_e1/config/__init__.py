@@ -4,7 +4,7 @@ What the engines know how to configure is not declared again: ``[grpo.trainer]``
 ``[distill.trainer]``, ``[warmstart.trainer]`` to ``transformers.TrainingArguments`` as they are.
 """
 
-from search_e1.config.files import bound_now, default_of, describe, load, parse_overrides
+from search_e1.config.files import bound_now, default_of, describe, laid_over, load, parse_overrides, read_toml
 from search_e1.config.sections import (
     WHOLE,
     CheckpointsConfig,
@@ -54,6 +54,8 @@ __all__ = [
     "bound_now",
     "default_of",
     "describe",
+    "laid_over",
     "load",
     "parse_overrides",
+    "read_toml",
 ]

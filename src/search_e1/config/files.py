@@ -3,7 +3,7 @@
 import difflib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,33 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file cannot be read, or a key is unknown, missing or has an impossible value; names it.
     """
+    return laid_over(path, parse_overrides(overrides))
+
+
+def laid_over(path: str | Path, pairs: Iterable[tuple[list[str], Any]]) -> Config:
+    """The configuration in the TOML file ``path`` with keys set to other values, in order; raises as ``load``."""
     path = Path(path)
-    try:
-        raw = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}; give the path of a TOML file with --config") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from error
-    for key, value in parse_overrides(overrides):
+    raw = read_toml(path, "--config")
+    for key, value in pairs:
         _set(raw, key, value)
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(f"{path}: {_first_problem(error)}") from error
+
+
+def read_toml(path: Path, flag: str) -> dict[str, Any]:
+    """What the TOML file holds; ``flag`` is how it is given.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}; give the path of a TOML file with {flag}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
 
 
 def parse_overrides(flags: Sequence[str]) -> list[tuple[list[str], Any]]:

@@ -148,7 +148,7 @@ def compare(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"two evaluations are called {twice!r}; name one of them: NAME=PATH")
-    notes = _mixed(evaluated, allow_mixed)
+    notes = mixed(evaluated, allow_mixed)
     evaluated, left_out = _over_the_same(evaluated, common)
     parts = _parts(evaluated)
     rows = [_row(benchmark, one, evaluated[0], keys, seed) for benchmark, keys in parts.items() for one in evaluated]
@@ -164,8 +164,12 @@ def compare(
     )
 
 
-def _mixed(evaluated: Sequence[Evaluated], allowed: bool) -> list[str]:
-    """In what the protocols differ from the baseline's, a line each."""
+def mixed(evaluated: Sequence[Evaluated], allowed: bool) -> list[str]:
+    """In what the protocols differ from the first one's, a line each.
+
+    Raises:
+        ConfigError: they do, and that is not ``allowed``.
+    """
     first, notes = evaluated[0], []
     for other in evaluated[1:]:
         if other.protocol != first.protocol:

@@ -1,10 +1,11 @@
 """Intervals and tests over questions: what another sample of questions would have said.
 
 Intervals are 95% percentile bootstrap intervals. What is drawn again is questions, never the samples of one question: these
-depend on one another, and stand for their mean. Policies are compared on the same questions, so differences are paired.
+depend on one another, and stand for their mean. Of runs with several seeds, seeds are drawn again too. Policies are compared
+on the same questions, so differences are paired.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -27,6 +28,47 @@ def interval(*parts: Sequence[float], seed: int, resamples: int = RESAMPLES) -> 
     means = [_resampled_means(part, np.random.default_rng([seed, i]), resamples) for i, part in enumerate(parts)]
     low, high = np.percentile(np.mean(means, axis=0), [2.5, 97.5])
     return float(low), float(high)
+
+
+def intervals_over_seeds(values: np.ndarray, *, seed: int, resamples: int = RESAMPLES) -> list[Interval]:
+    """95% intervals of means over seeds and questions, drawn again independently of one another: Owen's pigeonhole bootstrap
+    (Annals of Applied Statistics 1(2), 2007), for tables whose rows and columns both are samples.
+
+    Args:
+        values: float [figures, seeds, questions], NaN where a seed was not asked a question; paired differences give the
+            interval of the difference. All figures are drawn alike.
+
+    The seeds at hand vary less than all seeds would, by (n - 1) / n in variance: with few, intervals are too narrow. Of one
+    seed nothing is known but the questions.
+
+    Raises:
+        ValueError: a figure has no value.
+    """
+    figures, seeds, questions = values.shape
+    there = ~np.isnan(values)
+    if not values.size or not there.any(axis=(1, 2)).all():
+        raise ValueError("no values to take an interval of")
+    rng = np.random.default_rng(seed)
+    sums, counts = (
+        table.reshape(figures * seeds, questions).T for table in (np.nan_to_num(values), there.astype(float))
+    )
+    whole, means = bool(there.all()), []
+    for drawn in _counts_drawn(rng, questions, resamples):
+        picked = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(drawn))[:, None, :]
+        shape = (len(drawn), figures, seeds)
+        total = ((drawn @ sums).reshape(shape) * picked).sum(axis=2)
+        weight = seeds * questions if whole else ((drawn @ counts).reshape(shape) * picked).sum(axis=2)
+        with np.errstate(invalid="ignore"):  # nothing drawn of what is there: no mean
+            means.append(total / weight)
+    low, high = np.nanpercentile(np.concatenate(means), [2.5, 97.5], axis=0)
+    return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
+
+
+def _counts_drawn(rng: np.random.Generator, n: int, resamples: int) -> Iterator[np.ndarray]:
+    """How often each of n is drawn in each resample: float64 [rows, n], as many rows at once as memory allows."""
+    rows = max(1, _CELLS // n)
+    for at in range(0, resamples, rows):
+        yield rng.multinomial(n, np.full(n, 1 / n), size=min(rows, resamples - at)).astype(np.float64)
 
 
 def _resampled_means(values: Sequence[float], rng: np.random.Generator, resamples: int) -> np.ndarray:
