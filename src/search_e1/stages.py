@@ -123,7 +123,10 @@ class Stages(Inputs):
                 engine=self._engine(policy, limits.max_tokens, shared=True) if with_vllm else None,
             )  # fmt: skip
 
-        return self._stage(f"grpo-{round}", out, ("grpo", "rollout", "reference"), self._asking(policy), train)
+        replay = self.config.grpo.replay
+        unused = () if replay.examples_per_step and replay.weight else ("reference",)
+        settings = ("grpo", "rollout", "reference")
+        return self._stage(f"grpo-{round}", out, settings, self._asking(policy), train, unused=unused)
 
     def pool(self, policy: str | Path, round: int, out: Path | None = None) -> Artifact:
         """Groups sampled from ``policy``, in ``groups.jsonl``."""
@@ -283,7 +286,9 @@ class Stages(Inputs):
         inputs: Mapping[str, str],
         work: Callable[[Path, int, Progress], Mapping[str, Any]],
         seed_name: str | None = None,
+        unused: Sequence[str] = (),
     ) -> Artifact:
+        """``unused``: settings on which nothing depends as the others stand; they are kept at their defaults."""
         seed = runs.derived_seed(self.config.seed, seed_name or name)
 
         def make(out: Path) -> Mapping[str, Any]:
@@ -303,7 +308,9 @@ class Stages(Inputs):
         return runs.artifact(
             out or self.root / name,
             stage=name,
-            settings={key: dumped[key] for key in (*settings, "prompts", "policy")},
+            settings={
+                key: default_of((key,)) if key in unused else dumped[key] for key in (*settings, "prompts", "policy")
+            },
             inputs=inputs,
             seed=seed,
             make=make,

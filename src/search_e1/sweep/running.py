@@ -168,7 +168,7 @@ class _Process:
             self.process.stdin.close()
         self.log.close()
         status = self.process.returncode
-        if status == 0:
+        if status == 0 or is_finished(self.run):
             return Outcome(self.run, Ending.FINISHED, log=self.path)
         if status in STATUS.values():
             return Outcome(self.run, Ending.STOPPED, "stopped by a signal", self.path)

@@ -17,6 +17,7 @@ from pathlib import Path
 from time import perf_counter
 
 from search_e1 import evolve, runs
+from search_e1.allocation import keep_freed_memory
 from search_e1.config import Config
 from search_e1.errors import SearchE1Error
 from search_e1.progress import Progress, silent
@@ -43,6 +44,7 @@ def _end_with_the_sweep(held: FileIO) -> None:
 
 def main() -> int:
     """The exit status: 0, ``MISTAKE``, or that of a signal."""
+    keep_freed_memory()
     warnings.filterwarnings("ignore", category=FutureWarning)
     held = FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: a buffer's lock must not be held when Python ends
     order = json.loads(held.readline())
