@@ -57,10 +57,10 @@ def show_comparison(console: Console, comparison: Comparison, stage: str) -> Non
     rows = comparison.at(stage)
     seeds = sorted({seed for row in rows for seed in row.seeds})
     policies = "Last policies" if stage == "last" else stage
-    title = f"{policies}: EM x 100 on {rows[0].questions} questions, seeds {', '.join(map(str, seeds))}"
-    console.print(_quality(title, comparison.reference, rows))
+    title = f"{policies}, seeds {', '.join(map(str, seeds))}, {rows[0].questions} questions; differences from {comparison.reference}"
+    console.print(_quality(title, rows))
     console.print()
-    console.print(_trajectories(comparison.reference, rows))
+    console.print(_trajectories(rows))
     console.print()
     console.print(_costs(rows))
     console.print(
@@ -80,8 +80,8 @@ def _table(title: str, *headings: str) -> Table:
     return table
 
 
-def _quality(title: str, reference: str, rows: Sequence[Row]) -> Table:
-    table = _table(title, "variant", "EM", f"minus {reference}"[:20], "sampled, minus"[:20])
+def _quality(title: str, rows: Sequence[Row]) -> Table:
+    table = _table(title, "variant", "EM x 100", "difference", "sampled, difference")
     for row in rows:
         differences = (
             signed(row.differences[name]) if name in row.differences else "" for name in ("em", "em_sampled")
@@ -90,7 +90,7 @@ def _quality(title: str, reference: str, rows: Sequence[Row]) -> Table:
     return table
 
 
-def _trajectories(reference: str, rows: Sequence[Row]) -> Table:
+def _trajectories(rows: Sequence[Row]) -> Table:
     table = _table("A question", "variant", "searches", "difference", "tokens", "difference")
     for row in rows:
         searches, tokens = (row.differences.get(name) for name in ("searches", "tokens"))
