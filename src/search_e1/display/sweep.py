@@ -57,8 +57,9 @@ def show_comparison(console: Console, comparison: Comparison, stage: str) -> Non
     rows = comparison.at(stage)
     seeds = sorted({seed for row in rows for seed in row.seeds})
     policies = "Last policies" if stage == "last" else stage
-    title = f"{policies}, seeds {', '.join(map(str, seeds))}, {rows[0].questions} questions; differences from {comparison.reference}"
-    console.print(_quality(title, rows))
+    title = f"{policies}, seeds {', '.join(map(str, seeds))}, {rows[0].questions} questions"
+    console.print(Text(printable(f"{title}; differences from {comparison.reference}"), style="italic"))
+    console.print(_quality(rows))
     console.print()
     console.print(_trajectories(rows))
     console.print()
@@ -72,16 +73,16 @@ def show_comparison(console: Console, comparison: Comparison, stage: str) -> Non
         console.print(Text(f"note: {printable(note)}", style="yellow"))
 
 
-def _table(title: str, *headings: str) -> Table:
-    table = plain_table(printable(title))
+def _table(title: str | None, *headings: str) -> Table:
+    table = plain_table(title)
     for heading in headings:
         left = heading == "variant"
         table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=not left)
     return table
 
 
-def _quality(title: str, rows: Sequence[Row]) -> Table:
-    table = _table(title, "variant", "EM x 100", "difference", "sampled, difference")
+def _quality(rows: Sequence[Row]) -> Table:
+    table = _table(None, "variant", "EM x 100", "difference", "sampled, difference")
     for row in rows:
         differences = (
             signed(row.differences[name]) if name in row.differences else "" for name in ("em", "em_sampled")
