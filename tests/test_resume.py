@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import PASSAGES, TinyRetriever
-from search_e1.checkpoints import Lines, Work
+from search_e1.checkpoints import Work
 from search_e1.config import (
     DistillConfig,
     EvaluationConfig,
@@ -306,11 +306,11 @@ def test_a_lead(taught, pairs, tmp_path):
     config = LeadConfig(samples=2)
 
     def measure(directory: Path, progress: Progress) -> tuple[Any, Any]:
-        directory.mkdir(exist_ok=True)
+        (directory / ".work").mkdir(parents=True, exist_ok=True)
         return teacher.measure(
             taught, HFGenerator(taught.model, taught.tokenizer, batch_size=4), TinyRetriever(PASSAGES), pairs, config,
             LIMITS, temperature=1.0, seed=1, progress=progress,
-            lines=Lines(directory / "trajectories.jsonl", directory / "journal"),
+            work=saving(directory),
         )  # fmt: skip
 
     told: list[int] = []
@@ -318,7 +318,9 @@ def test_a_lead(taught, pairs, tmp_path):
     total = told[0]
     with pytest.raises(Killed):
         measure(tmp_path / "killed", KilledAt(total // 2 + 3))
-    assert len((tmp_path / "killed" / "trajectories.jsonl").read_text().splitlines()) == total // 2
+    assert (
+        len((tmp_path / "killed" / ".work" / "scratch" / "trajectories.jsonl").read_text().splitlines()) == total // 2
+    )
     del told[:]
     assert measure(tmp_path / "killed", lambda done, total, figure: told.append(done)) == whole
     assert told == list(range(total // 2 + 1, total + 1))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from search_e1 import ranks
 from search_e1.runs import JOURNAL, sha256, sync, write_atomically
 from search_e1.stopping import Stop
 from search_e1.types import Record
@@ -49,10 +50,15 @@ class Work:
         return self.stop.finishing()
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is whole; damaged ones are removed."""
+        """The newest checkpoint that is whole; damaged ones are removed. The same for all processes; all have to ask."""
+        found = ranks.of_first(self._newest() if ranks.is_first() else None)
+        if found:
+            self._saved = int(found.name.removeprefix("step-"))
+        return found
+
+    def _newest(self) -> Path | None:
         for path in sorted(self._checkpoints(), reverse=True):
             if _whole(path):
-                self._saved = int(path.name.removeprefix("step-"))
                 return path
             shutil.rmtree(path)
         return None
@@ -60,21 +66,27 @@ class Work:
     def reached(self, step: int, write: Callable[[Path], None]) -> None:
         """Step ``step`` is complete: save a checkpoint if one is due, and stop if that was asked for.
 
-        ``write`` writes its files into the directory it is given. It is read back with ``newest``.
+        ``write`` writes its files into the directory it is given. It is read back with ``newest``. Of several processes all
+        call this at the same steps, and all call ``write``; a signal to one of them stops all after the same step.
 
         Raises:
             Stopped: a signal has asked to stop; the checkpoint is saved.
         """
         waited = time.monotonic() - self._begun
-        if self.directory and (self.stop.asked or waited >= max(self._every, self._cost / self._share)):
+        due = waited >= max(self._every, self._cost / self._share)
+        told = ranks.gathered((self.stop.asked, due))
+        agreed = next((asked for asked, _ in told if asked), None)
+        self.stop.asked = self.stop.asked or agreed
+        if self.directory and (agreed or told[0][1]):
             self._save(self.directory, step, write)
-        self.stop.leave()
+        if agreed or ranks.count() == 1:  # one of several that left alone would be waited for
+            self.stop.leave()
 
     @contextmanager
-    def scratch(self, beside: Path) -> Iterator[Path]:
+    def scratch(self, beside: Path | None = None) -> Iterator[Path]:
         """A directory for what a stage puts aside. It is there again when the stage goes on; check what lies in it.
 
-        Without a place of its own it is made in ``beside`` and removed.
+        Without a place of its own it is made in ``beside``, or where temporary files go, and removed.
         """
         if self.directory is None:
             with tempfile.TemporaryDirectory(dir=beside, prefix=".scratch-") as name:
@@ -93,9 +105,18 @@ class Work:
             return
         begun = time.monotonic()
         partial, path = directory / ".step", directory / f"step-{step:010d}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if ranks.is_first():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        ranks.gathered(None)
         write(partial)
+        ranks.gathered(None)
+        if ranks.is_first():
+            self._finish(partial, path)
+        self._saved, self._begun, self._cost = step, begun, time.monotonic() - begun
+
+    def _finish(self, partial: Path, path: Path) -> None:
+        directory = path.parent
         for file in partial.iterdir():
             _sync_file(file)
         write_atomically(partial / _SUMS, json.dumps(_sums(partial)) + "\n")
@@ -104,7 +125,6 @@ class Work:
         sync(directory)
         for old in sorted(self._checkpoints())[:-_KEPT]:
             shutil.rmtree(old)
-        self._saved, self._begun, self._cost = step, begun, time.monotonic() - begun
 
     def _checkpoints(self) -> Iterator[Path]:
         return self.directory.glob("step-*") if self.directory else iter(())
@@ -154,6 +174,11 @@ class Lines:
         os.truncate(path, self._chunks[-1].end if self._chunks else 0)
         if journal:
             write_atomically(journal, "".join(map(_entry, self._chunks)))
+
+    @property
+    def whole(self) -> int:
+        """How many chunks are there, read or not."""
+        return len(self._chunks)
 
     def skip(self) -> bool:
         """Whether the next chunk is there already; goes on to the one after it then."""

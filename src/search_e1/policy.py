@@ -1,6 +1,5 @@
 """A policy on disk and in memory: a plain Hugging Face directory plus the prompts it works under."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,9 +120,9 @@ def _loading(model: str | Path) -> Iterator[Path | str]:
         raise ModelError(f"policy.model = {str(model)!r} does not load: {problem}") from error
 
 
-def accelerators(config: PolicyConfig) -> int:
+def accelerators(config: PolicyConfig, processes: int = 1) -> int:
     """Devices beside the CPU that a stage holds: one a process, if the policy lives on one."""
-    return 0 if device(config.device).type == "cpu" else int(os.environ.get("WORLD_SIZE", "1"))
+    return 0 if device(config.device).type == "cpu" else processes
 
 
 def with_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerState
 
+from search_e1 import ranks
 from search_e1.checkpoints import Work
 
 STEPS = "steps.jsonl"
@@ -21,8 +22,8 @@ class ResumingTrainer(Trainer):
 
     A checkpoint holds the weights that are trained (the others are the policy's, which is on disk), optimiser, scheduler,
     random states, the trainer's own state, and the lines of the steps so far. Trainers must have nothing else that a later
-    step depends on: an order of data that follows from seed and epoch, and no batch in store (``at_boundary``). With several
-    processes nothing is saved.
+    step depends on: an order of data that follows from seed and epoch, and no batch in store (``at_boundary``). Of several
+    processes the first writes, and each its own random states.
     """
 
     work: Work = Work()
@@ -51,15 +52,16 @@ class ResumingTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """What transformers calls at the end of each step, when its figures are known."""
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        # Of several processes each has random states and a clock of its own; theirs would have to agree.
-        if self.at_boundary() and self.args.world_size == 1:
+        if self.at_boundary():
             self.work.reached(self.state.global_step, self._write)
 
     def _write(self, directory: Path) -> None:
+        self._save_rng_state(str(directory))  # each rank its own
+        if not ranks.is_first():
+            return
         save_trained(self.model, directory)
         self._save_optimizer_and_scheduler(str(directory))
         self._save_scaler(str(directory))
-        self._save_rng_state(str(directory))
         self.state.save_to_json(str(directory / _STATE))
         shutil.copyfile(self.steps, directory / STEPS)
 
@@ -68,12 +70,11 @@ class ResumingTrainer(Trainer):
 
 
 def restored_steps(checkpoint: Path | None, path: Path) -> list[dict[str, float]]:
-    """The steps up to ``checkpoint``, none without one; makes ``path`` hold their lines and no more."""
-    if checkpoint is None:
-        path.write_text("")
-    else:
-        shutil.copyfile(checkpoint / STEPS, path)
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The steps up to ``checkpoint``, none without one; the first rank makes ``path`` hold their lines and no more."""
+    lines = (checkpoint / STEPS).read_text(encoding="utf-8") if checkpoint else ""
+    if ranks.is_first():
+        path.write_text(lines, encoding="utf-8")
+    return [json.loads(line) for line in lines.splitlines()]
 
 
 def figures(step: Mapping[str, float]) -> dict[str, float]:

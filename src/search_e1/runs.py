@@ -69,7 +69,7 @@ class Manifest(Record):
     seconds: float
     """Wall-clock time of the stage, over all attempts."""
     cpu_seconds: float = 0.0
-    """CPU time of the process, all its threads. Attempts that were killed could not tell theirs."""
+    """CPU time of the process, all its threads, and those that it started. Attempts that were killed could not tell theirs."""
     attempts: int = 1
     """How often the stage was begun or gone on with until it was complete."""
     gpus: int = 0
@@ -134,11 +134,11 @@ def artifact(
 def _made(path: Path, stage: str, identity: dict[str, Any], make: Make, gpus: int) -> Artifact:
     partial = path.with_name(f".{path.name}.partial")
     here = versions()
-    begun, clock, cpu = _begin(partial, {**identity, "versions": here}), time.perf_counter(), time.process_time()
+    begun, clock, cpu = _begin(partial, {**identity, "versions": here}), time.perf_counter(), _cpu_seconds()
     try:
         result = make(partial)
     except BaseException:
-        begun = begun.model_copy(update={"cpu_seconds": begun.cpu_seconds + time.process_time() - cpu})
+        begun = begun.model_copy(update={"cpu_seconds": begun.cpu_seconds + _cpu_seconds() - cpu})
         with suppress(OSError):
             write_atomically(partial / WORK / _BEGUN, begun.model_dump_json() + "\n")
         raise
@@ -149,7 +149,7 @@ def _made(path: Path, stage: str, identity: dict[str, Any], make: Make, gpus: in
         versions=here,
         started=begun.started,
         seconds=round(begun.seconds + time.perf_counter() - clock, 3),
-        cpu_seconds=round(begun.cpu_seconds + time.process_time() - cpu, 3),
+        cpu_seconds=round(begun.cpu_seconds + _cpu_seconds() - cpu, 3),
         attempts=begun.attempts,
         gpus=gpus,
         **identity,
@@ -195,6 +195,11 @@ def _begin(partial: Path, identity: dict[str, Any]) -> _Begun:
     (partial / WORK).mkdir(parents=True, exist_ok=True)
     write_atomically(partial / WORK / _BEGUN, begun.model_dump_json() + "\n")
     return begun
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    return sum(os.times()[:4])
 
 
 def _begun(partial: Path) -> _Begun | None:

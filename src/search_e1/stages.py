@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from pydantic_core import to_jsonable_python
 from transformers import set_seed
 
 from search_e1 import memory, runs, tracking
 from search_e1 import policy as policies
-from search_e1.checkpoints import Lines, Work
+from search_e1.checkpoints import Work
 from search_e1.config import Config, default_of
 from search_e1.distill import files as pair_files
 from search_e1.distill import profile, teacher
@@ -23,8 +25,10 @@ from search_e1.errors import ConfigError, DataError, ModelError, RunError
 from search_e1.evaluation import ceiling as ceilings
 from search_e1.evaluation.evaluate import evaluate
 from search_e1.evaluation.results import EVALUATION, Evaluation
+from search_e1.grpo import batching
 from search_e1.grpo import trainer as grpo_trainer
 from search_e1.inputs import Inputs, Watch, at_most, unwatched
+from search_e1.launch.group import check_alone, launched
 from search_e1.loading import device
 from search_e1.planning import start
 from search_e1.policy import Policy, Reader
@@ -36,7 +40,7 @@ from search_e1.rollout.generator import Generator
 from search_e1.rollout.hf import HFGenerator
 from search_e1.rollout.protocols import protocol_of
 from search_e1.rollout.vllm_server import ServerGenerator
-from search_e1.runs import Artifact
+from search_e1.runs import Artifact, Make
 from search_e1.safe import is_name, masked
 from search_e1.stopping import Stop
 from search_e1.warmstart.stage import warm_start
@@ -67,6 +71,7 @@ class Stages(Inputs):
             if not questions:
                 raise DataError("no questions; give data.train and data.eval files that hold some")
         tracking.check(self.config.tracking)
+        self._check_launch()
         if isinstance(policy, Endpoint):
             EndpointGenerator(policy, self.config.prompts or Prompts())
             assert self.retriever
@@ -75,7 +80,9 @@ class Stages(Inputs):
             vllm.check(self.config.policy, self.config.vllm)
         self._reader(policy)  # before an index is built
         assert self.retriever
-        loaded = self._policy(policy)
+        # Its weights are not needed again: they had better not lie where groups of processes need the room.
+        alone = self.config.launch.processes == 1
+        loaded = self._policy(policy, self.config.policy.device if alone else "cpu")
         room = min(self.config.rollout.max_tokens, loaded.model.config.get_text_config().max_position_embeddings)
         for question in (*self.train_questions, *(q for qs in self.eval_questions.values() for q in qs)):
             # A prompt has at most as many tokens as bytes, so that only the long ones are worth tokenising.
@@ -88,6 +95,26 @@ class Stages(Inputs):
                     f"question {question.id!r}: its prompt has {needed} tokens, the context {room}; raise rollout.max_tokens, "
                     "shorten prompts.instruction, or use a policy with a longer context"
                 )
+
+    def _check_launch(self) -> None:
+        """Raise what is wrong with the number of processes, before any of them starts."""
+        check_alone()
+        processes, name = self.config.launch.processes, self.config.policy.device
+        if processes == 1:
+            return
+        there = device(name)
+        if there.index is not None:
+            raise ConfigError(
+                f"policy.device = {name!r}: {processes} processes take a device each; write {there.type!r}"
+            )
+        if there.type != "cpu" and (gpus := torch.accelerator.device_count()) < processes:
+            raise ConfigError(
+                f"launch.processes = {processes}, and {gpus} {there.type} devices are visible here; lower it, or mend "
+                "CUDA_VISIBLE_DEVICES"
+            )
+        grpo = self.config.grpo
+        batching.split(grpo.questions_per_step * grpo.group_size, processes, grpo.trainer)
+        distill_trainer.micro_batch(self.config.distill, processes)
 
     def check_memory(self, policy: str | Path, *stages: str) -> None:
         """Refuse what cannot fit the GPU in ``stages`` (``grpo``, ``distill``): see ``planning.start``.
@@ -126,7 +153,8 @@ class Stages(Inputs):
         replay = self.config.grpo.replay
         unused = () if replay.examples_per_step and replay.weight else ("reference",)
         settings = ("grpo", "rollout", "reference")
-        return self._stage(f"grpo-{round}", out, settings, self._asking(policy), train, unused=unused)
+        task = ("grpo", policy, round)
+        return self._stage(f"grpo-{round}", out, settings, self._asking(policy), train, unused=unused, task=task)
 
     def pool(self, policy: str | Path, round: int, out: Path | None = None) -> Artifact:
         """Groups sampled from ``policy``, in ``groups.jsonl``."""
@@ -139,7 +167,9 @@ class Stages(Inputs):
                     seed=seed, out=out, progress=progress, work=self._work,
                 )  # fmt: skip
 
-        return self._stage(f"pool-{round}", out, ("pool", "rollout"), self._asking(policy), sample)
+        return self._stage(
+            f"pool-{round}", out, ("pool", "rollout"), self._asking(policy), sample, task=("pool", policy, round)
+        )
 
     def pairs(
         self, policy: str | Path, pool_path: Path, round: int, out: Path | None = None, *, other_policy: bool = False
@@ -176,11 +206,10 @@ class Stages(Inputs):
         def measure(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
             loaded = self._policy(policy)
             pairs = pair_files.read(pairs_path / pair_files.HELD_OUT, loaded.tokenizer)
-            with self._work.scratch(out) as scratch, self._generator(policy, None, loaded) as generator:
+            with self._generator(policy, None, loaded) as generator:
                 measured, divergences = teacher.measure(
                     loaded, generator, self.retriever, pairs, self.config.lead, self.config.rollout,
-                    temperature=self.config.pool.temperature, seed=seed, progress=progress,
-                    lines=Lines(scratch / "trajectories.jsonl", scratch / "journal"),
+                    temperature=self.config.pool.temperature, seed=seed, progress=progress, work=self._work,
                 )  # fmt: skip
             (out / "lead.json").write_text(measured.model_dump_json(indent=2) + "\n")
             lines = "".join(row.model_dump_json() + "\n" for row in divergences)
@@ -188,7 +217,9 @@ class Stages(Inputs):
             return measured.model_dump()
 
         inputs = {**self._asking(policy), "pairs": runs.checksum(pairs_path / pair_files.HELD_OUT)}
-        return self._stage(f"lead-{round}", out, ("lead", "rollout"), inputs, measure)
+        return self._stage(
+            f"lead-{round}", out, ("lead", "rollout"), inputs, measure, task=("lead", policy, pairs_path, round)
+        )
 
     def distill(
         self,
@@ -218,7 +249,9 @@ class Stages(Inputs):
             )  # fmt: skip
 
         inputs = {"policy": self._checksum(policy), "pairs": runs.checksum(pairs_path / pair_files.TRAIN)}
-        return self._stage(f"ofsd-{round}", out, ("distill",), inputs, train)
+        return self._stage(
+            f"ofsd-{round}", out, ("distill",), inputs, train, task=("distill", policy, pairs_path, lead_path, round)
+        )
 
     def ceiling(self) -> Artifact:
         """What retrieval can do for each evaluation question, whatever the policy; in ``ceiling.jsonl``."""
@@ -276,6 +309,7 @@ class Stages(Inputs):
             inputs,
             measure,
             seed_name="evaluation",
+            task=() if isinstance(policy, Endpoint) else ("evaluate", policy, name, None, benchmarks),
         )
 
     def _stage(
@@ -287,12 +321,36 @@ class Stages(Inputs):
         work: Callable[[Path, int, Progress], Mapping[str, Any]],
         seed_name: str | None = None,
         unused: Sequence[str] = (),
+        task: Sequence[Any] = (),
     ) -> Artifact:
-        """``unused``: settings on which nothing depends as the others stand; they are kept at their defaults."""
+        """``unused``: settings on which nothing depends as the others stand; they are kept at their defaults. ``task``: the
+        method to call, and with what, where several processes can work on it.
+        """
+        check_alone()
+        processes = self.config.launch.processes if task else 1
+        make = self._launched(name, task) if processes > 1 else self._make(name, seed_name, work)
+        dumped = masked(self.config.model_dump(mode="json"))  # manifests and trackers show it
+        dumped["data.max_eval"], dumped["data.max_train"] = dumped["data"]["max_eval"], dumped["data"]["max_train"]
+        return runs.artifact(
+            out or self.root / name,
+            stage=name,
+            settings={
+                key: default_of((key,)) if key in unused else dumped[key] for key in (*settings, "prompts", "policy")
+            },
+            inputs=inputs,
+            seed=runs.derived_seed(self.config.seed, seed_name or name),
+            make=make,
+            defaults=default_of,
+            gpus=0 if name.startswith(("pairs-", "ceiling")) else policies.accelerators(self.config.policy, processes),
+        )
+
+    def _make(self, name: str, seed_name: str | None, work: Callable[[Path, int, Progress], Mapping[str, Any]]) -> Make:
+        """The stage's work, in this process."""
         seed = runs.derived_seed(self.config.seed, seed_name or name)
 
         def make(out: Path) -> Mapping[str, Any]:
             run, step = tracking.run_of(name)
+            dumped = masked(self.config.model_dump(mode="json"))
             tracker = tracking.tracked(self.config.tracking, self.root, run, dumped, anew=run == name)
             often = self.config.checkpoints.model_dump()
             self._work = Work(out / runs.WORK, **often, stop=self.stop)
@@ -303,20 +361,21 @@ class Stages(Inputs):
                     self._track(step, figures)
                 return result
 
-        dumped = masked(self.config.model_dump(mode="json"))  # manifests and trackers show it
-        dumped["data.max_eval"], dumped["data.max_train"] = dumped["data"]["max_eval"], dumped["data"]["max_train"]
-        return runs.artifact(
-            out or self.root / name,
-            stage=name,
-            settings={
-                key: default_of((key,)) if key in unused else dumped[key] for key in (*settings, "prompts", "policy")
-            },
-            inputs=inputs,
-            seed=seed,
-            make=make,
-            defaults=default_of,
-            gpus=0 if name.startswith(("pairs-", "ceiling")) else policies.accelerators(self.config.policy),
-        )
+        return make
+
+    def _launched(self, name: str, task: Sequence[Any]) -> Make:
+        """The stage's work, in a group of processes."""
+
+        def make(out: Path) -> Mapping[str, Any]:
+            logs = (out / runs.WORK / "processes").absolute()
+            told = {
+                "config": self.config.model_dump(mode="json"), "root": self.root, "out": out, "logs": logs,
+                "stage": task[0], "arguments": task[1:], "versions": runs.versions(),
+            }  # fmt: skip
+            with self.watch(name) as progress:
+                return launched(to_jsonable_python(told), self.config.launch.processes, logs, progress, self.stop)
+
+        return make
 
     def _asking(self, policy: str | Path | None) -> dict[str, str]:
         """Checksums of what sampling on the training questions depends on."""
@@ -339,8 +398,9 @@ class Stages(Inputs):
             "policy that sampled it with --policy, or sample a new pool, or allow it with --allow-other-policy"
         )
 
-    def _policy(self, policy: str | Path) -> Policy:
-        loaded = policies.load(policy, self.config.policy, self.config.prompts)
+    def _policy(self, policy: str | Path, device: str | None = None) -> Policy:
+        there = {} if device is None else {"device": device}
+        loaded = policies.load(policy, self.config.policy.model_copy(update=there), self.config.prompts)
         protocol_of(loaded.tokenizer, loaded.prompts)  # a tokenizer that does not fit is refused before the work
         return loaded
 

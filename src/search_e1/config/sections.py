@@ -309,6 +309,14 @@ class CheckpointsConfig(Section):
     """Of the time, at most, that checkpoints take: large ones are saved less often than `every_seconds`."""
 
 
+class LaunchConfig(Section):
+    """How many processes work on a stage. It changes nothing in a run but rounding, and may change while a run goes on."""
+
+    processes: Positive = 1
+    """On each machine, one for each of its GPUs. With 1 the stages run in the process that runs the loop; with more GRPO, pool,
+    lead, distillation and evaluation are each started as a group of processes, which end with the stage."""
+
+
 class WarmstartConfig(Section):
     """A small policy from nothing, taught the protocol by demonstrations built of the questions' supporting passages."""
 
@@ -376,6 +384,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
+    launch: LaunchConfig = LaunchConfig()
     warmstart: WarmstartConfig | None = None
     """Only for `search-e1 warmstart`, which makes a policy to start from."""
 
@@ -406,5 +415,12 @@ class Config(Section):
         place = {"url", "timeout", "gpu_memory_utilization", "shared_gpu_memory_utilization"}
         return self.model_dump(
             mode="json",
-            exclude={"run": True, "tracking": True, "checkpoints": True, "retrieval": waiting, "vllm": place},
+            exclude={
+                "run": True,
+                "tracking": True,
+                "checkpoints": True,
+                "launch": True,
+                "retrieval": waiting,
+                "vllm": place,
+            },
         )

@@ -41,6 +41,8 @@ class Row(TypedDict):
     student_positions: list[int]
     classes: list[TokenClass]
     """As long as the positions."""
+    weight: float
+    """Of all its positions, beside their classes'."""
 
 
 def token_classes(tokenizer: Any, turn: Turn, prompts: Prompts | None = None) -> list[TokenClass]:
@@ -99,6 +101,7 @@ def encode(
         teacher_positions=[len(teacher_prompt) + offset - 1 for offset in offsets],
         student_positions=[len(student_prompt) + offset - 1 for offset in offsets],
         classes=classes,
+        weight=1.0,
     )
 
 

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from search_e1 import disk
+from search_e1 import disk, ranks
 from search_e1.config import DistillConfig
 from search_e1.distill.collate import Row
 from search_e1.distill.head import hidden_at, split_head
@@ -146,7 +146,7 @@ def teach(
     batch_size: int,
     progress: Progress = silent,
 ) -> TeacherStates:
-    """The teacher's hidden states of all rows, computed in batches of like length and kept in the file ``path``.
+    """The teacher's hidden states of all rows, computed in batches of like length and kept in the file ``path``, for all ranks.
 
     Batches that an earlier call has finished there are not computed again, if they are as it left them.
 
@@ -154,14 +154,17 @@ def teach(
         RunError: the disk has no room.
     """
     decoder, head = split_head(model)
+    if not ranks.is_first():
+        ranks.gathered(None)  # the first makes the file
     states = TeacherStates(path, rows, head.weight.shape[1], head.weight.dtype)
+    if ranks.is_first():
+        ranks.gathered(None)
     training = model.training
     model.eval()
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)  # what does not fit fails first
-    finished = path.with_suffix(".finished")  # a batch's checksum a line
-    finished.touch()
-    sums = set(finished.read_text().split())
-    for at in range(0, len(ordered), batch_size):
+    finished = path.with_suffix(f".finished-{ranks.rank()}")  # a batch's checksum a line
+    sums = {sum for file in path.parent.glob(f"{path.stem}.finished-*") for sum in file.read_text().split()}
+    for at in range(ranks.rank() * batch_size, len(ordered), batch_size * ranks.count()):
         batch = collator(ordered[at : at + batch_size])
         if not (sums and states.checksum(batch["pairs"]) in sums):
             batch = {key: value.to(head.weight.device) for key, value in batch.items()}
@@ -169,6 +172,7 @@ def teach(
             with finished.open("a") as file:
                 file.write(f"{states.checksum(batch['pairs'])}\n")
         progress(min(at + batch_size, len(rows)), len(rows), "teacher")
+    ranks.gathered(None)
     model.train(training)
     return states
 

@@ -6,10 +6,11 @@ middle of what a wrong student did ("off track"), which is where distillation as
 
 import math
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
-from search_e1.checkpoints import Lines
+from search_e1.checkpoints import Work
 from search_e1.config import LeadConfig, RolloutConfig
 from search_e1.distill.collate import TokenClass, context_length, fits, prompt_of_teacher
 from search_e1.distill.profile import ClassKL, PairKL, by_class, pair_kl
@@ -19,6 +20,8 @@ from search_e1.progress import Progress, silent
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout import loop
 from search_e1.rollout.generator import Generator
+from search_e1.rollout.sharing import Part, written
+from search_e1.runs import read_records
 from search_e1.types import Pair, Record, Trajectory, Turn
 
 
@@ -87,17 +90,18 @@ def measure(
     temperature: float,
     seed: int,
     progress: Progress = silent,
-    lines: Lines | None = None,
+    work: Work | None = None,
 ) -> tuple[Lead, list[PairKL]]:
     """Sample under the plain and the privileged prompt and compare; also the per-token divergence of each pair measured.
 
     The pairs of one question share their reference, so only the first of them is measured. Rollouts under the privileged
-    prompt may be longer by as much as that prompt is, so that both have the same room to act. ``lines`` keep what was
-    sampled under each prompt; what lies there is not sampled again.
+    prompt may be longer by as much as that prompt is, so that both have the same room to act. With a ``work`` that was begun,
+    what lies there is not sampled again.
 
     Raises:
         DataError: no pairs, or none that fits the policy's context.
         RetrievalError: from the retriever.
+        Left: to all processes but the first.
     """
     first = list({pair.question.id: pair for pair in reversed(pairs)}.values())[::-1]
     length = min(generator.context_length, context_length(policy.model))
@@ -107,7 +111,7 @@ def measure(
         raise DataError(f"no pair to measure the teacher's lead on: {why}; sample a larger pool (pool.questions)")
     off_track = [(i, prefix) for i, pair in enumerate(kept) if (prefix := _prefix(pair.student, rollout))]
     begins = [*((i, ()) for i in range(len(kept))), *off_track]
-    outcomes = _sample(policy, generator, retriever, kept, begins, config, rollout, temperature, seed, progress, lines)
+    outcomes = _sample(policy, generator, retriever, kept, begins, config, rollout, temperature, seed, progress, work)
     plain, privileged = outcomes[0][: len(kept)], outcomes[1][: len(kept)]
     plain_off, privileged_off = outcomes[0][len(kept) :], outcomes[1][len(kept) :]
     low, high = interval([_em(b) - _em(a) for a, b in zip(plain, privileged, strict=True)])
@@ -173,7 +177,7 @@ def _sample(
     temperature: float,
     seed: int,
     progress: Progress,
-    lines: Lines | None,
+    work: Work | None,
 ) -> list[list[list[Trajectory]]]:
     """For the plain prompt, then the privileged: the samples of each begin (a pair's index and its first turns)."""
     plain = [pair.student.prompt_ids for pair in pairs]
@@ -181,36 +185,45 @@ def _sample(
     longer = max(len(b) - len(a) for a, b in zip(plain, privileged, strict=True))
     roomier = rollout.model_copy(update={"max_tokens": rollout.max_tokens + max(0, longer)})
     total = 2 * config.samples * len(begins)
-    rewards: list[float] = []
 
-    def on_trajectory(_: int, trajectory: Trajectory) -> None:
-        rewards.append(trajectory.reward)
-        progress(len(rewards), total, f"EM {fmean(rewards):.3f}")
+    def make(chunk: _Chunk, before: Mapping[str, float]) -> tuple[Iterator[str], dict[str, float]]:
+        starts, limits = chunk
+        sums = Counter(before)
 
-    outcomes = []
+        def on_trajectory(_: int, trajectory: Trajectory) -> None:
+            sums.update({"trajectories": 1, "em": trajectory.reward})
+            progress(int(sums["trajectories"]), total, f"EM {sums['em'] / sums['trajectories']:.3f}")
+
+        sampled = loop.rollout(
+            generator,
+            retriever,
+            starts,
+            limits,
+            temperature=temperature,
+            seed=seed,  # the same for both prompts: what differs is what the policy sees
+            prompts=policy.prompts,
+            on_trajectory=on_trajectory,
+        )
+        own = {"trajectories": float(len(sampled)), "em": sum(trajectory.reward for trajectory in sampled)}
+        return (trajectory.model_dump_json() for trajectory in sampled), own
+
+    chunks: list[_Chunk] = []
     for prompts, limits in ((plain, rollout), (privileged, roomier)):
-        if lines and (found := lines.read()):
-            sampled = [Trajectory.model_validate_json(line) for line in found]
-            rewards += [trajectory.reward for trajectory in sampled]
-        else:
-            sampled = loop.rollout(
-                generator,
-                retriever,
-                [
-                    loop.Start(pairs[i].question, prompts[i], turns, k)
-                    for i, turns in begins
-                    for k in range(config.samples)
-                ],
-                limits,
-                temperature=temperature,
-                seed=seed,  # the same for both prompts: what differs is what the policy sees
-                prompts=policy.prompts,
-                on_trajectory=on_trajectory,
-            )
-            if lines:
-                lines.append(trajectory.model_dump_json() for trajectory in sampled)
-        outcomes.append([sampled[at : at + config.samples] for at in range(0, len(sampled), config.samples)])
-    return outcomes
+        starts = [
+            loop.Start(pairs[i].question, prompts[i], turns, k) for i, turns in begins for k in range(config.samples)
+        ]
+        at_once = rollout.batch_size
+        chunks += [(starts[at : at + at_once], limits) for at in range(0, len(starts), at_once)]
+    work = work or Work()
+    with work.scratch() as scratch:
+        path = scratch / "trajectories.jsonl"
+        written(work, Part(path, chunks, make))
+        sampled = list(read_records(path, Trajectory, "measure the lead again"))
+    each = [sampled[at : at + config.samples] for at in range(0, len(sampled), config.samples)]
+    return [each[: len(begins)], each[len(begins) :]]
+
+
+_Chunk = tuple[Sequence[loop.Start], RolloutConfig]
 
 
 def _em(samples: Sequence[Trajectory]) -> float:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
+from search_e1 import ranks
 from search_e1.checkpoints import Work
 from search_e1.config import DistillConfig
 from search_e1.distill.collate import Row, collate, context_length, encode, fits, pack, pad_id
@@ -94,7 +94,8 @@ def train(
         trainer = _DistillTrainer(
             model=SelfDistillation(model, config, cached),
             args=arguments,
-            train_dataset=rows,
+            train_dataset=[*rows, *_fillers(rows, arguments.per_device_train_batch_size)],
+            pairs=len(rows),
             data_collator=collator,
             callbacks=[log],
         )
@@ -140,6 +141,13 @@ def _rows(policy: Policy, pairs: Sequence[Pair], config: DistillConfig) -> list[
     return rows
 
 
+def _fillers(rows: Sequence[Row], size: int) -> list[Row]:
+    """Rows without weight, so that an epoch's last batch has as many for each process: else some would be trained on twice."""
+    missing = -len(rows) % (size * ranks.count()) if ranks.count() > 1 else 0
+    shortest = min(rows, key=lambda row: len(row["input_ids"]))
+    return [{**shortest, "weight": 0.0} for _ in range(missing)]
+
+
 def _arguments(config: DistillConfig, policy: Policy, seed: int, out: Path) -> TrainingArguments:
     """The trainer's arguments: ours, then ``config.trainer``; micro-batches are told by its per_device_train_batch_size."""
     for key in config.trainer:
@@ -164,7 +172,9 @@ def _arguments(config: DistillConfig, policy: Policy, seed: int, out: Path) -> T
         disable_tqdm=True,
     )
     defaults = dict(
-        per_device_train_batch_size=_micro_batch(config),
+        per_device_train_batch_size=micro_batch(config, ranks.count()),
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         train_sampling_strategy="group_by_length",
         dataloader_pin_memory=not cpu,
         report_to="none",
@@ -180,9 +190,19 @@ def _arguments(config: DistillConfig, policy: Policy, seed: int, out: Path) -> T
     return arguments
 
 
-def _micro_batch(config: DistillConfig) -> int:
-    processes = _processes()
+def micro_batch(config: DistillConfig, processes: int) -> int:
+    """Pairs of one pass of one process.
+
+    Raises:
+        ConfigError: they do not divide the batch.
+    """
     size = config.trainer.get("per_device_train_batch_size", max(1, config.batch_size // processes))
+    if config.batch_size % processes:
+        would = [str(n) for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+        raise ConfigError(
+            f"distill.batch_size = {config.batch_size} cannot be shared by {processes} processes; change it, or launch "
+            f"{', '.join(would[:-1])}{' or ' if would[:-1] else ''}{would[-1]}"
+        )
     if not isinstance(size, int) or size < 1 or config.batch_size % (size * processes):
         raise ConfigError(
             f"distill.trainer.per_device_train_batch_size = {size!r} on {processes} processes does not divide "
@@ -192,11 +212,7 @@ def _micro_batch(config: DistillConfig) -> int:
 
 
 def _accumulation(config: DistillConfig) -> int:
-    return config.batch_size // (_micro_batch(config) * _processes())
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate set it
+    return config.batch_size // (micro_batch(config, ranks.count()) * ranks.count())
 
 
 def _packed(policy: Policy, config: DistillConfig) -> bool:
@@ -224,8 +240,11 @@ def _cached(
 ) -> TeacherStates | None:
     """What the teacher makes of all rows, where that is computed beforehand."""
     again = config.epochs > 1 or config.weights == "all"  # without it each state would be used once, or need a copy
-    if config.teacher == "live" or (config.teacher == "auto" and not again):
+    apart = not ranks.on_one_machine()  # machines do not see one another's mapped files
+    if config.teacher == "live" or (config.teacher == "auto" and (apart or not again)):
         return None
+    if apart:
+        raise ConfigError('distill.teacher = "cached" needs all processes on one machine; set "auto" or "live"')
     batch_size = arguments.per_device_train_batch_size
     return teach(policy.model, rows, scratch / "states", collator, batch_size=batch_size, progress=progress)
 
@@ -237,15 +256,18 @@ class _Collator:
         self.packed = packed
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        weights = [self.class_weights[kind] for row in rows for kind in row["classes"]]
+        weights = [self.class_weights[kind] * row["weight"] for row in rows for kind in row["classes"]]
         return {**(pack(rows) if self.packed else collate(rows, self.pad)), "weights": torch.tensor(weights)}
 
 
 class _ByEpoch(Sampler[int]):
-    """The order of another sampler, which follows from seed and epoch alone: it is the same after a kill."""
+    """The order of another sampler, which follows from seed and epoch alone: it is the same after a kill.
 
-    def __init__(self, sampler: Any, seed: int) -> None:
-        self._sampler, self._seed, self._epoch = sampler, seed, 0
+    What is beyond that sampler's last index, up to ``end``, comes last.
+    """
+
+    def __init__(self, sampler: Any, seed: int, end: int) -> None:
+        self._sampler, self._seed, self._end, self._epoch = sampler, seed, end, 0
         self._generator = torch.Generator()
         sampler.generator = self._generator  # those of torch and transformers draw from it if they draw at all
 
@@ -256,17 +278,24 @@ class _ByEpoch(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         self._generator.manual_seed(derived_seed(self._seed, "epoch", self._epoch))
-        return iter(self._sampler)
+        yield from self._sampler
+        yield from range(len(self._sampler), self._end)
 
     def __len__(self) -> int:
-        return len(self._sampler)
+        return self._end
 
 
 class _DistillTrainer(HalvingTrainer, ResumingTrainer):
     loss_is_scaled_for_ga = True  # by `compute_loss`: the mean is over all micro-batches
 
+    def __init__(self, *, pairs: int, **kwargs: Any) -> None:
+        """``train_dataset``: so many ``pairs``, and what fills up the last batch."""
+        self._pairs = pairs
+        super().__init__(**kwargs)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return _ByEpoch(super()._get_train_sampler(train_dataset), self.args.seed)
+        every = cast("Sequence[Any]", self.train_dataset if train_dataset is None else train_dataset)
+        return _ByEpoch(super()._get_train_sampler(cast("Any", every[: self._pairs])), self.args.seed, len(every))
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         weight = torch.stack([batch["weights"].sum() for batch in batch_samples]).sum().to(device)

@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 
@@ -19,6 +20,7 @@ from search_e1.prompts import Prompts
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.chunks import Asking
 from search_e1.rollout.generator import Generator
+from search_e1.rollout.sharing import Part, share
 from search_e1.runs import derived_seed
 from search_e1.scoring import cover_match
 from search_e1.types import Group, Question, Record, Trajectory
@@ -69,6 +71,7 @@ def evaluate(
         DataError: a benchmark has no questions, or there is no benchmark.
         RetrievalError: from the retriever.
         Stopped: a signal has asked to stop; the chunk at hand is finished and on disk.
+        Left: to all processes but the first, which judges.
     """
     empty = [name for name, questions in questions_by_benchmark.items() if not questions]
     if empty or not questions_by_benchmark:
@@ -78,8 +81,12 @@ def evaluate(
     work = work or Work()
     asking = Asking(generator, retriever, prompts, limits)
     told = _Told(progress, sum(map(len, questions_by_benchmark.values())) * (1 + config.samples))
-    greedy = _Written(asking, work.lines(out / TRAJECTORIES), work, told)
-    sampled = _Written(asking, work.lines(out / SAMPLED), work, told) if config.samples else None
+    greedy = _Written(asking, out / TRAJECTORIES, work, told)
+    sampled = _Written(asking, out / SAMPLED, work, told) if config.samples else None
+    parts = [greedy.part(questions_by_benchmark, 1, 0.0, seed)]
+    parts += [sampled.part(questions_by_benchmark, config.samples, config.temperature, seed)] if sampled else []
+    share(work, parts)
+    told.done, told.right = 0, 0.0  # all are read now, and told once more
     made: list[Result] = []
     timings: dict[str, Timing] = {}
     for name, questions in questions_by_benchmark.items():
@@ -146,8 +153,23 @@ def _read(trajectory: Trajectory) -> Iterator[str]:
 class _Written:
     """Groups in a file, chunk by chunk: as they lie there, or rolled out and written."""
 
-    def __init__(self, asking: Asking, lines: Lines, work: Work, told: "_Told") -> None:
-        self.asking, self.lines, self.work, self.told = asking, lines, work, told
+    def __init__(self, asking: Asking, path: Path, work: Work, told: "_Told") -> None:
+        self.asking, self.path, self.work, self.told = asking, path, work, told
+
+    @cached_property
+    def lines(self) -> Lines:
+        return self.work.lines(self.path)
+
+    def part(
+        self, questions_by_benchmark: Mapping[str, Sequence[Question]], size: int, temperature: float, seed: int
+    ) -> Part:
+        """What ``groups`` of all benchmarks, one after the other, would write."""
+        chunks = [
+            (chunk, derived_seed(seed, name))
+            for name, questions in questions_by_benchmark.items()
+            for chunk in self.asking.chunks(questions, size)
+        ]
+        return Part(self.path, chunks, lambda chunk, _: self._made(chunk[0], size, temperature, chunk[1])[1:])
 
     def groups(self, questions: Sequence[Question], size: int, temperature: float, seed: int) -> Iterator[Group]:
         for chunk in self.asking.chunks(questions, size):
@@ -162,11 +184,17 @@ class _Written:
             yield group
 
     def _asked(self, chunk: Sequence[Question], size: int, temperature: float, seed: int) -> list[Group]:
-        clock = time.perf_counter()
         with self.work.finishing():
-            groups = self.asking.groups(chunk, size, temperature=temperature, seed=seed, on_trajectory=self.told)
-            self.lines.append((group.model_dump_json() for group in groups), {"seconds": time.perf_counter() - clock})
+            groups, lines, sums = self._made(chunk, size, temperature, seed)
+            self.lines.append(lines, sums)
         return groups
+
+    def _made(
+        self, chunk: Sequence[Question], size: int, temperature: float, seed: int
+    ) -> tuple[list[Group], Iterator[str], Mapping[str, float]]:
+        clock = time.perf_counter()
+        groups = self.asking.groups(chunk, size, temperature=temperature, seed=seed, on_trajectory=self.told)
+        return groups, (group.model_dump_json() for group in groups), {"seconds": time.perf_counter() - clock}
 
 
 class _Told:

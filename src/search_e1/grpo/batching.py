@@ -20,9 +20,9 @@ def split(total: int, processes: int, trainer: dict[str, Any]) -> tuple[int, int
     if rest:
         raise ConfigError(
             f"grpo.questions_per_step x grpo.group_size = {total} trajectories cannot be shared by {processes} processes; "
-            "change one of them"
+            f"change one of them, or launch {_listed(_divisors(total))}"
         )
-    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    divisors = _divisors(share)
     micro = trainer.get("per_device_train_batch_size", max(n for n in divisors if n <= _MICRO_BATCH))
     if micro not in divisors:
         nearest = min(divisors, key=lambda n: abs(n - micro))
@@ -31,6 +31,15 @@ def split(total: int, processes: int, trainer: dict[str, Any]) -> tuple[int, int
             f"use {nearest}"
         )
     return micro, share // micro
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    *rest, last = map(str, numbers)
+    return f"{', '.join(rest)} or {last}" if rest else last
 
 
 def order(questions: Sequence[Question], config: GrpoConfig, seed: int) -> list[str]:

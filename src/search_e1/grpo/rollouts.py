@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from search_e1 import ranks
 from search_e1.config import GrpoConfig, ReferenceConfig, RolloutConfig
 from search_e1.grpo import replay
 from search_e1.policy import Policy
@@ -54,7 +55,7 @@ class Rollouts:
         trainer.replay = replay.examples(
             policy.tokenizer,
             policy.prompts,
-            [_group(question, trajectories) for question in asked],
+            self._groups(trajectories),
             self.config.replay,
             generator.context_length,
             self.shown,
@@ -68,9 +69,14 @@ class Rollouts:
             "trajectory": trajectories,  # an extra field: TRL hands it to the reward function
         }
 
-
-def _group(question: Question, trajectories: Sequence[Trajectory]) -> Group:
-    return Group(question=question, trajectories=tuple(t for t in trajectories if t.question_id == question.id))
+    def _groups(self, trajectories: Sequence[Trajectory]) -> list[Group]:
+        """Of the whole step, in its order, for replay: a rank has whole groups or parts of some."""
+        if not self.config.replay.examples_per_step:
+            return []
+        found: dict[str, list[Trajectory]] = {}
+        for trajectory in (t for part in ranks.gathered(list(trajectories)) for t in part):
+            found.setdefault(trajectory.question_id, []).append(trajectory)
+        return [Group(question=self.questions[id], trajectories=tuple(part)) for id, part in found.items()]
 
 
 def exact_match(*, trajectory: list[Trajectory], log_metric: Callable[[str, float], None], **_: Any) -> list[float]:

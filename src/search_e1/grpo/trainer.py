@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from search_e1 import ranks
 from search_e1.checkpoints import Work
 from search_e1.config import WHOLE, GrpoConfig, ReferenceConfig, RolloutConfig
 from search_e1.errors import ConfigError, DataError, TrainingError
@@ -135,10 +136,10 @@ def train(
         work = work or Work()
         checkpoint = work.newest()
         earlier = restored_steps(checkpoint, out / STEPS)
-        with (out / STEPS).open("a", encoding="utf-8") as file:
+        with (out / STEPS if ranks.is_first() else Path(os.devnull)).open("a", encoding="utf-8") as file:
             recorder = Recorder(file, config.steps, progress, track, earlier)
             if config.steps:
-                set_seed(seed)
+                set_seed(seed)  # of the adapters' start, which all ranks make alike
                 use_cache = policy.model.config.use_cache
                 trainer = Trainer(
                     model=with_adapter(policy.model, config.lora) if config.lora else policy.model,
@@ -175,7 +176,7 @@ def trl_arguments(
             f"grpo.questions_per_step = {config.questions_per_step}, but there are {questions} training questions; lower it"
         )
     total = config.questions_per_step * config.group_size
-    micro, micro_batches = batching.split(total, int(os.environ.get("WORLD_SIZE", 1)), config.trainer)
+    micro, micro_batches = batching.split(total, ranks.count(), config.trainer)
     defaults = dict(
         loss_type="grpo",  # TRL's default is "dapo"
         scale_rewards="group",
@@ -186,6 +187,7 @@ def trl_arguments(
         gradient_checkpointing=False,
         report_to="none",
         save_strategy="no",
+        ddp_broadcast_buffers=False,  # nothing changes them, and ranks may make passes in different numbers
         dataloader_pin_memory=device.type != "cpu",
         # With vLLM. TRL's default masks whole sequences by the product of all their ratios, which long ones rarely survive.
         vllm_importance_sampling_mode="token_truncate",
@@ -307,17 +309,20 @@ class Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """The loss of one micro-batch, scaled so that the micro-batches of a step add up; a scalar."""
+        # Dealt out to the step's micro-batches, of all ranks.
         micro_batches = self.args.gradient_accumulation_steps
-        share = self.replay[self._step % micro_batches :: micro_batches]
+        place = self._step % micro_batches * ranks.count() + ranks.rank()
+        share = self.replay[place :: micro_batches * ranks.count()]
         inputs = {**inputs, "replay": share, "weight": 1.0}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def part_loss(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         loss = GRPOTrainer.compute_loss(self, model, inputs, num_items_in_batch=num_items_in_batch) * inputs["weight"]
         if inputs["replay"]:
-            # Over the tokens of all examples: the sum over the micro-batches is the mean over tokens.
+            # Over the tokens of all examples: the sum over the micro-batches is the mean over tokens. Gradients are averaged
+            # over ranks.
             every = sum(sum(e.loss_mask) for e in self.replay)
-            cross_entropy = self._cross_entropy(model, inputs["replay"]) / every
+            cross_entropy = self._cross_entropy(model, inputs["replay"]) * ranks.count() / every
             self._replay_cross_entropy += cross_entropy.item()
             loss = loss + self._replay_weight * cross_entropy
         if not torch.isfinite(loss):
@@ -364,7 +369,8 @@ class Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
         if "frac_reward_zero_std" in logs:
             figures["mixed"] = 1 - logs["frac_reward_zero_std"]
         if self.replay:
-            figures |= {"replay_cross_entropy": self._replay_cross_entropy, "replay_examples": len(self.replay)}
+            parts = ranks.gathered(self._replay_cross_entropy)
+            figures |= {"replay_cross_entropy": sum(parts) / len(parts), "replay_examples": len(self.replay)}
             self._replay_cross_entropy = 0.0
         if self.halved:
             figures["halved"] = self.halved

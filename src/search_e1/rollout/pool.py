@@ -14,6 +14,7 @@ from search_e1.retrieval.base import Retriever
 from search_e1.rollout.chunks import PARTS, Asking, tally
 from search_e1.rollout.generator import Generator
 from search_e1.rollout.loop import OnTrajectory, Spent
+from search_e1.rollout.sharing import Part, written
 from search_e1.runs import read_records
 from search_e1.types import Group, Question, Trajectory
 
@@ -44,26 +45,21 @@ def sample(
 
     Raises:
         Stopped: a signal has asked to stop; the chunk at hand is finished and on disk.
+        Left: to all processes but the first.
         RetrievalError: from the retriever.
     """
-    work = work or Work()
     asking, size = Asking(generator, retriever, prompts, limits), config.group_size
-    lines, told = work.lines(out / FILE), _Told(progress, len(questions) * size)
-    for chunk in asking.chunks(questions, size):
-        if lines.skip():
-            continue
+    told = _Told(progress, len(questions) * size)
+
+    def make(chunk: Sequence[Question], before: Mapping[str, float]) -> tuple[Iterator[str], Mapping[str, float]]:
         spent = Spent()
-        with work.finishing():
-            groups = asking.groups(
-                chunk,
-                size,
-                temperature=config.temperature,
-                seed=seed,
-                on_trajectory=told.after(lines.tally),
-                spent=spent,
-            )
-            sums = tally((t for group in groups for t in group.trajectories), spent)
-            lines.append((group.model_dump_json() for group in groups), sums)
+        groups = asking.groups(
+            chunk, size, temperature=config.temperature, seed=seed, on_trajectory=told.after(before), spent=spent
+        )
+        sums = tally((t for group in groups for t in group.trajectories), spent)
+        return (group.model_dump_json() for group in groups), sums
+
+    lines = written(work or Work(), Part(out / FILE, list(asking.chunks(questions, size)), make))
     return {"questions": len(questions), **figures(lines.tally)}
 
 
@@ -82,7 +78,7 @@ def figures(sums: Mapping[str, float]) -> dict[str, Any]:
 
 
 class _Told:
-    """Tells progress of trajectories as they end."""
+    """Tells progress of trajectories as they end; of several processes the first tells of its own."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self.progress, self.total = progress, total

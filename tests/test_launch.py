@@ -1,0 +1,202 @@
+"""A stage as a group of processes: what the first makes, what is told of the first that fails, and that none is left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from conftest import PASSAGES
+from search_e1 import runs
+from search_e1.config import Config, LaunchConfig
+from search_e1.errors import ConfigError, RetrievalError, RunError, TrainingError
+from search_e1.launch import group
+from search_e1.launch.group import Meeting
+from search_e1.progress import Progress, silent
+from search_e1.stages import Stages
+from search_e1.stopping import Stopped, on_signals
+from search_e1.worker import _check_versions
+from taught import LIMITS, QUESTIONS, teach
+
+MEETING = Meeting("127.0.0.1", 4321, 0, 2, 2)
+
+
+@pytest.fixture
+def acting(monkeypatch) -> None:
+    monkeypatch.setattr(group, "MODULE", "acting_rank")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+
+
+def act(logs: Path, *acts: str, progress: Progress = silent, **kwargs: Any) -> Any:
+    return group.run(MEETING, {"act": acts, "logs": str(logs)}, logs, progress=progress, **kwargs)
+
+
+def all_ended(logs: Path) -> bool:
+    pids = [int(path.read_text()) for path in logs.glob("pid-*")]
+    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
+
+
+@pytest.mark.usefixtures("acting")
+def test_the_first_tells_how_far_it_is_and_what_it_made(tmp_path):
+    told: list[tuple[int, int, str]] = []
+    made = act(tmp_path, "work", "work", progress=lambda *args: told.append(args))
+    assert made == {"made": [1, 2], "at": "4321"}
+    assert told == [(1, 2, "half"), (2, 2, "all")]
+    assert [(tmp_path / f"rank-{i}.log").read_text() for i in (0, 1)] == [
+        "rank 0 of 2, here 0\n",
+        "rank 1 of 2, here 1\n",
+    ]
+
+
+@pytest.mark.usefixtures("acting")
+@pytest.mark.parametrize(
+    ("acts", "error", "message"),
+    [
+        (("wait", "fail"), RetrievalError, r"^http://nowhere: no answer$"),
+        (("follow", "fail"), RetrievalError, r"^http://nowhere: no answer$"),
+        (("wait", "fall over"), TrainingError, r"^process 1 of 2: KeyError: 'missing'; more in .*rank-1\.log$"),
+        (
+            ("wait", "die"),
+            TrainingError,
+            r"^process 1 of 2 was ended by SIGKILL; the machine may have run out of memory",
+        ),
+        (("notice", "die"), TrainingError, r"^process 1 of 2 was ended by SIGKILL"),
+        (("vanish", "wait"), TrainingError, r"^process 0 of 2 left with status 3; see .*rank-0\.log"),
+    ],
+)
+def test_the_first_cause_is_told_and_all_end(tmp_path, monkeypatch, acts, error, message):
+    monkeypatch.setattr(group, "_GRACE", 1.0)
+    with pytest.raises(error, match=message) as raised:
+        act(tmp_path, *acts)
+    assert "\n" not in str(raised.value)
+    assert all_ended(tmp_path)
+
+
+@pytest.mark.usefixtures("acting")
+def test_a_signal_is_passed_on_and_all_save_first(tmp_path):
+    def stop_when_told(done: int, total: int, figure: str = "") -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with on_signals() as stop, pytest.raises(Stopped):
+        act(tmp_path, "wait", "wait", progress=stop_when_told, stop=stop)
+    assert [(tmp_path / f"saved-{i}").exists() for i in (0, 1)] == [True, True]
+    assert all_ended(tmp_path)
+
+
+@pytest.mark.usefixtures("acting")
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    code = (
+        "import os, pathlib, sys; from search_e1.launch import group; group.MODULE = 'acting_rank';"
+        "group.run(group.Meeting('127.0.0.1', 1, 0, 2, 2), {'act': ['wait', 'wait'], 'logs': sys.argv[1]},"
+        "pathlib.Path(sys.argv[1]), progress=lambda *_: os._exit(9))"  # as one that is killed: nothing is cleaned up
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 9
+    while not all_ended(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_one_of_several_that_somebody_else_has_started_is_refused(config, tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(ConfigError, match=f"{name} = 4: started as one of 4 processes; start one"):
+        Stages(config, tmp_path).check(config.policy.model)
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"launch\.processes"):
+        Stages(config, tmp_path).grpo(config.policy.model, 1)
+    assert not (tmp_path / ".grpo-1.partial").exists()
+
+
+def test_machines_with_other_versions_are_refused():
+    theirs = {**runs.versions(), "torch": "1.0"}
+    with pytest.raises(RunError, match=r"different versions: torch \S+ here, 1\.0 there; install the same ones"):
+        _check_versions(theirs)
+    _check_versions(runs.versions())
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Config:
+    place = tmp_path_factory.mktemp("inputs")
+    teach().save(place / "policy")
+    (place / "corpus.jsonl").write_text(
+        "".join(json.dumps({"id": p.id, "contents": p.contents}) + "\n" for p in PASSAGES)
+    )
+    lines = [{"id": q.id, "question": q.text, "golden_answers": q.answers} for q in QUESTIONS]
+    (place / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Config.model_validate(
+        {
+            "run": place / "run",
+            "policy": {"model": str(place / "policy"), "device": "cpu"},
+            "data": {
+                "corpus": place / "corpus.jsonl",
+                "train": [place / "questions.jsonl"],
+                "eval": {"tiny": place / "questions.jsonl"},
+            },
+            "rollout": LIMITS.model_dump(),
+            "grpo": {"steps": 4, "questions_per_step": 2, "group_size": 4, "learning_rate": 0.01},
+            "distill": {"batch_size": 4},
+            "checkpoints": {"every_seconds": 0, "share": 1},
+            "launch": {"processes": 2},
+        }
+    )
+
+
+class KillOne:
+    """Progress that kills the second of the processes after a step, once."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+
+    def __enter__(self) -> Progress:
+        del self.told[:]
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def __call__(self, done: int, total: int, figure: str = "") -> None:
+        self.told.append(done)
+        if self.told == [1, 2]:
+            children = psutil.Process().children()
+            [second] = [child for child in children if child.environ().get("RANK") == "1"]
+            second.kill()
+
+
+def test_a_stage_goes_on_after_one_of_its_processes_was_killed(config, tmp_path):
+    killing = KillOne()
+    stages = Stages(config, tmp_path, watch=lambda name: killing)
+    policy = config.policy.model
+    with pytest.raises(TrainingError, match="process 1 of 2 was ended by SIGKILL"):
+        stages.grpo(policy, 1)
+    assert not (tmp_path / "grpo-1").exists()
+    # Also for another number of processes; to start as many again would only take longer.
+    stages = Stages(config.model_copy(update={"launch": LaunchConfig()}), tmp_path, watch=lambda name: killing)
+    made = stages.grpo(policy, 1)
+    assert killing.told[0] in (2, 3)
+    assert killing.told[-1] == 4
+    assert (made.manifest.attempts, made.manifest.result["steps"], made.manifest.gpus) == (2, 4, 0)
+    assert [json.loads(line)["step"] for line in (made.path / "steps.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert sorted(made.manifest.files)[-1] == "steps.jsonl"
+    assert stages.grpo(policy, 1).manifest == made.manifest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"launch": {"processes": 3}}, r"= 8 trajectories cannot be shared by 3 processes; .* launch 1, 2, 4 or 8"),
+        ({"launch": {"processes": 8}}, r"distill\.batch_size = 4 cannot be shared by 8 processes"),
+        (
+            {"policy": {"model": "small", "device": "meta:1"}},
+            r"device = 'meta:1': 2 processes take a device each; write",
+        ),
+    ],
+)
+def test_what_cannot_be_launched_is_refused_before_any_work(config, tmp_path, changes, message):
+    config = Config.model_validate({**config.model_dump(), **changes})
+    with pytest.raises(ConfigError, match=message) as error:
+        Stages(config, tmp_path).check(config.policy.model)
+    assert "\n" not in str(error.value)
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,234 @@
+"""Several processes make what one would: the same trajectories to the bit, the same weights but for rounding."""
+
+import copy
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import PASSAGES, TinyRetriever
+from ranked import in_ranks
+from search_e1 import ranks
+from search_e1.checkpoints import Work
+from search_e1.config import (
+    DistillConfig,
+    EvaluationConfig,
+    GrpoConfig,
+    LeadConfig,
+    LoraConfig,
+    PoolConfig,
+    ReplayConfig,
+)
+from search_e1.distill import teacher
+from search_e1.distill import trainer as distill
+from search_e1.errors import ConfigError
+from search_e1.evaluation.evaluate import evaluate
+from search_e1.grpo import batching
+from search_e1.grpo import trainer as grpo
+from search_e1.policy import Policy
+from search_e1.rollout import chunks, pool
+from search_e1.rollout.hf import HFGenerator
+from search_e1.types import Pair
+from taught import LIMITS, QUESTIONS, teach
+from test_distill import pairs_of
+
+SMALL = LIMITS.model_copy(update={"batch_size": 4})
+
+
+@pytest.fixture(scope="module")
+def taught() -> Policy:
+    return teach()
+
+
+@pytest.fixture(scope="module")
+def pairs(taught) -> list[Pair]:
+    """Seven, so that the last batch is a short one."""
+    return pairs_of(taught, 7)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch) -> None:
+    monkeypatch.setattr(chunks, "_BATCHES_AT_ONCE", 1)
+
+
+def work_in(out: Path) -> Work:
+    (out / ".work").mkdir(parents=True, exist_ok=True)
+    return Work(out / ".work")
+
+
+def generator(policy: Policy) -> HFGenerator:
+    return HFGenerator(policy.model, policy.tokenizer, batch_size=4)
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_times(part) for key, part in value.items() if "second" not in key}
+    return value
+
+
+def sample(taught: Policy, out: Path) -> dict[str, Any]:
+    return pool.sample(
+        generator(taught), TinyRetriever(PASSAGES), QUESTIONS, taught.prompts, PoolConfig(group_size=4), SMALL,
+        seed=1, out=out, work=work_in(out),
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_pool_is_the_same_whatever_the_number_of_processes(taught, tmp_path, count):
+    """Three chunks of one question, dealt out; with four processes one has nothing to do."""
+    alone = sample(taught, tmp_path / "alone")
+    first, *others = in_ranks(count, lambda: sample(taught, tmp_path / "out"), tmp_path / "ranks")
+    assert (tmp_path / "out" / pool.FILE).read_bytes() == (tmp_path / "alone" / pool.FILE).read_bytes()
+    assert without_times(first) == without_times(alone)
+    assert others == [None] * (count - 1)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_what_a_killed_attempt_has_left_is_used_by_another_number_of_processes(taught, tmp_path, monkeypatch):
+    whole = sample(taught, tmp_path / "alone")
+    out = tmp_path / "out"
+
+    def killed_before_joining() -> None:
+        ranks.first_goes_on = leave  # type: ignore[assignment]
+        sample(taught, out)
+
+    def leave() -> None:
+        raise ranks.Left
+
+    assert in_ranks(2, killed_before_joining, tmp_path / "ranks") == [None, None]
+    assert not (out / pool.FILE).read_bytes()
+    damaged = out / ".work" / "pieces" / f"{pool.FILE}-1"
+    damaged.write_bytes(damaged.read_bytes().replace(b"answered", b"Answered"))
+
+    asked: list[str] = []
+    groups = chunks.Asking.groups
+    monkeypatch.setattr(
+        chunks.Asking,
+        "groups",
+        lambda self, chunk, *a, **k: asked.append(chunk[0].id) or groups(self, chunk, *a, **k),
+    )
+    assert without_times(sample(taught, tmp_path / "counted")) == without_times(whole)
+    assert asked == ["arda", "eth", "bel"]
+    del asked[:]
+
+    def again() -> list[str]:
+        with suppress(ranks.Left):
+            assert without_times(sample(taught, out)) == without_times(whole)
+        return asked
+
+    assert sorted(id for part in in_ranks(3, again, tmp_path / "again") for id in part) == ["eth"]
+    assert (out / pool.FILE).read_bytes() == (tmp_path / "alone" / pool.FILE).read_bytes()
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_an_evaluation(taught, tmp_path):
+    benchmarks = {"a": QUESTIONS, "b": [q.model_copy(update={"id": f"b-{q.id}"}) for q in QUESTIONS]}
+
+    def judged(out: Path) -> dict[str, Any]:
+        limits = SMALL.model_copy(update={"batch_size": 2})
+        told: list[int] = []
+        found = evaluate(
+            generator(taught), TinyRetriever(PASSAGES), benchmarks, taught.prompts,
+            EvaluationConfig(samples=2, latency=1), limits, seed=1, out=out, work=work_in(out),
+            progress=lambda done, total, figure="": told.append(done),
+        )  # fmt: skip
+        assert told[-1] == 18
+        return found.model_dump()
+
+    alone = judged(tmp_path / "alone")
+    first, second = in_ranks(2, lambda: judged(tmp_path / "out"), tmp_path / "ranks")
+    assert first == alone
+    assert second is None
+    for name in ("trajectories.jsonl", "sampled.jsonl", "questions.jsonl", "evaluation.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_a_lead(taught, pairs, tmp_path):
+    def measured(out: Path) -> Any:
+        return teacher.measure(
+            taught, generator(taught), TinyRetriever(PASSAGES), pairs, LeadConfig(samples=2), SMALL,
+            temperature=1.0, seed=1, work=work_in(out),
+        )  # fmt: skip
+
+    alone = measured(tmp_path / "alone")
+    assert in_ranks(2, lambda: measured(tmp_path / "out"), tmp_path / "ranks") == [alone, None]
+
+
+def compare(ours: Path, theirs: Path, *figures: str) -> None:
+    a, b = ([json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()] for out in (ours, theirs))
+    assert len(a) == len(b)
+    for mine, other in zip(a, b, strict=True):
+        assert mine.keys() == other.keys()
+        for figure in figures:
+            assert mine[figure] == pytest.approx(other[figure], rel=1e-4, abs=1e-6), figure
+    a, b = (load_file(out / "policy" / "model.safetensors") for out in (ours, theirs))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+
+
+# Plain descent: Adam's first steps are the gradient's sign, which rounding can turn.
+DESCENT = {"optim": "sgd"}
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["all weights", "adapters"])
+def test_grpo_has_the_same_losses_and_weights(taught, tmp_path, lora):
+    """Groups of six are cut by the border between two processes; replay's examples come from whole groups."""
+    config = GrpoConfig(
+        steps=2, questions_per_step=3, group_size=6, learning_rate=0.05, lora=lora,
+        replay=ReplayConfig(examples_per_step=3, weight=0.5), trainer={**DESCENT, "per_device_train_batch_size": 3},
+    )  # fmt: skip
+
+    def trained(out: Path) -> dict[str, Any]:
+        out.mkdir(exist_ok=True)
+        return grpo.train(
+            copy.deepcopy(taught), QUESTIONS, TinyRetriever(PASSAGES), config, SMALL, seed=3, out=out, work=work_in(out)
+        )
+
+    alone = trained(tmp_path / "alone")
+    first, second = in_ranks(2, lambda: trained(tmp_path / "out"), tmp_path / "ranks")
+    assert without_times(first) == pytest.approx(without_times(alone), rel=1e-4)
+    assert without_times(second) == without_times(first)
+    figures = ("reward", "searches", "sampled_tokens", "loss", "grad_norm", "replay_cross_entropy", "replay_examples")
+    compare(tmp_path / "out", tmp_path / "alone", *figures)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora": LoraConfig(rank=4), "teacher": "live"}, {"weights": "all", "epochs": 2}],
+    ids=["adapters", "all weights, cached teacher"],
+)
+def test_distillation_has_the_same_losses_and_weights(taught, pairs, tmp_path, changes):
+    """Seven pairs in batches of four: the last batch lacks one, and no pair counts twice for it."""
+    config = DistillConfig(batch_size=4, learning_rate=0.05, trainer={**DESCENT, "per_device_train_batch_size": 1})
+    config = config.model_copy(update=changes)
+
+    def trained(out: Path) -> dict[str, Any]:
+        return distill.train(copy.deepcopy(taught), pairs, config, seed=5, out=out, work=work_in(out))
+
+    alone = trained(tmp_path / "alone")
+    first, _ = in_ranks(2, lambda: trained(tmp_path / "out"), tmp_path / "ranks")
+    assert without_times(first) == pytest.approx(without_times(alone), rel=1e-4)
+    compare(tmp_path / "out", tmp_path / "alone", "loss", "grad_norm", "learning_rate")
+
+
+def test_a_number_of_processes_that_does_not_divide_the_work_is_refused():
+    with pytest.raises(ConfigError, match=r"12 trajectories cannot be shared by 5 .* launch 1, 2, 3, 4, 6 or 12"):
+        batching.split(12, 5, {})
+    with pytest.raises(ConfigError, match=r"distill\.batch_size = 6 cannot be shared by 4 .* launch 1, 2, 3 or 6"):
+        distill.micro_batch(DistillConfig(batch_size=6), 4)
+    with pytest.raises(ConfigError, match=r"= 2 on 2 processes does not divide distill\.batch_size = 6"):
+        distill.micro_batch(DistillConfig(batch_size=6, trainer={"per_device_train_batch_size": 2}), 2)
+
+
+def test_values_are_exchanged_in_the_order_of_ranks(tmp_path):
+    def exchanged() -> tuple[list[int], str, bool]:
+        return ranks.gathered(ranks.rank() * 10), ranks.of_first(f"from {ranks.rank()}"), ranks.on_one_machine()
+
+    assert in_ranks(3, exchanged, tmp_path) == [([0, 10, 20], "from 0", True)] * 3
+    assert exchanged() == ([0], "from 0", True)
