@@ -46,7 +46,9 @@ def main() -> None:
     out.print(table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
-    sys.exit(not all(row["one_line"] and row["unharmed"] and row["completed"] for row in rows))
+    # Where the room was enough after all, there is nothing to say.
+    told = all(row["one_line"] or row["status"] == 0 for row in rows)
+    sys.exit(not (told and all(row["unharmed"] and row["completed"] for row in rows)))
 
 
 def trials(scratch: Path, count: int, rng: random.Random) -> list[dict[str, Any]]:
