@@ -114,7 +114,7 @@ def test_many_batches_score_as_one(tiny_policy: Policy, tiny_retriever, tmp_path
     result = evaluate(
         generator, tiny_retriever, many, PROMPTS, EvaluationConfig(samples=0), LIMITS, seed=0, out=tmp_path
     )
-    assert max(len(call["prompts"]) for call in generator.calls) == 16
+    assert max(len(call["prompts"]) for call in generator.calls) == 4
     assert (result.n, result.em, result.searches) == (60, pytest.approx(1 / 3), pytest.approx(1 / 3))
 
 
