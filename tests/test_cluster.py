@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def check_command(words: list[str]) -> None:
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_batch_scripts_are_sound_shell(path: Path) -> None:
-    checker = shutil.which("shellcheck")
+    checker = shutil.which("shellcheck", path=Path(sys.executable).parent)
     assert checker
     done = subprocess.run([checker, "--shell=bash", path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -141,6 +141,6 @@ def test_an_adapter_still_leaves_the_head_alone(tiny_policy):
 def test_a_disk_without_room_is_told_before_the_work(tiny_policy, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
-    with pytest.raises(RunError, match=r'GiB and the disk has 0\.0 left; make room, or set distill\.teacher = "live"'):
+    with pytest.raises(RunError, match=r'MiB and the disk has 0 left; make room, or set distill\.teacher = "live"'):
         TeacherStates(tmp_path / "states", rows_of(tiny_policy, 2), 8, torch.float32)
     assert not (tmp_path / "states").exists()
