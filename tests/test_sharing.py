@@ -1,8 +1,8 @@
 """Runs that share artifacts: what two would make the same is made once, by whichever comes first, and costs both the same."""
 
 import json
-import os
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
