@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from search_e1.checkpoints import Lines, Work
-from search_e1.stopping import Stop, Stopped, on_signals
+from search_e1.runs.checkpoints import Lines, Work
+from search_e1.runs.stopping import Stop, Stopped, on_signals
 
 
 def writing(text: str):
@@ -92,7 +92,7 @@ def test_a_checkpoint_that_was_being_written_when_the_process_was_killed_does_no
 
 def test_checkpoints_are_due_by_time_and_no_more_often_than_their_cost_allows(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("search_e1.checkpoints.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("search_e1.runs.checkpoints.time.monotonic", lambda: now[0])
 
     def slowly(directory: Path) -> None:
         now[0] += 5.0  # what saving takes

@@ -18,8 +18,8 @@ from search_e1.errors import ConfigError, RetrievalError, RunError, TrainingErro
 from search_e1.launch import group
 from search_e1.launch.group import Meeting
 from search_e1.progress import Progress, silent
+from search_e1.runs.stopping import Stopped, on_signals
 from search_e1.stages import Stages
-from search_e1.stopping import Stopped, on_signals
 from search_e1.worker import _check_versions
 from taught import LIMITS, QUESTIONS, teach
 

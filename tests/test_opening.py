@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from search_e1 import disk, locks, runs
+from search_e1 import runs
 from search_e1.config import Config, bound_now, default_of
-from search_e1.drift import Change, changes, lines
 from search_e1.errors import RunError
-from search_e1.opening import opened
+from search_e1.runs import artifacts, disk, locks
+from search_e1.runs.drift import Change, changes, lines
+from search_e1.runs.opening import opened
 
 CONFIG = {"seed": 0}
 
@@ -116,7 +117,7 @@ def test_other_versions_are_refused_until_they_are_allowed(tmp_path, monkeypatch
     with opened(tmp_path, CONFIG) as root:
         stage(root, "grpo-1", {})
     new = {**runs.versions(), "torch": "99.0"}
-    monkeypatch.setattr(runs, "versions", lambda: new)
+    monkeypatch.setattr(artifacts, "versions", lambda: new)
     said = r"install those.*--other-versions.*\n  torch: \"[^9].*\" there, \"99.0\" given$"
     with pytest.raises(RunError, match=said), opened(tmp_path, CONFIG):
         pass
@@ -132,7 +133,7 @@ def test_without_a_note_of_versions_the_last_artifact_tells(tmp_path, monkeypatc
     (tmp_path / "versions.json").unlink()
     with opened(tmp_path, CONFIG):
         pass
-    monkeypatch.setattr(runs, "versions", lambda: {"torch": "99.0", "new-package": "1"})
+    monkeypatch.setattr(artifacts, "versions", lambda: {"torch": "99.0", "new-package": "1"})
     with pytest.raises(RunError, match=r"\n  torch: .*\"99.0\" given$"), opened(tmp_path, CONFIG):
         pass
 
@@ -190,7 +191,7 @@ def test_branches_that_cannot_be(tmp_path):
 
 def test_a_lock_ends_with_its_process(tmp_path):
     """Killed with SIGKILL, so that nothing was tidied up: the note of the holder is still there."""
-    code = "import sys, time, pathlib; from search_e1.locks import held\n" \
+    code = "import sys, time, pathlib; from search_e1.runs.locks import held\n" \
            "with held(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"  # fmt: skip
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout
@@ -267,7 +268,7 @@ def test_a_full_disk_harms_nothing_and_the_run_goes_on_once_there_is_room(tmp_pa
         import resource, signal, sys
         from pathlib import Path
         from search_e1 import runs
-        from search_e1.opening import opened
+        from search_e1.runs.opening import opened
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         if sys.argv[2] != "room":

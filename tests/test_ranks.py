@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from conftest import PASSAGES, TinyRetriever
 from ranked import in_ranks
 from search_e1 import ranks
-from search_e1.checkpoints import Work
 from search_e1.config import (
     DistillConfig,
     EvaluationConfig,
@@ -32,6 +31,7 @@ from search_e1.grpo import trainer as grpo
 from search_e1.policy import Policy
 from search_e1.rollout import chunks, pool
 from search_e1.rollout.hf import HFGenerator
+from search_e1.runs.checkpoints import Work
 from search_e1.types import Pair
 from taught import LIMITS, QUESTIONS, teach
 from test_distill import pairs_of

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import PASSAGES, TinyRetriever
-from search_e1.checkpoints import Work
 from search_e1.config import (
     DistillConfig,
     EvaluationConfig,
@@ -30,6 +29,7 @@ from search_e1.policy import Policy
 from search_e1.progress import Progress, silent
 from search_e1.rollout import chunks, pool
 from search_e1.rollout.hf import HFGenerator
+from search_e1.runs.checkpoints import Work
 from search_e1.types import Pair
 from search_e1.warmstart.trainer import Demonstration
 from search_e1.warmstart.trainer import train as warmstart

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from search_e1 import runs
-from search_e1.checkpoints import Lines
 from search_e1.errors import RunError
-from search_e1.opening import opened
+from search_e1.runs import artifacts
+from search_e1.runs.checkpoints import Lines
+from search_e1.runs.opening import opened
 
 
 def make_once(calls: list[int]):
@@ -116,7 +117,7 @@ def test_what_was_kept_for_something_else_is_not_used(tmp_path, monkeypatch, cha
     half_made(tmp_path / "pool-1")
     begun = tmp_path / ".pool-1.partial" / runs.WORK / "begun.json"
     if change == "versions":
-        monkeypatch.setattr(runs, "versions", lambda: {"torch": "0.1"})
+        monkeypatch.setattr(artifacts, "versions", lambda: {"torch": "0.1"})
     if change == "torn":
         begun.write_text(begun.read_text()[:-9])
     made, found = go_on(tmp_path / "pool-1", seed=1 if change == "seed" else 0)
@@ -133,7 +134,7 @@ def test_the_time_of_all_attempts_adds_up(tmp_path, monkeypatch):
         os.utime(path, (begun["attempt"], begun["attempt"]))
     os.utime(partial / "half", (begun["attempt"] + 100, begun["attempt"] + 100))
     clock = iter([5.0, 12.0])
-    monkeypatch.setattr(runs.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(artifacts.time, "perf_counter", lambda: next(clock))
     made, _ = go_on(tmp_path / "pool-1")
     assert made.manifest.seconds == 107.0
     assert made.manifest.started == begun["started"]

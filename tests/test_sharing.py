@@ -10,7 +10,8 @@ import pytest
 
 from search_e1 import runs
 from search_e1.errors import RunError
-from search_e1.opening import opened
+from search_e1.runs import artifacts
+from search_e1.runs.opening import opened
 
 
 def ask(root: Path, calls: list[str], *, steps: int = 8, seed: int = 0) -> runs.Artifact:
@@ -52,7 +53,7 @@ def test_what_is_made_of_something_else_is_made(tmp_path, changes):
 def test_what_other_versions_made_is_made_again(tmp_path, monkeypatch):
     calls: list[str] = []
     in_run(tmp_path / "a", calls)
-    monkeypatch.setattr(runs, "versions", lambda: {"torch": "0.1"})
+    monkeypatch.setattr(artifacts, "versions", lambda: {"torch": "0.1"})
     in_run(tmp_path / "b", calls)
     assert calls == ["a", "b"]
 

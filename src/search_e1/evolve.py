@@ -9,10 +9,10 @@ from search_e1.config import Config, bound_now
 from search_e1.distill.teacher import Lead
 from search_e1.errors import NoLeadError
 from search_e1.inputs import Watch, unwatched
-from search_e1.opening import opened
 from search_e1.runs import Artifact
+from search_e1.runs.opening import opened
+from search_e1.runs.stopping import Stop
 from search_e1.stages import Stages, read_evaluation
-from search_e1.stopping import Stop
 from search_e1.types import Record
 
 SUMMARY = "summary.json"

@@ -14,9 +14,8 @@ import torch
 from pydantic_core import to_jsonable_python
 from transformers import set_seed
 
-from search_e1 import memory, runs, tracking
 from search_e1 import policy as policies
-from search_e1.checkpoints import Work
+from search_e1 import runs, tracking
 from search_e1.config import Config, default_of
 from search_e1.distill import files as pair_files
 from search_e1.distill import profile, teacher
@@ -41,8 +40,10 @@ from search_e1.rollout.hf import HFGenerator
 from search_e1.rollout.protocols import protocol_of
 from search_e1.rollout.vllm_server import ServerGenerator
 from search_e1.runs import Artifact, Make
+from search_e1.runs.checkpoints import Work
+from search_e1.runs.stopping import Stop
 from search_e1.safe import is_name, masked
-from search_e1.stopping import Stop
+from search_e1.training import memory
 from search_e1.warmstart.stage import warm_start
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from pydantic import validate_call
 from pydantic_core import to_jsonable_python
 
-from search_e1 import disk, ranks, runs
+from search_e1 import ranks, runs
 from search_e1.config import Config
 from search_e1.errors import RunError
 from search_e1.inputs import unwatched
@@ -29,9 +29,9 @@ from search_e1.launch import group
 from search_e1.loading import device
 from search_e1.progress import Progress
 from search_e1.retrieval.base import Index
-from search_e1.runs import Artifact
+from search_e1.runs import Artifact, disk
+from search_e1.runs.stopping import Stopped, on_signals
 from search_e1.stages import Stages
-from search_e1.stopping import Stopped, on_signals
 
 _PATIENCE = timedelta(days=7)
 """How long ranks wait for one another. One that has ended is noticed by the process that started it, and at once."""

@@ -16,8 +16,8 @@ from rich.console import Console
 from search_e1.allocation import keep_freed_memory
 from search_e1.cli import asking, compare, data, index, pairs, plan, serve, sweep
 from search_e1.errors import RunError, SearchE1Error
+from search_e1.runs.stopping import Stopped, on_signals
 from search_e1.safe import plain
-from search_e1.stopping import Stopped, on_signals
 
 if TYPE_CHECKING:
     from search_e1.config import Config
@@ -295,7 +295,7 @@ def config() -> None:
 def _stages(config: Path, context: typer.Context) -> "Iterator[Stages]":
     from search_e1.config import bound_now
     from search_e1.display import watch
-    from search_e1.opening import opened
+    from search_e1.runs.opening import opened
     from search_e1.stages import Stages
 
     loaded = _load(config, context)

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from search_e1.errors import ConfigError, RunError
 from search_e1.runs import write_atomically
+from search_e1.runs.stopping import on_signals
 from search_e1.safe import printable
-from search_e1.stopping import on_signals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +39,7 @@ def sweep(
 ) -> None:
     """Run variants of a config under several seeds, side by side, and compare them. To go on, run it again."""
     from search_e1.display.sweep import watch
-    from search_e1.locks import held
+    from search_e1.runs.locks import held
     from search_e1.sweep import running, spec
 
     read = spec.read(file, config, out or Path("runs") / file.stem, context.args)

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
-from search_e1.checkpoints import Work
 from search_e1.config import LeadConfig, RolloutConfig
 from search_e1.distill.collate import TokenClass, context_length, fits, prompt_of_teacher
 from search_e1.distill.profile import ClassKL, PairKL, by_class, pair_kl
@@ -22,6 +21,7 @@ from search_e1.rollout import loop
 from search_e1.rollout.generator import Generator
 from search_e1.rollout.sharing import Part, written
 from search_e1.runs import read_records
+from search_e1.runs.checkpoints import Work
 from search_e1.types import Pair, Record, Trajectory, Turn
 
 

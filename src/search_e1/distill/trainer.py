@@ -15,16 +15,16 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from search_e1 import ranks
-from search_e1.checkpoints import Work
 from search_e1.config import DistillConfig
 from search_e1.distill.collate import Row, collate, context_length, encode, fits, pack, pad_id
 from search_e1.distill.passes import SelfDistillation, TeacherStates, packs, teach
 from search_e1.errors import ConfigError, DataError, TrainingError
-from search_e1.memory import HalvingTrainer
 from search_e1.policy import Policy, merge_adapter, with_adapter
 from search_e1.progress import Progress, Track, silent, untracked
-from search_e1.resuming import STEPS, ResumingTrainer, figures, restored_steps
 from search_e1.runs import derived_seed
+from search_e1.runs.checkpoints import Work
+from search_e1.training.memory import HalvingTrainer
+from search_e1.training.resuming import STEPS, ResumingTrainer, figures, restored_steps
 from search_e1.types import Pair
 
 _OWN_KEYS = {  # key of TrainingArguments -> where it is set instead

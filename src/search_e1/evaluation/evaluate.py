@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from statistics import median
 
-from search_e1.checkpoints import Lines, Work
 from search_e1.config import EvaluationConfig, RolloutConfig
 from search_e1.errors import DataError
 from search_e1.evaluation import results
@@ -22,6 +21,7 @@ from search_e1.rollout.chunks import Asking
 from search_e1.rollout.generator import Generator
 from search_e1.rollout.sharing import Part, share
 from search_e1.runs import derived_seed
+from search_e1.runs.checkpoints import Lines, Work
 from search_e1.scoring import cover_match
 from search_e1.types import Group, Question, Record, Trajectory
 

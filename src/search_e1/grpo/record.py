@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TextIO
 
 from search_e1.progress import Progress, Track
-from search_e1.resuming import figures
+from search_e1.training.resuming import figures
 
 
 class Recorder:

@@ -26,21 +26,21 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from search_e1 import ranks
-from search_e1.checkpoints import Work
 from search_e1.config import WHOLE, GrpoConfig, ReferenceConfig, RolloutConfig
 from search_e1.errors import ConfigError, DataError, TrainingError
 from search_e1.grpo import batching, replay
 from search_e1.grpo.colocated import Colocated
 from search_e1.grpo.record import Recorder, summarize
 from search_e1.grpo.rollouts import Rollouts, exact_match
-from search_e1.memory import HalvingTrainer
 from search_e1.policy import Policy, merge_adapter, with_adapter
 from search_e1.progress import Progress, Track, silent, untracked
-from search_e1.resuming import STEPS, ResumingTrainer, restored_steps
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout import vllm
 from search_e1.rollout.generator import Generator
 from search_e1.rollout.hf import HFGenerator
+from search_e1.runs.checkpoints import Work
+from search_e1.training.memory import HalvingTrainer
+from search_e1.training.resuming import STEPS, ResumingTrainer, restored_steps
 from search_e1.types import Question
 
 BAD_BATCH = "bad_batch.pt"

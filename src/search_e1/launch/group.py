@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from search_e1 import errors
 from search_e1.progress import Progress, silent
-from search_e1.stopping import STATUS, Stop
+from search_e1.runs.stopping import STATUS, Stop
 
 MODULE = "search_e1.worker"
 """What each process runs."""

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from search_e1.checkpoints import Work
 from search_e1.config import PoolConfig, RolloutConfig
 from search_e1.progress import Progress, silent
 from search_e1.prompts import Prompts
@@ -16,6 +15,7 @@ from search_e1.rollout.generator import Generator
 from search_e1.rollout.loop import OnTrajectory, Spent
 from search_e1.rollout.sharing import Part, written
 from search_e1.runs import read_records
+from search_e1.runs.checkpoints import Work
 from search_e1.types import Group, Question, Trajectory
 
 FILE = "groups.jsonl"

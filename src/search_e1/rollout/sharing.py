@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from search_e1 import ranks
-from search_e1.checkpoints import Lines, Work
 from search_e1.runs import JOURNAL
+from search_e1.runs.checkpoints import Lines, Work
 
 Chunk = TypeVar("Chunk")
 Sums = Mapping[str, float]

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from search_e1.config import Config, bound_now
-from search_e1.drift import changes, lines
 from search_e1.errors import RunError
+from search_e1.runs.drift import changes, lines
+from search_e1.runs.stopping import STATUS, Stop
 from search_e1.safe import masked
-from search_e1.stopping import STATUS, Stop
 from search_e1.sweep.spec import Run
 
 SHARED, LOGS = "shared", "logs"

@@ -21,8 +21,8 @@ from search_e1.allocation import keep_freed_memory
 from search_e1.config import Config
 from search_e1.errors import SearchE1Error
 from search_e1.progress import Progress, silent
+from search_e1.runs.stopping import Stopped, on_signals
 from search_e1.safe import plain
-from search_e1.stopping import Stopped, on_signals
 from search_e1.sweep.running import FINISHED, MISTAKE, finished
 
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from search_e1.checkpoints import Work
 from search_e1.config import Config, WarmstartConfig
 from search_e1.data.corpus import read_corpus
 from search_e1.errors import ConfigError
 from search_e1.progress import Progress, Track, silent, untracked
 from search_e1.prompts import Prompts
 from search_e1.retrieval.base import Retriever
+from search_e1.runs.checkpoints import Work
 from search_e1.types import Passage, Question
 from search_e1.warmstart import demonstrations, fresh
 from search_e1.warmstart.trainer import train

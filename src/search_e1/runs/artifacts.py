@@ -6,7 +6,6 @@ made beside its place and moved there whole, so that a directory under its final
 artifact again returns it; asking for it with other settings or inputs is refused.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -17,11 +16,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from search_e1 import locks
-from search_e1.drift import Change, Defaults, changes, lines, no_defaults
-from search_e1.errors import DataError, RunError
+from search_e1.errors import RunError
+from search_e1.runs import locks
+from search_e1.runs.drift import Change, Defaults, changes, lines, no_defaults
+from search_e1.runs.files import SUM, read_summed, sha256, sha256_text, sync, write_atomically, write_summed
 from search_e1.safe import inside, masked
 from search_e1.types import Record
 
@@ -31,8 +31,6 @@ WORK = ".work"
 JOURNAL = ".journal"
 """Ending of a file in ``WORK``: the file of that name beside ``WORK`` is unfinished, and the stage knows how to go on."""
 _BEGUN = "begun.json"
-_SUM = ".sha256"
-"""Ending of the file with a manifest's checksum, as `sha256sum -c` reads it; what earlier versions made has none."""
 ORIGIN = "branch.json"
 """In the directory of a run that branched off another: which one."""
 SHARED = "shared.json"
@@ -86,7 +84,7 @@ class Artifact:
     @property
     def checksum(self) -> str:
         """Of the content alone: two artifacts with the same files have the same one."""
-        return _sha256_text(json.dumps(self.manifest.files, sort_keys=True))
+        return sha256_text(json.dumps(self.manifest.files, sort_keys=True))
 
 
 Make = Callable[[Path], Mapping[str, Any]]
@@ -258,7 +256,7 @@ def _in_turn(path: Path, stage: str, identity: Mapping[str, Any]) -> Iterator[Pa
     except (ValueError, LookupError, TypeError) as error:
         raise RunError(f"{path.parent / SHARED}: damaged; remove it and start again what began the run") from error
     key = {"stage": stage, **identity, "versions": versions()}
-    shared = place / f"{stage}-{_sha256_text(json.dumps(key, sort_keys=True))[:16]}"
+    shared = place / f"{stage}-{sha256_text(json.dumps(key, sort_keys=True))[:16]}"
     with locks.in_turn(place / f".{shared.name}.lock"):
         yield shared
 
@@ -281,7 +279,7 @@ def _link(source: Artifact, path: Path) -> None:
     """The same artifact at ``path``: hard links to its files, or copies."""
     partial = path.with_name(f".{path.name}.taken")
     shutil.rmtree(partial, ignore_errors=True)
-    sums = [file.name for file in source.path.glob(f"*{_SUM}")]
+    sums = [file.name for file in source.path.glob(f"*{SUM}")]
     for name in (*source.manifest.files, MANIFEST, *sums):
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -299,27 +297,6 @@ def _origins(run: Path) -> Iterator[Path]:
         yield run
 
 
-Kept = TypeVar("Kept", bound=Record)
-
-
-def read_records(path: Path, kind: type[Kept], again: str) -> Iterator[Kept]:
-    """The records of a file that holds one a line, one at a time. ``again`` says how to come by a sound file.
-
-    Raises:
-        DataError: the file cannot be read, or a line is none of its records; names it.
-    """
-    try:
-        with path.open("rb") as file:  # not `splitlines`: texts hold separators that are none to JSON
-            for number, line in enumerate(file, 1):
-                try:
-                    record = kind.model_validate_json(line)
-                except ValueError as error:
-                    raise DataError(f"{path}:{number}: not a {kind.__name__.lower()}; {again}") from error
-                yield record
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; {again}") from error
-
-
 def checksum(path: Path) -> str:
     """Of a file, or of a directory's files with their names; what is written for people (``*.md``) does not count.
 
@@ -328,10 +305,10 @@ def checksum(path: Path) -> str:
     """
     if path.is_file():
         return sha256(path)
-    if (path.parent / (MANIFEST + _SUM)).exists() and (path.parent / MANIFEST).exists():
+    if (path.parent / (MANIFEST + SUM)).exists() and (path.parent / MANIFEST).exists():
         return _verified(path)
     files = {str(f.relative_to(path)): sha256(f) for f in sorted(path.rglob("*")) if f.is_file() and f.suffix != ".md"}
-    return _sha256_text(json.dumps(files))
+    return sha256_text(json.dumps(files))
 
 
 def _verified(path: Path) -> str:
@@ -340,64 +317,12 @@ def _verified(path: Path) -> str:
     found = {
         file.removeprefix(name): sum for file, sum in read(path.parent).manifest.files.items() if file.startswith(name)
     }
-    return _sha256_text(json.dumps({file: sum for file, sum in found.items() if not file.endswith(".md")}))
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256_text(json.dumps({file: sum for file, sum in found.items() if not file.endswith(".md")}))
 
 
 def derived_seed(seed: int, *names: object) -> int:
     """A seed of its own for every stage, so that leaving one out does not change another."""
-    return int(_sha256_text("/".join(map(str, (seed, *names))))[:8], 16)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` as a whole, on disk before it is seen."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
-    sync(path.parent)
-
-
-def write_summed(path: Path, text: str) -> None:
-    """Write ``path`` as a whole, with a file beside it that tells its checksum."""
-    write_atomically(path.with_name(path.name + _SUM), _sum_of(path, text.encode()).decode())
-    write_atomically(path, text)
-
-
-def read_summed(path: Path) -> bytes:
-    """What ``write_summed`` wrote; where there is no file beside it, unchecked.
-
-    Raises:
-        ValueError: it is not as it was written.
-        FileNotFoundError: it is not there.
-    """
-    text, beside = path.read_bytes(), path.with_name(path.name + _SUM)
-    if beside.exists() and beside.read_bytes() != _sum_of(path, text):
-        raise ValueError("not as it was written")
-    return text
-
-
-def _sum_of(path: Path, text: bytes) -> bytes:
-    return f"{hashlib.sha256(text).hexdigest()}  {path.name}\n".encode()
-
-
-def sync(directory: Path) -> None:
-    """Make durable which names are in ``directory``."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256_text(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return int(sha256_text("/".join(map(str, (seed, *names))))[:8], 16)
 
 
 def versions() -> dict[str, str]:

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from search_e1 import disk, locks, runs
-from search_e1.drift import changes, lines
 from search_e1.errors import RunError
+from search_e1.runs import artifacts, disk, locks
+from search_e1.runs.drift import changes, lines
+from search_e1.runs.files import write_atomically
 from search_e1.safe import masked
 
 CONFIG = "config.json"
@@ -40,9 +41,9 @@ def opened(
         _check_branch(directory, branch_of)
     with locks.held(directory), disk.told(directory):
         if branch_of:
-            runs.write_atomically(directory / runs.ORIGIN, json.dumps({"of": str(branch_of.resolve())}) + "\n")
+            write_atomically(directory / artifacts.ORIGIN, json.dumps({"of": str(branch_of.resolve())}) + "\n")
         if shared:
-            runs.write_atomically(directory / runs.SHARED, json.dumps({"in": str(shared.resolve())}) + "\n")
+            write_atomically(directory / artifacts.SHARED, json.dumps({"in": str(shared.resolve())}) + "\n")
         _check_config(directory, masked(json.loads(json.dumps(config, default=str))), bound_now)
         _check_versions(directory, other_versions)
         yield directory
@@ -58,7 +59,7 @@ def _check_branch(directory: Path, origin: Path) -> None:
     if not directory.exists() or all(file.name.startswith(".") for file in directory.iterdir()):
         return  # new, or killed before it began
     try:
-        known = json.loads((directory / runs.ORIGIN).read_text(encoding="utf-8"))["of"]
+        known = json.loads((directory / artifacts.ORIGIN).read_text(encoding="utf-8"))["of"]
     except (OSError, ValueError, LookupError, TypeError):
         known = None
     if known != str(origin.resolve()):
@@ -71,7 +72,7 @@ def _check_config(
     path = directory / CONFIG
     if not path.exists() or not any(_stages(directory)):
         # Nothing was made yet, so that a mistake that was found on the way can be mended in the config.
-        runs.write_atomically(path, json.dumps(config, indent=2) + "\n")
+        write_atomically(path, json.dumps(config, indent=2) + "\n")
         return
     try:
         there = bound_now(json.loads(path.read_text(encoding="utf-8")))
@@ -86,7 +87,7 @@ def _check_config(
 
 def _check_versions(directory: Path, allowed: bool) -> None:
     """A run that goes on under other versions is no longer the same to the bit as one that was never interrupted."""
-    here, there = runs.versions(), _begun_with(directory)
+    here, there = artifacts.versions(), _begun_with(directory)
     both = here.keys() & there.keys()
     found = changes({key: there[key] for key in both}, {key: here[key] for key in both})
     if found and not allowed:
@@ -95,7 +96,7 @@ def _check_versions(directory: Path, allowed: bool) -> None:
             f"--other-versions VERB ...), and its results are of both:{lines(found)}"
         )
     if found or not there:
-        runs.write_atomically(directory / _VERSIONS, json.dumps(here, indent=2) + "\n")
+        write_atomically(directory / _VERSIONS, json.dumps(here, indent=2) + "\n")
 
 
 def _begun_with(directory: Path) -> dict[str, str]:
@@ -112,4 +113,4 @@ def _begun_with(directory: Path) -> dict[str, str]:
 
 def _stages(directory: Path) -> Iterator[Path]:
     """Manifests of finished stages; the index depends on nothing but the corpus."""
-    return (path for path in directory.glob(f"*/{runs.MANIFEST}") if path.parent.name != "index")
+    return (path for path in directory.glob(f"*/{artifacts.MANIFEST}") if path.parent.name != "index")

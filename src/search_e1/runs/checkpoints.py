@@ -16,8 +16,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from search_e1 import ranks
-from search_e1.runs import JOURNAL, sha256, sync, write_atomically
-from search_e1.stopping import Stop
+from search_e1.runs.artifacts import JOURNAL
+from search_e1.runs.files import sha256, sync, write_atomically
+from search_e1.runs.stopping import Stop
 from search_e1.types import Record
 
 _SUMS = "sha256.json"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerState
 
 from search_e1 import ranks
-from search_e1.checkpoints import Work
+from search_e1.runs.checkpoints import Work
 
 STEPS = "steps.jsonl"
 _WEIGHTS, _STATE = "trained.safetensors", "trainer_state.json"

@@ -1,0 +1,86 @@
+"""Files that outlive a kill and tell when they are damaged: written whole, with checksums, read record by record."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from search_e1.errors import DataError
+from search_e1.types import Record
+
+SUM = ".sha256"
+"""Ending of the file with a file's checksum, as `sha256sum -c` reads it; what earlier versions made has none."""
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` as a whole, on disk before it is seen."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+    sync(path.parent)
+
+
+def write_summed(path: Path, text: str) -> None:
+    """Write ``path`` as a whole, with a file beside it that tells its checksum."""
+    write_atomically(path.with_name(path.name + SUM), _sum_of(path, text.encode()).decode())
+    write_atomically(path, text)
+
+
+def read_summed(path: Path) -> bytes:
+    """What ``write_summed`` wrote; where there is no file beside it, unchecked.
+
+    Raises:
+        ValueError: it is not as it was written.
+        FileNotFoundError: it is not there.
+    """
+    text, beside = path.read_bytes(), path.with_name(path.name + SUM)
+    if beside.exists() and beside.read_bytes() != _sum_of(path, text):
+        raise ValueError("not as it was written")
+    return text
+
+
+def _sum_of(path: Path, text: bytes) -> bytes:
+    return f"{hashlib.sha256(text).hexdigest()}  {path.name}\n".encode()
+
+
+def sync(directory: Path) -> None:
+    """Make durable which names are in ``directory``."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+Kept = TypeVar("Kept", bound=Record)
+
+
+def read_records(path: Path, kind: type[Kept], again: str) -> Iterator[Kept]:
+    """The records of a file that holds one a line, one at a time. ``again`` says how to come by a sound file.
+
+    Raises:
+        DataError: the file cannot be read, or a line is none of its records; names it.
+    """
+    try:
+        with path.open("rb") as file:  # not `splitlines`: texts hold separators that are none to JSON
+            for number, line in enumerate(file, 1):
+                try:
+                    record = kind.model_validate_json(line)
+                except ValueError as error:
+                    raise DataError(f"{path}:{number}: not a {kind.__name__.lower()}; {again}") from error
+                yield record
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; {again}") from error

@@ -1,0 +1,1 @@
+"""What GRPO, distillation and warm start share of a trainer: going on after a kill, smaller batches when memory runs out."""
