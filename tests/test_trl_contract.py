@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import grpo_trainer
 
 from conftest import make_tiny_policy
 from search_e1.grpo.trainer import _FIGURES, _RESERVED
@@ -75,7 +76,7 @@ def make_trainer(tmp_path, record: Record, **changes) -> Recording:
             "row": list(range(len(prompts))),
         }
 
-    def reward(row, log_metric, **_):
+    def exact_match(row, log_metric, **_):
         record.reward_rows.append(row)
         log_metric("searches", 2.5)
         return [float(r in (0, 4)) for r in row]  # one right of the first three, one of the second three
@@ -92,7 +93,7 @@ def make_trainer(tmp_path, record: Record, **changes) -> Recording:
         trainer = Recording(
             model=policy.model,
             args=GRPOConfig(**{**settings, **changes}),
-            reward_funcs=reward,
+            reward_funcs=exact_match,
             train_dataset=Dataset.from_dict({"prompt": [f"q{i}" for i in range(QUESTIONS * STEPS)]}),
             processing_class=policy.tokenizer,
             rollout_func=rollout_func,
@@ -218,6 +219,12 @@ def test_what_must_be_changed_is_still_the_default(tmp_path):
 
 def test_every_key_that_is_reserved_exists():
     assert set(_RESERVED) <= {f.name for f in fields(GRPOConfig) if f.init}
+
+
+def test_a_kl_penalty_loads_its_anchor_through_the_function_that_is_replaced(tmp_path, monkeypatch):
+    anchor = make_tiny_policy().model
+    monkeypatch.setattr(grpo_trainer, "create_model_from_path", lambda *_, **__: anchor)
+    assert make_trainer(tmp_path, Record(), beta=0.1).ref_model is anchor
 
 
 def test_telemetry_goes_through_the_method_that_is_overridden():

@@ -158,6 +158,9 @@ class GrpoConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     lora: LoraConfig | None = None
     """Train adapters and merge them at the end of the stage; without it all weights are trained."""
+    length_penalty: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Most that a correct trajectory's reward loses by its length, compared to the other correct ones of its question: GRPO
+    then asks for fewer sampled tokens. 0: reward is exact match alone (as published)."""
     replay: ReplayConfig = ReplayConfig()
     trainer: dict[str, Any] = {}
     """Further arguments of `trl.GRPOConfig` (`beta`, `epsilon`, `per_device_train_batch_size`, ...)."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from search_e1 import ranks
 from search_e1.config import GrpoConfig, ReferenceConfig, RolloutConfig
-from search_e1.grpo import replay
+from search_e1.grpo import brevity, replay
 from search_e1.policy import Policy
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.loop import rollout, starts
@@ -85,6 +85,18 @@ def exact_match(*, trajectory: list[Trajectory], log_metric: Callable[[str, floa
     log_metric("sampled_tokens", sum(t.sampled_tokens for t in trajectory) / len(trajectory))
     log_metric("answered", sum(t.answer is not None for t in trajectory) / len(trajectory))
     return [t.reward for t in trajectory]
+
+
+def length_penalty(strength: float) -> Callable[..., list[float]]:
+    """TRL's reward function for what length takes; a rank may have parts of groups only."""
+
+    def length_penalty(*, trajectory: list[Trajectory], **_: Any) -> list[float]:
+        parts = ranks.gathered(trajectory)
+        found = brevity.penalties([t for part in parts for t in part], strength)
+        first = sum(map(len, parts[: ranks.rank()]))
+        return found[first : first + len(trajectory)]
+
+    return length_penalty
 
 
 def _logprobs(trajectories: Sequence[Trajectory]) -> list[list[float]]:

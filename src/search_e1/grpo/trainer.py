@@ -5,6 +5,7 @@ TRL brings advantages, the clipped loss, the optimiser loop and distribution; th
 ``questions_per_step`` groups that were sampled for it. What is relied on in TRL is held by ``tests/test_trl_contract.py``.
 """
 
+import copy
 import difflib
 import math
 import os
@@ -24,6 +25,7 @@ from transformers import PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer import grpo_trainer
 
 from search_e1 import ranks
 from search_e1.config import WHOLE, GrpoConfig, ReferenceConfig, RolloutConfig
@@ -31,7 +33,7 @@ from search_e1.errors import ConfigError, DataError, TrainingError
 from search_e1.grpo import batching, replay
 from search_e1.grpo.colocated import Colocated
 from search_e1.grpo.record import Recorder, summarize
-from search_e1.grpo.rollouts import Rollouts, exact_match
+from search_e1.grpo.rollouts import Rollouts, exact_match, length_penalty
 from search_e1.policy import Policy, merge_adapter, with_adapter
 from search_e1.progress import Progress, Track, silent, untracked
 from search_e1.retrieval.base import Retriever
@@ -81,7 +83,7 @@ _RESERVED = {
 
 # Name in steps.jsonl -> TRL's name.
 _FIGURES = {
-    "reward": "reward",
+    "reward": "rewards/exact_match/mean",
     "reward_std": "reward_std",
     "searches": "searches",
     "sampled_tokens": "sampled_tokens",
@@ -144,7 +146,10 @@ def train(
                 trainer = Trainer(
                     model=with_adapter(policy.model, config.lora) if config.lora else policy.model,
                     args=arguments,
-                    reward_funcs=exact_match,
+                    reward_funcs=[
+                        exact_match,
+                        *([length_penalty(config.length_penalty)] if config.length_penalty else []),
+                    ],
                     train_dataset=Dataset.from_dict({"prompt": batching.order(questions, config, seed)}),
                     processing_class=policy.tokenizer,
                     rollout_func=Rollouts(policy, questions, retriever, config, limits, shown, seed),
@@ -264,7 +269,8 @@ class Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
         self._replay_cross_entropy = 0.0
         self._bad_batch = bad_batch
         self._on_step = on_step
-        super().__init__(**kwargs)
+        with _anchored_at(kwargs["model"]):
+            super().__init__(**kwargs)
         if engine:
             self.use_vllm, self._last_loaded_step = True, -1
             self.vllm_generation = Colocated(
@@ -366,6 +372,8 @@ class Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
         if "loss" not in logs:
             return  # the last one, about the run as a whole
         figures = {ours: logs[theirs] for ours, theirs in _FIGURES.items() if theirs in logs}
+        if len(self.reward_funcs) > 1:
+            figures["shaped_reward"] = logs["reward"]
         if "frac_reward_zero_std" in logs:
             figures["mixed"] = 1 - logs["frac_reward_zero_std"]
         if self.replay:
@@ -392,6 +400,18 @@ class Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
             f"GRPO step {self.state.global_step + 1}: {what}; the batch is in {self._bad_batch}; lower grpo.learning_rate, or "
             "use policy.dtype float32"
         )
+
+
+@contextmanager
+def _anchored_at(model: Any) -> Iterator[None]:
+    """TRL loads what a KL penalty (``beta``) holds the policy to by the name in its config, which may be that of other
+    weights, or empty; here it is the policy as the stage begins. Adapters need none: TRL switches them off."""
+    load = grpo_trainer.create_model_from_path
+    grpo_trainer.create_model_from_path = lambda *_, **__: copy.deepcopy(model).eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        grpo_trainer.create_model_from_path = load
 
 
 def _give_back(trainer: Trainer) -> Any:
