@@ -21,6 +21,7 @@ from conftest import PASSAGES
 from search_e1 import evolve, runs
 from search_e1.cli import main as cli
 from search_e1.config import CheckpointsConfig, Config
+from search_e1.display import summary_table
 from search_e1.errors import RunError
 from taught import QUESTIONS, teach
 from test_report import report
@@ -175,6 +176,23 @@ def test_without_distillation_a_round_is_grpo_alone(finished, tmp_path):
     ]
     assert alone.rounds == {}
     overview, _ = report(settings.run, tmp_path / "report.html")
+    assert overview["finished"]
+
+
+def test_fine_tuning_on_references_asks_no_teacher(finished, tmp_path):
+    """Branched off: the pairs are the same, no lead is measured or enforced, and the report takes it."""
+    whole, _, _ = finished
+    sections = {"lead": whole.lead.model_copy(update={"enforce": True, "minimum": 1.0})}
+    sections |= {"distill": whole.distill.model_copy(update={"objective": "sft"})}
+    watch = Watch()
+    made = evolve.train(whole.model_copy(update={"run": tmp_path / "run", **sections}), watch, branch_of=whole.run)
+    assert watch.worked == ["pairs-1", "ofsd-1", "evaluation-ofsd-1"]  # of pairs, `lead` says how many are held out
+    assert [p.stage for p in made.policies] == ["base", "grpo-1", "ofsd-1"]
+    assert (made.rounds["1"].lead, made.rounds["1"].refused, made.lead) == (None, None, {"1": None})
+    for name in ("train.jsonl", "held_out.jsonl"):
+        assert (tmp_path / "run" / "pairs-1" / name).read_bytes() == (whole.run / "pairs-1" / name).read_bytes()
+    summary_table(made)
+    overview, _ = report(tmp_path / "run", tmp_path / "report.html")
     assert overview["finished"]
 
 

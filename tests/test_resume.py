@@ -137,10 +137,11 @@ def pairs(taught) -> list[Pair]:
     ("changes", "kills"),
     [
         ({"lora": LoraConfig(rank=4, dropout=0.2), "teacher": "live"}, (2, 5, 7)),
+        ({"objective": "sft", "lora": LoraConfig(rank=4, dropout=0.2)}, (3, 6)),
         ({"weights": "all", "trainer": {"per_device_train_batch_size": 1, "lr_scheduler_type": "cosine"}}, (5,)),
         ({"trainer": {"train_sampling_strategy": "random"}, "teacher": "live"}, (6,)),
     ],
-    ids=["adapters", "all weights, cached teacher", "random order"],
+    ids=["adapters", "no teacher", "all weights, cached teacher", "random order"],
 )
 def test_distillation(taught, pairs, tmp_path, changes, kills):
     def stage(**kwargs) -> dict[str, Any]:

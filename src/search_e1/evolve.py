@@ -43,7 +43,7 @@ class RoundSummary(Record):
     pairs: dict[str, Any]
     """The pool's health and the numbers of pairs."""
     lead: Lead | None
-    """``None`` where there was no pair to measure it on."""
+    """``None`` where there was no pair to measure it on, or no teacher (``distill.objective = "sft"``)."""
     refused: str | None
     """Why nothing was distilled, if nothing was."""
 
@@ -108,12 +108,13 @@ def train(
                 continue
             pool = summary.add(stages.pool(policy, round))
             pairs = summary.add(stages.pairs(policy, pool.path, round))
-            lead = summary.add(stages.lead(policy, pairs.path, round)) if pairs.manifest.result["train_pairs"] else None
-            if lead is None:
+            if not pairs.manifest.result["train_pairs"]:
                 summary.refuse(round, pairs, None, "no pairs: " + _why_no_pairs(pairs))
                 continue
+            taught = config.distill.objective == "ofsd"
+            lead = summary.add(stages.lead(policy, pairs.path, round)) if taught else None
             try:
-                ofsd = summary.add(stages.distill(policy, pairs.path, lead.path, round))
+                ofsd = summary.add(stages.distill(policy, pairs.path, lead.path if lead else None, round))
             except NoLeadError as error:
                 summary.refuse(round, pairs, lead, str(error))
                 continue
@@ -160,7 +161,7 @@ class _Summary:
         )
         self.write()
 
-    def distilled(self, round: int, pairs: Artifact, lead: Artifact) -> None:
+    def distilled(self, round: int, pairs: Artifact, lead: Artifact | None) -> None:
         self._round(round, pairs, lead, None)
 
     def refuse(self, round: int, pairs: Artifact, lead: Artifact | None, why: str) -> None:

@@ -226,13 +226,14 @@ class Stages(Inputs):
         self,
         policy: str | Path,
         pairs_path: Path,
-        lead_path: Path,
+        lead_path: Path | None,
         round: int,
         out: Path | None = None,
         *,
         other_policy: bool = False,
     ) -> Artifact:
-        """``policy`` distilled on the pairs and merged; the new one is in ``policy/``.
+        """``policy`` distilled on the pairs and merged; the new one is in ``policy/``. ``lead_path`` may be ``None`` where
+        there is no teacher (``distill.objective = "sft"``).
 
         Raises:
             DataError: no pairs, or pairs of another tokenizer.
@@ -240,7 +241,9 @@ class Stages(Inputs):
             NoLeadError: the measured lead does not pass the gate; nothing is trained.
         """
         self._sampled_by(pairs_path, policy, other_policy)
-        teacher.gate(teacher.Lead.model_validate_json((lead_path / "lead.json").read_text()), self.config.lead)
+        if self.config.distill.objective == "ofsd":
+            assert lead_path, "nothing is distilled unmeasured"
+            teacher.gate(teacher.Lead.model_validate_json((lead_path / "lead.json").read_text()), self.config.lead)
 
         def train(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
             loaded = self._policy(policy)

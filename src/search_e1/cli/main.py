@@ -194,12 +194,16 @@ def distill(
     out: OutOption = None,
     other: OtherPolicyOption = False,
 ) -> None:
-    """Measure the lead if it is not measured yet, distil, and merge the adapter. Refused without a lead."""
+    """Measure the lead if it is not measured yet, distil, and merge the adapter. Refused without a lead.
+
+    With distill.objective = "sft" the references are imitated instead, and no lead is asked for.
+    """
     with _stages(config, context) as stages:
         start = policy or _after_grpo(stages, round)
         mined = pairs or _made(stages, f"pairs-{round}")
         stages.check_memory(start, "distill")
-        measured = lead or stages.lead(start, mined, round, other_policy=other).path
+        taught = stages.config.distill.objective == "ofsd"
+        measured = lead or (stages.lead(start, mined, round, other_policy=other).path if taught else None)
         _report(stages.distill(start, mined, measured, round, out, other_policy=other))
 
 

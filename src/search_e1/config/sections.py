@@ -221,7 +221,7 @@ class LeadConfig(Section):
     gate: Literal["mean", "low"] = "mean"
     """What must reach `minimum`: the measured lead, or the lower end of its 95% interval."""
     enforce: bool = True
-    """Refuse to distil without a lead. Turned off, the lead is measured and reported only."""
+    """Refuse to distil without a lead. Turned off, the lead is measured and reported only. It does not concern `sft`."""
 
 
 class ClassWeights(Section):
@@ -241,6 +241,10 @@ class ClassWeights(Section):
 
 
 class DistillConfig(Section):
+    objective: Literal["ofsd", "sft"] = "ofsd"
+    """Self-distillation (as published), or supervised fine-tuning on the same references: each once an epoch, under the plain
+    prompt, with cross-entropy on its sampled tokens. `sft` has no teacher: no lead is measured, and what concerns teacher,
+    divergence and temperatures here does nothing."""
     epochs: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     batch_size: Positive = 16

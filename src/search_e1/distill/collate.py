@@ -14,7 +14,7 @@ import torch
 from search_e1.errors import DataError
 from search_e1.prompts import Prompts, privileged_prompt
 from search_e1.rollout.protocols import protocol_of
-from search_e1.types import Pair, Turn
+from search_e1.types import Pair, Trajectory, Turn
 
 Tokens = Literal["sampled", "acting"]
 
@@ -29,7 +29,8 @@ class TokenClass(StrEnum):
 
 
 class Row(TypedDict):
-    """A pair in ids. ``input_ids`` is the teacher's row, the longer one: rows are batched by its length."""
+    """A pair, or a reference to imitate, in ids. ``input_ids`` is the longest row, the teacher's where there is one: rows are
+    batched by its length."""
 
     name: str
     number: int
@@ -37,7 +38,7 @@ class Row(TypedDict):
     input_ids: list[int]
     student_ids: list[int]
     teacher_positions: list[int]
-    """Of the ids that enter the loss: where the teacher's row predicts them."""
+    """Of the ids that enter the loss: where the teacher's row predicts them. None where there is no teacher."""
     student_positions: list[int]
     classes: list[TokenClass]
     """As long as the positions."""
@@ -92,7 +93,7 @@ def encode(
             f"the pair of question {pair.question.id!r} takes {longest} tokens with the reference in the prompt, and the "
             f"policy's context holds {context_length}; leave the pair out, or use a policy with a longer context"
         )
-    offsets, classes = _loss_tokens(tokenizer, prompts, pair, tokens)
+    offsets, classes = _loss_tokens(tokenizer, prompts, pair.student, tokens)
     return Row(
         name=pair.question.id,
         number=number,
@@ -105,10 +106,31 @@ def encode(
     )
 
 
-def _loss_tokens(tokenizer: Any, prompts: Prompts, pair: Pair, tokens: Tokens) -> tuple[list[int], list[TokenClass]]:
+def encode_reference(
+    tokenizer: Any, prompts: Prompts, pair: Pair, *, number: int = 0, tokens: Tokens = "sampled"
+) -> Row:
+    """The row in which the pair's reference stands under the plain prompt, to be imitated. It has no teacher."""
+    prompt, response = pair.student.prompt_ids, pair.reference.response_ids
+    offsets, classes = _loss_tokens(tokenizer, prompts, pair.reference, tokens)
+    ids = [*prompt, *response]
+    return Row(
+        name=pair.question.id,
+        number=number,
+        input_ids=ids,
+        student_ids=ids,
+        teacher_positions=[],
+        student_positions=[len(prompt) + offset - 1 for offset in offsets],
+        classes=classes,
+        weight=1.0,
+    )
+
+
+def _loss_tokens(
+    tokenizer: Any, prompts: Prompts, trajectory: Trajectory, tokens: Tokens
+) -> tuple[list[int], list[TokenClass]]:
     """Offsets into the response of the sampled ids that enter the loss, and their classes."""
-    sampled = [offset for offset, mask in enumerate(pair.student.action_mask) if mask]
-    classes = [kind for turn in pair.student.turns for kind in token_classes(tokenizer, turn, prompts)]
+    sampled = [offset for offset, mask in enumerate(trajectory.action_mask) if mask]
+    classes = [kind for turn in trajectory.turns for kind in token_classes(tokenizer, turn, prompts)]
     chosen = [
         (offset, kind)
         for offset, kind in zip(sampled, classes, strict=True)
@@ -134,7 +156,7 @@ def collate(rows: Sequence[Row], pad_id: int) -> dict[str, torch.Tensor]:
     Returns:
         For both roles (``student_``, ``teacher_``): ``input_ids`` and ``attention_mask`` [B, width], int64, and ``index``
         [N], int64: the predicting positions of all rows, into the flattened [B * width]; entry n of both predicts the
-        same id. And ``pairs`` [B], int64: which rows they are.
+        same id. And ``pairs`` [B], int64: which rows they are. Rows without a teacher give the student's part alone.
     """
     batch = {"pairs": _numbers(rows)}
     for role, ids_of, positions_of in _roles(rows):
@@ -166,10 +188,9 @@ def _numbers(rows: Sequence[Row]) -> torch.Tensor:
 
 
 def _roles(rows: Sequence[Row]) -> tuple[tuple[str, list[list[int]], list[list[int]]], ...]:
-    return (
-        ("student", [r["student_ids"] for r in rows], [r["student_positions"] for r in rows]),
-        ("teacher", [r["input_ids"] for r in rows], [r["teacher_positions"] for r in rows]),
-    )
+    student = ("student", [r["student_ids"] for r in rows], [r["student_positions"] for r in rows])
+    teacher = ("teacher", [r["input_ids"] for r in rows], [r["teacher_positions"] for r in rows])
+    return (student, teacher) if any(teacher[2]) else (student,)
 
 
 def _flat(positions_of: Sequence[Sequence[int]], widths: Sequence[int]) -> torch.Tensor:

@@ -28,7 +28,7 @@ _DEVICE_TILE = 2**24
 
 
 class _Options(NamedTuple):
-    divergence: Divergence
+    divergence: Divergence | Literal["cross_entropy"]
     beta: float
     tau: float
     clip: Clip
@@ -104,6 +104,32 @@ def fused_divergence(
         return _FusedDivergence.apply(*trained, head, teacher_hidden.detach(), teacher_head, weights, options)
 
 
+def fused_cross_entropy(
+    hidden: Tensor, targets: Tensor, head: Head, *, weights: Tensor | None = None, logits_mib: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The cross-entropy ``-log p[target]`` at N positions as a weighted mean: KL(target || student) of certain targets.
+
+    Args:
+        hidden: [N, H], last hidden states at the positions of the loss and no others.
+        targets: [N], int64, the ids that they are to predict.
+        head, weights, logits_mib: see ``fused_divergence``, as for what is returned.
+    """
+    weights = torch.ones(len(hidden), device=hidden.device) if weights is None else weights
+    trained = (hidden, head.weight, head.bias)
+    options = _Options(
+        divergence="cross_entropy",
+        beta=0.5,
+        tau=math.inf,
+        clip="none",
+        student_temperature=1.0,
+        teacher_temperature=1.0,
+        memory=_bytes(logits_mib, hidden.device),
+        with_gradient=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained),
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _FusedDivergence.apply(*trained, head, targets, None, weights, options)
+
+
 def _check(student: Tensor, teacher: Tensor, head: Head, teacher_head: Head | None) -> None:
     if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher):
         shapes = f"{list(student.shape)} and {list(teacher.shape)}"
@@ -132,7 +158,7 @@ class _FusedDivergence(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
-        teacher_hidden: Tensor,
+        teacher: Tensor,  # hidden states, or ids that are certain
         teacher_head: Head | None,
         weights: Tensor,
         options: _Options,
@@ -149,7 +175,7 @@ class _FusedDivergence(torch.autograd.Function):
         ]
         for chunk in _chunks(len(student_hidden), len(weight), per_token, options.memory):
             rows = chunk.rows
-            log_z = _project(chunk, student_hidden[rows], head, teacher_hidden[rows], teacher_head, options)
+            log_z = _project(chunk, student_hidden[rows], head, teacher[rows], teacher_head, options)
             per_token[rows], mass = _compare(chunk, log_z, head.softcap, options)
             if options.with_gradient:
                 factors = shares[rows] * (head.scale / options.student_temperature)
@@ -208,30 +234,40 @@ def _project(
     chunk: _Chunk,
     student_hidden: Tensor,
     head: Head,
-    teacher_hidden: Tensor,
+    teacher: Tensor,
     teacher_head: Head | None,
     options: _Options,
 ) -> Tensor:
-    """Fill the chunk with logits over temperature. Returns the logs of their partition functions, [2, rows, 1]."""
-    log_z = chunk.tiles[0].new_empty(2, len(chunk.columns), len(student_hidden))
+    """Fill the chunk with logits over temperature. Returns the logs of their partition functions, [2, rows, 1].
+
+    Of a teacher that is ids the chunk gets probabilities, 1 at the id, whose logs of partition functions are 0.
+    """
+    log_z = chunk.tiles[0].new_zeros(2, len(chunk.columns), len(student_hidden))
+    certain = options.divergence == "cross_entropy"
     temperatures = (options.student_temperature, options.teacher_temperature)
-    heads = (head, teacher_head or head)
-    both = torch.cat([student_hidden, teacher_hidden]) if teacher_head is None else None
+    heads = (head,) if certain else (head, teacher_head or head)
+    both = torch.cat([student_hidden, teacher]) if teacher_head is None and not certain else None
     for i, (columns, tile) in enumerate(zip(chunk.columns, chunk.tiles, strict=True)):
-        if both is not None:  # one large product is faster than two
+        if certain:
+            _matmul(student_hidden, head.weight[columns].t(), out=tile[0])
+            ids = torch.arange(columns.start, columns.stop, device=teacher.device)
+            tile[1].copy_(teacher[:, None] == ids)
+        elif both is not None:  # one large product is faster than two
             _matmul(both, head.weight[columns].t(), out=tile.flatten(0, 1))
         else:
-            for logits, hidden, of in zip(tile, (student_hidden, teacher_hidden), heads, strict=True):
+            for logits, hidden, of in zip(tile, (student_hidden, teacher), heads, strict=True):
                 _matmul(hidden, of.weight[columns].t(), out=logits)
-        for logits, of, temperature in zip(tile, heads, temperatures, strict=True):
+        for logits, of, temperature in zip(tile, heads, temperatures, strict=False):
             if of.bias is not None:
                 logits.add_(of.bias[columns])
             if of.softcap is not None:
                 logits.mul_(of.scale / of.softcap).tanh_().mul_(of.softcap / temperature)
             elif of.scale != temperature:
                 logits.mul_(of.scale / temperature)
-        torch.logsumexp(tile, -1, out=log_z[:, i])
-    return log_z.logsumexp(1)[..., None]
+        torch.logsumexp(tile[: len(heads)], -1, out=log_z[: len(heads), i])
+    total = log_z.logsumexp(1)[..., None]
+    total[len(heads) :] = 0
+    return total
 
 
 def _compare(chunk: _Chunk, log_z: Tensor, softcap: float | None, options: _Options) -> tuple[Tensor, Tensor]:
@@ -261,6 +297,10 @@ def _compare(chunk: _Chunk, log_z: Tensor, softcap: float | None, options: _Opti
 
 def _terms(student: Tensor, teacher: Tensor, options: _Options) -> Tensor:
     """The terms of a tile of log-probabilities; these become p_s and each term's derivative by log p_s."""
+    if options.divergence == "cross_entropy":  # of the teacher it holds probabilities
+        terms = teacher.neg_() * student
+        student.exp_()
+        return terms
     if options.divergence == "forward_kl":
         terms = teacher - student
         terms.mul_(teacher.exp_())

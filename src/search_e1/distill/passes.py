@@ -21,7 +21,7 @@ from search_e1 import ranks
 from search_e1.config import DistillConfig
 from search_e1.distill.collate import Row
 from search_e1.distill.head import hidden_at, split_head
-from search_e1.distill.loss import fused_divergence
+from search_e1.distill.loss import fused_cross_entropy, fused_divergence
 from search_e1.errors import RunError
 from search_e1.progress import Progress, silent
 from search_e1.runs import disk
@@ -91,7 +91,7 @@ class SelfDistillation(nn.Module):
         self.cached = cached
         self.frozen: nn.Module | None = None
         self.teacher_head = self.head
-        if not isinstance(model, PeftModel):
+        if config.objective == "ofsd" and not isinstance(model, PeftModel):
             self.teacher_head = self.head._replace(
                 weight=self.head.weight.detach().clone(),
                 bias=None if self.head.bias is None else self.head.bias.detach().clone(),
@@ -103,10 +103,18 @@ class SelfDistillation(nn.Module):
         self.model.gradient_checkpointing_enable(**kwargs)
 
     def forward(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted mean divergence of a batch from ``collate`` or ``pack``, and each position's."""
+        """Weighted mean loss of a batch from ``collate`` or ``pack``, and each position's: the divergence from the teacher, or
+        for ``objective = "sft"`` the cross-entropy of the student's own ids, for which there is no teacher."""
+        settings = self.settings
+        if settings.objective == "sft":
+            predicted = batch["student_input_ids"].flatten()[
+                batch["student_index"] + 1
+            ]  # what a position predicts is next
+            student = hidden_at(self.decoder, batch, "student")
+            weights, most = batch.get("weights"), settings.logits_mib
+            return fused_cross_entropy(student, predicted, self.head, weights=weights, logits_mib=most)
         teacher = self._teacher(batch)
         student = hidden_at(self.decoder, batch, "student")
-        settings = self.settings
         return fused_divergence(
             student,
             teacher.to(student.device),

@@ -1,4 +1,8 @@
-"""Offline self-distillation: one set of weights is teacher (as it was, privileged prompt) and student (trained)."""
+"""Offline self-distillation: one set of weights is teacher (as it was, privileged prompt) and student (trained).
+
+Its rival stands beside it, ``objective = "sft"``: the same references, imitated under the plain prompt without a teacher
+(rejection sampling fine-tuning, arXiv:2308.01825; RAFT, arXiv:2304.06767; STaR, arXiv:2203.14465).
+"""
 
 import json
 import math
@@ -16,7 +20,16 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 
 from search_e1 import ranks
 from search_e1.config import DistillConfig
-from search_e1.distill.collate import Row, collate, context_length, encode, fits, pack, pad_id
+from search_e1.distill.collate import (
+    Row,
+    collate,
+    context_length,
+    encode,
+    encode_reference,
+    fits,
+    pack,
+    pad_id,
+)
 from search_e1.distill.passes import SelfDistillation, TeacherStates, packs, teach
 from search_e1.errors import ConfigError, DataError, TrainingError
 from search_e1.policy import Policy, merge_adapter, with_adapter
@@ -59,7 +72,7 @@ def train(
     track: Track = untracked,
     work: Work | None = None,
 ) -> dict[str, Any]:
-    """Distil ``policy`` on ``pairs``, in place; an adapter is merged into its weights.
+    """Distil ``policy`` on ``pairs``, or fine-tune it on their references, in place; an adapter is merged into its weights.
 
     Writes ``out/policy`` (what ``policy.load`` reads) and ``out/steps.jsonl`` (a line a step: loss, grad_norm,
     learning_rate, seconds). Pairs that the policy's context cannot hold with the reference in the prompt are left out and
@@ -67,9 +80,10 @@ def train(
     it had never been interrupted.
 
     Returns:
-        pairs, pairs_too_long, pairs_shortened (whose reference lacks passages, so that it fits), positions (sampled tokens
-        in the loss, an epoch), steps, halved (how often memory ran out for a micro-batch), kl_first and kl_last (mean
-        clipped divergence in nats a token over the first and the last tenth of the steps), seconds of the steps.
+        pairs (for ``sft`` distinct references, as in what follows), pairs_too_long, pairs_shortened (whose reference lacks
+        passages, so that it fits), positions (sampled tokens in the loss, an epoch), steps, halved (how often memory ran out
+        for a micro-batch), kl_first and kl_last (mean clipped divergence in nats a token over the first and the last tenth
+        of the steps; for ``sft`` cross_entropy_first and cross_entropy_last), seconds of the steps.
 
     Raises:
         DataError: no pair, or none that fits.
@@ -79,6 +93,8 @@ def train(
         TrainingError: a loss that is not finite; ``out/bad_batch.pt`` holds the batch.
     """
     work = work or Work()
+    if imitates := config.objective == "sft":  # a reference that several students have is one example
+        pairs = list({(p.question.id, p.reference.response_ids): p for p in reversed(pairs)}.values())[::-1]
     rows = _rows(policy, pairs, config)
     out.mkdir(parents=True, exist_ok=True)
     arguments = _arguments(config, policy, seed, out)
@@ -90,12 +106,14 @@ def train(
         if config.weights == "lora":
             model = with_adapter(policy.model, config.lora)
         checkpoint = work.newest()
-        log = _StepLog(out / STEPS, progress, track, restored_steps(checkpoint, out / STEPS))
+        told = "CE" if imitates else "KL"
+        log = _StepLog(out / STEPS, progress, track, restored_steps(checkpoint, out / STEPS), told)
         trainer = _DistillTrainer(
             model=SelfDistillation(model, config, cached),
             args=arguments,
             train_dataset=[*rows, *_fillers(rows, arguments.per_device_train_batch_size)],
             pairs=len(rows),
+            loss="cross-entropy" if imitates else "divergence",
             data_collator=collator,
             callbacks=[log],
         )
@@ -106,16 +124,16 @@ def train(
     if trainer.is_world_process_zero():
         policy.save(out / "policy")
     losses = [step["loss"] for step in log.steps]
-    tenth = max(1, len(losses) // 10)
+    tenth, loss = max(1, len(losses) // 10), "cross_entropy" if imitates else "kl"
     return {
         "pairs": len(rows),
         "pairs_too_long": len(pairs) - len(rows),
-        "pairs_shortened": sum(pair.shortened for pair in pairs),
+        "pairs_shortened": 0 if imitates else sum(pair.shortened for pair in pairs),
         "positions": sum(len(row["student_positions"]) for row in rows),
         "steps": len(losses),
         "halved": sum(int(step.get("halved", 0)) for step in log.steps),
-        "kl_first": fmean(losses[:tenth]),
-        "kl_last": fmean(losses[-tenth:]),
+        f"{loss}_first": fmean(losses[:tenth]),
+        f"{loss}_last": fmean(losses[-tenth:]),
         "seconds": sum(step["seconds"] for step in log.steps),
     }
 
@@ -127,15 +145,21 @@ def _rows(policy: Policy, pairs: Sequence[Pair], config: DistillConfig) -> list[
         )
     length = context_length(policy.model)
     tokenizer, prompts = policy.tokenizer, policy.prompts
-    rows = [
-        encode(tokenizer, prompts, pair, number=number, tokens=config.tokens)
-        for number, pair in enumerate(pairs)
-        if fits(tokenizer, prompts, pair, length)
-    ]
+    numbered = enumerate(pairs)
+    if config.objective == "sft":
+        rows = [encode_reference(tokenizer, prompts, pair, number=n, tokens=config.tokens) for n, pair in numbered]
+        rows = [row for row in rows if len(row["input_ids"]) <= length]
+    else:
+        rows = [
+            encode(tokenizer, prompts, pair, number=number, tokens=config.tokens)
+            for number, pair in numbered
+            if fits(tokenizer, prompts, pair, length)
+        ]
     rows = [row for row in rows if row["student_positions"]]  # an action without a tag, if thoughts are left out
     if not rows:
         raise DataError(
-            f"none of the {len(pairs)} pairs fits the policy's context of {length} tokens with the reference in the prompt; "
+            f"none of the {len(pairs)} pairs fits the policy's context of {length} tokens"
+            f"{'' if config.objective == 'sft' else ' with the reference in the prompt'}; "
             "use a policy with a longer context, or lower rollout.max_tokens"
         )
     return rows
@@ -239,6 +263,8 @@ def _cached(
     progress: Progress,
 ) -> TeacherStates | None:
     """What the teacher makes of all rows, where that is computed beforehand."""
+    if config.objective == "sft":
+        return None
     again = config.epochs > 1 or config.weights == "all"  # without it each state would be used once, or need a copy
     apart = not ranks.on_one_machine()  # machines do not see one another's mapped files
     if config.teacher == "live" or (config.teacher == "auto" and (apart or not again)):
@@ -288,9 +314,9 @@ class _ByEpoch(Sampler[int]):
 class _DistillTrainer(HalvingTrainer, ResumingTrainer):
     loss_is_scaled_for_ga = True  # by `compute_loss`: the mean is over all micro-batches
 
-    def __init__(self, *, pairs: int, **kwargs: Any) -> None:
-        """``train_dataset``: so many ``pairs``, and what fills up the last batch."""
-        self._pairs = pairs
+    def __init__(self, *, pairs: int, loss: str, **kwargs: Any) -> None:
+        """``train_dataset``: so many ``pairs``, and what fills up the last batch. ``loss`` is what it is called."""
+        self._pairs, self._loss = pairs, loss
         super().__init__(**kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -304,7 +330,7 @@ class _DistillTrainer(HalvingTrainer, ResumingTrainer):
     def part_loss(self, model: nn.Module, inputs: dict, num_items_in_batch: Any) -> Tensor:
         loss, per_token = model(**inputs)
         if not torch.isfinite(loss):
-            raise self._failure(f"the divergence is {loss.item()}", {**inputs, "per_token": per_token})
+            raise self._failure(f"the {self._loss} is {loss.item()}", {**inputs, "per_token": per_token})
         # Gradients are averaged over processes, each of which holds a part of the batch.
         share = inputs["weights"].sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1e-6)
         return loss * share
@@ -348,9 +374,13 @@ class _DistillTrainer(HalvingTrainer, ResumingTrainer):
 class _StepLog(TrainerCallback):
     """Writes a line a step and tells progress and track."""
 
-    def __init__(self, path: Path, progress: Progress, track: Track, earlier: Sequence[dict[str, float]] = ()) -> None:
-        """``earlier``: the steps before the first, which ``path`` holds already; they are tracked once more."""
+    def __init__(
+        self, path: Path, progress: Progress, track: Track, earlier: Sequence[dict[str, float]], name: str
+    ) -> None:
+        """``earlier``: the steps before the first, which ``path`` holds already; they are tracked once more. ``name`` is what
+        the loss is called."""
         self.path = path
+        self.name = name
         self.progress = progress
         self.track = track
         self.steps = list(earlier)
@@ -373,4 +403,4 @@ class _StepLog(TrainerCallback):
             file.write(json.dumps(self.steps[-1]) + "\n")
         self._started = now
         self.track(state.global_step, told)
-        self.progress(state.global_step, state.max_steps, f"KL {logs['loss']:.4f}")
+        self.progress(state.global_step, state.max_steps, f"{self.name} {logs['loss']:.4f}")

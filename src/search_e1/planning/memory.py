@@ -119,14 +119,16 @@ class Estimator:
         cached = distill.teacher == "cached" or (
             distill.teacher == "auto" and (distill.epochs > 1 or distill.weights == "all")
         )
-        others = 0
-        if job.lora is None:
+        taught, others = distill.objective == "ofsd", 0
+        if job.lora is None and taught:
             others = self._itemsize * self.shape.head if cached else self._weights(None)
         positions = min(rows * self.width, rows * (self.config.rollout.max_searches + 1) * self._action)
         step = self._step(
             "distillation", job, rows, self.width, packed=self.packs, accumulated=micro_batches > 1,
             loss=self._fused_loss(positions, job), others=others,
         )  # fmt: skip
+        if not taught:
+            return step
         read = (1, rows * self.teacher_width) if self.packs else (rows, self.teacher_width)
         teacher = self._read(self._model(job), *read)
         # The teacher reads before the student's pass; gradients of earlier micro-batches are there then.

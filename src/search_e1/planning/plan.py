@@ -126,9 +126,10 @@ def memories(
         training("grpo update", estimator.update, share, rows, "grpo.trainer.per_device_train_batch_size")
     progress("pool, evaluation")
     made.append(estimator.sample("pool, evaluation", rows=config.rollout.batch_size, tokens=estimator.width))
-    progress("lead")
-    longer = min(shape.context_length, estimator.width + estimator.teacher_width - estimator.width)
-    made.append(estimator.sample("lead", rows=config.rollout.batch_size, tokens=longer))
+    if config.distill.objective == "ofsd":
+        progress("lead")
+        longer = min(shape.context_length, estimator.width + estimator.teacher_width - estimator.width)
+        made.append(estimator.sample("lead", rows=config.rollout.batch_size, tokens=longer))
     share = max(1, config.distill.batch_size // cluster.gpus)
     rows = min(config.distill.trainer.get("per_device_train_batch_size", share), share)
     training("distillation", estimator.distill, share, rows, "distill.trainer.per_device_train_batch_size")

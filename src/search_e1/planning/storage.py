@@ -55,7 +55,10 @@ def storage(
     if (config.grpo.steps and config.grpo.lora is None) or distill.weights == "all":
         # Two of weights and AdamW's two states; those of adapters are small.
         made.append(Storage(what="checkpoints, while training", disk=2 * 3 * shape.parameters * itemsize))
-    if distill.teacher == "cached" or (distill.teacher == "auto" and (distill.epochs > 1 or distill.weights == "all")):
+    cached = distill.teacher == "cached" or (
+        distill.teacher == "auto" and (distill.epochs > 1 or distill.weights == "all")
+    )
+    if cached and distill.objective == "ofsd":
         states = pairs * lengths.sampled * shape.hidden_size * itemsize
         made.append(Storage(what="teacher's states, while distilling", disk=round(states)))
     count, notes = _passages(config, passages)

@@ -78,18 +78,26 @@ class Clock:
         if config.grpo.steps:
             made.append(self.grpo())
         questions = min(config.pool.questions or self.counts.train, self.counts.train)
-        pairs = questions * self.lengths.pair_yield * config.pairs.references
+        taught = config.distill.objective == "ofsd"
+        # Without a teacher a reference is one example, however many students it has.
+        examples = self.lengths.pair_yield if taught else min(1.0, self.lengths.pair_yield)
+        pairs = questions * examples * config.pairs.references
         held_out = min(config.lead.pairs, config.lead.max_share * questions * self.lengths.pair_yield)
         made += (
             []
             if not rounds
             else [
                 self.sampling("pool", rounds, questions * config.pool.group_size),
-                self.sampling("lead", rounds, int(4 * held_out * config.lead.samples), self.lengths.reference / 2),
+                *self._lead(rounds, int(4 * held_out * config.lead.samples)),
                 self.distillation(max(1.0, pairs - held_out)),
             ]
         )
         return made
+
+    def _lead(self, rounds: int, trajectories: int) -> list[Work]:
+        """Nothing where there is no teacher."""
+        taught = self.config.distill.objective == "ofsd"
+        return [self.sampling("lead", rounds, trajectories, self.lengths.reference / 2)] if taught else []
 
     def grpo(self) -> Work:
         """Sampling and updates; a step waits for both."""
@@ -125,10 +133,12 @@ class Clock:
         job = Job.of(config.lora if config.weights == "lora" else None, config.trainer)
         again = config.epochs > 1 or job.lora is None
         cached = config.teacher == "cached" or (config.teacher == "auto" and again)
-        teacher = rounds * pairs * (1 if cached else config.epochs) * (lengths.total + lengths.reference)
+        readings = 0 if config.objective == "sft" else 1 if cached else config.epochs
+        teacher = rounds * pairs * readings * (lengths.total + lengths.reference)
         student = rounds * pairs * config.epochs * lengths.total
         positions = rounds * pairs * config.epochs * lengths.sampled
-        reading = passed(self.shape, teacher, lengths.total + lengths.reference) + 2 * self.shape.head * positions
+        reading = passed(self.shape, teacher, lengths.total + lengths.reference)
+        reading += 2 * self.shape.head * positions if readings else 0.0
         training = trained(self.shape, student, lengths.total, positions, job)
         halves = job.autocast or self.itemsize == 2
         hours = self._hours(training, self.rates.training, halves=halves)

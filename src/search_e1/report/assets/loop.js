@@ -12,7 +12,7 @@ const CURVES = {
     ["grad_norm", "Gradient norm", ""],
     ["clip_ratio", "Clipped share", "of tokens"],
   ],
-  ofsd: [["loss", "KL teacher ‖ student", "the loss, nats a token"], ["grad_norm", "Gradient norm", ""]],
+  ofsd: [["loss", "Loss", "KL teacher ‖ student, or the cross-entropy of fine-tuning; nats a token"], ["grad_norm", "Gradient norm", ""]],
 };
 
 function loopView(overview) {
