@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from conftest import PASSAGES
 from search_e1 import runs
 from search_e1.config import Config, LaunchConfig
 from search_e1.errors import ConfigError, RetrievalError, RunError, TrainingError
-from search_e1.launch import group
+from search_e1.launch import group, processes
 from search_e1.launch.group import Meeting
+from search_e1.launch.launcher import Launcher
+from search_e1.launch.processes import ForkServer, Start
 from search_e1.progress import Progress, silent
 from search_e1.runs.stopping import Stopped, on_signals
 from search_e1.stages import Stages
@@ -28,12 +31,29 @@ MEETING = Meeting("127.0.0.1", 4321, 0, 2, 2)
 
 @pytest.fixture
 def acting(monkeypatch) -> None:
-    monkeypatch.setattr(group, "MODULE", "acting_rank")
+    """Processes that are no workers."""
+    monkeypatch.setattr(processes, "MODULE", "acting_rank")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
 
 
-def act(logs: Path, *acts: str, progress: Progress = silent, **kwargs: Any) -> Any:
-    return group.run(MEETING, {"act": acts, "logs": str(logs)}, logs, progress=progress, **kwargs)
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    """What such processes can be copies of."""
+    with pytest.MonkeyPatch.context() as patch:
+        acting.__wrapped__(patch)  # type: ignore[attr-defined]
+        made = ForkServer(group.variables(2))
+    assert made.usable()
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=["copies", "anew"])
+def start(acting, server, request) -> Start:
+    return server.start if request.param == "copies" else processes.fresh
+
+
+def act(logs: Path, start: Start, *acts: str, progress: Progress = silent, **kwargs: Any) -> Any:
+    return group.run(MEETING, {"act": acts, "logs": str(logs)}, logs, progress=progress, start=start, **kwargs)
 
 
 def all_ended(logs: Path) -> bool:
@@ -41,10 +61,9 @@ def all_ended(logs: Path) -> bool:
     return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
 
 
-@pytest.mark.usefixtures("acting")
-def test_the_first_tells_how_far_it_is_and_what_it_made(tmp_path):
+def test_the_first_tells_how_far_it_is_and_what_it_made(tmp_path, start):
     told: list[tuple[int, int, str]] = []
-    made = act(tmp_path, "work", "work", progress=lambda *args: told.append(args))
+    made = act(tmp_path, start, "work", "work", progress=lambda *args: told.append(args))
     assert made == {"made": [1, 2], "at": "4321"}
     assert told == [(1, 2, "half"), (2, 2, "all")]
     assert [(tmp_path / f"rank-{i}.log").read_text() for i in (0, 1)] == [
@@ -53,7 +72,6 @@ def test_the_first_tells_how_far_it_is_and_what_it_made(tmp_path):
     ]
 
 
-@pytest.mark.usefixtures("acting")
 @pytest.mark.parametrize(
     ("acts", "error", "message"),
     [
@@ -69,35 +87,69 @@ def test_the_first_tells_how_far_it_is_and_what_it_made(tmp_path):
         (("vanish", "wait"), TrainingError, r"^process 0 of 2 left with status 3; see .*rank-0\.log"),
     ],
 )
-def test_the_first_cause_is_told_and_all_end(tmp_path, monkeypatch, acts, error, message):
-    monkeypatch.setattr(group, "_GRACE", 1.0)
+def test_the_first_cause_is_told_and_all_end(tmp_path, monkeypatch, start, acts, error, message):
+    monkeypatch.setattr(group, "_GRACE", 0.7)
     with pytest.raises(error, match=message) as raised:
-        act(tmp_path, *acts)
+        act(tmp_path, start, *acts)
     assert "\n" not in str(raised.value)
     assert all_ended(tmp_path)
 
 
-@pytest.mark.usefixtures("acting")
-def test_a_signal_is_passed_on_and_all_save_first(tmp_path):
+def test_a_signal_is_passed_on_and_all_save_first(tmp_path, start):
     def stop_when_told(done: int, total: int, figure: str = "") -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     with on_signals() as stop, pytest.raises(Stopped):
-        act(tmp_path, "wait", "wait", progress=stop_when_told, stop=stop)
+        act(tmp_path, start, "wait", "wait", progress=stop_when_told, stop=stop)
     assert [(tmp_path / f"saved-{i}").exists() for i in (0, 1)] == [True, True]
     assert all_ended(tmp_path)
 
 
 @pytest.mark.usefixtures("acting")
-def test_processes_end_with_the_one_that_started_them(tmp_path):
+@pytest.mark.parametrize("start", ["processes.ForkServer(os.environ).start", "processes.fresh"], ids=["copies", "anew"])
+def test_processes_end_with_the_one_that_started_them(tmp_path, start):
     code = (
-        "import os, pathlib, sys; from search_e1.launch import group; group.MODULE = 'acting_rank';"
+        "import os, pathlib, sys; from search_e1.launch import group, processes; processes.MODULE = 'acting_rank';"
         "group.run(group.Meeting('127.0.0.1', 1, 0, 2, 2), {'act': ['wait', 'wait'], 'logs': sys.argv[1]},"
-        "pathlib.Path(sys.argv[1]), progress=lambda *_: os._exit(9))"  # as one that is killed: nothing is cleaned up
+        f"pathlib.Path(sys.argv[1]), start={start},"
+        "progress=lambda *_: os._exit(9))"  # as one that is killed: nothing is cleaned up
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 9
     while not all_ended(tmp_path):
         pass
+
+
+def test_a_process_that_starts_others_tells_why_it_cannot(tmp_path, monkeypatch, caplog):
+    """A thread that importing has started would not be there in a copy. Then all are started anew."""
+    monkeypatch.setattr(processes, "MODULE", "threading_rank")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parent), *sys.path]))
+    (tmp_path / "threading_rank.py").write_text(
+        "import threading, time\nfrom acting_rank import main\n"
+        "if __name__ == '__main__':\n    main()\nelse:\n"
+        "    threading.Thread(target=time.sleep, args=[600], daemon=True).start()\n"
+    )
+    launching = Launcher(2)
+    launching.prepare()
+    logs = tmp_path / "logs"
+    assert launching.run({"act": ["work", "work"], "logs": str(logs)}, logs)["made"] == [1, 2]
+    assert caplog.messages == ["processes are started anew, which takes longer: importing has started threads"]
+    assert launching._server is None
+
+
+def test_a_process_that_starts_others_may_be_killed(tmp_path, acting, monkeypatch):
+    monkeypatch.setattr(group, "_GRACE", 0.1)
+    launching = Launcher(2)
+
+    def kill(*_: object) -> None:
+        assert launching._server
+        launching._server._server.kill()
+
+    with pytest.raises(TrainingError, match="process 0 of 2 was ended by SIGKILL"):
+        launching.run({"act": ["wait", "wait"], "logs": str(tmp_path)}, tmp_path, kill)
+    while not all_ended(tmp_path):
+        pass
+    assert launching.run({"act": ["work", "work"], "logs": str(tmp_path)}, tmp_path)["made"] == [1, 2]
+    launching.close()
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
@@ -160,8 +212,8 @@ class KillOne:
     def __call__(self, done: int, total: int, figure: str = "") -> None:
         self.told.append(done)
         if self.told == [1, 2]:
-            children = psutil.Process().children()
-            [second] = [child for child in children if child.environ().get("RANK") == "1"]
+            *_, server = sorted(psutil.Process().children(), key=psutil.Process.create_time)
+            _, second = sorted(server.children(), key=psutil.Process.create_time)
             second.kill()
 
 

@@ -27,7 +27,7 @@ from search_e1.evaluation.results import EVALUATION, Evaluation
 from search_e1.grpo import batching
 from search_e1.grpo import trainer as grpo_trainer
 from search_e1.inputs import Inputs, Watch, at_most, unwatched
-from search_e1.launch.group import check_alone, launched
+from search_e1.launch.launcher import Launcher, check_alone
 from search_e1.loading import device
 from search_e1.planning import start
 from search_e1.policy import Policy, Reader
@@ -58,6 +58,9 @@ class Stages(Inputs):
         """``stop`` says when to stop; see ``stopping.on_signals``."""
         super().__init__(config, root, watch)
         self.stop = stop or Stop()
+        # An engine of vLLM's own starts processes and threads as it likes.
+        fork = config.launch.fork and config.rollout.engine != "vllm"
+        self._launcher = Launcher(config.launch.processes, fork=fork)
         # Of the stage at work:
         self._track: Track = untracked
         self._work = Work()
@@ -116,6 +119,7 @@ class Stages(Inputs):
         grpo = self.config.grpo
         batching.split(grpo.questions_per_step * grpo.group_size, processes, grpo.trainer)
         distill_trainer.micro_batch(self.config.distill, processes)
+        self._launcher.prepare()
 
     def check_memory(self, policy: str | Path, *stages: str) -> None:
         """Refuse what cannot fit the GPU in ``stages`` (``grpo``, ``distill``): see ``planning.start``.
@@ -377,7 +381,7 @@ class Stages(Inputs):
                 "stage": task[0], "arguments": task[1:], "versions": runs.versions(),
             }  # fmt: skip
             with self.watch(name) as progress:
-                return launched(to_jsonable_python(told), self.config.launch.processes, logs, progress, self.stop)
+                return self._launcher.run(to_jsonable_python(told), logs, progress, self.stop)
 
         return make
 

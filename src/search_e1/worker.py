@@ -22,10 +22,11 @@ from pydantic import validate_call
 from pydantic_core import to_jsonable_python
 
 from search_e1 import ranks, runs
+from search_e1.allocation import keep_freed_memory
 from search_e1.config import Config
 from search_e1.errors import RunError
 from search_e1.inputs import unwatched
-from search_e1.launch import group
+from search_e1.launch import fork_server, group
 from search_e1.loading import device
 from search_e1.progress import Progress
 from search_e1.retrieval.base import Index
@@ -92,6 +93,7 @@ def main() -> None:
     task = json.loads(_line(0))
     threading.Thread(target=_end_with_the_one_that_waits, daemon=True).start()
     faulthandler.enable()
+    keep_freed_memory()
     logs = Path(task["logs"])
     try:
         _check_versions(task["versions"])
@@ -159,7 +161,7 @@ def _end_with_the_one_that_waits() -> None:
 
 
 def _pipe() -> IO[str] | None:
-    return open(int(os.environ[group.PIPE]), "w", closefd=False) if ranks.is_first() else None
+    return open(int(os.environ[fork_server.PIPE]), "w", closefd=False) if ranks.is_first() else None
 
 
 def _tell(pipe: IO[str] | None, told: Mapping[str, Any]) -> None:

@@ -322,6 +322,9 @@ class LaunchConfig(Section):
     processes: Positive = 1
     """On each machine, one for each of its GPUs. With 1 the stages run in the process that runs the loop; with more GRPO, pool,
     lead, distillation and evaluation are each started as a group of processes, which end with the stage."""
+    fork: bool = True
+    """Start them as copies of one process that has imported everything once, where that is safe (Linux, and sampling by
+    transformers), instead of starting Python anew for each stage."""
 
 
 class WarmstartConfig(Section):

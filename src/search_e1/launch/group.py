@@ -9,22 +9,19 @@ import json
 import os
 import select
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from search_e1 import errors
+from search_e1.launch import processes
+from search_e1.launch.processes import Process, Start
 from search_e1.progress import Progress, silent
 from search_e1.runs.stopping import STATUS, Stop
 
-MODULE = "search_e1.worker"
-"""What each process runs."""
-PIPE = "SEARCH_E1_PIPE"
-"""Variable that tells the first process the number of its pipe."""
 _POLL = 0.1
 _GRACE = 3.0
 """Seconds that the others have to say what they know of it when one has failed."""
@@ -43,32 +40,14 @@ class Meeting:
     all: int
 
 
-def check_alone() -> None:
-    """Whether this process was started as one, on one machine.
-
-    Raises:
-        ConfigError: it is one of several that a launcher or a scheduler has started.
-    """
-    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-        if (count := os.environ.get(name, "1")) != "1":
-            raise errors.ConfigError(
-                f"{name} = {count}: started as one of {count} processes; start one, which starts a process for each GPU of its "
-                "machine itself (launch.processes); several machines are not supported yet"
-            )
-
-
-def launched(task: Mapping[str, Any], processes: int, logs: Path, progress: Progress, stop: Stop) -> dict[str, Any]:
-    """``run`` with all processes on this machine."""
-    from torch.distributed import TCPStore  # takes a second
-
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    result = run(Meeting("127.0.0.1", store.port, 0, processes, processes), task, logs, progress=progress, stop=stop)
-    assert result is not None
-    return result
-
-
 def run(
-    meeting: Meeting, task: Mapping[str, Any], logs: Path, *, progress: Progress = silent, stop: Stop | None = None
+    meeting: Meeting,
+    task: Mapping[str, Any],
+    logs: Path,
+    *,
+    progress: Progress = silent,
+    stop: Stop | None = None,
+    start: Start = processes.fresh,
 ) -> dict[str, Any] | None:
     """Start the processes of this machine with ``task``, wait for all, and return what the first process made.
 
@@ -86,47 +65,46 @@ def run(
     group = _Group(meeting, logs, progress)
     with stop.finishing():
         try:
-            group.start(json.dumps(task).encode() + b"\n")
+            group.start(json.dumps(task).encode() + b"\n", start)
             group.wait(stop)
         finally:
             group.kill()
     return group.result
 
 
+def variables(here: int) -> dict[str, str]:
+    """Of this process, and how many threads each of ``here`` processes has, unless that is set."""
+    threads = max(1, len(os.sched_getaffinity(0)) // here)
+    return {"OMP_NUM_THREADS": str(threads), **os.environ}
+
+
 class _Group:
     def __init__(self, meeting: Meeting, logs: Path, progress: Progress) -> None:
         self.meeting, self.logs, self.progress = meeting, logs, progress
-        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.processes: dict[int, Process] = {}
         self.result: dict[str, Any] | None = None
         self._pipe: IO[bytes] | None = None
         self._told = b""
 
-    def start(self, task: bytes) -> None:
+    def start(self, task: bytes, start: Start) -> None:
         read, write = os.pipe()
         self._pipe = os.fdopen(read, "rb", buffering=0)
-        for local in range(self.meeting.here):
-            rank = self.meeting.first + local
-            with (self.logs / f"rank-{rank}.log").open("wb") as log:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", MODULE],
-                    env=self._environment(local, write),
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=[] if rank else [write],
-                    start_new_session=True,  # a terminal's Ctrl-C comes to the one that waits, which passes it on
-                )
-            self.processes[rank] = process
-            assert process.stdin
-            process.stdin.write(task)  # to be closed when this process ends
-            process.stdin.flush()
-        os.close(write)
+        try:
+            for local in range(self.meeting.here):
+                rank = self.meeting.first + local
+                with (self.logs / f"rank-{rank}.log").open("wb") as log:
+                    process = start(self._environment(local), log, None if rank else write)
+                self.processes[rank] = process
+                assert process.stdin
+                with suppress(BrokenPipeError):  # it has ended, which is noticed soon
+                    process.stdin.write(task)
+                    process.stdin.flush()  # to be closed when this process ends
+        finally:
+            os.close(write)
 
-    def _environment(self, local: int, pipe: int) -> dict[str, str]:
-        threads = max(1, len(os.sched_getaffinity(0)) // self.meeting.here)
+    def _environment(self, local: int) -> dict[str, str]:
         return {
-            "OMP_NUM_THREADS": str(threads),
-            **os.environ,
+            **variables(self.meeting.here),
             "MASTER_ADDR": self.meeting.address,
             "MASTER_PORT": str(self.meeting.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -134,7 +112,6 @@ class _Group:
             "LOCAL_RANK": str(local),
             "WORLD_SIZE": str(self.meeting.all),
             "LOCAL_WORLD_SIZE": str(self.meeting.here),
-            PIPE: str(pipe),
         }
 
     def wait(self, stop: Stop) -> None:

@@ -7,7 +7,6 @@ artifact again returns it; asking for it with other settings or inputs is refuse
 """
 
 import json
-import os
 import platform
 import shutil
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from search_e1.errors import RunError
-from search_e1.runs import locks
+from search_e1.runs import cpu, locks
 from search_e1.runs.drift import Change, Defaults, changes, lines, no_defaults
 from search_e1.runs.files import SUM, read_summed, sha256, sha256_text, sync, write_atomically, write_summed
 from search_e1.safe import inside, masked
@@ -132,11 +131,11 @@ def artifact(
 def _made(path: Path, stage: str, identity: dict[str, Any], make: Make, gpus: int) -> Artifact:
     partial = path.with_name(f".{path.name}.partial")
     here = versions()
-    begun, clock, cpu = _begin(partial, {**identity, "versions": here}), time.perf_counter(), _cpu_seconds()
+    begun, clock, used = _begin(partial, {**identity, "versions": here}), time.perf_counter(), cpu.seconds()
     try:
         result = make(partial)
     except BaseException:
-        begun = begun.model_copy(update={"cpu_seconds": begun.cpu_seconds + _cpu_seconds() - cpu})
+        begun = begun.model_copy(update={"cpu_seconds": begun.cpu_seconds + cpu.seconds() - used})
         with suppress(OSError):
             write_atomically(partial / WORK / _BEGUN, begun.model_dump_json() + "\n")
         raise
@@ -147,7 +146,7 @@ def _made(path: Path, stage: str, identity: dict[str, Any], make: Make, gpus: in
         versions=here,
         started=begun.started,
         seconds=round(begun.seconds + time.perf_counter() - clock, 3),
-        cpu_seconds=round(begun.cpu_seconds + _cpu_seconds() - cpu, 3),
+        cpu_seconds=round(begun.cpu_seconds + cpu.seconds() - used, 3),
         attempts=begun.attempts,
         gpus=gpus,
         **identity,
@@ -193,11 +192,6 @@ def _begin(partial: Path, identity: dict[str, Any]) -> _Begun:
     (partial / WORK).mkdir(parents=True, exist_ok=True)
     write_atomically(partial / WORK / _BEGUN, begun.model_dump_json() + "\n")
     return begun
-
-
-def _cpu_seconds() -> float:
-    """Of this process and of those that it started and that have ended."""
-    return sum(os.times()[:4])
 
 
 def _begun(partial: Path) -> _Begun | None:
