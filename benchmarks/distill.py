@@ -36,12 +36,12 @@ from search_e1.data.world import make_world, write
 from search_e1.distill import pairs as mining
 from search_e1.distill import trainer
 from search_e1.distill.collate import Row, collate, encode, pack, pad_id
-from search_e1.distill.head import hidden_at
 from search_e1.distill.passes import SelfDistillation, packs
 from search_e1.policy import Policy, with_adapter
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.rollout import pool
 from search_e1.rollout.hf import HFGenerator
+from search_e1.training.head import hidden_at
 from search_e1.types import Pair
 
 SHAPES = {  # of the published checkpoints' config.json

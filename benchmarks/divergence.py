@@ -44,8 +44,8 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # student [N, H], teacher [N, H]
 
 
 def ours(student: Tensor, teacher: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-    from search_e1.distill.head import Head
-    from search_e1.distill.loss import fused_divergence
+    from search_e1.training.divergence import fused_divergence
+    from search_e1.training.head import Head
 
     return fused_divergence(student[mask], teacher[mask], Head(weight), tau=10.0)[0]
 

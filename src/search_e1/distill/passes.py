@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from search_e1 import ranks
 from search_e1.config import DistillConfig
 from search_e1.distill.collate import Row
-from search_e1.distill.head import hidden_at, split_head
-from search_e1.distill.loss import fused_cross_entropy, fused_divergence
 from search_e1.errors import RunError
 from search_e1.progress import Progress, silent
 from search_e1.runs import disk
+from search_e1.training.divergence import fused_cross_entropy, fused_divergence
+from search_e1.training.head import hidden_at, split_head
 
 _PROBE_TOKENS = 8
 

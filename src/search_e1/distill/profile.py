@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from search_e1.distill.collate import Row, TokenClass, collate, encode, pad_id
-from search_e1.distill.head import Head, hidden_at, split_head
-from search_e1.distill.loss import fused_divergence
+from search_e1.distill.collate import Row, collate, encode, pad_id
 from search_e1.policy import Policy
+from search_e1.tokens import TokenClass
+from search_e1.training.divergence import fused_divergence
+from search_e1.training.head import Head, hidden_at, split_head
 from search_e1.types import Pair, Record
 
 FILE = "kl.jsonl"
@@ -78,7 +79,7 @@ def pair_kl(policy: Policy, pairs: Sequence[Pair]) -> list[PairKL]:
 
 
 def by_class(profiles: Sequence[PairKL]) -> dict[TokenClass, ClassKL]:
-    """The divergence of all pairs by ``collate.token_classes``; classes that do not occur are absent."""
+    """The divergence of all pairs by ``tokens.token_classes``; classes that do not occur are absent."""
     parts: dict[TokenClass, list[float]] = {}
     for profile in profiles:
         for kind, divergence in zip(profile.classes, profile.kl, strict=True):

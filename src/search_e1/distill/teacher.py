@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
 from search_e1.config import LeadConfig, RolloutConfig
-from search_e1.distill.collate import TokenClass, context_length, fits, prompt_of_teacher
+from search_e1.distill.collate import context_length, fits, prompt_of_teacher
 from search_e1.distill.profile import ClassKL, PairKL, by_class, pair_kl
 from search_e1.errors import DataError, NoLeadError
 from search_e1.policy import Policy
@@ -22,6 +22,7 @@ from search_e1.rollout.generator import Generator
 from search_e1.rollout.sharing import Part, written
 from search_e1.runs import read_records
 from search_e1.runs.checkpoints import Work
+from search_e1.tokens import TokenClass
 from search_e1.types import Pair, Record, Trajectory, Turn
 
 

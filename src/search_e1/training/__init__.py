@@ -1,1 +1,2 @@
-"""What GRPO, distillation and warm start share of a trainer: going on after a kill, smaller batches when memory runs out."""
+"""What GRPO, distillation and warm start share of a trainer: going on after a kill, smaller batches when memory runs out, and
+the divergence of two roles of a policy."""

@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from search_e1.distill.head import Head
 from search_e1.errors import ConfigError
+from search_e1.training.head import Head
 
 Divergence = Literal["forward_kl", "reverse_kl", "js"]
 Clip = Literal["entry", "token", "none"]
