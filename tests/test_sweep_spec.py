@@ -55,6 +55,14 @@ def test_a_variant_lies_over_flags_over_common_over_the_config(tmp_path):
     assert (long.grpo.steps, long.rounds) == (8, 2)
 
 
+def test_each_run_goes_on_from_what_another_sweep_made_under_its_seed(tmp_path):
+    text = 'seeds = [3, 1]\n[common]\npolicy.model = "runs/first/{seed}/policy"\n'
+    text += '[variants.a]\nprompts.instruction = "{question}"\n'
+    sweep = read(tmp_path, text)
+    assert [run.config.policy.model for run in sweep.runs] == ["runs/first/3/policy", "runs/first/1/policy"]
+    assert {run.config.prompts.instruction for run in sweep.runs if run.config.prompts} == {"{question}"}
+
+
 def test_a_grid_multiplies_the_variants(tmp_path):
     grid = '[grid]\ngrpo.steps = [1, 2]\n"distill.clip" = ["entry", "none"]\n'
     sweep = read(tmp_path, grid)

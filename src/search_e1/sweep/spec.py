@@ -147,9 +147,14 @@ def _leaves(table: Mapping[str, Any], prefix: list[str]) -> Iterator[tuple[list[
 def _config(config: Path, pairs: Pairs, name: str, seed: int, directory: Path) -> Config:
     place = directory / RUNS / name / str(seed)
     try:
-        return laid_over(config, [*pairs, (["seed"], seed), (["run"], str(place))])
+        return laid_over(config, [*_of_seed(pairs, seed), (["seed"], seed), (["run"], str(place))])
     except ConfigError as error:
         raise ConfigError(f"variant {name!r}: {error}") from error
+
+
+def _of_seed(pairs: Pairs, seed: int) -> Pairs:
+    """``{seed}`` in texts stands for the run's own: each run goes on from what another sweep made under its seed."""
+    return [(key, value.replace("{seed}", str(seed)) if isinstance(value, str) else value) for key, value in pairs]
 
 
 def _all_different(runs: Sequence[Run], path: Path) -> None:
