@@ -162,7 +162,15 @@ def find_students(group: Group, reference: Trajectory, config: PairsConfig, seed
     the sampled tokens. By ``wrong_first`` wrong ones come first, and within each the most divergent; by ``all_wrong`` the
     most divergent; by ``longest`` that with most sampled tokens. Remaining ties go by the order in the group. Of siblings
     with the same ids one is enough.
+
+    By ``any`` it is every other sibling, as often as it was sampled: students are then distributed as the policy's own
+    trajectories are. Mistakes alone show the student the states in which the teacher says no, never those that look the same to
+    the student and in which the teacher says yes.
     """
+    if config.students_by == "any":
+        students = [t for t in group.trajectories if t is not reference and t.turns]
+        _random(seed, "student", group).shuffle(students)
+        return students
     students = [t for t in _distinct(group) if t.turns and (not t.correct or _less_efficient(t, reference))]
     if config.students_by == "all_wrong":
         students = [t for t in students if not t.correct]
