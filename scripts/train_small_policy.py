@@ -22,7 +22,7 @@ from search_e1.policy import Policy
 from search_e1.prompts import INFORMATION_CLOSE, INFORMATION_OPEN, Prompts
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.warmstart.trainer import train
-from search_e1.warmstart.world_demonstrations import HABITS, PHRASES, DemonstrationWriter, Slips, batches
+from search_e1.warmstart.world_demonstrations import HABITS, PHRASES, WORDY, DemonstrationWriter, Slips, batches
 from small_policy_figures import figures
 
 PROMPTS = Prompts(
@@ -111,15 +111,17 @@ def make_policy(arguments: argparse.Namespace, directory: Path) -> Policy:
         if done % 50 == 0:
             print(f"step {done}/{total}  {figure}  {time.perf_counter() - started:.0f} s", flush=True)
 
-    # First to read, search and follow examples; then the bad habits, which are quickly learnt and quickly unlearnt.
-    for steps, drills, slips, off_track, rate in (
-        (arguments.steps, arguments.drills, Slips(), 0.6, arguments.learning_rate),
-        (arguments.habit_steps, 0, HABITS, 0.75, arguments.learning_rate * 0.4),
+    # First to read, search and follow examples; then the bad habits, which are quickly learnt and quickly unlearnt; the last to
+    # fill its thoughts with words.
+    for steps, drills, slips, off_track, rate, seed in (
+        (arguments.steps, arguments.drills, Slips(), 0.6, arguments.learning_rate, arguments.seed),
+        (arguments.habit_steps, 0, HABITS, 0.75, arguments.learning_rate * 0.4, arguments.seed),
+        (arguments.wordy_steps, 0, WORDY, 0.75, arguments.learning_rate * 0.4, arguments.seed + 1),
     ):
         demonstrations = batches(
-            writers, size=arguments.batch, drills=drills, slips=slips, seed=arguments.seed, off_track=off_track
+            writers, size=arguments.batch, drills=drills, slips=slips, seed=seed, off_track=off_track
         )
-        train(policy, demonstrations, steps=steps, learning_rate=rate, seed=arguments.seed, progress=report)
+        train(policy, demonstrations, steps=steps, learning_rate=rate, seed=seed, progress=report)
     return policy
 
 
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory for the policy")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--habit-steps", type=int, default=300, help="steps after them, that teach bad habits")
+    parser.add_argument("--wordy-steps", type=int, default=200, help="steps after those, that teach to fill thoughts")
     parser.add_argument("--drills", type=int, default=150, help="of the steps, those of reading drills")
     parser.add_argument("--batch", type=int, default=16, help="demonstrations a step")
     parser.add_argument("--learning-rate", type=float, default=5e-3)

@@ -51,6 +51,8 @@ class Slips:
     """Share of the remaining trajectories that mistake the last relation for another, if it is one of ``CONFUSED``."""
     verbose: float = 0.5
     """Share of trajectories that fill their thoughts."""
+    favourite: float = 0.0
+    """Share of what they fill them with that is the same everywhere; the rest is drawn."""
     misread: float = 0.0
     """Probability, at each turn of a bad start, of going on from a name that no passage holds."""
     stray: int = 3
@@ -64,6 +66,9 @@ class Slips:
 CLEAN = Slips(irrelevant=0, duplicate=0, recheck=0, early=(0, 0, 0), give_up=0, wrong=0, verbose=0)
 HABITS = Slips(early=(0.15, 0.65, 0.7), one_short=True, wrong=0.05, confused=0.7, misread=0.35, stray=4)
 """Slips of which some are more likely than what is right, so that the greedy trajectory goes wrong too."""
+WORDY = replace(HABITS, verbose=0.9, favourite=0.85)
+"""Filled thoughts too are more likely than plain ones. They cost nothing but tokens, so that a reward for the answer alone does
+not see them."""
 CONFUSED = {
     "employer": "birthplace",
     "studio": "director",
@@ -163,7 +168,7 @@ class DemonstrationWriter:
 
     def _go(self, walk: _Walk, rng: random.Random, slips: Slips) -> None:
         """Take turns until the answer, or to the end of a plan that makes it wrong."""
-        verbose = rng.random() < slips.verbose
+        verbose = slips.favourite if rng.random() < slips.verbose else None
         plan, turn = _plan(walk, rng, slips)
         while not walk.answered:
             at = walk.progress
@@ -183,7 +188,7 @@ class DemonstrationWriter:
 
     def _stray(self, walk: _Walk, rng: random.Random, slips: Slips) -> None:
         """Take some turns, most of them bad, and do not answer."""
-        verbose = rng.random() < slips.verbose
+        verbose = slips.favourite if rng.random() < slips.verbose else None
         heavy = replace(slips, irrelevant=0.35, duplicate=0.25, recheck=0.7)
         for _ in range(rng.randint(1, slips.stray)):
             if slips.misread and self._misread(walk, rng, slips, verbose):
@@ -197,7 +202,7 @@ class DemonstrationWriter:
             else:
                 self._step(walk, rng, verbose)
 
-    def _step(self, walk: _Walk, rng: random.Random, verbose: bool) -> None:
+    def _step(self, walk: _Walk, rng: random.Random, verbose: float | None) -> None:
         """The right thing: search for the next fact, or answer."""
         at = walk.progress
         thought = self._filled(rng, _known(walk), verbose)
@@ -207,7 +212,7 @@ class DemonstrationWriter:
             relation, name = walk.relations[at], walk.chain[at].name
             self._search(walk, [*thought, "need", relation, "of", name], relation, name)
 
-    def _detour(self, walk: _Walk, rng: random.Random, slips: Slips, verbose: bool) -> bool:
+    def _detour(self, walk: _Walk, rng: random.Random, slips: Slips, verbose: float | None) -> bool:
         """Perhaps a search that does not help; whether one was made."""
         if len(walk.queries) + walk.hops - walk.progress >= self.max_searches:
             return False
@@ -235,7 +240,7 @@ class DemonstrationWriter:
         entity = rng.choice(others)
         return rng.choice(list(entity.facts)), entity.name
 
-    def _take_wrong(self, walk: _Walk, rng: random.Random, verbose: bool) -> None:
+    def _take_wrong(self, walk: _Walk, rng: random.Random, verbose: float | None) -> None:
         """Go wrong at the last fact that was found: answer with, or search on from, another value, and then answer."""
         if walk.progress < walk.hops:
             entity = self._search_wrong(walk, rng, verbose)
@@ -245,7 +250,7 @@ class DemonstrationWriter:
             relation = rng.choice([r for r in entity.facts if r != walk.relations[-1]] or list(entity.facts))
         self._answer_with(walk, rng, entity, relation, verbose)
 
-    def _misread(self, walk: _Walk, rng: random.Random, slips: Slips, verbose: bool) -> bool:
+    def _misread(self, walk: _Walk, rng: random.Random, slips: Slips, verbose: float | None) -> bool:
         """Perhaps a search that goes on from a fact whose value was copied wrongly; whether one was made."""
         at = walk.progress
         if not at or len(walk.queries) + walk.hops - at >= self.max_searches or rng.random() >= slips.misread:
@@ -265,13 +270,15 @@ class DemonstrationWriter:
             self._search(walk, [*thought, "need", relation, "of", name], relation, name)
         return True
 
-    def _answer_with(self, walk: _Walk, rng: random.Random, entity: Entity, relation: str, verbose: bool) -> None:
+    def _answer_with(
+        self, walk: _Walk, rng: random.Random, entity: Entity, relation: str, verbose: float | None
+    ) -> None:
         """Answer with a fact that was not asked for."""
         value = self.world.entities[entity.facts[relation]].name
         thought = self._filled(rng, ["found", f"|{relation}", "of", entity.name, ":", value, "."], verbose)
         self._answer(walk, [*thought, "done", "."], value)
 
-    def _search_wrong(self, walk: _Walk, rng: random.Random, verbose: bool) -> Entity:
+    def _search_wrong(self, walk: _Walk, rng: random.Random, verbose: float | None) -> Entity:
         """Search the next relation of a value that is not the one asked for; returns whose that is."""
         at = walk.progress
         before = walk.chain[at - 1]
@@ -282,8 +289,12 @@ class DemonstrationWriter:
         self._search(walk, [*thought, "need", relation, "of", entity.name], relation, entity.name)
         return entity
 
-    def _filled(self, rng: random.Random, thought: Sequence[str], verbose: bool) -> list[str]:
-        return [f"{_SLIP}{rng.choice(_FILLERS)}", *thought] if verbose and rng.random() < 0.8 else list(thought)
+    def _filled(self, rng: random.Random, thought: Sequence[str], verbose: float | None) -> list[str]:
+        """Perhaps filled: ``verbose`` is ``Slips.favourite`` in a trajectory that fills its thoughts."""
+        if verbose is None or rng.random() >= 0.8:
+            return list(thought)
+        filler = _FILLERS[0] if verbose and rng.random() < verbose else rng.choice(_FILLERS)
+        return [f"{_SLIP}{filler}", *thought]
 
     def _search(self, walk: _Walk, thought: Sequence[str], relation: str, name: str) -> None:
         self._act(walk, ["<think>", *thought, "</think>", "<search>", relation, name, "</search>"])
