@@ -3,13 +3,14 @@
 from zlib import crc32
 
 import pytest
+from pydantic import ValidationError
 
 from search_e1.config import PairsConfig
 from search_e1.distill.files import check_tokenizer
-from search_e1.distill.pairs import align, divergence, find_references, select
+from search_e1.distill.pairs import align, divergence, find_references, mismatch, select
 from search_e1.errors import DataError
 from search_e1.privileged import Shown
-from search_e1.types import ActionKind, Group, Question, StopReason, Trajectory, Turn
+from search_e1.types import ActionKind, Group, Pair, Question, StopReason, Trajectory, Turn
 
 QUESTION = Question(id="q", text="Who is the mayor of Bel?", answers=("Cor Dun",))
 
@@ -243,3 +244,59 @@ def test_ids_of_another_tokenizer_are_refused():
         ) as refused:
             check_tokenizer(Words(), [said(1, 2), said(*ids)], "pairs-1")
         assert "\n" not in str(refused.value)
+
+
+def asked(number: int) -> Pair:
+    """A pair of a question of its own, whose answer is its number."""
+    question = Question(id=f"q{number}", text="Which?", answers=(str(number % 10),))
+    right, wrong = (
+        trajectory(search(f"which {number}"), answer(text), question=question.id).model_copy(update={"reward": reward})
+        for text, reward in ((str(number % 10), 1.0), ("none", 0.0))
+    )
+    return Pair(question=question, reference=right, student=wrong)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.3, 6), (1.0, 20)])
+def test_a_share_of_the_questions_sees_the_reference_of_another_one(share, count):
+    pairs = [asked(number) for number in range(20)]
+    pairs.append(pairs[3].model_copy(update={"student": pairs[3].student.model_copy(update={"f1": 0.5})}))
+    made, left_out = mismatch(pairs, pairs, share, seed=4)
+    assert left_out == 0
+    assert len({pair.question.id for pair in made if pair.mismatched}) == count
+    for before, after in zip(pairs, made, strict=True):
+        assert (after.question, after.student) == (before.question, before.student)
+        if after.mismatched:
+            assert after.reference.question_id != after.question.id
+            assert after.reference.answer not in after.question.answers  # q7 and q17 have one answer
+            assert after.shown == after.reference.text
+        else:
+            assert after == before
+    assert made[3].reference == made[-1].reference  # of one question
+    assert mismatch(pairs, pairs, share, seed=4) == (made, 0)
+    others = {pair.question.id for pair in mismatch(pairs, pairs, 1.0, seed=4)[0] if pair.mismatched}
+    assert {pair.question.id for pair in made if pair.mismatched} <= others  # a larger share adds to a smaller one
+    if count == 6:
+        assert mismatch(pairs, pairs, share, seed=5)[0] != made
+
+
+def test_a_reference_of_another_question_has_to_fit():
+    pairs = [asked(number) for number in range(4)]
+
+    def show(question, reference, student):
+        return None if question.id == "q0" or reference.question_id == "q3" else Shown("cut", shortened=True)
+
+    made, left_out = mismatch(pairs, pairs, 1.0, show)
+    assert [pair.question.id for pair in made] == ["q1", "q2", "q3"]
+    assert left_out == 1
+    assert {(pair.shown, pair.shortened) for pair in made} == {("cut", True)}
+    assert "q3" not in {pair.reference.question_id for pair in made}
+    with pytest.raises(DataError, match=r"pairs.mismatched = 1: no other question has a reference with another answer"):
+        mismatch(pairs[:1], pairs[:1], 1.0)
+
+
+def test_a_pair_across_questions_must_say_so():
+    one, other = asked(1), asked(2)
+    for changes in ({"reference": other.reference}, {"mismatched": True}, {"student": other.student}):
+        with pytest.raises(ValidationError, match="a pair across questions"):
+            Pair(**{**dict(one), **changes})
+    assert Pair(**{**dict(one), "reference": other.reference, "mismatched": True}).shown == other.reference.text

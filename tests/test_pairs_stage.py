@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from conftest import TinyRetriever, make_tiny_policy
 from search_e1 import runs
@@ -117,6 +118,86 @@ def test_the_choice_of_what_is_shown_is_in_the_pairs(stages):
     made = changed(stages, reference={"shows": "none"}).pairs(policy, pool(stages, policy), 1)
     assert {pair.shown for pair in files.read(made.path / files.TRAIN)} == {""}
     assert made.manifest.settings["reference"]["shows"] == "none"
+
+
+def test_held_out_pairs_are_mismatched_at_the_same_share(stages):
+    """All questions of this pool have the same answer, so another one's reference is a wrong one only where answers differ."""
+    policy = stages.config.policy.model
+    sampled = pool(stages, policy)
+    with pytest.raises(
+        DataError, match=r"pairs\.mismatched = 0\.5: no other question has a reference with another answer"
+    ):
+        changed(stages, pairs={"mismatched": 0.5}).pairs(policy, sampled, 1)
+    rows = [Group.model_validate_json(line) for line in (sampled / "groups.jsonl").read_text().splitlines()]
+    renamed = [
+        group.model_copy(
+            update={
+                "question": group.question.model_copy(update={"answers": (f"Cor {i}",)}),
+                "trajectories": tuple(
+                    t.model_copy(update={"answer": f"Cor {i}"}) if t.correct else t for t in group.trajectories
+                ),
+            }
+        )
+        for i, group in enumerate(rows)
+    ]
+    (stages.root / "other").mkdir()
+    (stages.root / "other" / "groups.jsonl").write_text("".join(group.model_dump_json() + "\n" for group in renamed))
+    settings = {"pairs": {"mismatched": 0.5}, "lead": {"pairs": 2, "max_share": 0.25}}
+    made = changed(stages, **settings).pairs(policy, stages.root / "other", 2)
+    train, held_out = (files.read(made.path / name) for name in (files.TRAIN, files.HELD_OUT))
+    assert [sum(pair.mismatched for pair in part) for part in (train, held_out)] == [3, 1]
+    result = made.manifest.result
+    assert (result["mismatched"], result["train_pairs"], result["held_out_pairs"], result["pairs"]) == (4, 6, 2, 8)
+
+
+def test_a_pool_of_groups_that_grpo_kept(stages, tmp_path):
+    """The newest first, as many as are asked for; and what is refused."""
+    policy, directory = tmp_path / "grpo" / "policy", tmp_path / "grpo"
+    make_tiny_policy().save(policy)
+    grpo = stages.config.grpo.model_dump() | {"keep_groups": True}
+    taking = changed(stages, grpo=grpo, pool={"source": "grpo", "questions": 3})
+    with pytest.raises(
+        RunError, match=r"grpo/groups\.jsonl: not there; give a policy that GRPO has trained"
+    ) as refusal:
+        taking.pool(policy, 1)
+    assert "\n" not in str(refusal.value)
+    kept = (pool(stages, policy) / "groups.jsonl").read_text()
+    (directory / "groups.jsonl").write_text(kept)
+    made = taking.pool(policy, 1)
+    assert (made.path / "groups.jsonl").read_text() == "".join(kept.splitlines(keepends=True)[:3])
+    result = made.manifest.result
+    assert (result["questions"], result["em"], result["stop_reasons"]) == (3, 0.5, {"answered": 6})
+    assert taking.pairs(policy, made.path, 1).manifest.inputs["policy"] == checksum(policy)
+    assert changed(stages, grpo=grpo, pool={"source": "grpo"}).pool(policy, 2).manifest.result["questions"] == MANY
+    (directory / "groups.jsonl").write_text("")
+    with pytest.raises(DataError, match="no groups in it"):
+        taking.pool(policy, 3)
+    for sections in ({}, {"grpo": grpo | {"steps": 0}}):
+        with pytest.raises(
+            ValidationError, match=r'pool\.source = "grpo" needs grpo\.keep_groups = true and grpo\.steps'
+        ):
+            changed(stages, pool={"source": "grpo"}, **sections)
+
+
+def test_demonstrations_are_part_of_what_pairs_are_made_of(stages, tmp_path):
+    policy, path = stages.config.policy.model, tmp_path / "demonstrations.jsonl"
+    text = "<answer>Cor Dun</answer>"
+    path.write_text("".join(json.dumps({"id": f"q{i}", "text": text}) + "\n" for i in range(3)))
+    data = stages.config.data.model_dump() | {"demonstrations": path}
+    by_gold = changed(stages, data=data, pairs={"references_by": "gold"})
+    made = by_gold.pairs(policy, pool(stages, policy), 1)
+    assert made.manifest.inputs["demonstrations"] == checksum(path)
+    assert (made.manifest.result["pairs"], made.manifest.result["no_demonstration"]) == (3, MANY - 3)
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(RunError, match="was made of something else"):
+        by_gold.pairs(policy, stages.root / "pool-1", 1)
+    path.unlink()
+    with pytest.raises(DataError, match=r"demonstrations\.jsonl: cannot be read"):
+        by_gold.pairs(policy, stages.root / "pool-1", 1)
+    with pytest.raises(DataError, match=r"demonstrations\.jsonl: cannot be read"):
+        by_gold.check(policy)
+    with pytest.raises(ValidationError, match=r'pairs\.references_by = "gold" needs data\.demonstrations'):
+        changed(stages, pairs={"references_by": "gold"})
 
 
 def test_without_pairs_there_is_nothing_to_measure_or_to_distil(stages, tmp_path):

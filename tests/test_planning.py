@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from search_e1.config import Config, DistillConfig, LoraConfig, load
+from search_e1.config import Config, DistillConfig, LoraConfig, PoolConfig, load
 from search_e1.errors import ConfigError, ModelError, RunError
 from search_e1.planning import lengths, start
 from search_e1.planning.dry import DryModel
@@ -340,11 +340,12 @@ def test_tokens_are_trajectories_times_lengths() -> None:
     )  # a quarter of 50 pairs is held out; two prompts, two kinds of start
     assert work["distillation"].trained == 2 * (50 - 12.5) * 650
     assert work["distillation"].read == 2 * (50 - 12.5) * 1250
-    config = config.model_copy(update={"distill": DistillConfig(objective="sft", epochs=3)})
+    changes = {"distill": DistillConfig(objective="sft", epochs=3), "pool": PoolConfig(source="grpo", questions=100)}
+    config = config.model_copy(update=changes)
     work = {
         w.stage: w for w in Clock(shape_of(tiny()), config, cluster(), known, Counts(1000, 50), Rates(), 64).stages()
     }
-    assert "lead" not in work  # nobody teaches
+    assert not {"lead", "pool"} & set(work)  # nobody teaches, and GRPO's groups are there
     assert (work["distillation"].read, work["distillation"].trained) == (0, 2 * 3 * (50 - 12.5) * 650)
 
 

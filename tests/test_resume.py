@@ -110,9 +110,16 @@ LINEAR = {"lr_scheduler_type": "linear", "per_device_train_batch_size": 4}
     ("changes", "kills"),
     [
         ({"lora": LoraConfig(rank=4, dropout=0.2), "trainer": LINEAR}, (2, 4)),
-        ({"replay": ReplayConfig(examples_per_step=2), "trainer": {"num_iterations": 2, **LINEAR}}, (4,)),
+        (
+            {
+                "replay": ReplayConfig(examples_per_step=2),
+                "trainer": {"num_iterations": 2, **LINEAR},
+                "keep_groups": True,
+            },
+            (4,),
+        ),
     ],
-    ids=["adapters", "all weights, replay, two iterations"],
+    ids=["adapters", "all weights, replay, two iterations, groups kept"],
 )
 def test_grpo(taught, tmp_path, changes, kills):
     def stage(**kwargs) -> dict[str, float]:
@@ -122,6 +129,13 @@ def test_grpo(taught, tmp_path, changes, kills):
     whole = never_interrupted(stage, tmp_path / "whole")
     assert without_times(interrupted(stage, tmp_path / "killed", *kills)) == without_times(whole)
     assert_equal(tmp_path / "killed", tmp_path / "whole")
+    kept = [out / "groups.jsonl" for out in (tmp_path / "whole", tmp_path / "killed")]
+    assert [path.exists() for path in kept] == [changes.get("keep_groups", False)] * 2
+    if kept[0].exists():
+        assert kept[1].read_bytes() == kept[0].read_bytes()
+        groups = list(pool.read(kept[0]))
+        assert len({group.question.id for group in groups}) == len(groups) == len(QUESTIONS)
+        assert {len(group.trajectories) for group in groups} == {GRPO.group_size}
 
 
 DISTILL = DistillConfig(epochs=2, batch_size=2, learning_rate=3e-3)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import random
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from search_e1.config import PolicyConfig, RolloutConfig
 from search_e1.data.world import World, make_world
+from search_e1.distill.gold import Demonstrations
 from search_e1.errors import DataError, TrainingError
 from search_e1.policy import Policy, load, resolve
 from search_e1.prompts import observation, plain_prompt, privileged_prompt
@@ -287,3 +289,18 @@ class _Replay(BatchGenerator):
 
     def generate(self, requests, *, temperature, stop):
         return [Generation(self.actions.pop(0)) for _ in requests]
+
+
+def test_the_efficient_text_reads_back_to_the_ids_that_it_was_written_with(world, writer, small, tmp_path):
+    """What `search-e1 world` writes for its training questions, and what ``pairs.references_by = "gold"`` makes of it."""
+    questions = world.questions("train", 40)
+    rows = [{"id": question.id, "text": writer.clean_text(question)} for question in questions]
+    (tmp_path / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gold = Demonstrations(tmp_path / "gold.jsonl", small.tokenizer, small.prompts)
+    gold.check(questions)
+    for question in questions:
+        [made] = gold(question)
+        written = writer.plain(random.Random(0), question, CLEAN)
+        assert (made.prompt_ids, made.response_ids) == (written.prompt_ids, written.response_ids)
+        assert made.action_mask == written.action_mask
+        assert (made.searches, made.reward) == (question.hops, 1.0)

@@ -17,9 +17,11 @@ from transformers import set_seed
 from search_e1 import policy as policies
 from search_e1 import runs, tracking
 from search_e1.config import Config, default_of
+from search_e1.data import lines as data_lines
 from search_e1.distill import files as pair_files
 from search_e1.distill import profile, teacher
 from search_e1.distill import trainer as distill_trainer
+from search_e1.distill.gold import Demonstrations
 from search_e1.errors import ConfigError, DataError, ModelError, RunError
 from search_e1.evaluation import ceiling as ceilings
 from search_e1.evaluation.evaluate import evaluate
@@ -88,6 +90,10 @@ class Stages(Inputs):
         alone = self.config.launch.processes == 1
         loaded = self._policy(policy, self.config.policy.device if alone else "cpu")
         room = min(self.config.rollout.max_tokens, loaded.model.config.get_text_config().max_position_embeddings)
+        if self.config.pairs.references_by == "gold" and self.config.data.demonstrations and self.config.distillations:
+            Demonstrations(self.config.data.demonstrations, loaded.tokenizer, loaded.prompts).check(
+                self.train_questions
+            )
         for question in (*self.train_questions, *(q for qs in self.eval_questions.values() for q in qs)):
             # A prompt has at most as many tokens as bytes, so that only the long ones are worth tokenising.
             size = len(question.text.encode()) + len(loaded.prompts.instruction.encode())
@@ -162,7 +168,13 @@ class Stages(Inputs):
         return self._stage(f"grpo-{round}", out, settings, self._asking(policy), train, unused=unused, task=task)
 
     def pool(self, policy: str | Path, round: int, out: Path | None = None) -> Artifact:
-        """Groups sampled from ``policy``, in ``groups.jsonl``."""
+        """Groups sampled from ``policy``, in ``groups.jsonl``; or for ``pool.source = "grpo"`` those that its GRPO kept.
+
+        Raises:
+            RunError: there are none beside the policy.
+        """
+        if self.config.pool.source == "grpo":
+            return self._taken(policy, round, out)
 
         def sample(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
             questions = at_most(self.train_questions, self.config.pool.questions, seed)
@@ -175,6 +187,20 @@ class Stages(Inputs):
         return self._stage(
             f"pool-{round}", out, ("pool", "rollout"), self._asking(policy), sample, task=("pool", policy, round)
         )
+
+    def _taken(self, policy: str | Path, round: int, out: Path | None) -> Artifact:
+        source = Path(policy).parent / pool.FILE
+        if not source.is_file():
+            raise RunError(
+                f"{source}: not there; give a policy that GRPO has trained with grpo.keep_groups = true, or set "
+                'pool.source = "fresh"'
+            )
+
+        def take(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
+            return pool.take(source, out, self.config.pool.questions)
+
+        inputs = {"policy": self._checksum(policy), "groups": runs.checksum(source)}
+        return self._stage(f"pool-{round}", out, ("pool",), inputs, take)
 
     def pairs(
         self, policy: str | Path, pool_path: Path, round: int, out: Path | None = None, *, other_policy: bool = False
@@ -192,6 +218,8 @@ class Stages(Inputs):
             return pair_files.mine(pool_path / pool.FILE, reader, self.config, seed=seed, out=out)
 
         inputs = {"policy": sampled_by, "reader": self._checksum(policy)}
+        if self.config.pairs.references_by == "gold" and self.config.data.demonstrations:
+            inputs["demonstrations"] = data_lines.checksum(self.config.data.demonstrations)
         if (pool_path / pool.FILE).is_file():
             inputs["pool"] = runs.checksum(pool_path / pool.FILE)
         return self._stage(f"pairs-{round}", out, ("reference", "pairs", "lead"), inputs, select)

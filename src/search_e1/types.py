@@ -179,12 +179,15 @@ class Pair(Record):
     """What the teacher sees of the reference, if that is not all of it; empty: nothing."""
     shortened: bool = False
     """Passages of the reference were cut so that the teacher's prompt fits."""
+    mismatched: bool = False
+    """The reference is another question's, on purpose."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.reference.correct:
             raise ValueError("a reference that is not correct")
-        if {self.reference.question_id, self.student.question_id} != {self.question.id}:
+        own = self.reference.question_id == self.question.id
+        if self.student.question_id != self.question.id or own is self.mismatched:
             raise ValueError("a pair across questions")
         return self
 

@@ -39,6 +39,9 @@ class DataConfig(Section):
     `retrieval.index` or `.url` is given."""
     train: Annotated[Paths, Field(min_length=1)]
     """Question file or files, JSON lines (plain or .gz) with `id`, `question`, `golden_answers`, perhaps `metadata`."""
+    demonstrations: Path | None = None
+    """What an expert did for training questions, for `pairs.references_by = "gold"`: JSON lines of `id` and `text`, or `id`
+    and `turns`. `docs/distillation.md` tells more."""
     eval: dict[str, Path] = Field(min_length=1)
     """Benchmark name -> question file."""
     max_train: Positive | None = None
@@ -162,6 +165,8 @@ class GrpoConfig(Section):
     """Most that a correct trajectory's reward loses by its length, compared to the other correct ones of its question: GRPO
     then asks for fewer sampled tokens. 0: reward is exact match alone (as published)."""
     replay: ReplayConfig = ReplayConfig()
+    keep_groups: bool = False
+    """Keep the newest group of each question beside the policy, for `pool.source = "grpo"`."""
     trainer: dict[str, Any] = {}
     """Further arguments of `trl.GRPOConfig` (`beta`, `epsilon`, `per_device_train_batch_size`, ...)."""
 
@@ -169,10 +174,14 @@ class GrpoConfig(Section):
 class PoolConfig(Section):
     """Trajectories that pairs are mined from, sampled from the policy after GRPO."""
 
+    source: Literal["fresh", "grpo"] = "fresh"
+    """Sample them, or take those that GRPO sampled last: the newest groups, one a question, at GRPO's own group size and
+    temperature. `grpo` needs `grpo.keep_groups`."""
     questions: Positive | None = None
-    """Sample for this many training questions (all, if not given)."""
+    """For this many training questions (all, if not given)."""
     group_size: Annotated[int, Field(ge=2)] = 8
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Also of the trajectories that the lead is measured with."""
 
 
 class ReferenceConfig(Section):
@@ -203,9 +212,12 @@ class PairsConfig(Section):
     that students are what the policy does, not only what it does wrong."""
     references: Positive = 1
     """Most references of one question; each makes pairs of its own, and none of them is a student."""
-    references_by: Literal["fewest_searches", "random"] = "fewest_searches"
-    """Which correct trajectory is shown: that with the fewest searches (ties: fewest sampled tokens), or any of them. Further
-    references by `fewest_searches` are as efficient as the first."""
+    references_by: Literal["fewest_searches", "random", "gold"] = "fewest_searches"
+    """Which correct trajectory is shown: that with the fewest searches (ties: fewest sampled tokens), or any of them; or the
+    question's demonstration in `data.demonstrations`. Further references by `fewest_searches` are as efficient as the first."""
+    mismatched: Share = 0.0
+    """Share of the questions whose references are another question's, of pairs to distil on and of held-out ones alike: a
+    control of what noisy references do."""
 
 
 class LeadConfig(Section):
@@ -403,6 +415,20 @@ class Config(Section):
     def _has_passages(self) -> "Config":
         if not (self.data.corpus or self.retrieval.index or self.retrieval.url):
             raise ValueError("no passages: give data.corpus, retrieval.index or retrieval.url")
+        return self
+
+    @model_validator(mode="after")
+    def _has_groups(self) -> "Config":
+        if self.pool.source == "grpo" and not (self.grpo.keep_groups and self.grpo.steps):
+            raise ValueError(
+                'pool.source = "grpo" needs grpo.keep_groups = true and grpo.steps; set them, or source = "fresh"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_demonstrations(self) -> "Config":
+        if self.pairs.references_by == "gold" and not self.data.demonstrations:
+            raise ValueError('pairs.references_by = "gold" needs data.demonstrations; give the path of that file')
         return self
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from typing import Any
 from search_e1.config import Config
 from search_e1.distill import pairs as mining
 from search_e1.distill import teacher
+from search_e1.distill.gold import Demonstrations
 from search_e1.errors import DataError
 from search_e1.policy import Reader
 from search_e1.privileged import Shown, room, show
@@ -23,10 +24,11 @@ def mine(pool_file: Path, reader: Reader, config: Config, *, seed: int, out: Pat
     """Mine a pool for pairs that ``reader``'s policy can hold; write ``out / TRAIN`` and ``out / HELD_OUT``.
 
     Returns:
-        ``PoolHealth``, train_pairs, held_out_pairs.
+        ``PoolHealth``, mismatched (pairs that see another question's reference), train_pairs, held_out_pairs.
 
     Raises:
-        DataError: a file that is no pool, or one that was sampled with another tokenizer.
+        DataError: a file that is no pool, or one that was sampled with another tokenizer; demonstrations that are none; too
+            few questions to mismatch.
     """
 
     def groups() -> Iterator[Group]:
@@ -39,12 +41,21 @@ def mine(pool_file: Path, reader: Reader, config: Config, *, seed: int, out: Pat
         left = room(config.reference, reader.context_length, len(student.response_ids))
         return show(reader.tokenizer, reader.prompts, question.text, reference, config.reference, left)
 
-    pairs, health = mining.select(groups(), config.pairs, shown, seed=seed)
-    train, held_out = teacher.hold_out(pairs, config.lead, seed)
-    for name, part in ((TRAIN, train), (HELD_OUT, held_out)):
+    by_gold, path = config.pairs.references_by == "gold", config.data.demonstrations
+    gold = Demonstrations(path, reader.tokenizer, reader.prompts) if by_gold and path else None
+    pairs, health = mining.select(groups(), config.pairs, shown, seed=seed, gold=gold)
+    made, left_out = [], 0
+    for name, part in zip((TRAIN, HELD_OUT), teacher.hold_out(pairs, config.lead, seed), strict=True):
+        kept, missing = mining.mismatch(part, pairs, config.pairs.mismatched, shown, seed=seed)
+        left_out += missing
+        made.append(kept)
         with (out / name).open("w", encoding="utf-8") as file:
-            file.writelines(pair.model_dump_json() + "\n" for pair in part)
-    return {**health.model_dump(), "train_pairs": len(train), "held_out_pairs": len(held_out)}
+            file.writelines(pair.model_dump_json() + "\n" for pair in kept)
+    every = [pair for part in made for pair in part]
+    health = health.model_copy(update={"pairs": len(every), "too_long": health.too_long + left_out})
+    mismatched = sum(pair.mismatched for pair in every)
+    counts = {"mismatched": mismatched, "train_pairs": len(made[0]), "held_out_pairs": len(made[1])}
+    return {**health.model_dump(), **counts}
 
 
 def read(path: Path, tokenizer: Any = None) -> list[Pair]:

@@ -16,12 +16,16 @@ from statistics import fmean
 from typing import NamedTuple
 
 from search_e1.config import PairsConfig
+from search_e1.errors import DataError
 from search_e1.privileged import Shown
-from search_e1.scoring import normalize_answer
+from search_e1.scoring import exact_match, normalize_answer
 from search_e1.types import Group, Pair, Question, Record, StopReason, Trajectory, Turn
 
 VERBOSE = 1.25
 """A correct sibling with as many searches as the reference is less efficient from this many times its sampled tokens on."""
+
+Gold = Callable[[Question], list[Trajectory]]
+"""A question's demonstrations; none is an empty list."""
 
 Show = Callable[[Question, Trajectory, Trajectory], Shown | None]
 """Of a question, a reference and a student: what the teacher sees of the reference; ``None`` if that cannot be made to fit."""
@@ -34,12 +38,14 @@ class PoolHealth(Record):
     trajectories: int
     never_correct: int
     """Without a pair: no trajectory is correct, so there is nothing to show."""
+    no_demonstration: int = 0
+    """Without a pair: references are demonstrations, and there is none."""
     nothing_to_learn: int
     """Without a pair: no sibling is one to learn from its reference."""
     none_fits: int
     """Without a pair: those that there were are all too long."""
     usable: int
-    """With at least one pair; ``questions == never_correct + nothing_to_learn + none_fits + usable``."""
+    """With at least one pair; ``questions == never_correct + no_demonstration + nothing_to_learn + none_fits + usable``."""
     all_correct: int
     """Every trajectory is correct, usable or not."""
     pairs: int
@@ -65,7 +71,9 @@ class PoolHealth(Record):
     """Of all trajectories."""
 
 
-_COUNTS = ("questions", "all_correct", "never_correct", "nothing_to_learn", "none_fits", "usable", "too_long")
+_COUNTS = (
+    "questions", "all_correct", "never_correct", "no_demonstration", "nothing_to_learn", "none_fits", "usable", "too_long",
+)  # fmt: skip
 
 
 class _Figures(NamedTuple):
@@ -83,11 +91,12 @@ def show_whole(question: Question, reference: Trajectory, student: Trajectory) -
 
 
 def select(
-    groups: Iterable[Group], config: PairsConfig, show: Show = show_whole, *, seed: int = 0
+    groups: Iterable[Group], config: PairsConfig, show: Show = show_whole, *, seed: int = 0, gold: Gold | None = None
 ) -> tuple[list[Pair], PoolHealth]:
     """The pairs of a pool, in the order of its groups, and what the pool was like.
 
-    What is drawn at random depends on ``seed`` and the question's id alone, not on the other groups.
+    With ``gold`` demonstrations are the references, and no trajectory of the pool is one. What is drawn at random depends on
+    ``seed`` and the question's id alone, not on the other groups.
     """
     pairs: list[Pair] = []
     sampled: list[_Figures] = []
@@ -96,7 +105,7 @@ def select(
         sampled += [_Figures(t.reward, t.searches, t.sampled_tokens, t.stop_reason) for t in group.trajectories]
         counts["questions"] += 1
         counts["all_correct"] += all(t.correct for t in group.trajectories)
-        references = find_references(group, config, seed)
+        references = gold(group.question)[: config.references] if gold else find_references(group, config, seed)
         made, too_long = _pairs(group, references, config, show, seed)
         pairs += made
         counts["too_long"] += too_long
@@ -105,7 +114,7 @@ def select(
         elif too_long:
             counts["none_fits"] += 1
         else:
-            counts["nothing_to_learn" if references else "never_correct"] += 1
+            counts["nothing_to_learn" if references else "no_demonstration" if gold else "never_correct"] += 1
     return pairs, _health(sampled, pairs, counts)
 
 
@@ -138,6 +147,42 @@ def _pairs(
                 )
             )
     return pairs, too_long
+
+
+def mismatch(
+    pairs: Sequence[Pair], donors: Sequence[Pair], share: float, show: Show = show_whole, *, seed: int = 0
+) -> tuple[list[Pair], int]:
+    """``pairs``, of which the ``share`` of questions see references of other questions, and how many were left out for it.
+
+    Such a reference is drawn of those of ``donors`` whose answer is wrong for the question; where none of them can be made to
+    fit, the pair is left out. Which questions see others, and which ones, depends on ``seed`` and their ids.
+
+    Raises:
+        DataError: ``donors`` have no reference with another answer.
+    """
+    ids = sorted({pair.question.id for pair in pairs})
+    ids.sort(key=lambda name: random.Random(f"{seed}/mismatched/{name}").random())
+    chosen = set(ids[: round(share * len(ids))])
+    references = list({(t.question_id, t.response_ids): t for t in (p.reference for p in donors)}.values())
+    made: list[Pair] = []
+    for pair in pairs:
+        if pair.question.id not in chosen:
+            made.append(pair)
+            continue
+        others = [t for t in references if not exact_match(t.answer, pair.question.answers)]
+        if not others:
+            raise DataError(
+                f"pairs.mismatched = {share:g}: no other question has a reference with another answer than question "
+                f"{pair.question.id!r}; sample a larger pool (pool.questions)"
+            )
+        random.Random(f"{seed}/mismatch/{pair.question.id}").shuffle(others)
+        fitting = ((other, show(pair.question, other, pair.student)) for other in others)
+        other, shown = next(((t, text) for t, text in fitting if text), (None, None))
+        if other and shown:
+            text = None if shown.text == other.text else shown.text
+            seen = dict(reference=other, reference_shown=text, shortened=shown.shortened, mismatched=True)
+            made.append(Pair(**{**dict(pair), **seen}))
+    return made, len(pairs) - len(made)
 
 
 def find_references(group: Group, config: PairsConfig, seed: int = 0) -> list[Trajectory]:

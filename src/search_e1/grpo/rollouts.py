@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from search_e1 import ranks
 from search_e1.config import GrpoConfig, ReferenceConfig, RolloutConfig
 from search_e1.grpo import brevity, replay
+from search_e1.grpo.kept import Groups
 from search_e1.policy import Policy
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.loop import rollout, starts
@@ -37,6 +38,8 @@ class Rollouts:
         self.limits = limits
         self.shown = shown
         self.seed = seed
+        self.kept: Groups | None = None
+        """Where groups are kept, if they are."""
 
     def __call__(self, prompts: list[str], trainer: "Trainer") -> dict[str, Any]:
         policy, asked = self.policy, [self.questions[id] for id in dict.fromkeys(prompts)]
@@ -52,10 +55,13 @@ class Rollouts:
                 seed=derived_seed(self.seed, trainer.state.global_step),
                 prompts=policy.prompts,
             )
+        groups = self._groups(trajectories)
+        if self.kept:
+            self.kept.add(trainer.state.global_step, groups)
         trainer.replay = replay.examples(
             policy.tokenizer,
             policy.prompts,
-            self._groups(trajectories),
+            groups,
             self.config.replay,
             generator.context_length,
             self.shown,
@@ -70,8 +76,8 @@ class Rollouts:
         }
 
     def _groups(self, trajectories: Sequence[Trajectory]) -> list[Group]:
-        """Of the whole step, in its order, for replay: a rank has whole groups or parts of some."""
-        if not self.config.replay.examples_per_step:
+        """Of the whole step, in its order, if anyone asks: a rank has whole groups or parts of some."""
+        if not (self.config.replay.examples_per_step or self.config.keep_groups):
             return []
         found: dict[str, list[Trajectory]] = {}
         for trajectory in (t for part in ranks.gathered(list(trajectories)) for t in part):

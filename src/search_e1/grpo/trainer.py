@@ -32,6 +32,7 @@ from search_e1.config import WHOLE, GrpoConfig, ReferenceConfig, RolloutConfig
 from search_e1.errors import ConfigError, DataError, TrainingError
 from search_e1.grpo import batching, replay
 from search_e1.grpo.colocated import Colocated
+from search_e1.grpo.kept import keeping
 from search_e1.grpo.record import Recorder, summarize
 from search_e1.grpo.rollouts import Rollouts, exact_match, length_penalty
 from search_e1.policy import Policy, merge_adapter, with_adapter
@@ -113,7 +114,8 @@ def train(
     work: Work | None = None,
     engine: vllm.Engine | None = None,
 ) -> dict[str, float]:
-    """Train ``policy`` in place; write it to ``out/policy`` and one line a step to ``out/steps.jsonl``.
+    """Train ``policy`` in place; write it to ``out/policy`` and one line a step to ``out/steps.jsonl``, and with
+    ``config.keep_groups`` the newest group of each question to ``out/groups.jsonl``.
 
     ``shown`` is what examples of reference following show. ``engine`` is to sample in the policy's place. With the same
     arguments and a ``work`` that was begun, training goes on from its newest checkpoint and ends as if it had never been
@@ -142,6 +144,7 @@ def train(
             recorder = Recorder(file, config.steps, progress, track, earlier)
             if config.steps:
                 set_seed(seed)  # of the adapters' start, which all ranks make alike
+                rollouts = Rollouts(policy, questions, retriever, config, limits, shown, seed)
                 use_cache = policy.model.config.use_cache
                 trainer = Trainer(
                     model=with_adapter(policy.model, config.lora) if config.lora else policy.model,
@@ -152,13 +155,13 @@ def train(
                     ],
                     train_dataset=Dataset.from_dict({"prompt": batching.order(questions, config, seed)}),
                     processing_class=policy.tokenizer,
-                    rollout_func=Rollouts(policy, questions, retriever, config, limits, shown, seed),
+                    rollout_func=rollouts,
                     replay_weight=config.replay.weight,
                     bad_batch=out / BAD_BATCH,
                     on_step=recorder,
                     engine=engine,
                 )
-                with closing(trainer):
+                with closing(trainer), keeping(config.keep_groups, work, out, len(earlier)) as rollouts.kept:
                     trainer.train_on(work, out / STEPS, checkpoint)
                 policy.model = _give_back(trainer)
                 policy.model.config.use_cache = use_cache  # a choice for training, no property of the policy

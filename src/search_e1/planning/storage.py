@@ -44,10 +44,16 @@ def storage(
     questions = min(config.pool.questions or counts.train, counts.train)
     evaluated = (1 + policies) * counts.evaluated * (1 + config.evaluation.samples)
     trajectory = _TOKEN * lengths.total
+    kept = config.grpo.steps * config.grpo.questions_per_step if config.grpo.keep_groups else 0
     pairs = questions * lengths.pair_yield * config.pairs.references
     made = [
         Storage(what=f"{policies} policies", disk=policies * shape.parameters * itemsize),
         Storage(what="pools", disk=round(rounds * questions * config.pool.group_size * trajectory)),
+        *(
+            [Storage(what="GRPO's groups", disk=round(config.rounds * kept * config.grpo.group_size * trajectory))]
+            if kept
+            else []
+        ),
         Storage(what="pairs", disk=round(rounds * pairs * 2 * trajectory)),
         Storage(what="evaluations", disk=round(evaluated * trajectory)),
     ]

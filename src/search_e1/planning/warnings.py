@@ -163,7 +163,7 @@ def _amounts(config: Config, counts: Counts) -> list[str]:
             f"grpo.questions_per_step = {config.grpo.questions_per_step}, but there are {counts.train} training "
             "questions; lower it"
         )
-    if config.pool.questions is None and counts.train > 50_000:
+    if config.pool.questions is None and config.pool.source == "fresh" and counts.train > 50_000:
         found.append(
             f"the pool samples {config.pool.group_size} trajectories for each of {counts.train:,} questions, every round; "
             "pool.questions takes fewer"

@@ -78,7 +78,7 @@ class Clock:
         if config.grpo.steps:
             made.append(self.grpo())
         questions = min(config.pool.questions or self.counts.train, self.counts.train)
-        taught = config.distill.objective == "ofsd"
+        taught, fresh = config.distill.objective == "ofsd", config.pool.source == "fresh"
         # Without a teacher a reference is one example, however many students it has.
         examples = self.lengths.pair_yield if taught else min(1.0, self.lengths.pair_yield)
         pairs = questions * examples * config.pairs.references
@@ -87,7 +87,7 @@ class Clock:
             []
             if not rounds
             else [
-                self.sampling("pool", rounds, questions * config.pool.group_size),
+                *([self.sampling("pool", rounds, questions * config.pool.group_size)] if fresh else []),
                 *self._lead(rounds, int(4 * held_out * config.lead.samples)),
                 self.distillation(max(1.0, pairs - held_out)),
             ]

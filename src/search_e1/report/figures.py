@@ -143,6 +143,8 @@ def _sampled_tokens(stage: Stage) -> int | None:
     kind = stage.name.partition("-")[0]
     if kind == "grpo":
         return _grpo_tokens(stage)
+    if kind == "pool" and settings["pool"].get("source") == "grpo":
+        return None
     if kind == "pool" and "tokens" in figures:
         return round(figures["tokens"] * figures["questions"] * settings["pool"]["group_size"])
     return figures.get("sampled_tokens") or None

@@ -3,10 +3,12 @@
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from search_e1.config import PoolConfig, RolloutConfig
+from search_e1.errors import DataError
 from search_e1.progress import Progress, silent
 from search_e1.prompts import Prompts
 from search_e1.retrieval.base import Retriever
@@ -67,14 +69,38 @@ def figures(sums: Mapping[str, float]) -> dict[str, Any]:
     """What ``sums`` of ``chunks.tally`` come to."""
     count, seconds = sums["trajectories"], sum(sums[f"seconds.{part}"] for part in PARTS)
     return {
-        **{name: sums[name] / count for name in ("em", "searches", "tokens")},
-        "stop_reasons": {
-            name.removeprefix("stop."): int(n) for name, n in sorted(sums.items()) if name.startswith("stop.")
-        },
+        **_means(sums),
         "seconds": {part: round(sums[f"seconds.{part}"], 3) for part in PARTS},
         "trajectories_per_second": round(count / seconds, 3),
         "tokens_per_second": round(sums["tokens"] / seconds, 1),
     }
+
+
+def _means(sums: Mapping[str, float]) -> dict[str, Any]:
+    reasons = ((name.removeprefix("stop."), n) for name, n in sorted(sums.items()) if name.startswith("stop."))
+    means = {name: sums[name] / sums["trajectories"] for name in ("em", "searches", "tokens")}
+    return {**means, "stop_reasons": {name: int(n) for name, n in reasons}}
+
+
+def take(source: Path, out: Path, most: int | None) -> dict[str, Any]:
+    """The first ``most`` groups of the pool's file ``source`` (all, if not given) into ``out / FILE``.
+
+    Returns:
+        questions; means over the trajectories of EM (``em``), searches and sampled tokens; ``stop_reasons``.
+
+    Raises:
+        DataError: the file cannot be read, or holds no groups.
+    """
+    sums: Counter[str] = Counter()
+    questions = 0
+    with (out / FILE).open("w", encoding="utf-8") as file:
+        for group in islice(read(source), most):
+            file.write(group.model_dump_json() + "\n")
+            sums.update(tally(group.trajectories, Spent()))
+            questions += 1
+    if not questions:
+        raise DataError(f"{source}: no groups in it; give a policy that GRPO has trained with grpo.keep_groups = true")
+    return {"questions": questions, **_means(sums)}
 
 
 class _Told:

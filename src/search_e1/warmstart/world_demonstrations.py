@@ -5,14 +5,19 @@ searches and words, is often wrong, and follows an example that it is shown, als
 """
 
 import itertools
+import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from search_e1.data.world import RELATIONS, Entity, World
+from search_e1.policy import Reader
 from search_e1.prompts import Prompts, observation, plain_prompt, privileged_prompt
 from search_e1.retrieval.base import Retriever
+from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.types import Question
 from search_e1.warmstart.trainer import Demonstration
 
@@ -329,6 +334,18 @@ class DemonstrationWriter:
         for query, passages in zip(new, self.retriever.search(new, self.topk) if new else (), strict=True):
             text, ids = observation(self.tokenizer, passages, self.max_observation_tokens)
             self._found[query] = text, ids, tuple(p.id for p in passages)
+
+
+def write_gold(path: Path, world: World, questions: Sequence[Question], reader: Reader) -> None:
+    """Write the efficient trajectory of each question, a line of ``id`` and ``text`` each: what ``distill.gold`` reads.
+
+    Words and prompts are those of ``reader``'s policy; what comes back is what BM25 finds over the world's passages.
+    """
+    with TemporaryDirectory() as directory:
+        index = Bm25Index.build(world.passages, Path(directory) / "index")
+        writer = DemonstrationWriter(world, index, reader.tokenizer, reader.prompts)
+        rows = [{"id": question.id, "text": writer.clean_text(question)} for question in questions]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def batches(

@@ -155,6 +155,7 @@ function healthCard(rounds) {
       { name: "usable", count: pairs.usable, kind: "good" },
       { name: "nothing to learn", count: pairs.nothing_to_learn, kind: "dull" },
       { name: "never right", count: pairs.never_correct, kind: "bad" },
+      { name: "no demonstration", count: pairs.no_demonstration ?? 0, kind: "bad" },
     ]),
     h("p", { class: "meta" }, [`EM ${number(pairs.em)}`, plural(pairs.pairs, "pair"), `${many(pairs.wrong_students)} of them with a wrong student`,
       `divergence ${number(pairs.divergence, 2)}`, `searches: reference ${number(pairs.reference_searches, 2)}, student ${number(pairs.student_searches, 2)}`,
