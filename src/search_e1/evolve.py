@@ -80,20 +80,25 @@ def train(
     where ``config`` would make the same.
     ``shared``: a directory where several runs share the artifacts that they would make the same.
     ``other_versions``: go on with a run that was begun under other versions of the packages that decide about results.
+    On all machines of a run but the first this takes part in its stages.
 
     Raises:
         SearchE1Error: a mistake in config, data or policy (before any training), a failed part, another run's directory.
         Stopped: a signal ended it; to go on, call it again.
     """
-    with opened(
-        config.run,
-        config.binding(),
-        bound_now=bound_now,
-        branch_of=branch_of,
-        shared=shared,
-        other_versions=other_versions,
-    ) as root:
-        stages = Stages(config, root, watch, stop)
+    if Stages(config, config.run, watch, stop).follow():
+        return Summary.model_validate_json((config.run / SUMMARY).read_text(encoding="utf-8"))
+    with (
+        opened(
+            config.run,
+            config.binding(),
+            bound_now=bound_now,
+            branch_of=branch_of,
+            shared=shared,
+            other_versions=other_versions,
+        ) as root,
+        (stages := Stages(config, root, watch, stop)).together(),
+    ):
         stages.check(config.policy.model)
         stages.check_memory(config.policy.model, "grpo", "distill")
         summary = _Summary(config, stages)

@@ -5,8 +5,10 @@ different machines. Nothing here trains or samples; that is in the stages' own p
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +18,22 @@ from transformers import set_seed
 
 from search_e1 import policy as policies
 from search_e1 import runs, tracking
-from search_e1.config import Config, default_of
+from search_e1.config import Config, LaunchConfig, default_of
 from search_e1.data import lines as data_lines
 from search_e1.distill import files as pair_files
 from search_e1.distill import profile, teacher
 from search_e1.distill import trainer as distill_trainer
 from search_e1.distill.gold import Demonstrations
-from search_e1.errors import ConfigError, DataError, ModelError, RunError
+from search_e1.errors import ConfigError, DataError, ModelError, RunError, SearchE1Error
 from search_e1.evaluation import ceiling as ceilings
 from search_e1.evaluation.evaluate import evaluate
 from search_e1.evaluation.results import EVALUATION, Evaluation
 from search_e1.grpo import batching
 from search_e1.grpo import trainer as grpo_trainer
 from search_e1.inputs import Inputs, Watch, at_most, unwatched
-from search_e1.launch.launcher import Launcher, check_alone
+from search_e1.launch.launcher import Launcher
+from search_e1.launch.nodes import Facts, Waiting
+from search_e1.launch.place import place
 from search_e1.loading import device
 from search_e1.planning import start
 from search_e1.policy import Policy, Reader
@@ -60,9 +64,6 @@ class Stages(Inputs):
         """``stop`` says when to stop; see ``stopping.on_signals``."""
         super().__init__(config, root, watch)
         self.stop = stop or Stop()
-        # An engine of vLLM's own starts processes and threads as it likes.
-        fork = config.launch.fork and config.rollout.engine != "vllm"
-        self._launcher = Launcher(config.launch.processes, fork=fork)
         # Of the stage at work:
         self._track: Track = untracked
         self._work = Work()
@@ -73,9 +74,7 @@ class Stages(Inputs):
         Raises:
             SearchE1Error: the first mistake found.
         """
-        for questions in (self.train_questions, *self.eval_questions.values()):
-            if not questions:
-                raise DataError("no questions; give data.train and data.eval files that hold some")
+        self._check_questions()
         tracking.check(self.config.tracking)
         self._check_launch()
         if isinstance(policy, Endpoint):
@@ -87,7 +86,7 @@ class Stages(Inputs):
         self._reader(policy)  # before an index is built
         assert self.retriever
         # Its weights are not needed again: they had better not lie where groups of processes need the room.
-        alone = self.config.launch.processes == 1
+        alone = self._launcher.all == 1
         loaded = self._policy(policy, self.config.policy.device if alone else "cpu")
         room = min(self.config.rollout.max_tokens, loaded.model.config.get_text_config().max_position_embeddings)
         if self.config.pairs.references_by == "gold" and self.config.data.demonstrations and self.config.distillations:
@@ -106,25 +105,86 @@ class Stages(Inputs):
                     "shorten prompts.instruction, or use a policy with a longer context"
                 )
 
+    def _check_questions(self) -> None:
+        for questions in (self.train_questions, *self.eval_questions.values()):
+            if not questions:
+                raise DataError("no questions; give data.train and data.eval files that hold some")
+
+    @cached_property
+    def _launcher(self) -> Launcher:
+        launch = self.config.launch
+        # An engine of vLLM's own starts processes and threads as it likes.
+        fork = launch.fork and self.config.rollout.engine != "vllm"
+        return Launcher(launch.processes, place(launch.nodes, launch.node), fork=fork)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """With the run's other machines, if it has several. What ends the context ends them too, and is told there.
+
+        Raises:
+            RunError: one did not come, or differs in what decides about results.
+        """
+        with ExitStack() as stack:
+            if self._launcher.place.nodes > 1:
+                with self.watch("nodes") as progress:
+                    met = self._launcher.together(self.root, self._facts(), self._waiting(), progress)
+                    stack.enter_context(met)
+            yield
+
+    def follow(self) -> bool:
+        """On all machines of a run but the first: take part in its stages until it is done. ``False`` on the first.
+
+        Raises:
+            SearchE1Error: what went wrong, there or here.
+            Stopped: a signal, there or here.
+        """
+        if not self._launcher.place.node:
+            return False
+        facts: Facts = {}
+        problem: SearchE1Error | None = None
+        try:
+            self._check_launch()
+            facts = self._facts()
+        except SearchE1Error as error:
+            problem = error
+        self._launcher.follow(self.root, facts, problem, self._waiting(), self.stop)
+        return True
+
+    def _facts(self) -> Facts:
+        """What must be the same on all machines."""
+        self._check_questions()
+        config = self.config.model_copy(update={"launch": LaunchConfig(processes=self.config.launch.processes)})
+        data = self.config.data
+        return {
+            **masked(config.model_dump(mode="json")),
+            "versions": runs.versions(),
+            "checksum": {
+                "policy": self._checksum(self.config.policy.model),
+                **{f"train.{i}": runs.checksum(path) for i, path in enumerate(data.train)},
+                **{f"eval.{name}": runs.checksum(path) for name, path in data.eval.items()},
+            },
+        }
+
+    def _waiting(self) -> Waiting:
+        launch = self.config.launch
+        return Waiting(launch.wait_seconds, launch.address or os.environ.get("MASTER_ADDR"), launch.port)
+
     def _check_launch(self) -> None:
         """Raise what is wrong with the number of processes, before any of them starts."""
-        check_alone()
-        processes, name = self.config.launch.processes, self.config.policy.device
-        if processes == 1:
+        here, all, name = self._launcher.count, self._launcher.all, self.config.policy.device
+        if all == 1:
             return
         there = device(name)
         if there.index is not None:
+            raise ConfigError(f"policy.device = {name!r}: {all} processes take a device each; write {there.type!r}")
+        if there.type != "cpu" and (gpus := torch.accelerator.device_count()) < here:
             raise ConfigError(
-                f"policy.device = {name!r}: {processes} processes take a device each; write {there.type!r}"
-            )
-        if there.type != "cpu" and (gpus := torch.accelerator.device_count()) < processes:
-            raise ConfigError(
-                f"launch.processes = {processes}, and {gpus} {there.type} devices are visible here; lower it, or mend "
+                f"launch.processes = {here}, and {gpus} {there.type} devices are visible here; lower it, or mend "
                 "CUDA_VISIBLE_DEVICES"
             )
         grpo = self.config.grpo
-        batching.split(grpo.questions_per_step * grpo.group_size, processes, grpo.trainer)
-        distill_trainer.micro_batch(self.config.distill, processes)
+        batching.split(grpo.questions_per_step * grpo.group_size, all, grpo.trainer)
+        distill_trainer.micro_batch(self.config.distill, all)
         self._launcher.prepare()
 
     def check_memory(self, policy: str | Path, *stages: str) -> None:
@@ -362,8 +422,7 @@ class Stages(Inputs):
         """``unused``: settings on which nothing depends as the others stand; they are kept at their defaults. ``task``: the
         method to call, and with what, where several processes can work on it.
         """
-        check_alone()
-        processes = self.config.launch.processes if task else 1
+        processes = self._launcher.all if task else 1
         make = self._launched(name, task) if processes > 1 else self._make(name, seed_name, work)
         dumped = masked(self.config.model_dump(mode="json"))  # manifests and trackers show it
         dumped["data.max_eval"], dumped["data.max_train"] = dumped["data"]["max_eval"], dumped["data"]["max_train"]
@@ -406,7 +465,7 @@ class Stages(Inputs):
             logs = (out / runs.WORK / "processes").absolute()
             told = {
                 "config": self.config.model_dump(mode="json"), "root": self.root, "out": out, "logs": logs,
-                "stage": task[0], "arguments": task[1:], "versions": runs.versions(),
+                "stage": task[0], "arguments": task[1:],
             }  # fmt: skip
             with self.watch(name) as progress:
                 return self._launcher.run(to_jsonable_python(told), logs, progress, self.stop)
@@ -488,3 +547,8 @@ class Stages(Inputs):
 
 def read_evaluation(artifact: Artifact) -> Evaluation:
     return Evaluation.model_validate(json.loads((artifact.path / EVALUATION).read_text()))
+
+
+def is_first(config: Config) -> bool:
+    """Whether this is the machine of a run that writes."""
+    return not place(config.launch.nodes, config.launch.node).node

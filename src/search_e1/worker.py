@@ -24,7 +24,6 @@ from pydantic_core import to_jsonable_python
 from search_e1 import ranks, runs
 from search_e1.allocation import keep_freed_memory
 from search_e1.config import Config
-from search_e1.errors import RunError
 from search_e1.inputs import unwatched
 from search_e1.launch import fork_server, group
 from search_e1.loading import device
@@ -96,7 +95,6 @@ def main() -> None:
     keep_freed_memory()
     logs = Path(task["logs"])
     try:
-        _check_versions(task["versions"])
         with on_signals() as stop, _joined(task["config"]["policy"]["device"]):
             stages = _Part(
                 Config.model_validate(task["config"]), Path(task["root"]), Path(task["out"]), _watch(_pipe()), stop
@@ -133,17 +131,6 @@ def _joined(name: str) -> Iterator[None]:
     dist.init_process_group(backend, timeout=_PATIENCE)
     yield
     dist.destroy_process_group()
-
-
-def _check_versions(theirs: Mapping[str, str]) -> None:
-    here = runs.versions()
-    different = [
-        f"{name} {here.get(name)} here, {theirs.get(name)} there" for name in theirs if here.get(name) != theirs[name]
-    ]
-    if different:
-        raise RunError(
-            f"the machines of this run have different versions: {'; '.join(different)}; install the same ones"
-        )
 
 
 def _line(descriptor: int) -> bytes:

@@ -87,7 +87,7 @@ def train(
     ] = None,
 ) -> None:
     """Run the whole loop, or what is left of it, and print what it came to."""
-    from search_e1 import evolve
+    from search_e1 import evolve, stages
     from search_e1.display import summary_table, watch
 
     loaded = _load(config, context)
@@ -97,6 +97,8 @@ def train(
         summary = evolve.train(
             loaded, watch(console, loaded.rounds), stop, branch_of=origin, other_versions=_other_versions
         )
+    if not stages.is_first(loaded):
+        return
     for number, round in summary.rounds.items():
         if round.refused:
             console.print(f"round {number}: not distilled: {round.refused}", style="yellow", markup=False)
@@ -316,8 +318,11 @@ def _stages(config: Path, context: typer.Context) -> "Iterator[Stages]":
 
     loaded = _load(config, context)
     held = opened(loaded.run, loaded.binding(), bound_now=bound_now, other_versions=_other_versions)
-    with on_signals() as stop, held as root:
-        yield Stages(loaded, root, watch(console, loaded.rounds), stop)
+    with on_signals() as stop:
+        if Stages(loaded, loaded.run, stop=stop).follow():
+            raise typer.Exit
+        with held as root, (stages := Stages(loaded, root, watch(console, loaded.rounds), stop)).together():
+            yield stages
 
 
 def _load(config: Path, context: typer.Context) -> "Config":
@@ -367,6 +372,7 @@ def main() -> None:
     keep_freed_memory()
     # What libraries say to their developers; errors still come through.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         app()

@@ -338,6 +338,16 @@ class LaunchConfig(Section):
     fork: bool = True
     """Start them as copies of one process that has imported everything once, where that is safe (Linux, and sampling by
     transformers), instead of starting Python anew for each stage."""
+    nodes: Positive | None = None
+    """Machines, on each of which the same command is started. Default: as ``srun``, torchrun or ``NNODES`` say, else 1."""
+    node: NonNegative | None = None
+    """Which of them this is, from 0. Default: as ``srun``, torchrun or ``NODE_RANK`` say."""
+    address: str | None = None
+    """Where the others reach node 0. Default: ``MASTER_ADDR``, else the first of its addresses that they do."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """That node 0 listens on; 0 is any."""
+    wait_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """How long nodes wait for each other at the start."""
 
 
 class WarmstartConfig(Section):

@@ -10,7 +10,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,10 @@ from typing import IO, Any
 
 from search_e1 import errors
 from search_e1.launch import processes
+from search_e1.launch.nodes import Node
 from search_e1.launch.processes import Process, Start
 from search_e1.progress import Progress, silent
-from search_e1.runs.stopping import STATUS, Stop
+from search_e1.runs.stopping import STATUS, Stop, Stopped
 
 _POLL = 0.1
 _GRACE = 3.0
@@ -38,6 +39,8 @@ class Meeting:
     here: int
     """Processes here."""
     all: int
+    interface: str = ""
+    """Network interface by which this machine is reached; empty leaves it to the libraries."""
 
 
 def run(
@@ -48,27 +51,26 @@ def run(
     progress: Progress = silent,
     stop: Stop | None = None,
     start: Start = processes.fresh,
-) -> dict[str, Any] | None:
-    """Start the processes of this machine with ``task``, wait for all, and return what the first process made.
+    others: Sequence[Node] = (),
+) -> dict[str, Any]:
+    """Start the processes of this machine, of which one is the first, with ``task``, wait for all, and return what it made.
 
     ``logs`` is a directory for what they print and for what went wrong. A signal that asks ``stop`` is passed on; the processes
-    finish their step. ``None`` where the first process is on another machine.
+    finish their step. ``others`` are machines that have begun their part of the group.
 
     Raises:
         SearchE1Error: the first that went wrong in one of them, of its own type; the others are killed.
         Stopped: a signal has asked to stop; they have saved and ended.
     """
     stop = stop or Stop()
-    logs.mkdir(parents=True, exist_ok=True)
-    for old in logs.glob("rank-*"):
-        old.unlink()
-    group = _Group(meeting, logs, progress)
+    group = Group(meeting, logs, progress, others)
     with stop.finishing():
         try:
-            group.start(json.dumps(task).encode() + b"\n", start)
+            group.start(task, start)
             group.wait(stop)
         finally:
             group.kill()
+    assert group.result is not None
     return group.result
 
 
@@ -78,32 +80,39 @@ def variables(here: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), **os.environ}
 
 
-class _Group:
-    def __init__(self, meeting: Meeting, logs: Path, progress: Progress) -> None:
-        self.meeting, self.logs, self.progress = meeting, logs, progress
+class Group:
+    """The processes of this machine, and ``others`` that are to end with them."""
+
+    def __init__(self, meeting: Meeting, logs: Path, progress: Progress = silent, others: Sequence[Node] = ()) -> None:
+        self.meeting, self.logs, self.progress, self.others = meeting, logs, progress, others
         self.processes: dict[int, Process] = {}
         self.result: dict[str, Any] | None = None
         self._pipe: IO[bytes] | None = None
         self._told = b""
 
-    def start(self, task: bytes, start: Start) -> None:
+    def start(self, task: Mapping[str, Any], start: Start) -> None:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(task).encode() + b"\n"
         read, write = os.pipe()
         self._pipe = os.fdopen(read, "rb", buffering=0)
         try:
             for local in range(self.meeting.here):
                 rank = self.meeting.first + local
+                (self.logs / f"rank-{rank}.json").unlink(missing_ok=True)
                 with (self.logs / f"rank-{rank}.log").open("wb") as log:
                     process = start(self._environment(local), log, None if rank else write)
                 self.processes[rank] = process
                 assert process.stdin
                 with suppress(BrokenPipeError):  # it has ended, which is noticed soon
-                    process.stdin.write(task)
+                    process.stdin.write(line)
                     process.stdin.flush()  # to be closed when this process ends
         finally:
             os.close(write)
 
     def _environment(self, local: int) -> dict[str, str]:
+        interface = {"GLOO_SOCKET_IFNAME": self.meeting.interface} if self.meeting.interface else {}
         return {
+            **interface,
             **variables(self.meeting.here),
             "MASTER_ADDR": self.meeting.address,
             "MASTER_PORT": str(self.meeting.port),
@@ -117,17 +126,17 @@ class _Group:
     def wait(self, stop: Stop) -> None:
         """Until all have ended, or one has failed."""
         asked, deadline = False, float("inf")
-        while any(process.poll() is None for process in self.processes.values()):
+        while any(process.poll() is None for process in self._all()):
             self._listen()
             if stop.asked and not asked:
                 asked = True
-                self._signal(signal.SIGTERM)
-            if asked and any(process.poll() is not None for process in self.processes.values()):
+                self.send_signal(signal.SIGTERM)
+            if asked and any(process.poll() is not None for process in self._all()):
                 # The one that has saved and left may leave others waiting for it.
                 deadline = min(deadline, time.monotonic() + _GRACE)
                 if time.monotonic() > deadline:
                     return
-            elif any(process.poll() for process in self.processes.values()):
+            elif any(process.poll() for process in self._all()):
                 break
         if not stop.asked:
             self._check()
@@ -152,29 +161,49 @@ class _Group:
 
     def _check(self) -> None:
         """Raise what went wrong first, if anything did."""
-        if not any(process.poll() for process in self.processes.values()):
+        if not any(process.poll() for process in self._all()):
             return
         deadline = time.monotonic() + _GRACE
-        while time.monotonic() < deadline and any(p.poll() is None for p in self.processes.values()):
+        while time.monotonic() < deadline and any(process.poll() is None for process in self._all()):
             time.sleep(_POLL)
-        statuses = {rank: status for rank, process in self.processes.items() if (status := process.poll())}
+        for node in self.others:
+            node.check()
+        statuses, notes = self.failed()
+        for node in self.others:
+            statuses |= {rank: status for rank, status in node.statuses.items() if status}
+            notes |= node.notes
         self.kill()
-        raise first_cause(statuses, self.meeting.all, self.logs)
+        if asked_to_stop := [number for number, status in STATUS.items() if {*statuses.values()} == {status}]:
+            raise Stopped(asked_to_stop[0])
+        raise first_cause(statuses, notes, self.meeting.all, self.logs)
+
+    def ended(self) -> dict[int, int]:
+        """Rank -> status, of the processes here."""
+        polled = {rank: process.poll() for rank, process in self.processes.items()}
+        return {rank: status for rank, status in polled.items() if status is not None}
+
+    def failed(self) -> tuple[dict[int, int], dict[int, dict[str, Any]]]:
+        """Of the processes here that have: rank -> status, and rank -> what it noted."""
+        statuses = {rank: status for rank, status in self.ended().items() if status}
+        return statuses, {rank: found for rank in statuses if (found := _read(self.logs / f"rank-{rank}.json"))}
 
     def kill(self) -> None:
-        self._signal(signal.SIGKILL)
-        for process in self.processes.values():
+        self.send_signal(signal.SIGKILL)
+        for process in self._all():
             process.wait()
-            assert process.stdin
-            process.stdin.close()
+            if process.stdin:
+                process.stdin.close()
         if self._pipe:
             self._pipe.close()
             self._pipe = None
 
-    def _signal(self, number: signal.Signals) -> None:
-        for process in self.processes.values():
+    def send_signal(self, number: int) -> None:
+        for process in self._all():
             if process.poll() is None:
                 process.send_signal(number)
+
+    def _all(self) -> list[Process]:
+        return [*self.processes.values(), *self.others]
 
 
 def note(logs: Path, rank: int, error: BaseException) -> None:
@@ -186,7 +215,9 @@ def note(logs: Path, rank: int, error: BaseException) -> None:
     (logs / f"rank-{rank}.json").write_text(json.dumps(told), encoding="utf-8")
 
 
-def first_cause(statuses: Mapping[int, int], count: int, logs: Path) -> errors.SearchE1Error:
+def first_cause(
+    statuses: Mapping[int, int], notes: Mapping[int, Mapping[str, Any]], count: int, logs: Path
+) -> errors.SearchE1Error:
     """What went wrong first, of processes (rank -> exit status) that failed each by itself or because another did.
 
     One that a signal ended could leave no note, and all others noticed after it. Of the rest the earliest note is the cause.
@@ -199,7 +230,6 @@ def first_cause(statuses: Mapping[int, int], count: int, logs: Path) -> errors.S
         return errors.TrainingError(
             f"process {killed[0]} of {count} was ended by {name}{hint}; run the same command again, it goes on"
         )
-    notes = {rank: found for rank in statuses if (found := _read(logs / f"rank-{rank}.json"))}
     if notes:
         rank = min(notes, key=lambda rank: notes[rank]["time"])
         kind = notes[rank]["kind"]

@@ -19,7 +19,7 @@ class Stopped(BaseException):
 
     def __init__(self, signum: signal.Signals) -> None:
         super().__init__(f"stopped by {signum.name}; run the same command again to go on")
-        self.status = STATUS[signum]
+        self.signum, self.status = signum, STATUS[signum]
 
 
 class Stop:
