@@ -129,8 +129,28 @@ def test_the_interval_stays_in_its_bounds():
     assert interval([-1.0] * 8)[0] == -1.0
 
 
+def test_a_teacher_that_is_only_shorter_passes_unless_it_is_worse_for_sure(tiny_policy, tiny_retriever):
+    lead = measured(tiny_policy, tiny_retriever, pairs_of(tiny_policy))
+    same = lead.model_copy(
+        update={
+            "em_privileged": 0.5,
+            "em_plain": 0.5,
+            "low": -0.1,
+            "high": 0.1,
+            "tokens_plain": 80.0,
+            "tokens_privileged": 60.0,
+        }
+    )
+    assert same.saving == 0.25
+    gate(same, LeadConfig(saving=0.25))
+    with pytest.raises(NoLeadError, match=r"lead \+0\.000, .*and it saves 25% of the tokens \(lead\.saving = 30%\)"):
+        gate(same, LeadConfig(saving=0.3))
+    with pytest.raises(NoLeadError, match=r"lead -0\.400"):
+        gate(same.model_copy(update={"em_privileged": 0.1, "low": -0.5, "high": -0.3}), LeadConfig())
+
+
 def test_the_gate_on_the_lower_end(tiny_policy, tiny_retriever):
-    low = LeadConfig(gate="low", minimum=0.5)
+    low = LeadConfig(gate="low", minimum=0.5, saving=1)
     lead = measured(tiny_policy, tiny_retriever, pairs_of(tiny_policy))
     gate(lead, CONFIG.model_copy(update={"minimum": 0.5}))
     with pytest.raises(

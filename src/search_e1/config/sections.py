@@ -233,6 +233,9 @@ class LeadConfig(Section):
     """Lead in EM (privileged minus plain, from the question on) below which distillation is refused."""
     gate: Literal["mean", "low"] = "mean"
     """What must reach `minimum`: the measured lead, or the lower end of its 95% interval."""
+    saving: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Or the share of the sampled tokens that the reference saves: a teacher that is no better but shorter by it passes
+    too, unless the interval of its lead lies below 0. 1: only EM counts."""
     enforce: bool = True
     """Refuse to distil without a lead. Turned off, the lead is measured and reported only. It does not concern `sft`."""
 
@@ -399,7 +402,7 @@ class Config(Section):
     """Every stage draws its own seed from it."""
     rounds: Positive = 2
     """Rounds of GRPO and OFSD."""
-    ofsd: Literal["every_round", "last_round", "never"] = "every_round"
+    ofsd: Literal["every_round", "first_round", "last_round", "never"] = "every_round"
     """After the GRPO of which rounds to distil; the others sample no pool and measure no lead. `never`: GRPO alone."""
     policy: PolicyConfig
     prompts: Prompts | None = None
@@ -449,7 +452,8 @@ class Config(Section):
 
     def distills(self, round: int) -> bool:
         """Whether ``round``, from 1 on, ends with distillation, if there is a lead."""
-        return self.ofsd == "every_round" or (self.ofsd == "last_round" and round == self.rounds)
+        only = {"first_round": 1, "last_round": self.rounds}
+        return self.ofsd == "every_round" or only.get(self.ofsd) == round
 
     @property
     def distillations(self) -> int:

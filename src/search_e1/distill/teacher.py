@@ -61,6 +61,11 @@ class Lead(Record):
         return self.em_privileged - self.em_plain
 
     @property
+    def saving(self) -> float:
+        """Share of the sampled tokens that the reference saves, from the question on; below 0 where it costs some."""
+        return 1 - self.tokens_privileged / self.tokens_plain
+
+    @property
     def lead_off_track(self) -> float | None:
         if self.em_privileged_off_track is None or self.em_plain_off_track is None:
             return None
@@ -143,16 +148,19 @@ def gate(lead: Lead, config: LeadConfig) -> None:
     """Let a distillation pass, or refuse it.
 
     Raises:
-        NoLeadError: what ``config.gate`` names is below ``config.minimum``, and ``config.enforce`` is on.
+        NoLeadError: what ``config.gate`` names is below ``config.minimum``, the teacher is not shorter by ``config.saving``
+            either (or its lead is below 0 for sure), and ``config.enforce`` is on.
     """
     measured = lead.lead if config.gate == "mean" else lead.low
-    if config.enforce and not measured >= config.minimum:
+    shorter = lead.saving >= config.saving and lead.high >= 0
+    if config.enforce and not (measured >= config.minimum or shorter):
         sure = "" if config.gate == "mean" or lead.lead < config.minimum else " for sure"
         less = "less than" if config.gate == "mean" else "whose lower end is less than"
         raise NoLeadError(
             f"the teacher does not lead{sure}: EM {lead.em_privileged:.3f} with the reference in the prompt, "
             f"{lead.em_plain:.3f} without (lead {lead.lead:+.3f}, 95% {lead.low:+.3f} to {lead.high:+.3f}, {lead.pairs} "
-            f"pairs), {less} lead.minimum = {config.minimum:g}; "
+            f"pairs), {less} lead.minimum = {config.minimum:g}, and it saves {lead.saving:.0%} of the tokens "
+            f"(lead.saving = {config.saving:.0%}); "
             + ("raise lead.pairs; or " if sure else "")
             + "mend prompts.privileged, or train the policy so that it still follows a "
             "reference (grpo.replay, a lower grpo.learning_rate), or set lead.enforce = false"

@@ -37,7 +37,8 @@ def overview(run: Run, evaluated: Sequence[Evaluated]) -> dict[str, Any]:
 def _finished(run: Run) -> bool:
     """Whether the loop got to its end: the last round was distilled and evaluated, or its distillation was refused."""
     rounds = run.config.get("rounds")
-    last = "grpo" if run.config.get("ofsd") == "never" else "ofsd"
+    ofsd = run.config.get("ofsd")
+    last = "grpo" if ofsd == "never" or (ofsd == "first_round" and rounds != 1) else "ofsd"
     return rounds is not None and (
         f"evaluation-{last}-{rounds}" in run.stages or (str(rounds) in _refusals(run) and not run.begun)
     )

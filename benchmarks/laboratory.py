@@ -1,0 +1,106 @@
+"""The small world as a laboratory: GRPO to its plateau, then self-distillation, its variants and rivals, as Markdown tables.
+
+    python benchmarks/laboratory.py
+
+Makes the world and runs the sweeps of configs/sweeps one after the other; what is finished is read, not made again. Hours on
+two cores.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from search_e1.evaluation.compare import Figure
+from search_e1.sweep import comparison, results, running, spec
+
+CONFIG = Path("configs/quickstart.toml")
+WORLD = Path("runs/laboratory-world")
+SWEEPS = {
+    "plateau": "GRPO alone, on development questions",
+    "lead": "The teacher's lead along GRPO, on development questions",
+    "laboratory": "From the plateau, on test questions",
+    "rounds": "Self-distillation after each round, on test questions",
+}
+"""Sweep -> heading."""
+FIGURES = (("em", "EM", 3), ("em_sampled", "sampled EM", 3), ("searches", "searches", 2), ("tokens", "tokens", 1))
+ALL_STAGES = {"plateau", "lead", "rounds"}
+"""Sweeps whose every policy is shown, not only the last."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="default: all")
+    parser.add_argument("--report", action="store_true", help="run nothing; print what is finished")
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    arguments = parser.parse_args()
+    if not arguments.report:
+        make_world()
+    tables = {}
+    for name in arguments.sweeps:
+        file = Path(f"configs/sweeps/{name}.toml")
+        done = 0 if arguments.report else verb("sweep", str(file), "--config", str(CONFIG))
+        if done:
+            sys.exit(done)
+        tables[name] = table(spec.read(file, CONFIG, Path("runs") / name), every=name in ALL_STAGES)
+    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, trl {version('trl')}")
+    for name, rows in tables.items():
+        print(f"\n### {SWEEPS[name]}\n")
+        print("\n".join(markdown(rows)))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(tables, indent=2) + "\n")
+
+
+def verb(*arguments: str) -> int:
+    """The exit status of `search-e1` with ``arguments``."""
+    command = "from search_e1.cli.main import main; main()"
+    return subprocess.run([sys.executable, "-c", command, *arguments]).returncode
+
+
+def make_world() -> None:
+    """The questions; and of the training questions the easiest and the hardest alone."""
+    if WORLD.exists():
+        return
+    if status := verb("world", str(WORLD), "--train", "2000", "--dev", "400", "--test", "400"):
+        sys.exit(status)
+    lines = (WORLD / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for name, hops in (("easy", 1), ("hard", 4)):
+        kept = [line for line in lines if json.loads(line)["metadata"]["hops"] == hops]
+        (WORLD / f"train-{name}.jsonl").write_text("".join(kept), encoding="utf-8")
+
+
+def table(sweep: spec.Sweep, *, every: bool) -> list[dict[str, str]]:
+    """A row for each variant (``every``: and policy): figures, differences from the reference with 95% intervals, charges."""
+    done = [run for run in sweep.runs if running.is_finished(run)]
+    compared = comparison.compared([one for run in done for one in results.evaluations(run)], sweep.reference)
+    rows = []
+    for row in compared.rows:
+        if row.benchmark != results.ALL or (row.stage == comparison.LAST) is every:
+            continue
+        made = {"variant": row.variant, **({"policy": row.stage} if every else {}), "seeds": str(len(row.seeds))}
+        for name, heading, places in FIGURES:
+            made[heading] = told(row.figures[name], row.differences.get(name), places)
+        made |= {"lead": "" if row.lead is None else f"{row.lead:+.3f}", "CPU s": f"{row.cost['cpu_seconds']:.0f}"}
+        rows.append(made)
+    return rows
+
+
+def told(figure: Figure, difference: Figure | None, places: int) -> str:
+    """``0.912 (+0.010, -0.003 to +0.021)``."""
+    if difference is None:
+        return f"{figure.mean:.{places}f}"
+    low, high = difference.interval
+    return f"{figure.mean:.{places}f} ({difference.mean:+.{places}f}, {low:+.{places}f} to {high:+.{places}f})"
+
+
+def markdown(rows: list[dict[str, str]]) -> list[str]:
+    head = list(rows[0])
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *(row.values() for row in rows))]
+
+
+if __name__ == "__main__":
+    main()
