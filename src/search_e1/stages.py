@@ -221,8 +221,7 @@ class Stages(Inputs):
                 engine=self._engine(policy, limits.max_tokens, shared=True) if with_vllm else None,
             )  # fmt: skip
 
-        replay = self.config.grpo.replay
-        unused = () if replay.examples_per_step and replay.weight else ("reference",)
+        unused = () if self.config.grpo.shows_references else ("reference",)
         settings = ("grpo", "rollout", "reference")
         task = ("grpo", policy, round)
         return self._stage(f"grpo-{round}", out, settings, self._asking(policy), train, unused=unused, task=task)

@@ -150,6 +150,35 @@ class ReplayConfig(Section):
     that the reference is followed from off its track too."""
 
 
+class HindsightConfig(Section):
+    """The policy that sees a group's reference teaches the plain one, at the siblings' search queries, beside the GRPO loss.
+
+    After SD-Search. The teacher is the policy as it is now, without gradient; `[reference]` says what it sees.
+    """
+
+    weight: NonNegativeFloat = 0.0
+    """Of the mean divergence a token, beside the GRPO loss. 0 turns it off."""
+    classes: Annotated[tuple[Literal["thought", "search", "answer", "tag"], ...], Field(min_length=1)] = ("search",)
+    """Which sampled tokens are taught, by what they are part of."""
+    divergence: Literal["forward_kl", "reverse_kl", "js"] = "js"
+    """As in `[distill]`; `js` with equal shares."""
+    teacher_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Below 1 sharpens the teacher."""
+
+
+class EvidenceConfig(Section):
+    """Each token's advantage weighed by what the policy that sees a group's reference thinks of it, its lead.
+
+    A token's factor is exp(lead) in a trajectory above its group's mean and exp(-lead) in one below, kept within 1 - `bound`
+    and 1 + `bound`. No advantage changes its sign.
+    """
+
+    strength: Share = 0.0
+    """Share of the correction: 0 turns it off, 1 takes all of it."""
+    bound: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Farthest that a factor may be from 1."""
+
+
 class GrpoConfig(Section):
     steps: NonNegative = 200
     """Optimiser steps a round. 0 leaves GRPO out."""
@@ -167,8 +196,16 @@ class GrpoConfig(Section):
     replay: ReplayConfig = ReplayConfig()
     keep_groups: bool = False
     """Keep the newest group of each question beside the policy, for `pool.source = "grpo"`."""
+    hindsight: HindsightConfig = HindsightConfig()
+    evidence: EvidenceConfig = EvidenceConfig()
     trainer: dict[str, Any] = {}
     """Further arguments of `trl.GRPOConfig` (`beta`, `epsilon`, `per_device_train_batch_size`, ...)."""
+
+    @property
+    def shows_references(self) -> bool:
+        """Whether anything in this stage depends on what a reference shows."""
+        replayed = self.replay.examples_per_step and self.replay.weight
+        return bool(replayed or self.hindsight.weight or self.evidence.strength)
 
 
 class PoolConfig(Section):

@@ -59,13 +59,12 @@ class Rollouts:
         if self.kept:
             self.kept.add(trainer.state.global_step, groups)
         trainer.replay = replay.examples(
-            policy.tokenizer,
-            policy.prompts,
-            groups,
-            self.config.replay,
-            generator.context_length,
-            self.shown,
+            policy.tokenizer, policy.prompts, groups, self.config.replay, generator.context_length, self.shown
         )
+        if trainer.guidance.active:
+            trainer.guidance.begin(
+                policy.tokenizer, policy.prompts, groups, trajectories, generator.context_length, self.shown
+            )
         return {
             "prompt_ids": [list(t.prompt_ids) for t in trajectories],
             "completion_ids": [list(t.response_ids) for t in trajectories],
@@ -77,7 +76,7 @@ class Rollouts:
 
     def _groups(self, trajectories: Sequence[Trajectory]) -> list[Group]:
         """Of the whole step, in its order, if anyone asks: a rank has whole groups or parts of some."""
-        if not (self.config.replay.examples_per_step or self.config.keep_groups):
+        if not (self.config.shows_references or self.config.keep_groups):
             return []
         found: dict[str, list[Trajectory]] = {}
         for trajectory in (t for part in ranks.gathered(list(trajectories)) for t in part):

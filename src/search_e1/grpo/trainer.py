@@ -32,6 +32,7 @@ from search_e1.config import WHOLE, GrpoConfig, ReferenceConfig, RolloutConfig
 from search_e1.errors import ConfigError, DataError, TrainingError
 from search_e1.grpo import batching, replay
 from search_e1.grpo.colocated import Colocated
+from search_e1.grpo.guidance import Guidance
 from search_e1.grpo.kept import keeping
 from search_e1.grpo.record import Recorder, summarize
 from search_e1.grpo.rollouts import Rollouts, exact_match, length_penalty
@@ -146,8 +147,9 @@ def train(
                 set_seed(seed)  # of the adapters' start, which all ranks make alike
                 rollouts = Rollouts(policy, questions, retriever, config, limits, shown, seed)
                 use_cache = policy.model.config.use_cache
+                model = with_adapter(policy.model, config.lora) if config.lora else policy.model
                 trainer = Trainer(
-                    model=with_adapter(policy.model, config.lora) if config.lora else policy.model,
+                    model=model,
                     args=arguments,
                     reward_funcs=[
                         exact_match,
@@ -157,6 +159,7 @@ def train(
                     processing_class=policy.tokenizer,
                     rollout_func=rollouts,
                     replay_weight=config.replay.weight,
+                    guidance=Guidance(config.hindsight, config.evidence, model),
                     bad_batch=out / BAD_BATCH,
                     on_step=recorder,
                     engine=engine,
@@ -247,7 +250,7 @@ def _check_passthrough(trainer: dict[str, Any]) -> None:
 
 
 class Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
-    """TRL's trainer, with replay, that stops at the first loss or gradient that is not finite.
+    """TRL's trainer, with replay and guidance, that stops at the first loss or gradient that is not finite.
 
     Micro-batches carry two entries more than TRL's: ``replay``, their share of the step's examples, and ``weight``, the share
     of a micro-batch's loss that is theirs.
@@ -261,6 +264,7 @@ class Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
         self,
         *,
         replay_weight: float,
+        guidance: Guidance,
         bad_batch: Path,
         on_step: Callable[[int, dict[str, float]], None],
         engine: vllm.Engine | None,
@@ -268,12 +272,18 @@ class Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
     ) -> None:
         self.replay: list[replay.Example] = []
         """Of the optimiser step at hand."""
+        self.guidance = guidance
         self._replay_weight = replay_weight
         self._replay_cross_entropy = 0.0
         self._bad_batch = bad_batch
         self._on_step = on_step
         with _anchored_at(kwargs["model"]):
             super().__init__(**kwargs)
+        if guidance.active and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigError(
+                "grpo.hindsight and grpo.evidence need the whole weights in each process; set grpo.hindsight.weight and "
+                "grpo.evidence.strength to 0, or do not shard"
+            )
         if engine:
             self.use_vllm, self._last_loaded_step = True, -1
             self.vllm_generation = Colocated(
@@ -305,6 +315,25 @@ class Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
         assert self.args.steps_per_generation
         return self._step % (self.args.steps_per_generation * self.args.num_iterations) == 0
 
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """What TRL makes of a step's trajectories, in their order, and what the policy's own teacher makes of it."""
+        batch = super()._generate_and_score_completions(inputs)
+        if not self.guidance.active:
+            return batch
+        training = self.model.training
+        self.model.eval()
+        batch = self.guidance.prepared(
+            batch,
+            lambda examples: self._logprobs(self.model, replay.collate(examples, *self._at)),
+            self.args.per_device_train_batch_size,
+        )
+        self.model.train(training)
+        return batch
+
+    @property
+    def _at(self) -> tuple[int, torch.device]:
+        return self.processing_class.pad_token_id, self.accelerator.device
+
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """TRL's next micro-batch, of trajectories of like length. TRL's own are as wide as the longest of the step."""
         before = self._buffered_inputs
@@ -326,7 +355,14 @@ class Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def part_loss(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
-        loss = GRPOTrainer.compute_loss(self, model, inputs, num_items_in_batch=num_items_in_batch) * inputs["weight"]
+        with self.guidance.watching() as hidden:
+            loss = GRPOTrainer.compute_loss(self, model, inputs, num_items_in_batch=num_items_in_batch)
+        loss = loss * inputs["weight"]
+        if (
+            hidden
+            and (hindsight := self.guidance.loss(inputs, hidden[0], self.processing_class.pad_token_id)) is not None
+        ):
+            loss = loss + hindsight
         if inputs["replay"]:
             # Over the tokens of all examples: the sum over the micro-batches is the mean over tokens. Gradients are averaged
             # over ranks.
@@ -354,21 +390,26 @@ class Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
         )
         return first, second
 
-    def mark(self) -> tuple[dict[str, int], float]:
-        return {name: len(values) for name, values in self._metrics["train"].items()}, self._replay_cross_entropy
+    def mark(self) -> tuple[dict[str, int], float, float]:
+        lengths = {name: len(values) for name, values in self._metrics["train"].items()}
+        return lengths, self._replay_cross_entropy, self.guidance.divergence
 
-    def rewind(self, mark: tuple[dict[str, int], float]) -> None:
-        lengths, self._replay_cross_entropy = mark
+    def rewind(self, mark: tuple[dict[str, int], float, float]) -> None:
+        lengths, self._replay_cross_entropy, self.guidance.divergence = mark
         for name, values in self._metrics["train"].items():
             del values[lengths.get(name, 0) :]
 
     def _cross_entropy(self, model: Any, examples: Sequence[replay.Example]) -> torch.Tensor:
         """Summed over the sampled positions of ``examples``."""
-        batch = replay.collate(examples, self.processing_class.pad_token_id, self.accelerator.device)
+        batch = replay.collate(examples, *self._at)
+        return -(self._logprobs(model, batch) * batch.loss_mask).sum()
+
+    def _logprobs(self, model: Any, batch: replay.Batch) -> torch.Tensor:
+        """[examples, response width]"""
         logprobs, _, _ = self._get_per_token_logps_and_entropies(
             model, batch.input_ids, batch.attention_mask, batch.loss_mask.shape[1]
         )
-        return -(logprobs * batch.loss_mask).sum()
+        return logprobs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)  # adds TRL's metrics to `logs`
@@ -383,6 +424,8 @@ class Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
             parts = ranks.gathered(self._replay_cross_entropy)
             figures |= {"replay_cross_entropy": sum(parts) / len(parts), "replay_examples": len(self.replay)}
             self._replay_cross_entropy = 0.0
+        if self.guidance.active:
+            figures |= self.guidance.figures()
         if self.halved:
             figures["halved"] = self.halved
             self.halved = 0

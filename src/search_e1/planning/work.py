@@ -110,19 +110,21 @@ class Clock:
         tokens = self.config.rounds * trajectories * lengths.total
         scored = tokens * lengths.response / lengths.total
         flops = trained(self.shape, tokens, lengths.total, scored, job)
-        anchor = (
-            passed(self.shape, tokens, lengths.total) + 2 * self.shape.head * scored
-            if config.trainer.get("beta")
-            else 0.0
-        )
+        # A KL anchor reads what is trained on; so does evidence, once without the reference and once with it, and hindsight.
+        plain = int(bool(config.trainer.get("beta"))) + int(bool(config.evidence.strength))
+        privileged = int(bool(config.evidence.strength)) + int(bool(config.hindsight.weight))
+        shown = tokens * (1 + lengths.reference / lengths.total)
+        reading = plain * passed(self.shape, tokens, lengths.total)
+        reading += privileged * passed(self.shape, shown, lengths.total + lengths.reference)
+        reading += (plain + privileged) * 2 * self.shape.head * scored
         halves = job.autocast or self.itemsize == 2
         hours = self._hours(flops, self.rates.training, halves=halves)
-        hours += self._hours(anchor, self.rates.reading, halves=halves)
+        hours += self._hours(reading, self.rates.reading, halves=halves)
         return sampled.model_copy(
             update={
-                "read": sampled.read + (tokens if anchor else 0),
+                "read": sampled.read + plain * tokens + privileged * shown,
                 "trained": tokens,
-                "flops": sampled.flops + flops + anchor,
+                "flops": sampled.flops + flops + reading,
                 "hours": sampled.hours + hours,
             }
         )
