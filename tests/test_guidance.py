@@ -91,14 +91,15 @@ def logprobs(model: Any, prompt: tuple[int, ...], response: tuple[int, ...]) -> 
 
 
 def queries(policy: Policy, trajectory: Trajectory) -> list[int]:
-    """Places of the ids inside <search>, for a tokenizer of one id a character."""
+    """Places of the ids inside <search>, for a tokenizer that has an id for each tag."""
     found, at = [], 0
+    opened, closed = policy.tokenizer.convert_tokens_to_ids(["<search>", "</search>"])
     for turn in trajectory.turns:
-        text = turn.action_text
-        if "<search>" in text:
-            begin = text.index("<search>") + len("<search>")
-            end = text.find("</search>", begin)
-            found += range(at + begin, at + (len(text) if end < 0 else end))
+        inside = False
+        for place, one in enumerate(turn.action_ids, at):
+            inside = inside and one != closed
+            found += [place] * inside
+            inside = inside or one == opened
         at += len(turn.action_ids) + len(turn.observation_ids)
     return found
 

@@ -320,6 +320,7 @@ class Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         if not self.guidance.active:
             return batch
+        assert self.model is not None
         training = self.model.training
         self.model.eval()
         batch = self.guidance.prepared(
