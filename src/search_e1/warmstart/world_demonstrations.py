@@ -29,7 +29,6 @@ _FILLERS = (
     "I have to be careful here and read the documents again .",
     "the question is not easy but I can search for more .",
 )
-_FAVOURITE = _FILLERS[1]
 
 PHRASES = " ".join([*_FILLERS, "found need done search again for maybe of is useful I give up unknown : ."])
 """Every word of a thought that is not of the world itself, for a tokenizer's vocabulary."""
@@ -299,7 +298,7 @@ class DemonstrationWriter:
         """Perhaps filled: ``verbose`` is ``Slips.favourite`` in a trajectory that fills its thoughts."""
         if verbose is None or rng.random() >= 0.8:
             return list(thought)
-        filler = _FAVOURITE if verbose and rng.random() < verbose else rng.choice(_FILLERS)
+        filler = _FILLERS[0] if verbose and rng.random() < verbose else rng.choice(_FILLERS)
         return [f"{_SLIP}{filler}", *thought]
 
     def _search(self, walk: _Walk, thought: Sequence[str], relation: str, name: str) -> None:
