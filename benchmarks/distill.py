@@ -37,6 +37,7 @@ from search_e1.distill import pairs as mining
 from search_e1.distill import trainer
 from search_e1.distill.collate import Row, collate, encode, pack, pad_id
 from search_e1.distill.passes import SelfDistillation, packs
+from search_e1.planning.shapes import SHAPES
 from search_e1.policy import Policy, with_adapter
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.rollout import pool
@@ -44,24 +45,10 @@ from search_e1.rollout.hf import HFGenerator
 from search_e1.training.head import hidden_at
 from search_e1.types import Pair
 
-SHAPES = {  # of the published checkpoints' config.json
-    "qwen2.5-3b": dict(
-        model_type="qwen2", vocab_size=151_936, hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36,
-        num_attention_heads=16, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32_768,
-    ),
-    "qwen2.5-1.5b": dict(
-        model_type="qwen2", vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-        num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32_768,
-    ),
-    "qwen2.5-0.5b": dict(
-        model_type="qwen2", vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32_768,
-    ),
-    "tiny": dict(
-        model_type="qwen2", vocab_size=8192, hidden_size=64, intermediate_size=192, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32_768,
-    ),
-}  # fmt: skip
+TINY = dict(
+    model_type="qwen2", vocab_size=8192, hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32_768,
+)  # fmt: skip
 
 
 def main() -> None:
@@ -69,7 +56,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch-size", type=int, default=8, help="pairs a step")
     parser.add_argument("--steps", type=int, default=8, help="steps of the small policy in one repeat")
-    parser.add_argument("--shape", choices=SHAPES, help="random weights in this shape instead of the small policy")
+    parser.add_argument(
+        "--shape", choices=["tiny", *SHAPES], help="random weights in this shape instead of the small policy"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of --shape")
     parser.add_argument("--length", type=int, default=4096, help="of the teacher's sequences, with --shape")
@@ -178,7 +167,7 @@ def _head(hidden: Tensor, distillation: SelfDistillation) -> Tensor:
 def shape_rows(arguments: argparse.Namespace) -> list[dict]:
     """For each divergence: tokens a second, peak memory, the loss's share of the step, and utilisation."""
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    shape = dict(SHAPES[arguments.shape])
+    shape = dict(TINY if arguments.shape == "tiny" else SHAPES[arguments.shape])
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.pop("model_type"), **shape), dtype=dtype)

@@ -522,6 +522,15 @@ def test_the_checked_in_configs_contradict_nothing(name: str) -> None:
     assert f"--gpus {gpus}" in (CONFIGS / f"{name}.toml").read_text() or gpus == 1
 
 
+def test_a_run_that_never_distils_plans_no_distillation(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    flags = ["--policy.model", str(tmp_path / "config.json"), "--ofsd", "never", "--rollout.max_tokens", "64"]
+    plan = make_plan(load(CONFIGS / "quickstart.toml", flags), cluster(), passages=4735)
+    assert [memory.stage for memory in plan.memory] == ["grpo sampling", "grpo update", "pool, evaluation"]
+    assert {work.stage for work in plan.work} == {"evaluation", "grpo"}
+    assert not any("distill" in warning for warning in plan.warnings)
+
+
 def test_a_plan_of_the_quickstart(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path)
     config = load(

@@ -184,7 +184,8 @@ class Stages(Inputs):
             )
         grpo = self.config.grpo
         batching.split(grpo.questions_per_step * grpo.group_size, all, grpo.trainer)
-        distill_trainer.micro_batch(self.config.distill, all)
+        if self.config.distillations:
+            distill_trainer.micro_batch(self.config.distill, all)
         self._launcher.prepare()
 
     def check_memory(self, policy: str | Path, *stages: str) -> None:

@@ -126,6 +126,8 @@ def memories(
         training("grpo update", estimator.update, share, rows, "grpo.trainer.per_device_train_batch_size")
     progress("pool, evaluation")
     made.append(estimator.sample("pool, evaluation", rows=config.rollout.batch_size, tokens=estimator.width))
+    if not config.distillations:
+        return tuple(made)
     if config.distill.objective == "ofsd":
         progress("lead")
         longer = min(shape.context_length, estimator.width + estimator.teacher_width - estimator.width)

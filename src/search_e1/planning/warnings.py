@@ -105,6 +105,8 @@ def _sharing(config: Config, cluster: Cluster) -> list[str]:
             batching.split(total, cluster.gpus, grpo.trainer)
         except ConfigError as error:
             found.append(str(error))
+    if not config.distillations:
+        return found
     if problem := sharing_problem(distill.batch_size, cluster.gpus):
         found.append(f"distill.batch_size: {problem}")
     else:
@@ -136,10 +138,12 @@ def _contexts(config: Config, shape: Shape) -> list[str]:
 def _precision(config: Config) -> list[str]:
     found = []
     dtype = config.policy.dtype
-    for name, whole, trainer in (
-        ("grpo", config.grpo.lora is None and bool(config.grpo.steps), config.grpo.trainer),
-        ("distill", config.distill.weights == "all", config.distill.trainer),
+    for name, active, whole, trainer in (
+        ("grpo", config.grpo.steps, config.grpo.lora is None, config.grpo.trainer),
+        ("distill", config.distillations, config.distill.weights == "all", config.distill.trainer),
     ):
+        if not active:
+            continue
         rate = config.grpo.learning_rate if name == "grpo" else config.distill.learning_rate
         if whole and dtype == "bfloat16" and rate < _LOST:
             found.append(
@@ -148,8 +152,7 @@ def _precision(config: Config) -> list[str]:
             )
         if dtype == "float16":
             found.append(f'{name} trains in float16, whose small gradients are lost; set policy.dtype = "bfloat16"')
-        active = config.grpo.steps if name == "grpo" else True
-        if dtype == "float32" and active and not (trainer.get("bf16") or trainer.get("fp16")):
+        if dtype == "float32" and not (trainer.get("bf16") or trainer.get("fp16")):
             found.append(
                 f"{name} computes in float32, many times slower than bfloat16 on a GPU; set {name}.trainer.bf16 = true"
             )
@@ -163,7 +166,8 @@ def _amounts(config: Config, counts: Counts) -> list[str]:
             f"grpo.questions_per_step = {config.grpo.questions_per_step}, but there are {counts.train} training "
             "questions; lower it"
         )
-    if config.pool.questions is None and config.pool.source == "fresh" and counts.train > 50_000:
+    sampled = config.distillations and config.pool.source == "fresh"
+    if sampled and config.pool.questions is None and counts.train > 50_000:
         found.append(
             f"the pool samples {config.pool.group_size} trajectories for each of {counts.train:,} questions, every round; "
             "pool.questions takes fewer"
