@@ -21,6 +21,7 @@ from search_e1.launch.launcher import Launcher
 from search_e1.launch.place import Place
 from search_e1.launch.processes import ForkServer, Start
 from search_e1.progress import Progress, silent
+from search_e1.runs import cpu
 from search_e1.runs.stopping import Stopped, on_signals
 from search_e1.stages import Stages
 from taught import LIMITS, QUESTIONS, teach
@@ -133,6 +134,16 @@ def test_a_process_that_starts_others_tells_why_it_cannot(tmp_path, monkeypatch,
     assert launching.run({"act": ["work", "work"], "logs": str(logs)}, logs)["made"] == [1, 2]
     assert caplog.messages == ["processes are started anew, which takes longer: importing has started threads"]
     assert launching._server is None
+
+
+def test_the_time_of_copies_counts_once(tmp_path, acting):
+    launching = Launcher(2, Place())
+    before = cpu.seconds()
+    launching.run({"act": ["work", "work"], "logs": str(tmp_path)}, tmp_path)
+    added = cpu._elsewhere
+    launching.close()
+    assert cpu._elsewhere < added
+    assert cpu.seconds() - before > 0
 
 
 def test_a_process_that_starts_others_may_be_killed(tmp_path, acting, monkeypatch):

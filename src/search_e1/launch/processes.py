@@ -71,6 +71,7 @@ class ForkServer:
         self.problem: str | None = None
         """Why copies do not work; empty where they do."""
         self._running: dict[int, _Forked] = {}
+        self._seconds = 0.0  # of copies that have ended
 
     @staticmethod
     def possible() -> bool:
@@ -109,7 +110,9 @@ class ForkServer:
         """End it; not its copies, which do so when their standard input ends."""
         self._socket.close()
         self._server.kill()
-        self._server.wait()
+        if self._server.returncode is None:
+            self._server.wait()
+            cpu.add(-self._seconds)  # from now on the system counts them
 
     def _hear(self, timeout: float | None) -> dict[str, Any] | None:
         """The next message, if one comes in time."""
@@ -127,6 +130,7 @@ class ForkServer:
         if "ended" in told:
             self._running.pop(told["ended"]).status = told["status"]
             cpu.add(told["seconds"])
+            self._seconds += told["seconds"]
         return told
 
     def _lost(self) -> None:
