@@ -1,5 +1,6 @@
 """A function in several processes that are ranks of one group, as under the launcher, but forked: nothing is imported again."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -31,6 +32,7 @@ def in_ranks(count: int, function: Callable[[], Any], directory: Path) -> list[A
 def _rank(rank: int, count: int, function: Callable[[], Any], directory: Path) -> None:
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {name: str(number) for name, number in numbers.items()}
+    gc.freeze()  # accelerate collects garbage at every turn, and what tests before have left is much
     AcceleratorState._reset_state(reset_partial_state=True)  # of tests before
     status = 1
     try:

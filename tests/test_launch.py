@@ -195,7 +195,7 @@ def config(tmp_path_factory) -> Config:
             "grpo": {"steps": 4, "questions_per_step": 2, "group_size": 4, "learning_rate": 0.01},
             "distill": {"batch_size": 4},
             "checkpoints": {"every_seconds": 0, "share": 1},
-            "launch": {"processes": 2},
+            "launch": {"processes": 2, "sharding": "fsdp2"},
         }
     )
 
@@ -243,6 +243,10 @@ def test_a_stage_goes_on_after_one_of_its_processes_was_killed(config, tmp_path)
     [
         ({"launch": {"processes": 3}}, r"= 8 trajectories cannot be shared by 3 processes; .* launch 1, 2, 4 or 8"),
         ({"launch": {"processes": 8}}, r"distill\.batch_size = 4 cannot be shared by 8 processes"),
+        (
+            {"launch": {"processes": 2, "sharding": "fsdp2"}, "grpo": {"hindsight": {"weight": 0.1}}},
+            r'launch\.sharding = "fsdp2": grpo\.hindsight and grpo\.evidence need the whole weights',
+        ),
         (
             {"policy": {"model": "small", "device": "meta:1"}},
             r"device = 'meta:1': 2 processes take a device each; write",

@@ -430,7 +430,7 @@ def test_settings_that_defeat_their_purpose_are_told(sections: dict, says: str) 
         (
             dict(weights=70, optimiser=140, stage="grpo update"),
             8,
-            "shard the weights (--sharding full), train adapters",
+            'shard the weights (launch.sharding = "fsdp2"), train adapters',
         ),
         (
             dict(weights=70, optimiser=140, stage="distillation"),
@@ -479,8 +479,9 @@ def test_at_start_what_cannot_fit_is_refused(tmp_path: Path, caplog: pytest.LogC
     start.check_memory(config, model, tight, ())
     start.check_memory(config, "someone/unheard-of", tight, ("grpo",))  # not loaded yet: nothing is known of it
     start.check_memory(config, model, start.Device(memory=20 * size, ranks=1), ("grpo",))
+    start.check_memory(config, model, start.Device(memory=12 * size, ranks=2, sharding="full"), ("grpo",))
     assert "with the longest trajectories, grpo update: needs" in caplog.text
-    assert start.cuda_device(torch.device("cpu")) is None
+    assert start.cuda_device(torch.device("cpu"), 8, "fsdp2") is None
 
 
 # GPUs.
@@ -508,6 +509,7 @@ def test_gpus_by_name_and_by_figures() -> None:
 def test_the_checked_in_configs_contradict_nothing(name: str) -> None:
     config = load(CONFIGS / f"{name}.toml")
     gpus, kind = PLANNED[name]
+    assert config.launch.sharding == ("fsdp2" if gpus > 1 else "none")
     used = Cluster(gpu=GPUS[kind], gpus=gpus, sharding="full" if gpus > 1 else "none")
     shape = shape_of(read_config(config.policy.model))
     assert setting_warnings(config, shape, used, Counts(169_615, 51_713)) == []

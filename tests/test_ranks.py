@@ -1,8 +1,11 @@
 """Several processes make what one would: the same trajectories to the bit, the same weights but for rounding."""
 
 import copy
+import importlib.util
 import json
-from contextlib import suppress
+import signal
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from search_e1.config import (
     LoraConfig,
     PoolConfig,
     ReplayConfig,
+    Sharding,
 )
 from search_e1.distill import teacher
 from search_e1.distill import trainer as distill
@@ -32,6 +36,8 @@ from search_e1.policy import Policy
 from search_e1.rollout import chunks, pool
 from search_e1.rollout.hf import HFGenerator
 from search_e1.runs.checkpoints import Work
+from search_e1.runs.stopping import Stopped
+from search_e1.training import sharding
 from search_e1.types import Pair
 from taught import LIMITS, QUESTIONS, teach
 from test_distill import pairs_of
@@ -176,45 +182,131 @@ def compare(ours: Path, theirs: Path, *figures: str) -> None:
 DESCENT = {"optim": "sgd"}
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["all weights", "adapters"])
-def test_grpo_has_the_same_losses_and_weights(taught, tmp_path, lora):
+def untied(policy: Policy) -> Policy:
+    """The same with a head of its own."""
+    policy = copy.deepcopy(policy)
+    policy.model.lm_head.weight = torch.nn.Parameter(policy.model.lm_head.weight.detach().clone())
+    policy.model.config.tie_word_embeddings = False
+    return policy
+
+
+WAYS: list[Sharding] = ["none", "fsdp2"]
+if importlib.util.find_spec("deepspeed"):  # an extra
+    WAYS.append("zero3")
+
+
+@pytest.fixture
+def divided(monkeypatch) -> list[float]:
+    """What share of the weights a process held, each time that all were gathered."""
+    shares: list[float] = []
+    fill = sharding.Twin.fill
+
+    def counted(self: sharding.Twin, model: Any, dtype: Any = None) -> Any:
+        weights = list(model.parameters())
+        if hasattr(weights[0], "ds_tensor"):
+            parts = [(weight.ds_tensor.numel(), weight.ds_numel) for weight in weights]
+        else:
+            parts = [(weight.to_local().numel(), weight.numel()) for weight in weights]
+        shares.append(sum(held for held, _ in parts) / sum(all for _, all in parts))
+        return fill(self, model, dtype)
+
+    monkeypatch.setattr(sharding.Twin, "fill", counted)
+    return shares
+
+
+def in_all_ways(trained: Callable[[Path, Sharding], Any], directory: Path) -> list[Any]:
+    """What each of two processes makes of ``trained`` in each of WAYS, in a directory of that name."""
+    if "zero3" in WAYS:
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compiling
+
+    return in_ranks(2, lambda: [trained(directory / way, way) for way in WAYS], directory / "ranks")
+
+
+@pytest.mark.parametrize(
+    ("lora", "own_head"),
+    [(None, False), (None, True), (LoraConfig(rank=4), True)],
+    ids=["all weights", "all weights, untied", "adapters, untied"],
+)
+def test_grpo_has_the_same_losses_and_weights(taught, tmp_path, divided, lora, own_head):
     """Groups of six are cut by the border between two processes; replay's examples come from whole groups."""
     config = GrpoConfig(
         steps=2, questions_per_step=3, group_size=6, learning_rate=0.05, lora=lora,
         replay=ReplayConfig(examples_per_step=3, weight=0.5), trainer={**DESCENT, "per_device_train_batch_size": 3},
     )  # fmt: skip
+    start = untied(taught) if own_head else taught
 
-    def trained(out: Path) -> dict[str, Any]:
+    def trained(out: Path, sharding: Sharding = "none") -> tuple[dict[str, Any], list[float]]:
         out.mkdir(exist_ok=True)
-        return grpo.train(
-            copy.deepcopy(taught), QUESTIONS, TinyRetriever(PASSAGES), config, SMALL, seed=3, out=out, work=work_in(out)
-        )
+        divided.clear()
+        made = grpo.train(
+            copy.deepcopy(start), QUESTIONS, TinyRetriever(PASSAGES), config, SMALL, seed=3, out=out,
+            sharding=sharding, work=work_in(out),
+        )  # fmt: skip
+        return made, divided.copy()
 
-    alone = trained(tmp_path / "alone")
-    first, second = in_ranks(2, lambda: trained(tmp_path / "out"), tmp_path / "ranks")
-    assert without_times(first) == pytest.approx(without_times(alone), rel=1e-4)
-    assert without_times(second) == without_times(first)
+    alone, _ = trained(tmp_path / "alone")
+    first, second = in_all_ways(trained, tmp_path)
     figures = ("reward", "searches", "sampled_tokens", "loss", "grad_norm", "replay_cross_entropy", "replay_examples")
-    compare(tmp_path / "out", tmp_path / "alone", *figures)
+    for way, (found, shares), (others, _) in zip(WAYS, first, second, strict=True):
+        assert without_times(others) == without_times(found)
+        assert without_times(found) == pytest.approx(without_times(alone), rel=1e-4)
+        assert shares == pytest.approx([0.5] * 3 if way != "none" else [], abs=0.02)  # two rollouts, and the end
+        compare(tmp_path / way, tmp_path / "alone", *figures)
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"lora": LoraConfig(rank=4), "teacher": "live"}, {"weights": "all", "epochs": 2}],
-    ids=["adapters", "all weights, cached teacher"],
+    [
+        {"lora": LoraConfig(rank=4), "teacher": "live"},
+        {"weights": "all", "epochs": 2},
+        {"weights": "all", "teacher": "live", "trainer": {"gradient_checkpointing": True}},
+    ],
+    ids=["adapters", "all weights, cached teacher", "all weights, frozen teacher, untied, checkpointing"],
 )
-def test_distillation_has_the_same_losses_and_weights(taught, pairs, tmp_path, changes):
+def test_distillation_has_the_same_losses_and_weights(taught, pairs, tmp_path, divided, changes):
     """Seven pairs in batches of four: the last batch lacks one, and no pair counts twice for it."""
-    config = DistillConfig(batch_size=4, learning_rate=0.05, trainer={**DESCENT, "per_device_train_batch_size": 1})
-    config = config.model_copy(update=changes)
+    further = changes.pop("trainer", {})
+    config = DistillConfig(
+        batch_size=4, learning_rate=0.05, trainer={**DESCENT, "per_device_train_batch_size": 1, **further}
+    ).model_copy(update=changes)
+    start = untied(taught) if further else taught
 
-    def trained(out: Path) -> dict[str, Any]:
-        return distill.train(copy.deepcopy(taught), pairs, config, seed=5, out=out, work=work_in(out))
+    def trained(out: Path, sharding: Sharding = "none") -> dict[str, Any]:
+        return distill.train(copy.deepcopy(start), pairs, config, seed=5, out=out, sharding=sharding, work=work_in(out))
 
-    alone = trained(tmp_path / "alone")
-    first, _ = in_ranks(2, lambda: trained(tmp_path / "out"), tmp_path / "ranks")
-    assert without_times(first) == pytest.approx(without_times(alone), rel=1e-4)
-    compare(tmp_path / "out", tmp_path / "alone", "loss", "grad_norm", "learning_rate")
+    alone, _ = trained(tmp_path / "alone")
+    for way, (found, shares) in zip(WAYS, in_all_ways(trained, tmp_path)[0], strict=True):
+        assert without_times(found) == pytest.approx(without_times(alone), rel=1e-4)
+        assert shares == pytest.approx([0.5] if way != "none" else [], abs=0.02)
+        compare(tmp_path / way, tmp_path / "alone", "loss", "grad_norm", "learning_rate")
+        files, same = (sorted(p.name for p in (tmp_path / n / "policy").iterdir()) for n in (way, "alone"))
+        assert files == same
+
+
+def test_a_checkpoint_of_divided_weights_is_anyones(taught, pairs, tmp_path):
+    """Begun by two processes that divide weights and states and gone on with by one that has all, and the reverse."""
+    config = DistillConfig(batch_size=4, learning_rate=1e-3, epochs=2, lora=LoraConfig(rank=4))
+
+    def trained(out: Path, sharding: Sharding = "none", *, stop: bool = False) -> None:
+        work = work_in(out)
+        work.stop.asked = signal.SIGTERM if stop else None
+        with pytest.raises(Stopped) if stop else nullcontext():
+            distill.train(copy.deepcopy(taught), pairs, config, seed=5, out=out, sharding=sharding, work=work)
+
+    def by_two(out: Path, sharding: Sharding) -> None:
+        trained(out / "joined", sharding, stop=True)
+        trained(out / "parted", sharding)
+
+    trained(tmp_path / "alone")
+    for way in WAYS:
+        trained(tmp_path / way / "parted", stop=True)
+    in_all_ways(by_two, tmp_path)
+    for way in WAYS:
+        trained(tmp_path / way / "joined")
+        for name in ("joined", "parted"):
+            compare(tmp_path / way / name, tmp_path / "alone", "loss", "grad_norm", "learning_rate")
 
 
 def test_a_number_of_processes_that_does_not_divide_the_work_is_refused():
@@ -224,6 +316,20 @@ def test_a_number_of_processes_that_does_not_divide_the_work_is_refused():
         distill.micro_batch(DistillConfig(batch_size=6), 4)
     with pytest.raises(ConfigError, match=r"= 2 on 2 processes does not divide distill\.batch_size = 6"):
         distill.micro_batch(DistillConfig(batch_size=6, trainer={"per_device_train_batch_size": 2}), 2)
+
+
+def test_what_zero3_cannot_do_is_refused(monkeypatch):
+    trainers = {"grpo.trainer": {"bf16": True}, "distill.trainer": {"fp16": True}}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    sharding.check("fsdp2", "bfloat16", trainers)
+    with pytest.raises(ConfigError, match=r"needs DeepSpeed, an extra: pip install .*search-e1\[deepspeed\]"):
+        sharding.check("zero3", "float32", {})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    sharding.check("zero3", "float32", {"grpo.trainer": {"bf16": True}})
+    with pytest.raises(ConfigError, match=r'policy\.dtype = "bfloat16": .* trains weights in float32'):
+        sharding.check("zero3", "bfloat16", {})
+    with pytest.raises(ConfigError, match=r"distill\.trainer\.fp16: .* set bf16 = true"):
+        sharding.check("zero3", "float32", trainers)
 
 
 def test_values_are_exchanged_in_the_order_of_ranks(tmp_path):

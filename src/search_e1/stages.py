@@ -49,7 +49,7 @@ from search_e1.runs import Artifact, Make
 from search_e1.runs.checkpoints import Work
 from search_e1.runs.stopping import Stop
 from search_e1.safe import is_name, masked
-from search_e1.training import memory
+from search_e1.training import memory, sharding
 from search_e1.warmstart.stage import warm_start
 
 
@@ -182,10 +182,18 @@ class Stages(Inputs):
                 f"launch.processes = {here}, and {gpus} {there.type} devices are visible here; lower it, or mend "
                 "CUDA_VISIBLE_DEVICES"
             )
-        grpo = self.config.grpo
+        grpo, distill = self.config.grpo, self.config.distill
+        trainers = {"grpo.trainer": grpo.trainer, "distill.trainer": distill.trainer}
+        divided = self.config.launch.sharding
+        if divided != "none" and (grpo.hindsight.weight or grpo.evidence.strength):
+            raise ConfigError(
+                f'launch.sharding = "{divided}": grpo.hindsight and grpo.evidence need the whole weights in each process; set '
+                'grpo.hindsight.weight and grpo.evidence.strength to 0, or launch.sharding = "none"'
+            )
+        sharding.check(divided, self.config.policy.dtype, trainers)
         batching.split(grpo.questions_per_step * grpo.group_size, all, grpo.trainer)
         if self.config.distillations:
-            distill_trainer.micro_batch(self.config.distill, all)
+            distill_trainer.micro_batch(distill, all)
         self._launcher.prepare()
 
     def check_memory(self, policy: str | Path, *stages: str) -> None:
@@ -194,7 +202,8 @@ class Stages(Inputs):
         Raises:
             ConfigError: weights and states alone are more than its memory.
         """
-        if found := start.cuda_device(device(self.config.policy.device)):
+        there, all = device(self.config.policy.device), self._launcher.all
+        if found := start.cuda_device(there, all, self.config.launch.sharding):
             start.check_memory(self.config, str(policy), found, stages)
 
     def warmstart(self, out: Path | None = None) -> Artifact:
@@ -218,7 +227,8 @@ class Stages(Inputs):
             with_vllm = limits.engine == "vllm" and self.config.grpo.steps > 0
             return grpo_trainer.train(
                 self._policy(policy), self.train_questions, self.retriever, self.config.grpo, limits,
-                self.config.reference, seed=seed, out=out, progress=progress, track=self._track, work=self._work,
+                self.config.reference, seed=seed, out=out, sharding=self.config.launch.sharding, progress=progress,
+                track=self._track, work=self._work,
                 engine=self._engine(policy, limits.max_tokens, shared=True) if with_vllm else None,
             )  # fmt: skip
 
@@ -341,7 +351,8 @@ class Stages(Inputs):
             loaded = self._policy(policy)
             return distill_trainer.train(
                 loaded, pair_files.read(pairs_path / pair_files.TRAIN, loaded.tokenizer), self.config.distill,
-                seed=seed, out=out, progress=progress, track=self._track, work=self._work,
+                seed=seed, out=out, sharding=self.config.launch.sharding, progress=progress, track=self._track,
+                work=self._work,
             )  # fmt: skip
 
         inputs = {"policy": self._checksum(policy), "pairs": runs.checksum(pairs_path / pair_files.TRAIN)}

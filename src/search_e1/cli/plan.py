@@ -32,14 +32,20 @@ def plan(
     gpu: Annotated[
         str | None, typer.Option("--gpu", help="h100-80gb, a100-80gb, 4090-24gb, ... Default: the one here.")
     ] = None,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many, over all nodes.")] = 1,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", min=1, help="How many, over all nodes. Default: launch.processes x launch.nodes."),
+    ] = None,
     memory: Annotated[float | None, typer.Option("--memory", help="GiB of a GPU.")] = None,
     tflops: Annotated[float | None, typer.Option("--tflops", help="Of a GPU, dense, bfloat16.")] = None,
     bandwidth: Annotated[float | None, typer.Option("--bandwidth", help="Of a GPU's memory, GB a second.")] = None,
     sharding: Annotated[
-        Sharding,
-        typer.Option("--sharding", help="What is divided among GPUs: ZeRO-2 (optimizer), ZeRO-3 and FSDP2 (full)."),
-    ] = Sharding.NONE,
+        Sharding | None,
+        typer.Option(
+            "--sharding",
+            help="What is divided among GPUs: ZeRO-2 (optimizer), ZeRO-3 and FSDP2 (full). Default: as launch.sharding.",
+        ),
+    ] = None,
     engine: Annotated[Engine, typer.Option("--engine", help="What samples.")] = Engine.TRANSFORMERS,
     gpu_memory_utilization: Annotated[
         float, typer.Option("--gpu-memory-utilization", min=0.05, max=1, help="vLLM's share of a GPU's memory.")
@@ -64,8 +70,10 @@ def plan(
     from search_e1.planning.work import Rates
 
     loaded = load(config, context.args)
+    divided = "none" if loaded.launch.sharding == "none" else "full"
     cluster = Cluster(
-        gpu=_gpu(gpu, memory, tflops, bandwidth), gpus=gpus, sharding=sharding.value, engine=engine.value,
+        gpu=_gpu(gpu, memory, tflops, bandwidth), gpus=gpus or loaded.launch.processes * (loaded.launch.nodes or 1),
+        sharding=sharding.value if sharding else divided, engine=engine.value,
         gpu_memory_utilization=gpu_memory_utilization,
     )  # fmt: skip
     measured = lengths.measured(like, loaded) if like else None

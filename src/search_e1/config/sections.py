@@ -14,6 +14,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str | Path) else v)]
 """One path, or a list of them."""
+Sharding = Literal["none", "fsdp2", "zero3"]
 
 
 class Section(BaseModel):
@@ -378,6 +379,9 @@ class LaunchConfig(Section):
     fork: bool = True
     """Start them as copies of one process that has imported everything once, where that is safe (Linux, and sampling by
     transformers), instead of starting Python anew for each stage."""
+    sharding: Sharding = "none"
+    """What several processes divide among them in GRPO and distillation: nothing (DDP), or weights, gradients and optimiser
+    states, by FSDP2 or DeepSpeed's ZeRO-3 (an extra)."""
     nodes: Positive | None = None
     """Machines, on each of which the same command is started. Default: as ``srun``, torchrun or ``NNODES`` say, else 1."""
     node: NonNegative | None = None

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from search_e1.errors import RunError
 from search_e1.progress import Progress, silent
 from search_e1.runs import disk
 from search_e1.training.divergence import fused_cross_entropy, fused_divergence
-from search_e1.training.head import hidden_at, split_head
+from search_e1.training.head import Head, computing, hidden_at, split_head
 
 _PROBE_TOKENS = 8
 
@@ -84,13 +85,15 @@ class SelfDistillation(nn.Module):
             ModelError: from ``split_head``.
         """
         super().__init__()
-        self.decoder, self.head = split_head(model)
+        self.decoder, head = split_head(model)
+        self._transform = head.scale, head.softcap
         self.model = model
         self.settings = config
         self.config: Any = model.config  # the trainer looks for it
         self.cached = cached
         self.frozen: nn.Module | None = None
-        self.teacher_head = self.head
+        self.teacher_head: Head | None = None
+        """Where it is not the student's."""
         if config.objective == "ofsd" and not isinstance(model, PeftModel):
             self.teacher_head = self.head._replace(
                 weight=self.head.weight.detach().clone(),
@@ -98,6 +101,21 @@ class SelfDistillation(nn.Module):
             )
             if cached is None:
                 self.frozen = copy.deepcopy(self.decoder).requires_grad_(False)
+        # What divides a model asks it for its parts.
+        self._no_split_modules = model._no_split_modules
+        self.base_model_prefix = "decoder"
+
+    @property
+    def head(self) -> Head:
+        """The student's, with weights as they are now."""
+        layer = self.get_output_embeddings()
+        return Head(layer.weight, layer.bias, *self._transform)
+
+    def get_input_embeddings(self) -> Any:
+        return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        return self.model.get_output_embeddings()
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         self.model.gradient_checkpointing_enable(**kwargs)
@@ -105,16 +123,22 @@ class SelfDistillation(nn.Module):
     def forward(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted mean loss of a batch from ``collate`` or ``pack``, and each position's: the divergence from the teacher, or
         for ``objective = "sft"`` the cross-entropy of the student's own ids, for which there is no teacher."""
-        settings = self.settings
-        if settings.objective == "sft":
-            predicted = batch["student_input_ids"].flatten()[
-                batch["student_index"] + 1
-            ]  # what a position predicts is next
-            student = hidden_at(self.decoder, batch, "student")
-            weights, most = batch.get("weights"), settings.logits_mib
-            return fused_cross_entropy(student, predicted, self.head, weights=weights, logits_mib=most)
-        teacher = self._teacher(batch)
+        if self.settings.objective == "sft":
+            loss = partial(self._cross_entropy, batch)
+        else:
+            loss = partial(self._divergence, batch, self._teacher(batch))
         student = hidden_at(self.decoder, batch, "student")
+        with computing(self.get_output_embeddings(), loss) as head:
+            found: tuple[Tensor, Tensor] = head(student)
+        return found
+
+    def _cross_entropy(self, batch: Mapping[str, Tensor], student: Tensor) -> tuple[Tensor, Tensor]:
+        predicted = batch["student_input_ids"].flatten()[batch["student_index"] + 1]  # what a position predicts is next
+        weights, most = batch.get("weights"), self.settings.logits_mib
+        return fused_cross_entropy(student, predicted, self.head, weights=weights, logits_mib=most)
+
+    def _divergence(self, batch: Mapping[str, Tensor], teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+        settings = self.settings
         return fused_divergence(
             student,
             teacher.to(student.device),

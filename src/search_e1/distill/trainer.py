@@ -19,7 +19,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from search_e1 import ranks
-from search_e1.config import DistillConfig
+from search_e1.config import DistillConfig, Sharding
 from search_e1.distill.collate import (
     Row,
     collate,
@@ -38,6 +38,7 @@ from search_e1.runs import derived_seed
 from search_e1.runs.checkpoints import Work
 from search_e1.training.memory import HalvingTrainer
 from search_e1.training.resuming import STEPS, ResumingTrainer, figures, restored_steps
+from search_e1.training.sharding import Twin, divides, dividing, settle
 from search_e1.types import Pair
 
 _OWN_KEYS = {  # key of TrainingArguments -> where it is set instead
@@ -48,6 +49,7 @@ _OWN_KEYS = {  # key of TrainingArguments -> where it is set instead
     "output_dir": "run",
     "report_to": "tracking.report_to",
     "use_cpu": "policy.device",
+    **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed"), "launch.sharding"),
 }
 _FIXED_KEYS = {
     "remove_unused_columns",
@@ -68,6 +70,7 @@ def train(
     *,
     seed: int,
     out: Path,
+    sharding: Sharding = "none",
     progress: Progress = silent,
     track: Track = untracked,
     work: Work | None = None,
@@ -97,7 +100,7 @@ def train(
         pairs = list({(p.question.id, p.reference.response_ids): p for p in reversed(pairs)}.values())[::-1]
     rows = _rows(policy, pairs, config)
     out.mkdir(parents=True, exist_ok=True)
-    arguments = _arguments(config, policy, seed, out)
+    arguments = _arguments(config, policy, seed, out, sharding)
     collator = _Collator(pad_id(policy.tokenizer), config.class_weights.model_dump(), _packed(policy, config))
     with work.scratch(out) as scratch:
         cached = _cached(policy, rows, config, arguments, collator, scratch, progress)
@@ -105,6 +108,7 @@ def train(
         model: PeftModel | PreTrainedModel = policy.model
         if config.weights == "lora":
             model = with_adapter(policy.model, config.lora)
+        twin = Twin(model) if divides(arguments) else None
         checkpoint = work.newest()
         told = "CE" if imitates else "KL"
         log = _StepLog(out / STEPS, progress, track, restored_steps(checkpoint, out / STEPS), told)
@@ -119,6 +123,8 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train_on(work, out / STEPS, checkpoint)
+        if twin:
+            model = twin.fill(trainer.model.model)
         del cached, trainer.model
     policy.model = (merge_adapter(model) if isinstance(model, PeftModel) else model).eval()
     if trainer.is_world_process_zero():
@@ -172,7 +178,9 @@ def _fillers(rows: Sequence[Row], size: int) -> list[Row]:
     return [{**shortest, "weight": 0.0} for _ in range(missing)]
 
 
-def _arguments(config: DistillConfig, policy: Policy, seed: int, out: Path) -> TrainingArguments:
+def _arguments(
+    config: DistillConfig, policy: Policy, seed: int, out: Path, sharding: Sharding = "none"
+) -> TrainingArguments:
     """The trainer's arguments: ours, then ``config.trainer``; micro-batches are told by its per_device_train_batch_size."""
     for key in config.trainer:
         if key in _OWN_KEYS:
@@ -203,10 +211,12 @@ def _arguments(config: DistillConfig, policy: Policy, seed: int, out: Path) -> T
         dataloader_pin_memory=not cpu,
         report_to="none",
     )
+    ours |= dividing(sharding, config.trainer, policy.model.device)
     try:
         arguments = TrainingArguments(**{**defaults, **config.trainer, **ours})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"distill.trainer: {str(error).strip().splitlines()[0]}") from error
+    settle(arguments)
     if arguments.n_gpu > 1:
         arguments._n_gpu = (
             1  # DataParallel would split a batch whose positions index it whole; `accelerate launch` is the way

@@ -5,7 +5,7 @@ prompt. Such examples keep that alive without a teacher, without gold answers an
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,10 @@ class Example:
     response_ids: tuple[int, ...]
     loss_mask: tuple[int, ...]
     """As long as ``response_ids``: 1 where the reference's sampled ids stand."""
+
+    def silent(self) -> "Example":
+        """The same, of which nothing is learnt."""
+        return replace(self, loss_mask=(0,) * len(self.loss_mask))
 
 
 def examples(

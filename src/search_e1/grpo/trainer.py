@@ -28,7 +28,7 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer import grpo_trainer
 
 from search_e1 import ranks
-from search_e1.config import WHOLE, GrpoConfig, ReferenceConfig, RolloutConfig
+from search_e1.config import WHOLE, GrpoConfig, ReferenceConfig, RolloutConfig, Sharding
 from search_e1.errors import ConfigError, DataError, TrainingError
 from search_e1.grpo import batching, replay
 from search_e1.grpo.colocated import Colocated
@@ -45,6 +45,7 @@ from search_e1.rollout.hf import HFGenerator
 from search_e1.runs.checkpoints import Work
 from search_e1.training.memory import HalvingTrainer
 from search_e1.training.resuming import STEPS, ResumingTrainer, restored_steps
+from search_e1.training.sharding import Twin, divides, dividing, multiplied_in, settle
 from search_e1.types import Question
 
 BAD_BATCH = "bad_batch.pt"
@@ -72,8 +73,7 @@ _RESERVED = {
     "ignore_data_skip": "a stage that goes on must not see its questions again; leave it out",
     "shuffle_dataset": "the order of questions follows from `seed`; leave it out",
     "mask_truncated_completions": "it would drop every trajectory that ends at </answer>; leave it out",
-    "deepspeed": "sharded weights are not supported; leave it out",
-    "fsdp": "sharded weights are not supported; leave it out",
+    **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed"), "set `launch.sharding`"),
     **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs"), _ELSEWHERE),
     **dict.fromkeys(("use_vllm", "vllm_mode"), 'set `rollout.engine = "vllm"`'),
     "vllm_gpu_memory_utilization": "set `vllm.shared_gpu_memory_utilization`",
@@ -110,6 +110,7 @@ def train(
     *,
     seed: int,
     out: Path,
+    sharding: Sharding = "none",
     progress: Progress = silent,
     track: Track = untracked,
     work: Work | None = None,
@@ -137,7 +138,9 @@ def train(
     if len({question.id for question in questions}) < len(questions):
         raise DataError("two training questions have the same id; give each its own")
     with _quiet():
-        arguments = trl_arguments(config, limits, len(questions), seed=seed, out=out, device=policy.model.device)
+        arguments = trl_arguments(
+            config, limits, len(questions), seed=seed, out=out, device=policy.model.device, sharding=sharding
+        )
         work = work or Work()
         checkpoint = work.newest()
         earlier = restored_steps(checkpoint, out / STEPS)
@@ -174,7 +177,14 @@ def train(
 
 
 def trl_arguments(
-    config: GrpoConfig, limits: RolloutConfig, questions: int, *, seed: int, out: Path, device: torch.device
+    config: GrpoConfig,
+    limits: RolloutConfig,
+    questions: int,
+    *,
+    seed: int,
+    out: Path,
+    device: torch.device,
+    sharding: Sharding = "none",
 ) -> GRPOConfig:
     """``config`` in TRL's terms, so that one optimiser step trains on one freshly sampled set of groups.
 
@@ -221,6 +231,7 @@ def trl_arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would hide what must stop the run
     )
+    ours |= dividing(sharding, config.trainer, device)
     try:
         arguments = GRPOConfig(**{**defaults, **config.trainer, **ours})
     except (TypeError, ValueError) as error:
@@ -230,6 +241,7 @@ def trl_arguments(
             f"{arguments.n_gpu} GPUs are visible to one process; set CUDA_VISIBLE_DEVICES to one of them, or start "
             "one process for each with `accelerate launch`"
         )
+    settle(arguments)
     return arguments
 
 
@@ -277,6 +289,7 @@ class Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
         self._replay_cross_entropy = 0.0
         self._bad_batch = bad_batch
         self._on_step = on_step
+        self.twin = Twin(kwargs["model"]) if divides(kwargs["args"]) else None
         with _anchored_at(kwargs["model"]):
             super().__init__(**kwargs)
         if guidance.active and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -305,7 +318,11 @@ class Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
         if self.use_vllm:
             yield self.vllm_generation.generator(self.processing_class)
             return
-        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+        if self.twin:  # each rank samples at its own pace, and so with all weights
+            whole = self.twin.filled(self.model, multiplied_in(self.args))
+        else:
+            whole = unwrap_model_for_generation(self.model_wrapped, self.accelerator)
+        with whole as model:
             # The adapters are inside the base model's layers. Wrapped in peft, its own generation config would rule.
             lent: Any = model.get_base_model() if isinstance(model, PeftModel) else model
             yield HFGenerator(lent, self.processing_class, batch_size=batch_size)
@@ -350,8 +367,10 @@ class Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
         """The loss of one micro-batch, scaled so that the micro-batches of a step add up; a scalar."""
         # Dealt out to the step's micro-batches, of all ranks.
         micro_batches = self.args.gradient_accumulation_steps
-        place = self._step % micro_batches * ranks.count() + ranks.rank()
-        share = self.replay[place :: micro_batches * ranks.count()]
+        first = self._step % micro_batches * ranks.count()
+        share = self.replay[first + ranks.rank() :: micro_batches * ranks.count()]
+        if self.twin and not share and self.replay[first:]:  # all have to make the same passes
+            share = [self.replay[0].silent()]
         inputs = {**inputs, "replay": share, "weight": 1.0}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -463,7 +482,10 @@ def _anchored_at(model: Any) -> Iterator[None]:
 
 def _give_back(trainer: Trainer) -> Any:
     """The plain model out of the trainer: adapters merged, TRL's and accelerate's patches of ``forward`` removed."""
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if trainer.twin:
+        model = trainer.twin.fill(trainer.model)
+    else:
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if isinstance(model, PeftModel):
         model = merge_adapter(model)
     for patch in ("forward", "_original_forward"):

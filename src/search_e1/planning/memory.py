@@ -150,14 +150,16 @@ class Estimator:
         dry = self._dry(self.dtype, lora, job.checkpointing if training else False)
         weights = self._share(dry.weights, "weights") if training else dry.weights
         states = self._share(_states(job.optimiser, dry), "optimiser") if training else 0
-        others = dry.weights - weights
+        # Each rank samples with all weights: gathered beside its share, in bfloat16 with mixed precision.
+        itemsize = 2 if weights < dry.weights and job.autocast else self._itemsize
+        others = dry.weights * itemsize // self._itemsize if weights < dry.weights else 0
         if training and self.config.grpo.trainer.get("beta") and not lora:
             others += self._share(dry.weights, "weights")
         if self.cluster.engine == "vllm":
             return self._sample_by_vllm(stage, rows, tokens, weights if training else 0, states)
-        slot = -(-tokens // _ROUND) * _ROUND * self.shape.cached * self._itemsize
+        slot = -(-tokens // _ROUND) * _ROUND * self.shape.cached * itemsize
         free = max(0, self.cluster.room - weights - states - others)
-        rows = max(1, min(rows, int(_CACHE_SHARE * free / (tokens * self.shape.cached * self._itemsize)) - 1))
+        rows = max(1, min(rows, int(_CACHE_SHARE * free / (tokens * self.shape.cached * itemsize)) - 1))
         return Memory(
             stage=stage, rows=rows, tokens=tokens, asked=asked, weights=weights, optimiser=states, others=others,
             activations=self._read(dry, max(1, min(rows, _PREFILL // tokens)), tokens),

@@ -1,7 +1,6 @@
 """The check before work starts: what cannot fit is refused while nothing is lost yet."""
 
 import logging
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,12 +27,12 @@ class Device:
     sharding: Sharding = "none"
 
 
-def cuda_device(device: torch.device) -> Device | None:
-    """The GPU of this rank; ``None`` where it is no CUDA device, whose memory nobody tells."""
+def cuda_device(device: torch.device, ranks: int, sharding: str) -> Device | None:
+    """One GPU of as many as ``ranks``, under ``launch.sharding``; ``None`` where it is none, whose memory nobody tells."""
     if device.type != "cuda":
         return None
     memory = torch.cuda.get_device_properties(device).total_memory
-    return Device(memory, int(os.environ.get("WORLD_SIZE", "1")))
+    return Device(memory, ranks, "full" if sharding != "none" and ranks > 1 else "none")
 
 
 def check_memory(config: Config, model: str, device: Device, stages: Sequence[str]) -> None:

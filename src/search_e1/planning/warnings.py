@@ -39,7 +39,7 @@ def _mending(memory: Memory, cluster: Cluster) -> str:
                 0, "train adapters ([grpo.lora])" if memory.stage.startswith("grpo") else 'set distill.weights = "lora"'
             )
             if cluster.gpus > 1 and cluster.sharding != "full":
-                ways.insert(0, "shard the weights (--sharding full)")
+                ways.insert(0, 'shard the weights (launch.sharding = "fsdp2")')
         return ", ".join(ways[:-1]) + f", or {ways[-1]}" if len(ways) > 1 else ways[0]
     if sampling:
         return f"lower rollout.batch_size = {memory.rows}"

@@ -1,6 +1,7 @@
 """From a causal language model to its two parts: a decoder that gives hidden states, and what makes logits of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,20 @@ def split_head(model: Any) -> tuple[nn.Module, Head]:
         f"a {type(model).__name__} makes its logits in a way that distillation does not know (beyond an output head, a scale "
         "and a soft cap); use another model"
     )
+
+
+@contextmanager
+def computing(layer: nn.Module, function: Callable[..., Any]) -> Iterator[nn.Module]:
+    """``layer`` with ``function`` for its forward pass, in which its weights are whole.
+
+    What divides weights among processes gathers those of a module when it is called, and its gradients when the backward
+    pass comes to it. Who only reads them finds a part.
+    """
+    layer.forward = function
+    try:
+        yield layer
+    finally:
+        del layer.forward
 
 
 def _transforms(config: Any) -> Iterator[tuple[float, float | None]]:

@@ -2,16 +2,20 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerState, trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from search_e1 import ranks
 from search_e1.runs.checkpoints import Work
+from search_e1.training import zero3
+from search_e1.training.sharding import like, wholes
 
 STEPS = "steps.jsonl"
 _WEIGHTS, _STATE = "trained.safetensors", "trainer_state.json"
@@ -23,7 +27,8 @@ class ResumingTrainer(Trainer):
     A checkpoint holds the weights that are trained (the others are the policy's, which is on disk), optimiser, scheduler,
     random states, the trainer's own state, and the lines of the steps so far. Trainers must have nothing else that a later
     step depends on: an order of data that follows from seed and epoch, and no batch in store (``at_boundary``). Of several
-    processes the first writes, and each its own random states.
+    processes the first writes, and each its own random states. What they divide among them is saved whole, so that another
+    number of them can go on, dividing otherwise.
     """
 
     work: Work = Work()
@@ -40,10 +45,13 @@ class ResumingTrainer(Trainer):
         with work.finishing():
             if checkpoint is None:
                 self.train()
-            elif _complete(TrainerState.load_from_json(str(checkpoint / _STATE))):
+                return
+            complete = _complete(TrainerState.load_from_json(str(checkpoint / _STATE)))
+            if complete or self.is_deepspeed_enabled:
                 self._load_from_checkpoint(str(checkpoint))
-            else:
-                self.train(resume_from_checkpoint=str(checkpoint))
+            if not complete:
+                with _no_checkpoint_of_deepspeeds():
+                    self.train(resume_from_checkpoint=str(checkpoint))
 
     def at_boundary(self) -> bool:
         """Whether nothing that was prepared for the steps to come would be lost."""
@@ -57,16 +65,38 @@ class ResumingTrainer(Trainer):
 
     def _write(self, directory: Path) -> None:
         self._save_rng_state(str(directory))  # each rank its own
+        weights = wholes(_trained(self.model), keep=ranks.is_first())
+        if self.is_deepspeed_enabled:
+            states = zero3.state_dict(self.optimizer.optimizer)
+        else:
+            states = wholes(self.optimizer.state_dict(), keep=ranks.is_first())
         if not ranks.is_first():
             return
-        save_trained(self.model, directory)
-        self._save_optimizer_and_scheduler(str(directory))
+        save_file(weights, directory / _WEIGHTS)
+        torch.save(states, directory / OPTIMIZER_NAME)
+        torch.save(self.lr_scheduler.state_dict(), directory / SCHEDULER_NAME)
         self._save_scaler(str(directory))
         self.state.save_to_json(str(directory / _STATE))
         shutil.copyfile(self.steps, directory / STEPS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(model or self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        if self.is_deepspeed_enabled:
+            zero3.load_state_dict(self.optimizer.optimizer, saved)
+        else:
+            ids = [id for group in saved["param_groups"] for id in group["params"]]
+            weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+            for id, weight in zip(ids, weights, strict=True):
+                state = saved["state"].get(id, {})
+                state.update({name: like(value, weight) for name, value in state.items() if torch.is_tensor(value)})
+            self.optimizer.load_state_dict(saved)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
 
 def restored_steps(checkpoint: Path | None, path: Path) -> list[dict[str, float]]:
@@ -84,7 +114,7 @@ def figures(step: Mapping[str, float]) -> dict[str, float]:
 
 def save_trained(model: Any, directory: Path) -> None:
     """Write the weights of ``model`` that are trained."""
-    save_file(_trained(model), directory / _WEIGHTS)
+    save_file(wholes(_trained(model), keep=True), directory / _WEIGHTS)
 
 
 def load_trained(model: Any, directory: Path) -> None:
@@ -92,7 +122,7 @@ def load_trained(model: Any, directory: Path) -> None:
     saved, there = load_file(directory / _WEIGHTS), _trained(model)
     assert saved.keys() == there.keys(), "the checkpoint is of another policy"
     for name, weight in there.items():
-        weight.copy_(saved[name])
+        weight.detach().copy_(like(saved[name], weight))
 
 
 def _complete(state: TrainerState) -> bool:
@@ -100,4 +130,14 @@ def _complete(state: TrainerState) -> bool:
 
 
 def _trained(model: Any) -> dict[str, torch.Tensor]:
-    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+@contextmanager
+def _no_checkpoint_of_deepspeeds() -> Iterator[None]:
+    """Transformers would look for one, which none but as many processes could go on from."""
+    load, trainer.deepspeed_load_checkpoint = trainer.deepspeed_load_checkpoint, lambda *_, **__: None
+    try:
+        yield
+    finally:
+        trainer.deepspeed_load_checkpoint = load
