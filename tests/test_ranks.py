@@ -273,8 +273,10 @@ def test_distillation_has_the_same_losses_and_weights(taught, pairs, tmp_path, d
     ).model_copy(update=changes)
     start = untied(taught) if further else taught
 
-    def trained(out: Path, sharding: Sharding = "none") -> dict[str, Any]:
-        return distill.train(copy.deepcopy(start), pairs, config, seed=5, out=out, sharding=sharding, work=work_in(out))
+    def trained(out: Path, sharding: Sharding = "none") -> tuple[dict[str, Any], list[float]]:
+        divided.clear()
+        made = distill.train(copy.deepcopy(start), pairs, config, seed=5, out=out, sharding=sharding, work=work_in(out))
+        return made, divided.copy()
 
     alone, _ = trained(tmp_path / "alone")
     for way, (found, shares) in zip(WAYS, in_all_ways(trained, tmp_path)[0], strict=True):

@@ -124,6 +124,7 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.train_on(work, out / STEPS, checkpoint)
         if twin:
+            assert trainer.model is not None
             model = twin.fill(trainer.model.model)
         del cached, trainer.model
     policy.model = (merge_adapter(model) if isinstance(model, PeftModel) else model).eval()

@@ -12,7 +12,7 @@ import os
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -494,9 +494,9 @@ def _give_back(trainer: Trainer) -> Any:
         model.gradient_checkpointing_disable()
     model.eval()
     trainer.accelerator.free_memory()
-    directory = Path(str(trainer.args.output_dir))
-    if directory.is_dir() and not any(directory.iterdir()):
-        directory.rmdir()
+    if ranks.is_first():
+        with suppress(OSError):  # something is in it, or it was never made
+            Path(str(trainer.args.output_dir)).rmdir()
     return model
 
 

@@ -65,15 +65,17 @@ class ResumingTrainer(Trainer):
 
     def _write(self, directory: Path) -> None:
         self._save_rng_state(str(directory))  # each rank its own
+        optimizer: Any = self.optimizer
         weights = wholes(_trained(self.model), keep=ranks.is_first())
         if self.is_deepspeed_enabled:
-            states = zero3.state_dict(self.optimizer.optimizer)
+            states = zero3.state_dict(optimizer.optimizer)
         else:
-            states = wholes(self.optimizer.state_dict(), keep=ranks.is_first())
+            states = wholes(optimizer.state_dict(), keep=ranks.is_first())
         if not ranks.is_first():
             return
         save_file(weights, directory / _WEIGHTS)
         torch.save(states, directory / OPTIMIZER_NAME)
+        assert self.lr_scheduler is not None
         torch.save(self.lr_scheduler.state_dict(), directory / SCHEDULER_NAME)
         self._save_scaler(str(directory))
         self.state.save_to_json(str(directory / _STATE))
@@ -86,16 +88,18 @@ class ResumingTrainer(Trainer):
         if checkpoint is None or not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        optimizer: Any = self.optimizer
         saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
         if self.is_deepspeed_enabled:
-            zero3.load_state_dict(self.optimizer.optimizer, saved)
+            zero3.load_state_dict(optimizer.optimizer, saved)
         else:
             ids = [id for group in saved["param_groups"] for id in group["params"]]
-            weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
             for id, weight in zip(ids, weights, strict=True):
                 state = saved["state"].get(id, {})
                 state.update({name: like(value, weight) for name, value in state.items() if torch.is_tensor(value)})
-            self.optimizer.load_state_dict(saved)
+            optimizer.load_state_dict(saved)
+        assert self.lr_scheduler is not None
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
 

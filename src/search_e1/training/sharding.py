@@ -128,10 +128,10 @@ class Twin:
     def __init__(self, model: nn.Module) -> None:
         # Tied weights stay tied: they have one entry, and one empty tensor.
         empty = {id(weight): nn.Parameter(weight.new_empty(0), weight.requires_grad) for weight in model.parameters()}
-        self.model: Any = copy.deepcopy(model, memo=empty)  # type: ignore[arg-type]
+        self.model: Any = copy.deepcopy(model, memo=empty)
         self._dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
 
-    def fill(self, divided: nn.Module, dtype: torch.dtype | None = None) -> Any:
+    def fill(self, divided: Any, dtype: torch.dtype | None = None) -> Any:
         """The model with the weights of ``divided``, as ``dtype`` if given. All processes have to call this."""
         weights = dict(divided.named_parameters())
         for name, weight in self.model.named_parameters():
@@ -139,7 +139,7 @@ class Twin:
         return self.model
 
     @contextmanager
-    def filled(self, divided: nn.Module, dtype: torch.dtype | None = None) -> Iterator[Any]:
+    def filled(self, divided: Any, dtype: torch.dtype | None = None) -> Iterator[Any]:
         """The same for as long as the context is."""
         try:
             yield self.fill(divided, dtype)
