@@ -246,8 +246,8 @@ class PairsConfig(Section):
     """Most students of one reference; each makes a pair."""
     students_by: Literal["wrong_first", "all_wrong", "longest", "random", "any"] = "wrong_first"
     """Which siblings come first: wrong ones, then correct but less efficient ones, the most divergent first; every wrong one,
-    however many; of the wrong and the less efficient ones those with most sampled tokens, or any; or `any` sibling at all, so
-    that students are what the policy does, not only what it does wrong."""
+    however many; of the wrong and the less efficient ones those with most sampled tokens, or any; or `any` of the
+    group, so that students are what the policy does, not only what it does wrong."""
     references: Positive = 1
     """Most references of one question; each makes pairs of its own, and none of them is a student."""
     references_by: Literal["fewest_searches", "random", "gold"] = "fewest_searches"

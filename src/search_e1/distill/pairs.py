@@ -130,7 +130,7 @@ def _pairs(
         for student in find_students(group, reference, config, seed):
             if kept == most:
                 break
-            if any(student is other for other in references):
+            if config.students_by != "any" and any(student is other for other in references):
                 continue
             shown = show(group.question, reference, student)
             if shown is None:
@@ -208,12 +208,13 @@ def find_students(group: Group, reference: Trajectory, config: PairsConfig, seed
     most divergent; by ``longest`` that with most sampled tokens. Remaining ties go by the order in the group. Of siblings
     with the same ids one is enough.
 
-    By ``any`` it is every other sibling, as often as it was sampled: students are then distributed as the policy's own
-    trajectories are. Mistakes alone show the student the states in which the teacher says no, never those that look the same to
-    the student and in which the teacher says yes.
+    By ``any`` it is every member of the group, as often as it was sampled, the reference too: students are then distributed as
+    the policy's own trajectories are. Mistakes alone show the student the states in which the teacher says no, never those
+    that look the same to the student and in which the teacher says yes; and the reference's are those that the policy is to
+    come to.
     """
     if config.students_by == "any":
-        students = [t for t in group.trajectories if t is not reference and t.turns]
+        students = [t for t in group.trajectories if t.turns]
         _random(seed, "student", group).shuffle(students)
         return students
     students = [t for t in _distinct(group) if t.turns and (not t.correct or _less_efficient(t, reference))]
