@@ -54,7 +54,7 @@ class _Sampler:
         self.prompts = policy.prompts
 
     def run(self, rows: Sequence[Start], temperature: float) -> list[Trajectory]:
-        return rollout(self.generator, self.index, rows, ROLLOUT, temperature=temperature, prompts=self.prompts)
+        return rollout(self.generator, self.index, rows, ROLLOUT, seed=0, temperature=temperature, prompts=self.prompts)
 
 
 def _leads(
