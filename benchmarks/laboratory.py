@@ -22,13 +22,12 @@ CONFIG = Path("configs/quickstart.toml")
 WORLD = Path("runs/laboratory-world")
 SWEEPS = {
     "plateau": "GRPO alone, on development questions",
-    "lead": "The teacher's lead along GRPO, on development questions",
     "laboratory": "From the plateau, on test questions",
-    "rounds": "Self-distillation after each round, on test questions",
+    "ablations": "One thing changed in self-distillation, on test questions, before the GRPO that follows it",
 }
 """Sweep -> heading."""
 FIGURES = (("em", "EM", 3), ("em_sampled", "sampled EM", 3), ("searches", "searches", 2), ("tokens", "tokens", 1))
-ALL_STAGES = {"plateau", "lead", "rounds"}
+ALL_STAGES = {"plateau", "laboratory"}
 """Sweeps whose every policy is shown, not only the last."""
 
 

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import sys
 from collections.abc import Callable, Sequence
 
+import psutil
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -114,3 +115,11 @@ def prepare_verb(
         return status, captured.out, captured.err
 
     return run
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is gone, or waits for nothing but its parent's notice."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from conftest import PASSAGES
+from conftest import PASSAGES, ended
 from search_e1.config import Config, LaunchConfig
 from search_e1.errors import ConfigError, RetrievalError, TrainingError
 from search_e1.launch import group, processes
@@ -57,8 +57,7 @@ def act(logs: Path, start: Start, *acts: str, progress: Progress = silent, **kwa
 
 
 def all_ended(logs: Path) -> bool:
-    pids = [int(path.read_text()) for path in logs.glob("pid-*")]
-    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
+    return all(ended(int(path.read_text())) for path in logs.glob("pid-*"))
 
 
 def test_the_first_tells_how_far_it_is_and_what_it_made(tmp_path, start):

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
+from conftest import ended
 from search_e1.errors import ConfigError, DataError, RetrievalError, RunError, SearchE1Error, TrainingError
 from search_e1.launch import group, launcher, nodes, processes, wire
 from search_e1.launch.launcher import Launcher
@@ -95,8 +95,7 @@ def act(run: Path, *tasks: tuple[str, str], progress: Progress = silent, **kwarg
 
 
 def all_ended(run: Path) -> bool:
-    pids = [int(path.read_text()) for path in run.glob("pid-*")]
-    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
+    return all(ended(int(path.read_text())) for path in run.glob("pid-*"))
 
 
 def test_they_work_on_stage_after_stage_and_end_together(tmp_path):

@@ -63,7 +63,7 @@ class Lead(Record):
     @property
     def saving(self) -> float:
         """Share of the sampled tokens that the reference saves, from the question on; below 0 where it costs some."""
-        return 1 - self.tokens_privileged / self.tokens_plain
+        return 1 - self.tokens_privileged / self.tokens_plain if self.tokens_plain else 0.0
 
     @property
     def lead_off_track(self) -> float | None:
