@@ -75,6 +75,8 @@ def make_world() -> None:
 def table(sweep: spec.Sweep, *, every: bool) -> list[dict[str, str]]:
     """A row for each variant (``every``: and policy): figures, differences from the reference with 95% intervals, charges."""
     done = [run for run in sweep.runs if running.is_finished(run)]
+    if not done:
+        sys.exit(f"{sweep.directory}: no run is finished; run this without --report")
     compared = comparison.compared([one for run in done for one in results.evaluations(run)], sweep.reference)
     rows = []
     for row in compared.rows:
