@@ -233,3 +233,4 @@ def test_nobody_asks_a_stop_of_its_own():
     stop = Stop()
     with stop.finishing():
         stop.leave()
+    assert stop.asked is None

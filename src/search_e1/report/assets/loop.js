@@ -167,11 +167,12 @@ function leadCard(overview) {
   if (!shown.length) return null;
   const names = shown.map((round) => `round ${round.round}`);
   const lead = shown.map((round) => round.lead.em_privileged - round.lead.em_plain);
-  return card("The teacher's lead", `EM with the reference in the prompt minus EM without, on held-out pairs, before each distillation${overview.gate === null || overview.gate === undefined ? "" : `; nothing is distilled below ${overview.gate}`}.`,
+  return card("The teacher's lead", `EM with the reference in the prompt minus EM without, on held-out pairs, before each distillation${overview.gate === null || overview.gate === undefined ? "" : `; below ${overview.gate} a teacher passes only if it saves tokens`}.`,
     pointChart("Teacher's lead by round", names, [{ name: "lead", values: lead, low: shown.map((round) => round.lead.low), high: shown.map((round) => round.lead.high) }], { height: 190, zero: true }),
     table([
       ["round", (round) => String(round.round)], ["plain", (round) => number(round.lead.em_plain), "number"],
       ["privileged", (round) => number(round.lead.em_privileged), "number"],
+      ["tokens", (round) => `${number(round.lead.tokens_plain, 1)} → ${number(round.lead.tokens_privileged, 1)}`, "number"],
       ["off track", (round) => `${number(round.lead.em_plain_off_track)} → ${number(round.lead.em_privileged_off_track)}`, "number"],
       ["pairs", (round) => many(round.lead.pairs), "number"],
     ], shown, "The teacher's lead"));
