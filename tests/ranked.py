@@ -1,7 +1,5 @@
 """A function in several processes that are ranks of one group, as under the launcher, but forked: nothing is imported again."""
 
-import gc
-import multiprocessing
 import os
 import pickle
 import sys
@@ -13,26 +11,20 @@ from typing import Any
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
+from forking import end, fork
 from search_e1 import ranks
 
 
 def in_ranks(count: int, function: Callable[[], Any], directory: Path) -> list[Any]:
     """What each rank's ``function`` returns, in their order; ``None`` of one that has left."""
     directory.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_rank, args=(i, count, function, directory)) for i in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * count
+    assert end([fork(_rank, i, count, function, directory) for i in range(count)]) == [0] * count
     return [pickle.loads((directory / f"result-{i}").read_bytes()) for i in range(count)]  # noqa: S301
 
 
 def _rank(rank: int, count: int, function: Callable[[], Any], directory: Path) -> None:
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {name: str(number) for name, number in numbers.items()}
-    gc.freeze()  # accelerate collects garbage at every turn, and what tests before have left is much
     AcceleratorState._reset_state(reset_partial_state=True)  # of tests before
     status = 1
     try:

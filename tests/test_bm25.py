@@ -1,5 +1,4 @@
 import hashlib
-import multiprocessing
 import os
 import random
 import signal
@@ -12,6 +11,7 @@ import pytest
 import Stemmer
 from bm25s.tokenization import Tokenizer
 
+from forking import end, fork
 from search_e1.errors import DataError
 from search_e1.progress import silent
 from search_e1.retrieval import bm25_build, directory, postings
@@ -159,12 +159,8 @@ def test_it_goes_on_after_a_kill_and_ends_the_same(tmp_path: Path, monkeypatch: 
             if word in figure and done >= 150:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        process = multiprocessing.get_context("fork").Process(
-            target=lambda: Bm25Index.build(corpus, tmp_path / "index", progress, source="c")
-        )
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        process = fork(lambda: Bm25Index.build(corpus, tmp_path / "index", progress, source="c"))
+        assert end([process]) == [-signal.SIGKILL]
         assert not (tmp_path / "index").exists()
 
     counted: list[tuple[int, int]] = []

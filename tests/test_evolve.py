@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import PASSAGES
+from forking import end, fork
 from search_e1 import evolve, runs
 from search_e1.cli import main as cli
 from search_e1.config import CheckpointsConfig, Config
@@ -97,14 +97,6 @@ class Watch:
         if self.at == (stage, 0):
             self.then()
         yield progress
-
-
-def in_a_process(work: Callable[[], object]) -> int | None:
-    """How a process that does ``work`` ends: its exit status, or minus the signal that killed it."""
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    process.join()
-    return process.exitcode
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +210,7 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same_to_the_bit(finished,
     ]  # fmt: skip
     for at in kills:
         watch = Watch(at, then=lambda: os.kill(os.getpid(), signal.SIGKILL))
-        assert in_a_process(lambda watch=watch: evolve.train(settings, watch)) == -signal.SIGKILL, at
+        assert end([fork(evolve.train, settings, watch)]) == [-signal.SIGKILL], at
     evolve.train(settings)
     assert dict(kills_benchmark.content(settings.run)) == dict(kills_benchmark.content(whole.run))
     attempts = {
@@ -247,14 +239,14 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     watch = Watch(("grpo-1", 1), then=lambda: os.kill(os.getpid(), signum))
     monkeypatch.setattr("search_e1.display.watch", lambda *_: watch)
     monkeypatch.setattr("sys.argv", ["search-e1", "train", "--config", "run.json"])
-    assert in_a_process(cli.main) == status
+    assert end([fork(cli.main)]) == [status]
     told = capfd.readouterr().err
     assert f"{signum.name}: finishing the step; once more ends it at once\n" in told
     assert told.endswith(f"search-e1: stopped by {signum.name}; run the same command again to go on\n")
     work = run / ".grpo-1.partial" / ".work"
     assert [path.name for path in work.glob("step-*")] == ["step-0000000001"]
     monkeypatch.setattr("search_e1.display.watch", lambda *_: Watch(("evaluation-grpo-1", 0), then=lambda: sys.exit(7)))
-    assert in_a_process(cli.main) == 7
+    assert end([fork(cli.main)]) == [7]
     weights = "grpo-1/policy/model.safetensors"
     assert (run / weights).read_bytes() == (whole.run / weights).read_bytes()
 

@@ -1,6 +1,5 @@
 import errno
 import json
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from forking import end, fork
 from search_e1 import runs
 from search_e1.errors import DataError, RunError
 from search_e1.retrieval import directory as directories
@@ -87,10 +87,7 @@ def test_a_killed_build_goes_on(tmp_path: Path) -> None:
             (work.path / "part").write_text("x")
             os.kill(os.getpid(), signal.SIGKILL)
 
-    process = multiprocessing.get_context("fork").Process(target=build)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert end([fork(build)]) == [-signal.SIGKILL]
     assert not (tmp_path / "index").exists()
     with building(tmp_path / "index", SETTINGS) as work:
         assert (work.path / "part").read_text() == "x"

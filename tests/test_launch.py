@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from conftest import PASSAGES, ended
+from forking import wait_until
 from search_e1.config import Config, LaunchConfig
 from search_e1.errors import ConfigError, RetrievalError, TrainingError
 from search_e1.launch import group, processes
@@ -114,8 +115,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path, start):
         "progress=lambda *_: os._exit(9))"  # as one that is killed: nothing is cleaned up
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 9
-    while not all_ended(tmp_path):
-        pass
+    wait_until(lambda: all_ended(tmp_path))
 
 
 def test_a_process_that_starts_others_tells_why_it_cannot(tmp_path, monkeypatch, caplog):
@@ -155,8 +155,7 @@ def test_a_process_that_starts_others_may_be_killed(tmp_path, acting, monkeypatc
 
     with pytest.raises(TrainingError, match="process 0 of 2 was ended by SIGKILL"):
         launching.run({"act": ["wait", "wait"], "logs": str(tmp_path)}, tmp_path, kill)
-    while not all_ended(tmp_path):
-        pass
+    wait_until(lambda: all_ended(tmp_path))
     assert launching.run({"act": ["work", "work"], "logs": str(tmp_path)}, tmp_path)["made"] == [1, 2]
     launching.close()
 

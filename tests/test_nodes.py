@@ -1,15 +1,13 @@
 """Several machines of one run, as two processes that meet on this one: they work, differ, fail and end together."""
 
-import gc
 import json
-import multiprocessing
 import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 
 from conftest import ended
+from forking import end, fork, wait_until
 from search_e1.errors import ConfigError, DataError, RetrievalError, RunError, SearchE1Error, TrainingError
 from search_e1.launch import group, launcher, nodes, processes, wire
 from search_e1.launch.launcher import Launcher
@@ -42,15 +41,11 @@ class Second:
 
     def __init__(self, run: Path, facts: Any, number: int, problem: str) -> None:
         self.path = run / f"said-{number}-{time.monotonic_ns()}"
-        self.process = multiprocessing.get_context("fork").Process(
-            target=self._follow, args=(run, facts, number, DataError(problem) if problem else None)
-        )
-        self.process.start()
+        self.process = fork(self._follow, run, facts, number, DataError(problem) if problem else None)
         assert self.process.pid
         self.pid = self.process.pid
 
     def _follow(self, *args: Any) -> None:
-        gc.disable()  # a store of a test before would wait for threads that are not here
         status, said = self._ended(*args)
         self.path.write_text(said)
         os._exit(status)  # nothing of pytest's is to end here
@@ -82,9 +77,7 @@ def second(run: Path, facts: Any = FACTS, number: int = 1, problem: str = "") ->
     try:
         yield made
     finally:
-        made.process.join(30)
-        made.process.kill()
-        made.process.join()
+        end([made.process], 30)
 
 
 def act(run: Path, *tasks: tuple[str, str], progress: Progress = silent, **kwargs: Any) -> list[Any]:
@@ -135,8 +128,7 @@ def test_all_tell_the_first_cause(tmp_path, acts, error, message):
 def test_a_machine_that_is_lost_ends_the_stage(tmp_path):
     with second(tmp_path) as other, pytest.raises(TrainingError, match=r"^node 1 \(\S+\) is gone: .* it goes on$"):
         act(tmp_path, ("wait", "wait"), progress=lambda *_: other.process.kill())
-    while not all_ended(tmp_path):
-        pass
+    wait_until(lambda: all_ended(tmp_path))
 
 
 def test_and_so_does_one_that_says_nothing_any_more(tmp_path, monkeypatch):
@@ -210,26 +202,27 @@ def test_machines_that_do_not_come(tmp_path):
 
 def test_a_stranger_is_not_let_in(tmp_path):
     """Who listens is told in a file that nobody else may read, with a word that a caller must know."""
-    told: list[str] = []
+    hello = {"node": 1, "host": "b", "facts": FACTS, "problem": None, "time": 0.0}
 
-    def call() -> None:
-        while not (tmp_path / nodes.FILE).exists():
-            time.sleep(0.01)
+    def call() -> list[str]:
+        wait_until((tmp_path / nodes.FILE).exists)
         assert (tmp_path / nodes.FILE).stat().st_mode & 0o777 == 0o600
         word = json.loads((tmp_path / nodes.FILE).read_text())
-        for greeting in ("GET / HTTP/1.1\n", json.dumps({"node": 1, "token": "?"}) + "\n"):
+        told = []
+        for greeting in ("GET / HTTP/1.1", json.dumps({**hello, "token": "?"}), json.dumps({**hello, **word})):
             reached = nodes._reached("127.0.0.1", word["port"])
             assert reached
             with reached:
-                reached.sendall(greeting.encode())
+                reached.sendall(greeting.encode() + b"\n")
                 told.append(reached.recv(100).decode())
+        return told
 
-    caller = threading.Thread(target=call)
-    caller.start()
-    with pytest.raises(RunError, match="node 1 of 2 did not come"):
-        nodes.gather(tmp_path, Place(0, 2), FACTS, Waiting(1.0), silent)
-    caller.join()
-    assert told == ["", ""]
+    with ThreadPoolExecutor(1) as pool:
+        caller = pool.submit(call)
+        (node,) = nodes.gather(tmp_path, Place(0, 2), FACTS, WAITING, silent)
+        node.wire.close()
+    assert node.number == 1
+    assert caller.result() == ["", "", '{"welcome": true}\n']
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
 """Runs that share artifacts: what two would make the same is made once, by whichever comes first, and costs both the same."""
 
 import json
-import multiprocessing
 import os
 import time
 from pathlib import Path
 
 import pytest
 
+from forking import end, fork
 from search_e1 import runs
 from search_e1.errors import RunError
 from search_e1.runs import artifacts
@@ -110,13 +110,7 @@ def _make_slowly(root: Path, made: Path) -> None:
 
 
 def test_two_runs_side_by_side_make_it_once(tmp_path):
-    context = multiprocessing.get_context("fork")
-    both = [context.Process(target=_make_slowly, args=(tmp_path / name, tmp_path / "made")) for name in "ab"]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join()
-    assert [process.exitcode for process in both] == [0, 0]
+    assert end([fork(_make_slowly, tmp_path / name, tmp_path / "made") for name in "ab"]) == [0, 0]
     assert (tmp_path / "made").read_text() in ("a\n", "b\n")
     assert (tmp_path / "a" / "pool-1" / runs.MANIFEST).read_text() == (
         tmp_path / "b" / "pool-1" / runs.MANIFEST

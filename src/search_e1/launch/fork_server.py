@@ -21,14 +21,15 @@ from typing import Any
 
 PIPE = "SEARCH_E1_PIPE"
 """Variable that tells a group's first process the number of its pipe."""
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 LARGEST = 1 << 18
 """Bytes of a message: mostly the environment."""
 
 
 def main() -> None:
     """Serve, and in a process that was asked for: run ``main`` of the module."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # its client decides when to end, also where a signal goes to all
-        signal.signal(number, signal.SIG_IGN)
+    # Its client decides when to end, also where a signal goes to all. What comes to a copy too early waits until that can act.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     with socket.socket(fileno=os.dup(0)) as client:
         try:
             module = importlib.import_module(sys.argv[1])
@@ -92,6 +93,7 @@ def _become(environment: Mapping[str, str], handed: list[int]) -> None:
         os.environ[PIPE] = str(pipe[0])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _tell(client: socket.socket, told: Mapping[str, Any]) -> None:
