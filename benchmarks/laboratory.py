@@ -12,10 +12,14 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 
 from search_e1.evaluation.compare import Figure
+from search_e1.evolve import SUMMARY, Summary
 from search_e1.sweep import comparison, results, running, spec
 
 CONFIG = Path("configs/quickstart.toml")
@@ -24,10 +28,13 @@ SWEEPS = {
     "plateau": "GRPO alone, on development questions",
     "laboratory": "From the plateau, on test questions",
     "ablations": "One thing changed in self-distillation, on test questions, before the GRPO that follows it",
+    "rounds": "Several rounds from the plateau, on test questions",
+    "alternatives": "What may be added to GRPO instead, on test questions",
+    "lead": "The teacher along GRPO, on development questions",
 }
 """Sweep -> heading."""
 FIGURES = (("em", "EM", 3), ("em_sampled", "sampled EM", 3), ("searches", "searches", 2), ("tokens", "tokens", 1))
-ALL_STAGES = {"plateau", "laboratory"}
+ALL_STAGES = {"plateau", "laboratory", "rounds"}
 """Sweeps whose every policy is shown, not only the last."""
 
 
@@ -45,7 +52,8 @@ def main() -> None:
         done = 0 if arguments.report else verb("sweep", str(file), "--config", str(CONFIG))
         if done:
             sys.exit(done)
-        tables[name] = table(spec.read(file, CONFIG, Path("runs") / name), every=name in ALL_STAGES)
+        done = finished(spec.read(file, CONFIG, Path("runs") / name))
+        tables[name] = leads(done) if name == "lead" else table(done, every=name in ALL_STAGES)
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, trl {version('trl')}")
     for name, rows in tables.items():
         print(f"\n### {SWEEPS[name]}\n")
@@ -72,12 +80,16 @@ def make_world() -> None:
         (WORLD / f"train-{name}.jsonl").write_text("".join(kept), encoding="utf-8")
 
 
+def finished(sweep: spec.Sweep) -> spec.Sweep:
+    """With those of its runs that are."""
+    if not (done := [run for run in sweep.runs if running.is_finished(run)]):
+        sys.exit(f"{sweep.directory}: no run is finished; run this without --report")
+    return replace(sweep, runs=tuple(done))
+
+
 def table(sweep: spec.Sweep, *, every: bool) -> list[dict[str, str]]:
     """A row for each variant (``every``: and policy): figures, differences from the reference with 95% intervals, charges."""
-    done = [run for run in sweep.runs if running.is_finished(run)]
-    if not done:
-        sys.exit(f"{sweep.directory}: no run is finished; run this without --report")
-    compared = comparison.compared([one for run in done for one in results.evaluations(run)], sweep.reference)
+    compared = comparison.compared([one for run in sweep.runs for one in results.evaluations(run)], sweep.reference)
     rows = []
     for row in compared.rows:
         if row.benchmark != results.ALL or (row.stage == comparison.LAST) is every:
@@ -87,6 +99,29 @@ def table(sweep: spec.Sweep, *, every: bool) -> list[dict[str, str]]:
             made[heading] = told(row.figures[name], row.differences.get(name), places)
         made |= {"lead": "" if row.lead is None else f"{row.lead:+.3f}", "CPU s": f"{row.cost['cpu_seconds']:.0f}"}
         rows.append(made)
+    return rows
+
+
+def leads(sweep: spec.Sweep) -> list[dict[str, str]]:
+    """A row for each variant and policy: its EM, and what a reference in the prompt adds to that; means, and by seed."""
+    rows = []
+    for variant, of_variant in groupby(sweep.runs, key=lambda run: run.variant):
+        summaries = [Summary.model_validate_json((run.config.run / SUMMARY).read_text("utf-8")) for run in of_variant]
+        for round in summaries[0].rounds:
+            policies = [next(p for p in one.policies if p.stage == f"grpo-{round}") for one in summaries]
+            measured = [lead for one in summaries if (lead := one.rounds[round].lead)]
+            with_it, without = (
+                fmean(getattr(one, f"tokens_{prompt}") for one in measured) for prompt in ("privileged", "plain")
+            )
+            by_seed = ", ".join(f"{one.lead:+.3f}" for one in measured)
+            rows.append({
+                "variant": variant, "policy": f"grpo-{round}", "seeds": str(len(measured)),
+                "EM": f"{fmean(one.em for one in policies):.3f}",
+                "sampled EM": f"{fmean(one.em_sampled for one in policies):.3f}",
+                "tokens": f"{fmean(one.tokens for one in policies):.1f}",
+                "lead in EM (by seed)": f"{fmean(one.lead for one in measured):+.3f} ({by_seed})",
+                "tokens with a reference, without, saved": f"{with_it:.1f}, {without:.1f}, {1 - with_it / without:.0%}",
+            })  # fmt: skip
     return rows
 
 
