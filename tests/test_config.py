@@ -66,6 +66,22 @@ def test_a_run_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
     assert "leave nothing to do" in refusal(tmp_path, "--ofsd", "never", "--grpo.steps", "0")
 
 
+def test_a_preset_lies_under_the_file_and_the_flags(tmp_path: Path) -> None:
+    plain = load(written(tmp_path))
+    assert (plain.ofsd, plain.pairs.students, plain.pairs.students_by) == ("every_round", 1, "wrong_first")
+    path = written(tmp_path, f'preset = "concise"\n{MINIMAL}[pairs]\nreferences = 2\n')
+    config = load(path, ["--pairs.students", "3"])
+    assert (config.ofsd, config.pairs.students, config.pairs.students_by) == ("first_round", 3, "any")
+    assert config.pairs.references == 2
+    assert Config.model_validate_json(config.model_dump_json()) == config
+    assert load(path, ["--preset", "search-e1", "--pairs.references", "1"]) == plain
+    assert load(written(tmp_path), ["--preset", "concise"]).binding() != plain.binding()
+    with pytest.raises(ConfigError, match=r"preset = 'fast': Input should be 'search-e1' or 'concise'"):
+        load(path, ["--preset", "fast"])
+    with pytest.raises(ConfigError, match=r"preset = \['concise'\]: "):
+        load(path, ["--preset", '["concise"]'])
+
+
 def test_flags_lie_over_the_file(tmp_path: Path) -> None:
     config = load(
         written(tmp_path),

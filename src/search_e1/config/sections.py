@@ -1,10 +1,12 @@
 """The sections: one frozen model a stage; unknown keys are refused."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from search_e1.config.presets import Preset, under
 from search_e1.prompts import Prompts
 from search_e1.retrieval.convention import EncoderSettings
 
@@ -441,6 +443,9 @@ class Config(Section):
     """Directory of the run."""
     seed: NonNegative = 0
     """Every stage draws its own seed from it."""
+    preset: Preset = "search-e1"
+    """What keys that are not given are: `search-e1`, as published, the defaults that stand here; `concise`, which saves
+    tokens where GRPO has gained what it can (when-it-pays.md)."""
     rounds: Positive = 2
     """Rounds of GRPO and OFSD."""
     ofsd: Literal["every_round", "first_round", "last_round", "never"] = "every_round"
@@ -464,6 +469,11 @@ class Config(Section):
     launch: LaunchConfig = LaunchConfig()
     warmstart: WarmstartConfig | None = None
     """Only for `search-e1 warmstart`, which makes a policy to start from."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_preset(cls, given: Any) -> Any:
+        return under(given.get("preset"), given) if isinstance(given, Mapping) else given
 
     @model_validator(mode="after")
     def _has_passages(self) -> "Config":
@@ -509,6 +519,7 @@ class Config(Section):
             mode="json",
             exclude={
                 "run": True,
+                "preset": True,
                 "tracking": True,
                 "checkpoints": True,
                 "launch": True,
