@@ -11,7 +11,7 @@ from typing import Any
 
 _BEAT = 5.0
 """Seconds between signs of life."""
-_SILENCE = 45.0
+_SILENCE = 25.0
 """Seconds without one after which the other is taken for dead."""
 
 
