@@ -14,6 +14,7 @@ from search_e1.config import GrpoConfig, LoraConfig, ReplayConfig
 from search_e1.errors import ConfigError, DataError, RetrievalError, TrainingError
 from search_e1.grpo import batching, replay, rollouts
 from search_e1.grpo import trainer as grpo
+from search_e1.grpo.arguments import trl_arguments
 from search_e1.policy import Policy
 from search_e1.prompts import privileged_prompt
 from search_e1.rollout.loop import rollout
@@ -295,7 +296,7 @@ def test_sizes_that_do_not_fit_are_refused(policy, tmp_path, monkeypatch):
 )
 def test_one_optimiser_step_is_one_generation_batch(tmp_path, questions, group, trainer, micro, micro_batches):
     config = GrpoConfig(questions_per_step=questions, group_size=group, trainer=trainer)
-    arguments = grpo.trl_arguments(config, LIMITS, 100, seed=0, out=tmp_path, device=torch.device("cpu"))
+    arguments = trl_arguments(config, LIMITS, 100, seed=0, out=tmp_path, device=torch.device("cpu"))
     assert arguments.per_device_train_batch_size == micro
     assert arguments.gradient_accumulation_steps == arguments.steps_per_generation == micro_batches
     assert arguments.generation_batch_size == questions * group

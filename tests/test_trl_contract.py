@@ -13,7 +13,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
 from conftest import make_tiny_policy
-from search_e1.grpo.trainer import _FIGURES, _RESERVED
+from search_e1.grpo.arguments import RESERVED
+from search_e1.grpo.trainer import _FIGURES
 
 QUESTIONS, GROUP, STEPS, MICRO = 2, 3, 2, 2
 PROMPT = [5, 6, 7]
@@ -218,7 +219,7 @@ def test_what_must_be_changed_is_still_the_default(tmp_path):
 
 
 def test_every_key_that_is_reserved_exists():
-    assert set(_RESERVED) <= {f.name for f in fields(GRPOConfig) if f.init}
+    assert set(RESERVED) <= {f.name for f in fields(GRPOConfig) if f.init}
 
 
 def test_a_kl_penalty_loads_its_anchor_through_the_function_that_is_replaced(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Vanilla GRPO on whole trajectories, through ``trl.GRPOTrainer``. With ``colocated`` all that knows TRL.
+"""Vanilla GRPO on whole trajectories, through ``trl.GRPOTrainer``. With ``arguments`` and ``colocated`` all that knows TRL.
 
 TRL brings advantages, the clipped loss, the optimiser loop and distribution; the trajectories come from the same
 ``rollout`` as everywhere else, and TRL gets their ids and masks as they are. One optimiser step trains on
@@ -6,21 +6,17 @@ TRL brings advantages, the clipped loss, the optimiser loop and distribution; th
 """
 
 import copy
-import difflib
 import math
 import os
-import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from pydantic import TypeAdapter, ValidationError
 from transformers import PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
@@ -31,6 +27,7 @@ from search_e1 import ranks
 from search_e1.config import WHOLE, GrpoConfig, ReferenceConfig, RolloutConfig, Sharding
 from search_e1.errors import ConfigError, DataError, TrainingError
 from search_e1.grpo import batching, replay
+from search_e1.grpo.arguments import trl_arguments
 from search_e1.grpo.colocated import Colocated
 from search_e1.grpo.guidance import Guidance
 from search_e1.grpo.kept import keeping
@@ -45,43 +42,10 @@ from search_e1.rollout.hf import HFGenerator
 from search_e1.runs.checkpoints import Work
 from search_e1.training.memory import HalvingTrainer
 from search_e1.training.resuming import STEPS, ResumingTrainer, restored_steps
-from search_e1.training.sharding import Twin, divides, dividing, multiplied_in, settle
+from search_e1.training.sharding import Twin, divides, multiplied_in
 from search_e1.types import Question
 
 BAD_BATCH = "bad_batch.pt"
-
-# What the user sets elsewhere, or not at all: key of trl.GRPOConfig -> what to do instead.
-_ELSEWHERE = "has no effect here, sampling is not TRL's; leave it out"
-_RESERVED = {
-    "output_dir": "is the stage's own directory; leave it out",
-    "seed": "set `seed`",
-    "data_seed": "set `seed`",
-    "max_steps": "set `grpo.steps`",
-    "num_train_epochs": "set `grpo.steps`",
-    "learning_rate": "set `grpo.learning_rate`",
-    "temperature": "set `grpo.temperature`",
-    "num_generations": "set `grpo.group_size`",
-    "generation_batch_size": "set `grpo.questions_per_step`",
-    "steps_per_generation": "set `grpo.questions_per_step` and `grpo.trainer.per_device_train_batch_size`",
-    "gradient_accumulation_steps": "set `grpo.questions_per_step` and `grpo.trainer.per_device_train_batch_size`",
-    "max_completion_length": "set `rollout.max_tokens`",
-    "use_cpu": "set `policy.device`",
-    "report_to": "set `tracking.report_to`",
-    "disable_tqdm": "progress is not TRL's; leave it out",
-    "logging_steps": "every step is logged; leave it out",
-    "logging_strategy": "every step is logged; leave it out",
-    "ignore_data_skip": "a stage that goes on must not see its questions again; leave it out",
-    "shuffle_dataset": "the order of questions follows from `seed`; leave it out",
-    "mask_truncated_completions": "it would drop every trajectory that ends at </answer>; leave it out",
-    **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed"), "set `launch.sharding`"),
-    **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs"), _ELSEWHERE),
-    **dict.fromkeys(("use_vllm", "vllm_mode"), 'set `rollout.engine = "vllm"`'),
-    "vllm_gpu_memory_utilization": "set `vllm.shared_gpu_memory_utilization`",
-    "vllm_max_model_length": "set `rollout.max_tokens`",
-    **dict.fromkeys(("vllm_tensor_parallel_size", "vllm_enable_sleep_mode", "vllm_model_impl"), _ELSEWHERE),
-    **dict.fromkeys(("use_transformers_continuous_batching", "use_transformers_paged"), _ELSEWHERE),
-    **dict.fromkeys(("cache_implementation", "chat_template_kwargs"), _ELSEWHERE),
-}
 
 # Name in steps.jsonl -> TRL's name.
 _FIGURES = {
@@ -137,36 +101,19 @@ def train(
     """
     if len({question.id for question in questions}) < len(questions):
         raise DataError("two training questions have the same id; give each its own")
+    work = work or Work()
     with _quiet():
         arguments = trl_arguments(
             config, limits, len(questions), seed=seed, out=out, device=policy.model.device, sharding=sharding
         )
-        work = work or Work()
         checkpoint = work.newest()
         earlier = restored_steps(checkpoint, out / STEPS)
         with (out / STEPS if ranks.is_first() else Path(os.devnull)).open("a", encoding="utf-8") as file:
             recorder = Recorder(file, config.steps, progress, track, earlier)
             if config.steps:
-                set_seed(seed)  # of the adapters' start, which all ranks make alike
                 rollouts = Rollouts(policy, questions, retriever, config, limits, shown, seed)
                 use_cache = policy.model.config.use_cache
-                model = with_adapter(policy.model, config.lora) if config.lora else policy.model
-                trainer = Trainer(
-                    model=model,
-                    args=arguments,
-                    reward_funcs=[
-                        exact_match,
-                        *([length_penalty(config.length_penalty)] if config.length_penalty else []),
-                    ],
-                    train_dataset=Dataset.from_dict({"prompt": batching.order(questions, config, seed)}),
-                    processing_class=policy.tokenizer,
-                    rollout_func=rollouts,
-                    replay_weight=config.replay.weight,
-                    guidance=Guidance(config.hindsight, config.evidence, model),
-                    bad_batch=out / BAD_BATCH,
-                    on_step=recorder,
-                    engine=engine,
-                )
+                trainer = _trainer(policy, questions, config, arguments, rollouts, recorder, engine, out)
                 with closing(trainer), keeping(config.keep_groups, work, out, len(earlier)) as rollouts.kept:
                     trainer.train_on(work, out / STEPS, checkpoint)
                 policy.model = _give_back(trainer)
@@ -176,89 +123,32 @@ def train(
     return summarize(recorder.steps)
 
 
-def trl_arguments(
+def _trainer(
+    policy: Policy,
+    questions: Sequence[Question],
     config: GrpoConfig,
-    limits: RolloutConfig,
-    questions: int,
-    *,
-    seed: int,
+    arguments: GRPOConfig,
+    rollouts: Rollouts,
+    recorder: Recorder,
+    engine: vllm.Engine | None,
     out: Path,
-    device: torch.device,
-    sharding: Sharding = "none",
-) -> GRPOConfig:
-    """``config`` in TRL's terms, so that one optimiser step trains on one freshly sampled set of groups.
-
-    Raises:
-        ConfigError: names the key of ``[grpo]`` or ``[grpo.trainer]``, and how to mend it.
-    """
-    _check_passthrough(config.trainer)
-    if config.steps and questions < config.questions_per_step:
-        raise ConfigError(
-            f"grpo.questions_per_step = {config.questions_per_step}, but there are {questions} training questions; lower it"
-        )
-    total = config.questions_per_step * config.group_size
-    micro, micro_batches = batching.split(total, ranks.count(), config.trainer)
-    defaults = dict(
-        loss_type="grpo",  # TRL's default is "dapo"
-        scale_rewards="group",
-        beta=0.0,
-        epsilon=0.2,
-        lr_scheduler_type="constant",
-        bf16=False,  # TRL's default is mixed precision, on CPUs as well; the policy's own dtype decides here
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        ddp_broadcast_buffers=False,  # nothing changes them, and ranks may make passes in different numbers
-        dataloader_pin_memory=device.type != "cpu",
-        # With vLLM. TRL's default masks whole sequences by the product of all their ratios, which long ones rarely survive.
-        vllm_importance_sampling_mode="token_truncate",
-        vllm_importance_sampling_clip_max=2.0,
+) -> "Trainer":
+    """What trains ``policy``, or adapters to it, on the questions of all steps in their order."""
+    set_seed(arguments.seed)  # of the adapters' start, which all ranks make alike
+    model = with_adapter(policy.model, config.lora) if config.lora else policy.model
+    return Trainer(
+        model=model,
+        args=arguments,
+        reward_funcs=[exact_match, *([length_penalty(config.length_penalty)] if config.length_penalty else [])],
+        train_dataset=Dataset.from_dict({"prompt": batching.order(questions, config, arguments.seed)}),
+        processing_class=policy.tokenizer,
+        rollout_func=rollouts,
+        replay_weight=config.replay.weight,
+        guidance=Guidance(config.hindsight, config.evidence, model),
+        bad_batch=out / BAD_BATCH,
+        on_step=recorder,
+        engine=engine,
     )
-    ours = dict(
-        output_dir=str(out / "trainer"),
-        seed=seed,
-        max_steps=config.steps,
-        learning_rate=config.learning_rate,
-        temperature=config.temperature,
-        num_generations=config.group_size,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=micro_batches,
-        generation_batch_size=total,
-        max_completion_length=limits.max_tokens,
-        shuffle_dataset=False,  # `batching.order` has shuffled
-        use_cpu=device.type == "cpu",
-        disable_tqdm=True,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would hide what must stop the run
-    )
-    ours |= dividing(sharding, config.trainer, device)
-    try:
-        arguments = GRPOConfig(**{**defaults, **config.trainer, **ours})
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"grpo.trainer: {str(error).splitlines()[0]}") from error
-    if arguments.n_gpu > 1:
-        raise ConfigError(
-            f"{arguments.n_gpu} GPUs are visible to one process; set CUDA_VISIBLE_DEVICES to one of them, or start "
-            "one process for each with `accelerate launch`"
-        )
-    settle(arguments)
-    return arguments
-
-
-def _check_passthrough(trainer: dict[str, Any]) -> None:
-    types = typing.get_type_hints(GRPOConfig)
-    known = [field.name for field in fields(GRPOConfig) if field.init and field.name not in _RESERVED]
-    for key, value in trainer.items():
-        if key in _RESERVED:
-            raise ConfigError(f"grpo.trainer.{key}: {_RESERVED[key]}")
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "it takes the arguments of trl.GRPOConfig"
-            raise ConfigError(f"unknown key grpo.trainer.{key}; {hint}")
-        try:
-            TypeAdapter(types[key]).validate_python(value)
-        except ValidationError as error:
-            raise ConfigError(f"grpo.trainer.{key} = {value!r}: {error.errors()[0]['msg']}") from error
 
 
 class Trainer(HalvingTrainer, ResumingTrainer, GRPOTrainer):
