@@ -31,6 +31,7 @@ from search_e1 import ranks, worker
 from search_e1 import stages as stage_module
 from search_e1.config import Config, load
 from search_e1.launch import processes
+from search_e1.making import Maker, StageSpec
 from search_e1.runs import checkpoints, cpu, opening
 from search_e1.stages import Stages
 
@@ -100,12 +101,12 @@ def overhead(config: Config) -> list[dict[str, Any]]:
     from search_e1 import evolve
 
     rows: list[dict[str, Any]] = []
-    make = Stages._stage
+    make = Maker.artifact
 
-    def stage(self: Stages, name: str, *args: Any, **kwargs: Any) -> Any:
+    def artifact(self: Maker, stage: StageSpec) -> Any:
         taken()
         begun, used = time.time(), cpu.seconds()
-        made = make(self, name, *args, **kwargs)
+        made = make(self, stage)
         whole, of = time.time() - begun, taken()
         if whole < made.manifest.seconds:  # made before
             return made
@@ -113,10 +114,12 @@ def overhead(config: Config) -> list[dict[str, Any]]:
         work, busy = (
             (sum(first), sum(row["cpu"] for row in of)) if of else (made.manifest.seconds, made.manifest.cpu_seconds)
         )
-        rows.append({"stage": name, "seconds": whole, "work": work, "cpu": cpu.seconds() - used, "cpu_work": busy})
+        rows.append(
+            {"stage": stage.name, "seconds": whole, "work": work, "cpu": cpu.seconds() - used, "cpu_work": busy}
+        )
         return made
 
-    Stages._stage = stage  # type: ignore[method-assign]
+    Maker.artifact = artifact  # type: ignore[method-assign]
     evolve.train(config)
     rest = {
         "seconds": time.time() - BEGUN - sum(r["seconds"] for r in rows),

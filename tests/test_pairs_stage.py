@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from conftest import TinyRetriever, make_tiny_policy
-from search_e1 import runs
+from search_e1 import generators, runs
 from search_e1.config import Config
 from search_e1.distill import files
 from search_e1.errors import DataError, NoLeadError, RunError
@@ -28,7 +28,7 @@ def stages(project, tmp_path) -> Stages:  # noqa: F811
 
 def pool(stages: Stages, policy: str | Path, questions: int = MANY) -> Path:
     """A pool of tiny pairs, as ``policy`` would have sampled them."""
-    loaded = stages._policy(policy)
+    loaded = generators.load(stages.config, policy)
     pairs = [make_pair(loaded) for _ in range(questions)]
     groups = [
         Group(

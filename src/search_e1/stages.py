@@ -1,55 +1,39 @@
 """The stages of a run as artifacts: each method makes its artifact, or returns it if it is complete.
 
 A stage reads what it needs from disk and leaves what it made there, so that stages can run in different processes, on
-different machines. Nothing here trains or samples; that is in the stages' own packages.
+different machines. Nothing here trains or samples; that is in the stages' own packages. How an artifact is made, and by how
+many processes, is in ``making``.
 """
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic_core import to_jsonable_python
-from transformers import set_seed
-
+from search_e1 import generators, runs, tracking
 from search_e1 import policy as policies
-from search_e1 import runs, tracking
-from search_e1.config import Config, LaunchConfig, default_of
+from search_e1.config import Config, LaunchConfig
 from search_e1.data import lines as data_lines
 from search_e1.distill import files as pair_files
 from search_e1.distill import profile, teacher
 from search_e1.distill import trainer as distill_trainer
 from search_e1.distill.gold import Demonstrations
-from search_e1.errors import ConfigError, DataError, ModelError, RunError, SearchE1Error
+from search_e1.errors import ConfigError, DataError, ModelError, RunError
 from search_e1.evaluation import ceiling as ceilings
 from search_e1.evaluation.evaluate import evaluate
 from search_e1.evaluation.results import EVALUATION, Evaluation
-from search_e1.grpo import batching
 from search_e1.grpo import trainer as grpo_trainer
 from search_e1.inputs import Inputs, Watch, at_most, unwatched
-from search_e1.launch.launcher import Launcher
-from search_e1.launch.nodes import Facts, Waiting
+from search_e1.launch.nodes import Facts
 from search_e1.launch.place import place
-from search_e1.loading import device
-from search_e1.planning import start
-from search_e1.policy import Policy, Reader
-from search_e1.progress import Progress, Track, untracked
+from search_e1.making import Attempt, Maker, StageSpec
 from search_e1.prompts import TEMPLATE_TOKENS, Prompts, plain_prompt
 from search_e1.rollout import pool, vllm
 from search_e1.rollout.endpoint import Endpoint, EndpointGenerator
-from search_e1.rollout.generator import Generator
-from search_e1.rollout.hf import HFGenerator
-from search_e1.rollout.protocols import protocol_of
-from search_e1.rollout.vllm_server import ServerGenerator
-from search_e1.runs import Artifact, Make
-from search_e1.runs.checkpoints import Work
+from search_e1.runs import Artifact
 from search_e1.runs.stopping import Stop
 from search_e1.safe import is_name, masked
-from search_e1.training import memory, sharding
 from search_e1.warmstart.stage import warm_start
 
 
@@ -63,10 +47,7 @@ class Stages(Inputs):
     def __init__(self, config: Config, root: Path, watch: Watch = unwatched, stop: Stop | None = None) -> None:
         """``stop`` says when to stop; see ``stopping.on_signals``."""
         super().__init__(config, root, watch)
-        self.stop = stop or Stop()
-        # Of the stage at work:
-        self._track: Track = untracked
-        self._work = Work()
+        self.maker = Maker(config, root, watch, stop or Stop())
 
     def check(self, policy: str | Path | Endpoint) -> None:
         """Find every mistake that can be found before training: questions, retriever, policy, prompt length.
@@ -76,18 +57,18 @@ class Stages(Inputs):
         """
         self._check_questions()
         tracking.check(self.config.tracking)
-        self._check_launch()
+        self.maker.check()
         if isinstance(policy, Endpoint):
             EndpointGenerator(policy, self.config.prompts or Prompts())
             assert self.retriever
             return
         if self.config.rollout.engine == "vllm":
             vllm.check(self.config.policy, self.config.vllm)
-        self._reader(policy)  # before an index is built
+        generators.load_reader(self.config, policy)  # before an index is built
         assert self.retriever
         # Its weights are not needed again: they had better not lie where groups of processes need the room.
-        alone = self._launcher.all == 1
-        loaded = self._policy(policy, self.config.policy.device if alone else "cpu")
+        alone = self.maker.launcher.all == 1
+        loaded = generators.load(self.config, policy, self.config.policy.device if alone else "cpu")
         room = min(self.config.rollout.max_tokens, loaded.model.config.get_text_config().max_position_embeddings)
         if self.config.pairs.references_by == "gold" and self.config.data.demonstrations and self.config.distillations:
             Demonstrations(self.config.data.demonstrations, loaded.tokenizer, loaded.prompts).check(
@@ -110,45 +91,13 @@ class Stages(Inputs):
             if not questions:
                 raise DataError("no questions; give data.train and data.eval files that hold some")
 
-    @cached_property
-    def _launcher(self) -> Launcher:
-        launch = self.config.launch
-        # An engine of vLLM's own starts processes and threads as it likes.
-        fork = launch.fork and self.config.rollout.engine != "vllm"
-        return Launcher(launch.processes, place(launch.nodes, launch.node), fork=fork)
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """With the run's other machines, if it has several. What ends the context ends them too, and is told there.
-
-        Raises:
-            RunError: one did not come, or differs in what decides about results.
-        """
-        with ExitStack() as stack:
-            if self._launcher.place.nodes > 1:
-                with self.watch("nodes") as progress:
-                    met = self._launcher.together(self.root, self._facts(), self._waiting(), progress)
-                    stack.enter_context(met)
-            yield
+    def together(self) -> AbstractContextManager[None]:
+        """With the run's other machines; see ``Maker.together``."""
+        return self.maker.together(self._facts)
 
     def follow(self) -> bool:
-        """On all machines of a run but the first: take part in its stages until it is done. ``False`` on the first.
-
-        Raises:
-            SearchE1Error: what went wrong, there or here.
-            Stopped: a signal, there or here.
-        """
-        if not self._launcher.place.node:
-            return False
-        facts: Facts = {}
-        problem: SearchE1Error | None = None
-        try:
-            self._check_launch()
-            facts = self._facts()
-        except SearchE1Error as error:
-            problem = error
-        self._launcher.follow(self.root, facts, problem, self._waiting(), self.stop)
-        return True
+        """On all machines of a run but the first: take part in its stages until it is done; see ``Maker.follow``."""
+        return self.maker.follow(self._facts)
 
     def _facts(self) -> Facts:
         """What must be the same on all machines."""
@@ -165,77 +114,56 @@ class Stages(Inputs):
             },
         }
 
-    def _waiting(self) -> Waiting:
-        launch = self.config.launch
-        return Waiting(launch.wait_seconds, launch.address or os.environ.get("MASTER_ADDR"), launch.port)
-
-    def _check_launch(self) -> None:
-        """Raise what is wrong with the number of processes, before any of them starts."""
-        here, all, name = self._launcher.count, self._launcher.all, self.config.policy.device
-        if all == 1:
-            return
-        there = device(name)
-        if there.index is not None:
-            raise ConfigError(f"policy.device = {name!r}: {all} processes take a device each; write {there.type!r}")
-        if there.type != "cpu" and (gpus := torch.accelerator.device_count()) < here:
-            raise ConfigError(
-                f"launch.processes = {here}, and {gpus} {there.type} devices are visible here; lower it, or mend "
-                "CUDA_VISIBLE_DEVICES"
-            )
-        grpo, distill = self.config.grpo, self.config.distill
-        trainers = {"grpo.trainer": grpo.trainer, "distill.trainer": distill.trainer}
-        divided = self.config.launch.sharding
-        if divided != "none" and (grpo.hindsight.weight or grpo.evidence.strength):
-            raise ConfigError(
-                f'launch.sharding = "{divided}": grpo.hindsight and grpo.evidence need the whole weights in each process; set '
-                'grpo.hindsight.weight and grpo.evidence.strength to 0, or launch.sharding = "none"'
-            )
-        sharding.check(divided, self.config.policy.dtype, trainers)
-        batching.split(grpo.questions_per_step * grpo.group_size, all, grpo.trainer)
-        if self.config.distillations:
-            distill_trainer.micro_batch(distill, all)
-        self._launcher.prepare()
-
     def check_memory(self, policy: str | Path, *stages: str) -> None:
-        """Refuse what cannot fit the GPU in ``stages`` (``grpo``, ``distill``): see ``planning.start``.
-
-        Raises:
-            ConfigError: weights and states alone are more than its memory.
-        """
-        there, all = device(self.config.policy.device), self._launcher.all
-        if found := start.cuda_device(there, all, self.config.launch.sharding):
-            start.check_memory(self.config, str(policy), found, stages)
+        """Refuse what cannot fit the GPU in ``stages`` (``grpo``, ``distill``): see ``Maker.check_memory``."""
+        self.maker.check_memory(policy, stages)
 
     def warmstart(self, out: Path | None = None) -> Artifact:
         """A policy made from nothing and taught by demonstrations, in ``policy/``."""
 
-        def train(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
+        def train(attempt: Attempt) -> Mapping[str, Any]:
             return warm_start(
-                self.train_questions, self.retriever, self.config, out=out, progress=progress, track=self._track,
-                work=self._work,
+                self.train_questions, self.retriever, self.config, out=attempt.out, progress=attempt.progress,
+                track=attempt.track, work=attempt.work,
             )  # fmt: skip
 
-        return self._stage("warmstart", out, ("warmstart", "rollout", "seed"), self._asking(None), train)
+        return self.maker.artifact(
+            StageSpec(
+                name="warmstart",
+                out=out,
+                settings=("warmstart", "rollout", "seed"),
+                inputs=self._asking(None),
+                work=train,
+            )
+        )
 
     # The stages of a round.
 
     def grpo(self, policy: str | Path, round: int, out: Path | None = None) -> Artifact:
         """``policy`` trained for one round; the new one is in ``policy/``."""
 
-        def train(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
+        def train(attempt: Attempt) -> Mapping[str, Any]:
             limits = self.config.rollout
             with_vllm = limits.engine == "vllm" and self.config.grpo.steps > 0
             return grpo_trainer.train(
-                self._policy(policy), self.train_questions, self.retriever, self.config.grpo, limits,
-                self.config.reference, seed=seed, out=out, sharding=self.config.launch.sharding, progress=progress,
-                track=self._track, work=self._work,
-                engine=self._engine(policy, limits.max_tokens, shared=True) if with_vllm else None,
+                generators.load(self.config, policy), self.train_questions, self.retriever, self.config.grpo, limits,
+                self.config.reference, seed=attempt.seed, out=attempt.out, sharding=self.config.launch.sharding,
+                progress=attempt.progress, track=attempt.track, work=attempt.work,
+                engine=generators.engine(self.config, policy, limits.max_tokens, shared=True) if with_vllm else None,
             )  # fmt: skip
 
         unused = () if self.config.grpo.shows_references else ("reference",)
-        settings = ("grpo", "rollout", "reference")
-        task = ("grpo", policy, round)
-        return self._stage(f"grpo-{round}", out, settings, self._asking(policy), train, unused=unused, task=task)
+        return self.maker.artifact(
+            StageSpec(
+                name=f"grpo-{round}",
+                out=out,
+                settings=("grpo", "rollout", "reference"),
+                unused=unused,
+                inputs=self._asking(policy),
+                work=train,
+                task=("grpo", policy, round),
+            )
+        )
 
     def pool(self, policy: str | Path, round: int, out: Path | None = None) -> Artifact:
         """Groups sampled from ``policy``, in ``groups.jsonl``; or for ``pool.source = "grpo"`` those that its GRPO kept.
@@ -246,16 +174,23 @@ class Stages(Inputs):
         if self.config.pool.source == "grpo":
             return self._taken(policy, round, out)
 
-        def sample(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
-            questions = at_most(self.train_questions, self.config.pool.questions, seed)
-            with self.asked(policy) as (generator, prompts):
+        def sample(attempt: Attempt) -> Mapping[str, Any]:
+            questions = at_most(self.train_questions, self.config.pool.questions, attempt.seed)
+            with generators.asked(self.config, policy) as (generator, prompts):
                 return pool.sample(
                     generator, self.retriever, questions, prompts, self.config.pool, self.config.rollout,
-                    seed=seed, out=out, progress=progress, work=self._work,
+                    seed=attempt.seed, out=attempt.out, progress=attempt.progress, work=attempt.work,
                 )  # fmt: skip
 
-        return self._stage(
-            f"pool-{round}", out, ("pool", "rollout"), self._asking(policy), sample, task=("pool", policy, round)
+        return self.maker.artifact(
+            StageSpec(
+                name=f"pool-{round}",
+                out=out,
+                settings=("pool", "rollout"),
+                inputs=self._asking(policy),
+                work=sample,
+                task=("pool", policy, round),
+            )
         )
 
     def _taken(self, policy: str | Path, round: int, out: Path | None) -> Artifact:
@@ -266,11 +201,13 @@ class Stages(Inputs):
                 'pool.source = "fresh"'
             )
 
-        def take(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
-            return pool.take(source, out, self.config.pool.questions)
+        def take(attempt: Attempt) -> Mapping[str, Any]:
+            return pool.take(source, attempt.out, self.config.pool.questions)
 
         inputs = {"policy": self._checksum(policy), "groups": runs.checksum(source)}
-        return self._stage(f"pool-{round}", out, ("pool",), inputs, take)
+        return self.maker.artifact(
+            StageSpec(name=f"pool-{round}", out=out, settings=("pool",), inputs=inputs, work=take)
+        )
 
     def pairs(
         self, policy: str | Path, pool_path: Path, round: int, out: Path | None = None, *, other_policy: bool = False
@@ -283,16 +220,20 @@ class Stages(Inputs):
         """
         sampled_by = self._sampled_by(pool_path, policy, other_policy)
 
-        def select(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
+        def select(attempt: Attempt) -> Mapping[str, Any]:
             reader = policies.load_reader(policy, self.config.policy, self.config.prompts)
-            return pair_files.mine(pool_path / pool.FILE, reader, self.config, seed=seed, out=out)
+            return pair_files.mine(pool_path / pool.FILE, reader, self.config, seed=attempt.seed, out=attempt.out)
 
         inputs = {"policy": sampled_by, "reader": self._checksum(policy)}
         if self.config.pairs.references_by == "gold" and self.config.data.demonstrations:
             inputs["demonstrations"] = data_lines.checksum(self.config.data.demonstrations)
         if (pool_path / pool.FILE).is_file():
             inputs["pool"] = runs.checksum(pool_path / pool.FILE)
-        return self._stage(f"pairs-{round}", out, ("reference", "pairs", "lead"), inputs, select)
+        return self.maker.artifact(
+            StageSpec(
+                name=f"pairs-{round}", out=out, settings=("reference", "pairs", "lead"), inputs=inputs, work=select
+            )
+        )
 
     def lead(
         self, policy: str | Path, pairs_path: Path, round: int, out: Path | None = None, *, other_policy: bool = False
@@ -306,22 +247,30 @@ class Stages(Inputs):
         """
         self._sampled_by(pairs_path, policy, other_policy)
 
-        def measure(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
-            loaded = self._policy(policy)
+        def measure(attempt: Attempt) -> Mapping[str, Any]:
+            loaded = generators.load(self.config, policy)
             pairs = pair_files.read(pairs_path / pair_files.HELD_OUT, loaded.tokenizer)
-            with self._generator(policy, None, loaded) as generator:
+            with generators.sampling(self.config, policy, None, loaded) as generator:
                 measured, divergences = teacher.measure(
                     loaded, generator, self.retriever, pairs, self.config.lead, self.config.rollout,
-                    temperature=self.config.pool.temperature, seed=seed, progress=progress, work=self._work,
+                    temperature=self.config.pool.temperature, seed=attempt.seed, progress=attempt.progress,
+                    work=attempt.work,
                 )  # fmt: skip
-            (out / "lead.json").write_text(measured.model_dump_json(indent=2) + "\n")
+            (attempt.out / "lead.json").write_text(measured.model_dump_json(indent=2) + "\n")
             lines = "".join(row.model_dump_json() + "\n" for row in divergences)
-            (out / profile.FILE).write_text(lines, encoding="utf-8")
+            (attempt.out / profile.FILE).write_text(lines, encoding="utf-8")
             return measured.model_dump()
 
         inputs = {**self._asking(policy), "pairs": runs.checksum(pairs_path / pair_files.HELD_OUT)}
-        return self._stage(
-            f"lead-{round}", out, ("lead", "rollout"), inputs, measure, task=("lead", policy, pairs_path, round)
+        return self.maker.artifact(
+            StageSpec(
+                name=f"lead-{round}",
+                out=out,
+                settings=("lead", "rollout"),
+                inputs=inputs,
+                work=measure,
+                task=("lead", policy, pairs_path, round),
+            )
         )
 
     def distill(
@@ -347,33 +296,43 @@ class Stages(Inputs):
             assert lead_path, "nothing is distilled unmeasured"
             teacher.gate(teacher.Lead.model_validate_json((lead_path / "lead.json").read_text()), self.config.lead)
 
-        def train(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
-            loaded = self._policy(policy)
+        def train(attempt: Attempt) -> Mapping[str, Any]:
+            loaded = generators.load(self.config, policy)
             return distill_trainer.train(
                 loaded, pair_files.read(pairs_path / pair_files.TRAIN, loaded.tokenizer), self.config.distill,
-                seed=seed, out=out, sharding=self.config.launch.sharding, progress=progress, track=self._track,
-                work=self._work,
+                seed=attempt.seed, out=attempt.out, sharding=self.config.launch.sharding, progress=attempt.progress,
+                track=attempt.track, work=attempt.work,
             )  # fmt: skip
 
         inputs = {"policy": self._checksum(policy), "pairs": runs.checksum(pairs_path / pair_files.TRAIN)}
-        return self._stage(
-            f"ofsd-{round}", out, ("distill",), inputs, train, task=("distill", policy, pairs_path, lead_path, round)
+        return self.maker.artifact(
+            StageSpec(
+                name=f"ofsd-{round}",
+                out=out,
+                settings=("distill",),
+                inputs=inputs,
+                work=train,
+                task=("distill", policy, pairs_path, lead_path, round),
+            )
         )
 
     def ceiling(self) -> Artifact:
         """What retrieval can do for each evaluation question, whatever the policy; in ``ceiling.jsonl``."""
 
-        def measure(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
+        def measure(attempt: Attempt) -> Mapping[str, Any]:
             rows = ceilings.measure(
-                self.retriever, self.passage_texts(), self.eval_questions, self.config.rollout.topk, progress
+                self.retriever, self.passage_texts(), self.eval_questions, self.config.rollout.topk, attempt.progress
             )
             lines = "".join(row.model_dump_json() + "\n" for row in rows)
-            (out / ceilings.FILE).write_text(lines, encoding="utf-8")
+            (attempt.out / ceilings.FILE).write_text(lines, encoding="utf-8")
             return ceilings.figures(rows)
 
         corpus = self.config.data.corpus
         known = {"corpus": runs.checksum(corpus)} if self.config.retrieval.url and corpus else {}
-        return self._stage("ceiling", None, ("rollout", "data.max_eval"), {**self.evaluated_on(), **known}, measure)
+        inputs = {**self.evaluated_on(), **known}
+        return self.maker.artifact(
+            StageSpec(name="ceiling", settings=("rollout", "data.max_eval"), inputs=inputs, work=measure)
+        )
 
     def evaluate(
         self, policy: str | Path | Endpoint, name: str, out: Path | None = None, benchmarks: Sequence[str] = ()
@@ -392,13 +351,14 @@ class Stages(Inputs):
         chosen = self.benchmarks(benchmarks)
         ceiling = self.ceiling() if self.config.evaluation.ceiling else None
 
-        def measure(out: Path, seed: int, progress: Progress) -> Mapping[str, Any]:
+        def measure(attempt: Attempt) -> Mapping[str, Any]:
             known = ceilings.read(ceiling.path / ceilings.FILE) if ceiling else ()
-            with self.asked(policy) as (generator, prompts):
+            with generators.asked(self.config, policy) as (generator, prompts):
                 evaluation = evaluate(
                     generator, self.retriever, {name: self.eval_questions[name] for name in chosen},
-                    prompts, self.config.evaluation, self.config.rollout, seed=seed, out=out, progress=progress,
-                    ceilings={(row.benchmark, row.id): row for row in known}, work=self._work,
+                    prompts, self.config.evaluation, self.config.rollout, seed=attempt.seed,
+                    out=attempt.out, progress=attempt.progress,
+                    ceilings={(row.benchmark, row.id): row for row in known}, work=attempt.work,
                 )  # fmt: skip
             return evaluation.model_dump(mode="json")
 
@@ -408,80 +368,18 @@ class Stages(Inputs):
             asked = {"policy": self._checksum(policy)}
         inputs = {**asked, **self.evaluated_on(chosen)}
         inputs |= {"ceiling": runs.checksum(ceiling.path / ceilings.FILE)} if ceiling else {}
-        # The same sampling seed for every policy: what differs between two evaluations is the policy.
-        return self._stage(
-            f"evaluation-{name}",
-            out,
-            ("evaluation", "rollout", "data.max_eval"),
-            inputs,
-            measure,
-            seed_name="evaluation",
-            task=() if isinstance(policy, Endpoint) else ("evaluate", policy, name, None, benchmarks),
+        return self.maker.artifact(
+            StageSpec(
+                name=f"evaluation-{name}",
+                out=out,
+                settings=("evaluation", "rollout", "data.max_eval"),
+                inputs=inputs,
+                # The same for every policy: what differs between two evaluations is the policy.
+                seed_name="evaluation",
+                work=measure,
+                task=() if isinstance(policy, Endpoint) else ("evaluate", policy, name, None, benchmarks),
+            )
         )
-
-    def _stage(
-        self,
-        name: str,
-        out: Path | None,
-        settings: Sequence[str],
-        inputs: Mapping[str, str],
-        work: Callable[[Path, int, Progress], Mapping[str, Any]],
-        seed_name: str | None = None,
-        unused: Sequence[str] = (),
-        task: Sequence[Any] = (),
-    ) -> Artifact:
-        """``unused``: settings on which nothing depends as the others stand; they are kept at their defaults. ``task``: the
-        method to call, and with what, where several processes can work on it.
-        """
-        processes = self._launcher.all if task else 1
-        make = self._launched(name, task) if processes > 1 else self._make(name, seed_name, work)
-        dumped = masked(self.config.model_dump(mode="json"))  # manifests and trackers show it
-        dumped["data.max_eval"], dumped["data.max_train"] = dumped["data"]["max_eval"], dumped["data"]["max_train"]
-        return runs.artifact(
-            out or self.root / name,
-            stage=name,
-            settings={
-                key: default_of((key,)) if key in unused else dumped[key] for key in (*settings, "prompts", "policy")
-            },
-            inputs=inputs,
-            seed=runs.derived_seed(self.config.seed, seed_name or name),
-            make=make,
-            defaults=default_of,
-            gpus=0 if name.startswith(("pairs-", "ceiling")) else policies.accelerators(self.config.policy, processes),
-        )
-
-    def _make(self, name: str, seed_name: str | None, work: Callable[[Path, int, Progress], Mapping[str, Any]]) -> Make:
-        """The stage's work, in this process."""
-        seed = runs.derived_seed(self.config.seed, seed_name or name)
-
-        def make(out: Path) -> Mapping[str, Any]:
-            run, step = tracking.run_of(name)
-            dumped = masked(self.config.model_dump(mode="json"))
-            tracker = tracking.tracked(self.config.tracking, self.root, run, dumped, anew=run == name)
-            often = self.config.checkpoints.model_dump()
-            self._work = Work(out / runs.WORK, **often, stop=self.stop)
-            with self.watch(name) as progress, tracker as self._track, memory.told(name):
-                set_seed(seed)
-                result = work(out, seed, progress)
-                if figures := tracking.figures_of(name, result):
-                    self._track(step, figures)
-                return result
-
-        return make
-
-    def _launched(self, name: str, task: Sequence[Any]) -> Make:
-        """The stage's work, in a group of processes."""
-
-        def make(out: Path) -> Mapping[str, Any]:
-            logs = (out / runs.WORK / "processes").absolute()
-            told = {
-                "config": self.config.model_dump(mode="json"), "root": self.root, "out": out, "logs": logs,
-                "stage": task[0], "arguments": task[1:],
-            }  # fmt: skip
-            with self.watch(name) as progress:
-                return self._launcher.run(to_jsonable_python(told), logs, progress, self.stop)
-
-        return make
 
     def _asking(self, policy: str | Path | None) -> dict[str, str]:
         """Checksums of what sampling on the training questions depends on."""
@@ -503,53 +401,6 @@ class Stages(Inputs):
             f"{path}: sampled by another policy than {policy} (checksum {known[:12]} there, {given[:12]} given); give the "
             "policy that sampled it with --policy, or sample a new pool, or allow it with --allow-other-policy"
         )
-
-    def _policy(self, policy: str | Path, device: str | None = None) -> Policy:
-        there = {} if device is None else {"device": device}
-        loaded = policies.load(policy, self.config.policy.model_copy(update=there), self.config.prompts)
-        protocol_of(loaded.tokenizer, loaded.prompts)  # a tokenizer that does not fit is refused before the work
-        return loaded
-
-    def _reader(self, policy: str | Path) -> Reader:
-        reader = policies.load_reader(policy, self.config.policy, self.config.prompts)
-        protocol_of(reader.tokenizer, reader.prompts)
-        return reader
-
-    @contextmanager
-    def asked(self, policy: str | Path | Endpoint) -> Iterator[tuple[Generator, Prompts]]:
-        """What samples, for as long as the context is, and the prompts to ask it with."""
-        if isinstance(policy, Endpoint):
-            prompts = self.config.prompts or Prompts()
-            yield EndpointGenerator(policy, prompts), prompts
-            return
-        with self._generator(policy, self.config.rollout.max_tokens) as generator:
-            yield generator, self._reader(policy).prompts
-
-    @contextmanager
-    def _generator(self, policy: str | Path, room: int | None, loaded: Policy | None = None) -> Iterator[Generator]:
-        """Samples from ``policy``, which is ``loaded`` where something else needs it too."""
-        rows = self.config.rollout.batch_size
-        if self.config.rollout.engine == "transformers":
-            loaded = loaded or self._policy(policy)
-            yield HFGenerator(loaded.model, loaded.tokenizer, batch_size=rows)
-            return
-        if self.config.vllm.url:
-            yield ServerGenerator(self.config.vllm, policy, self._reader(policy).tokenizer, concurrency=rows)
-            return
-        engine = self._engine(policy, room, shared=loaded is not None)
-        with engine.running(self._reader(policy).tokenizer) as generator:
-            yield generator
-
-    def _engine(self, policy: str | Path, room: int | None, *, shared: bool) -> vllm.Engine:
-        """``room``: most ids of a trajectory; without it the policy's whole context."""
-        if self.config.vllm.url:
-            raise ConfigError(
-                "vllm.url: GRPO changes the policy with every step, and the server would go on with the first; leave it out, "
-                'or set rollout.engine = "transformers"'
-            )
-        context = self._reader(policy).context_length
-        rows, most = self.config.rollout.batch_size, min(context, room or context)
-        return vllm.Engine(policy, self.config.policy, self.config.vllm, rows, most, shared)
 
     def _checksum(self, policy: str | Path) -> str:
         source = policies.resolve(str(policy))

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -24,13 +24,14 @@ from pydantic_core import to_jsonable_python
 from search_e1 import ranks, runs
 from search_e1.allocation import keep_freed_memory
 from search_e1.config import Config
-from search_e1.inputs import unwatched
+from search_e1.inputs import Watch, unwatched
 from search_e1.launch import fork_server, group
 from search_e1.loading import device
+from search_e1.making import Maker, StageSpec
 from search_e1.progress import Progress
 from search_e1.retrieval.base import Index
 from search_e1.runs import Artifact, disk
-from search_e1.runs.stopping import Stopped, on_signals
+from search_e1.runs.stopping import Stop, Stopped, on_signals
 from search_e1.stages import Stages
 
 _PATIENCE = timedelta(days=7)
@@ -40,37 +41,12 @@ _PATIENCE = timedelta(days=7)
 class _Part(Stages):
     """The stages, of which one is worked at: no artifact is looked at, made or verified again."""
 
-    made: Mapping[str, Any]
-    """What the stage came to."""
-
-    def __init__(self, config: Config, root: Path, out: Path, *args: Any) -> None:
-        super().__init__(config, root, *args)
-        self.out = out
-
-    def _stage(
-        self,
-        name: str,
-        out: Path | None,
-        settings: Sequence[str],
-        inputs: Mapping[str, str],
-        work: Callable[[Path, int, Progress], Mapping[str, Any]],
-        seed_name: str | None = None,
-        unused: Sequence[str] = (),
-        task: Sequence[Any] = (),
-    ) -> Artifact:
-        self.made = self._make(name, seed_name, work)(self.out)
-        return self._at(self.out, name)
+    def __init__(self, config: Config, root: Path, out: Path, watch: Watch, stop: Stop) -> None:
+        super().__init__(config, root, watch, stop)
+        self.maker: _Worker = _Worker(config, root, out, watch, stop)
 
     def ceiling(self) -> Artifact:
-        return self._at(self.root / "ceiling", "ceiling")
-
-    def _at(self, path: Path, stage: str) -> Artifact:
-        """Where it is; of its manifest nothing is asked."""
-        empty: dict[str, Any] = {}
-        manifest = runs.Manifest(
-            stage=stage, settings=empty, inputs={}, seed=0, files={}, result=empty, versions={}, started=0, seconds=0
-        )
-        return Artifact(path, manifest)
+        return _at(self.root / "ceiling", "ceiling")
 
     def _sampled_by(self, path: Path, policy: str | Path, other_policy: bool) -> str:
         return ""
@@ -85,6 +61,30 @@ class _Part(Stages):
     @property
     def _indexes(self) -> Sequence[Path]:
         return self.config.retrieval.index or [self.root / "index" / kind for kind in self._kinds]
+
+
+class _Worker(Maker):
+    """Works at the stage it is given in ``out``, the artifact's directory in the making."""
+
+    made: Mapping[str, Any]
+    """What the stage came to."""
+
+    def __init__(self, config: Config, root: Path, out: Path, watch: Watch, stop: Stop) -> None:
+        super().__init__(config, root, watch, stop)
+        self.out = out
+
+    def artifact(self, stage: StageSpec) -> Artifact:
+        self.made = self.here(stage)(self.out)
+        return _at(self.out, stage.name)
+
+
+def _at(path: Path, stage: str) -> Artifact:
+    """An artifact where it is; of its manifest nothing is asked."""
+    empty: dict[str, Any] = {}
+    manifest = runs.Manifest(
+        stage=stage, settings=empty, inputs={}, seed=0, files={}, result=empty, versions={}, started=0, seconds=0
+    )
+    return Artifact(path, manifest)
 
 
 def main() -> None:
@@ -105,7 +105,7 @@ def main() -> None:
             except ranks.Left:
                 return
             if ranks.is_first():
-                _tell(_pipe(), {"result": to_jsonable_python(stages.made)})
+                _tell(_pipe(), {"result": to_jsonable_python(stages.maker.made)})
     except Stopped as stopped:
         _leave(stopped.status)
     except BaseException as error:

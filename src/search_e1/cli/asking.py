@@ -114,6 +114,7 @@ def _asker(
     endpoint: "Endpoint | None",
 ) -> "Callable[[str], Trajectory]":
     """What answers a question, with everything that it takes loaded."""
+    from search_e1 import generators
     from search_e1 import policy as policies
     from search_e1.config import PolicyConfig, RolloutConfig, load
     from search_e1.retrieval.client import HttpRetriever
@@ -136,7 +137,7 @@ def _asker(
     settings = stages.config.policy if stages else PolicyConfig(model=str(model))
     policy: Any = endpoint
     if stages and not endpoint and stages.config.rollout.engine == "vllm":
-        policy, prompts = context.with_resource(stages.asked(model or newest(stages)))
+        policy, prompts = context.with_resource(generators.asked(stages.config, model or newest(stages)))
     elif not endpoint:
         policy = policies.load(model or newest(stages), settings, prompts)  # type: ignore[arg-type]
     limits = stages.config.rollout if stages else RolloutConfig()
