@@ -18,6 +18,9 @@ from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 
+from search_e1.config import LeadConfig
+from search_e1.distill.teacher import Lead, gate
+from search_e1.errors import NoLeadError
 from search_e1.evaluation.compare import Figure
 from search_e1.evolve import SUMMARY, Summary
 from search_e1.sweep import comparison, results, running, spec
@@ -90,6 +93,7 @@ def finished(sweep: spec.Sweep) -> spec.Sweep:
 def table(sweep: spec.Sweep, *, every: bool) -> list[dict[str, str]]:
     """A row for each variant (``every``: and policy): figures, differences from the reference with 95% intervals, charges."""
     compared = comparison.compared([one for run in sweep.runs for one in results.evaluations(run)], sweep.reference)
+    let_pass = gated(sweep)
     rows = []
     for row in compared.rows:
         if row.benchmark != results.ALL or (row.stage == comparison.LAST) is every:
@@ -97,16 +101,41 @@ def table(sweep: spec.Sweep, *, every: bool) -> list[dict[str, str]]:
         made = {"variant": row.variant, **({"policy": row.stage} if every else {}), "seeds": str(len(row.seeds))}
         for name, heading, places in FIGURES:
             made[heading] = told(row.figures[name], row.differences.get(name), places)
-        made |= {"lead": "" if row.lead is None else f"{row.lead:+.3f}", "CPU s": f"{row.cost['cpu_seconds']:.0f}"}
+        made["lead"] = "" if row.lead is None else f"{row.lead:+.3f}"
+        if not every and let_pass:
+            made["the gate lets pass"] = let_pass.get(row.variant, "")
+        made["CPU s"] = f"{row.cost['cpu_seconds']:.0f}"
         rows.append(made)
     return rows
+
+
+def gated(sweep: spec.Sweep) -> dict[str, str]:
+    """Variant -> of how many of its teachers the gate at its defaults lets how many pass, where teachers were measured."""
+    passed: dict[str, list[bool]] = {}
+    for run in sweep.runs:
+        for round in summary(run).rounds.values():
+            if round.lead:
+                passed.setdefault(run.variant, []).append(passes(round.lead))
+    return {variant: f"{sum(of_it)} of {len(of_it)}" for variant, of_it in passed.items()}
+
+
+def passes(lead: Lead) -> bool:
+    try:
+        gate(lead, LeadConfig())
+    except NoLeadError:
+        return False
+    return True
+
+
+def summary(run: spec.Run) -> Summary:
+    return Summary.model_validate_json((run.config.run / SUMMARY).read_text("utf-8"))
 
 
 def leads(sweep: spec.Sweep) -> list[dict[str, str]]:
     """A row for each variant and policy: its EM, and what a reference in the prompt adds to that; means, and by seed."""
     rows = []
     for variant, of_variant in groupby(sweep.runs, key=lambda run: run.variant):
-        summaries = [Summary.model_validate_json((run.config.run / SUMMARY).read_text("utf-8")) for run in of_variant]
+        summaries = [summary(run) for run in of_variant]
         for round in summaries[0].rounds:
             policies = [next(p for p in one.policies if p.stage == f"grpo-{round}") for one in summaries]
             measured = [lead for one in summaries if (lead := one.rounds[round].lead)]
