@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from search_e1.config.sections import Config
+from search_e1.config.run import Config
 from search_e1.errors import ConfigError
 
 

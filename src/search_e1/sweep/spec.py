@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from search_e1.config import Config, Section, laid_over, parse_overrides, read_toml
-from search_e1.config.sections import NonNegative
+from search_e1.config.base import NonNegative
 from search_e1.errors import ConfigError
 from search_e1.safe import is_name
 

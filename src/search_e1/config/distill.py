@@ -1,0 +1,139 @@
+"""Self-distillation, from the pool to the loss."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from search_e1.config.base import LoraConfig, NonNegativeFloat, Positive, Section, Share
+
+
+class PoolConfig(Section):
+    """Trajectories that pairs are mined from, sampled from the policy after GRPO."""
+
+    source: Literal["fresh", "grpo"] = "fresh"
+    """Sample them, or take those that GRPO sampled last: the newest groups, one a question, at GRPO's own group size and
+    temperature. `grpo` needs `grpo.keep_groups`."""
+    questions: Positive | None = None
+    """For this many training questions (all, if not given)."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Also of the trajectories that the lead is measured with."""
+
+
+class ReferenceConfig(Section):
+    """What the teacher sees of a reference: the same in GRPO's replay, when the lead is measured and in distillation."""
+
+    shows: Literal["whole", "searches", "searches_and_answer", "answer", "none"] = "whole"
+    """The whole trajectory (as published), or its searches, its searches and its answer, its answer alone, each in its tags;
+    `none` is the null test of the method: the teacher's prompt is the plain one."""
+    max_tokens: Positive | None = None
+    """Most tokens of the teacher's prompt and the response together. Without it as many as the policy's context holds."""
+    shorten: Literal["passages", "evenly", "never"] = "passages"
+    """How a whole reference that does not fit is shortened: the last `passages` of its observations are left out, or all are
+    cut `evenly`, to as many of their first words. Its actions never are; what still does not fit is left out and counted."""
+
+
+WHOLE = ReferenceConfig()
+"""As published."""
+
+
+class PairsConfig(Section):
+    """Who is shown to the teacher, and who learns from it. `docs/distillation.md` tells more."""
+
+    students: Positive = 1
+    """Most students of one reference; each makes a pair."""
+    students_by: Literal["wrong_first", "all_wrong", "longest", "random", "any"] = "wrong_first"
+    """Which siblings come first: wrong ones, then correct but less efficient ones, the most divergent first; every wrong one,
+    however many; of the wrong and the less efficient ones those with most sampled tokens, or any; or `any` of the
+    group, so that students are what the policy does, not only what it does wrong."""
+    references: Positive = 1
+    """Most references of one question; each makes pairs of its own, and none of them is a student."""
+    references_by: Literal["fewest_searches", "random", "gold"] = "fewest_searches"
+    """Which correct trajectory is shown: that with the fewest searches (ties: fewest sampled tokens), or any of them; or the
+    question's demonstration in `data.demonstrations`. Further references by `fewest_searches` are as efficient as the first."""
+    mismatched: Share = 0.0
+    """Share of the questions whose references are another question's, of pairs to distil on and of held-out ones alike: a
+    control of what noisy references do."""
+
+
+class LeadConfig(Section):
+    """How much better the policy is when it sees the reference: measured before every distillation, and its gate."""
+
+    pairs: Positive = 64
+    """Pairs that are held out from distillation and measured on."""
+    max_share: Share = 0.25
+    """At most this share of all pairs is held out."""
+    samples: Positive = 2
+    """Trajectories sampled for each pair, each prompt and each kind of start."""
+    minimum: float = 0.02
+    """Lead in EM (privileged minus plain, from the question on) below which distillation is refused."""
+    gate: Literal["mean", "low"] = "mean"
+    """What must reach `minimum`: the measured lead, or the lower end of its 95% interval."""
+    saving: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Or the share of the sampled tokens that the reference saves: a teacher that is no better but shorter by it passes
+    too, unless the interval of its lead lies below 0. 1: only EM counts."""
+    enforce: bool = True
+    """Refuse to distil without a lead. Turned off, the lead is measured and reported only. It does not concern `sft`."""
+
+
+class ClassWeights(Section):
+    """Weights in the loss of the sampled tokens by what they are part of; the loss is the weighted mean."""
+
+    thought: NonNegativeFloat = 1.0
+    search: NonNegativeFloat = 1.0
+    answer: NonNegativeFloat = 1.0
+    tag: NonNegativeFloat = 1.0
+    """Protocol tags and end tokens."""
+
+    @model_validator(mode="after")
+    def _some(self) -> "ClassWeights":
+        if not any((self.thought, self.search, self.answer, self.tag)):
+            raise ValueError("all weights are 0, so nothing would be distilled")
+        return self
+
+
+class DistillConfig(Section):
+    objective: Literal["ofsd", "sft"] = "ofsd"
+    """Self-distillation (as published), or supervised fine-tuning on the same references: each once an epoch, under the plain
+    prompt, with cross-entropy on its sampled tokens. `sft` has no teacher: no lead is measured, and what concerns teacher,
+    divergence and temperatures here does nothing."""
+    epochs: Positive = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    batch_size: Positive = 16
+    """Pairs an optimiser step."""
+    weights: Literal["lora", "all"] = "lora"
+    """What is trained: adapters, which are merged at the end (as published), or all weights."""
+    lora: LoraConfig = LoraConfig()
+    """With `weights = "lora"`."""
+    teacher: Literal["auto", "live", "cached"] = "auto"
+    """Where the teacher's hidden states come from: computed in every step (`live`; with `weights = "all"` by a frozen copy of
+    the policy), or once for each pair and kept on disk (`cached`). `auto`: cached for several epochs or all weights."""
+    packing: Literal["auto", "always", "never"] = "auto"
+    """Sequences of a batch end to end, without padding. `auto`: on accelerators, for policies that keep them apart."""
+    divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
+    """KL(teacher || student) (as published), KL(student || teacher), or the generalised Jensen-Shannon divergence."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Of `js`: the teacher's share of the mixture; towards 0 it acts like `forward_kl`, towards 1 like `reverse_kl`."""
+    tau: Annotated[float, Field(gt=0)] = 10.0
+    """Where the divergence is clipped, in nats."""
+    clip: Literal["entry", "token", "none"] = "entry"
+    """Clip each vocabulary entry's term before the sum (as published), each token's sum, or nothing."""
+    teacher_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Below 1 sharpens the teacher."""
+    student_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the student in the divergence; other than 1, the policy is to match the teacher when sampled at it."""
+    tokens: Literal["sampled", "acting"] = "sampled"
+    """Tokens in the loss: all `sampled` ones (as published), or those of tags, queries and answers, not of thoughts."""
+    class_weights: ClassWeights = ClassWeights()
+    logits_mib: Positive | None = None
+    """MiB for the logits in memory together, of as many positions as fit. Without it 64 on a CPU and 1024 elsewhere."""
+    trainer: dict[str, Any] = {}
+    """Further arguments of `transformers.TrainingArguments`."""
+
+    @model_validator(mode="after")
+    def _beta_is_used(self) -> "DistillConfig":
+        if self.beta != 0.5 and self.divergence != "js":
+            raise ValueError(
+                f'beta = {self.beta:g} belongs to divergence = "js", not to "{self.divergence}"; take it out'
+            )
+        return self

@@ -1,0 +1,55 @@
+"""How trajectories are sampled, wherever they are, and how many for evaluation."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from search_e1.config.base import NonNegative, Positive, Section
+
+
+class RolloutConfig(Section):
+    """The Search-R1 protocol's limits. They hold in training and in evaluation."""
+
+    max_searches: NonNegative = 4
+    """Turns that are answered; then follows one last generation in which a search is no longer served."""
+    topk: Positive = 3
+    """Passages for a query."""
+    max_action_tokens: Positive = 500
+    """Most tokens of one generation."""
+    max_observation_tokens: Positive = 500
+    """Most tokens of one observation; passages are cut, the closing tag never."""
+    max_tokens: Positive = 4096
+    """Most tokens of prompt and response together; a policy with a shorter context lowers it."""
+    batch_size: Positive = 256
+    """Most trajectories that are sampled together; fewer where memory does not hold their cache."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples: the policy itself, on any device, or vLLM (an extra), whose settings are `[vllm]`."""
+
+
+class VllmConfig(Section):
+    """Of `rollout.engine = "vllm"`."""
+
+    url: str | None = None
+    """A server to sample from, started by `vllm serve` with the policy in question, instead of an engine in this process. Not
+    for GRPO, whose policy changes with every step."""
+    timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds for one request to `url`, to the last byte of its answer."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the device's memory for weights and cache."""
+    shared_gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """The same where the policy is in memory too: in GRPO, and when the lead is measured."""
+    tensor_parallel_size: Positive = 1
+    """Devices that the weights are spread over. More than 1 in GRPO needs as many processes."""
+    engine: dict[str, Any] = {}
+    """Further arguments of `vllm.EngineArgs` (`enforce_eager`, `kv_cache_dtype`, ...)."""
+
+
+class EvaluationConfig(Section):
+    samples: NonNegative = 1
+    """Trajectories sampled for each question, beside the greedy one, for `em_sampled`. 0 leaves them out."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the sampled trajectories."""
+    latency: NonNegative = 4
+    """Questions of each benchmark that are asked once more, alone, for the time from question to answer. 0 leaves it out."""
+    ceiling: bool = True
+    """Look, once a run, for the answers in the passages that each question itself finds, and in the whole corpus."""

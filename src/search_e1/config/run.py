@@ -1,0 +1,110 @@
+"""The configuration of a run: all sections, and what holds between them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from search_e1.config.base import NonNegative, Positive, Section
+from search_e1.config.distill import DistillConfig, LeadConfig, PairsConfig, PoolConfig, ReferenceConfig
+from search_e1.config.grpo import GrpoConfig
+from search_e1.config.inputs import DataConfig, PolicyConfig, RetrievalConfig
+from search_e1.config.presets import Preset, under
+from search_e1.config.rollout import EvaluationConfig, RolloutConfig, VllmConfig
+from search_e1.config.running import CheckpointsConfig, LaunchConfig, TrackingConfig
+from search_e1.config.warmstart import WarmstartConfig
+from search_e1.prompts import Prompts
+
+
+class Config(Section):
+    """Everything a run depends on."""
+
+    run: Path
+    """Directory of the run."""
+    seed: NonNegative = 0
+    """Every stage draws its own seed from it."""
+    preset: Preset = "search-e1"
+    """What keys that are not given are: `search-e1`, as published, the defaults that stand here; `concise`, which saves
+    tokens where GRPO has gained what it can (when-it-pays.md)."""
+    rounds: Positive = 2
+    """Rounds of GRPO and OFSD."""
+    ofsd: Literal["every_round", "first_round", "last_round", "never"] = "every_round"
+    """After the GRPO of which rounds to distil; the others sample no pool and measure no lead. `never`: GRPO alone."""
+    policy: PolicyConfig
+    prompts: Prompts | None = None
+    """Templates. Without them the policy's own (`search_e1.json` in its directory), else Search-R1's."""
+    data: DataConfig
+    retrieval: RetrievalConfig = RetrievalConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    vllm: VllmConfig = VllmConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    pool: PoolConfig = PoolConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    pairs: PairsConfig = PairsConfig()
+    lead: LeadConfig = LeadConfig()
+    distill: DistillConfig = DistillConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    launch: LaunchConfig = LaunchConfig()
+    warmstart: WarmstartConfig | None = None
+    """Only for `search-e1 warmstart`, which makes a policy to start from."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_preset(cls, given: Any) -> Any:
+        return under(given.get("preset"), given) if isinstance(given, Mapping) else given
+
+    @model_validator(mode="after")
+    def _has_passages(self) -> "Config":
+        if not (self.data.corpus or self.retrieval.index or self.retrieval.url):
+            raise ValueError("no passages: give data.corpus, retrieval.index or retrieval.url")
+        return self
+
+    @model_validator(mode="after")
+    def _has_groups(self) -> "Config":
+        if self.pool.source == "grpo" and not (self.grpo.keep_groups and self.grpo.steps):
+            raise ValueError(
+                'pool.source = "grpo" needs grpo.keep_groups = true and grpo.steps; set them, or source = "fresh"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_demonstrations(self) -> "Config":
+        if self.pairs.references_by == "gold" and not self.data.demonstrations:
+            raise ValueError('pairs.references_by = "gold" needs data.demonstrations; give the path of that file')
+        return self
+
+    @model_validator(mode="after")
+    def _trains(self) -> "Config":
+        if self.ofsd == "never" and not self.grpo.steps:
+            raise ValueError('ofsd = "never" and grpo.steps = 0 leave nothing to do; change one of them')
+        return self
+
+    def distills(self, round: int) -> bool:
+        """Whether ``round``, from 1 on, ends with distillation, if there is a lead."""
+        only = {"first_round": 1, "last_round": self.rounds}
+        return self.ofsd == "every_round" or only.get(self.ofsd) == round
+
+    @property
+    def distillations(self) -> int:
+        """Over all rounds."""
+        return sum(self.distills(round) for round in range(1, self.rounds + 1))
+
+    def binding(self) -> dict[str, Any]:
+        """What a run directory belongs to, as JSON: all but its place and what changes nothing in a run."""
+        waiting = {"timeout", "attempts", "time_limit", "cache"}
+        place = {"url", "timeout", "gpu_memory_utilization", "shared_gpu_memory_utilization"}
+        return self.model_dump(
+            mode="json",
+            exclude={
+                "run": True,
+                "preset": True,
+                "tracking": True,
+                "checkpoints": True,
+                "launch": True,
+                "retrieval": waiting,
+                "vllm": place,
+            },
+        )
