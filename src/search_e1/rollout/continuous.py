@@ -40,7 +40,7 @@ class _Row:
     """So many of ``ids`` are the prompt."""
     end: int = 0
     """As many ``ids`` there are when ``max_new_tokens`` are sampled."""
-    source: Random = field(default_factory=Random)
+    source: Random = field(init=False)
     logprobs: list[float] = field(default_factory=list)
     unfinished: bool = True
 
@@ -88,7 +88,7 @@ class ContinuousSession:
 
     def submit(self, request: Request) -> None:
         """See ``Session``."""
-        row = self._rows.setdefault(request.key, _Row(request.key))
+        row = self._rows.get(request.key) or self._rows.setdefault(request.key, _Row(request.key))
         row.begin(request)
         self._waiting.append(row)
 

@@ -1,8 +1,10 @@
 """The key-value cache of rows that come, wait, go on and leave, each with its own length."""
 
 from collections.abc import Sequence
+from itertools import chain, zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
@@ -45,16 +47,14 @@ class RaggedCache(Cache):
 
         ``known`` tells how many tokens of each row are in the cache already.
         """
-        device = self._model.device
-        width = max(map(len, ids))
-        begin = torch.tensor(known, device=device)
-        new = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], device=device)
-        self._positions = begin[:, None] + torch.arange(width, device=device)
+        new = self._tensor(list(zip_longest(*ids, fillvalue=0))).T
+        width = new.shape[1]
+        self._positions = self._tensor(known)[:, None] + torch.arange(width, device=new.device)
         self._extent = max(known) + width
-        self._rows = torch.tensor(slots, device=device)[:, None]
-        beside = all(slot == slots[0] + i for i, slot in enumerate(slots))
+        self._rows = self._tensor(slots)[:, None]
+        beside = list(slots) == list(range(slots[0], slots[0] + len(slots)))
         self._at = slice(slots[0], slots[0] + len(slots)) if beside else self._rows[:, 0]
-        self._counts = torch.tensor([len(row) for row in ids], device=device)
+        self._counts = self._tensor(list(map(len, ids)))
         self._reserve(self._extent)
         output = self._model(
             input_ids=new,
@@ -69,10 +69,10 @@ class RaggedCache(Cache):
 
     def move(self, to: Sequence[int], of: Sequence[int], length: int) -> None:
         """Copy the first ``length`` positions of slots ``of`` over those of slots ``to``."""
-        target, source = (torch.tensor(slots, device=self._model.device) for slots in (to, of))
-        for keys, values in self._attention.values():
-            for kept in (keys[:, :length], values[:, :length]):
-                kept.index_copy_(0, target, kept.index_select(0, source))
+        target, source = self._tensor(to), self._tensor(of)
+        for kept in chain.from_iterable(self._attention.values()):
+            rows = kept.flatten(1)[:, : length * kept[0, 0].numel()]  # one stretch of each slot: copied faster
+            rows.index_copy_(0, target, rows.index_select(0, source))
         for state in self._convolution.values():
             state.index_copy_(0, target, state.index_select(0, source))
 
@@ -87,6 +87,9 @@ class RaggedCache(Cache):
             2 * keys.element_size() * keys.shape[2] * max(keys.shape[3], values.shape[3])
             for keys, values in self._attention.values()
         )
+
+    def _tensor(self, numbers: Sequence[Any]) -> torch.Tensor:
+        return torch.from_numpy(np.array(numbers)).to(self._model.device)  # torch reads lists five times slower
 
     def _masks(self) -> Any:
         """As transformers' models take them ready made: one for all layers, or one for each type of layers."""

@@ -50,8 +50,9 @@ class Ends:
         configured = getattr(model.generation_config, "eos_token_id", None)
         self._end_ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
         last = _that_may_end(tokenizer, self._stop)
-        self.candidates = None if last is None else last | self._end_ids
+        self.candidates = None if last is None else last.keys() | self._end_ids
         """No other id ends a row; ``None`` if any may."""
+        self._end_ids |= {id for id, whole in (last or {}).items() if whole}  # their text need not be looked at
 
     def at(self, ids: Sequence[int], begin: int = 0) -> bool:
         """Whether the last of ``ids`` is an end token, or completes a stop string of what follows ``begin``."""
@@ -62,15 +63,20 @@ class Ends:
 
 
 @lru_cache(maxsize=8)
-def _that_may_end(tokenizer: Any, stop: tuple[str, ...]) -> frozenset[int] | None:
-    """Ids of the tokens that can complete a stop string; ``None`` if that cannot be told by their looks.
+def _that_may_end(tokenizer: Any, stop: tuple[str, ...]) -> dict[int, bool] | None:
+    """Ids of the tokens that can complete a stop string, and whether they hold it whole.
 
+    ``None`` if that cannot be told by their looks.
     Vocabularies write ASCII characters as they are, bytes of their own as ``<0x3E>``, all else as they please.
     """
     if not all(character.isascii() and character.isprintable() and character != " " for character in "".join(stop)):
         return None
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    return frozenset(i for i, token in enumerate(tokens) if token is None or any(_may_end(token, s) for s in stop))
+    return {
+        i: token is not None and not token.startswith("<0x") and any(string in token for string in stop)
+        for i, token in enumerate(tokens)
+        if token is None or any(_may_end(token, string) for string in stop)
+    }
 
 
 def _may_end(token: str, string: str) -> bool:
