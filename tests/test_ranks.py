@@ -28,6 +28,7 @@ from search_e1.config import (
 )
 from search_e1.distill import teacher
 from search_e1.distill import trainer as distill
+from search_e1.distill.arguments import micro_batch
 from search_e1.errors import ConfigError
 from search_e1.evaluation.evaluate import evaluate
 from search_e1.grpo import batching
@@ -315,9 +316,9 @@ def test_a_number_of_processes_that_does_not_divide_the_work_is_refused():
     with pytest.raises(ConfigError, match=r"12 trajectories cannot be shared by 5 .* launch 1, 2, 3, 4, 6 or 12"):
         batching.split(12, 5, {})
     with pytest.raises(ConfigError, match=r"distill\.batch_size = 6 cannot be shared by 4 .* launch 1, 2, 3 or 6"):
-        distill.micro_batch(DistillConfig(batch_size=6), 4)
+        micro_batch(DistillConfig(batch_size=6), 4)
     with pytest.raises(ConfigError, match=r"= 2 on 2 processes does not divide distill\.batch_size = 6"):
-        distill.micro_batch(DistillConfig(batch_size=6, trainer={"per_device_train_batch_size": 2}), 2)
+        micro_batch(DistillConfig(batch_size=6, trainer={"per_device_train_batch_size": 2}), 2)
 
 
 def test_what_zero3_cannot_do_is_refused(monkeypatch):

@@ -18,7 +18,7 @@ from transformers import set_seed
 from search_e1 import policy as policies
 from search_e1 import runs, tracking
 from search_e1.config import Config, default_of
-from search_e1.distill import trainer as distill_trainer
+from search_e1.distill.arguments import micro_batch
 from search_e1.errors import ConfigError, SearchE1Error
 from search_e1.grpo import batching
 from search_e1.inputs import Watch
@@ -153,7 +153,7 @@ class Maker:
         sharding.check(divided, self.config.policy.dtype, trainers)
         batching.split(grpo.questions_per_step * grpo.group_size, all, grpo.trainer)
         if self.config.distillations:
-            distill_trainer.micro_batch(distill, all)
+            micro_batch(distill, all)
         self.launcher.prepare()
 
     def check_memory(self, policy: str | Path, stages: Sequence[str]) -> None:

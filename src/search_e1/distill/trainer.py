@@ -4,22 +4,20 @@ Its rival stands beside it, ``objective = "sft"``: the same references, imitated
 (rejection sampling fine-tuning, arXiv:2308.01825; RAFT, arXiv:2304.06767; STaR, arXiv:2203.14465).
 """
 
-import json
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from search_e1 import ranks
 from search_e1.config import DistillConfig, Sharding
+from search_e1.distill.arguments import training_arguments
 from search_e1.distill.collate import (
     Row,
     collate,
@@ -31,36 +29,16 @@ from search_e1.distill.collate import (
     pad_id,
 )
 from search_e1.distill.passes import SelfDistillation, TeacherStates, packs, teach
+from search_e1.distill.record import StepLog, summarize
 from search_e1.errors import ConfigError, DataError, TrainingError
 from search_e1.policy import Policy, merge_adapter, with_adapter
 from search_e1.progress import Progress, Track, silent, untracked
 from search_e1.runs import derived_seed
 from search_e1.runs.checkpoints import Work
 from search_e1.training.memory import HalvingTrainer
-from search_e1.training.resuming import STEPS, ResumingTrainer, figures, restored_steps
-from search_e1.training.sharding import Twin, divides, dividing, settle
+from search_e1.training.resuming import STEPS, ResumingTrainer, restored_steps
+from search_e1.training.sharding import Twin, divides
 from search_e1.types import Pair
-
-_OWN_KEYS = {  # key of TrainingArguments -> where it is set instead
-    "num_train_epochs": "distill.epochs",
-    "learning_rate": "distill.learning_rate",
-    "gradient_accumulation_steps": "distill.batch_size and distill.trainer.per_device_train_batch_size",
-    "seed": "seed",
-    "output_dir": "run",
-    "report_to": "tracking.report_to",
-    "use_cpu": "policy.device",
-    **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed"), "launch.sharding"),
-}
-_FIXED_KEYS = {
-    "remove_unused_columns",
-    "logging_strategy",
-    "logging_steps",
-    "save_strategy",
-    "disable_tqdm",
-    "label_names",
-}
-_FIXED_KEYS |= {"auto_find_batch_size", "eval_strategy", "do_eval", "load_best_model_at_end", "resume_from_checkpoint"}
-_FIXED_KEYS |= {"ignore_data_skip", "restore_callback_states_from_checkpoint"}
 
 
 def train(
@@ -100,28 +78,17 @@ def train(
         pairs = list({(p.question.id, p.reference.response_ids): p for p in reversed(pairs)}.values())[::-1]
     rows = _rows(policy, pairs, config)
     out.mkdir(parents=True, exist_ok=True)
-    arguments = _arguments(config, policy, seed, out, sharding)
+    arguments = training_arguments(config, seed=seed, out=out, device=policy.model.device, sharding=sharding)
     collator = _Collator(pad_id(policy.tokenizer), config.class_weights.model_dump(), _packed(policy, config))
     with work.scratch(out) as scratch:
         cached = _cached(policy, rows, config, arguments, collator, scratch, progress)
         set_seed(seed)  # of the adapter's start
-        model: PeftModel | PreTrainedModel = policy.model
-        if config.weights == "lora":
-            model = with_adapter(policy.model, config.lora)
+        model: Any = with_adapter(policy.model, config.lora) if config.weights == "lora" else policy.model
         twin = Twin(model) if divides(arguments) else None
         checkpoint = work.newest()
-        told = "CE" if imitates else "KL"
-        log = _StepLog(out / STEPS, progress, track, restored_steps(checkpoint, out / STEPS), told)
-        trainer = _DistillTrainer(
-            model=SelfDistillation(model, config, cached),
-            args=arguments,
-            train_dataset=[*rows, *_fillers(rows, arguments.per_device_train_batch_size)],
-            pairs=len(rows),
-            loss="cross-entropy" if imitates else "divergence",
-            data_collator=collator,
-            callbacks=[log],
-        )
-        trainer.remove_callback(PrinterCallback)
+        earlier = restored_steps(checkpoint, out / STEPS)
+        log = StepLog(out / STEPS, progress, track, earlier, "CE" if imitates else "KL")
+        trainer = _trainer(SelfDistillation(model, config, cached), rows, arguments, collator, log, imitates)
         trainer.train_on(work, out / STEPS, checkpoint)
         if twin:
             assert trainer.model is not None
@@ -130,19 +97,34 @@ def train(
     policy.model = (merge_adapter(model) if isinstance(model, PeftModel) else model).eval()
     if trainer.is_world_process_zero():
         policy.save(out / "policy")
-    losses = [step["loss"] for step in log.steps]
-    tenth, loss = max(1, len(losses) // 10), "cross_entropy" if imitates else "kl"
     return {
         "pairs": len(rows),
         "pairs_too_long": len(pairs) - len(rows),
         "pairs_shortened": 0 if imitates else sum(pair.shortened for pair in pairs),
         "positions": sum(len(row["student_positions"]) for row in rows),
-        "steps": len(losses),
-        "halved": sum(int(step.get("halved", 0)) for step in log.steps),
-        f"{loss}_first": fmean(losses[:tenth]),
-        f"{loss}_last": fmean(losses[-tenth:]),
-        "seconds": sum(step["seconds"] for step in log.steps),
+        **summarize(log.steps, "cross_entropy" if imitates else "kl"),
     }
+
+
+def _trainer(
+    model: SelfDistillation,
+    rows: Sequence[Row],
+    arguments: TrainingArguments,
+    collator: "_Collator",
+    log: StepLog,
+    imitates: bool,
+) -> "_DistillTrainer":
+    trainer = _DistillTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=[*rows, *_fillers(rows, arguments.per_device_train_batch_size)],
+        pairs=len(rows),
+        loss="cross-entropy" if imitates else "divergence",
+        data_collator=collator,
+        callbacks=[log],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _rows(policy: Policy, pairs: Sequence[Pair], config: DistillConfig) -> list[Row]:
@@ -177,77 +159,6 @@ def _fillers(rows: Sequence[Row], size: int) -> list[Row]:
     missing = -len(rows) % (size * ranks.count()) if ranks.count() > 1 else 0
     shortest = min(rows, key=lambda row: len(row["input_ids"]))
     return [{**shortest, "weight": 0.0} for _ in range(missing)]
-
-
-def _arguments(
-    config: DistillConfig, policy: Policy, seed: int, out: Path, sharding: Sharding = "none"
-) -> TrainingArguments:
-    """The trainer's arguments: ours, then ``config.trainer``; micro-batches are told by its per_device_train_batch_size."""
-    for key in config.trainer:
-        if key in _OWN_KEYS:
-            raise ConfigError(f"distill.trainer.{key}: set by {_OWN_KEYS[key]}; take it out")
-        if key in _FIXED_KEYS:
-            raise ConfigError(f"distill.trainer.{key}: cannot be chosen here; take it out")
-        if key not in TrainingArguments.__dataclass_fields__:
-            raise ConfigError(f"distill.trainer.{key}: transformers.TrainingArguments has no such argument")
-    cpu = policy.model.device.type == "cpu"
-    ours = dict(
-        output_dir=str(out),
-        num_train_epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        gradient_accumulation_steps=_accumulation(config),
-        seed=seed,
-        use_cpu=cpu,
-        remove_unused_columns=False,
-        logging_strategy="steps",
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    defaults = dict(
-        per_device_train_batch_size=micro_batch(config, ranks.count()),
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
-        train_sampling_strategy="group_by_length",
-        dataloader_pin_memory=not cpu,
-        report_to="none",
-    )
-    ours |= dividing(sharding, config.trainer, policy.model.device)
-    try:
-        arguments = TrainingArguments(**{**defaults, **config.trainer, **ours})
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"distill.trainer: {str(error).strip().splitlines()[0]}") from error
-    settle(arguments)
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = (
-            1  # DataParallel would split a batch whose positions index it whole; `accelerate launch` is the way
-        )
-    return arguments
-
-
-def micro_batch(config: DistillConfig, processes: int) -> int:
-    """Pairs of one pass of one process.
-
-    Raises:
-        ConfigError: they do not divide the batch.
-    """
-    size = config.trainer.get("per_device_train_batch_size", max(1, config.batch_size // processes))
-    if config.batch_size % processes:
-        would = [str(n) for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
-        raise ConfigError(
-            f"distill.batch_size = {config.batch_size} cannot be shared by {processes} processes; change it, or launch "
-            f"{', '.join(would[:-1])}{' or ' if would[:-1] else ''}{would[-1]}"
-        )
-    if not isinstance(size, int) or size < 1 or config.batch_size % (size * processes):
-        raise ConfigError(
-            f"distill.trainer.per_device_train_batch_size = {size!r} on {processes} processes does not divide "
-            f"distill.batch_size = {config.batch_size}; choose a divisor"
-        )
-    return size
-
-
-def _accumulation(config: DistillConfig) -> int:
-    return config.batch_size // (micro_batch(config, ranks.count()) * ranks.count())
 
 
 def _packed(policy: Policy, config: DistillConfig) -> bool:
@@ -380,38 +291,3 @@ class _DistillTrainer(HalvingTrainer, ResumingTrainer):
             f"distillation step {self.state.global_step + 1}: {what}{saved}; lower distill.learning_rate, or check the "
             "policy's weights"
         )
-
-
-class _StepLog(TrainerCallback):
-    """Writes a line a step and tells progress and track."""
-
-    def __init__(
-        self, path: Path, progress: Progress, track: Track, earlier: Sequence[dict[str, float]], name: str
-    ) -> None:
-        """``earlier``: the steps before the first, which ``path`` holds already; they are tracked once more. ``name`` is what
-        the loss is called."""
-        self.path = path
-        self.name = name
-        self.progress = progress
-        self.track = track
-        self.steps = list(earlier)
-        self._started = time.monotonic()
-        for step in earlier:
-            track(int(step["step"]), figures(step))
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self._started = time.monotonic()
-
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if "loss" not in logs:  # the summary at the end
-            return
-        now = time.monotonic()
-        told = {k: logs[k] for k in ("loss", "grad_norm", "learning_rate", "halved") if k in logs}
-        self.steps.append({"step": state.global_step, **told, "seconds": round(now - self._started, 4)})
-        if not state.is_world_process_zero:
-            return
-        with self.path.open("a") as file:
-            file.write(json.dumps(self.steps[-1]) + "\n")
-        self._started = now
-        self.track(state.global_step, told)
-        self.progress(state.global_step, state.max_steps, f"{self.name} {logs['loss']:.4f}")
