@@ -19,7 +19,7 @@ from search_e1.policy import Policy
 from search_e1.prompts import STOP_STRINGS, Prompts
 from search_e1.rollout import hf
 from search_e1.rollout.continuous import ContinuousSession
-from search_e1.rollout.generator import Generation, Request
+from search_e1.rollout.generator import Generation, Request, generate
 from search_e1.rollout.hf import HFGenerator, PlainGenerator
 from search_e1.rollout.loop import Spent, rollout, starts
 from search_e1.rollout.sampling import Ends, draw
@@ -126,6 +126,20 @@ def test_each_row_has_its_own_limit() -> None:
                 done |= dict(session.step())
         assert [len(done[key].ids) for key in range(3)] == [3, 6, 1]
         assert done[1].ids[:3] == done[0].ids
+
+
+@pytest.mark.parametrize("stop", [("e",), ("\u00e9",)], ids=["many tokens may end it", "any token may"])
+def test_tokens_that_may_end_a_row_and_do_not_change_nothing(stop: tuple[str, ...]) -> None:
+    policy = random_policy("qwen2")
+    prompts = [policy.tokenizer.encode(text) for text in ("Who?", "W", "Where is it?")]
+    plain, ours = (
+        generate(make(policy.model, policy.tokenizer), prompts, max_new_tokens=12, temperature=1.0, stop=stop, seed=3)
+        for make in (PlainGenerator, HFGenerator)
+    )
+    assert [done.ids for done in ours] == [done.ids for done in plain]
+    for one, other in zip(ours, plain, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert len(one.logprobs or ()) == len(one.ids)
 
 
 def test_earlier_turns_and_common_prompts_are_computed_once(monkeypatch) -> None:
@@ -276,7 +290,7 @@ def test_ids_are_drawn_with_their_probabilities(temperature: float) -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf])
     expected = torch.softmax(logits / temperature, -1)
     n = 4000
-    drawn, logprobs = draw(logits.expand(n, -1), temperature, [random.Random(seed) for seed in range(n)])
+    drawn, logprobs = draw(logits.expand(n, -1), temperature, [random.Random(seed).random() for seed in range(n)])
     counts = torch.bincount(torch.tensor(drawn), minlength=5).double()
     chi2 = float(((counts - n * expected)[:4] ** 2 / (n * expected[:4])).sum())
     assert chi2 < 16.3  # three degrees of freedom, p = 0.001
@@ -286,8 +300,9 @@ def test_ids_are_drawn_with_their_probabilities(temperature: float) -> None:
 
 def test_a_draw_does_not_depend_on_its_neighbours() -> None:
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
-    together, _ = draw(logits, 1.0, [random.Random(i) for i in range(6)])
-    assert [draw(logits[i : i + 1], 1.0, [random.Random(i)])[0][0] for i in range(6)] == together
+    numbers = [random.Random(i).random() for i in range(6)]
+    together, _ = draw(logits, 1.0, numbers)
+    assert [draw(logits[i : i + 1], 1.0, [numbers[i]])[0][0] for i in range(6)] == together
     assert draw(logits, 0.0, [])[0] == logits.argmax(-1).tolist()
 
 
