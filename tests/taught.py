@@ -1,6 +1,8 @@
 """A tiny policy that was taught to search and answer, rightly now and then: its groups carry mixed rewards."""
 
+import copy
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,7 +54,12 @@ def scripted(
 
 
 def teach() -> Policy:
-    """The tiny policy after a second of teaching it the habits."""
+    """The tiny policy after a second of teaching it the habits: a copy, since once is enough for all tests."""
+    return copy.deepcopy(_taught())
+
+
+@cache
+def _taught() -> Policy:
     policy = make_tiny_policy()
     learn(policy, [t for question in QUESTIONS for t in scripted(policy, question, HABITS)], 90)
     return policy

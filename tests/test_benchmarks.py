@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,22 @@ def test_the_published_set_up_needs_no_flags(collection: Path, tmp_path: Path, p
     }
 
 
+PREPARE = """
+import contextlib, io, json, sys
+from search_e1.cli.main import main
+told = []
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            status = main()
+        except SystemExit as left:
+            status = left.code
+    told.append([status or 0, said.getvalue()])
+print(json.dumps(told))
+"""
+
+
 def test_the_hub_is_read_by_datasets_itself(collection: Path, tmp_path: Path) -> None:
     names = ("nq", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
     splits = {name: sorted(path.stem for path in (collection / name).iterdir()) for name in names}
@@ -202,18 +219,20 @@ def test_the_hub_is_read_by_datasets_itself(collection: Path, tmp_path: Path) ->
         clean = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
         environment = {**clean, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
 
-        def run(*words: str) -> tuple[int, str]:
-            command = [sys.executable, "-c", "from search_e1.cli.main import main; main()", "data", "prepare", *words]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            return done.returncode, done.stderr
+        def run(*commands: Sequence[str]) -> list[list[Any]]:
+            """Exit status and stderr of each, in one process: what the Hub's libraries are told, they read when they load."""
+            command = [sys.executable, "-c", PREPARE, json.dumps([["data", "prepare", *words] for words in commands])]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            return json.loads(done.stdout.splitlines()[-1])
 
-        assert run("--out", str(out), *sources) == (0, "")
-        missing = run("--out", str(tmp_path / "no"), "--eval", "triviaqa")
-        no_revision = run("--out", str(tmp_path / "no"), "--eval", "nq", "--revision", "v9")
+        no = ("--out", str(tmp_path / "no"), "--eval")
+        made, missing, no_revision = run(
+            ("--out", str(out), *sources), (*no, "triviaqa"), (*no, "nq", "--revision", "v9")
+        )
         environment.update(HF_HUB_OFFLINE="1")
         offline = tmp_path / "offline"
-        assert run("--out", str(offline), *sources) == (0, "")
-        stale = run("--out", str(tmp_path / "no"), "--eval", "nq", "--revision", "0" * 40)
+        again, stale = run(("--out", str(offline), *sources), (*no, "nq", "--revision", "0" * 40))
+    assert made == again == [0, ""]
     manifests = [runs.read(path).manifest for path in (out, offline)]
     assert manifests[0].inputs == manifests[1].inputs
     assert manifests[0].files == manifests[1].files

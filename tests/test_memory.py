@@ -139,8 +139,9 @@ def test_a_step_of_a_warm_start_is_the_same_in_halves(tiny_policy, backward):
         with room_for(policy, rows, backward):
             told.append([])
             losses = warmstart.train(
-                policy, iter([batch]), steps=1, learning_rate=1e-3, track=lambda _, figures: told[-1].append(figures)
-            )
+                policy, iter([batch]), steps=1, learning_rate=1e-3, pass_tokens=256,
+                track=lambda _, figures: told[-1].append(figures),
+            )  # fmt: skip
         found.append((losses, weights(policy)))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     assert "halved" not in told[0][0]
@@ -152,7 +153,7 @@ def test_a_step_of_a_warm_start_is_the_same_in_halves(tiny_policy, backward):
         room_for(tiny_policy, 0),
         pytest.raises(TrainingError, match="step 1: out of memory for a single demonstration"),
     ):
-        warmstart.train(tiny_policy, iter([batch]), steps=1, learning_rate=1e-3)
+        warmstart.train(tiny_policy, iter([batch]), steps=1, learning_rate=1e-3, pass_tokens=256)
 
 
 def test_a_gradient_that_is_not_finite_stops_a_warm_start_before_its_step(tiny_policy):

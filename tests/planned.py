@@ -1,0 +1,28 @@
+"""A tiny model, a config and a cluster to plan for."""
+
+from transformers import AutoConfig
+
+from search_e1.config import Config
+from search_e1.planning.hardware import GPUS, Cluster
+
+TINY = dict(
+    vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=4096,
+)  # fmt: skip
+
+
+def tiny(**changes: object):
+    return AutoConfig.for_model("qwen2", **{**TINY, "tie_word_embeddings": True, **changes})
+
+
+def a_config(**sections: object) -> Config:
+    base = {
+        "run": "unused",
+        "policy": {"model": "small"},
+        "data": {"corpus": "none.jsonl", "train": ["none.jsonl"], "eval": {"nq": "none.jsonl"}},
+    }
+    return Config.model_validate({**base, **sections})
+
+
+def cluster(**changes: object) -> Cluster:
+    return Cluster(gpu=GPUS["h100-80gb"], **changes)
