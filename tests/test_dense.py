@@ -3,14 +3,12 @@ import itertools
 import json
 import os
 import random
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from forking import end, fork
 from search_e1.errors import ConfigError, DataError, ModelError, RunError
 from search_e1.retrieval import vectors
 from search_e1.retrieval.convention import Overrides
@@ -127,43 +125,30 @@ def test_too_few_passages_for_an_index_keep_the_vectors(tmp_path: Path, encoder:
     assert len(DenseIndex.open(tmp_path / "index")) == 10
 
 
-KILLED = """
-    import os, sys
-    sys.path[:0] = [{tests!r}]
-    from pathlib import Path
-    from search_e1.retrieval import vectors
-    from search_e1.retrieval.dense import DenseIndex
-    from search_e1.retrieval.encoder import Encoder
-    from test_dense import passages
-    vectors.CHUNK = 100
-    encode = Encoder.passages
-    def dies(self, texts):
-        print(len(texts), flush=True)
-        if texts[0] == passages()[200].contents:
-            with (Path({index!r}).parent / ".index.unfinished" / "vectors.faiss").open("ab") as file:
-                file.write(b"half a row")
-            os._exit(9)
-        return encode(self, texts)
-    Encoder.passages = dies
-    encoder = Encoder.open({model!r}, dtype="float32")
-    DenseIndex.build(passages(), Path({index!r}), encoder, source="corpus", index="graph")
-"""
-
-
 def test_a_build_that_was_killed_goes_on_to_the_same_bytes(
     tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vectors, "CHUNK", 100)
-    script = KILLED.format(tests=str(Path(__file__).parent), index=str(tmp_path / "index"), model=encoder.name)
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=os.environ, check=False
-    )
-    assert done.returncode == 9, done.stderr
-    assert done.stdout.split() == ["100", "100", "100"]
+    encode = Encoder.passages
+
+    def dies(self: Encoder, texts: list[str]) -> np.ndarray:
+        with (tmp_path / "encoded").open("a") as file:
+            file.write(f"{len(texts)}\n")
+        if texts[0] == passages()[200].contents:
+            with (tmp_path / ".index.unfinished" / "vectors.faiss").open("ab") as file:
+                file.write(b"half a row")
+            os._exit(9)
+        return encode(self, texts)
+
+    def build() -> None:
+        Encoder.passages = dies  # type: ignore[method-assign]  # in this copy alone
+        DenseIndex.build(passages(), tmp_path / "index", encoder, source="corpus", index="graph")
+
+    assert end([fork(build)]) == [9]
+    assert (tmp_path / "encoded").read_text().split() == ["100", "100", "100"]
     with pytest.raises(DataError, match="not finished; run its `search-e1 index build` again"):
         DenseIndex.open(tmp_path / "index")
     encoded: list[int] = []
-    encode = Encoder.passages
     monkeypatch.setattr(Encoder, "passages", lambda self, texts: encoded.append(len(texts)) or encode(self, texts))
     DenseIndex.build(passages(), tmp_path / "index", encoder, source="corpus", index="graph")
     assert encoded == [100]
