@@ -290,7 +290,7 @@ def test_ids_are_drawn_with_their_probabilities(temperature: float) -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf])
     expected = torch.softmax(logits / temperature, -1)
     n = 4000
-    drawn, logprobs = draw(logits.expand(n, -1), temperature, [random.Random(seed).random() for seed in range(n)])
+    drawn, logprobs = draw(logits.expand(n, -1), temperature, [random.Random(seed) for seed in range(n)])
     counts = torch.bincount(torch.tensor(drawn), minlength=5).double()
     chi2 = float(((counts - n * expected)[:4] ** 2 / (n * expected[:4])).sum())
     assert chi2 < 16.3  # three degrees of freedom, p = 0.001
@@ -300,9 +300,8 @@ def test_ids_are_drawn_with_their_probabilities(temperature: float) -> None:
 
 def test_a_draw_does_not_depend_on_its_neighbours() -> None:
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
-    numbers = [random.Random(i).random() for i in range(6)]
-    together, _ = draw(logits, 1.0, numbers)
-    assert [draw(logits[i : i + 1], 1.0, [numbers[i]])[0][0] for i in range(6)] == together
+    together, _ = draw(logits, 1.0, [random.Random(i) for i in range(6)])
+    assert [draw(logits[i : i + 1], 1.0, [random.Random(i)])[0][0] for i in range(6)] == together
     assert draw(logits, 0.0, [])[0] == logits.argmax(-1).tolist()
 
 

@@ -16,7 +16,6 @@ import torch
 from transformers import PreTrainedModel
 
 from search_e1.errors import ModelError
-from search_e1.rollout.drawn import Drawn
 from search_e1.rollout.generator import Generation, Request
 from search_e1.rollout.ragged import RaggedCache
 from search_e1.rollout.sampling import Ends, draw
@@ -36,11 +35,12 @@ class _Row:
     known: int = 0
     """So many of ``ids`` are in the cache."""
     ids: list[int] = field(default_factory=list)
-    """Prompt and what was sampled, up to the moment at which the row joined."""
+    """Prompt and what was sampled."""
     prompt: int = 0
     """So many of ``ids`` are the prompt."""
-    numbers: list[float] = field(default_factory=list)
-    """What each of ``max_new_tokens`` ids is drawn with."""
+    end: int = 0
+    """As many ``ids`` there are when ``max_new_tokens`` are sampled."""
+    source: Random = field(init=False)
     logprobs: list[float] = field(default_factory=list)
     unfinished: bool = True
 
@@ -49,9 +49,8 @@ class _Row:
         prompt = list(request.prompt)
         if self.ids[: self.known] != prompt[: self.known] or self.known >= len(prompt):
             self.known = 0
-        number = Random(request.seed).random
-        self.numbers = [number() for _ in range(request.max_new_tokens)]
-        self.ids, self.prompt, self.logprobs, self.unfinished = prompt, len(prompt), [], True
+        self.ids, self.prompt, self.end = prompt, len(prompt), len(prompt) + request.max_new_tokens
+        self.source, self.logprobs, self.unfinished = Random(request.seed), [], True
 
     @property
     def new(self) -> list[int]:
@@ -86,7 +85,6 @@ class ContinuousSession:
         self._active = 0
         self._prefix: list[int] | None = None  # until the first prompts have shown what they have in common
         self._cache = RaggedCache(self._model, rows + 1)  # the last slot holds the prefix
-        self._drawn = Drawn(rows)
 
     def submit(self, request: Request) -> None:
         """See ``Session``."""
@@ -123,36 +121,24 @@ class ContinuousSession:
     # Active rows.
 
     def _sample(self) -> list[tuple[int, Generation]]:
-        n, drawn, candidates = self._active, self._drawn, self._ends.candidates
-        logits = self._cache.forward(range(n), drawn.known(n), drawn.last(n))
-        ids, logprobs = draw(logits, self._temperature, drawn.numbers(n))
-        full = drawn.add(ids, logprobs)
-        finished = []
-        for slot in [i for i, id in enumerate(ids) if full[i] or candidates is None or id in candidates]:
-            row = self._held[slot]
-            assert row
-            self._catch_up(row)
-            if full[slot] or self._ends.at(row.ids, row.prompt):
+        rows = [row for row in self._held[: self._active] if row]
+        logits = self._cache.forward(range(len(rows)), [row.known for row in rows], [row.ids[-1:] for row in rows])
+        ids, logprobs = draw(logits, self._temperature, [row.source for row in rows])
+        finished, ends = [], self._ends
+        for row, id, logprob in zip(rows, ids, logprobs, strict=True):
+            row.known += 1
+            row.ids.append(id)
+            row.logprobs.append(logprob)
+            last = (ends.candidates is None or id in ends.candidates) and ends.at(row.ids, row.prompt)
+            if last or len(row.ids) >= row.end:
                 row.unfinished = False
                 finished.append(row)
-            else:
-                self._activate(row)
-        if self._on_id and n == 1:
+        if self._on_id and len(rows) == 1:
             self._on_id(ids[0])
         for row in reversed(finished):  # the last active row takes the place of one that leaves
             self._active -= 1
             self._put(row, self._active)
         return [(row.key, Generation(tuple(row.ids[row.prompt :]), tuple(row.logprobs))) for row in finished]
-
-    def _activate(self, row: _Row) -> None:
-        self._drawn.begin(row.stored, row.ids, row.numbers[len(row.logprobs) :])
-
-    def _catch_up(self, row: _Row) -> None:
-        """Let an active row have what was sampled since it was activated."""
-        ids, logprobs = self._drawn.end(row.stored)
-        row.ids += ids
-        row.logprobs += logprobs
-        row.known += len(ids)
 
     # Rows that join.
 
@@ -178,8 +164,6 @@ class ContinuousSession:
         self._prefill(sorted(needy, key=lambda row: len(row.ids) - row.known, reverse=True))
         self._copy([leaders[tuple(row.ids)] for row in followers], followers)
         self._active += len(joining)
-        for row in joining:
-            self._activate(row)
 
     def _begin(self, rows: Sequence[_Row]) -> None:
         """Give new rows, whose prompts differ, what these have in common."""
@@ -235,11 +219,9 @@ class ContinuousSession:
 
     def _settle(self) -> None:
         moved = [row for row in self._held if row and row.slot != row.stored]
-        if moved:
-            to, of = [row.slot or 0 for row in moved], [row.stored for row in moved]
-            length = max(row.known + int(self._drawn.count[row.stored]) for row in moved)
-            self._cache.move(to, of, length)
-            self._drawn.move(to, of)
+        if kept := [row for row in moved if row.known]:
+            length = max(row.known for row in kept)
+            self._cache.move([row.slot or 0 for row in kept], [row.stored for row in kept], length)
         for row in moved:
             row.stored = row.slot or 0
 
@@ -254,8 +236,6 @@ class ContinuousSession:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        for row in filter(None, self._held[: self._active]):
-            self._catch_up(row)
         for row in self._rows.values():
             row.slot, row.known = None, 0
         self._waiting = [row for row in self._rows.values() if row.unfinished]

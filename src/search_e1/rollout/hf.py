@@ -145,7 +145,7 @@ class _Drawn(LogitsProcessor):
             on_id(None)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        ids, logprobs = draw(scores, self._temperature, [source.random() for source in self._sources])
+        ids, logprobs = draw(scores, self._temperature, self._sources)
         for row, (id, logprob) in enumerate(zip(ids, logprobs, strict=True)):
             if not self.done[row]:
                 self.ids[row].append(id)

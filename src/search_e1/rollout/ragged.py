@@ -25,7 +25,7 @@ class RaggedCache(Cache):
 
     def __init__(self, model: PreTrainedModel, slots: int) -> None:
         super().__init__(layers=[])
-        self._model, self._device = model, model.device  # to ask the model each time takes a while
+        self._model = model
         config = model.config.get_text_config(decoder=True)
         types, kwargs = get_layer_types_and_kwargs(config)
         if not set(types) <= _LAYERS or config._attn_implementation not in ("sdpa", "eager"):
@@ -89,7 +89,7 @@ class RaggedCache(Cache):
         )
 
     def _tensor(self, numbers: Sequence[Any]) -> torch.Tensor:
-        return torch.from_numpy(np.array(numbers)).to(self._device)  # torch reads lists five times slower
+        return torch.from_numpy(np.array(numbers)).to(self._model.device)  # torch reads lists five times slower
 
     def _masks(self) -> Any:
         """As transformers' models take them ready made: one for all layers, or one for each type of layers."""

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from random import Random
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -12,27 +12,25 @@ _AT_ONCE = 2**23
 """Most entries of a distribution that are summed in double precision together: 64 MiB."""
 
 
-def draw(
-    logits: torch.Tensor, temperature: float, numbers: Sequence[float] | np.ndarray
-) -> tuple[list[int], list[float]]:
+def draw(logits: torch.Tensor, temperature: float, sources: Sequence[Random]) -> tuple[list[int], list[float]]:
     """The next id of each row, and its log-probability under the distribution that was sampled from.
 
     ``logits`` is [rows, vocabulary]; temperature 0 takes the most likely id and tells its log-probability at temperature 1.
-    Each row's randomness is one of ``numbers``, uniform in [0, 1), of its own (the inverse of the cumulative distribution),
-    so that a row draws the same whoever it is sampled with.
+    Each row's randomness is one number of its own source (the inverse of the cumulative distribution), so that a row draws
+    the same whoever it is sampled with.
     """
     logits = logits.float() / temperature if temperature not in (0.0, 1.0) else logits.float()
     probabilities = torch.softmax(logits, -1)
     if temperature:
-        points = torch.as_tensor(numbers, dtype=torch.float64, device=logits.device)
+        numbers = torch.tensor([source.random() for source in sources], dtype=torch.float64, device=logits.device)
         rows = max(1, _AT_ONCE // logits.shape[1])
-        parts = zip(probabilities.split(rows), points.split(rows), strict=True)
+        parts = zip(probabilities.split(rows), numbers.split(rows), strict=True)
         ids = torch.cat([_inverse(part, number) for part, number in parts])
     else:
         ids = probabilities.argmax(-1)
     # One transfer: on an accelerator each is a wait for it.
     both = torch.stack((ids.double(), probabilities.gather(1, ids[:, None])[:, 0].log().double())).tolist()
-    return list(map(int, both[0])), both[1]
+    return [int(id) for id in both[0]], both[1]
 
 
 def _inverse(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
