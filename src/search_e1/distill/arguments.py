@@ -76,9 +76,8 @@ def training_arguments(
         raise ConfigError(f"distill.trainer: {str(error).strip().splitlines()[0]}") from error
     settle(arguments)
     if arguments.n_gpu > 1:
-        arguments._n_gpu = (
-            1  # DataParallel would split a batch whose positions index it whole; `accelerate launch` is the way
-        )
+        # DataParallel would split a batch whose positions index it whole; `accelerate launch` is the way.
+        arguments._n_gpu = 1
     return arguments
 
 
