@@ -27,6 +27,7 @@ from search_e1.sweep import comparison, results, running, spec
 
 CONFIG = Path("configs/quickstart.toml")
 WORLD = Path("runs/laboratory-world")
+DEAF = Path("runs/deaf-policies")
 SWEEPS = {
     "plateau": "GRPO alone, on development questions",
     "laboratory": "From the plateau, on test questions",
@@ -34,10 +35,11 @@ SWEEPS = {
     "rounds": "Several rounds from the plateau, on test questions",
     "alternatives": "What may be added to GRPO instead, on test questions",
     "lead": "The teacher along GRPO, on development questions",
+    "deaf": "Policies that ignore their prompt, on test questions",
 }
 """Sweep -> heading."""
 FIGURES = (("em", "EM", 3), ("em_sampled", "sampled EM", 3), ("searches", "searches", 2), ("tokens", "tokens", 1))
-ALL_STAGES = {"plateau", "laboratory", "rounds"}
+ALL_STAGES = {"plateau", "laboratory", "rounds", "deaf"}
 """Sweeps whose every policy is shown, not only the last."""
 
 
@@ -51,6 +53,8 @@ def main() -> None:
         make_world()
     tables = {}
     for name in arguments.sweeps:
+        if name == "deaf" and not arguments.report:
+            make_deaf()
         file = Path(f"configs/sweeps/{name}.toml")
         done = 0 if arguments.report else verb("sweep", str(file), "--config", str(CONFIG))
         if done:
@@ -83,6 +87,13 @@ def make_world() -> None:
         (WORLD / f"train-{name}.jsonl").write_text("".join(kept), encoding="utf-8")
 
 
+def make_deaf() -> None:
+    """The policies that the ablations begin with, deaf to references."""
+    for run in sorted(Path("runs/ablations/runs/ofsd").iterdir()):
+        if not (out := DEAF / run.name).exists():
+            subprocess.run([sys.executable, "benchmarks/deafen.py", str(run), str(out)], check=True)
+
+
 def finished(sweep: spec.Sweep) -> spec.Sweep:
     """With those of its runs that are."""
     if not (done := [run for run in sweep.runs if running.is_finished(run)]):
@@ -93,7 +104,7 @@ def finished(sweep: spec.Sweep) -> spec.Sweep:
 def table(sweep: spec.Sweep, *, every: bool) -> list[dict[str, str]]:
     """A row for each variant (``every``: and policy): figures, differences from the reference with 95% intervals, charges."""
     compared = comparison.compared([one for run in sweep.runs for one in results.evaluations(run)], sweep.reference)
-    let_pass = gated(sweep)
+    let_pass = gated(sweep, every=every)
     rows = []
     for row in compared.rows:
         if row.benchmark != results.ALL or (row.stage == comparison.LAST) is every:
@@ -102,21 +113,25 @@ def table(sweep: spec.Sweep, *, every: bool) -> list[dict[str, str]]:
         for name, heading, places in FIGURES:
             made[heading] = told(row.figures[name], row.differences.get(name), places)
         made["lead"] = "" if row.lead is None else f"{row.lead:+.3f}"
-        if not every and let_pass:
-            made["the gate lets pass"] = let_pass.get(row.variant, "")
+        if let_pass:
+            made["the gate lets pass"] = let_pass.get((row.variant, row.stage), "")
         made["CPU s"] = f"{row.cost['cpu_seconds']:.0f}"
         rows.append(made)
     return rows
 
 
-def gated(sweep: spec.Sweep) -> dict[str, str]:
-    """Variant -> of how many of its teachers the gate at its defaults lets how many pass, where teachers were measured."""
-    passed: dict[str, list[bool]] = {}
+def gated(sweep: spec.Sweep, *, every: bool) -> dict[tuple[str, str], str]:
+    """Variant and policy -> how many of its teachers the gate at its defaults lets pass, where teachers were measured.
+
+    The policy is the distilled one (``every``), or the last, beside all of the variant's teachers.
+    """
+    passed: dict[tuple[str, str], list[bool]] = {}
     for run in sweep.runs:
-        for round in summary(run).rounds.values():
+        for number, round in summary(run).rounds.items():
             if round.lead:
-                passed.setdefault(run.variant, []).append(passes(round.lead))
-    return {variant: f"{sum(of_it)} of {len(of_it)}" for variant, of_it in passed.items()}
+                stage = f"ofsd-{number}" if every else comparison.LAST
+                passed.setdefault((run.variant, stage), []).append(passes(round.lead))
+    return {policy: f"{sum(of_it)} of {len(of_it)}" for policy, of_it in passed.items()}
 
 
 def passes(lead: Lead) -> bool:

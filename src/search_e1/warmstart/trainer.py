@@ -174,15 +174,17 @@ def _fitting(model: PreTrainedModel, batch: Sequence[Demonstration], pass_tokens
     Raises:
         TrainingError: a single demonstration does not fit.
     """
+    whole = len(batch) * max(map(len, batch), default=0)
+    size = min(pass_tokens, whole)  # half of more than there is would be the same pass again
     for halved in itertools.count():
         try:
-            return _accumulate(model, batch, pass_tokens >> halved, step), halved
+            return _accumulate(model, batch, size >> halved, step), halved
         except (RuntimeError, MemoryError) as error:
             if not memory.ran_out(error):
                 raise
         memory.give_back()
         model.zero_grad()  # a pass that failed may have left a part of its gradients
-        if pass_tokens >> halved < min(map(len, batch)):
+        if size >> halved < min(map(len, batch)):
             break
     raise TrainingError(
         f"step {step}: out of memory for a single demonstration; lower warmstart.hidden_size, .layers or .context_length"
