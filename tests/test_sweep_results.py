@@ -151,6 +151,22 @@ def test_the_plot_is_sound_and_names_every_variant(found):
     assert all(0 <= float(c.attrib["cx"]) <= width and 0 <= float(c.attrib["cy"]) <= height for c in circles)
 
 
+def test_the_plot_has_room_for_many_variants_of_long_names(tmp_path):
+    names = [f"a-variant-of-a-grid-of-many-values+number-{i}" for i in range(30)]
+    runs = [make(tmp_path, name, 0, {"base": (0, 0), "ofsd-1": (1, 0)}) for name in names]
+    compared = comparison.compared([one for run in runs for one in results.evaluations(run)], names[0])
+    tree = ET.fromstring(plot.svg(compared))
+    width, height = map(float, tree.attrib["viewBox"].split()[2:])
+    shown = [element for element in tree.iter() if element.tag.endswith("text")]
+    texts = [(str(e.text), float(e.attrib["x"]), float(e.attrib["y"]), e.attrib["text-anchor"]) for e in shown]
+    heading = next(y for text, _, y, _ in texts if text.startswith("Last policies"))
+    legend = [(x, y) for text, x, y, anchor in texts if text in names and anchor == "start"]
+    labels = [(x, y) for text, x, y, anchor in texts if text in names and anchor == "end"]
+    assert (len(legend), len(labels)) == (30, 29)
+    assert all(x + 6 * len(names[0]) < width and y < heading for x, y in legend)
+    assert all(x - 6 * len(names[0]) > 0 and heading < y < height for x, y in labels)
+
+
 CONFIG = (
     'run = "r"\n[policy]\nmodel = "small"\n[data]\ncorpus = "c.jsonl"\ntrain = "t.jsonl"\neval = { nq = "e.jsonl" }\n'
 )

@@ -10,8 +10,8 @@ from search_e1.sweep.comparison import LAST, Comparison, Row
 FILE = "comparison.svg"
 _COLOURS = ("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito, 2008
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")  # for more variants than colours
-_WIDTH, _LEFT, _PANEL, _GAP, _LINE = 960, 170, 175, 20, 22
-_CURVE = 300
+_PANEL, _GAP, _LINE, _LEGEND_LINE, _LETTER = 175, 20, 22, 18, 6.5
+_LONGEST = 90  # letters of a text
 _TITLES = {"em": "EM, greedy", "em_sampled": "EM, sampled", "searches": "searches", "tokens": "sampled tokens"}
 
 
@@ -35,19 +35,33 @@ class _Axis:
         return [round((first + i) * step, 10) for i in range(int((self.high - first * step) // step) + 1)]
 
 
+class _Page:
+    """Room for names however long, and for a legend however many."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        longest = round(_LETTER * min(_LONGEST, max(map(len, names))))
+        self.left = max(170, longest + 20)
+        """Where the panels of the differences begin."""
+        self.width = self.left + len(_TITLES) * (_PANEL + _GAP) + 10
+        self.right = self.width - max(250, longest + 60)
+        """Where the curves end and their legend begins."""
+        self.curve = max(300, _LEGEND_LINE * len(names))
+
+
 def svg(comparison: Comparison) -> str:
     """The whole figure."""
     names = list(dict.fromkeys(row.variant for row in comparison.rows))
     last = comparison.at(LAST)
     others = [row for row in last if row.differences]
-    below = 60 + _CURVE + 50
+    page = _Page(names)
+    below = 60 + page.curve + 50
     height = below + 40 + _LINE * max(1, len(others)) + 40
-    height = max(height, 60 + 18 * len(names))
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {page.width} {height}" font-family="sans-serif" '
+        'font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
-        *_curves(comparison, names),
-        *(_forest(comparison, others, below) if others else ()),
+        *_curves(comparison, names, page),
+        *(_forest(comparison, others, below, page.left) if others else ()),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
@@ -58,7 +72,7 @@ def _style(names: Sequence[str], name: str) -> tuple[str, str]:
     return _COLOURS[at % len(_COLOURS)], _DASHES[at // len(_COLOURS) % len(_DASHES)]
 
 
-def _curves(comparison: Comparison, names: Sequence[str]) -> Iterator[str]:
+def _curves(comparison: Comparison, names: Sequence[str], page: _Page) -> Iterator[str]:
     """Greedy EM of each policy on the way, over the CPU seconds that it is charged with."""
     ways = {
         name: sorted(
@@ -68,22 +82,23 @@ def _curves(comparison: Comparison, names: Sequence[str]) -> Iterator[str]:
         for name in names
     }
     shown = [row for way in ways.values() for row in way]
-    x = _Axis([row.cost["cpu_seconds"] for row in shown], 60, _WIDTH - 250)
-    y = _Axis([end for row in shown for end in row.figures["em"].interval], 40 + _CURVE, 40)
+    x = _Axis([row.cost["cpu_seconds"] for row in shown], 60, page.right)
+    y = _Axis([end for row in shown for end in row.figures["em"].interval], 40 + page.curve, 40)
     yield _text(60, 24, "Greedy EM of each policy over the CPU seconds it took (95% over seeds and questions)", "start")
     for tick in x.ticks(8):
-        yield f'<path d="M{x(tick)} 40V{40 + _CURVE}" stroke="#eee"/>' + _text(x(tick), 56 + _CURVE, f"{tick:g}")
+        yield f'<path d="M{x(tick)} 40V{40 + page.curve}" stroke="#eee"/>'
+        yield _text(x(tick), 56 + page.curve, f"{tick:g}")
     for tick in y.ticks(6):
-        yield f'<path d="M60 {y(tick)}H{_WIDTH - 250}" stroke="#eee"/>' + _text(54, y(tick) + 4, f"{tick:g}", "end")
+        yield f'<path d="M60 {y(tick)}H{page.right}" stroke="#eee"/>' + _text(54, y(tick) + 4, f"{tick:g}", "end")
     for i, (name, way) in enumerate(ways.items()):
         colour, dash = _style(names, name)
         points = [(x(row.cost["cpu_seconds"]), row.figures["em"]) for row in way]
         line = " ".join(f"{at},{y(figure.mean)}" for at, figure in points)
         yield f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-dasharray="{dash}" stroke-width="1.5"/>'
         yield from (_upright(at, y, figure, colour) for at, figure in points)
-        place = 50 + 18 * i
-        yield f'<path d="M{_WIDTH - 235} {place}h24" stroke="{colour}" stroke-dasharray="{dash}" stroke-width="2"/>'
-        yield _text(_WIDTH - 205, place + 4, name, "start")
+        place = 50 + _LEGEND_LINE * i
+        yield f'<path d="M{page.right + 15} {place}h24" stroke="{colour}" stroke-dasharray="{dash}" stroke-width="2"/>'
+        yield _text(page.right + 45, place + 4, name, "start")
 
 
 def _upright(at: float, y: _Axis, figure: Figure, colour: str) -> str:
@@ -94,17 +109,17 @@ def _upright(at: float, y: _Axis, figure: Figure, colour: str) -> str:
     )
 
 
-def _forest(comparison: Comparison, rows: Sequence[Row], top: float) -> Iterator[str]:
+def _forest(comparison: Comparison, rows: Sequence[Row], top: float, left: float) -> Iterator[str]:
     """The last policies minus the reference's: a row for each variant, a panel for each figure."""
     yield _text(20, top, f"Last policies, minus {comparison.reference} (paired, 95% over seeds and questions)", "start")
     for i, row in enumerate(rows):
-        yield _text(_LEFT - 12, top + 46 + i * _LINE, row.variant, "end")
+        yield _text(left - 12, top + 46 + i * _LINE, row.variant, "end")
     bottom = top + 34 + _LINE * len(rows)
     for panel, (name, title) in enumerate(_TITLES.items()):
         shown = [(i, row.differences[name]) for i, row in enumerate(rows) if name in row.differences]
         if not shown:
             continue
-        begin = _LEFT + panel * (_PANEL + _GAP)
+        begin = left + panel * (_PANEL + _GAP)
         x = _Axis([0.0, *(end for _, figure in shown for end in figure.interval)], begin, begin + _PANEL)
         yield _text(begin + _PANEL / 2, top + 22, title)
         yield f'<path d="M{x(0.0)} {top + 30}V{bottom}" stroke="#999" stroke-dasharray="3 3"/>'
@@ -118,5 +133,5 @@ def _forest(comparison: Comparison, rows: Sequence[Row], top: float) -> Iterator
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
-    short = text if len(text) <= 90 else f"{text[:87]}..."
+    short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{escape(short)}</text>'
