@@ -32,18 +32,17 @@ app = typer.Typer(
     help="Train search agents by GRPO interleaved with offline self-distillation.",
     epilog="Errors are one line; --traceback before the verb shows where they came from.",
 )
-app.add_typer(index.app, name="index")
-app.add_typer(data.app, name="data")
-app.add_typer(pairs.app, name="pairs")
-app.command()(compare.compare)
-app.command("plan", context_settings=asking.OVERRIDES)(plan.plan)
-app.command("ask", context_settings=asking.OVERRIDES)(asking.ask)
-app.command("chat", context_settings=asking.OVERRIDES)(asking.chat)
-app.command("sweep", context_settings=asking.OVERRIDES)(sweep.sweep)
-app.command("serve-retriever")(serve.serve_retriever)
 console = Console(markup=False, emoji=False)  # in what is named by users, brackets are brackets
 
 OVERRIDES = asking.OVERRIDES
+# Panels of `--help`; they come in the order of their first verbs.
+RUN, STAGES, RUNS, ASK, DATA = (
+    "A run",
+    "Its stages, one by one",
+    "Several runs",
+    "Ask",
+    "Questions, passages, retrieval",
+)
 ConfigOption = Annotated[Path, typer.Option("--config", help="TOML file; every key can be set as --section.key VALUE.")]
 RoundOption = Annotated[int, typer.Option("--round", min=1, help="The round that this stage belongs to.")]
 PolicyOption = Annotated[
@@ -74,7 +73,7 @@ def options(
 _show_traceback = _other_versions = False
 
 
-@app.command(context_settings=OVERRIDES)
+@app.command(context_settings=OVERRIDES, rich_help_panel=RUN)
 def train(
     context: typer.Context,
     config: ConfigOption,
@@ -106,7 +105,7 @@ def train(
     console.print(f"{loaded.run / evolve.SUMMARY}", highlight=False)
 
 
-@app.command(context_settings=OVERRIDES)
+@app.command(context_settings=OVERRIDES, rich_help_panel=STAGES)
 def warmstart(context: typer.Context, config: ConfigOption, out: OutOption = None) -> None:
     """Train a first policy on demonstrations built from the questions' supporting passages."""
     with _stages(config, context) as stages:
@@ -114,7 +113,7 @@ def warmstart(context: typer.Context, config: ConfigOption, out: OutOption = Non
     console.print(f"{made.path / 'policy'}", highlight=False)
 
 
-@app.command(context_settings=OVERRIDES)
+@app.command(context_settings=OVERRIDES, rich_help_panel=STAGES)
 def grpo(
     context: typer.Context,
     config: ConfigOption,
@@ -130,7 +129,7 @@ def grpo(
         _report(stages.grpo(start, round, out))
 
 
-@app.command(context_settings=OVERRIDES)
+@app.command(context_settings=OVERRIDES, rich_help_panel=STAGES)
 def rollout(
     context: typer.Context,
     config: ConfigOption,
@@ -163,7 +162,7 @@ def mine(
         _report(stages.pairs(policy or _after_grpo(stages, round), pool, round, out, other_policy=other))
 
 
-@app.command(context_settings=OVERRIDES)
+@app.command(context_settings=OVERRIDES, rich_help_panel=STAGES)
 def lead(
     context: typer.Context,
     config: ConfigOption,
@@ -183,7 +182,7 @@ def lead(
     console.print(lead_table(Lead.model_validate(made.manifest.result)))
 
 
-@app.command(context_settings=OVERRIDES)
+@app.command(context_settings=OVERRIDES, rich_help_panel=STAGES)
 def distill(
     context: typer.Context,
     config: ConfigOption,
@@ -209,7 +208,7 @@ def distill(
         _report(stages.distill(start, mined, measured, round, out, other_policy=other))
 
 
-@app.command(context_settings=OVERRIDES)
+@app.command(context_settings=OVERRIDES, rich_help_panel=STAGES)
 def evaluate(
     context: typer.Context,
     config: ConfigOption,
@@ -244,7 +243,7 @@ def evaluate(
     console.print(f"\n{made.path}", highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def report(
     run: Annotated[Path, typer.Argument(help="Run directory, finished or not.")],
     out: Annotated[Path | None, typer.Option("--out", help="HTML file. Default: report.html in the run.")] = None,
@@ -267,7 +266,7 @@ def report(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def world(
     directory: Annotated[
         Path, typer.Argument(help="Where corpus.jsonl, train.jsonl, dev.jsonl, test.jsonl and demonstrations.jsonl go.")
@@ -301,12 +300,23 @@ def world(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def config() -> None:
     """Print every key of the configuration, its default and what it does."""
     from search_e1.config import describe
 
     print(describe(), end="")
+
+
+app.add_typer(pairs.app, name="pairs", rich_help_panel=STAGES)
+app.add_typer(data.app, name="data", rich_help_panel=DATA)
+app.add_typer(index.app, name="index", rich_help_panel=DATA)
+app.command("serve-retriever", rich_help_panel=DATA)(serve.serve_retriever)
+app.command("plan", context_settings=OVERRIDES, rich_help_panel=RUN)(plan.plan)
+app.command("compare", rich_help_panel=RUNS)(compare.compare)
+app.command("sweep", context_settings=OVERRIDES, rich_help_panel=RUNS)(sweep.sweep)
+app.command("ask", context_settings=OVERRIDES, rich_help_panel=ASK)(asking.ask)
+app.command("chat", context_settings=OVERRIDES, rich_help_panel=ASK)(asking.chat)
 
 
 @contextmanager
