@@ -7,9 +7,12 @@ both prompts, whatever the reference shows.
 """
 
 import argparse
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
