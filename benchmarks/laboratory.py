@@ -89,7 +89,7 @@ def make_world() -> None:
 
 def make_deaf() -> None:
     """The policies that the ablations begin with, deaf to references."""
-    for run in sorted(Path("runs/ablations/runs/ofsd").iterdir()):
+    for run in sorted(Path("runs/ablations/runs/ofsd").glob("*")):
         if not (out := DEAF / run.name).exists():
             subprocess.run([sys.executable, "benchmarks/deafen.py", str(run), str(out)], check=True)
 
