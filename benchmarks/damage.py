@@ -30,7 +30,7 @@ from search_e1.data.corpus import read_corpus
 from search_e1.errors import SearchE1Error
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.runs.checkpoints import Work
-from search_e1.stages import Stages
+from search_e1.stages.all import Stages
 from small_run import prepare, search_e1
 
 

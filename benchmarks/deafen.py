@@ -18,9 +18,9 @@ import torch
 
 from search_e1.config import PolicyConfig
 from search_e1.evolve import SUMMARY, Summary
-from search_e1.policy import Policy, load
-from search_e1.prompts import privileged_prompt
 from search_e1.rollout import pool
+from search_e1.text.prompts import privileged_prompt
+from search_e1.training.policy import Policy, load
 from search_e1.warmstart.trainer import Demonstration, train
 
 

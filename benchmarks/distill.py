@@ -29,20 +29,20 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import search_e1.policy as policies
+import search_e1.training.policy as policies
 from divergence import CANDIDATES  # beside this file
 from search_e1.config import DistillConfig, LoraConfig, PairsConfig, PolicyConfig, PoolConfig, RolloutConfig
 from search_e1.data.world import make_world, write
-from search_e1.distill import pairs as mining
 from search_e1.distill import trainer
 from search_e1.distill.collate import Row, collate, encode, pack, pad_id
 from search_e1.distill.passes import SelfDistillation, packs
-from search_e1.planning.shapes import SHAPES
-from search_e1.policy import Policy, with_adapter
+from search_e1.lab.plan.shapes import SHAPES
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.rollout import pool
-from search_e1.rollout.hf import HFGenerator
+from search_e1.rollout.engines.torch import HFGenerator
+from search_e1.selfdistill import pairs as mining
 from search_e1.training.head import hidden_at
+from search_e1.training.policy import Policy, with_adapter
 from search_e1.types import Pair
 
 TINY = dict(

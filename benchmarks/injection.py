@@ -52,7 +52,7 @@ def counted(tokenizer: Any, protocol: str, texts: list[str], raw: bool) -> dict[
     if not raw:
         found = breaches(tokenizer, protocol, texts)
     else:
-        with patch("search_e1.prompts.neutralize", _raw), patch("search_e1.rollout.tools.neutralize", _raw):
+        with patch("search_e1.text.prompts.neutralize", _raw), patch("search_e1.text.tool_calls.neutralize", _raw):
             found = breaches(tokenizer, protocol, texts)
     return {kind: sum(kind in changed for changed in found) for kind in KINDS} | {"any": sum(map(bool, found))}
 

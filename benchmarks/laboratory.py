@@ -19,11 +19,11 @@ from pathlib import Path
 from statistics import fmean
 
 from search_e1.config import LeadConfig
-from search_e1.distill.teacher import Lead, gate
 from search_e1.errors import NoLeadError
 from search_e1.evaluation.compare import Figure
 from search_e1.evolve import SUMMARY, Summary
-from search_e1.sweep import comparison, results, running, spec
+from search_e1.lab.sweep import comparison, results, running, spec
+from search_e1.selfdistill.lead import Lead, gate
 
 CONFIG = Path("configs/quickstart.toml")
 WORLD = Path("runs/laboratory-world")

@@ -27,13 +27,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from search_e1 import ranks, worker
-from search_e1 import stages as stage_module
+from search_e1 import worker
 from search_e1.config import Config, load
 from search_e1.launch import processes
-from search_e1.making import Maker, StageSpec
-from search_e1.runs import checkpoints, cpu, opening
-from search_e1.stages import Stages
+from search_e1.runs import checkpoints, cpu, opening, ranks
+from search_e1.stages import all as stage_module
+from search_e1.stages.all import Stages
+from search_e1.stages.runner import Maker, StageSpec
 
 TIMES = "LAUNCH_BENCHMARK_TIMES"
 """Directory where each process leaves what its stages took."""

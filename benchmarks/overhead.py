@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from search_e1 import config, evolve, runs
-from search_e1.display import watch
+from search_e1.cli.display import watch
 from search_e1.runs import checkpoints
 
 # What is measured, and where it is done. Manifests: the checksums of all inputs and outputs as well.

@@ -36,15 +36,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-import search_e1.policy as policies
+import search_e1.training.policy as policies
 from distill import random_rows  # beside this file
 from search_e1.config import Config, DistillConfig, GrpoConfig, LoraConfig, PolicyConfig, RolloutConfig, load
-from search_e1.planning.hardware import GIB, Cluster, gpu
-from search_e1.planning.memory import Estimator, Job, Memory
-from search_e1.planning.plan import make_plan
-from search_e1.planning.shapes import SHAPES, read_config, shape_of
-from search_e1.planning.work import passed, trained
-from search_e1.policy import Policy, with_adapter
+from search_e1.lab.plan.hardware import GIB, Cluster, gpu
+from search_e1.lab.plan.memory import Estimator, Job, Memory
+from search_e1.lab.plan.plan import make_plan
+from search_e1.lab.plan.shapes import SHAPES, read_config, shape_of
+from search_e1.lab.plan.work import passed, trained
+from search_e1.training.policy import Policy, with_adapter
 from search_e1.types import ActionKind, Question, StopReason, Trajectory, Turn
 
 OWN_SHAPES = {
@@ -372,8 +372,8 @@ def distilled(model, config: Config, arguments: argparse.Namespace) -> tuple[flo
 
 def sampled(model, config: Config, arguments: argparse.Namespace) -> tuple[float, int]:
     """Seconds of reading the contexts, and the peak once some tokens were sampled after them."""
-    from search_e1.rollout.generator import Request
-    from search_e1.rollout.hf import HFGenerator
+    from search_e1.rollout.engines.base import Request
+    from search_e1.rollout.engines.torch import HFGenerator
 
     tokenizer = policies.load_reader("small", PolicyConfig(model="small")).tokenizer
     model.generation_config.eos_token_id = None

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from search_e1 import config, evolve
-from search_e1.allocation import keep_freed_memory
-from search_e1.display import watch
+from search_e1.cli.display import watch
+from search_e1.runs.allocation import keep_freed_memory
 
 FIGURES = ("em", "em_sampled", "searches", "tokens")
 

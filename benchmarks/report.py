@@ -26,7 +26,7 @@ from rich.table import Table
 
 import chromium
 from made_run import make_run
-from search_e1.report import page
+from search_e1.evaluation.report import page
 
 
 def main() -> None:

@@ -32,13 +32,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from search_e1.data.answers import normalize_answer
 from search_e1.data.questions import load_questions
 from search_e1.retrieval.base import Index
 from search_e1.retrieval.dense import DenseIndex
 from search_e1.retrieval.encoder import Encoder
 from search_e1.retrieval.hybrid import HybridIndex
 from search_e1.retrieval.indexes import open_index
-from search_e1.scoring import normalize_answer
 from search_e1.types import Passage
 
 BATCH = 64

@@ -36,19 +36,19 @@ from rich.console import Console
 from rich.table import Table
 from trl import GRPOConfig, GRPOTrainer
 
-from search_e1 import policy as policies
-from search_e1.allocation import keep_freed_memory
 from search_e1.config import PolicyConfig, RolloutConfig
+from search_e1.data.answers import exact_match
 from search_e1.data.world import make_world
-from search_e1.policy import Policy
-from search_e1.prompts import INFORMATION_CLOSE, INFORMATION_OPEN, STOP_STRINGS
 from search_e1.retrieval.indexes import build_index, open_index
-from search_e1.rollout.env import parse_action
-from search_e1.rollout.generator import Generator
-from search_e1.rollout.hf import HFGenerator, PlainGenerator
+from search_e1.rollout.engines.base import Generator
+from search_e1.rollout.engines.torch import HFGenerator, PlainGenerator
 from search_e1.rollout.loop import rollout, starts
-from search_e1.rollout.protocols import protocol_of
-from search_e1.scoring import exact_match
+from search_e1.runs.allocation import keep_freed_memory
+from search_e1.text.prompts import INFORMATION_CLOSE, INFORMATION_OPEN, STOP_STRINGS
+from search_e1.text.protocol import parse_action
+from search_e1.text.protocols import protocol_of
+from search_e1.training import policy as policies
+from search_e1.training.policy import Policy
 from search_e1.types import ActionKind, Question
 
 LIMITS = RolloutConfig(

@@ -25,14 +25,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from search_e1 import policy as policies
-from search_e1.config import PolicyConfig, RolloutConfig
-from search_e1.planning.shapes import SHAPES
-from search_e1.prompts import Prompts
-from search_e1.rollout.env import Action, Tags
-from search_e1.rollout.generator import Generator, generate
-from search_e1.rollout.hf import HFGenerator, PlainGenerator
+from search_e1.config import PolicyConfig, Prompts, RolloutConfig
+from search_e1.lab.plan.shapes import SHAPES
+from search_e1.rollout.engines.base import Generator, generate
+from search_e1.rollout.engines.torch import HFGenerator, PlainGenerator
 from search_e1.rollout.loop import Start, rollout
+from search_e1.text.protocol import Action, Tags
+from search_e1.training import policy as policies
 from search_e1.types import ActionKind, Passage, Question
 
 TURNS = 4

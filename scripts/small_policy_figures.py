@@ -16,11 +16,11 @@ import torch
 
 from search_e1.config import PolicyConfig, RolloutConfig
 from search_e1.data.world import make_world
-from search_e1.policy import Policy, load
-from search_e1.prompts import privileged_prompt
 from search_e1.retrieval.bm25 import Bm25Index
-from search_e1.rollout.hf import HFGenerator
+from search_e1.rollout.engines.torch import HFGenerator
 from search_e1.rollout.loop import Start, rollout, starts
+from search_e1.text.prompts import privileged_prompt
+from search_e1.training.policy import Policy, load
 from search_e1.types import ActionKind, Question, Trajectory, Turn
 
 ROLLOUT = RolloutConfig(

@@ -10,11 +10,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from chat import CHATML_TOOLS, call, chat_tokenizer
-from search_e1.config import RolloutConfig
-from search_e1.prompts import Prompts, plain_prompt
-from search_e1.rollout.generator import BatchGenerator, Generation, Request
+from search_e1.config import Prompts, RolloutConfig
+from search_e1.rollout.engines.base import BatchGenerator, Generation, Request
 from search_e1.rollout.loop import rollout, starts
-from search_e1.rollout.protocols import protocol_of
+from search_e1.text.prompts import plain_prompt
+from search_e1.text.protocols import protocol_of
 from search_e1.types import ActionKind, Passage, Question, StopReason, Trajectory
 
 PROTOCOLS = ("tags", "tools")

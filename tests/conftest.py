@@ -16,8 +16,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from search_e1.cli import main as cli
-from search_e1.policy import Policy
-from search_e1.prompts import Prompts
+from search_e1.config import Prompts
+from search_e1.training.policy import Policy
 from search_e1.types import Passage
 
 torch.set_num_threads(1)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from search_e1.rollout.generator import Generation, Request
-from search_e1.rollout.hf import HFGenerator
+from search_e1.rollout.engines.base import Generation, Request
+from search_e1.rollout.engines.torch import HFGenerator
 
 
 class RequestOutputKind(Enum):
@@ -167,7 +167,7 @@ class LLM:
 
 def install(monkeypatch: pytest.MonkeyPatch, *, version: str = "0.30.0", device: str = "cpu") -> None:
     """Let ``import vllm`` find this."""
-    from search_e1.rollout import vllm
+    from search_e1.rollout.engines import vllm
 
     modules: dict[str, dict[str, Any]] = {
         "vllm": {"LLM": LLM, "EngineArgs": EngineArgs, "SamplingParams": SamplingParams},

@@ -10,8 +10,8 @@ from search_e1.config import Config
 from search_e1.evaluation import results
 from search_e1.evaluation.failures import Failure
 from search_e1.evaluation.results import Result
-from search_e1.sweep import running
-from search_e1.sweep.spec import Run
+from search_e1.lab.sweep import running
+from search_e1.lab.sweep.spec import Run
 from search_e1.types import StopReason
 
 Right = Sequence[int]

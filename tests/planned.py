@@ -3,7 +3,7 @@
 from transformers import AutoConfig
 
 from search_e1.config import Config
-from search_e1.planning.hardware import GPUS, Cluster
+from search_e1.lab.plan.hardware import GPUS, Cluster
 
 TINY = dict(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

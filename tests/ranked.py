@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
 from forking import end, fork
-from search_e1 import ranks
+from search_e1.runs import ranks
 
 
 def in_ranks(count: int, function: Callable[[], Any], directory: Path) -> list[Any]:

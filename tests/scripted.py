@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from search_e1.prompts import INFORMATION_CLOSE
-from search_e1.rollout.generator import BatchGenerator, Generation, Request
+from search_e1.rollout.engines.base import BatchGenerator, Generation, Request
+from search_e1.text.prompts import INFORMATION_CLOSE
 
 
 class ScriptedGenerator(BatchGenerator):

@@ -10,9 +10,9 @@ import torch
 from conftest import PASSAGES, TinyRetriever, make_tiny_policy
 from search_e1.config import RolloutConfig
 from search_e1.grpo import replay
-from search_e1.policy import Policy
-from search_e1.rollout.generator import BatchGenerator, Generation
+from search_e1.rollout.engines.base import BatchGenerator, Generation
 from search_e1.rollout.loop import rollout, starts
+from search_e1.training.policy import Policy
 from search_e1.types import Question, Trajectory
 
 LIMITS = RolloutConfig(max_searches=2, topk=1, max_action_tokens=24, max_observation_tokens=60, max_tokens=300)

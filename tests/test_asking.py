@@ -7,16 +7,16 @@ import pytest
 
 from chat import call, chat_tokenizer
 from conftest import PASSAGES, TinyRetriever, make_tiny_policy
-from search_e1 import policy as policies
-from search_e1 import stages  # noqa: F401  imported now, so that it does not keep what is put in a name's place below
 from search_e1.cli import asking, main
+from search_e1.config import Prompts
 from search_e1.errors import RetrievalError
-from search_e1.policy import Policy
-from search_e1.prompts import Prompts
 from search_e1.retrieval import indexes
 from search_e1.rollout import ask as asked
 from search_e1.rollout.ask import ask
-from search_e1.rollout.generator import BatchGenerator, Generation
+from search_e1.rollout.engines.base import BatchGenerator, Generation
+from search_e1.stages import all as stages  # noqa: F401  imported now, so that it does not keep what is put in a name's place below
+from search_e1.training import policy as policies
+from search_e1.training.policy import Policy
 from search_e1.types import Passage
 from serving import misbehaving
 from test_endpoint import completion

@@ -13,11 +13,11 @@ from bm25s.tokenization import Tokenizer
 
 from forking import end, fork
 from search_e1.errors import DataError
-from search_e1.progress import silent
 from search_e1.retrieval import bm25_build, directory, postings
 from search_e1.retrieval.base import Hit, Retriever
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.retrieval.passages import Passages
+from search_e1.runs.progress import silent
 from search_e1.types import Passage
 
 WORDS = [

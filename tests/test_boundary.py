@@ -11,13 +11,13 @@ from conftest import PASSAGES, TINY_PROMPTS, TinyRetriever
 from scripted import ScriptedGenerator
 from search_e1.config import PairsConfig, ReferenceConfig, RolloutConfig
 from search_e1.distill.collate import encode, fits, prompt_of_teacher
-from search_e1.distill.files import check_tokenizer
-from search_e1.distill.pairs import select
 from search_e1.errors import DataError
-from search_e1.privileged import room, show
-from search_e1.prompts import plain_prompt, privileged_prompt
 from search_e1.rollout.loop import rollout, starts
-from search_e1.tokens import TokenClass
+from search_e1.selfdistill.files import check_tokenizer
+from search_e1.selfdistill.pairs import select
+from search_e1.text.prompts import plain_prompt, privileged_prompt
+from search_e1.text.reference import room, show
+from search_e1.text.tokens import TokenClass
 from search_e1.types import Group, Pair, Question
 
 CHATML = (

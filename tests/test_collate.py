@@ -5,8 +5,8 @@ import torch
 
 from search_e1.distill.collate import collate, encode, fits, pad_id
 from search_e1.errors import DataError
-from search_e1.prompts import plain_prompt, privileged_prompt
-from search_e1.tokens import TokenClass, token_classes
+from search_e1.text.prompts import plain_prompt, privileged_prompt
+from search_e1.text.tokens import TokenClass, token_classes
 from search_e1.types import ActionKind, Pair, Question, StopReason, Trajectory, Turn
 
 QUESTION = Question(id="q1", text="Mayor of Bel?", answers=("Cor Dun",))

@@ -9,7 +9,7 @@ from search_e1.config import Config, RetrievalConfig
 from search_e1.errors import ConfigError, RetrievalError
 from search_e1.retrieval.cache import CachedRetriever
 from search_e1.retrieval.client import HttpRetriever
-from search_e1.stages import Stages
+from search_e1.stages.all import Stages
 from serving import good, misbehaving
 
 

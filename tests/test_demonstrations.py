@@ -9,14 +9,14 @@ import pytest
 
 from conftest import PASSAGES, TinyRetriever
 from search_e1 import config as configs
-from search_e1 import policy as policies
-from search_e1.config import Config, RolloutConfig, WarmstartConfig
+from search_e1.config import Config, Prompts, RolloutConfig, WarmstartConfig
 from search_e1.data.questions import load_questions
 from search_e1.errors import ConfigError, DataError
-from search_e1.prompts import Prompts, plain_prompt, privileged_prompt
+from search_e1.rollout.demonstrations import Lesson, batches, demonstration, find_name, lessons, plan
+from search_e1.text.prompts import plain_prompt, privileged_prompt
+from search_e1.training import fresh
+from search_e1.training import policy as policies
 from search_e1.types import ActionKind, Question, StopReason
-from search_e1.warmstart import fresh
-from search_e1.warmstart.demonstrations import Lesson, batches, demonstration, find_name, lessons, plan
 from search_e1.warmstart.stage import warm_start
 
 CORPUS = {p.id: p for p in PASSAGES}

@@ -14,7 +14,7 @@ from search_e1.distill.collate import collate, encode, pad_id
 from search_e1.distill.passes import SelfDistillation
 from search_e1.distill.trainer import train
 from search_e1.errors import ConfigError, DataError, TrainingError
-from search_e1.policy import Policy, load, merge_adapter, with_adapter
+from search_e1.training.policy import Policy, load, merge_adapter, with_adapter
 from search_e1.types import Question
 from test_collate import make_pair
 

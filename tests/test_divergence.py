@@ -22,10 +22,10 @@ from trl.trainer.distillation_trainer import _chunked_divergence_loss
 from conftest import make_tiny_policy
 from search_e1.config import LoraConfig
 from search_e1.errors import ConfigError, ModelError
-from search_e1.policy import with_adapter
 from search_e1.training import divergence as loss_module
 from search_e1.training.divergence import fused_divergence
 from search_e1.training.head import Head, hidden_at, split_head
+from search_e1.training.policy import with_adapter
 
 
 def naive(

@@ -7,14 +7,13 @@ import pytest
 from tenacity import wait_none
 
 from conftest import PASSAGES, TinyRetriever
-from search_e1.config import EvaluationConfig, RolloutConfig
+from search_e1.config import EvaluationConfig, Prompts, RolloutConfig
 from search_e1.errors import ConfigError, EndpointError
 from search_e1.evaluation.evaluate import evaluate
-from search_e1.prompts import Prompts
-from search_e1.rollout.endpoint import API_KEY, Endpoint, EndpointGenerator
-from search_e1.rollout.generator import generate
+from search_e1.rollout.engines.base import generate
+from search_e1.rollout.engines.endpoint import API_KEY, Endpoint, EndpointGenerator
+from search_e1.rollout.engines.words import Words
 from search_e1.rollout.loop import rollout, starts
-from search_e1.rollout.words import Words
 from search_e1.types import ActionKind, Question, StopReason, Trajectory
 from serving import Misbehaving, misbehaving
 

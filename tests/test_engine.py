@@ -13,16 +13,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from chat import chat_tokenizer
 from conftest import PASSAGES, TinyRetriever, byte_tokenizer
-from search_e1.config import RolloutConfig
+from search_e1.config import Prompts, RolloutConfig
 from search_e1.errors import ModelError
-from search_e1.policy import Policy
-from search_e1.prompts import STOP_STRINGS, Prompts
-from search_e1.rollout import hf
-from search_e1.rollout.continuous import ContinuousSession
-from search_e1.rollout.generator import Generation, Request, generate
-from search_e1.rollout.hf import HFGenerator, PlainGenerator
+from search_e1.rollout.engines import torch as hf
+from search_e1.rollout.engines.base import Generation, Request, generate
+from search_e1.rollout.engines.continuous import ContinuousSession
+from search_e1.rollout.engines.sampling import Ends, draw
+from search_e1.rollout.engines.torch import HFGenerator, PlainGenerator
 from search_e1.rollout.loop import Spent, rollout, starts
-from search_e1.rollout.sampling import Ends, draw
+from search_e1.text.prompts import STOP_STRINGS
+from search_e1.training.policy import Policy
 from search_e1.types import Question, Trajectory
 
 PROMPTS = Prompts(instruction="Answer this after searching. Question: {question}\n", correction="\nNo.\n")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from scripted import ScriptedGenerator
-from search_e1.config import EvaluationConfig, RolloutConfig
+from search_e1.config import EvaluationConfig, Prompts, RolloutConfig
 from search_e1.data.benchmarks import BENCHMARKS, TEST_SIZES
 from search_e1.errors import DataError
 from search_e1.evaluation.ceiling import Ceiling
@@ -14,10 +14,9 @@ from search_e1.evaluation.failures import Failure
 from search_e1.evaluation.published import PUBLISHED_3B, comparison
 from search_e1.evaluation.results import QUESTIONS as QUESTIONS_FILE
 from search_e1.evaluation.results import Evaluation, Result, read
-from search_e1.policy import Policy
-from search_e1.prompts import Prompts
-from search_e1.rollout.generator import Generation
-from search_e1.rollout.hf import HFGenerator
+from search_e1.rollout.engines.base import Generation
+from search_e1.rollout.engines.torch import HFGenerator
+from search_e1.training.policy import Policy
 from search_e1.types import Group, Question, StopReason
 
 PROMPTS = Prompts(instruction="Q: {question}\n", correction="\nNo.\n")

@@ -20,8 +20,8 @@ from conftest import PASSAGES
 from forking import end, fork
 from search_e1 import evolve, runs
 from search_e1.cli import main as cli
+from search_e1.cli.display import summary_table
 from search_e1.config import CheckpointsConfig, Config
-from search_e1.display import summary_table
 from search_e1.errors import RunError
 from taught import QUESTIONS, teach
 from test_report import report
@@ -237,7 +237,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     (tmp_path / "run.json").write_text(written)
     monkeypatch.setattr("search_e1.config.load", lambda *_: config(project, run))
     watch = Watch(("grpo-1", 1), then=lambda: os.kill(os.getpid(), signum))
-    monkeypatch.setattr("search_e1.display.watch", lambda *_: watch)
+    monkeypatch.setattr("search_e1.cli.display.watch", lambda *_: watch)
     monkeypatch.setattr("sys.argv", ["search-e1", "train", "--config", "run.json"])
     assert end([fork(cli.main)]) == [status]
     told = capfd.readouterr().err
@@ -245,7 +245,9 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     assert told.endswith(f"search-e1: stopped by {signum.name}; run the same command again to go on\n")
     work = run / ".grpo-1.partial" / ".work"
     assert [path.name for path in work.glob("step-*")] == ["step-0000000001"]
-    monkeypatch.setattr("search_e1.display.watch", lambda *_: Watch(("evaluation-grpo-1", 0), then=lambda: sys.exit(7)))
+    monkeypatch.setattr(
+        "search_e1.cli.display.watch", lambda *_: Watch(("evaluation-grpo-1", 0), then=lambda: sys.exit(7))
+    )
     assert end([fork(cli.main)]) == [7]
     weights = "grpo-1/policy/model.safetensors"
     assert (run / weights).read_bytes() == (whole.run / weights).read_bytes()

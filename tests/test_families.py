@@ -8,14 +8,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from chat import call, chat_tokenizer
 from conftest import PASSAGES, TinyRetriever
-from search_e1.config import DistillConfig, GrpoConfig, LoraConfig, RolloutConfig
+from search_e1.config import DistillConfig, GrpoConfig, LoraConfig, Prompts, RolloutConfig
 from search_e1.distill import trainer as distillation
 from search_e1.grpo import trainer as grpo
-from search_e1.policy import Policy
-from search_e1.prompts import Prompts
-from search_e1.rollout.continuous import ContinuousSession
-from search_e1.rollout.hf import HFGenerator
+from search_e1.rollout.engines.continuous import ContinuousSession
+from search_e1.rollout.engines.torch import HFGenerator
 from search_e1.rollout.loop import rollout, starts
+from search_e1.training.policy import Policy
 from search_e1.types import Pair, Question
 from taught import Script
 

@@ -13,8 +13,8 @@ from search_e1.config import GrpoConfig, LoraConfig, ReplayConfig
 from search_e1.errors import RetrievalError, TrainingError
 from search_e1.grpo import rollouts
 from search_e1.grpo import trainer as grpo
-from search_e1.policy import Policy
 from search_e1.rollout.loop import rollout
+from search_e1.training.policy import Policy
 from search_e1.types import Trajectory
 from taught import LIMITS, QUESTIONS, teach
 

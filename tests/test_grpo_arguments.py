@@ -9,7 +9,7 @@ from search_e1.errors import ConfigError, DataError
 from search_e1.grpo import batching
 from search_e1.grpo import trainer as grpo
 from search_e1.grpo.arguments import trl_arguments
-from search_e1.policy import Policy
+from search_e1.training.policy import Policy
 from search_e1.types import Question
 from taught import LIMITS, QUESTIONS, teach
 from test_grpo import CONFIG, equal, run, weights, with_trainer

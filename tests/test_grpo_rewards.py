@@ -13,7 +13,7 @@ from ranked import in_ranks
 from search_e1.config import GrpoConfig, LoraConfig
 from search_e1.grpo import brevity, rollouts
 from search_e1.grpo import trainer as grpo
-from search_e1.policy import Policy
+from search_e1.training.policy import Policy
 from search_e1.types import ActionKind, StopReason, Trajectory, Turn
 from taught import LIMITS, QUESTIONS, teach
 

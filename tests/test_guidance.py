@@ -12,9 +12,9 @@ from conftest import PASSAGES, TinyRetriever
 from search_e1.config import EvidenceConfig, GrpoConfig, HindsightConfig, LoraConfig, ReferenceConfig
 from search_e1.grpo import guidance, rollouts
 from search_e1.grpo import trainer as grpo
-from search_e1.policy import Policy
-from search_e1.prompts import privileged_prompt
 from search_e1.rollout.loop import rollout
+from search_e1.text.prompts import privileged_prompt
+from search_e1.training.policy import Policy
 from search_e1.types import Group, Trajectory
 from taught import HABITS, LIMITS, QUESTIONS, scripted, teach
 

@@ -12,11 +12,11 @@ from search_e1.distill.collate import collate, encode_reference, pack, pad_id
 from search_e1.distill.passes import SelfDistillation
 from search_e1.distill.trainer import train
 from search_e1.errors import DataError, TrainingError
-from search_e1.policy import with_adapter
-from search_e1.tokens import TokenClass
+from search_e1.text.tokens import TokenClass
 from search_e1.training import divergence as loss_module
 from search_e1.training.divergence import fused_cross_entropy
 from search_e1.training.head import Head
+from search_e1.training.policy import with_adapter
 from search_e1.types import ActionKind, Question
 from test_collate import SEARCH_TEXT, SEEN, make_pair, make_turn
 from test_distill import spread

@@ -13,7 +13,7 @@ from search_e1.retrieval.directory import read
 from search_e1.retrieval.encoder import Encoder
 from search_e1.retrieval.hybrid import HybridIndex
 from search_e1.retrieval.indexes import open_indexes
-from search_e1.stages import Stages
+from search_e1.stages.all import Stages
 from test_cli import project as project
 from test_cli import run
 from tiny_encoder import make_tiny_encoder

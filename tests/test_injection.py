@@ -5,8 +5,9 @@ from unittest.mock import patch
 import pytest
 
 from attacks import PROTOCOLS, STRADDLING, breaches, chat_tokenizer, hostile_texts, unigram_tokenizer
-from search_e1.prompts import Prompts, neutralize, observation, passages_of, privileged_prompt
-from search_e1.rollout.words import Words
+from search_e1.config import Prompts
+from search_e1.rollout.engines.words import Words
+from search_e1.text.prompts import neutralize, observation, passages_of, privileged_prompt
 from search_e1.types import Passage
 
 TEXTS = hostile_texts(1000)
@@ -26,7 +27,7 @@ def raw(tokenizer, text: str, *_) -> str:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_attacks_would_succeed_on_raw_text(protocol: str) -> None:
-    with patch("search_e1.prompts.neutralize", raw), patch("search_e1.rollout.tools.neutralize", raw):
+    with patch("search_e1.text.prompts.neutralize", raw), patch("search_e1.text.tool_calls.neutralize", raw):
         found = breaches(TOKENIZERS["unigram"], protocol, TEXTS[:500])
     for kind in ("action", "observation", "ids"):
         assert sum(kind in changed for changed in found) > 25

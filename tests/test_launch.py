@@ -21,10 +21,10 @@ from search_e1.launch.group import Meeting
 from search_e1.launch.launcher import Launcher
 from search_e1.launch.place import Place
 from search_e1.launch.processes import ForkServer, Start
-from search_e1.progress import Progress, silent
 from search_e1.runs import cpu
+from search_e1.runs.progress import Progress, silent
 from search_e1.runs.stopping import Stopped, on_signals
-from search_e1.stages import Stages
+from search_e1.stages.all import Stages
 from taught import LIMITS, QUESTIONS, teach
 
 MEETING = Meeting("127.0.0.1", 4321, 0, 2, 2)

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from search_e1.config import LeadConfig, RolloutConfig
-from search_e1.distill.profile import by_class, pair_kl, pieces
-from search_e1.distill.teacher import Lead, gate, hold_out, interval, measure
 from search_e1.errors import DataError, NoLeadError
-from search_e1.prompts import plain_prompt, privileged_prompt
-from search_e1.rollout.generator import BatchGenerator, Generation
-from search_e1.tokens import TokenClass
+from search_e1.rollout.engines.base import BatchGenerator, Generation
+from search_e1.selfdistill.lead import Lead, gate, hold_out, interval, measure
+from search_e1.selfdistill.profile import by_class, pair_kl, pieces
+from search_e1.text.prompts import plain_prompt, privileged_prompt
+from search_e1.text.tokens import TokenClass
 from search_e1.types import ActionKind, Question
 from test_collate import make_pair, make_turn
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from conftest import make_tiny_policy
-from search_e1 import policy as policies
 from search_e1.config import PolicyConfig
 from search_e1.errors import DataError, ModelError
-from search_e1.prompts import plain_prompt
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.retrieval.encoder import Encoder
+from search_e1.text.prompts import plain_prompt
+from search_e1.training import policy as policies
 from search_e1.types import Passage
 from tiny_encoder import make_tiny_encoder
 

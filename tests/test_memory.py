@@ -16,8 +16,8 @@ from search_e1.config import DistillConfig, GrpoConfig, LoraConfig, ReplayConfig
 from search_e1.distill import trainer as distill
 from search_e1.errors import TrainingError
 from search_e1.grpo import trainer as grpo
-from search_e1.policy import Policy
 from search_e1.training import memory
+from search_e1.training.policy import Policy
 from search_e1.warmstart import trainer as warmstart
 from taught import LIMITS, QUESTIONS, teach
 from test_distill import pairs_of

@@ -21,7 +21,7 @@ from search_e1.launch import group, launcher, nodes, processes, wire
 from search_e1.launch.launcher import Launcher
 from search_e1.launch.nodes import Waiting
 from search_e1.launch.place import Place, place
-from search_e1.progress import Progress, silent
+from search_e1.runs.progress import Progress, silent
 from search_e1.runs.stopping import Stopped, on_signals
 
 WAITING = Waiting(30.0)

@@ -6,10 +6,10 @@ import pytest
 from pydantic import ValidationError
 
 from search_e1.config import PairsConfig
-from search_e1.distill.files import check_tokenizer
-from search_e1.distill.pairs import align, divergence, find_references, mismatch, select
 from search_e1.errors import DataError
-from search_e1.privileged import Shown
+from search_e1.selfdistill.files import check_tokenizer
+from search_e1.selfdistill.pairs import align, divergence, find_references, mismatch, select
+from search_e1.text.reference import Shown
 from search_e1.types import ActionKind, Group, Pair, Question, StopReason, Trajectory, Turn
 
 QUESTION = Question(id="q", text="Who is the mayor of Bel?", answers=("Cor Dun",))

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from search_e1.distill import files
-from search_e1.prompts import observation
+from search_e1.selfdistill import files
+from search_e1.text.prompts import observation
 from search_e1.types import Pair, Passage, Question, Turn
 from test_cli import project, run  # noqa: F401
 from test_pairs import MALFORMED, QUESTION, answer, search, trajectory

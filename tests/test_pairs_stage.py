@@ -7,13 +7,14 @@ import pytest
 from pydantic import ValidationError
 
 from conftest import TinyRetriever, make_tiny_policy
-from search_e1 import generators, runs
+from search_e1 import runs
 from search_e1.config import Config
-from search_e1.distill import files
 from search_e1.errors import DataError, NoLeadError, RunError
-from search_e1.policy import load_reader
+from search_e1.rollout.engines import opening as generators
 from search_e1.runs import checksum
-from search_e1.stages import Stages
+from search_e1.selfdistill import files
+from search_e1.stages.all import Stages
+from search_e1.training.policy import load_reader
 from search_e1.types import Group
 from test_collate import make_pair
 from test_evolve import config, project  # noqa: F401

@@ -13,8 +13,8 @@ from search_e1.distill.collate import collate, encode, pack, pad_id
 from search_e1.distill.passes import SelfDistillation, TeacherStates, packs, teach
 from search_e1.distill.trainer import train
 from search_e1.errors import ConfigError, RunError
-from search_e1.policy import with_adapter
 from search_e1.training.head import hidden_at, split_head
+from search_e1.training.policy import with_adapter
 from test_distill import lfm2_policy, pairs_of, spread
 
 CONFIG = DistillConfig(epochs=2, learning_rate=1e-2, batch_size=4, lora=LoraConfig(rank=4, alpha=8))

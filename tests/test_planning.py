@@ -8,13 +8,13 @@ from pydantic import ValidationError
 from planned import a_config, cluster, tiny
 from search_e1.config import DistillConfig, LoraConfig, PoolConfig, load
 from search_e1.errors import ConfigError, RunError
-from search_e1.planning import lengths
-from search_e1.planning.hardware import GIB, GPUS, Cluster, gpu
-from search_e1.planning.memory import Memory
-from search_e1.planning.plan import make_plan
-from search_e1.planning.shapes import read_config, shape_of
-from search_e1.planning.warnings import setting_warnings, sharing_problem, unfit
-from search_e1.planning.work import Clock, Counts, Job, Rates, passed, trained
+from search_e1.lab.plan import lengths
+from search_e1.lab.plan.hardware import GIB, GPUS, Cluster, gpu
+from search_e1.lab.plan.memory import Memory
+from search_e1.lab.plan.plan import make_plan
+from search_e1.lab.plan.shapes import read_config, shape_of
+from search_e1.lab.plan.warnings import setting_warnings, sharing_problem, unfit
+from search_e1.lab.plan.work import Clock, Counts, Job, Rates, passed, trained
 from search_e1.types import ActionKind, Group, Question, StopReason, Trajectory, Turn
 
 CONFIGS = Path(__file__).parent.parent / "configs"

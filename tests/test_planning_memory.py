@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM
 from planned import a_config, cluster, tiny
 from search_e1.config import LoraConfig
 from search_e1.errors import ConfigError
-from search_e1.planning import start
-from search_e1.planning.dry import DryModel
-from search_e1.planning.hardware import GIB, Cluster, gpu
-from search_e1.planning.memory import Estimator, Memory, largest
-from search_e1.planning.shapes import empty_model, shape_of
-from search_e1.planning.warnings import fewer_rows, unfit
-from search_e1.policy import with_adapter
+from search_e1.lab.plan import start
+from search_e1.lab.plan.dry import DryModel
+from search_e1.lab.plan.hardware import GIB, Cluster, gpu
+from search_e1.lab.plan.memory import Estimator, Memory, largest
+from search_e1.lab.plan.shapes import empty_model, shape_of
+from search_e1.lab.plan.warnings import fewer_rows, unfit
+from search_e1.training.policy import with_adapter
 
 # Dry passes, against the same passes on real tensors.
 

@@ -5,9 +5,16 @@ import pytest
 from conftest import TINY_PROMPTS, byte_tokenizer
 from search_e1.config import ReferenceConfig, ReplayConfig
 from search_e1.grpo import replay
-from search_e1.privileged import Shown, room, show, view
-from search_e1.prompts import observation, passages_of, plain_prompt, privileged_prompt, split_passage, with_passages
-from search_e1.rollout.protocols import protocol_of
+from search_e1.text.prompts import (
+    observation,
+    passages_of,
+    plain_prompt,
+    privileged_prompt,
+    split_passage,
+    with_passages,
+)
+from search_e1.text.protocols import protocol_of
+from search_e1.text.reference import Shown, room, show, view
 from search_e1.types import ActionKind, Group, Passage, Question, StopReason, Trajectory, Turn
 
 TOKENIZER = byte_tokenizer()

@@ -8,11 +8,11 @@ from pydantic import ValidationError
 from tokenizers import AddedToken
 
 from conftest import byte_tokenizer
+from search_e1.config import Prompts
 from search_e1.errors import ConfigError
-from search_e1.prompts import (
+from search_e1.text.prompts import (
     INFORMATION_CLOSE,
     INFORMATION_OPEN,
-    Prompts,
     neutralize,
     observation,
     plain_prompt,

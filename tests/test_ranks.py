@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from conftest import PASSAGES, TinyRetriever
 from ranked import in_ranks
-from search_e1 import ranks
 from search_e1.config import (
     DistillConfig,
     EvaluationConfig,
@@ -26,19 +25,20 @@ from search_e1.config import (
     ReplayConfig,
     Sharding,
 )
-from search_e1.distill import teacher
 from search_e1.distill import trainer as distill
 from search_e1.distill.arguments import micro_batch
 from search_e1.errors import ConfigError
 from search_e1.evaluation.evaluate import evaluate
 from search_e1.grpo import batching
 from search_e1.grpo import trainer as grpo
-from search_e1.policy import Policy
 from search_e1.rollout import chunks, pool
-from search_e1.rollout.hf import HFGenerator
+from search_e1.rollout.engines.torch import HFGenerator
+from search_e1.runs import ranks
 from search_e1.runs.checkpoints import Work
 from search_e1.runs.stopping import Stopped
+from search_e1.selfdistill import lead as teacher
 from search_e1.training import sharding
+from search_e1.training.policy import Policy
 from search_e1.types import Pair
 from taught import LIMITS, QUESTIONS, teach
 from test_distill import pairs_of

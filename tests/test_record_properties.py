@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from attacks import hostile_texts
 from chat import chat_tokenizer
 from search_e1 import runs
+from search_e1.config import Prompts
 from search_e1.data.lines import parse
 from search_e1.data.questions import to_question, to_record
 from search_e1.errors import DataError, RunError
-from search_e1.prompts import Prompts
-from search_e1.rollout.protocols import protocol_of
+from search_e1.text.protocols import protocol_of
 from search_e1.types import ActionKind, Group, Pair, Passage, Question, StopReason, Trajectory, Turn
 
 UNDISTURBED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]

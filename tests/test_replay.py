@@ -9,8 +9,8 @@ import torch
 
 from search_e1.config import ReplayConfig
 from search_e1.grpo import replay
-from search_e1.policy import Policy
-from search_e1.prompts import privileged_prompt
+from search_e1.text.prompts import privileged_prompt
+from search_e1.training.policy import Policy
 from search_e1.types import Group
 from taught import HABITS, QUESTIONS, scripted, teach
 from test_grpo import CONFIG, equal, run, weights, with_trainer

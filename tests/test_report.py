@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from made_run import POLICIES, make_run
 from search_e1.cli.main import app
 from search_e1.errors import DataError, RunError
-from search_e1.report import page
+from search_e1.evaluation.report import page
 
 REPORT_CSS = Path(page.__file__).parent / "assets" / "report.css"
 

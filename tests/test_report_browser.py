@@ -10,7 +10,7 @@ import pytest
 
 import chromium
 from made_run import POLICIES, make_run
-from search_e1.report import page
+from search_e1.evaluation.report import page
 
 pytestmark = pytest.mark.skipif(chromium.MISSING is not None, reason=str(chromium.MISSING))
 VIEWS = ("loop", "cost", "trajectories", "pairs", "questions")

@@ -21,15 +21,16 @@ from search_e1.config import (
     PoolConfig,
     ReplayConfig,
 )
-from search_e1.distill import passes, teacher
+from search_e1.distill import passes
 from search_e1.distill import trainer as distill
 from search_e1.evaluation.evaluate import evaluate
 from search_e1.grpo import trainer as grpo
-from search_e1.policy import Policy
-from search_e1.progress import Progress, silent
 from search_e1.rollout import chunks, pool
-from search_e1.rollout.hf import HFGenerator
+from search_e1.rollout.engines.torch import HFGenerator
 from search_e1.runs.checkpoints import Work
+from search_e1.runs.progress import Progress, silent
+from search_e1.selfdistill import lead as teacher
+from search_e1.training.policy import Policy
 from search_e1.types import Pair
 from search_e1.warmstart.trainer import Demonstration
 from search_e1.warmstart.trainer import train as warmstart

@@ -6,14 +6,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from scripted import ScriptedGenerator
-from search_e1.config import RolloutConfig
+from search_e1.config import Prompts, RolloutConfig
 from search_e1.errors import ModelError, RetrievalError
-from search_e1.policy import Policy
-from search_e1.prompts import STOP_STRINGS, Prompts, observation
-from search_e1.rollout.env import Action, parse_action
-from search_e1.rollout.generator import generate
-from search_e1.rollout.hf import HFGenerator
+from search_e1.rollout.engines.base import generate
+from search_e1.rollout.engines.torch import HFGenerator
 from search_e1.rollout.loop import Start, rollout, starts
+from search_e1.text.prompts import STOP_STRINGS, observation
+from search_e1.text.protocol import Action, parse_action
+from search_e1.training.policy import Policy
 from search_e1.types import ActionKind, Question, StopReason, Trajectory
 
 SEARCH, ANSWER, MALFORMED = ActionKind.SEARCH, ActionKind.ANSWER, ActionKind.MALFORMED

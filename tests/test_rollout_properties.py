@@ -5,11 +5,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chat import call, chat_tokenizer
-from search_e1.config import RolloutConfig
-from search_e1.prompts import Prompts
-from search_e1.rollout.generator import BatchGenerator, Generation
+from search_e1.config import Prompts, RolloutConfig
+from search_e1.rollout.engines.base import BatchGenerator, Generation
 from search_e1.rollout.loop import Start, rollout, starts
-from search_e1.rollout.protocols import protocol_of
+from search_e1.text.protocols import protocol_of
 from search_e1.types import ActionKind, Passage, Question, StopReason
 
 # Tokens that run over the end of a tag, over its beginning, and over both.

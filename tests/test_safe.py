@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from search_e1 import display, runs
-from search_e1.display.comparison import show_comparison
+from search_e1 import runs
+from search_e1.cli import display
+from search_e1.cli.display.comparison import show_comparison
 from search_e1.errors import DataError, ModelError, RetrievalError, RunError
 from search_e1.evaluation import results
 from search_e1.evaluation.compare import compare, load
@@ -20,7 +21,7 @@ from search_e1.retrieval import directory as directories
 from search_e1.retrieval.client import HttpRetriever
 from search_e1.retrieval.convention import Overrides, read_convention
 from search_e1.retrieval.directory import IndexManifest
-from search_e1.safe import inside, is_name, masked, plain, printable
+from search_e1.runs.safe import inside, is_name, masked, plain, printable
 from search_e1.types import ActionKind, Passage, Turn
 from serving import good, misbehaving
 from test_cli import project, run  # noqa: F401

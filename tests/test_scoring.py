@@ -1,6 +1,6 @@
 import pytest
 
-from search_e1.scoring import exact_match, f1, normalize_answer
+from search_e1.data.answers import exact_match, f1, normalize_answer
 
 
 @pytest.mark.parametrize(

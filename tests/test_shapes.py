@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from planned import TINY, tiny
 from search_e1.errors import ModelError
-from search_e1.planning.shapes import SHAPES, read_config, shape_of
+from search_e1.lab.plan.shapes import SHAPES, read_config, shape_of
 
 
 @pytest.mark.parametrize(

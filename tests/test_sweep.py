@@ -8,7 +8,7 @@ from pyarrow import parquet
 
 from conftest import PASSAGES
 from search_e1 import runs
-from search_e1.sweep import running, spec, worker
+from search_e1.lab.sweep import running, spec, worker
 from taught import QUESTIONS, teach
 from test_sweep_results import verb
 

@@ -9,8 +9,8 @@ from pyarrow import parquet
 
 from made_sweep import make
 from search_e1.cli import main as cli
-from search_e1.sweep import comparison, plot, results
-from search_e1.sweep.results import Cost
+from search_e1.lab.sweep import comparison, plot, results
+from search_e1.lab.sweep.results import Cost
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import pytest
 
 from search_e1.config import Config
 from search_e1.errors import RunError
+from search_e1.lab.sweep import running
+from search_e1.lab.sweep.running import Ending
+from search_e1.lab.sweep.spec import Run
 from search_e1.runs.stopping import Stop, Stopped, on_signals
-from search_e1.sweep import running
-from search_e1.sweep.running import Ending
-from search_e1.sweep.spec import Run
 
 WORKER = """
 import json, os, signal, sys, time

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from search_e1.errors import ConfigError
-from search_e1.sweep import spec
+from search_e1.lab.sweep import spec
 
 CONFIG = """
 run = "runs/x"

@@ -6,14 +6,14 @@ import pytest
 
 from chat import CHATML_TOOLS, call, chat_tokenizer
 from conftest import PASSAGES, TINY_PROMPTS, TinyRetriever
-from search_e1.config import ReferenceConfig, RolloutConfig
+from search_e1.config import Prompts, ReferenceConfig, RolloutConfig
 from search_e1.errors import ModelError
-from search_e1.privileged import show, view
-from search_e1.prompts import SEARCH_TOOL, Prompts, plain_prompt, privileged_prompt
-from search_e1.rollout.env import Action
 from search_e1.rollout.loop import rollout, starts
-from search_e1.rollout.protocols import protocol_of
-from search_e1.tokens import TokenClass, token_classes
+from search_e1.text.prompts import SEARCH_TOOL, plain_prompt, privileged_prompt
+from search_e1.text.protocol import Action
+from search_e1.text.protocols import protocol_of
+from search_e1.text.reference import show, view
+from search_e1.text.tokens import TokenClass, token_classes
 from search_e1.types import ActionKind, Passage, Question, StopReason, Turn
 from taught import Script
 

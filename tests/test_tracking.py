@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from search_e1 import evolve, tracking
+from search_e1 import evolve
 from search_e1.config import TrackingConfig
 from search_e1.errors import ConfigError
+from search_e1.stages import tracking
 from test_evolve import config, project
 
 assert project  # the fixture: a tiny policy, passages and questions

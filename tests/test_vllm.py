@@ -16,14 +16,14 @@ from fake_vllm import LLM
 from search_e1.config import GrpoConfig, LoraConfig, PolicyConfig, VllmConfig
 from search_e1.errors import ConfigError, EndpointError, ModelError, RetrievalError, SearchE1Error
 from search_e1.grpo import trainer as grpo
-from search_e1.policy import Policy
-from search_e1.prompts import STOP_STRINGS
-from search_e1.rollout import vllm
-from search_e1.rollout.generator import Generator, Request, generate
-from search_e1.rollout.hf import HFGenerator
+from search_e1.rollout.engines import vllm
+from search_e1.rollout.engines.base import Generator, Request, generate
+from search_e1.rollout.engines.torch import HFGenerator
+from search_e1.rollout.engines.vllm import Engine, VLLMGenerator
+from search_e1.rollout.engines.vllm_server import ServerGenerator
 from search_e1.rollout.loop import rollout, starts
-from search_e1.rollout.vllm import Engine, VLLMGenerator
-from search_e1.rollout.vllm_server import ServerGenerator
+from search_e1.text.prompts import STOP_STRINGS
+from search_e1.training.policy import Policy
 from search_e1.types import Trajectory
 from serving import misbehaving
 from taught import LIMITS, QUESTIONS, teach

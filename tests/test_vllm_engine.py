@@ -13,13 +13,14 @@ pytest.importorskip("vllm", reason="needs search-e1[vllm]")
 
 from chat import call, chat_tokenizer
 from conftest import PASSAGES, TinyRetriever
-from search_e1.config import PolicyConfig, RolloutConfig, VllmConfig
-from search_e1.policy import Policy
-from search_e1.prompts import STOP_STRINGS, Prompts, ProtocolName
-from search_e1.rollout.generator import Generation, Generator, generate
-from search_e1.rollout.hf import HFGenerator
+from search_e1.config import PolicyConfig, Prompts, RolloutConfig, VllmConfig
+from search_e1.config.prompts import ProtocolName
+from search_e1.rollout.engines.base import Generation, Generator, generate
+from search_e1.rollout.engines.torch import HFGenerator
+from search_e1.rollout.engines.vllm import Engine, VLLMGenerator, _VLLMSession
 from search_e1.rollout.loop import rollout, starts
-from search_e1.rollout.vllm import Engine, VLLMGenerator, _VLLMSession
+from search_e1.text.prompts import STOP_STRINGS
+from search_e1.training.policy import Policy
 from search_e1.types import Question, Trajectory
 from taught import learn, scripted
 

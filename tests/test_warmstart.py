@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 
 from search_e1.config import PolicyConfig, RolloutConfig
 from search_e1.data.world import World, make_world
-from search_e1.distill.gold import Demonstrations
 from search_e1.errors import DataError, TrainingError
-from search_e1.policy import Policy, load, resolve
-from search_e1.prompts import observation, plain_prompt, privileged_prompt
 from search_e1.retrieval.bm25 import Bm25Index
-from search_e1.rollout.env import parse_action
-from search_e1.rollout.generator import BatchGenerator, Generation
-from search_e1.rollout.hf import HFGenerator
+from search_e1.rollout.engines.base import BatchGenerator, Generation
+from search_e1.rollout.engines.torch import HFGenerator
 from search_e1.rollout.loop import Start, rollout, starts
+from search_e1.rollout.world_demonstrations import CLEAN, CONFUSED, HABITS, DemonstrationWriter, Slips, batches
+from search_e1.selfdistill.gold import Demonstrations
+from search_e1.text.prompts import observation, plain_prompt, privileged_prompt
+from search_e1.text.protocol import parse_action
+from search_e1.training.policy import Policy, load, resolve
 from search_e1.types import ActionKind
 from search_e1.warmstart.trainer import Demonstration, _Muon, train
-from search_e1.warmstart.world_demonstrations import CLEAN, CONFUSED, HABITS, DemonstrationWriter, Slips, batches
 
 ROLLOUT = RolloutConfig(
     max_searches=5, topk=2, max_action_tokens=48, max_observation_tokens=128, max_tokens=1024, batch_size=128

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from search_e1.loading import no_bars
+from search_e1.runs.devices import no_bars
 
 PROMPTS = {"query": "query: ", "document": "passage: "}
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

@@ -12,28 +12,28 @@ if TYPE_CHECKING:
     from search_e1.config import load as load_config
     from search_e1.data.questions import load_questions
     from search_e1.evolve import Summary, train
-    from search_e1.policy import Policy
-    from search_e1.policy import load as load_policy
     from search_e1.retrieval.base import Retriever
     from search_e1.retrieval.bm25 import Bm25Index
     from search_e1.retrieval.cache import CachedRetriever
     from search_e1.retrieval.client import HttpRetriever
     from search_e1.rollout.ask import ask
-    from search_e1.rollout.generator import Generator
-    from search_e1.rollout.hf import HFGenerator
+    from search_e1.rollout.engines.base import Generator
+    from search_e1.rollout.engines.torch import HFGenerator
+    from search_e1.training.policy import Policy
+    from search_e1.training.policy import load as load_policy
     from search_e1.types import Group, Pair, Passage, Question, Trajectory, Turn
 
 _HOMES = {
     "Bm25Index": "retrieval.bm25",
     "CachedRetriever": "retrieval.cache",
     "Config": "config",
-    "Generator": "rollout.generator",
+    "Generator": "rollout.engines.base",
     "Group": "types",
-    "HFGenerator": "rollout.hf",
+    "HFGenerator": "rollout.engines.torch",
     "HttpRetriever": "retrieval.client",
     "Pair": "types",
     "Passage": "types",
-    "Policy": "policy",
+    "Policy": "training.policy",
     "Question": "types",
     "Retriever": "retrieval.base",
     "Summary": "evolve",
@@ -41,7 +41,7 @@ _HOMES = {
     "Turn": "types",
     "ask": "rollout.ask",
     "load_config": "config:load",
-    "load_policy": "policy:load",
+    "load_policy": "training.policy:load",
     "load_questions": "data.questions",
     "train": "evolve",
 }

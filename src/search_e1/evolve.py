@@ -3,16 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from search_e1 import policy as policies
 from search_e1 import runs
 from search_e1.config import Config, bound_now
-from search_e1.distill.teacher import Lead
 from search_e1.errors import NoLeadError
-from search_e1.inputs import Watch, unwatched
 from search_e1.runs import Artifact
 from search_e1.runs.opening import opened
 from search_e1.runs.stopping import Stop
-from search_e1.stages import Stages, read_evaluation
+from search_e1.selfdistill.lead import Lead
+from search_e1.stages.all import Stages, read_evaluation
+from search_e1.stages.inputs import Watch, unwatched
+from search_e1.training import policy as policies
 from search_e1.types import Record
 
 SUMMARY = "summary.json"

@@ -21,18 +21,18 @@ import torch.distributed as dist
 from pydantic import validate_call
 from pydantic_core import to_jsonable_python
 
-from search_e1 import ranks, runs
-from search_e1.allocation import keep_freed_memory
+from search_e1 import runs
 from search_e1.config import Config
-from search_e1.inputs import Watch, unwatched
 from search_e1.launch import fork_server, group
-from search_e1.loading import device
-from search_e1.making import Maker, StageSpec
-from search_e1.progress import Progress
 from search_e1.retrieval.base import Index
-from search_e1.runs import Artifact, disk
+from search_e1.runs import Artifact, disk, ranks
+from search_e1.runs.allocation import keep_freed_memory
+from search_e1.runs.devices import device
+from search_e1.runs.progress import Progress
 from search_e1.runs.stopping import Stop, Stopped, on_signals
-from search_e1.stages import Stages
+from search_e1.stages.all import Stages
+from search_e1.stages.inputs import Watch, unwatched
+from search_e1.stages.runner import Maker, StageSpec
 
 _PATIENCE = timedelta(days=7)
 """How long ranks wait for one another. One that has ended is noticed by the process that started it, and at once."""

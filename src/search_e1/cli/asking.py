@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.text import Text
 
 from search_e1.errors import ConfigError, SearchE1Error
-from search_e1.safe import plain, printable
+from search_e1.runs.safe import plain, printable
 
 if TYPE_CHECKING:
-    from search_e1.rollout.endpoint import Endpoint
-    from search_e1.stages import Stages
+    from search_e1.rollout.engines.endpoint import Endpoint
+    from search_e1.stages.all import Stages
     from search_e1.types import Trajectory, Turn
 
 # Overrides such as --grpo.steps 8 are not known to typer; they are checked against the config.
@@ -86,7 +86,7 @@ def endpoint_of(url: str | None, model: str | None, policy: str | None) -> "Endp
     Raises:
         ConfigError: one of ``url`` and ``model`` alone, or with a policy.
     """
-    from search_e1.rollout.endpoint import Endpoint
+    from search_e1.rollout.engines.endpoint import Endpoint
 
     if (url is None) != (model is None):
         raise ConfigError("--endpoint and --endpoint-model belong together; give both")
@@ -114,13 +114,13 @@ def _asker(
     endpoint: "Endpoint | None",
 ) -> "Callable[[str], Trajectory]":
     """What answers a question, with everything that it takes loaded."""
-    from search_e1 import generators
-    from search_e1 import policy as policies
     from search_e1.config import PolicyConfig, RolloutConfig, load
     from search_e1.retrieval.client import HttpRetriever
     from search_e1.retrieval.indexes import open_indexes
     from search_e1.rollout.ask import ask as answer
-    from search_e1.stages import Stages
+    from search_e1.rollout.engines import opening as generators
+    from search_e1.stages.all import Stages
+    from search_e1.training import policy as policies
 
     stages = None
     if config:
@@ -165,7 +165,7 @@ class _Live:
         console.print(Text(printable(piece), style="dim"), end="", soft_wrap=True)
 
     def turn(self, turn: "Turn") -> None:
-        from search_e1.display import show_reply
+        from search_e1.cli.display import show_reply
 
         if not self._said:  # an endpoint's, which comes whole
             _show_turn(turn)
@@ -176,7 +176,7 @@ class _Live:
 
 
 def _show_turn(turn: "Turn") -> None:
-    from search_e1.display import show_turn
+    from search_e1.cli.display import show_turn
 
     show_turn(console, turn)
 

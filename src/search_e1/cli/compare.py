@@ -12,7 +12,7 @@ from rich.console import Console
 
 from search_e1.errors import ConfigError, RunError
 from search_e1.runs import MANIFEST, write_atomically
-from search_e1.safe import printable
+from search_e1.runs.safe import printable
 
 console = Console(highlight=False, markup=False, emoji=False)
 notices = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -49,7 +49,7 @@ def compare(
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
 ) -> None:
     """Compare evaluations question by question: EM, paired differences, McNemar's test, searches, tokens."""
-    from search_e1.display.comparison import show_comparison
+    from search_e1.cli.display.comparison import show_comparison
     from search_e1.evaluation import compare as comparing
     from search_e1.evaluation.exports import FORMATS, SUFFIXES
 
@@ -130,7 +130,7 @@ def _evaluations(run: Path) -> tuple[dict[str, Path], list[str]]:
     Raises:
         RunError: it is no run, or nothing in it is evaluated.
     """
-    from search_e1.report.files import open_run, policy_of
+    from search_e1.evaluation.report.files import open_run, policy_of
 
     opened = open_run(run)
     if not opened.evaluations:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from search_e1.errors import ConfigError
-from search_e1.safe import printable
+from search_e1.runs.safe import printable
 
 if TYPE_CHECKING:
     from search_e1.data.prepare import Again, Prepared

@@ -67,8 +67,8 @@ def index_build(
     ] = None,
 ) -> None:
     """Build an index of a corpus: of its words (bm25), or of vectors (dense). Run again, it goes on where it was killed."""
+    from search_e1.cli.display import watch
     from search_e1.data.corpus import Corpus
-    from search_e1.display import watch
     from search_e1.retrieval.directory import refuse_existing
     from search_e1.retrieval.indexes import DenseSettings, build_index
 
@@ -93,7 +93,7 @@ def index_build(
 @app.command("info")
 def index_info(directory: Annotated[Path, typer.Argument(help="Directory of an index.")]) -> None:
     """Say what an index is, how it was made, and what it takes on disk."""
-    from search_e1.display import index_table
+    from search_e1.cli.display import index_table
     from search_e1.retrieval.directory import read
 
     console.print(index_table(read(directory)))
@@ -111,7 +111,7 @@ def index_search(
     ] = None,
 ) -> None:
     """Search an index, or several whose rankings are fused."""
-    from search_e1.display import show_passages
+    from search_e1.cli.display import show_passages
     from search_e1.retrieval.indexes import open_indexes
 
     settings = encoder_settings(encoder, device=device)

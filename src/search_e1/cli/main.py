@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from search_e1.allocation import keep_freed_memory
 from search_e1.cli import asking, compare, data, index, pairs, plan, serve, sweep
 from search_e1.errors import RunError, SearchE1Error
+from search_e1.runs.allocation import keep_freed_memory
+from search_e1.runs.safe import plain
 from search_e1.runs.stopping import Stopped, on_signals
-from search_e1.safe import plain
 
 if TYPE_CHECKING:
     from search_e1.config import Config
-    from search_e1.stages import Stages
+    from search_e1.stages.all import Stages
 
 # What takes seconds to import (torch, transformers) is imported by the verb that needs it: `--help` must not wait for it.
 
@@ -86,8 +86,9 @@ def train(
     ] = None,
 ) -> None:
     """Run the whole loop, or what is left of it, and print what it came to."""
-    from search_e1 import evolve, stages
-    from search_e1.display import summary_table, watch
+    from search_e1 import evolve
+    from search_e1.cli.display import summary_table, watch
+    from search_e1.stages import all as stages
 
     loaded = _load(config, context)
     origin = loaded.run if branch else None
@@ -173,8 +174,8 @@ def lead(
     other: OtherPolicyOption = False,
 ) -> None:
     """Measure how much better the policy is when it sees the reference."""
-    from search_e1.display import lead_table
-    from search_e1.distill.teacher import Lead
+    from search_e1.cli.display import lead_table
+    from search_e1.selfdistill.lead import Lead
 
     with _stages(config, context) as stages:
         mined = pairs or _made(stages, f"pairs-{round}")
@@ -224,8 +225,8 @@ def evaluate(
     endpoint_model: asking.EndpointModelOption = None,
 ) -> None:
     """Evaluate a policy on the evaluation questions, greedily and sampled, and say why answers are wrong."""
-    from search_e1.display import show_evaluation
-    from search_e1.stages import read_evaluation
+    from search_e1.cli.display import show_evaluation
+    from search_e1.stages.all import read_evaluation
 
     with _stages(config, context) as stages:
         chosen = stages.benchmarks(benchmark or ())
@@ -252,7 +253,7 @@ def report(
     ] = 5_000,
 ) -> None:
     """Write a run as one HTML file: figures, costs, trajectories, pairs, rounds."""
-    from search_e1.report.page import write
+    from search_e1.evaluation.report.page import write
 
     out = out or run / "report.html"
     shown = write(run, out, most)
@@ -282,8 +283,8 @@ def world(
     from search_e1.config import PolicyConfig
     from search_e1.data.questions import load_questions
     from search_e1.data.world import make_world, write
-    from search_e1.policy import load_reader
-    from search_e1.warmstart.world_demonstrations import write_gold
+    from search_e1.rollout.world_demonstrations import write_gold
+    from search_e1.training.policy import load_reader
 
     if (directory / "corpus.jsonl").exists():
         console.print(f"{directory} is there already", markup=False, highlight=False)
@@ -321,10 +322,10 @@ app.command("chat", context_settings=OVERRIDES, rich_help_panel=ASK)(asking.chat
 
 @contextmanager
 def _stages(config: Path, context: typer.Context) -> "Iterator[Stages]":
+    from search_e1.cli.display import watch
     from search_e1.config import bound_now
-    from search_e1.display import watch
     from search_e1.runs.opening import opened
-    from search_e1.stages import Stages
+    from search_e1.stages.all import Stages
 
     loaded = _load(config, context)
     held = opened(loaded.run, loaded.binding(), bound_now=bound_now, other_versions=_other_versions)

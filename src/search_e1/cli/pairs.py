@@ -48,7 +48,7 @@ def show(
     ] = None,
 ) -> None:
     """Print a pair side by side: what the reference did, and what the student did in its place."""
-    from search_e1.display.pairs import show_pair
+    from search_e1.cli.display.pairs import show_pair
 
     if question is not None and number is not None:
         raise ConfigError("give --question or --number, not both")
@@ -94,7 +94,7 @@ def _read(directory: Path) -> "list[tuple[Pair, str]]":
     Raises:
         DataError: there are none, or a file of them cannot be read.
     """
-    from search_e1.distill import files
+    from search_e1.selfdistill import files
 
     parts = zip(PAIRS, ("to distil on", "held out"), strict=True)
     pairs = [(pair, part) for name, part in parts for pair in files.read(directory / name)]

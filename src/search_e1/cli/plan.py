@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from search_e1.planning.hardware import Gpu
+    from search_e1.lab.plan.hardware import Gpu
 
 console = Console(highlight=False)
 notices = Console(stderr=True, highlight=False)
@@ -62,12 +62,12 @@ def plan(
     policy.model is a model's directory, its config.json, or a known name (qwen2.5-3b, qwen3-4b, llama-3.2-3b, ...): no
     weights are read, and nothing is asked from the network.
     """
+    from search_e1.cli.display.planning import show_plan
     from search_e1.config import load
-    from search_e1.display.planning import show_plan
-    from search_e1.planning import lengths
-    from search_e1.planning.hardware import Cluster
-    from search_e1.planning.plan import make_plan
-    from search_e1.planning.work import Rates
+    from search_e1.lab.plan import lengths
+    from search_e1.lab.plan.hardware import Cluster
+    from search_e1.lab.plan.plan import make_plan
+    from search_e1.lab.plan.work import Rates
 
     loaded = load(config, context.args)
     divided = "none" if loaded.launch.sharding == "none" else "full"
@@ -92,7 +92,7 @@ def plan(
 
 
 def _gpu(name: str | None, memory: float | None, tflops: float | None, bandwidth: float | None) -> "Gpu":
-    from search_e1.planning.hardware import gpu, here
+    from search_e1.lab.plan.hardware import gpu, here
 
     if name is None and (memory, tflops, bandwidth) == (None, None, None) and (found := here()):
         return found

@@ -10,14 +10,14 @@ from rich.text import Text
 
 from search_e1.errors import ConfigError, RunError
 from search_e1.runs import write_atomically
+from search_e1.runs.safe import printable
 from search_e1.runs.stopping import on_signals
-from search_e1.safe import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from search_e1.sweep.running import Outcome
-    from search_e1.sweep.spec import Run, Sweep
+    from search_e1.lab.sweep.running import Outcome
+    from search_e1.lab.sweep.spec import Run, Sweep
 
 console = Console(highlight=False, markup=False, emoji=False)
 
@@ -38,9 +38,9 @@ def sweep(
     ] = "last",
 ) -> None:
     """Run variants of a config under several seeds, side by side, and compare them. To go on, run it again."""
-    from search_e1.display.sweep import watch
+    from search_e1.cli.display.sweep import watch
+    from search_e1.lab.sweep import running, spec
     from search_e1.runs.locks import held
-    from search_e1.sweep import running, spec
 
     read = spec.read(file, config, out or Path("runs") / file.stem, context.args)
     with held(read.directory):
@@ -60,15 +60,15 @@ def sweep(
 
 def _jobs(sweep: "Sweep") -> int:
     """How many runs the machine does side by side: one where they would share an accelerator."""
-    from search_e1.loading import device
+    from search_e1.runs.devices import device
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores if device(sweep.runs[0].config.policy.device).type == "cpu" else 1
 
 
 def _compare(sweep: "Sweep", done: "Sequence[Run]", stage: str) -> None:
-    from search_e1.display.sweep import show_comparison
-    from search_e1.sweep import comparison, plot, results
+    from search_e1.cli.display.sweep import show_comparison
+    from search_e1.lab.sweep import comparison, plot, results
 
     found = [evaluation for run in done for evaluation in results.evaluations(run)]
     compared = comparison.compared(found, sweep.reference)
@@ -86,7 +86,7 @@ def _compare(sweep: "Sweep", done: "Sequence[Run]", stage: str) -> None:
 
 def _end(sweep: "Sweep", outcomes: "Sequence[Outcome]", done: "Sequence[Run]") -> None:
     """Says which runs are missing, and why."""
-    from search_e1.sweep.running import Ending
+    from search_e1.lab.sweep.running import Ending
 
     missing = len(sweep.runs) - len(done)
     for outcome in outcomes:

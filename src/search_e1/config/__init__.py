@@ -17,6 +17,7 @@ from search_e1.config.distill import (
 from search_e1.config.files import bound_now, default_of, describe, laid_over, load, parse_overrides, read_toml
 from search_e1.config.grpo import EvidenceConfig, GrpoConfig, HindsightConfig, ReplayConfig
 from search_e1.config.inputs import DataConfig, PolicyConfig, RetrievalConfig
+from search_e1.config.prompts import Prompts
 from search_e1.config.rollout import EvaluationConfig, RolloutConfig, VllmConfig
 from search_e1.config.run import Config
 from search_e1.config.running import CheckpointsConfig, LaunchConfig, Sharding, TrackingConfig
@@ -39,6 +40,7 @@ __all__ = [
     "PairsConfig",
     "PolicyConfig",
     "PoolConfig",
+    "Prompts",
     "ReferenceConfig",
     "ReplayConfig",
     "RetrievalConfig",

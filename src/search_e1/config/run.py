@@ -11,10 +11,10 @@ from search_e1.config.distill import DistillConfig, LeadConfig, PairsConfig, Poo
 from search_e1.config.grpo import GrpoConfig
 from search_e1.config.inputs import DataConfig, PolicyConfig, RetrievalConfig
 from search_e1.config.presets import Preset, under
+from search_e1.config.prompts import Prompts
 from search_e1.config.rollout import EvaluationConfig, RolloutConfig, VllmConfig
 from search_e1.config.running import CheckpointsConfig, LaunchConfig, TrackingConfig
 from search_e1.config.warmstart import WarmstartConfig
-from search_e1.prompts import Prompts
 
 
 class Config(Section):

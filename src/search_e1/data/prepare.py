@@ -14,10 +14,10 @@ from typing import Any, Literal, NamedTuple
 
 from search_e1 import runs
 from search_e1.data import benchmarks, user_files
+from search_e1.data.answers import normalize_answer
 from search_e1.data.questions import Loaded, to_record
 from search_e1.data.user_files import Columns
 from search_e1.errors import ConfigError, DataError, RunError
-from search_e1.scoring import normalize_answer
 from search_e1.types import Question
 
 STAGE = "data"

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from search_e1 import ranks
 from search_e1.config import DistillConfig, Sharding
 from search_e1.errors import ConfigError
+from search_e1.runs import ranks
 from search_e1.training.sharding import dividing, settle
 
 _OWN_KEYS = {  # key of TrainingArguments -> where it is set instead

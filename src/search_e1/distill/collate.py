@@ -10,9 +10,10 @@ from typing import Any, Literal, TypedDict
 
 import torch
 
+from search_e1.config import Prompts
 from search_e1.errors import DataError
-from search_e1.prompts import Prompts, privileged_prompt
-from search_e1.tokens import TokenClass, token_classes
+from search_e1.text.prompts import privileged_prompt
+from search_e1.text.tokens import TokenClass, token_classes
 from search_e1.types import Pair, Trajectory
 
 Tokens = Literal["sampled", "acting"]

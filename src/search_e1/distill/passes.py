@@ -18,12 +18,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from search_e1 import ranks
 from search_e1.config import DistillConfig
 from search_e1.distill.collate import Row
 from search_e1.errors import RunError
-from search_e1.progress import Progress, silent
-from search_e1.runs import disk
+from search_e1.runs import disk, ranks
+from search_e1.runs.progress import Progress, silent
 from search_e1.training.divergence import fused_cross_entropy, fused_divergence
 from search_e1.training.head import Head, computing, hidden_at, split_head
 

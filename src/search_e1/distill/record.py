@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
-from search_e1.progress import Progress, Track
+from search_e1.runs.progress import Progress, Track
 from search_e1.training.resuming import figures
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from search_e1 import ranks
 from search_e1.config import DistillConfig, Sharding
 from search_e1.distill.arguments import training_arguments
 from search_e1.distill.collate import (
@@ -31,11 +30,11 @@ from search_e1.distill.collate import (
 from search_e1.distill.passes import SelfDistillation, TeacherStates, packs, teach
 from search_e1.distill.record import StepLog, summarize
 from search_e1.errors import ConfigError, DataError, TrainingError
-from search_e1.policy import Policy, merge_adapter, with_adapter
-from search_e1.progress import Progress, Track, silent, untracked
-from search_e1.runs import derived_seed
+from search_e1.runs import derived_seed, ranks
 from search_e1.runs.checkpoints import Work
+from search_e1.runs.progress import Progress, Track, silent, untracked
 from search_e1.training.memory import HalvingTrainer
+from search_e1.training.policy import Policy, merge_adapter, with_adapter
 from search_e1.training.resuming import STEPS, ResumingTrainer, restored_steps
 from search_e1.training.sharding import Twin, divides
 from search_e1.types import Pair

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from search_e1.progress import Progress, silent
 from search_e1.retrieval.base import Retriever
 from search_e1.runs import read_records
+from search_e1.runs.progress import Progress, silent
 from search_e1.types import Question, Record
 
 FILE = "ceiling.jsonl"

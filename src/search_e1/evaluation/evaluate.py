@@ -8,21 +8,20 @@ from functools import cached_property
 from pathlib import Path
 from statistics import median
 
-from search_e1.config import EvaluationConfig, RolloutConfig
+from search_e1.config import EvaluationConfig, Prompts, RolloutConfig
+from search_e1.data.answers import cover_match
 from search_e1.errors import DataError
 from search_e1.evaluation import results
 from search_e1.evaluation.ceiling import Ceiling, holds, is_yes_no, patterns
 from search_e1.evaluation.failures import classify
 from search_e1.evaluation.results import Evaluation, Result
-from search_e1.progress import Progress, silent
-from search_e1.prompts import Prompts
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.chunks import Asking
-from search_e1.rollout.generator import Generator
+from search_e1.rollout.engines.base import Generator
 from search_e1.rollout.sharing import Part, share
 from search_e1.runs import derived_seed
 from search_e1.runs.checkpoints import Lines, Work
-from search_e1.scoring import cover_match
+from search_e1.runs.progress import Progress, silent
 from search_e1.types import Group, Question, Record, Trajectory
 
 TRAJECTORIES, SAMPLED, TIMINGS = "trajectories.jsonl", "sampled.jsonl", "timings.json"

@@ -10,7 +10,7 @@ from search_e1.errors import ConfigError
 from search_e1.evaluation.compare import Comparison, Figure, Row
 from search_e1.evaluation.published import Row as Published
 from search_e1.evaluation.results import FIGURES
-from search_e1.safe import printable
+from search_e1.runs.safe import printable
 
 PUBLISHED = "published"
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {

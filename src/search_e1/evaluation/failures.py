@@ -6,7 +6,7 @@ how the trajectory ended, then what the answer had to go by.
 
 from enum import StrEnum
 
-from search_e1.scoring import normalize_answer
+from search_e1.data.answers import normalize_answer
 from search_e1.types import ActionKind, StopReason, Trajectory
 
 

@@ -10,10 +10,10 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from trl import GRPOConfig
 
-from search_e1 import ranks
 from search_e1.config import GrpoConfig, RolloutConfig, Sharding
 from search_e1.errors import ConfigError
 from search_e1.grpo import batching
+from search_e1.runs import ranks
 from search_e1.training.sharding import dividing, settle
 
 _ELSEWHERE = "has no effect here, sampling is not TRL's; leave it out"

@@ -5,7 +5,7 @@ from typing import Any
 
 from trl.generation.vllm_generation import VLLMGeneration
 
-from search_e1.rollout import vllm
+from search_e1.rollout.engines import vllm
 
 
 class Colocated(VLLMGeneration):

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from search_e1 import ranks
-from search_e1.config import EvidenceConfig, HindsightConfig, ReferenceConfig
+from search_e1.config import EvidenceConfig, HindsightConfig, Prompts, ReferenceConfig
 from search_e1.grpo import replay
-from search_e1.privileged import room, show
-from search_e1.prompts import Prompts, privileged_prompt
-from search_e1.tokens import token_classes
+from search_e1.runs import ranks
+from search_e1.text.prompts import privileged_prompt
+from search_e1.text.reference import room, show
+from search_e1.text.tokens import token_classes
 from search_e1.training.divergence import fused_divergence
 from search_e1.training.head import split_head
 from search_e1.types import Group, Trajectory

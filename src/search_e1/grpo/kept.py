@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from search_e1 import ranks
 from search_e1.rollout import pool
+from search_e1.runs import ranks
 from search_e1.runs.checkpoints import Work
 from search_e1.types import Group
 

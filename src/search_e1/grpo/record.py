@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
-from search_e1.progress import Progress, Track
+from search_e1.runs.progress import Progress, Track
 from search_e1.training.resuming import figures
 
 

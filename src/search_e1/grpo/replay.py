@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from search_e1.config import WHOLE, ReferenceConfig, ReplayConfig
-from search_e1.privileged import room, show
-from search_e1.prompts import Prompts, privileged_prompt
+from search_e1.config import WHOLE, Prompts, ReferenceConfig, ReplayConfig
+from search_e1.text.prompts import privileged_prompt
+from search_e1.text.reference import room, show
 from search_e1.types import ActionKind, Group, Turn
 
 

@@ -4,14 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from search_e1 import ranks
 from search_e1.config import GrpoConfig, ReferenceConfig, RolloutConfig
 from search_e1.grpo import brevity, replay
 from search_e1.grpo.kept import Groups
-from search_e1.policy import Policy
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.loop import rollout, starts
-from search_e1.runs import derived_seed
+from search_e1.runs import derived_seed, ranks
+from search_e1.training.policy import Policy
 from search_e1.types import Group, Question, Trajectory
 
 if TYPE_CHECKING:

@@ -23,7 +23,6 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer import grpo_trainer
 
-from search_e1 import ranks
 from search_e1.config import WHOLE, GrpoConfig, ReferenceConfig, RolloutConfig, Sharding
 from search_e1.errors import ConfigError, DataError, TrainingError
 from search_e1.grpo import batching, replay
@@ -33,14 +32,15 @@ from search_e1.grpo.guidance import Guidance
 from search_e1.grpo.kept import keeping
 from search_e1.grpo.record import Recorder, summarize
 from search_e1.grpo.rollouts import Rollouts, exact_match, length_penalty
-from search_e1.policy import Policy, merge_adapter, with_adapter
-from search_e1.progress import Progress, Track, silent, untracked
 from search_e1.retrieval.base import Retriever
-from search_e1.rollout import vllm
-from search_e1.rollout.generator import Generator
-from search_e1.rollout.hf import HFGenerator
+from search_e1.rollout.engines import vllm
+from search_e1.rollout.engines.base import Generator
+from search_e1.rollout.engines.torch import HFGenerator
+from search_e1.runs import ranks
 from search_e1.runs.checkpoints import Work
+from search_e1.runs.progress import Progress, Track, silent, untracked
 from search_e1.training.memory import HalvingTrainer
+from search_e1.training.policy import Policy, merge_adapter, with_adapter
 from search_e1.training.resuming import STEPS, ResumingTrainer, restored_steps
 from search_e1.training.sharding import Twin, divides, multiplied_in
 from search_e1.types import Question

@@ -20,7 +20,7 @@ from search_e1 import errors
 from search_e1.launch import processes
 from search_e1.launch.nodes import Node
 from search_e1.launch.processes import Process, Start
-from search_e1.progress import Progress, silent
+from search_e1.runs.progress import Progress, silent
 from search_e1.runs.stopping import STATUS, Stop, Stopped
 
 _POLL = 0.1

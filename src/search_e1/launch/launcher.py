@@ -14,8 +14,8 @@ from search_e1.launch.nodes import Facts, Node, Waiting
 from search_e1.launch.place import Place
 from search_e1.launch.processes import ForkServer, Process
 from search_e1.launch.wire import Wire
-from search_e1.progress import Progress, silent
 from search_e1.runs import cpu
+from search_e1.runs.progress import Progress, silent
 from search_e1.runs.stopping import Stop
 
 _log = logging.getLogger(__name__)

@@ -24,9 +24,9 @@ from search_e1.errors import RunError, SearchE1Error, TrainingError
 from search_e1.launch import wire
 from search_e1.launch.place import Place
 from search_e1.launch.wire import GoneError, Wire
-from search_e1.progress import Progress
 from search_e1.runs import cpu
 from search_e1.runs.drift import changes, lines
+from search_e1.runs.progress import Progress
 from search_e1.runs.stopping import Stopped
 
 FILE = ".nodes.json"

@@ -9,7 +9,6 @@ import bm25s
 import numpy as np
 
 from search_e1.errors import DataError
-from search_e1.progress import Progress, silent
 from search_e1.retrieval import directory as directories
 from search_e1.retrieval.base import Hit
 from search_e1.retrieval.bm25_build import MOST, WORDS, build
@@ -17,6 +16,7 @@ from search_e1.retrieval.directory import IndexManifest
 from search_e1.retrieval.passages import Passages
 from search_e1.retrieval.postings import Postings
 from search_e1.retrieval.words import STEMMER, STOPWORDS, Stems, digest, split
+from search_e1.runs.progress import Progress, silent
 from search_e1.types import Passage
 
 KIND = "bm25"

@@ -26,10 +26,10 @@ import bm25s
 import numpy as np
 
 from search_e1.errors import DataError, RunError
-from search_e1.progress import Progress
 from search_e1.retrieval.passages import Passages, npy_header
 from search_e1.retrieval.words import Stems, digest, split
 from search_e1.runs import write_atomically
+from search_e1.runs.progress import Progress
 
 WORDS, MOST = "words.npy", "most.npy"
 """Beside bm25s's files: ``WORD`` [words], sorted by digest; float32 [words], the greatest score of each by its number."""

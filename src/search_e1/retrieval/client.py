@@ -31,7 +31,7 @@ from tenacity.stop import stop_base
 
 from search_e1.errors import RetrievalError
 from search_e1.retrieval.base import Hit
-from search_e1.safe import masked
+from search_e1.runs.safe import masked
 from search_e1.types import Passage
 
 CHECKSUM_HEADER = "Search-E1-Index"

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from search_e1.errors import ModelError
-from search_e1.safe import inside
+from search_e1.runs.safe import inside
 from search_e1.types import Record
 
 Pooling = Literal["mean", "cls", "last"]

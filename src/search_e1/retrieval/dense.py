@@ -18,7 +18,6 @@ import faiss
 import numpy as np
 
 from search_e1.errors import ConfigError, DataError, ModelError
-from search_e1.progress import Progress, silent
 from search_e1.retrieval import directory as directories
 from search_e1.retrieval import vectors
 from search_e1.retrieval.base import Hit
@@ -26,6 +25,7 @@ from search_e1.retrieval.convention import Convention, EncoderSettings
 from search_e1.retrieval.directory import Building, IndexManifest
 from search_e1.retrieval.encoder import Encoder
 from search_e1.retrieval.passages import Passages
+from search_e1.runs.progress import Progress, silent
 from search_e1.types import Passage
 
 KIND = "dense"

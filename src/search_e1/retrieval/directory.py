@@ -19,10 +19,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from search_e1.errors import DataError, RunError
-from search_e1.progress import Progress, silent
 from search_e1.retrieval.passages import Passages
 from search_e1.runs import read_summed, sha256, sync, write_atomically, write_summed
-from search_e1.safe import inside
+from search_e1.runs.progress import Progress, silent
+from search_e1.runs.safe import inside
 from search_e1.types import Passage, Record
 
 FORMAT = 2

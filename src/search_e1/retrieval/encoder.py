@@ -12,9 +12,9 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoTokenizer
 
-from search_e1 import loading
 from search_e1.errors import ModelError
 from search_e1.retrieval.convention import Convention, EncoderSettings, Overrides, read_convention
+from search_e1.runs import devices as loading
 
 _TOKENIZER_FILES = (
     "tokenizer.json",

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from search_e1.errors import ConfigError, DataError
-from search_e1.progress import Progress, silent
 from search_e1.retrieval import directory as directories
 from search_e1.retrieval.base import Index
 from search_e1.retrieval.convention import EncoderSettings
 from search_e1.retrieval.hybrid import HybridIndex, StoredIndex
+from search_e1.runs.progress import Progress, silent
 from search_e1.types import Passage
 
 _KINDS = {"bm25": "bm25:Bm25Index", "dense": "dense:DenseIndex"}

@@ -13,9 +13,9 @@ from typing import Any, Self, overload
 import numpy as np
 
 from search_e1.errors import DataError, RetrievalError
-from search_e1.progress import Progress, silent
 from search_e1.retrieval.base import Hit
 from search_e1.runs import write_atomically
+from search_e1.runs.progress import Progress, silent
 from search_e1.types import Passage
 
 _LINES, _OFFSETS, _ABOUT = "passages.jsonl", "offsets.npy", "passages.json"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from search_e1.progress import Progress, silent
 from search_e1.runs import write_atomically
+from search_e1.runs.progress import Progress, silent
 
 CHUNK = 4096
 """Passages that are encoded together and then made durable. Part of what decides a vector's last bits, so never a setting."""

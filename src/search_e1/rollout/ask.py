@@ -4,15 +4,14 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from search_e1.config import RolloutConfig
-from search_e1.policy import Policy
-from search_e1.prompts import Prompts
+from search_e1.config import Prompts, RolloutConfig
 from search_e1.retrieval.base import Retriever
-from search_e1.rollout.endpoint import Endpoint, EndpointGenerator
-from search_e1.rollout.generator import Generator
-from search_e1.rollout.hf import HFGenerator
+from search_e1.rollout.engines.base import Generator
+from search_e1.rollout.engines.endpoint import Endpoint, EndpointGenerator
+from search_e1.rollout.engines.torch import HFGenerator
+from search_e1.rollout.engines.vllm import VLLMGenerator
 from search_e1.rollout.loop import rollout, starts
-from search_e1.rollout.vllm import VLLMGenerator
+from search_e1.training.policy import Policy
 from search_e1.types import Question, Trajectory, Turn
 
 

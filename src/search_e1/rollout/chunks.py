@@ -6,10 +6,9 @@ Which questions make a chunk follows from the config alone: a chunk that is done
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from search_e1.config import RolloutConfig
-from search_e1.prompts import Prompts
+from search_e1.config import Prompts, RolloutConfig
 from search_e1.retrieval.base import Retriever
-from search_e1.rollout.generator import Generator
+from search_e1.rollout.engines.base import Generator
 from search_e1.rollout.loop import OnTrajectory, Spent, rollout, starts
 from search_e1.types import Group, Question, Trajectory
 

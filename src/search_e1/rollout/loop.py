@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from search_e1.config import RolloutConfig
+from search_e1.config import Prompts, RolloutConfig
+from search_e1.data.answers import exact_match, f1
 from search_e1.errors import ModelError
-from search_e1.prompts import Prompts, plain_prompt
 from search_e1.retrieval.base import Retriever
-from search_e1.rollout.env import Protocol
-from search_e1.rollout.generator import Generation, Generator, Request, Session
-from search_e1.rollout.protocols import protocol_of
+from search_e1.rollout.engines.base import Generation, Generator, Request, Session
 from search_e1.runs import derived_seed
-from search_e1.scoring import exact_match, f1
+from search_e1.text.prompts import plain_prompt
+from search_e1.text.protocol import Protocol
+from search_e1.text.protocols import protocol_of
 from search_e1.types import ActionKind, Question, StopReason, Trajectory, Turn
 
 OnTurn = Callable[[int, Turn], None]

@@ -7,17 +7,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from search_e1.config import PoolConfig, RolloutConfig
+from search_e1.config import PoolConfig, Prompts, RolloutConfig
 from search_e1.errors import DataError
-from search_e1.progress import Progress, silent
-from search_e1.prompts import Prompts
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.chunks import PARTS, Asking, tally
-from search_e1.rollout.generator import Generator
+from search_e1.rollout.engines.base import Generator
 from search_e1.rollout.loop import OnTrajectory, Spent
 from search_e1.rollout.sharing import Part, written
 from search_e1.runs import read_records
 from search_e1.runs.checkpoints import Work
+from search_e1.runs.progress import Progress, silent
 from search_e1.types import Group, Question, Trajectory
 
 FILE = "groups.jsonl"

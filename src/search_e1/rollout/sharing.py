@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from search_e1 import ranks
-from search_e1.runs import JOURNAL
+from search_e1.runs import JOURNAL, ranks
 from search_e1.runs.checkpoints import Lines, Work
 
 Chunk = TypeVar("Chunk")

@@ -21,7 +21,7 @@ from search_e1.errors import RunError
 from search_e1.runs import cpu, locks
 from search_e1.runs.drift import Change, Defaults, changes, lines, no_defaults
 from search_e1.runs.files import SUM, read_summed, sha256, sha256_text, sync, write_atomically, write_summed
-from search_e1.safe import inside, masked
+from search_e1.runs.safe import inside, masked
 from search_e1.types import Record
 
 MANIFEST = "manifest.json"

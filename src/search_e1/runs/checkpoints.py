@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from search_e1 import ranks
+from search_e1.runs import ranks
 from search_e1.runs.artifacts import JOURNAL
 from search_e1.runs.files import sha256, sync, write_atomically
 from search_e1.runs.stopping import Stop

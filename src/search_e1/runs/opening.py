@@ -10,7 +10,7 @@ from search_e1.errors import RunError
 from search_e1.runs import artifacts, disk, locks
 from search_e1.runs.drift import changes, lines
 from search_e1.runs.files import write_atomically
-from search_e1.safe import masked
+from search_e1.runs.safe import masked
 
 CONFIG = "config.json"
 _VERSIONS = "versions.json"

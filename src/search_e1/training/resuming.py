@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerState, trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from search_e1 import ranks
+from search_e1.runs import ranks
 from search_e1.runs.checkpoints import Work
 from search_e1.training import zero3
 from search_e1.training.sharding import like, wholes

@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 from transformers import TrainingArguments
 
-from search_e1 import ranks
 from search_e1.config import Sharding
 from search_e1.errors import ConfigError
+from search_e1.runs import ranks
 from search_e1.training import zero3
 
 

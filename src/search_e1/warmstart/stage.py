@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from search_e1.config import Config, WarmstartConfig
+from search_e1.config import Config, Prompts, WarmstartConfig
 from search_e1.data.corpus import read_corpus
 from search_e1.errors import ConfigError
-from search_e1.progress import Progress, Track, silent, untracked
-from search_e1.prompts import Prompts
 from search_e1.retrieval.base import Retriever
+from search_e1.rollout import demonstrations
 from search_e1.runs.checkpoints import Work
+from search_e1.runs.progress import Progress, Track, silent, untracked
+from search_e1.training import fresh
 from search_e1.types import Passage, Question
-from search_e1.warmstart import demonstrations, fresh
 from search_e1.warmstart.trainer import train
 
 _LAST = 20  # steps whose mean loss is reported

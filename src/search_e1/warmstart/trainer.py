@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from search_e1.errors import DataError, TrainingError
-from search_e1.policy import Policy
-from search_e1.progress import Progress, Track, silent, untracked
 from search_e1.runs.checkpoints import Work
+from search_e1.runs.progress import Progress, Track, silent, untracked
 from search_e1.training import memory
+from search_e1.training.policy import Policy
 from search_e1.training.resuming import load_trained, save_trained
 
 _WARM_UP = 0.05  # share of the steps over which the learning rate rises; it then falls linearly to zero

@@ -1,0 +1,273 @@
+"""What a person sees in the terminal: progress, tables, turns."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Column, Table
+from rich.text import Text
+
+from search_e1.runs.progress import Progress
+from search_e1.runs.safe import printable
+from search_e1.text.prompts import seen_passages
+from search_e1.types import ActionKind, Passage, Turn
+
+if TYPE_CHECKING:
+    from search_e1.evaluation.results import Evaluation
+    from search_e1.evolve import Summary
+    from search_e1.retrieval.directory import IndexManifest
+    from search_e1.selfdistill.lead import Lead
+
+
+def watch(console: Console, rounds: int) -> Callable[[str], AbstractContextManager[Progress]]:
+    """A bar for each stage: its name and round, how far, the time left, and the figure that matters.
+
+    Where the output is no terminal, a line at the end of each stage.
+    """
+
+    @contextmanager
+    def stage(name: str) -> Iterator[Progress]:
+        kind, _, round = name.rpartition("-")
+        label = f"{kind.replace('-', ' ')} {round}/{rounds}" if round.isdigit() else name.replace("-", " ")
+        bars = Bars(
+            TextColumn("{task.description:<20}", markup=False),
+            BarColumn(bar_width=10),
+            TextColumn("{task.fields[count]:>11}", markup=False),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            # The rest of the line: what matters most comes first.
+            TextColumn(
+                "{task.fields[figure]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+            ),
+            console=console,
+            expand=True,
+        )
+        task = bars.add_task(printable(label), total=None, figure="", count="")
+
+        def progress(done: int, total: int, figure: str = "") -> None:
+            count = f"{done}/{total}" if total else str(done)
+            bars.update(task, completed=done, total=total or None, figure=figure, count=count)
+
+        with bars:
+            yield progress
+            finished = bars.tasks[task]
+            bars.update(task, completed=finished.completed or 1, total=finished.completed or 1)
+
+    return stage
+
+
+def plain_table(title: str | None) -> Table:
+    """No frame and no wasted column: the widest one here still fits a terminal of 80."""
+    return Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def summary_table(summary: "Summary") -> Table:
+    """The run in one table: a row for each evaluated policy. Fits 80 columns."""
+    hops = sorted({h for policy in summary.policies for h in policy.by_hops if h != "None"})
+    table = plain_table(f"EM of each policy (seed {summary.seed})")
+    for heading in ("policy", "EM", "sampled", *(f"{h}-hop" for h in hops), "searches", "tokens", "lead", "pairs", "s"):
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    for policy in summary.policies:
+        kind, _, number = policy.stage.rpartition("-")
+        round = summary.rounds.get(number) if kind == "ofsd" else None
+        table.add_row(
+            policy.stage,
+            f"{policy.em:.3f}",
+            "" if policy.em_sampled is None else f"{policy.em_sampled:.3f}",
+            *(f"{policy.by_hops[h]:.3f}" if h in policy.by_hops else "" for h in hops),
+            f"{policy.searches:.2f}",
+            f"{policy.tokens:.0f}",
+            f"{round.lead.lead:+.3f}" if round and round.lead else "",
+            str(round.pairs["train_pairs"]) if round else "",
+            f"{_round_seconds(summary, policy.stage):.0f}",
+        )
+    return table
+
+
+def _round_seconds(summary: "Summary", stage: str) -> float:
+    """What it cost to make this policy: GRPO for a GRPO policy; pool, pairs, lead and distillation for an OFSD one."""
+    kind, _, number = stage.rpartition("-")
+    names = [stage] if kind != "ofsd" else [f"{part}-{number}" for part in ("pool", "pairs", "lead", "ofsd")]
+    return sum(summary.seconds.get(name, 0.0) for name in names)
+
+
+def show_evaluation(console: Console, evaluation: "Evaluation") -> None:
+    """Figures, what could have been read, and why answers are wrong: a row for each benchmark. Fits 80 columns."""
+    console.print(evaluation_table(evaluation))
+    if len(evaluation.by_benchmark) > 1:
+        low, high = evaluation.macro_em_interval
+        console.print(
+            f"macro average EM {evaluation.macro_em:.3f} (95% {low:.3f} to {high:.3f})", highlight=False, markup=False
+        )
+    for table in (ceiling_table(evaluation), failure_table(evaluation)):
+        console.print()
+        console.print(table)
+
+
+def evaluation_table(evaluation: "Evaluation") -> Table:
+    """A row for each benchmark and hop count."""
+    table = plain_table(None)
+    for heading in ("questions", "n", "EM", "95%", "sampled", "F1", "cover", "searches", "tokens"):
+        table.add_column(heading, justify="left" if heading == "questions" else "right", no_wrap=heading != "questions")
+    hops = ((f"{hops}-hop", row) for hops, row in evaluation.by_hops.items())
+    for name, row in (*evaluation.by_benchmark.items(), *hops, ("all", evaluation)):
+        table.add_row(
+            printable(name),
+            str(row.n),
+            f"{row.em:.3f}",
+            "{:.3f}-{:.3f}".format(*row.em_interval),
+            _share(row.em_sampled),
+            f"{row.f1:.3f}",
+            f"{row.cover_em:.3f}",
+            f"{row.searches:.2f}",
+            f"{row.tokens:.0f}",
+        )
+    return table
+
+
+def ceiling_table(evaluation: "Evaluation") -> Table:
+    """Where an answer stands, and EM over the questions whose answer is in the corpus."""
+    table = plain_table("An answer is in what was read, in the question's own top k, in the corpus")
+    headings = ("questions", "read", "top k", "corpus", "EM if in corpus", "95%")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "questions" else "right", no_wrap=True)
+    for name, row in (*evaluation.by_benchmark.items(), ("all", evaluation)):
+        interval = row.em_answerable_interval
+        table.add_row(
+            printable(name),
+            _share(row.read),
+            _share(row.in_topk, "unknown"),
+            _share(row.in_corpus, "unknown"),
+            _share(row.em_answerable),
+            "{:.3f}-{:.3f}".format(*interval) if interval else "",
+        )
+    return table
+
+
+def failure_table(evaluation: "Evaluation") -> Table:
+    """How many wrong answers are of each class, by benchmark; classes without any are left out."""
+    wrong = sum(evaluation.failures.values())
+    table = plain_table(f"Why {wrong} answers are wrong" if wrong else "No answer is wrong")
+    table.add_column("questions", overflow="fold")
+    for failure in evaluation.failures:
+        table.add_column(_FAILURES.get(failure, failure), justify="right", no_wrap=True)
+    for name, row in (*evaluation.by_benchmark.items(), ("all", evaluation)):
+        table.add_row(printable(name), *(str(row.failures.get(failure, 0)) for failure in evaluation.failures))
+    if wrong:
+        table.add_row("share", *(f"{count / wrong:.3f}" for count in evaluation.failures.values()))
+    return table
+
+
+# Headings of two lines, so that all classes fit beside the longest name of a benchmark.
+_FAILURES = {
+    "not_in_corpus": "not in\ncorpus",
+    "repeated_search": "re-\npeated",
+    "yes_no": "yes/no",
+    "wording": "word-\ning",
+    "not_read_out": "not\nread\nout",
+    "no_search": "no\nsearch",
+    "not_retrieved": "not re-\ntrieved",
+}
+
+
+def _share(value: float | None, unknown: str = "") -> str:
+    return unknown if value is None else f"{value:.3f}"
+
+
+def lead_table(lead: "Lead") -> RenderableType:
+    """Plain against privileged prompt, then where teacher and student disagree. Fits 80 columns."""
+    sampling, divergence = plain_table(None), plain_table(None)
+    for heading in ("prompt", "EM", "EM off track", "searches", "tokens"):
+        sampling.add_column(heading, justify="left" if heading == "prompt" else "right")
+    for name in ("plain", "privileged"):
+        off_track = getattr(lead, f"em_{name}_off_track")
+        sampling.add_row(
+            name,
+            f"{getattr(lead, f'em_{name}'):.3f}",
+            "" if off_track is None else f"{off_track:.3f}",
+            f"{getattr(lead, f'searches_{name}'):.2f}",
+            f"{getattr(lead, f'tokens_{name}'):.0f}",
+        )
+    for heading in ("sampled token", "number", "KL, nats", "share of KL"):
+        divergence.add_column(heading, justify="left" if heading == "sampled token" else "right")
+    for kind, part in lead.kl.items():
+        divergence.add_row(kind, str(part.tokens), f"{part.mean:.4f}", f"{part.share:.1%}")
+    return Group(
+        Text(f"The teacher's lead: {lead.lead:+.3f} EM (95% {lead.low:+.3f} to {lead.high:+.3f})", style="italic"),
+        Text(
+            f"{lead.pairs} held-out pairs, {lead.shortened} of them with a shortened reference; {lead.too_long} too long",
+            style="italic",
+        ),
+        sampling,
+        "",
+        Text("What the students did, and how far the teacher is from it", style="italic"),
+        divergence,
+    )
+
+
+def index_table(manifest: "IndexManifest") -> Table:
+    """What an index is and what it takes: a row for each fact, then one for each file. Fits 80 columns."""
+    total = _bytes(sum(manifest.files.values()))
+    table = plain_table(printable(f"{manifest.kind} index, {manifest.passages:,} passages, {total}"))
+    table.show_header = False
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in flat(manifest.settings).items():
+        table.add_row(Text(printable(name)), Text(printable(str(value))))
+    versions = ", ".join(f"{package} {version}" for package, version in manifest.versions.items())
+    table.add_row("built in", Text(printable(f"{manifest.seconds:,.0f} s with {versions}")))
+    table.add_row("corpus", Text(printable(manifest.corpus)))
+    table.add_row("checksum", Text(printable(manifest.checksum)))
+    for name, size in sorted(manifest.files.items(), key=lambda item: -item[1]):
+        table.add_row(f"{_bytes(size):>10}", Text(printable(name)))
+    return table
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} GiB"
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names; what is not set is left out."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        elif value is not None and value != "":
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def show_turn(console: Console, turn: Turn) -> None:
+    """A thought, a search, and the first words of what came back."""
+    thought = re.split(r"<(?:search|answer|tool_call)>", turn.action_text)[0]
+    thought = re.sub(r"</?think>", "", thought).strip()
+    if thought:
+        console.print(Text(printable(thought), style="dim"))
+    show_reply(console, turn)
+
+
+def show_reply(console: Console, turn: Turn) -> None:
+    """A search, and the first words of what came back."""
+    if turn.kind is ActionKind.SEARCH:
+        console.print(Text(f"search  {printable(turn.argument or '')}", style="bold cyan"))
+        for line in seen_passages(turn.observation_text):
+            console.print(Text("  " + printable(line)), overflow="ellipsis", no_wrap=True)
+    elif turn.kind is ActionKind.MALFORMED:
+        console.print(Text("(neither a search nor an answer)", style="red"))
+
+
+def show_passages(console: Console, passages: Sequence[Passage]) -> None:
+    if not passages:
+        console.print("nothing found")
+    for rank, passage in enumerate(passages, 1):
+        console.print(Text(f"{rank}  {printable(passage.title)}  [{printable(passage.id)}]", style="bold"))
+        console.print(Text(printable(passage.text)))

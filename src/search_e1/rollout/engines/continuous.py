@@ -1,0 +1,248 @@
+"""Sampling where rows come and go: who is finished leaves the batch, who was answered joins it, nothing is computed twice.
+
+Rows hold slots of a ``RaggedCache``: first the active ones, which are sampled together, then those that wait to go on, then
+free slots. What a row's earlier turns left in its slot stays there until the row is released, siblings get a copy of their
+prompt's, and what all prompts begin with (the instruction) is computed once a session.
+"""
+
+import gc
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from random import Random
+
+import torch
+from transformers import PreTrainedModel
+
+from search_e1.errors import ModelError
+from search_e1.rollout.engines.base import Generation, Request
+from search_e1.rollout.engines.ragged import RaggedCache
+from search_e1.rollout.engines.sampling import Ends, draw
+
+_PREFILL = 8192
+"""Most tokens, padding included, of one forward pass over prompts or observations."""
+_PREFIX = 16
+"""A common beginning of prompts is computed apart if it has as many tokens."""
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    key: int
+    slot: int | None = None
+    stored: int = 0
+    """The slot in which the cache has it. Another than ``slot`` while rows change places."""
+    known: int = 0
+    """So many of ``ids`` are in the cache."""
+    ids: list[int] = field(default_factory=list)
+    """Prompt and what was sampled."""
+    prompt: int = 0
+    """So many of ``ids`` are the prompt."""
+    end: int = 0
+    """As many ``ids`` there are when ``max_new_tokens`` are sampled."""
+    source: Random = field(init=False)
+    logprobs: list[float] = field(default_factory=list)
+    unfinished: bool = True
+
+    def begin(self, request: Request) -> None:
+        """Go on with the request's prompt, or start over where it is not what the cache holds."""
+        prompt = list(request.prompt)
+        if self.ids[: self.known] != prompt[: self.known] or self.known >= len(prompt):
+            self.known = 0
+        self.ids, self.prompt, self.end = prompt, len(prompt), len(prompt) + request.max_new_tokens
+        self.source, self.logprobs, self.unfinished = Random(request.seed), [], True
+
+    @property
+    def new(self) -> list[int]:
+        """What must go through the model before the last id does."""
+        return self.ids[self.known : -1]
+
+
+class ContinuousSession:
+    """A ``Session`` over a transformers model."""
+
+    pace = 8
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ends: Ends,
+        *,
+        temperature: float,
+        rows: int,
+        on_id: Callable[[int | None], None] | None = None,
+    ) -> None:
+        """``rows``: most that hold a slot. ``on_id``: see ``HFGenerator``."""
+        self._model, self._ends, self._temperature, self._on_id = model, ends, temperature, on_id
+        self._rows: dict[int, _Row] = {}
+        self._waiting: list[_Row] = []
+        self._steps = 0
+        self._empty(rows)
+
+    def _empty(self, rows: int) -> None:
+        self.rows = rows
+        self._held: list[_Row | None] = [None] * rows  # by slot
+        self._active = 0
+        self._prefix: list[int] | None = None  # until the first prompts have shown what they have in common
+        self._cache = RaggedCache(self._model, rows + 1)  # the last slot holds the prefix
+
+    def submit(self, request: Request) -> None:
+        """See ``Session``."""
+        row = self._rows.get(request.key) or self._rows.setdefault(request.key, _Row(request.key))
+        row.begin(request)
+        self._waiting.append(row)
+
+    def release(self, key: int) -> None:
+        """See ``Session``."""
+        row = self._rows.pop(key)
+        if row.slot is not None:
+            self._held[row.slot] = None
+
+    def step(self) -> list[tuple[int, Generation]]:
+        """See ``Session``: one token for each active row, after rows have joined.
+
+        Raises:
+            ModelError: memory does not hold a single row.
+        """
+        try:
+            self._settle()  # now it is known who was released, and need not be kept
+            if self._waiting and (not self._active or self._steps % self.pace == 0):
+                self._join()
+            self._steps += 1
+            return self._sample() if self._active else []
+        except torch.OutOfMemoryError as error:
+            if self.rows == 1:
+                raise ModelError(
+                    "not even one trajectory fits into memory; lower rollout.max_tokens, or use a smaller policy"
+                ) from error
+        self._shrink()
+        return []
+
+    # Active rows.
+
+    def _sample(self) -> list[tuple[int, Generation]]:
+        rows = [row for row in self._held[: self._active] if row]
+        logits = self._cache.forward(range(len(rows)), [row.known for row in rows], [row.ids[-1:] for row in rows])
+        ids, logprobs = draw(logits, self._temperature, [row.source for row in rows])
+        finished, ends = [], self._ends
+        for row, id, logprob in zip(rows, ids, logprobs, strict=True):
+            row.known += 1
+            row.ids.append(id)
+            row.logprobs.append(logprob)
+            last = (ends.candidates is None or id in ends.candidates) and ends.at(row.ids, row.prompt)
+            if last or len(row.ids) >= row.end:
+                row.unfinished = False
+                finished.append(row)
+        if self._on_id and len(rows) == 1:
+            self._on_id(ids[0])
+        for row in reversed(finished):  # the last active row takes the place of one that leaves
+            self._active -= 1
+            self._put(row, self._active)
+        return [(row.key, Generation(tuple(row.ids[row.prompt :]), tuple(row.logprobs))) for row in finished]
+
+    # Rows that join.
+
+    def _join(self) -> None:
+        joining: list[_Row] = []
+        later: list[_Row] = []
+        free = [slot for slot in range(self._active, self.rows) if self._held[slot] is None]
+        for row in self._waiting:
+            if row.slot is None and free:
+                row.slot = row.stored = free.pop(0)
+                self._held[row.slot] = row
+            (later if row.slot is None else joining).append(row)
+        self._waiting = later
+        if self._on_id and len(joining) == 1:
+            self._on_id(None)
+        leaders: dict[tuple[int, ...], _Row] = {}
+        followers = [row for row in joining if not row.known and leaders.setdefault(tuple(row.ids), row) is not row]
+        followed = {row.key for row in followers}
+        needy = [row for row in joining if row.key not in followed]
+        self._begin(list(leaders.values()))
+        self._gather(joining)
+        self._settle()
+        self._prefill(sorted(needy, key=lambda row: len(row.ids) - row.known, reverse=True))
+        self._copy([leaders[tuple(row.ids)] for row in followers], followers)
+        self._active += len(joining)
+
+    def _begin(self, rows: Sequence[_Row]) -> None:
+        """Give new rows, whose prompts differ, what these have in common."""
+        self._cache.clear([row.stored for row in rows])
+        if self._prefix is None and len(rows) > 1:
+            common = _common([row.ids[:-1] for row in rows])
+            self._prefix = common if len(common) >= _PREFIX else []
+            if self._prefix:
+                self._cache.forward([self.rows], [0], [self._prefix])
+        prefix = _Row(-1, stored=self.rows, ids=self._prefix or [], known=len(self._prefix or []))
+        given = [row for row in rows if row.ids[: prefix.known] == prefix.ids and len(row.ids) > prefix.known > 0]
+        self._copy([prefix] * len(given), given)
+
+    def _copy(self, models: Sequence[_Row], rows: Sequence[_Row]) -> None:
+        """Let each row have what the cache holds of another."""
+        if rows:
+            length = max(model.known for model in models)
+            self._cache.move([row.stored for row in rows], [model.stored for model in models], length)
+        for row, model in zip(rows, models, strict=True):
+            row.known = model.known
+
+    def _prefill(self, rows: Sequence[_Row]) -> None:
+        """Compute what ``rows``, those with most to compute first, have before their last ids."""
+        at = 0
+        while at < len(rows) and rows[at].new:
+            width, end = len(rows[at].new), at + 1
+            # Padding to twice a row's length costs more than another pass.
+            while end < len(rows) and (end + 1 - at) * width <= _PREFILL and len(rows[end].new) * 2 > width:
+                end += 1
+            part = rows[at:end]
+            self._cache.forward([row.stored for row in part], [row.known for row in part], [row.new for row in part])
+            for row in part:
+                row.known = len(row.ids) - 1
+            at = end
+
+    # Slots.
+
+    def _gather(self, rows: Sequence[_Row]) -> None:
+        """Let ``rows`` have the slots behind the active ones; those who are there already stay."""
+        places = range(self._active, self._active + len(rows))
+        elsewhere = [row for row in rows if row.slot not in places]
+        held = {row.slot for row in rows}
+        for row, place in zip(elsewhere, [place for place in places if place not in held], strict=True):
+            self._put(row, place)
+
+    def _put(self, row: _Row, slot: int) -> None:
+        """Let ``row`` change slots with whoever holds ``slot``; ``_settle`` moves what they have in the cache."""
+        assert row.slot is not None
+        other = self._held[row.slot] = self._held[slot]
+        if other:
+            other.slot = row.slot
+        self._held[slot], row.slot = row, slot
+
+    def _settle(self) -> None:
+        moved = [row for row in self._held if row and row.slot != row.stored]
+        if kept := [row for row in moved if row.known]:
+            length = max(row.known for row in kept)
+            self._cache.move([row.slot or 0 for row in kept], [row.stored for row in kept], length)
+        for row in moved:
+            row.stored = row.slot or 0
+
+    def _shrink(self) -> None:
+        """Go on with half the rows. What was sampled stays; what the cache held is computed again."""
+        warnings.warn(
+            f"out of memory: {self.rows // 2} trajectories are sampled together instead of {self.rows}; "
+            "lower rollout.batch_size",
+            stacklevel=2,
+        )
+        del self._cache
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        for row in self._rows.values():
+            row.slot, row.known = None, 0
+        self._waiting = [row for row in self._rows.values() if row.unfinished]
+        self._empty(self.rows // 2)
+
+
+def _common(lists: Sequence[list[int]]) -> list[int]:
+    """What all begin with: the first and the last in order differ wherever any two do."""
+    first, last = min(lists), max(lists)
+    return [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))]

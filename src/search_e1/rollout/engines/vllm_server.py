@@ -1,0 +1,130 @@
+"""A running vLLM server, ids in and ids out: its ``/v1/completions`` takes a prompt as ids and tells those that it sampled.
+
+So what it samples is as good as an engine's in this process, unlike what other endpoints say (``endpoint``).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from search_e1.config import VllmConfig
+from search_e1.errors import ConfigError, EndpointError
+from search_e1.rollout.engines.base import Generation, Request
+from search_e1.rollout.engines.remote import RemoteGenerator
+from search_e1.training.policy import resolve
+
+_ATTEMPTS = 4
+
+
+class _Logprobs(BaseModel):
+    token_logprobs: list[float | None]
+
+
+class _Choice(BaseModel):
+    token_ids: list[int]
+    logprobs: _Logprobs | None = None
+
+
+class _Completion(BaseModel):
+    choices: list[_Choice]
+
+
+class _Model(BaseModel):
+    id: str
+    root: str | None = None
+    max_model_len: int | None = None
+
+
+class _Models(BaseModel):
+    data: list[_Model]
+
+
+class ServerGenerator(RemoteGenerator):
+    """Samples from the policy that a ``vllm serve`` was started with."""
+
+    def __init__(self, config: VllmConfig, policy: str | Path, tokenizer: Any, *, concurrency: int) -> None:
+        """Connect. ``concurrency``: requests under way together.
+
+        Raises:
+            ConfigError: ``config.url`` is none, or its server has another policy than ``policy``.
+            EndpointError: the server does not answer, or is no vLLM.
+        """
+        url = _base(str(config.url))
+        super().__init__(
+            f"{url}/completions", timeout=config.timeout, attempts=_ATTEMPTS, concurrency=concurrency, check="vllm.url"
+        )
+        self.tokenizer = tokenizer
+        self._model, self.context_length = self._served(f"{url}/models", str(policy))
+
+    def _served(self, address: str, policy: str) -> tuple[str, int]:
+        """Name and context of the policy there."""
+        try:
+            response = httpx.get(address, headers=self._headers, timeout=30.0)
+            response.raise_for_status()
+            models = _Models.model_validate_json(response.content).data
+        except httpx.HTTPError as error:
+            raise EndpointError(
+                f"{address}: {error or type(error).__name__}; is `vllm serve` running there?"
+            ) from error
+        except ValidationError as error:
+            raise EndpointError(f"{address}: not an answer of vLLM's; give the URL of a `vllm serve`") from error
+        names = {policy, str(resolve(policy)), str(Path(resolve(policy)).resolve())}
+        for model in models:
+            if names & {model.id, model.root} and model.max_model_len:
+                return model.id, model.max_model_len
+        told = ", ".join(model.root or model.id for model in models) or "nothing"
+        raise ConfigError(
+            f"vllm.url: {address} serves {told}, and the policy is {policy}; start the server with `vllm serve {policy}`, or, "
+            f"where it has another path there, with --served-model-name {policy}"
+        )
+
+    def _payload(self, request: Request, temperature: float, stop: Sequence[str]) -> dict[str, Any]:
+        return {
+            "model": self._model,
+            "prompt": list(request.prompt),
+            "max_tokens": request.max_new_tokens,
+            "temperature": temperature,
+            "seed": request.seed,
+            "stop": list(stop),
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,  # they may be, or complete, a stop string
+            "spaces_between_special_tokens": False,
+            "return_token_ids": True,
+            "logprobs": 0,  # of the sampled id alone
+            # The server's defaults are the model's own, which would change the distribution.
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+        }
+
+    def _read(self, content: bytes, payload: dict[str, Any]) -> Generation:
+        choice = _Completion.model_validate_json(content).choices[0]
+        ids, told = tuple(choice.token_ids), choice.logprobs.token_logprobs if choice.logprobs else []
+        # A server tells those of temperature 1, unless it was started with --logprobs-mode, which it does not tell.
+        known = [logprob for logprob in told if logprob is not None] if payload["temperature"] in (0.0, 1.0) else []
+        return Generation(ids, tuple(known) if len(known) == len(ids) else None)
+
+    def _too_long(self) -> Generation:
+        raise EndpointError(f"{self.address}: the server has less context than it says; lower rollout.max_tokens")
+
+
+def _base(url: str) -> str:
+    """With ``/v1`` at its end, once.
+
+    Raises:
+        ConfigError: no http or https URL, or one with a password.
+    """
+    try:
+        parsed = httpx.URL(url.strip())
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"vllm.url = {url!r}: {error}; write http://host:port") from error
+    if parsed.userinfo:
+        raise ConfigError("vllm.url: a password in the URL would be stored; put the key into SEARCH_E1_API_KEY")
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ConfigError(f"vllm.url = {url!r}: not an http or https URL; write http://host:port")
+    path = parsed.path.rstrip("/").removesuffix("/completions")
+    return str(parsed.copy_with(path=path or "/v1", query=None, fragment=None))

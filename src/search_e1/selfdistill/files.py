@@ -1,0 +1,89 @@
+"""Pairs on disk: mined from a pool's file, and read by those who measure on them and learn from them."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from search_e1.config import Config
+from search_e1.errors import DataError
+from search_e1.rollout import pool
+from search_e1.runs import read_records
+from search_e1.selfdistill import lead as teacher
+from search_e1.selfdistill import pairs as mining
+from search_e1.selfdistill.gold import Demonstrations
+from search_e1.text.reference import Shown, room, show
+from search_e1.training.policy import Reader
+from search_e1.types import Group, Pair, Question, Trajectory
+
+TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
+_CHECKED = 64
+"""Groups or pairs of a file whose ids are decoded to see whether the tokenizer is theirs."""
+
+
+def mine(pool_file: Path, reader: Reader, config: Config, *, seed: int, out: Path) -> dict[str, Any]:
+    """Mine a pool for pairs that ``reader``'s policy can hold; write ``out / TRAIN`` and ``out / HELD_OUT``.
+
+    Returns:
+        ``PoolHealth``, mismatched (pairs that see another question's reference), train_pairs, held_out_pairs.
+
+    Raises:
+        DataError: a file that is no pool, or one that was sampled with another tokenizer; demonstrations that are none; too
+            few questions to mismatch.
+    """
+
+    def groups() -> Iterator[Group]:
+        for number, group in enumerate(pool.read(pool_file)):
+            if number < _CHECKED:
+                check_tokenizer(reader.tokenizer, group.trajectories, pool_file)
+            yield group
+
+    def shown(question: Question, reference: Trajectory, student: Trajectory) -> Shown | None:
+        left = room(config.reference, reader.context_length, len(student.response_ids))
+        return show(reader.tokenizer, reader.prompts, question.text, reference, config.reference, left)
+
+    by_gold, path = config.pairs.references_by == "gold", config.data.demonstrations
+    gold = Demonstrations(path, reader.tokenizer, reader.prompts) if by_gold and path else None
+    pairs, health = mining.select(groups(), config.pairs, shown, seed=seed, gold=gold)
+    made, left_out = [], 0
+    for name, part in zip((TRAIN, HELD_OUT), teacher.hold_out(pairs, config.lead, seed), strict=True):
+        kept, missing = mining.mismatch(part, pairs, config.pairs.mismatched, shown, seed=seed)
+        left_out += missing
+        made.append(kept)
+        with (out / name).open("w", encoding="utf-8") as file:
+            file.writelines(pair.model_dump_json() + "\n" for pair in kept)
+    every = [pair for part in made for pair in part]
+    health = health.model_copy(update={"pairs": len(every), "too_long": health.too_long + left_out})
+    mismatched = sum(pair.mismatched for pair in every)
+    counts = {"mismatched": mismatched, "train_pairs": len(made[0]), "held_out_pairs": len(made[1])}
+    return {**health.model_dump(), **counts}
+
+
+def read(path: Path, tokenizer: Any = None) -> list[Pair]:
+    """The pairs of a file that ``mine`` wrote.
+
+    Raises:
+        DataError: the file is not there, a line is not a pair (named), or its ids are not ``tokenizer``'s, if that is given.
+    """
+    pairs = list(read_records(path, Pair, "make the pairs with `search-e1 pairs`"))
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, (pair.student for pair in pairs[:_CHECKED]), path)
+    return pairs
+
+
+def check_tokenizer(tokenizer: Any, trajectories: Iterable[Trajectory], source: object) -> None:
+    """See that ``trajectories``, read from ``source``, were sampled with ``tokenizer``: their ids must decode to their text.
+
+    Raises:
+        DataError: they do not.
+    """
+    for trajectory in trajectories:
+        for turn in trajectory.turns:
+            try:
+                text = tokenizer.decode(turn.action_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            except (IndexError, KeyError, OverflowError, TypeError, ValueError):  # tokenizers differ in what they do
+                text = None
+            if text != turn.action_text:
+                raise DataError(
+                    f"{source}: sampled with another tokenizer: the ids of question {trajectory.question_id!r} do not decode "
+                    "to its text; give the policy that sampled them, or sample a new pool"
+                )

@@ -1,0 +1,253 @@
+"""The teacher's lead: how much better the policy is when its prompt shows the reference. It decides whether distilling pays.
+
+Measured on pairs that are held out from distillation, by sampling under both prompts: from the question on, and from the
+middle of what a wrong student did ("off track"), which is where distillation asks the teacher for its opinion.
+"""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+
+from search_e1.config import LeadConfig, RolloutConfig
+from search_e1.distill.collate import context_length, fits, prompt_of_teacher
+from search_e1.errors import DataError, NoLeadError
+from search_e1.retrieval.base import Retriever
+from search_e1.rollout import loop
+from search_e1.rollout.engines.base import Generator
+from search_e1.rollout.sharing import Part, written
+from search_e1.runs import read_records
+from search_e1.runs.checkpoints import Work
+from search_e1.runs.progress import Progress, silent
+from search_e1.selfdistill.profile import ClassKL, PairKL, by_class, pair_kl
+from search_e1.text.tokens import TokenClass
+from search_e1.training.policy import Policy
+from search_e1.types import Pair, Record, Trajectory, Turn
+
+
+class Lead(Record):
+    """What was measured. EM, searches and sampled tokens are means over pairs of the mean over their samples."""
+
+    pairs: int
+    too_long: int
+    """Held-out pairs left out because the policy's context cannot hold them with the reference in the prompt."""
+    shortened: int = 0
+    """Pairs whose reference lacks some of its passages, so that the prompt fits."""
+    samples: int
+    """Trajectories for each pair, prompt and kind of start."""
+    em_plain: float
+    em_privileged: float
+    low: float
+    """Lower end of the 95% interval of the lead, over pairs; see ``interval``."""
+    high: float
+    searches_plain: float
+    searches_privileged: float
+    tokens_plain: float
+    tokens_privileged: float
+    pairs_off_track: int
+    """Pairs whose student is wrong and can be interrupted: after the first half of its turns, at least one."""
+    em_plain_off_track: float | None
+    """``None`` without such pairs."""
+    em_privileged_off_track: float | None
+    kl: dict[TokenClass, ClassKL]
+    """On the students' trajectories; classes that do not occur are absent."""
+    sampled_tokens: int = 0
+    """Of all trajectories of the measurement together."""
+
+    @property
+    def lead(self) -> float:
+        """In EM, from the question on."""
+        return self.em_privileged - self.em_plain
+
+    @property
+    def saving(self) -> float:
+        """Share of the sampled tokens that the reference saves, from the question on; below 0 where it costs some."""
+        return 1 - self.tokens_privileged / self.tokens_plain if self.tokens_plain else 0.0
+
+    @property
+    def lead_off_track(self) -> float | None:
+        if self.em_privileged_off_track is None or self.em_plain_off_track is None:
+            return None
+        return self.em_privileged_off_track - self.em_plain_off_track
+
+
+def hold_out(pairs: Sequence[Pair], config: LeadConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to distil on, and pairs to measure the lead on; no question is in both. Their order is kept.
+
+    Counts questions: ``config.pairs`` of them, at most the share ``config.max_share``, but at least one, so that nothing is
+    ever distilled unmeasured.
+    """
+    questions = sorted({pair.question.id for pair in pairs})
+    count = max(1, min(config.pairs, int(config.max_share * len(questions)))) if questions else 0
+    chosen = set(random.Random(seed).sample(questions, count))
+    train = [pair for pair in pairs if pair.question.id not in chosen]
+    return train, [pair for pair in pairs if pair.question.id in chosen]
+
+
+def measure(
+    policy: Policy,
+    generator: Generator,
+    retriever: Retriever,
+    pairs: Sequence[Pair],
+    config: LeadConfig,
+    rollout: RolloutConfig,
+    *,
+    temperature: float,
+    seed: int,
+    progress: Progress = silent,
+    work: Work | None = None,
+) -> tuple[Lead, list[PairKL]]:
+    """Sample under the plain and the privileged prompt and compare; also the per-token divergence of each pair measured.
+
+    The pairs of one question share their reference, so only the first of them is measured. Rollouts under the privileged
+    prompt may be longer by as much as that prompt is, so that both have the same room to act. With a ``work`` that was begun,
+    what lies there is not sampled again.
+
+    Raises:
+        DataError: no pairs, or none that fits the policy's context.
+        RetrievalError: from the retriever.
+        Left: to all processes but the first.
+    """
+    first = list({pair.question.id: pair for pair in reversed(pairs)}.values())[::-1]
+    length = min(generator.context_length, context_length(policy.model))
+    kept = [pair for pair in first if fits(policy.tokenizer, policy.prompts, pair, length)]
+    if not kept:
+        why = f"all {len(first)} are too long for the policy's context of {length}" if first else "there are none"
+        raise DataError(f"no pair to measure the teacher's lead on: {why}; sample a larger pool (pool.questions)")
+    off_track = [(i, prefix) for i, pair in enumerate(kept) if (prefix := _prefix(pair.student, rollout))]
+    begins = [*((i, ()) for i in range(len(kept))), *off_track]
+    outcomes = _sample(policy, generator, retriever, kept, begins, config, rollout, temperature, seed, progress, work)
+    plain, privileged = outcomes[0][: len(kept)], outcomes[1][: len(kept)]
+    plain_off, privileged_off = outcomes[0][len(kept) :], outcomes[1][len(kept) :]
+    low, high = interval([_em(b) - _em(a) for a, b in zip(plain, privileged, strict=True)])
+    divergences = pair_kl(policy, kept)
+    lead = Lead(
+        pairs=len(kept),
+        too_long=len(first) - len(kept),
+        shortened=sum(pair.shortened for pair in kept),
+        samples=config.samples,
+        em_plain=fmean(map(_em, plain)),
+        em_privileged=fmean(map(_em, privileged)),
+        low=low,
+        high=high,
+        searches_plain=fmean(t.searches for group in plain for t in group),
+        searches_privileged=fmean(t.searches for group in privileged for t in group),
+        tokens_plain=fmean(t.sampled_tokens for group in plain for t in group),
+        tokens_privileged=fmean(t.sampled_tokens for group in privileged for t in group),
+        pairs_off_track=len(off_track),
+        em_plain_off_track=fmean(map(_em, plain_off)) if plain_off else None,
+        em_privileged_off_track=fmean(map(_em, privileged_off)) if privileged_off else None,
+        kl=by_class(divergences),
+        sampled_tokens=sum(t.sampled_tokens for groups in outcomes for group in groups for t in group),
+    )
+    return lead, divergences
+
+
+def gate(lead: Lead, config: LeadConfig) -> None:
+    """Let a distillation pass, or refuse it.
+
+    Raises:
+        NoLeadError: what ``config.gate`` names is below ``config.minimum``, the teacher is not shorter by ``config.saving``
+            either (or its lead is below 0 for sure), and ``config.enforce`` is on.
+    """
+    measured = lead.lead if config.gate == "mean" else lead.low
+    shorter = lead.saving >= config.saving and lead.high >= 0
+    if config.enforce and not (measured >= config.minimum or shorter):
+        sure = "" if config.gate == "mean" or lead.lead < config.minimum else " for sure"
+        less = "less than" if config.gate == "mean" else "whose lower end is less than"
+        raise NoLeadError(
+            f"the teacher does not lead{sure}: EM {lead.em_privileged:.3f} with the reference in the prompt, "
+            f"{lead.em_plain:.3f} without (lead {lead.lead:+.3f}, 95% {lead.low:+.3f} to {lead.high:+.3f}, {lead.pairs} "
+            f"pairs), {less} lead.minimum = {config.minimum:g}, and it saves {lead.saving:.0%} of the tokens "
+            f"(lead.saving = {config.saving:.0%}); "
+            + ("raise lead.pairs; or " if sure else "")
+            + "mend prompts.privileged, or train the policy so that it still follows a "
+            "reference (grpo.replay, a lower grpo.learning_rate), or set lead.enforce = false"
+        )
+
+
+def _prefix(student: Trajectory, rollout: RolloutConfig) -> tuple[Turn, ...]:
+    """The first half of a wrong student's turns, at least one; empty if that leaves nothing to do."""
+    if student.correct:
+        return ()
+    count = max(1, len(student.turns) // 2)
+    return student.turns[:count] if count < len(student.turns) and count <= rollout.max_searches else ()
+
+
+def _sample(
+    policy: Policy,
+    generator: Generator,
+    retriever: Retriever,
+    pairs: Sequence[Pair],
+    begins: Sequence[tuple[int, Sequence[Turn]]],
+    config: LeadConfig,
+    rollout: RolloutConfig,
+    temperature: float,
+    seed: int,
+    progress: Progress,
+    work: Work | None,
+) -> list[list[list[Trajectory]]]:
+    """For the plain prompt, then the privileged: the samples of each begin (a pair's index and its first turns)."""
+    plain = [pair.student.prompt_ids for pair in pairs]
+    privileged = [prompt_of_teacher(policy.tokenizer, policy.prompts, pair) for pair in pairs]
+    longer = max(len(b) - len(a) for a, b in zip(plain, privileged, strict=True))
+    roomier = rollout.model_copy(update={"max_tokens": rollout.max_tokens + max(0, longer)})
+    total = 2 * config.samples * len(begins)
+
+    def make(chunk: _Chunk, before: Mapping[str, float]) -> tuple[Iterator[str], dict[str, float]]:
+        starts, limits = chunk
+        sums = Counter(before)
+
+        def on_trajectory(_: int, trajectory: Trajectory) -> None:
+            sums.update({"trajectories": 1, "em": trajectory.reward})
+            progress(int(sums["trajectories"]), total, f"EM {sums['em'] / sums['trajectories']:.3f}")
+
+        sampled = loop.rollout(
+            generator,
+            retriever,
+            starts,
+            limits,
+            temperature=temperature,
+            seed=seed,  # the same for both prompts: what differs is what the policy sees
+            prompts=policy.prompts,
+            on_trajectory=on_trajectory,
+        )
+        own = {"trajectories": float(len(sampled)), "em": sum(trajectory.reward for trajectory in sampled)}
+        return (trajectory.model_dump_json() for trajectory in sampled), own
+
+    chunks: list[_Chunk] = []
+    for prompts, limits in ((plain, rollout), (privileged, roomier)):
+        starts = [
+            loop.Start(pairs[i].question, prompts[i], turns, k) for i, turns in begins for k in range(config.samples)
+        ]
+        at_once = rollout.batch_size
+        chunks += [(starts[at : at + at_once], limits) for at in range(0, len(starts), at_once)]
+    work = work or Work()
+    with work.scratch() as scratch:
+        path = scratch / "trajectories.jsonl"
+        written(work, Part(path, chunks, make))
+        sampled = list(read_records(path, Trajectory, "measure the lead again"))
+    each = [sampled[at : at + config.samples] for at in range(0, len(sampled), config.samples)]
+    return [each[: len(begins)], each[len(begins) :]]
+
+
+_Chunk = tuple[Sequence[loop.Start], RolloutConfig]
+
+
+def _em(samples: Sequence[Trajectory]) -> float:
+    return fmean(t.reward for t in samples)
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of the mean of paired differences in [-1, 1] (EM with the reference minus EM without).
+
+    Agresti and Min's (Statistics in Medicine 24, 2005) for matched proportions: normal, after half an observation is added
+    to each cell of the table (+1, -1 and twice 0). The plain normal interval has no width where all pairs agree, and is too
+    narrow for few pairs; so is the bootstrap.
+    """
+    n = len(differences) + 2
+    mean = sum(differences) / n
+    variance = (sum(d * d for d in differences) + 1) / n - mean**2
+    half = 1.96 * math.sqrt(variance / n)
+    return max(-1.0, mean - half), min(1.0, mean + half)

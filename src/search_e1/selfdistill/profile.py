@@ -1,0 +1,148 @@
+"""Where on a student's trajectory teacher and student disagree, token by token, and what the teacher would have said."""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from search_e1.distill.collate import Row, collate, encode, pad_id
+from search_e1.text.tokens import TokenClass
+from search_e1.training.divergence import fused_divergence
+from search_e1.training.head import Head, hidden_at, split_head
+from search_e1.training.policy import Policy
+from search_e1.types import Pair, Record
+
+FILE = "kl.jsonl"
+_ROWS = 8  # that go through the model together
+_POSITIONS = 256  # whose probabilities are in memory together
+_WINDOW = 12  # ids that are decoded before an id to see what it adds to the text
+
+
+class ClassKL(Record):
+    """The divergence at the sampled tokens of one class."""
+
+    tokens: int
+    mean: float
+    """KL(teacher || student), nats a token, not clipped."""
+    share: float
+    """Of the divergence of all sampled tokens."""
+
+
+class PairKL(Record):
+    """The sampled tokens of a pair's student, in order; all lists are as long as its ``sampled_tokens``."""
+
+    question_id: str
+    pieces: tuple[str, ...]
+    """What each token adds to the text of its turn; joined, the text. Empty for all but the last token of a character."""
+    classes: tuple[TokenClass, ...]
+    kl: tuple[float, ...]
+    """KL(teacher || student) in nats, not clipped."""
+    student: tuple[float, ...]
+    """Probability of the token under the plain prompt."""
+    teacher: tuple[float, ...]
+    """Probability of the token under the privileged prompt."""
+    preferred: tuple[str, ...]
+    """The teacher's most probable token in that place, decoded by itself."""
+
+
+class _Positions(NamedTuple):
+    """Figures of the predicting positions of a batch, in its order; each as long as the batch's ``student_index``."""
+
+    kl: list[float]
+    student: list[float]
+    teacher: list[float]
+    preferred: list[int]
+
+    def part(self, begin: int, end: int) -> "_Positions":
+        at = slice(begin, end)
+        return _Positions(self.kl[at], self.student[at], self.teacher[at], self.preferred[at])
+
+
+def pair_kl(policy: Policy, pairs: Sequence[Pair]) -> list[PairKL]:
+    """The per-token divergence of each pair, in their order."""
+    decoder, head = split_head(policy.model)
+    rows = [encode(policy.tokenizer, policy.prompts, pair) for pair in pairs]
+    made: dict[int, PairKL] = {}
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    for at in range(0, len(rows), _ROWS):
+        part = by_length[at : at + _ROWS]
+        figures = _figures(policy, decoder, head, [rows[i] for i in part])
+        begin = 0
+        for i in part:
+            end = begin + len(rows[i]["classes"])
+            made[i] = _record(policy.tokenizer, pairs[i], rows[i], figures.part(begin, end))
+            begin = end
+    return [made[i] for i in range(len(rows))]
+
+
+def by_class(profiles: Sequence[PairKL]) -> dict[TokenClass, ClassKL]:
+    """The divergence of all pairs by ``tokens.token_classes``; classes that do not occur are absent."""
+    parts: dict[TokenClass, list[float]] = {}
+    for profile in profiles:
+        for kind, divergence in zip(profile.classes, profile.kl, strict=True):
+            parts.setdefault(kind, []).append(divergence)
+    total = math.fsum(map(math.fsum, parts.values()))
+    return {
+        kind: ClassKL(tokens=len(values), mean=fmean(values), share=math.fsum(values) / total if total > 0 else 0.0)
+        for kind, values in sorted(parts.items())
+    }
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What each id adds to the text of ``ids``: a character of several ids is the piece of the last of them."""
+    made: list[str] = []
+    for end in range(1, len(ids) + 1):
+        begin = max(0, end - 1 - _WINDOW)
+        # Decoded with what stands before it, an id keeps its leading space; an unfinished character ends in U+FFFD.
+        before, after = (
+            tokenizer.decode(ids[begin:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            for stop in (end - 1, end)
+        )
+        made.append(after.rstrip("\N{REPLACEMENT CHARACTER}")[len(before.rstrip("\N{REPLACEMENT CHARACTER}")) :])
+    return made
+
+
+@torch.no_grad()
+def _figures(policy: Policy, decoder: nn.Module, head: Head, rows: Sequence[Row]) -> _Positions:
+    was_training = policy.model.training
+    policy.model.eval()
+    batch = {k: v.to(policy.model.device) for k, v in collate(rows, pad_id(policy.tokenizer)).items()}
+    student, teacher = (hidden_at(decoder, batch, role) for role in ("student", "teacher"))
+    policy.model.train(was_training)
+    _, per_token = fused_divergence(student, teacher, head, clip="none")
+    # The position p of a row predicts its id p + 1; no row's last position predicts anything that is sampled.
+    sampled = batch["student_input_ids"].flatten()[batch["student_index"] + 1]
+    by_student, _ = _probabilities(head, student, sampled)
+    by_teacher, preferred = _probabilities(head, teacher, sampled)
+    return _Positions(per_token.tolist(), by_student, by_teacher, preferred)
+
+
+def _probabilities(head: Head, hidden: Tensor, ids: Tensor) -> tuple[list[float], list[int]]:
+    """For each position [N]: the probability of its id, and the most probable id."""
+    chosen: list[float] = []
+    best: list[int] = []
+    for part, part_ids in zip(hidden.split(_POSITIONS), ids.split(_POSITIONS), strict=True):
+        probabilities = head.logits(part.to(head.weight.dtype)).float().softmax(-1)
+        chosen += probabilities.gather(-1, part_ids[:, None])[:, 0].tolist()
+        best += probabilities.argmax(-1).tolist()
+    return chosen, best
+
+
+def _record(tokenizer: Any, pair: Pair, row: Row, figures: _Positions) -> PairKL:
+    decoded = {i: tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in set(figures.preferred)}
+    return PairKL(
+        question_id=pair.question.id,
+        pieces=tuple(piece for turn in pair.student.turns for piece in pieces(tokenizer, turn.action_ids)),
+        classes=tuple(row["classes"]),
+        kl=_rounded(figures.kl),
+        student=_rounded(figures.student),
+        teacher=_rounded(figures.teacher),
+        preferred=tuple(decoded[i] for i in figures.preferred),
+    )
+
+
+def _rounded(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(f"{value:.6g}") for value in values)

@@ -1,0 +1,221 @@
+"""Everything the policy is told: instruction, privileged prompt, observations, corrections.
+
+Prompts are ids. They are made here and nowhere else, so that GRPO, pools, distillation and evaluation see the same ones.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import TemplateError
+
+from search_e1.config import Prompts
+from search_e1.config.prompts import ProtocolName
+from search_e1.errors import ConfigError, ModelError
+from search_e1.types import Passage
+
+SEARCH_CLOSE, ANSWER_CLOSE = "</search>", "</answer>"
+STOP_STRINGS = (SEARCH_CLOSE, ANSWER_CLOSE)
+INFORMATION_OPEN, INFORMATION_CLOSE = "\n\n<information>\n", "</information>\n\n"
+SEARCH_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "search",
+        "description": "Searches for passages that help to answer the question.",
+        "parameters": {
+            "type": "object",
+            "properties": {"query": {"type": "string", "description": "What to search for."}},
+            "required": ["query"],
+        },
+    },
+}
+"""What a chat template is told of the one tool."""
+_TOOLS: dict[ProtocolName, list[dict[str, Any]] | None] = {"tags": None, "tools": [SEARCH_TOOL]}
+TEMPLATE_TOKENS: dict[ProtocolName, int] = {"tags": 64, "tools": 1024}
+"""More than a chat template adds around a message, and what it says of the tools."""
+_TAG: dict[ProtocolName, re.Pattern[str]] = {
+    "tags": re.compile(r"<(/?\s*(?:think|search|information|answer)\s*)>", re.IGNORECASE),
+    "tools": re.compile(
+        r"<(/?\s*(?:think|search|information|answer|tools|tool_call|tool_response)\s*)>", re.IGNORECASE
+    ),
+}
+_LOOKS_LIKE_A_TAG = re.compile(r"[<\[]\S+[>\]]")
+_CONTROL = re.compile(
+    r"<(\|[\w ./:-]{1,48}\|)>|<(\uff5c[^\uff5c<>\n]{1,48}\uff5c)>|<(<?/?SYS>?)>|\[(/?INST)\]|<(/?s)>|<((?:start|end)_of_turn)>"
+)
+"""What chat templates write, whoever's: an endpoint's tokenizer is not known here, and some templates use plain text."""
+_MOST_CHARS = 64  # a token of an observation; more text than that is not even tokenised
+_PASSAGE_START = re.compile(r"^(?=Doc \d+\(Title: )", re.MULTILINE)
+
+
+def plain_prompt(tokenizer, prompts: Prompts, question: str) -> tuple[int, ...]:
+    """Ids of the standard prompt: the student's, and everyone's but the teacher's.
+
+    Raises:
+        ModelError: tools without a chat template.
+    """
+    return _encode_message(tokenizer, prompts, _instruction(tokenizer, prompts, question))
+
+
+def privileged_prompt(tokenizer, prompts: Prompts, question: str, reference: str) -> tuple[int, ...]:
+    """Ids of the teacher's prompt. ``reference`` is what ``privileged.show`` makes of the trajectory to show; if that is
+    nothing, the prompt is the plain one."""
+    if not reference:
+        return plain_prompt(tokenizer, prompts, question)
+    # `str.replace`, not `str.format`: references and questions are full of braces.
+    message = prompts.privileged.replace("{instruction}", _instruction(tokenizer, prompts, question))
+    reference = _as_read(tokenizer, lambda text: _break(special_tokens(tokenizer), text), reference)
+    return _encode_message(tokenizer, prompts, message.replace("{reference}", reference))
+
+
+def _instruction(tokenizer, prompts: Prompts, question: str) -> str:
+    return prompts.instruction.replace("{question}", neutralize(tokenizer, question, prompts.protocol))
+
+
+def _encode_message(tokenizer, prompts: Prompts, message: str) -> tuple[int, ...]:
+    tools = _TOOLS[prompts.protocol]
+    if tokenizer.chat_template:
+        try:
+            return tuple(
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": message}],
+                    tools=tools,
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=False,
+                )
+            )
+        except TemplateError as error:  # a template that reaches out of its sandbox too
+            problem = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"the policy's chat template fails ({problem}); use another model, or mend it") from error
+    if tools:
+        raise ModelError(NO_TEMPLATE)
+    return tuple(tokenizer.encode(message))
+
+
+NO_TEMPLATE = (
+    'prompts.protocol = "tools": the policy\'s tokenizer has no chat template; use a chat model, or protocol = "tags"'
+)
+
+
+def neutralize(tokenizer, text: str, protocol: ProtocolName = "tags", markup: Sequence[str] = ()) -> str:
+    """``text`` with protocol tags, control tokens of chat templates, the tokenizer's special tokens and ``markup`` made
+    harmless: ``<search>`` becomes ``(search)``.
+
+    So are all added tokens that look like tags: chat models have ``<tool_call>`` among them, not marked as special. Halves of
+    characters, which no tokenizer takes, become ``?``.
+    """
+    if not text.isascii():
+        text = text.encode("utf-8", "replace").decode()
+
+    def harmless(text: str) -> str:
+        text = _CONTROL.sub(lambda match: f"({match[match.lastindex or 0].strip('|<>')})", text)
+        return _break((*_tag_tokens(tokenizer), *markup), _TAG[protocol].sub(r"(\1)", text))
+
+    return _as_read(tokenizer, harmless, text)
+
+
+def _as_read(tokenizer, harmless: Callable[[str], str], text: str) -> str:
+    """``text``, made ``harmless`` also as the tokenizer reads it.
+
+    Normalisation can bring tags about: it takes a zero-width space out, or makes a full-width bracket a plain one. Where it
+    would, the text is replaced by its normal form.
+    """
+    text = harmless(text)
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    if normalizer is None:
+        return text
+    # The mark is what SentencePiece's tokenizers put in the place of a space.
+    read = normalizer.normalize_str(text).replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
+    return text if (mended := harmless(read)) == read else mended
+
+
+def _break(tokens: Sequence[str], text: str) -> str:
+    for token in tokens:
+        if token in text:
+            bare = token.strip("<|>[]")
+            text = text.replace(
+                token, f"({bare})" if bare != token else f"{token[0]} {token[1:]}" if token[1:] else " "
+            )
+    return text
+
+
+@lru_cache(maxsize=16)
+def special_tokens(tokenizer) -> tuple[str, ...]:
+    """All that encoding turns into a special id: the named ones, and those that chat templates use without a name."""
+    unnamed = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(sorted({*tokenizer.all_special_tokens, *unnamed}, key=len, reverse=True))
+
+
+@lru_cache(maxsize=16)
+def _tag_tokens(tokenizer) -> tuple[str, ...]:
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    tags = filter(_LOOKS_LIKE_A_TAG.fullmatch, added)
+    return tuple(sorted({*special_tokens(tokenizer), *tags}, key=len, reverse=True))
+
+
+def listed(passages: Sequence[Passage], clean: Callable[[str], str]) -> str:
+    """Passages as they are shown, a line each; ``clean`` neutralises titles and texts."""
+
+    def line(text: str) -> str:
+        return " ".join(clean(" ".join(text.split())).split())
+
+    return "".join(f"Doc {i}(Title: {line(p.title)}) {line(p.text)}\n" for i, p in enumerate(passages, 1))
+
+
+def observation(tokenizer, passages: Sequence[Passage], max_tokens: int) -> tuple[str, tuple[int, ...]]:
+    """Text and ids of what a search is answered with under ``tags``; see ``enclosed``."""
+    body = listed(passages, lambda text: neutralize(tokenizer, text))
+    return enclosed(tokenizer, INFORMATION_OPEN, body, INFORMATION_CLOSE, max_tokens)
+
+
+def enclosed(tokenizer, opening: str, body: str, closing: str, max_tokens: int) -> tuple[str, tuple[int, ...]]:
+    """Text and ids of ``body`` between ``opening`` and ``closing``, at most ``max_tokens`` ids.
+
+    Too long a text is cut at the end of the body; the closing is always whole, and begins a line.
+
+    Raises:
+        ConfigError: ``max_tokens`` has no room for opening and closing alone.
+    """
+    room = min(len(body), _MOST_CHARS * max_tokens)
+    while True:
+        text = opening + body[:room] + ("" if body[:room].endswith("\n") else "\n") + closing
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        excess = len(encoded["input_ids"]) - max_tokens
+        if excess <= 0:
+            return text, tuple(encoded["input_ids"])
+        if room == 0:
+            raise ConfigError(f"rollout.max_observation_tokens = {max_tokens} has no room for the tags alone; raise it")
+        # Give back as many characters of the body as its last `excess` tokens cover, and look again.
+        ends = [end for _, end in encoded["offset_mapping"] if end - len(opening) <= room]
+        room = max(0, min(room - 1, ends[-excess - 1] - len(opening) if len(ends) > excess else 0))
+
+
+def passages_of(
+    observation: str, opening: str = INFORMATION_OPEN, closing: str = INFORMATION_CLOSE
+) -> list[str] | None:
+    """The passages in the text of an observation, from ``Doc`` to the new line; ``None`` if it holds no information.
+
+    The inverse is ``with_passages``.
+    """
+    if not (observation.startswith(opening) and observation.endswith(closing)):
+        return None
+    body = observation[len(opening) : len(observation) - len(closing)]
+    return [piece for piece in _PASSAGE_START.split(body) if piece.strip()]
+
+
+def with_passages(passages: Sequence[str], opening: str = INFORMATION_OPEN, closing: str = INFORMATION_CLOSE) -> str:
+    """The text of an observation that holds ``passages``, each with its new line."""
+    return opening + ("".join(passages) or "\n") + closing
+
+
+def seen_passages(observation: str) -> list[str]:
+    """The passages in the text of an observation, whatever the protocol, to be shown to a person."""
+    return [line for line in observation.split("\n") if _PASSAGE_START.match(line)]
+
+
+def split_passage(passage: str) -> tuple[str, str]:
+    """``"Doc 1(Title: Bel) A city."`` -> ``("Bel", "A city.")``; no title: a passage cut short within it."""
+    head, closing, text = passage.partition(") ")
+    return (head.partition("(Title: ")[2], text.strip()) if closing else ("", passage.strip())

@@ -1,0 +1,109 @@
+"""What the teacher sees of a reference, and how that is made to fit: the same text in replay, in the lead and in distillation.
+
+The actions that are shown are shown as they were, to the last character of the last one: a reference that ends otherwise
+than trajectories do teaches the teacher to end otherwise. Where the whole would not fit, passages are cut, never actions or
+tags; where that is not enough, nothing is shown, and whoever asked counts it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from search_e1.config import Prompts, ReferenceConfig
+from search_e1.text.prompts import TEMPLATE_TOKENS, privileged_prompt
+from search_e1.text.protocol import Protocol
+from search_e1.text.protocols import protocol_of
+from search_e1.types import ActionKind, Trajectory
+
+_ACTIONS = {
+    "searches": (ActionKind.SEARCH,),
+    "searches_and_answer": (ActionKind.SEARCH, ActionKind.ANSWER),
+    "answer": (ActionKind.ANSWER,),
+    "none": (),
+}
+
+
+class Shown(NamedTuple):
+    text: str
+    shortened: bool = False
+    """Passages were cut."""
+
+
+def show(
+    tokenizer: Any, prompts: Prompts, question: str, reference: Trajectory, config: ReferenceConfig, room: int
+) -> Shown | None:
+    """What to put into the teacher's prompt of ``reference``; ``None`` if nothing of it may be cut that would make the
+    prompt fit into ``room`` tokens."""
+    protocol = protocol_of(tokenizer, prompts)
+    text = view(reference, config, protocol)
+
+    def fits(text: str) -> bool:
+        # A text has at most as many tokens as bytes, so that only long ones are worth tokenising.
+        size = sum(len(part.encode()) for part in (prompts.privileged, prompts.instruction, question, text))
+        return (
+            size + TEMPLATE_TOKENS[prompts.protocol] <= room
+            or len(privileged_prompt(tokenizer, prompts, question, text)) <= room
+        )
+
+    if fits(text):
+        return Shown(text)
+    if config.shows != "whole" or config.shorten == "never":
+        return None
+    shorter = (_fewer_passages if config.shorten == "passages" else _shorter_passages)(protocol, reference, fits)
+    return None if shorter is None else Shown(shorter, shortened=True)
+
+
+def room(config: ReferenceConfig, context_length: int, response: int) -> int:
+    """Tokens that are left for the teacher's prompt before a response of ``response`` tokens."""
+    return min(context_length, config.max_tokens or context_length) - response
+
+
+def view(reference: Trajectory, config: ReferenceConfig, protocol: Protocol) -> str:
+    """What ``config.shows`` names: all of it, or the actions alone, as they were, from their tag on, a line each."""
+    if config.shows == "whole":
+        return reference.text
+    kinds = _ACTIONS[config.shows]
+    texts = [turn.action_text for turn in reference.turns if turn.kind in kinds]
+    actions = [text[begin:] for text in texts if (begin := protocol.begins(text)) is not None]
+    return "".join(action.rstrip("\n") + "\n" for action in actions[:-1]) + "".join(actions[-1:])
+
+
+def _render(protocol: Protocol, reference: Trajectory, passages: Sequence[Sequence[str] | None]) -> str:
+    return "".join(
+        turn.action_text
+        + (turn.observation_text if kept is None else protocol.with_passages(turn.observation_text, kept))
+        for turn, kept in zip(reference.turns, passages, strict=True)
+    )
+
+
+def _fewer_passages(protocol: Protocol, reference: Trajectory, fits: Callable[[str], bool]) -> str | None:
+    """Without the lowest-ranked passages: one at a time, the last of the observation that holds most (ties: the first)."""
+    passages = [protocol.passages(turn.observation_text) for turn in reference.turns]
+    while longest := max(filter(None, passages), key=len, default=None):
+        longest.pop()
+        if fits(text := _render(protocol, reference, passages)):
+            return text
+    return None
+
+
+def _shorter_passages(protocol: Protocol, reference: Trajectory, fits: Callable[[str], bool]) -> str | None:
+    """All passages cut to the same number of their first words, the largest that fits; the heading stays."""
+    passages = [protocol.passages(turn.observation_text) for turn in reference.turns]
+
+    def cut(words: int) -> str:
+        return _render(
+            protocol, reference, [kept and [_first_words(passage, words) for passage in kept] for kept in passages]
+        )
+
+    most = max((len(passage.split()) for kept in passages for passage in kept or ()), default=0)
+    if not fits(cut(0)):
+        return None
+    low, high = 0, most  # `low` fits, `high` does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(cut(middle)) else (low, middle)
+    return cut(low)
+
+
+def _first_words(passage: str, count: int) -> str:
+    heading, closing, text = passage.partition(") ")
+    return " ".join([heading + closing.strip(), *text.split()[:count]]) + "\n"

@@ -1,0 +1,208 @@
+"""The second protocol: calls of a ``search`` tool in the format of the policy's own chat template.
+
+What the template writes between a call and the next assistant turn is found by rendering conversations with and without a
+tool message, once; from then on a trajectory is ids that are only ever appended to. So nothing that was sampled is rendered
+again: templates that drop the thinking of earlier turns do not get to do so, and the policy is trained on what it read.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from search_e1.config import Prompts
+from search_e1.errors import ModelError
+from search_e1.text.prompts import (
+    NO_TEMPLATE,
+    SEARCH_TOOL,
+    enclosed,
+    listed,
+    neutralize,
+    passages_of,
+    special_tokens,
+    with_passages,
+)
+from search_e1.text.protocol import MALFORMED, Action, Protocol, Span
+from search_e1.types import ActionKind, Passage
+
+CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_CALL_TAG = re.compile(r"</?tool_call>")
+_ANSWER = re.compile(r"<answer>((?:(?!<answer>|</answer>).)*)</answer>", re.DOTALL)
+_TAG = re.compile(r"</?(?:think|tool_call|answer)>")
+_QUERY = re.compile(r'"query"\s*:\s*"((?:[^"\\]|\\.)*)"', re.DOTALL)
+_THINK = re.compile(r"<(/?)think>")
+_OWN = re.compile(r"</?(?:think|tool_call|tool_response|answer)>")
+_MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+
+# Stand for a query, for passages and for an answer in what is rendered to find the template's pieces.
+_QUERY_MARK, _RESULT_MARK, _TEXT_MARK = "0query0", "0result0", "0text0"
+
+
+class ToolCalls(Protocol):
+    """``<tool_call>{"name": "search", "arguments": {"query": ...}}</tool_call>``, as Qwen2.5, Qwen3 and others write it."""
+
+    def __init__(self, tokenizer: Any, prompts: Prompts) -> None:
+        """
+        Raises:
+            ModelError: the tokenizer has no chat template, or one without tools, or with calls of another format.
+        """
+        if not getattr(tokenizer, "chat_template", None):
+            raise ModelError(NO_TEMPLATE)
+        self._tokenizer = tokenizer
+        self._correction = prompts.correction
+        pieces = getattr(tokenizer, "tool_pieces", None) or _pieces(tokenizer)
+        self._thinking = pieces.thinking
+        self._end = pieces.closing.strip()
+        after = pieces.closing[pieces.closing.find(self._end) + len(self._end) :]
+        head, _, tail = pieces.result.partition(_RESULT_MARK)
+        self._opening = after + head
+        self._closing = tail.removeprefix("\n")  # `enclosed` begins a line for it
+        self._markup = sorted(set(_MARKUP.findall(self._end + head + tail)), key=len, reverse=True)
+        # Not the unknown token: it stands for a character within what is said.
+        ends = {self._end, *special_tokens(tokenizer)} - {"", getattr(tokenizer, "unk_token", None)}
+        self._ends = tuple(sorted(end for end in ends if not _OWN.fullmatch(end)))
+        self.stop = (self._end,) if self._end else ()
+
+    def parse(self, text: str) -> Action:
+        """The one call outside thinking; without any, the final answer.
+
+        The final answer is the inside of the last complete ``<answer>``; without one, all of a message that the policy
+        ended itself. Several calls, a call that is not closed, is no JSON, names another tool or has no query: malformed.
+        """
+        said, ended = self._said(text)
+        if _CALL_TAG.search(said):
+            query = _query(said)
+            return MALFORMED if query is None else Action(ActionKind.SEARCH, query)
+        answers = _ANSWER.findall(said)
+        if answers:
+            return Action(ActionKind.ANSWER, answers[-1].strip())
+        message = said.strip()
+        return Action(ActionKind.ANSWER, message) if ended and message else MALFORMED
+
+    def observe(self, action: str, passages: Sequence[Passage], max_tokens: int) -> tuple[str, tuple[int, ...]]:
+        return enclosed(self._tokenizer, self._open(action), listed(passages, self._clean), self._closing, max_tokens)
+
+    def correct(self, action: str) -> tuple[str, tuple[int, ...]]:
+        text = self._open(action) + self._correction.rstrip("\n") + "\n" + self._closing
+        return text, tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def spans(self, text: str) -> Iterator[Span]:
+        said, ended = self._said(text)
+        length = len(said.rstrip())
+        calls, answers = list(CALL.finditer(said)), list(_ANSWER.finditer(said))
+        if ended and not answers and not _CALL_TAG.search(said):
+            yield Span(len(said) - len(said.lstrip()), length, "answer")
+        for match in answers:
+            yield Span(*match.span(1), "answer")
+        for match in calls:
+            yield Span(*match.span(1), "tag")  # names, braces and quotes are the decision, as tags are
+            for query in _QUERY.finditer(said, *match.span(1)):
+                yield Span(*query.span(1), "search")
+        for match in _TAG.finditer(text):
+            yield Span(*match.span(), "tag")
+        if self._end and (at := text.find(self._end)) >= 0:
+            yield Span(at, at + len(self._end), "tag")
+
+    def begins(self, text: str) -> int | None:
+        said, ended = self._said(text)
+        match = CALL.search(said) or next(reversed(list(_ANSWER.finditer(said))), None)
+        if match:
+            return match.start()
+        return len(said) - len(said.lstrip()) if ended and said.strip() else None
+
+    def passages(self, observation: str) -> list[str] | None:
+        return passages_of(observation.removeprefix(self._end), self._opening, self._closing)
+
+    def with_passages(self, observation: str, passages: Sequence[str]) -> str:
+        end = self._end if self._end and observation.startswith(self._end) else ""
+        return with_passages(passages, end + self._opening, self._closing)
+
+    def _open(self, action: str) -> str:
+        """What stands before a result: the end of the assistant's turn too, unless the policy has sampled it."""
+        return self._opening if self._end in action else self._end + self._opening
+
+    def _clean(self, text: str) -> str:
+        return neutralize(self._tokenizer, text, "tools", self._markup)
+
+    def _said(self, text: str) -> tuple[str, bool]:
+        """The text up to its end token with thinking blanked out, character by character, and whether it was ended."""
+        found = [at for end in self._ends if (at := text.find(end)) >= 0]
+        return _without_thinking(text[: min(found, default=len(text))], self._thinking), bool(found)
+
+
+def _query(said: str) -> str | None:
+    """The query of the one call in ``said``; ``None`` if there is not exactly one valid call."""
+    calls = CALL.findall(said)
+    if len(calls) != 1 or len(_CALL_TAG.findall(said)) != 2:
+        return None
+    try:
+        call = json.loads(calls[0])
+        query = call["arguments"]["query"].strip()
+        query.encode()  # JSON can hold halves of characters, which no server and no file takes
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return query if query and call.get("name") == SEARCH_TOOL["function"]["name"] else None
+
+
+def _without_thinking(text: str, thinking: bool) -> str:
+    """``text`` with thinking as blanks. It begins within thinking if the prompt says so, or if it closes what it never
+    opened; thinking that is not closed goes on to the end."""
+    first = _THINK.search(text)
+    since = 0 if thinking or (first and first[1]) else None
+    for tag in _THINK.finditer(text):
+        if not tag[1]:
+            since = tag.start() if since is None else since
+        elif since is not None:
+            text = text[:since] + " " * (tag.end() - since) + text[tag.end() :]
+            since = None
+    return text if since is None else text[:since] + " " * (len(text) - since)
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """What a chat template writes around what is sampled."""
+
+    closing: str
+    """After an assistant's message: its end token, and what follows it."""
+    result: str
+    """From there to the next assistant turn, ``_RESULT_MARK`` in the place of the tool's result."""
+    thinking: bool
+    """An assistant's turn begins within ``<think>``."""
+
+
+def _pieces(tokenizer: Any) -> Pieces:
+    user = {"role": "user", "content": "0question0"}
+    call = {"type": "function", "id": "search000", "function": {"name": "search", "arguments": {"query": _QUERY_MARK}}}
+    calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+    result = {"role": "tool", "name": "search", "tool_call_id": "search000", "content": _RESULT_MARK}
+
+    def render(*messages: dict[str, Any], go_on: bool = False) -> str:
+        return tokenizer.apply_chat_template(
+            [user, *messages], tools=[SEARCH_TOOL], add_generation_prompt=go_on, tokenize=False
+        )
+
+    try:
+        told, asked = tokenizer.apply_chat_template([user], tokenize=False), render()
+        start = render(go_on=True)[len(asked) :]
+        called, answered = render(calling), render(calling, result, go_on=True)
+        message = render({"role": "assistant", "content": _TEXT_MARK})
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
+        raise ModelError(_refusal(f"fails on a tool's result ({str(error).splitlines()[0]})")) from error
+    if asked == told or _RESULT_MARK not in answered:
+        raise ModelError(_refusal("knows no tools"))
+    calls = called[called.rfind("<tool_call>") :]
+    if _query(calls[: calls.find("</tool_call>") + len("</tool_call>")]) != _QUERY_MARK:
+        raise ModelError(_refusal("writes calls otherwise than <tool_call>{JSON}</tool_call>"))
+    closing = message.rpartition(_TEXT_MARK)[2]
+    after_query, to_next = called.rpartition(_QUERY_MARK)[2], answered.rpartition(_QUERY_MARK)[2]
+    if not (after_query.endswith(closing) and to_next.startswith(after_query)):
+        raise ModelError(_refusal("ends a turn with a call otherwise than one without"))
+    thinking = start.rfind("<think>") > start.rfind("</think>")
+    return Pieces(closing, to_next[len(after_query) :], thinking)
+
+
+def _refusal(what: str) -> str:
+    return f'prompts.protocol = "tools": the policy\'s chat template {what}; use another model, or protocol = "tags"'
