@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ from transformers import AutoModel, AutoTokenizer, T5Config, T5EncoderModel
 
 from search_e1.errors import ModelError
 from search_e1.retrieval.convention import Convention, Overrides
-from search_e1.retrieval.encoder import Encoder, batches
+from search_e1.retrieval.encoder import Encoder, token_batches
 from tiny_encoder import PROMPTS, make_tiny_encoder, write
 
 TEXTS = ["Oslo", "", "the mayor of Bel", "x" * 200, "Zürich \u2028 \U0001f600", "Oslo"]
@@ -126,7 +128,7 @@ def test_what_is_not_supported_is_refused(tmp_path: Path, file: str, content: ob
 def test_euclidean_distance_is_refused(tmp_path: Path) -> None:
     directory = make_tiny_encoder(tmp_path / "e", normalize=False)
     write(directory / "config_sentence_transformers.json", {"prompts": PROMPTS, "similarity_fn_name": "euclidean"})
-    with pytest.raises(ModelError, match="made for euclidean distance"):
+    with pytest.raises(ModelError, match="trained for euclidean distance"):
         Encoder.open(directory)
 
 
@@ -154,20 +156,29 @@ def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:
         Encoder.open(directory)
 
 
-def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
-    directory = make_tiny_encoder(tmp_path / "e")
+def test_the_encoder_half_of_a_t5(tmp_path: Path) -> None:
+    directory = make_tiny_encoder(tmp_path / "e", dimension=8)
     config = T5Config(vocab_size=300, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    T5EncoderModel(config).save_pretrained(directory)
+    model = T5EncoderModel(config).eval()
+    model.save_pretrained(directory)
     changed = json.loads((directory / "config.json").read_text()) | {"is_encoder_decoder": True}
     write(directory / "config.json", changed)
-    with pytest.raises(ModelError, match="an encoder and a decoder"):
-        Encoder.open(directory)
+    ids = AutoTokenizer.from_pretrained(directory)("query: Oslo", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        mean = model(input_ids=ids).last_hidden_state[0].mean(0).numpy()
+    vectors = Encoder.open(directory, dtype="float32").queries(["Oslo"])
+    np.testing.assert_allclose(vectors[0], mean / np.sqrt((mean**2).sum()), atol=2e-6)
+
+
+def test_sentence_transformers_loads_with_the_first_encoder_only() -> None:
+    code = "import sys, search_e1.retrieval.encoder; assert 'sentence_transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     encoder = Encoder.open(make_tiny_encoder(tmp_path / "e"), dtype="float32")
     with torch.no_grad():
-        encoder._model.embeddings.word_embeddings.weight.fill_(float("nan"))
+        encoder._model[0].auto_model.embeddings.word_embeddings.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match="not finite in float32"):
         encoder.queries(["Oslo"])
 
@@ -189,7 +200,7 @@ def test_bfloat16_changes_little(tmp_path: Path) -> None:
 
 def test_batches_by_hand() -> None:
     lengths = [3, 10, 9, 8, 1, 10, 4]
-    assert list(batches(lengths, 20)) == [[1, 5], [2, 3], [6, 0], [4]]
-    assert list(batches(lengths, 10)) == [[1], [5], [2], [3], [6, 0], [4]]
-    assert list(batches(lengths, 1)) == [[1], [5], [2], [3], [6], [0], [4]]
-    assert list(batches([], 20)) == []
+    assert list(token_batches(lengths, 20)) == [[1, 5], [2, 3], [6, 0], [4]]
+    assert list(token_batches(lengths, 10)) == [[1], [5], [2], [3], [6, 0], [4]]
+    assert list(token_batches(lengths, 1)) == [[1], [5], [2], [3], [6], [0], [4]]
+    assert list(token_batches([], 20)) == []

@@ -1,53 +1,47 @@
-"""Texts to vectors by any E5-, BGE- or MiniLM-like encoder that transformers can load."""
+"""Text encoders through sentence-transformers. The only file that imports it."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from transformers import AutoModel, AutoTokenizer
 
 from search_e1.errors import ModelError
 from search_e1.retrieval.convention import Convention, EncoderSettings, Overrides, read_convention
-from search_e1.runs import devices as loading
+from search_e1.runs import devices
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-)
-_FILES = ("config.json", "*.safetensors", *_TOKENIZER_FILES)
-"""What vectors depend on, beside the convention."""
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+_WEIGHT_FILES = (
+    "config.json", "*.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.*",
+    "merges.txt", "*.model",
+)  # fmt: skip
+"""Files that vectors depend on, besides the convention."""
 _CONVENTION_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "*/config.json")
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
+"""Model types whose positions count from after the padding's id."""
 
 
 class Encoder:
-    """Weights, tokenizer and the convention that belongs to them.
+    """Weights, tokenizer and convention of an encoder.
 
-    Vectors are float32 [n, dimension]. They do not depend on which texts are encoded together, but for the rounding of
-    ``dtype``.
+    Vectors are float32 [n, dimension]. They do not depend on the batch, except for rounding in ``dtype``.
     """
 
     def __init__(
-        self, name: str, model: Any, tokenizer: Any, convention: Convention, directory: Path, batch_tokens: int
+        self, name: str, model: "SentenceTransformer", convention: Convention, directory: Path, batch_tokens: int
     ) -> None:
         """Use ``open``."""
         self.name = name
-        """By which it can be opened again: a Hub id, or the absolute path of its directory."""
+        """What opens it again: a Hub id, or the absolute path of its directory."""
         self.convention = convention
         self.directory = directory
         self.batch_tokens = batch_tokens
         self._model = model
-        self._tokenizer = tokenizer
-        self._padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
     @classmethod
     def open(
@@ -59,107 +53,72 @@ class Encoder:
         dtype: str = "auto",
         batch_tokens: int | None = None,
     ) -> Self:
-        """The encoder in a directory, or of a Hub id. Weights are safetensors; code that comes along is never run.
-
-        ``dtype`` ``auto`` is bfloat16 where the hardware multiplies it by itself, else float32. ``batch_tokens`` bounds the
-        tokens of a batch, padding included.
+        """Load the encoder of a directory or a Hub id; see ``EncoderSettings`` for the arguments.
 
         Raises:
-            ModelError: there is none, it does not load, or its files do not say how it is to be used.
+            ModelError: it does not exist, does not load, or its files do not state how to use it.
         """
-        directory = _directory(str(model))
-        place = loading.device(device)
-        try:
-            with loading.no_bars():
-                tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-                weights = AutoModel.from_pretrained(
-                    directory, dtype=_dtype(dtype, place), trust_remote_code=False, use_safetensors=True
-                )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            problem = str(error).strip().splitlines()[0]
-            if "custom code" in problem:
-                problem = "it brings code of its own, which is never run here; give another encoder"
-            raise ModelError(f"encoder {str(model)!r} does not load: {problem}") from error
-        if weights.config.is_encoder_decoder:
-            raise ModelError(f"encoder {str(model)!r} is an encoder and a decoder; give a model that is one of them")
+        directory = _locate(str(model))
+        place = devices.device(device)
         known = Overrides.model_validate(overrides.model_dump()) if overrides else Overrides()
-        convention = read_convention(directory, str(model), _longest(weights.config, tokenizer), known)
-        # On a CPU small batches stay in the cache; an accelerator wants enough work to be busy.
+        transformer, longest = _load_transformer(directory, str(model), place, dtype)
+        convention = read_convention(directory, str(model), longest, known)
+        # On a CPU small batches stay in the cache; an accelerator needs enough work to be busy.
         tokens = batch_tokens or (2048 if place.type == "cpu" else 65_536)
         name = str(directory) if Path(model).expanduser().exists() else str(model)
-        return cls(name, weights.to(place).eval(), tokenizer, convention, directory, tokens)
+        return cls(name, _assemble(transformer, convention, place), convention, directory, tokens)
 
     @classmethod
     def of(cls, settings: EncoderSettings) -> Self:
-        """As ``open``."""
+        """Load the encoder that ``settings`` describe; see ``open``."""
         overrides = Overrides(**settings.model_dump(include=set(Overrides.model_fields)))
-        return cls.open(
-            settings.model,
-            overrides,
-            device=settings.device,
-            dtype=settings.dtype,
-            batch_tokens=settings.batch_tokens,
-        )
+        rest = settings.model_dump(include={"device", "dtype", "batch_tokens"})
+        return cls.open(settings.model, overrides, **rest)
 
     @property
     def dimension(self) -> int:
-        return self._model.config.hidden_size
+        return int(self._model.get_embedding_dimension() or 0)
 
     @property
     def dtype(self) -> str:
-        """Of weights and activations, e.g. ``bfloat16``."""
+        """Dtype of weights and activations, e.g. ``bfloat16``."""
         return str(self._model.dtype).removeprefix("torch.")
 
     @cached_property
     def checksum(self) -> str:
-        """Of weights, tokenizer and convention; not of ``dtype`` and device, which change the rounding only."""
+        """Checksum of weights, tokenizer and convention; not of ``dtype`` and device, which only change the rounding."""
         digest = hashlib.sha256(self.convention.model_dump_json().encode())
-        for file in sorted({file for pattern in _FILES for file in self.directory.glob(pattern)}):
+        for file in sorted({file for pattern in _WEIGHT_FILES for file in self.directory.glob(pattern)}):
             with file.open("rb") as stream:
                 digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
         return digest.hexdigest()
 
     def queries(self, texts: Sequence[str]) -> np.ndarray:
-        """[len(texts), dimension], in their order."""
+        """Vectors of queries, [len(texts), dimension]."""
         return self._encode([self.convention.query_prefix + text for text in texts])
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
-        """As ``queries``, with the prefix for passages."""
+        """Vectors of passages, [len(texts), dimension]."""
         return self._encode([self.convention.passage_prefix + text for text in texts])
 
-    @torch.inference_mode()
     def _encode(self, texts: list[str]) -> np.ndarray:
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
         if not texts:
             return vectors
-        ids = self._tokenizer(texts, truncation=True, max_length=self.convention.max_length)["input_ids"]
-        ids = [row or [self._padding] for row in ids]  # a tokenizer without special tokens makes nothing of ""
-        for rows in batches([len(row) for row in ids], self.batch_tokens):
-            vectors[rows] = self._pooled([ids[row] for row in rows])
+        tokenizer: Any = self._model.tokenizer
+        ids = tokenizer(texts, truncation=True, max_length=self.convention.max_length)["input_ids"]
+        # A tokenizer without special tokens gives no id for an empty text.
+        texts = [text if row else tokenizer.pad_token for text, row in zip(texts, ids, strict=True)]
+        for rows in token_batches([len(row) for row in ids], self.batch_tokens):
+            batch = [texts[row] for row in rows]
+            vectors[rows] = self._model.encode(batch, batch_size=len(batch), show_progress_bar=False)
         if not np.isfinite(vectors).all():
-            raise ModelError(f"encoder {self.directory} gives values that are not finite in {self.dtype}; use float32")
+            raise ModelError(f"encoder {self.directory}: gives values that are not finite in {self.dtype}; use float32")
         return vectors
 
-    def _pooled(self, ids: list[list[int]]) -> np.ndarray:
-        width = max(map(len, ids))
-        tokens = torch.tensor([row + [self._padding] * (width - len(row)) for row in ids])
-        lengths = torch.tensor([len(row) for row in ids])
-        mask = torch.arange(width) < lengths[:, None]
-        place = self._model.device
-        hidden = self._model(input_ids=tokens.to(place), attention_mask=mask.long().to(place)).last_hidden_state.float()
-        if self.convention.pooling == "mean":
-            vectors = hidden.masked_fill(~mask.to(place)[..., None], 0).sum(1) / lengths.to(place)[:, None]
-        elif self.convention.pooling == "cls":
-            vectors = hidden[:, 0]
-        else:
-            vectors = hidden[torch.arange(len(ids)), lengths - 1]
-        if self.convention.normalize:
-            vectors = torch.nn.functional.normalize(vectors, dim=-1)
-        return vectors.cpu().numpy()
 
-
-def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of texts of similar length, longest first, at most ``budget`` tokens a batch with its padding.
+def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices of texts of similar length, longest first, at most ``budget`` tokens a batch including padding.
 
     The shortest has more than half the tokens of the longest, so that padding is less than half of any batch.
     """
@@ -174,36 +133,66 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _directory(model: str) -> Path:
-    """Where the files of ``model`` are on this machine; fetched from the Hub if it is an id."""
+def _load_transformer(directory: Path, name: str, place: torch.device, dtype: str) -> tuple[Any, int]:
+    """The transformer module in ``directory``, and how many tokens it can read."""
+    from sentence_transformers.sentence_transformer.modules import Transformer
+
+    load = {"trust_remote_code": False, "local_files_only": True}
+    weights = {**load, "dtype": _resolve_dtype(dtype, place), "use_safetensors": True}
+    try:
+        with devices.no_bars():
+            module = Transformer(str(directory), model_kwargs=weights, processor_kwargs=load, config_kwargs=load)
+    except Exception as error:  # of transformers, tokenizers, safetensors or torch, by what is damaged
+        problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "custom code" in problem or "trust_remote_code" in str(error):
+            problem = "it comes with code of its own, which never runs here; give another encoder"
+        raise ModelError(f"encoder {name!r} does not load: {problem}") from error
+    config = module.config
+    positions = getattr(config, "max_position_embeddings", None) or 512
+    if config.model_type in _OFFSET_POSITIONS:
+        positions -= (config.pad_token_id or 0) + 1
+    return module, min(positions, module.tokenizer.model_max_length)
+
+
+def _assemble(transformer: Any, convention: Convention, place: torch.device) -> "SentenceTransformer":
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+    transformer.max_seq_length = convention.max_length
+    # Pooling in float32 keeps what the encoder's dtype would round away.
+    transformer.register_forward_hook(
+        lambda module, inputs, features: {**features, "token_embeddings": features["token_embeddings"].float()}
+    )
+    mode = "lasttoken" if convention.pooling == "last" else convention.pooling
+    modules = [transformer, Pooling(transformer.get_embedding_dimension(), mode)]
+    modules += [Normalize()] if convention.normalize else []
+    return SentenceTransformer(modules=modules, device=str(place)).eval()
+
+
+def _locate(model: str) -> Path:
+    """The directory of ``model`` on this machine; a Hub id is downloaded."""
+    from huggingface_hub import snapshot_download
+
     path = Path(model).expanduser().absolute()
     if not path.exists():
         if model.startswith((".", "~", "/")) or model.count("/") != 1:
             raise ModelError(f"encoder {model!r}: no such directory; give one, or a Hub id (owner/name)")
         try:
-            with loading.no_bars():
-                path = Path(snapshot_download(model, allow_patterns=[*_FILES, *_CONVENTION_FILES]))
+            with devices.no_bars():
+                path = Path(snapshot_download(model, allow_patterns=[*_WEIGHT_FILES, *_CONVENTION_FILES]))
         except (OSError, ValueError) as error:
             problem = str(error).strip().splitlines()[0]
-            raise ModelError(f"encoder {model!r}: not had from the Hub ({problem}); give a directory") from error
+            raise ModelError(f"encoder {model!r}: cannot be downloaded ({problem}); give a directory") from error
     if not (path / "config.json").is_file():
         raise ModelError(f"encoder {model!r}: no config.json in it; give the directory of a Hugging Face model")
     if not any(path.glob("*.safetensors")):
         pickled = any(path.glob("*.bin"))
-        found = "weights only as pickles, which can run code" if pickled else "no weights in it"
-        raise ModelError(f"encoder {model!r}: {found}; give one with *.safetensors")
+        problem = "weights only as pickles, which can run code" if pickled else "no weights in it"
+        raise ModelError(f"encoder {model!r}: {problem}; give one with *.safetensors")
     return path
 
 
-def _longest(config: Any, tokenizer: Any) -> int:
-    """Tokens that the encoder can read."""
-    positions = getattr(config, "max_position_embeddings", None) or 512
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        positions -= (config.pad_token_id or 0) + 1  # their positions are counted from after the padding's
-    return min(positions, tokenizer.model_max_length)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def _resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
