@@ -1,79 +1,106 @@
-"""Answers of a retriever kept on disk, for later rounds and other processes."""
+"""Retrieval results on disk, for later rounds and other processes."""
 
 import hashlib
 import json
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+import diskcache
+from pydantic import TypeAdapter
 
 from search_e1.errors import DataError
 from search_e1.retrieval.base import Hit, Retriever
 from search_e1.types import Passage
 
 logger = logging.getLogger(__name__)
-MOST_BYTES = 16 * 2**30
-"""How large the file may become; after that it is read and no longer added to."""
-_PAGE_BYTES = 4096
+MAX_BYTES = 16 * 2**30
+"""Size limit; beyond it the oldest results are evicted."""
 _BUSY_SECONDS = 5.0
-"""How long another process may hold the file before this one does without it."""
+"""How long to wait for another process before going on without the cache."""
+_DATABASE = diskcache.core.DBNAME
+# Results may be lost in a power cut. Mapped pages of a truncated file would kill the process.
+_SETTINGS = {
+    "sqlite_synchronous": 0,
+    "sqlite_mmap_size": 0,
+    "eviction_policy": "least-recently-stored",
+    "cull_limit": 10,
+}
+_DAMAGE = (sqlite3.DatabaseError, KeyError, TypeError, ValueError, AttributeError)
+"""Errors of diskcache on a database that it did not write, or that was changed since."""
 
 Value = TypeVar("Value")
 _passages = TypeAdapter(list[Hit | Passage])
 
 
-class CachedRetriever:
-    """A ``Retriever`` that asks another one only what no process has asked it before.
+class _Rows(diskcache.Disk):
+    """Bytes in rows of the database: no pickles, and no files, whose names in a row could lead anywhere."""
 
-    The file may be shared by threads and processes, and by indexes: an answer is found again only for the same index, query
-    and topk. It is a help and never a risk: what is read is checked against its own digest, a damaged file is moved aside
-    and begun anew, and one that cannot be read or written for now is done without. An empty answer is kept like any other; a
-    failure of the retriever is raised and never kept.
+    def store(self, value: bytes, read: bool, key: Any = None) -> tuple[int, int, None, memoryview]:
+        return 0, diskcache.core.MODE_RAW, None, sqlite3.Binary(value)
+
+    def fetch(self, mode: int, filename: str | None, value: bytes, read: bool) -> bytes:
+        return value if mode == diskcache.core.MODE_RAW and isinstance(value, bytes) else b""
+
+    def remove(self, file_path: str) -> None:
+        pass
+
+
+class CachedRetriever:
+    """A ``Retriever`` that passes on only queries whose results no process has stored yet.
+
+    Threads, processes and indexes may share the directory: a result is returned only for the same index, query and topk. The
+    cache never does harm: each result is verified against its own digest, a damaged database is moved aside and replaced,
+    and one that cannot be read or written is skipped. Empty results are stored like any other; a failure of the retriever
+    is raised and never stored.
     """
 
     def __init__(self, retriever: Retriever, path: Path, key: str) -> None:
-        """``key``: what the answers depend on, best ``Index.checksum``. ``path`` is made if it is not there.
+        """``path``: directory of the cache, created if missing. ``key``: what results depend on, e.g. ``Index.checksum``.
 
         Raises:
-            DataError: there cannot be such a file.
+            DataError: no cache can be kept at ``path``.
         """
         self.retriever, self.path, self.key = retriever, path, key
         self.hits = self.misses = 0
-        """Distinct queries of each search that were found here, and that were not."""
+        """Distinct queries per search whose results were stored, and were not."""
         self._lock = threading.Lock()
-        self._told: set[str] = set()
-        self._file: sqlite3.Connection | None = None
+        self._warned: set[str] = set()
+        self._cache: diskcache.Cache | None = None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
             self._open()
-        except (OSError, sqlite3.Error) as error:
-            raise DataError(f"{path}: no query cache can be kept there ({error}); give another path") from error
+        except (OSError, diskcache.Timeout, *_DAMAGE) as error:
+            raise DataError(f"{path}: no query cache can be kept there ({error}); give another directory") from error
+
+    @property
+    def checksum(self) -> str:
+        """Checksum of what results depend on."""
+        return self.key
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
         """See ``Retriever``."""
         ids = {query: self._id(query, topk) for query in dict.fromkeys(queries)}
         nothing: dict[str, list[Passage]] = {}
-        kept = self._try(lambda file: self._read(file, ids), nothing)
-        new = [query for query in ids if query not in kept]
-        self.hits, self.misses = self.hits + len(kept), self.misses + len(new)
+        known = self._attempt(lambda cache: self._read(cache, ids), nothing)
+        new = [query for query in ids if query not in known]
+        self.hits, self.misses = self.hits + len(known), self.misses + len(new)
         if new:
-            found = dict(zip(new, map(list, self.retriever.search(new, topk)), strict=True))
-            answers = {ids[query]: passages for query, passages in found.items()}
-            self._try(lambda file: self._write(file, answers), None)
-            kept = kept | found
-        return [list(kept[query]) for query in queries]
+            fresh = dict(zip(new, map(list, self.retriever.search(new, topk)), strict=True))
+            self._attempt(lambda cache: _write(cache, ((ids[query], fresh[query]) for query in new)), None)
+            known = known | fresh
+        return [list(known[query]) for query in queries]
 
     def close(self) -> None:
-        """Let go of the file; a search afterwards does without it."""
+        """Close the database; later searches do without it."""
         with self._lock:
-            if self._file:
-                self._file.close()
-            self._file = None
+            if self._cache is not None:
+                self._cache.close()
+            self._cache = None
 
     def __enter__(self) -> Self:
         return self
@@ -85,88 +112,80 @@ class CachedRetriever:
         return hashlib.sha256(json.dumps([self.key, topk, query]).encode()).digest()
 
     def _open(self) -> None:
-        self._file = None
+        self._cache = None
         try:
-            self._file = _opened(self.path)
+            self._cache = self._connect()
         except sqlite3.OperationalError:
             raise
-        except sqlite3.DatabaseError as error:
+        except _DAMAGE as error:
             self._move_aside(error)
-            self._file = _opened(self.path)
-        self._inode = self.path.stat().st_ino
+            self._cache = self._connect()
+        self._inode = (self.path / _DATABASE).stat().st_ino
 
-    def _try(self, work: Callable[[sqlite3.Connection], Value], otherwise: Value) -> Value:
-        """What ``work`` does with the file, or ``otherwise`` if the file is of no use now."""
+    def _connect(self) -> diskcache.Cache:
+        cache = diskcache.Cache(str(self.path), timeout=_BUSY_SECONDS, disk=_Rows, size_limit=MAX_BYTES, **_SETTINGS)
+        cache.get(b"")  # reads a page of the index, so that damage shows here
+        return cache
+
+    def _attempt(self, work: Callable[[diskcache.Cache], Value], otherwise: Value) -> Value:
+        """``work`` on the cache, or ``otherwise`` if the cache is of no use now."""
         with self._lock:
             try:
-                return work(self._file) if self._file else otherwise
-            except sqlite3.OperationalError as error:  # locked, full, read-only
-                self._tell(f"{self.path}: the query cache cannot be used for now ({error})")
+                return work(self._cache) if self._cache is not None else otherwise
+            except (sqlite3.OperationalError, diskcache.Timeout) as error:  # locked, full, read-only
+                problem = str(error) or "locked, or cannot be written"
+                self._warn(f"{self.path}: the query cache cannot be used for now ({problem})")
             except sqlite3.DatabaseError as error:
-                self._renew(error)
+                self._replace(error)
             return otherwise
 
-    def _renew(self, error: Exception) -> None:
-        assert self._file
-        self._file.close()
+    def _replace(self, error: Exception) -> None:
+        assert self._cache is not None
+        self._cache.close()
         try:
-            if self.path.exists() and self.path.stat().st_ino == self._inode:  # else another process renewed it
+            database = self.path / _DATABASE
+            if database.exists() and database.stat().st_ino == self._inode:  # else another process has replaced it
                 self._move_aside(error)
             self._open()
-        except (OSError, sqlite3.Error) as problem:
-            self._tell(f"{self.path}: gone on without a query cache ({problem})")
+        except (OSError, diskcache.Timeout, *_DAMAGE) as problem:
+            self._warn(f"{self.path}: continuing without a query cache ({problem})")
 
-    def _read(self, file: sqlite3.Connection, ids: dict[str, bytes]) -> dict[str, list[Passage]]:
-        kept = {}
+    def _read(self, cache: diskcache.Cache, ids: dict[str, bytes]) -> dict[str, list[Passage]]:
+        known = {}
         for query, id in ids.items():
-            row = file.execute("SELECT answer, digest FROM answers WHERE id = ?", (id,)).fetchone()
-            if row is None:
+            stored = cache.get(id)
+            if stored is None:
                 continue
+            digest, result = stored[:32], stored[32:]
             try:
-                if _digest(id, row[0]) != row[1]:
+                if digest != _digest(id, result):
                     raise ValueError("wrong digest")
-                kept[query] = _passages.validate_json(row[0])
-            except (ValidationError, ValueError, TypeError):
-                self._tell(f"{self.path}: a damaged answer in the query cache; it is asked for anew")
-        return kept
-
-    def _write(self, file: sqlite3.Connection, answers: dict[bytes, list[Passage]]) -> None:
-        rows = []
-        for id, passages in answers.items():
-            answer = _passages.dump_json(passages)
-            rows.append((id, answer, _digest(id, answer)))
-        with file:  # a transaction
-            file.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", rows)
+                known[query] = _passages.validate_json(result)
+            except ValueError:
+                self._warn(f"{self.path}: a damaged result in the query cache; the query is sent again")
+        return known
 
     def _move_aside(self, error: Exception) -> None:
-        """Keep what is there: it may be something else that was named by mistake."""
-        aside = next(
-            name for i in count(1) if not (name := self.path.with_name(f"{self.path.name}.damaged-{i}")).exists()
-        )
-        self.path.rename(aside)
-        self._tell(f"{self.path}: not a sound query cache ({error}); moved to {aside.name}, begun anew")
+        """Rename the database rather than delete it: it may be something else, named by mistake."""
+        names = (f"{_DATABASE}.damaged-{i}" for i in count(1))
+        aside = next(name for name in names if not (self.path / name).exists())
+        (self.path / _DATABASE).rename(self.path / aside)
+        for ending in ("-wal", "-shm"):
+            (self.path / f"{_DATABASE}{ending}").unlink(missing_ok=True)
+        self._warn(f"{self.path}: a damaged query cache ({error}); its database was moved to {aside} and replaced")
 
-    def _tell(self, message: str) -> None:
-        if message not in self._told:  # once, not with every search
-            self._told.add(message)
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:  # once, not with every search
+            self._warned.add(message)
             logger.warning(message)
 
 
-def _opened(path: Path) -> sqlite3.Connection:
-    file = sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
-    try:
-        file.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
-        file.execute(f"PRAGMA max_page_count = {MOST_BYTES // _PAGE_BYTES}")
-        # What a power cut takes or garbles is only asked for again.
-        file.execute("PRAGMA synchronous = OFF")
-        with file:
-            file.execute("CREATE TABLE IF NOT EXISTS answers (id BLOB PRIMARY KEY, answer BLOB, digest BLOB)")
-        file.execute("SELECT id, answer, digest FROM answers LIMIT 1").fetchone()
-    except sqlite3.DatabaseError:
-        file.close()
-        raise
-    return file
+def _write(cache: diskcache.Cache, results: Iterable[tuple[bytes, list[Passage]]]) -> None:
+    with cache.transact():
+        for id, passages in results:
+            result = _passages.dump_json(passages)
+            cache.set(id, _digest(id, result) + result)
 
 
-def _digest(id: bytes, answer: bytes) -> bytes:
-    return hashlib.sha256(id + answer).digest()
+def _digest(id: bytes, result: bytes) -> bytes:
+    return hashlib.sha256(id + result).digest()
