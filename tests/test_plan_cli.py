@@ -41,51 +41,43 @@ def run(monkeypatch, capsys, *words: object) -> tuple[int, str, str]:
 
 
 def test_the_tables_fit_a_terminal_of_80_columns(monkeypatch, capsys, config) -> None:
-    status, out, err = run(monkeypatch, capsys, "--config", config, "--gpu", "h100", "--gpus", 2, "--sharding", "full")
+    given = ("--gpu", "h100", "--gpus", 2, "--parallel.sharding", "fsdp2")
+    status, out, err = run(monkeypatch, capsys, "--config", config, *given)
     assert (status, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 80
-    assert "2 x h100-80gb, weights sharded, sampled by transformers" in out
-    for stage in (
-        "grpo: sample",
-        "grpo: update",
-        "pool, eval.",
-        "lead",
-        "distillation",
-        "index (bm25, 21,015,324 passages)",
-    ):
+    assert "billion weights, on 2 x h100-80gb" in out
+    for stage in ("grpo: sample", "grpo: update", "pool, eval.", "lead", "distill: update"):
         assert stage in out
-    assert "none.jsonl is not here: 169,615 training questions assumed" in out
+    assert "Files not here, assumed: 169,615 training questions, 3,610 of nq." in out
     assert out.endswith("It fits.\n")
 
 
 def test_json_holds_everything(monkeypatch, capsys, config) -> None:
-    status, out, _ = run(
-        monkeypatch, capsys, "--config", config, "--gpu", "a100-80gb", "--json", "--passages", 7, "--grpo.group_size", 4
-    )
+    words = ("--config", config, "--gpu", "a100-80gb", "--json", "--grpo.training.micro_batch_tokens", 256)
+    status, out, _ = run(monkeypatch, capsys, *words)
     plan = json.loads(out)
     assert status == 0
-    assert plan["cluster"]["gpu"]["name"] == "a100-80gb"
-    update = next(row for row in plan["memory"] if row["stage"] == "grpo update")
-    assert (update["rows"], update["tokens"], update["most_rows"]) == (16, 64, 16)
-    assert plan["questions"] == {"train": 169_615, "evaluated": 3610}
-    assert "index (bm25, 7 passages)" in [row["what"] for row in plan["storage"]]
+    assert plan["gpu"]["name"] == "a100-80gb"
+    update = next(row for row in plan["memory"] if row["stage"] == "grpo: update")
+    assert (update["rows"], update["tokens"]) == (4, 64)
+    assert {"shape", "work", "disk", "problems", "warnings", "assumed"} <= set(plan)
 
 
-def test_what_does_not_fit_leaves_with_1_and_says_what_to_change(monkeypatch, capsys, config) -> None:
-    given = ("--memory", 0.01, "--tflops", 1, "--bandwidth", 1)
+def test_what_does_not_fit_leaves_with_1_and_says_what_to_change(monkeypatch, capsys, config, tmp_path) -> None:
+    sheet = "{ memory_gib = 0.01, tflops = 1, tflops_float32 = 1, gb_per_second = 1 }"
+    (tmp_path / "mine.toml").write_text(f"[gpus]\nmine = {sheet}\n")
+    given = ("--constants", tmp_path / "mine.toml", "--gpu", "mine", "--grpo.training.micro_batch_tokens", 4096)
     status, out, _ = run(monkeypatch, capsys, "--config", config, *given)
     assert status == 1
-    assert "! grpo update: needs 0.0 GiB a rank" in " ".join(out.split())
+    assert "! grpo: update: needs 0.0 GiB a GPU" in " ".join(out.split())
     assert out.endswith("It does not fit.\n")
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ((), "which GPU? Give --gpu (b200-180gb, "),
-        (("--gpu", "h10"), "--gpu h10: unknown; did you mean"),
-        (("--memory", "24"), "--tflops, --bandwidth as well"),
-        (("--gpu", "h100", "--like", "nowhere"), "--like nowhere: no such directory"),
+        (("--gpu", "h10"), "--gpu h10: unknown (known: b200-180gb, "),
+        (("--gpu", "h100", "--constants", "nowhere"), "nowhere: No such file or directory"),
         (
             ("--gpu", "h100", "--policy.model", "me/mine"),
             "policy.model = 'me/mine': neither here nor a shape that is known",

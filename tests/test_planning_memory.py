@@ -7,18 +7,31 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from planned import a_config, cluster, tiny
+from planned import H100, a_config, memory_model, tiny
 from search_e1.config import LoraConfig
 from search_e1.errors import ConfigError
-from search_e1.lab.plan import start
-from search_e1.lab.plan.dry import DryModel
-from search_e1.lab.plan.hardware import GIB, Cluster, gpu
-from search_e1.lab.plan.memory import Estimator, Memory, largest
+from search_e1.lab.plan import check_memory
+from search_e1.lab.plan.constants import GIB, Gpu
+from search_e1.lab.plan.memory import training_jobs
+from search_e1.lab.plan.plan import misfit
 from search_e1.lab.plan.shapes import empty_model, shape_of
-from search_e1.lab.plan.warnings import fewer_rows, unfit
+from search_e1.lab.plan.trace import Activations, TracedModel
 from search_e1.training.policy import with_adapter
 
-# Dry passes, against the same passes on real tensors.
+SIZE = shape_of(tiny()).parameters
+ADAPTERS = sum(a + b for a, b in [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)])
+"""Numbers of a layer's adapters of rank 1: inputs and outputs of its matrices."""
+
+
+def traced(dtype: torch.dtype = torch.float32, lora: LoraConfig | None = None, recompute: bool = False) -> TracedModel:
+    return TracedModel(tiny(), dtype, lora, recompute)
+
+
+def train(model: TracedModel, rows: int, width: int, *, autocast: bool = False, streamed: bool = False) -> Activations:
+    return model.train(rows, width, autocast=autocast, streamed=streamed)
+
+
+# Traced passes, against the same passes on real tensors.
 
 
 class Kept:
@@ -48,160 +61,123 @@ class Kept:
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["whole", "lora"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_dry_pass_keeps_what_a_real_one_keeps(lora: LoraConfig | None, masked: bool) -> None:
-    dry = DryModel(tiny(), torch.float32, lora).train(3, 40, masked=masked)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_traced_pass_keeps_what_a_real_one_keeps(lora: LoraConfig | None, autocast: bool) -> None:
+    planned = traced(lora=lora)
     real = AutoModelForCausalLM.from_config(tiny(), dtype=torch.float32)
     model = (with_adapter(real, lora) if lora else real).train()
-    ids = torch.zeros(3, 40, dtype=torch.long)
-    mask = torch.ones(3, 40, dtype=torch.long)
-    mask[0, -5:] = 0  # without a gap transformers leaves the mask out
     gc.collect()
-    with Kept(model) as kept:
-        hidden = (
-            (model.get_base_model() if lora else model)
-            .get_decoder()(input_ids=ids, attention_mask=mask if masked else None, use_cache=False)
-            .last_hidden_state
-        )
-    assert dry.kept == pytest.approx(kept.bytes + hidden.nbytes, rel=0.03)
+    with Kept(model) as kept, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        decoder = (model.get_base_model() if lora else model).get_decoder()
+        hidden = decoder(input_ids=torch.zeros(3, 40, dtype=torch.long), use_cache=False).last_hidden_state
+    gradients = planned.trained
+    assert train(planned, 3, 40, autocast=autocast).kept - gradients == pytest.approx(
+        kept.bytes + hidden.nbytes, rel=0.03
+    )
 
 
 def test_weights_and_gradients_are_counted_once() -> None:
-    model = empty_model(tiny(), torch.float32)
-    size = sum(p.numel() for p in model.parameters())
-    dry = DryModel(tiny(), torch.bfloat16)
-    assert dry.weights == dry.trained == 2 * size  # the head is the embedding
-    apart = DryModel(tiny(tie_word_embeddings=False), torch.bfloat16)
-    assert apart.weights == 2 * (size + 512 * 64)
-    # All gradients are there at the end, and the embedding's twice: what it adds to the head's.
-    assert dry.train(1, 8, masked=False).peak == pytest.approx(dry.trained + 2 * 512 * 64, rel=0.05)
-    adapted = DryModel(tiny(), torch.bfloat16, LoraConfig(rank=4))
-    inputs_and_outputs = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
-    assert adapted.trained == 4 * 4 * 2 * sum(a + b for a, b in inputs_and_outputs)  # float32, rank 4, two layers
-    assert adapted.weights == 2 * size + adapted.trained
+    assert sum(p.numel() for p in empty_model(tiny(), torch.float32).parameters()) == SIZE
+    whole = traced(torch.bfloat16)
+    assert whole.weights == whole.trained == 2 * SIZE  # the head is the embedding
+    apart = TracedModel(tiny(tie_word_embeddings=False), torch.bfloat16, None, False)
+    assert apart.weights == 2 * (SIZE + 512 * 64)
+    # All gradients are present at the end, and the embedding's twice: what it adds to the head's.
+    assert train(whole, 1, 8).peak == pytest.approx(whole.trained + 2 * 512 * 64, rel=0.08)
+    adapted = traced(torch.bfloat16, LoraConfig(rank=4))
+    assert adapted.trained == 4 * 4 * 2 * ADAPTERS  # float32, rank 4, two layers
+    assert adapted.weights == 2 * SIZE + adapted.trained
 
 
 def test_memory_grows_with_rows_and_shrinks_by_checkpointing() -> None:
-    plain, checkpointed = DryModel(tiny(), torch.float32), DryModel(tiny(), torch.float32, checkpointing=True)
-    one, two, four = (plain.train(rows, 128, masked=True).kept for rows in (1, 2, 4))
+    plain, recomputed = traced(), traced(recompute=True)
+    one, two, four = (train(plain, rows, 128).kept - plain.trained for rows in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.01)
-    kept = checkpointed.train(4, 128, masked=True).kept
-    # The input of each layer, the last states twice, and what rotary embeddings and the mask take.
-    assert kept < four / 4
-    assert kept >= 4 * 128 * 64 * 4 * 3
-
-
-def test_gradients_that_were_there_before_are_in_it() -> None:
-    dry = DryModel(tiny(), torch.float32)
-    first, second = (dry.train(2, 64, masked=True, accumulated=there) for there in (False, True))
-    assert second.kept - first.kept == dry.trained
-    streamed = dry.train(2, 64, masked=True, streamed=True)
-    assert streamed.peak < first.peak
-
-
-def test_rows_end_to_end_share_a_mask_of_all_by_all() -> None:
-    dry = DryModel(tiny(), torch.bfloat16)
-    apart, packed = (dry.train(4, 256, masked=True, packed=end_to_end).kept for end_to_end in (False, True))
-    # Both layers keep the mask as numbers, and the mask itself is there once.
-    assert packed - apart == pytest.approx((4 * 4 - 4) * 256 * 256 * (2 * 2 + 1), rel=0.05)
+    kept = train(recomputed, 4, 128).kept - plain.trained
+    # The input of each layer, and the last states twice.
+    assert 4 * 128 * 64 * 4 * 3 <= kept < four / 4
+    assert train(plain, 2, 64, streamed=True).peak < train(plain, 2, 64).peak
 
 
 # Stages.
 
 
-def test_states_take_what_the_trainers_keep() -> None:
-    config = a_config(policy={"model": "small", "dtype": "float32"}, rollout={"max_tokens": 64, "batch_size": 4})
-    size = sum(p.numel() for p in empty_model(tiny(), torch.float32).parameters())
-    estimator = Estimator(tiny(), shape_of(tiny()), config, cluster())
-    update = estimator.update(2, 2)
-    assert (update.weights, update.optimiser) == (4 * size, 8 * size)
-    assert update.total == sum(
-        (
-            update.weights,
-            update.gradients,
-            update.optimiser,
-            update.others,
-            update.activations,
-            update.logits,
-            update.cache,
-        )
-    )
-    with_kl = a_config(grpo={"trainer": {"beta": 0.001}}, rollout={"max_tokens": 64})
-    anchored = Estimator(tiny(), shape_of(tiny()), with_kl, cluster()).update(2, 2)
-    assert anchored.others == 4 * size
-    lora = a_config(grpo={"lora": {"rank": 4}, "trainer": {"beta": 0.001}}, rollout={"max_tokens": 64})
-    adapted = Estimator(tiny(), shape_of(tiny()), lora, cluster()).update(2, 2)
-    assert adapted.others == 0  # the adapters are switched off for the anchor
-    assert adapted.optimiser == 2 * 4 * 4 * 2 * 1024  # two states, float32, rank 4, two layers, inputs and outputs
+def update(gpus: int = 1, stage: str = "grpo", **sections: object):
+    config = a_config(**{"rollout": {"max_tokens": 64}, **sections})
+    return memory_model(config, gpus).update(stage, training_jobs(config)[stage], 128)
+
+
+def test_an_update_holds_weights_gradients_and_two_states_of_what_is_trained() -> None:
+    memory = update()
+    assert (memory.weights, memory.gradients, memory.optimizer, memory.other) == (4 * SIZE, 4 * SIZE, 8 * SIZE, 0)
+    assert memory.rows == 2
+    assert memory.total == memory.fixed + memory.activations + memory.logits + memory.cache
+    assert update(grpo={"kl_coefficient": 0.001}).other == 4 * SIZE  # the anchor
+    adapted = update(grpo={"lora": {"rank": 4}, "kl_coefficient": 0.001})
+    assert adapted.other == 0  # adapters are switched off for the anchor
+    assert adapted.optimizer == 2 * 4 * 4 * 2 * ADAPTERS  # two states, float32, rank 4, two layers
+    assert update(stage="distill", distill={"weights": "all"}).other == 4 * SIZE  # the frozen teacher
+    assert update(stage="distill").rows == 1  # the teacher's rows are twice as long
+
+
+def test_the_loss_holds_logits_hidden_states_and_the_heads_gradient() -> None:
+    config = a_config(rollout={"max_tokens": 64}, grpo={"training": {"logits_mib": 1}})
+    model, job = memory_model(config), training_jobs(config)["grpo"]
+    assert model._head(2, job, 4) == 6 * 128 * 512 + 128 * 64 * (4 + 2 * 4) + 4 * 512 * 64
+    assert model._head(40, job, 4) == 2**20 + 40 * 64 * 64 * (4 + 2 * 4) + 4 * 512 * 64
 
 
 def test_sharding_divides_states_among_ranks() -> None:
-    config = a_config(rollout={"max_tokens": 64})
-    alone = Estimator(tiny(), shape_of(tiny()), config, cluster()).update(2, 2)
-    halves = Estimator(tiny(), shape_of(tiny()), config, cluster(gpus=2, sharding="full")).update(2, 2)
-    assert (halves.weights, halves.optimiser) == (alone.weights // 2, alone.optimiser // 2)
-    assert halves.others > 0  # layers that are gathered
-    zero2 = Estimator(tiny(), shape_of(tiny()), config, cluster(gpus=2, sharding="optimizer")).update(2, 2)
-    assert (zero2.weights, zero2.optimiser) == (alone.weights, alone.optimiser // 2)
-    copies = Estimator(tiny(), shape_of(tiny()), config, cluster(gpus=2)).update(2, 2)
-    assert copies.gradients == 2 * alone.gradients  # DDP's buckets
+    alone, halves = update(), update(2, parallel={"sharding": "fsdp2"})
+    assert (halves.weights, halves.gradients, halves.optimizer) == (
+        alone.weights // 2, alone.gradients // 2, alone.optimizer // 2
+    )  # fmt: skip
+    layer, embedding = shape_of(tiny()).largest_layer, 512 * 64
+    assert halves.other == 4 * (3 * layer + embedding)  # gathered
+    assert update(2).gradients == 2 * alone.gradients  # DDP's buckets
 
 
 def test_the_cache_is_rows_times_tokens_times_keys_and_values() -> None:
     config = a_config(policy={"model": "small", "dtype": "bfloat16"}, rollout={"max_tokens": 128})
-    memory = Estimator(tiny(), shape_of(tiny()), config, cluster()).sample("pool", rows=8, tokens=128)
+    memory = memory_model(config).sample("pool, eval.", rows=8, tokens=128)
     token = 2 * 2 * 2 * 16 * 2  # layers, keys and values, groups, width, bytes
-    assert memory.cache == 9 * 128 * token  # a slot more, for what all prompts begin with
-    few = Cluster(gpu=gpu(memory_gib=0.01, tflops=1, gb_per_second=1))
-    free = few.room - memory.weights
-    less = Estimator(tiny(), shape_of(tiny()), config, few).sample("pool", rows=1000, tokens=128)
-    assert less.rows == int(0.6 * free / (128 * token)) - 1
-    assert fewer_rows([less], a_config(rollout={"batch_size": 1000}))[0].startswith(
-        f"pool: {less.rows} trajectories of 128"
-    )
-    assert fewer_rows([memory], config) == []
+    assert memory.cache == 9 * 128 * token  # a row more, for what all prompts begin with
+    few = memory_model(config, gpu=Gpu(name="few", memory_gib=0.01))
+    less = few.sample("pool, eval.", rows=1000, tokens=128)
+    assert less.rows == int(0.6 * (few.usable - memory.weights) / (128 * token)) - 1
 
 
 def test_vllm_takes_its_share_whatever_it_needs() -> None:
-    estimator = Estimator(tiny(), shape_of(tiny()), a_config(), cluster(engine="vllm", gpu_memory_utilization=0.5))
-    memory = estimator.sample("pool", rows=64, tokens=4096)
-    assert memory.total == pytest.approx(0.5 * 79.1 * GIB, rel=1e-6)
+    config = a_config(rollout={"engine": "vllm"}, vllm={"gpu_memory_utilization": 0.5})
+    model = memory_model(config)
+    memory = model.sample("pool, eval.", rows=64, tokens=4096)
+    assert memory.total == pytest.approx(0.5 * H100.memory_gib * GIB, rel=1e-6)
     assert memory.rows == 64
+    beside = model.sample("grpo: sample", rows=8, tokens=128, during=training_jobs(config)["grpo"])
+    assert beside.total == pytest.approx(0.3 * H100.memory_gib * GIB + 12 * SIZE, rel=1e-6)
+    full = beside.model_copy(update={"optimizer": 60 * GIB})
+    assert misfit(model, full).endswith("change [vllm] gpu_memory_utilization")
+    assert misfit(model, beside.model_copy(update={"rows": 0}))
 
 
-def test_the_largest_rows_are_tried() -> None:
-    def measured(rows: int) -> Memory:
-        return Memory(stage="x", rows=rows, tokens=1, activations=100 + rows * rows)
-
-    assert largest(measured, [1, 2, 4, 8, 16], 164) == 8
-    assert largest(measured, [1, 2, 4, 8, 16], 163) == 4
-    assert largest(measured, [1], 200) == 1
-    assert largest(measured, [1, 2], 100) == 0
-
-
-# What does not fit.
-
-
-def test_vllm_beside_training_states() -> None:
-    estimator = Estimator(tiny(), shape_of(tiny()), a_config(), cluster(engine="vllm"))
-    memory = estimator.sample("grpo sampling", rows=8, tokens=128, during="training")
-    beside = memory.model_copy(update={"weights": 12 * GIB, "optimiser": 24 * GIB})
-    assert "lower gpu_memory_utilization to 0.4" in (unfit(beside, cluster(engine="vllm")) or "")
-    assert "hold" in (unfit(memory.model_copy(update={"rows": 0}), cluster(engine="vllm")) or "")
+# At start.
 
 
 def test_at_start_what_cannot_fit_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tiny().save_pretrained(tmp_path)
-    model, size = str(tmp_path / "config.json"), shape_of(tiny()).parameters
-    config = a_config(grpo={"questions_per_step": 4, "group_size": 2}, rollout={"max_tokens": 64, "batch_size": 4})
-    start.check_memory(config, model, start.Device(memory=80 * GIB, ranks=1), ("grpo", "distill"))
+    model = str(tmp_path / "config.json")
+    sections = {"rollout": {"max_tokens": 64}, "grpo": {"training": {"micro_batch_tokens": 128}}}
+    config = a_config(**sections)
+    check_memory(config, model, ("grpo", "distill"), 1, 80 * GIB)
     assert not caplog.records
-    tight = start.Device(memory=4 * size, ranks=1)  # the weights alone
-    with pytest.raises(ConfigError, match=r"grpo update: needs .* GiB a rank .* train adapters"):
-        start.check_memory(config, model, tight, ("grpo",))
-    start.check_memory(config, model, tight, ())
-    start.check_memory(config, "someone/unheard-of", tight, ("grpo",))  # not loaded yet: nothing is known of it
-    start.check_memory(config, model, start.Device(memory=20 * size, ranks=1), ("grpo",))
-    start.check_memory(config, model, start.Device(memory=14 * size, ranks=2, sharding="full"), ("grpo",))
-    assert "with the longest trajectories, grpo update: needs" in caplog.text
-    assert start.cuda_device(torch.device("cpu"), 8, "fsdp2") is None
+    weights_alone = 4 * SIZE
+    with pytest.raises(ConfigError, match=r"grpo: update: needs .* GiB a GPU .* train adapters"):
+        check_memory(config, model, ("grpo",), 1, weights_alone)
+    check_memory(config, model, (), 1, weights_alone)
+    check_memory(config, "someone/unheard-of", ("grpo",), 1, weights_alone)  # nothing is known of it
+    check_memory(a_config(parallel={"sharding": "fsdp2"}, **sections), model, ("grpo",), 4, 12 * SIZE)
+    caplog.clear()
+    check_memory(config, model, ("grpo",), 1, 17 * SIZE)
+    assert "with the longest trajectories, grpo: update: needs" in caplog.text
+    on_cpu = a_config(policy={"model": "small", "device": "cpu"}, **sections)
+    check_memory(on_cpu, model, ("grpo",), 1)

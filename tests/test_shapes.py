@@ -28,14 +28,13 @@ def test_known_shapes_have_the_published_number_of_weights(name: str, parameters
 
 def test_a_shape_is_counted_as_by_hand() -> None:
     shape = shape_of(read_config("qwen2.5-3b"))
-    assert shape.embedding == shape.head == 151_936 * 2048
-    assert shape.tied
+    assert shape.embeddings == shape.head == 151_936 * 2048  # tied
     # Queries and output 2048 x 2048, keys and values 2048 x 256, three matrices of the MLP.
     assert shape.active == 36 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 11_008)
     assert shape.cached == 36 * 2 * 2 * 128  # layers, keys and values, groups, width of a head
     assert shape.attention_width == 36 * 16 * 128
     apart = shape_of(read_config("qwen2.5-7b"))
-    assert not apart.tied
+    assert apart.embeddings == 2 * apart.head
     assert apart.parameters - apart.active > 2 * apart.head
 
 

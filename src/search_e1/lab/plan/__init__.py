@@ -1,5 +1,10 @@
-"""What a run will take, before a GPU is rented: memory by stage and rank, tokens, operations, hours, disk.
+"""What a run takes, before a GPU is rented: memory of each stage, tokens, operations, hours, disk.
 
-Memory is not estimated from rules of thumb: the passes are run on tensors without contents (``dry``), and what would be
-alive together is added up. Nothing here opens weights, questions are only counted, and the network is not used.
+Computed by real modules (`trace.py`, `shapes.py`): weights, gradients, optimizer states and activations, counted on tensors
+that have a shape and no memory. Computed by formula: the pass over the output head, the key-value cache, layers gathered
+under FSDP2 (`memory.py`), operations and hours (`work.py`). All constants stand in `constants.toml`.
 """
+
+from search_e1.lab.plan.plan import check_memory
+
+__all__ = ["check_memory"]

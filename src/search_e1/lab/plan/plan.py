@@ -1,27 +1,24 @@
-"""The plan of a run: what each stage takes on a cluster, and what will go wrong."""
+"""The plan of a run, and the check of memory when one starts."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from transformers import PreTrainedConfig
+import torch
 
 from search_e1.config import Config
-from search_e1.data.benchmarks import BENCHMARKS, TEST_SIZES
+from search_e1.data.benchmarks import TEST_SIZES
 from search_e1.data.lines import raw_lines
-from search_e1.errors import ConfigError
-from search_e1.grpo import batching
-from search_e1.lab.plan import lengths as lengths_
-from search_e1.lab.plan.hardware import Cluster
-from search_e1.lab.plan.lengths import Lengths
-from search_e1.lab.plan.memory import Estimator, Memory, largest
+from search_e1.errors import ConfigError, ModelError
+from search_e1.lab.plan.constants import GIB, Constants, Gpu, load_constants
+from search_e1.lab.plan.memory import Memory, MemoryModel, training_jobs
 from search_e1.lab.plan.shapes import Shape, read_config, shape_of
-from search_e1.lab.plan.storage import Storage, storage
-from search_e1.lab.plan.warnings import fewer_rows, setting_warnings, sharing_problem, unfit
-from search_e1.lab.plan.work import Clock, Counts, Rates, Work
+from search_e1.lab.plan.work import Work, WorkModel
+from search_e1.runs.devices import device
 from search_e1.types import Record
 
-_TRAINED_ON = 169_615  # NQ's and HotpotQA's training questions
-_EVALUATED_ON = 1_000  # questions of a benchmark of one's own whose file is not here
+logger = logging.getLogger(__name__)
+_ROUNDED_AWAY = 1e-4  # AdamW's steps are about as large as its rate; half a bfloat16 unit of a weight of 0.02 is 3e-5
 
 
 class Plan(Record):
@@ -29,152 +26,151 @@ class Plan(Record):
 
     model: str
     shape: Shape
-    cluster: Cluster
-    lengths: Lengths
-    rates: Rates
-    questions: dict[str, int]
+    gpu: Gpu
+    gpus: int
+    usable: int
+    """Bytes of a GPU."""
     memory: tuple[Memory, ...]
     work: tuple[Work, ...]
-    storage: tuple[Storage, ...]
-    fits: bool
+    disk: dict[str, int]
+    """Bytes in the run directory, by what they are; an index is not included."""
+    problems: tuple[str, ...]
+    """Stages that do not fit, and what to change."""
     warnings: tuple[str, ...]
-    notes: tuple[str, ...]
-    """What was assumed."""
+    """Settings that defeat their purpose."""
+    assumed: tuple[str, ...]
 
     @property
     def hours(self) -> float:
         return sum(work.hours for work in self.work)
 
 
-def make_plan(
-    config: Config,
-    cluster: Cluster,
-    *,
-    lengths: Lengths | None = None,
-    rates: Rates | None = None,
-    passages: int | None = None,
-    largest_rows: bool = True,
-    progress: Callable[[str], None] = lambda stage: None,
-) -> Plan:
-    """What ``config`` takes on ``cluster``.
-
-    ``lengths``: if not given, assumed. ``passages`` of the corpus: if not given, counted where there is an index or a corpus,
-    else those of wiki-18. ``largest_rows``: also look for the largest micro-batches. ``progress`` is told each stage.
+def make_plan(config: Config, gpu: Gpu, gpus: int, constants: Constants) -> Plan:
+    """What ``config`` takes on ``gpus`` GPUs.
 
     Raises:
         ModelError: ``policy.model`` is not here, and no known shape.
     """
-    lengths, rates = lengths or lengths_.assumed(config), rates or Rates()
     model = read_config(config.policy.model, trust_remote_code=config.policy.trust_remote_code)
     shape = shape_of(model)
-    memory = memories(model, shape, config, cluster, largest_rows=largest_rows, progress=progress)
-    counts, notes = _counts(config)
-    sampling = next(m for m in memory if m.stage == "pool, evaluation")
-    side_by_side = sampling.rows
-    if cluster.engine == "vllm":
-        held = lengths.total * shape.cached * 2
-        side_by_side = max(1, min(rates.most_rows, int(sampling.cache / held)))
-    stored, assumed = storage(config, shape, lengths, counts, passages)
-    problems = [unfit(m, cluster) for m in memory]
+    memory_model = MemoryModel(model, shape, config, gpu, gpus, constants)
+    memory = stage_memory(memory_model)
+    sampling = next(m for m in memory if m.stage == "pool, eval.")
+    train, evaluated, assumed = _questions(config, constants)
+    work_model = WorkModel(shape, config, gpu, gpus, constants, sampling.rows)
+    work = work_model.stages(train, evaluated)
+    size, policies = memory_model.dtype.itemsize * shape.parameters, config.distillations
+    policies += config.rounds if config.grpo.steps else 0
+    stored = sum(w.trajectories for w in work if w.stage in ("pool", "evaluation")) * work_model.total
+    disk = {"policies": policies * size, "trajectories": round(stored * constants.data["bytes_per_token"])}
+    if any(not job.lora for job in training_jobs(config).values()):
+        disk["checkpoints"] = 2 * 3 * size  # two, each of weights and AdamW's two states
     return Plan(
-        model=config.policy.model,
-        shape=shape,
-        cluster=cluster,
-        lengths=lengths,
-        rates=rates,
-        questions=counts._asdict(),
-        memory=memory,
-        work=tuple(Clock(shape, config, cluster, lengths, counts, rates, side_by_side).stages()),
-        storage=stored,
-        fits=not any(problems),
-        warnings=(
-            *(p for p in problems if p),
-            *fewer_rows(memory, config),
-            *setting_warnings(config, shape, cluster, counts),
-        ),
-        notes=(*notes, *assumed),
-    )
+        model=config.policy.model, shape=shape, gpu=gpu, gpus=gpus, usable=memory_model.usable, memory=memory,
+        work=tuple(work), disk=disk, problems=tuple(filter(None, (misfit(memory_model, m) for m in memory))),
+        warnings=tuple(_warnings(config, shape)), assumed=tuple(assumed),
+    )  # fmt: skip
 
 
-def memories(
-    model: PreTrainedConfig,
-    shape: Shape,
-    config: Config,
-    cluster: Cluster,
-    *,
-    largest_rows: bool = True,
-    progress: Callable[[str], None] = lambda stage: None,
-) -> tuple[Memory, ...]:
-    """Memory of each stage, in the order of the loop."""
-    estimator = Estimator(model, shape, config, cluster)
-    made = []
-
-    def training(stage: str, step: Callable[[int, int], Memory], share: int, rows: int, knob: str) -> None:
-        progress(stage)
-        found: Memory = step(rows, share // rows)
-        most = None
-        if largest_rows:
-            divisors = [n for n in range(1, share + 1) if share % n == 0]
-            most = largest(lambda n: step(n, share // n), divisors, cluster.room)
-        made.append(found.model_copy(update={"most_rows": most, "knob": knob}))
-
-    if config.grpo.steps:
-        progress("grpo sampling")
-        share, rows = _shares(config, cluster)
-        side_by_side = min(config.rollout.batch_size, share)
-        made.append(estimator.sample("grpo sampling", rows=side_by_side, tokens=estimator.width, during="training"))
-        training("grpo update", estimator.update, share, rows, "grpo.trainer.per_device_train_batch_size")
-    progress("pool, evaluation")
-    made.append(estimator.sample("pool, evaluation", rows=config.rollout.batch_size, tokens=estimator.width))
-    if not config.distillations:
-        return tuple(made)
-    if config.distill.objective == "ofsd":
-        progress("lead")
-        longer = min(shape.context_length, estimator.width + estimator.teacher_width - estimator.width)
-        made.append(estimator.sample("lead", rows=config.rollout.batch_size, tokens=longer))
-    share = max(1, config.distill.batch_size // cluster.gpus)
-    rows = min(config.distill.trainer.get("per_device_train_batch_size", share), share)
-    training("distillation", estimator.distill, share, rows, "distill.trainer.per_device_train_batch_size")
-    return tuple(made)
+def stage_memory(model: MemoryModel) -> tuple[Memory, ...]:
+    """In the order of the loop."""
+    config, rows, jobs = model.config, model.config.rollout.batch_size, training_jobs(model.config)
+    updates = {stage: model.update(stage, job) for stage, job in jobs.items()}
+    stages = [model.sample("pool, eval.", rows, model.longest)]
+    if "grpo" in jobs:
+        own = -(-config.grpo.questions_per_step * config.grpo.group_size // model.gpus)
+        sampling = model.sample("grpo: sample", min(rows, own), model.longest, during=jobs["grpo"])
+        stages = [sampling, updates["grpo"], *stages]
+    if "distill" in jobs:
+        stages += [model.sample("lead", rows, model.longest_privileged)] if jobs["distill"].has_teacher else []
+        stages.append(updates["distill"])
+    return tuple(stages)
 
 
-def _shares(config: Config, cluster: Cluster) -> tuple[int, int]:
-    """Trajectories of a GRPO step on each rank, and of them in one pass; rounded up where they do not divide."""
-    total = config.grpo.questions_per_step * config.grpo.group_size
-    if sharing_problem(total, cluster.gpus):
-        return -(-total // cluster.gpus), 1
+def misfit(model: MemoryModel, memory: Memory) -> str | None:
+    """Why a stage does not fit, and what to change; ``None`` if it does."""
+    stage, _, kind = memory.stage.partition(": ")
+    by_vllm = kind != "update" and model.config.rollout.engine == "vllm"
+    limit = model.size if by_vllm and not memory.optimizer else model.usable
+    if memory.rows and memory.total <= limit:
+        return None
+    ways = ["use a smaller policy or larger GPUs"]
+    if by_vllm:
+        ways = ["change [vllm] gpu_memory_utilization"]
+    elif memory.fixed > limit:
+        if memory.optimizer > memory.weights / 10:  # all weights are trained
+            ways.insert(0, "train adapters ([grpo.lora])" if stage == "grpo" else 'set distill.weights = "lora"')
+        if model.gpus > 1 and not model.sharded:
+            ways.insert(0, 'set parallel.sharding = "fsdp2"')
+    elif kind == "update":
+        job = training_jobs(model.config)[stage]
+        width = model.longest_privileged if job.has_teacher else model.longest
+        fewer = (rows * width for rows in range(memory.rows - 1, 0, -1))
+        fitting = next((tokens for tokens in fewer if model.update(stage, job, tokens).total <= limit), None)
+        recompute = f"set {stage}.training.gradient_checkpointing = true"
+        shorter = "lower rollout.max_tokens" if job.training.gradient_checkpointing else recompute
+        ways = [f"set {stage}.training.micro_batch_tokens = {fitting}" if fitting else shorter]
+    else:
+        ways.insert(0, "lower rollout.batch_size")
+    needs = f"{memory.stage}: needs {memory.total / GIB:.1f} GiB a GPU and {limit / GIB:.1f} are usable"
+    return f"{needs}; {', or '.join(ways)}"
+
+
+def check_memory(config: Config, model: str, stages: Sequence[str], ranks: int, size: int | None = None) -> None:
+    """Refuse, before any work, what cannot fit this machine's GPU; warn of what fits short trajectories only.
+
+    ``model``: what ``stages`` (``grpo``, ``distill``) start from; if its shape is not known, nothing is checked. ``size``:
+    bytes of the GPU; if not given, of this machine's. Does nothing on a CPU.
+
+    Raises:
+        ConfigError: weights, gradients and optimizer states alone exceed the GPU's memory; says what to change.
+    """
+    place = device(config.policy.device)
+    if size is None and place.type != "cuda":
+        return
+    size = size or torch.cuda.get_device_properties(place).total_memory
     try:
-        rows, micro_batches = batching.split(total, cluster.gpus, config.grpo.trainer)
-    except ConfigError:  # told by the warnings
-        return total // cluster.gpus, 1
-    return rows * micro_batches, rows
+        settings = read_config(model, trust_remote_code=config.policy.trust_remote_code)
+    except ModelError:
+        return
+    gpu = Gpu(name="this GPU", memory_gib=size / GIB)
+    planner = MemoryModel(settings, shape_of(settings), config, gpu, ranks, load_constants())
+    for stage, job in training_jobs(config).items():
+        if stage in stages and (problem := misfit(planner, memory := planner.update(stage, job))):
+            if memory.fixed > size:
+                raise ConfigError(problem)
+            if memory.total > size:
+                logger.warning("with the longest trajectories, %s", problem)
 
 
-def _counts(config: Config) -> tuple[Counts, list[str]]:
-    """Questions of the files where they are here, else of the published sets, and what had to be assumed."""
-    notes = []
-    train = 0
-    for path in config.data.train:
-        counted = _lines(path)
-        if counted is None:
-            notes.append(f"{path} is not here: {_TRAINED_ON:,} training questions assumed (NQ and HotpotQA)")
-            train = _TRAINED_ON
-            break
-        train += counted
-    evaluated, missing = 0, []
+def _warnings(config: Config, shape: Shape) -> Iterator[str]:
+    length, context, dtype = config.rollout.max_tokens, shape.context_length, config.policy.dtype
+    if config.distillations and config.reference.shows == "whole" and 2 * length > context:
+        yield f"a reference and a student of {length} tokens each exceed the context of {context}: references are shortened"
+    for stage, job in training_jobs(config).items():
+        rate = config.grpo.learning_rate if stage == "grpo" else config.distill.learning_rate
+        autocast = f"{stage}.training.autocast = true"
+        if dtype != "float32" and not job.lora and rate < _ROUNDED_AWAY:
+            yield (
+                f"{stage} trains all weights in {dtype}, and steps of {rate:g} round away; set policy.dtype = "
+                f'"float32" and {autocast}, or train adapters'
+            )
+        if dtype == "float32" and not job.training.autocast:
+            yield f"{stage} computes in float32, many times slower than bfloat16 on a GPU; set {autocast}"
+
+
+def _questions(config: Config, constants: Constants) -> tuple[int, int, list[str]]:
+    """Training and evaluation questions, counted where the files are here; and what had to be assumed."""
+    counts = [_lines(path) for path in config.data.train]
+    train = constants.data["train_questions"] if None in counts else sum(filter(None, counts))
+    assumed = [f"{train:,} training questions"] if None in counts else []
+    evaluated = 0
     for name, path in config.data.eval.items():
-        counted = _lines(path)
-        if counted is None:
-            missing.append(name)
-            counted = TEST_SIZES.get(name, _EVALUATED_ON)
-        evaluated += min(counted, config.data.max_eval or counted)
-    if missing:
-        own = [name for name in missing if name not in BENCHMARKS]
-        notes.append(
-            f"Evaluation files not here, sizes of the published test sets taken: {', '.join(missing)}"
-            + (f" ({_EVALUATED_ON:,} questions for {', '.join(own)})" if own else "")
-        )
-    return Counts(min(train, config.data.max_train or train), evaluated), notes
+        if (count := _lines(path)) is None:
+            count = TEST_SIZES.get(name, constants.data["eval_questions"])
+            assumed.append(f"{count:,} of {name}")
+        evaluated += min(count, config.data.max_eval or count)
+    return min(train, config.data.max_train or train), evaluated, assumed
 
 
 def _lines(path: Path) -> int | None:

@@ -1,0 +1,114 @@
+"""Passes without memory: the real modules on torch's fake tensors, whose bytes are added up while they are alive."""
+
+import weakref
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from search_e1.config import LoraConfig
+from search_e1.lab.plan.shapes import empty_model
+from search_e1.training.policy import with_adapter
+
+_ATTENTION = "search_e1_traced"
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: Any, **kwargs: Any) -> tuple:
+    """Fused causal attention without a mask: transformers would make one, since it cannot look into fake tensors."""
+    kwargs.pop("softcap", None)  # another kernel, with the same memory
+    return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+
+AttentionInterface.register(_ATTENTION, _attention)
+
+
+class Activations(NamedTuple):
+    """Bytes of one pass, gradients included."""
+
+    kept: int
+    """At the end of the forward pass."""
+    peak: int
+
+
+class TracedModel:
+    """A policy without contents, perhaps with adapters."""
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, lora: LoraConfig | None, recompute: bool) -> None:
+        """``recompute``: gradient checkpointing. Raises ModelError as ``empty_model``."""
+        base = empty_model(config, dtype, attn_implementation=_ATTENTION)
+        self.model: Any = with_adapter(base, lora) if lora else base
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._mode:
+            self.model.to_empty(device="cpu")
+            base.tie_weights()
+        if recompute:
+            self.model.gradient_checkpointing_enable()
+            if lora:
+                self.model.enable_input_require_grads()
+        self.decoder = base.get_decoder()
+        self.weights = sum(p.nbytes for p in self.model.parameters())
+        self.trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+
+    def train(self, rows: int, width: int, *, autocast: bool, streamed: bool) -> Activations:
+        """Forward and backward pass of the decoder over ``rows`` sequences of ``width`` tokens.
+
+        ``streamed``: a gradient is given away as soon as it is complete, as under FSDP2; otherwise all gradients of earlier
+        passes are present, the head's too.
+        """
+        self.model.train()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        with self._mode, _Counter(self.model) as counter:
+            hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in trained if streamed]
+            for p in [] if streamed else trained:
+                p.grad = torch.zeros_like(p)
+            with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+                hidden = self.decoder(torch.zeros(rows, width, dtype=torch.long), use_cache=False).last_hidden_state
+            kept = counter.now
+            hidden.backward(torch.ones_like(hidden))
+            for p in trained:
+                p.grad = None
+            for hook in hooks:
+                hook.remove()
+        return Activations(kept, counter.peak)
+
+    @torch.no_grad()
+    def forward(self, rows: int, width: int) -> int:
+        """Peak bytes of a pass without gradients."""
+        self.model.eval()
+        with self._mode, _Counter(self.model) as counter:
+            self.decoder(torch.zeros(rows, width, dtype=torch.long), use_cache=False)
+        return counter.peak
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the storages that operations create, until they are freed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        # Views of weights come out of operations too, and are no memory of their own.
+        self._seen = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = operation(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._seen:
+                self._seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return out
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def _drop_gradient(weight: Tensor) -> None:
+    weight.grad = None
