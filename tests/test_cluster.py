@@ -1,4 +1,4 @@
-"""The examples for schedulers: what they name exists here, and their parts fit together."""
+"""The examples for schedulers: what they name exists, and their parts fit together."""
 
 import shlex
 import shutil
@@ -25,8 +25,8 @@ def of_kind(kind: str) -> dict:
 
 
 def check_command(words: list[str]) -> None:
-    """A command line of ``search-e1``: its verb, its options and the configs that it names are there."""
-    program, verb, *rest = words
+    """A command line of ``search-e1``, perhaps under torchrun: verb, options and configs exist."""
+    program, verb, *rest = words[words.index("search-e1") :]
     assert program == "search-e1"
     command: Any = typer.main.get_command(app)
     known = {flag for parameter in command.commands[verb].params for flag in parameter.opts}
@@ -59,6 +59,8 @@ def test_batch_scripts_call_what_there_is(path: Path) -> None:
     directives = [line.split(maxsplit=1)[1] for line in text.splitlines() if line.startswith("#SBATCH")]
     assert f"--nodes={2 if '2nodes' in path.name else 1}" in directives
     assert {"--ntasks-per-node=1", "--gpus-per-node=8"} <= {*directives}
+    assert "torchrun" in text
+    assert "--nproc-per-node 8 --no-python" in text
 
 
 def test_kubernetes_manifests_fit_together() -> None:
