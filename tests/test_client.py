@@ -72,6 +72,25 @@ def test_what_search_r1_s_own_servers_leave_out() -> None:
     assert not isinstance(found[0][0], Hit)
 
 
+def test_a_server_that_ignores_topk_is_cut_to_it() -> None:
+    with misbehaving(lambda r, n: good(r | {"topk": 5})) as server, client(server.url) as retriever:
+        retriever.probe(2)
+        assert [p.id for p in retriever.search(["a"], 2)[0]] == ["a-0", "a-1"]
+        assert [p.id for p in retriever.search(["a"], 3)[0]] == ["a-0", "a-1", "a-2"]
+        assert [request["topk"] for request in server.requests] == [2, 2, 3]
+
+
+@pytest.mark.parametrize("score", [{}, {"score": 0.5}])
+def test_both_shapes_of_a_document_are_read(score: dict[str, float]) -> None:
+    text = '"T"\nx'
+    hits = [{"document": text} | score, {"document": {"contents": "y"}} | score]
+    with misbehaving(lambda *_: answer([hits])) as server, client(server.url) as retriever:
+        first, second = retriever.search(["a"], 2)[0]
+    assert (first.id, first.title, first.text) == ("sha256:842515f9ccff04ee", "T", "x")
+    assert (second.title, second.text) == ("", "y")
+    assert [getattr(passage, "score", None) for passage in (first, second)] == [score.get("score")] * 2
+
+
 # What is wrong with an answer: the reply, and the cause that the error names.
 
 SECONDS = 0.3
@@ -100,12 +119,12 @@ FAULTS: dict[str, tuple[Reply, str]] = {
     "503": (lambda *_: (503, b'{"detail": "too\\nmany"}', {"Retry-After": "0"}), "Unavailable (too many)"),
     "429": (lambda *_: (429, b"", {"Retry-After": "0"}), "status 429 Too Many Requests"),
     "cut short": (cut, "RemoteProtocolError: peer closed connection"),
-    "truncated JSON": (lambda r, n: (200, good(r)[1][:-20]), "not an answer of /retrieve (the answer: Invalid JSON"),
-    "no JSON": (lambda *_: (200, b"<html>"), "not an answer of /retrieve (the answer: Invalid JSON"),
-    "no bytes": (lambda *_: (200, b""), "not an answer of /retrieve (the answer: Invalid JSON"),
+    "truncated JSON": (lambda r, n: (200, good(r)[1][:-20]), "not a response of /retrieve (the response: Invalid JSON"),
+    "no JSON": (lambda *_: (200, b"<html>"), "not a response of /retrieve (the response: Invalid JSON"),
+    "no bytes": (lambda *_: (200, b""), "not a response of /retrieve (the response: Invalid JSON"),
     "not gzip": (lambda r, n: (*good(r), {"Content-Encoding": "gzip"}), "DecodingError: "),
-    "other keys": (lambda *_: (200, b'{"results": []}'), "not an answer of /retrieve (result: Field required)"),
-    "null": (lambda *_: answer(None), "not an answer of /retrieve (result: Input should be a valid "),
+    "other keys": (lambda *_: (200, b'{"results": []}'), "not a response of /retrieve (result: Field required)"),
+    "null": (lambda *_: answer(None), "not a response of /retrieve (result: Input should be a valid "),
     "a text": (lambda *_: answer([[], "x"]), "(result.1: Input should be a valid "),
     "no contents": (lambda *_: answer([[], [{"document": {"id": 1}}]]), "(result.1.0.document.contents: Field req"),
     "bare documents": (lambda *_: answer([[], [{"id": 1, "contents": "x"}]]), "(result.1.0.document: Field required)"),
@@ -118,7 +137,6 @@ FAULTS: dict[str, tuple[Reply, str]] = {
     "twice the same": (lambda *_: answer([[hit("a", 0), hit("a", 0)], []]), "the same passage twice for a query"),
     "too few results": (lambda *_: answer([[]]), "1 results for 2 queries"),
     "too many results": (lambda *_: answer([[], [], []]), "3 results for 2 queries"),
-    "too many passages": (lambda *_: answer([[], [hit("a", i) for i in range(3)]]), "3 passages for a query where at"),
 }
 
 
@@ -266,7 +284,7 @@ def test_without_attempts_it_waits_as_long_as_its_time_allows_and_says_so(
         assert len(server.requests) == 9
     assert sum(slept) > 30
     assert [record.message.split(": ", 1)[-1] for record in caplog.records] == [
-        "status 503 Service Unavailable; tried again for up to 180 s",
+        "status 503 Service Unavailable; retrying for up to 180 s",
         f"{server.url}/retrieve answers again",
     ]
 
@@ -397,10 +415,10 @@ def test_what_is_no_url_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_an_answer_without_end_is_refused(monkeypatch, packed: bool) -> None:
-    monkeypatch.setattr("search_e1.retrieval.client._ANSWER_BYTES", 2**20)
+    monkeypatch.setattr("search_e1.retrieval.client._RESPONSE_BYTES", 2**20)
     body = b" " * 2**24
     headers = {"Content-Encoding": "gzip"} if packed else {}
     with misbehaving(lambda request, number: (200, gzip.compress(body) if packed else body, headers)) as server:
-        with HttpRetriever(server.url) as client, pytest.raises(RetrievalError, match="an answer of more than 1 MiB"):
+        with HttpRetriever(server.url) as client, pytest.raises(RetrievalError, match="a response of more than 1 MiB"):
             client.search(["a"], 1)
         assert len(server.requests) == 1  # it is not asked for again

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from search_e1.stages.all import Stages
 
 from search_e1.config import Config, RetrievalConfig
 from search_e1.errors import ConfigError, RetrievalError
 from search_e1.retrieval.cache import CachedRetriever
 from search_e1.retrieval.client import HttpRetriever
-from search_e1.stages.all import Stages
 from serving import good, misbehaving
 
 
@@ -31,7 +31,7 @@ def test_a_server_that_tells_its_checksum_is_cached_in_the_run(tmp_path: Path) -
     with misbehaving(telling) as server:
         first = stages(tmp_path, server.url)
         assert isinstance(first.retriever, CachedRetriever)
-        assert (first.retriever.path, first.retriever.key) == (tmp_path / "retrieval-cache.sqlite", "c" * 64)
+        assert (first.retriever.path, first.retriever.key) == (tmp_path / "retrieval-cache", "c" * 64)
         assert first.retrieval_checksum() == "c" * 64
         found = first.retriever.search(["a"], 2)
         assert stages(tmp_path, server.url).retriever.search(["a"], 2) == found
@@ -45,12 +45,12 @@ def test_a_server_that_tells_nothing_is_cached_under_a_name_only(tmp_path: Path)
         plain = stages(tmp_path, server.url)
         assert isinstance(plain.retriever, HttpRetriever)
         assert plain.retrieval_checksum() == server.url
-        named = stages(tmp_path, server.url, cache=tmp_path / "mine.sqlite", cache_key="wiki-18 e5")
+        named = stages(tmp_path, server.url, cache=tmp_path / "mine", cache_key="wiki-18 e5")
         assert isinstance(named.retriever, CachedRetriever)
-        assert (named.retriever.path, named.retriever.key) == (tmp_path / "mine.sqlite", "wiki-18 e5")
+        assert (named.retriever.path, named.retriever.key) == (tmp_path / "mine", "wiki-18 e5")
         assert named.retrieval_checksum() == "wiki-18 e5"
         with pytest.raises(ConfigError, match=r"retrieval\.cache: .* does not tell its index's checksum; name"):
-            assert stages(tmp_path, server.url, cache=tmp_path / "mine.sqlite").retriever
+            assert stages(tmp_path, server.url, cache=tmp_path / "mine").retriever
 
 
 def test_a_server_that_is_not_there_is_found_before_any_work(tmp_path: Path) -> None:

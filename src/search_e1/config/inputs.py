@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from search_e1.config.base import Paths, Positive, Section
 from search_e1.retrieval.convention import EncoderSettings
+from search_e1.retrieval.registry import check_kind, index_kinds
 
 
 class PolicyConfig(Section):
@@ -38,39 +39,47 @@ class DataConfig(Section):
 
 
 class RetrievalConfig(Section):
+    kind: str = "bm25"
+    """`bm25`, `dense` or `hybrid` (both, with fused rankings): the index that is built from `data.corpus`. `url`: a server,
+    which a `url` alone says too. `module:attribute`: a retriever of your own, called with this section."""
     index: Paths = ()
-    """Directory of an index made by `search-e1 index build`, or a list of several whose rankings are fused. Without it one is
-    built of `data.corpus` in the run directory."""
-    kind: Literal["bm25", "dense", "hybrid"] = "bm25"
-    """Of the index that is built of `data.corpus`; `hybrid` builds both of the others and fuses their rankings."""
+    """Directory of an index built by `search-e1 index build`, or a list of several with fused rankings. Default: an index of
+    `data.corpus` in the run directory."""
     encoder: EncoderSettings | None = None
-    """Needed for `dense` and `hybrid`. For an `index` that is given: where its encoder is now, and its device."""
+    """Required for `dense` and `hybrid`. With `index`: where its encoder is now, and its device."""
     faiss: str = "exact"
-    """Of a dense index that is built: `exact`, `graph`, `compressed`, or a factory string of FAISS."""
+    """Layout of a dense index to build: `exact`, `graph`, `compressed`, or a factory string of FAISS."""
     parameters: str | None = None
-    """How a dense index is searched, e.g. `nprobe=128,k_factor_rf=40`. Without it as its preset, or its build, says."""
+    """FAISS search parameters, e.g. `nprobe=128,k_factor_rf=40`. Default: those of the preset, or of the build."""
     url: str | None = None
     """A server that speaks Search-R1's `/retrieve`, e.g. `http://127.0.0.1:8000`. Used instead of an index."""
     timeout: Annotated[float, Field(gt=0)] = 30.0
-    """Seconds for one request to `url`, from connecting to the last byte of the answer."""
+    """Seconds for one attempt of a request to `url`, from connecting to the last byte of the response."""
     attempts: Positive | None = None
-    """Tries of one request to `url` before the stage stops. Without it as many as `time_limit` allows."""
+    """Attempts of a request to `url` before the stage stops. Default: as many as `time_limit` allows."""
     time_limit: Annotated[float, Field(gt=0)] = 180.0
-    """Seconds for all tries of one request to `url` and the waits between them; then the stage stops. How long a server may
-    be down without harm."""
+    """Seconds for all attempts of a request to `url`, waits included; then the stage stops. A server may be down that long."""
     cache: bool | Path = True
-    """File that keeps answers for later rounds and other runs; several processes may share it. `true`: for `url`, in the run
-    directory; `false`: none."""
+    """Directory that keeps results for later rounds and other runs; several processes may share it. `true`: in the run
+    directory, unless an index is searched; `false`: none."""
     cache_key: str | None = None
-    """A name of what `url` serves, for answers in `cache`. Only for a server that does not tell its index's checksum; without
-    a name its answers are not kept."""
+    """Name of what `url` serves, under which `cache` keeps its results. Only for a server that does not send the checksum of
+    its index; without a name its results are not kept."""
+
+    @field_validator("kind")
+    @classmethod
+    def _check_kind(cls, kind: str) -> str:
+        return check_kind(kind)
 
     @model_validator(mode="after")
-    def _one_source(self) -> "RetrievalConfig":
-        if self.index and self.url:
+    def _check_source(self) -> "RetrievalConfig":
+        indexes = index_kinds(self)
+        if self.index and self.url and self.kind in ("bm25", "dense", "hybrid", "url"):
             raise ValueError("give index or url, not both")
-        if self.kind != "bm25" and not (self.encoder or self.index or self.url):
+        if self.kind == "url" and not self.url:
+            raise ValueError("kind = 'url' needs a url; give url")
+        if "dense" in indexes and not (self.encoder or self.index):
             raise ValueError(f"kind = {self.kind!r} needs an encoder; give encoder.model")
-        if self.cache_key and not self.url:
+        if self.cache_key and indexes:
             raise ValueError("cache_key is only for a url; an index has its own checksum")
         return self

@@ -1,8 +1,7 @@
-"""A retriever somewhere else: the client of Search-R1's ``/retrieve``.
+"""Client of a retrieval server that speaks Search-R1's ``/retrieve``.
 
-What is promised: a search ends with passages for every query from an answer that was checked, or in a
-``RetrievalError``, and within a stated time. An empty list of passages means that the server found nothing, never that
-something failed.
+A search returns passages for every query from a validated response, or raises ``RetrievalError``, within a stated time. An
+empty list of passages means that the server has no match, never that something failed.
 """
 
 import asyncio
@@ -14,11 +13,11 @@ from collections.abc import Coroutine, Iterator, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from itertools import pairwise
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import httpx
 from cachetools import LRUCache
-from pydantic import BaseModel, FiniteFloat, ValidationError
+from pydantic import BaseModel, BeforeValidator, FiniteFloat, ValidationError
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -35,26 +34,26 @@ from search_e1.runs.safe import masked
 from search_e1.types import Passage
 
 CHECKSUM_HEADER = "Search-E1-Index"
-"""With every answer of `search-e1 serve-retriever`: the checksum of its index."""
+"""Response header of `search-e1 serve-retriever`: the checksum of its index."""
 MOST_QUERIES_HEADER = "Search-E1-Max-Queries"
-"""With every answer of `search-e1 serve-retriever`: how many queries one request may hold."""
+"""Response header of `search-e1 serve-retriever`: most queries of one request."""
 
 _REQUEST_QUERIES, _REQUEST_CHARS = 256, 2**20
-"""Most queries, and characters of them, in one request; what is more goes into further ones."""
-_ANSWER_BYTES = 2**28
-"""Of one answer, unpacked: 256 queries' passages are far below, whatever asks for more memory is none."""
-_OF_TRANSFER = ("content-encoding", "content-length", "transfer-encoding")
+"""Most queries, and characters of queries, in one request; more are split into several requests."""
+_RESPONSE_BYTES = 2**28
+"""Size limit of one decompressed response, far above the passages of 256 queries."""
+_TRANSFER_HEADERS = ("content-encoding", "content-length", "transfer-encoding")
 _CONNECTIONS = 4
 _PROBE_ATTEMPTS = 4
-"""Before the work begins nobody waits for a server that is down: its address may be wrong."""
+"""Attempts before any work has begun: the address may be wrong."""
 _CONNECT_SECONDS = 10.0
 _RETRY_AFTER_SECONDS = 60.0
-"""The longest wait that a server can ask for."""
-_REMEMBERED = 20_000
-"""Queries whose passages are kept in memory: siblings ask the same things, also in later turns."""
+"""Longest wait that a server can request."""
+_MEMORY_QUERIES = 20_000
+"""Queries whose passages stay in memory: siblings send the same ones, also in later turns."""
 
 logger = logging.getLogger(__name__)
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 class _Document(BaseModel):
@@ -63,16 +62,17 @@ class _Document(BaseModel):
 
 
 class _Hit(BaseModel):
-    document: _Document
+    document: Annotated[_Document, BeforeValidator(lambda d: {"contents": d} if isinstance(d, str) else d)]
+    """Some servers send the text alone."""
     score: FiniteFloat | None = None  # Search-R1's web search servers leave it out
 
 
-class _Answer(BaseModel):
+class _Response(BaseModel):
     result: list[list[_Hit]]
 
 
-class _PassingError(Exception):
-    """Something that may pass: no connection, a time-out, a server that is overloaded, restarting, one bad one of several."""
+class _TransientError(Exception):
+    """A failure that may pass: no connection, a time-out, an overloaded or restarting server, one bad server of several."""
 
     def __init__(self, cause: str, retry_after: float = 0.0) -> None:
         super().__init__(cause)
@@ -80,24 +80,17 @@ class _PassingError(Exception):
 
 
 class HttpRetriever:
-    """A ``Retriever`` that asks a server over HTTP, keeping its connections open and what it was told in memory.
+    """A ``Retriever`` that searches over HTTP, with persistent connections and recent results in memory.
 
-    May be used from several threads: what one of them waits for, another does not ask again. Use it as a context manager,
-    or ``close`` it.
+    Thread-safe; a query that one thread waits for is not sent again by another. A context manager; else call ``close``.
     """
 
-    def __init__(
-        self,
-        url: str,
-        timeout: float = 30.0,
-        attempts: int | None = None,
-        time_limit: float = 180.0,
-    ) -> None:
+    def __init__(self, url: str, timeout: float = 30.0, attempts: int | None = None, time_limit: float = 180.0) -> None:
         """``url``: with or without ``/retrieve`` at its end.
 
-        ``timeout``: seconds for one try of a request, from connecting to the last byte of the answer. ``attempts``: tries of
-        a request, or as many as its time allows. ``time_limit``: seconds for all tries of a request and the waits between
-        them: how long a server may be down without harm.
+        ``timeout``: seconds for one attempt of a request, from connecting to the last byte of the response. ``attempts``:
+        most attempts of a request; default: as many as its time allows. ``time_limit``: seconds for all attempts of a
+        request, waits included.
 
         Raises:
             RetrievalError: ``url`` is not an http or https URL.
@@ -110,47 +103,47 @@ class HttpRetriever:
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise RetrievalError(f"retrieval.url = {masked(url)!r}: not an http or https URL; write http://host:port")
         self.timeout, self.attempts, self.time_limit = timeout, attempts, time_limit
-        # A proxy from the environment is never meant for this machine.
-        self._environment = parsed.host not in ("localhost", "127.0.0.1", "::1")
+        # Proxies from the environment do not apply to this machine itself.
+        self._use_proxies = parsed.host not in ("localhost", "127.0.0.1", "::1")
         self._checksum: str | None = None
         self._most_queries = _REQUEST_QUERIES
         self._retrying = AsyncRetrying(
-            retry=retry_if_exception_type(_PassingError),
-            stop=stop_before_delay(time_limit) if attempts is None else _either(attempts, time_limit),
-            wait=_wait,
-            before_sleep=self._tell,
+            retry=retry_if_exception_type(_TransientError),
+            stop=_stop(attempts, time_limit),
+            wait=_wait_seconds,
+            before_sleep=self._report_outage,
             retry_error_callback=self._give_up,
         )
-        self._waiting = False
-        self._starting = threading.Lock()
+        self._is_down = False
+        self._start_lock = threading.Lock()
         self._process: int | None = None
 
     @property
     def checksum(self) -> str | None:
-        """Of the server's index, once it has answered; ``None`` if it does not tell."""
+        """Checksum of the server's index; ``None`` before the first response, and if the server sends none."""
         return self._checksum
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
-        """See ``Retriever``. Passages are ``Hit`` if the server gives scores."""
-        found = self._run(self._search(list(dict.fromkeys(queries)), topk))
-        return [list(found[query]) for query in queries]
+        """See ``Retriever``. Passages are ``Hit`` if the server sends scores."""
+        results = self._run(self._search(list(dict.fromkeys(queries)), topk))
+        return [list(results[query]) for query in queries]
 
-    def probe(self) -> None:
-        """Ask one query, so that a server that does not answer is found before any other work.
+    def probe(self, topk: int = 1) -> None:
+        """Send one query, so that a server that does not answer stops a run before any other work.
 
         Raises:
-            RetrievalError: it does not answer, or not as it should.
+            RetrievalError: no response, or not a valid one.
         """
         retrying = self._retrying.copy(
-            stop=_either(min(self.attempts or _PROBE_ATTEMPTS, _PROBE_ATTEMPTS), self.time_limit)
+            stop=_stop(min(self.attempts or _PROBE_ATTEMPTS, _PROBE_ATTEMPTS), self.time_limit)
         )
-        self._run(self._search(["Who wrote Hamlet?"], 1, retrying))
+        self._run(self._search(["Who wrote Hamlet?"], topk, retrying))
 
     def close(self) -> None:
-        """End the connections; a search afterwards opens new ones."""
-        with self._starting:
+        """Close the connections; a later search opens new ones."""
+        with self._start_lock:
             if self._process == os.getpid():
-                asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+                asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result()
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 self._thread.join()
                 self._loop.close()
@@ -162,12 +155,12 @@ class HttpRetriever:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    # One thread runs all requests on an event loop: only there a request can be given a time in all, whatever its server
-    # does, and no lock is needed around what the threads share.
+    # All requests run on the event loop of one thread. Only there can a whole request have a deadline, whatever its server
+    # does, and shared state needs no lock.
 
-    def _run(self, work: Coroutine[Any, Any, Found]) -> Found:
-        with self._starting:
-            if self._process != os.getpid():  # new, closed, or forked: threads do not follow into a child
+    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        with self._start_lock:
+            if self._process != os.getpid():  # new, closed, or forked: a child has none of its parent's threads
                 self._start()
             running = asyncio.run_coroutine_threadsafe(work, self._loop)
         return running.result()
@@ -177,15 +170,15 @@ class HttpRetriever:
         self._client = httpx.AsyncClient(
             timeout=httpx.Timeout(None, connect=min(self.timeout, _CONNECT_SECONDS)),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=_CONNECTIONS, keepalive_expiry=30.0),
-            trust_env=self._environment,
+            trust_env=self._use_proxies,
         )
         self._sending = asyncio.Semaphore(_CONNECTIONS)
-        self._memory: LRUCache[tuple[str, int], asyncio.Future[list[Passage]]] = LRUCache(_REMEMBERED)
+        self._memory: LRUCache[tuple[str, int], asyncio.Future[list[Passage]]] = LRUCache(_MEMORY_QUERIES)
         self._thread = threading.Thread(target=self._loop.run_forever, name="retrieval client", daemon=True)
         self._thread.start()
         self._process = os.getpid()
 
-    async def _end(self) -> None:
+    async def _shut_down(self) -> None:
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
         await self._client.aclose()
@@ -193,28 +186,28 @@ class HttpRetriever:
     async def _search(
         self, queries: list[str], topk: int, retrying: AsyncRetrying | None = None
     ) -> dict[str, list[Passage]]:
-        waited: dict[str, asyncio.Future[list[Passage]]] = {}
+        futures: dict[str, asyncio.Future[list[Passage]]] = {}
         new = []
         for query in queries:
-            known = self._memory.get((query, topk))
-            if known is None:
+            future = self._memory.get((query, topk))
+            if future is None:
                 new.append(query)
-                known = self._memory[query, topk] = asyncio.get_running_loop().create_future()
-            waited[query] = known
-        parts = [
-            asyncio.create_task(self._fetch(part, topk, waited, retrying or self._retrying))
-            for part in self._parts(new)
+                future = self._memory[query, topk] = asyncio.get_running_loop().create_future()
+            futures[query] = future
+        tasks = [
+            asyncio.create_task(self._fetch(part, topk, futures, retrying or self._retrying))
+            for part in self._split(new)
         ]
-        if waited:
-            await asyncio.wait(waited.values())
-        if parts:
-            await asyncio.wait(parts)
-        for failure in [future.exception() for future in waited.values()]:
+        if futures:
+            await asyncio.wait(futures.values())
+        if tasks:
+            await asyncio.wait(tasks)
+        for failure in [future.exception() for future in futures.values()]:
             if failure:
                 raise RetrievalError(str(failure)) from failure
-        return {query: future.result() for query, future in waited.items()}
+        return {query: future.result() for query, future in futures.items()}
 
-    def _parts(self, queries: Sequence[str]) -> Iterator[list[str]]:
+    def _split(self, queries: Sequence[str]) -> Iterator[list[str]]:
         part: list[str] = []
         size = 0
         for query in queries:
@@ -230,125 +223,126 @@ class HttpRetriever:
         self,
         queries: list[str],
         topk: int,
-        waited: dict[str, "asyncio.Future[list[Passage]]"],
+        futures: dict[str, "asyncio.Future[list[Passage]]"],
         retrying: AsyncRetrying,
     ) -> None:
-        """Ask for ``queries`` in one request and settle their futures, whatever happens."""
+        """Send ``queries`` in one request and resolve their futures, whatever happens."""
         try:
             async with self._sending:
-                until = asyncio.get_running_loop().time() + self.time_limit
-                # A copy: an object of tenacity keeps the state of one call.
-                results: list[list[Passage]] = await retrying.copy()(self._ask, queries, topk, until)
+                deadline = asyncio.get_running_loop().time() + self.time_limit
+                # A copy: tenacity keeps the state of a call in the object.
+                results: list[list[Passage]] = await retrying.copy()(self._post, queries, topk, deadline)
         except Exception as error:
             for query in queries:
                 self._memory.pop((query, topk), None)
-                waited[query].set_exception(error)
+                futures[query].set_exception(error)
             return
         for query, passages in zip(queries, results, strict=True):
-            waited[query].set_result(passages)
+            futures[query].set_result(passages)
 
-    async def _ask(self, queries: list[str], topk: int, until: float) -> list[list[Passage]]:
+    async def _post(self, queries: list[str], topk: int, deadline: float) -> list[list[Passage]]:
         request = {"queries": queries, "topk": topk, "return_scores": True}
-        seconds = min(self.timeout, until - asyncio.get_running_loop().time())
+        seconds = min(self.timeout, deadline - asyncio.get_running_loop().time())
         try:
             async with asyncio.timeout(seconds):
-                async with self._client.stream("POST", self.url, json=request) as answer:
-                    response = await self._whole(answer)
+                async with self._client.stream("POST", self.url, json=request) as stream:
+                    response = await self._read(stream)
         except TimeoutError as error:
-            raise _PassingError(
+            raise _TransientError(
                 f"no answer within {seconds:.3g} s; raise retrieval.timeout if that is too short"
             ) from error
         except (httpx.TransportError, httpx.DecodingError) as error:
-            raise _PassingError(f"{type(error).__name__}: {error}; is the server running?") from error
+            raise _TransientError(f"{type(error).__name__}: {error}; is the server running?") from error
         status = f"status {response.status_code} {response.reason_phrase}".strip()
         if response.status_code in (408, 425, 429) or response.is_server_error:
-            raise _PassingError(f"{status}{_detail(response)}", _retry_after(response))
+            raise _TransientError(f"{status}{_detail(response)}", _retry_after(response))
         if not response.is_success:
-            raise self._failed(f"{status}{_detail(response)}; is it the address of a Search-R1 retrieval server?")
-        passages = _checked(response, len(queries), topk)
-        self._remember(response)
-        if self._waiting:
-            self._waiting = False
+            raise self._failure(f"{status}{_detail(response)}; is it the address of a Search-R1 retrieval server?")
+        passages = _parse(response, len(queries), topk)
+        self._read_headers(response)
+        if self._is_down:
+            self._is_down = False
             logger.warning("%s answers again", self.url)
         return passages
 
-    async def _whole(self, answer: httpx.Response) -> httpx.Response:
-        """``answer``, read and unpacked, as far as it may go.
+    async def _read(self, stream: httpx.Response) -> httpx.Response:
+        """The decompressed response, up to the size limit.
 
         Raises:
-            RetrievalError: it goes further.
+            RetrievalError: it is larger.
         """
         parts, size = [], 0
-        async for part in answer.aiter_bytes():
+        async for part in stream.aiter_bytes():
             parts.append(part)
             size += len(part)
-            if size > _ANSWER_BYTES:
-                raise self._failed(f"an answer of more than {_ANSWER_BYTES >> 20} MiB; is it a retrieval server?")
-        headers = [(name, value) for name, value in answer.headers.multi_items() if name.lower() not in _OF_TRANSFER]
-        said = {"reason_phrase": answer.reason_phrase.encode("ascii", "replace")}
-        return httpx.Response(answer.status_code, headers=headers, content=b"".join(parts), extensions=said)
+            if size > _RESPONSE_BYTES:
+                raise self._failure(f"a response of more than {_RESPONSE_BYTES >> 20} MiB; is it a retrieval server?")
+        headers = [(k, value) for k, value in stream.headers.multi_items() if k.lower() not in _TRANSFER_HEADERS]
+        reason = {"reason_phrase": stream.reason_phrase.encode("ascii", "replace")}
+        return httpx.Response(stream.status_code, headers=headers, content=b"".join(parts), extensions=reason)
 
-    def _remember(self, response: httpx.Response) -> None:
-        """What the server tells of itself.
+    def _read_headers(self, response: httpx.Response) -> None:
+        """Store what the server says about itself.
 
         Raises:
-            RetrievalError: it serves another index than before, so that its passages must not be mixed with the earlier ones.
+            RetrievalError: its index has changed, and passages of two indexes must not be mixed.
         """
-        told = response.headers.get(CHECKSUM_HEADER)
-        if told and self._checksum and told != self._checksum:
-            raise self._failed(
-                f"the server's index changed while it was in use (from {self._checksum[:12]} to {told[:12]})"
+        checksum = response.headers.get(CHECKSUM_HEADER)
+        if checksum and self._checksum and checksum != self._checksum:
+            raise self._failure(
+                f"the server's index changed while it was in use (from {self._checksum[:12]} to {checksum[:12]})"
             )
-        self._checksum = told or self._checksum
-        most = response.headers.get(MOST_QUERIES_HEADER, "")
-        if most.isdecimal() and int(most):
-            self._most_queries = min(int(most), _REQUEST_QUERIES)
+        self._checksum = checksum or self._checksum
+        limit = response.headers.get(MOST_QUERIES_HEADER, "")
+        if limit.isdecimal() and int(limit):
+            self._most_queries = min(int(limit), _REQUEST_QUERIES)
 
-    def _tell(self, state: RetryCallState) -> None:
-        """Once an outage, when it is no longer a hiccup: a stage that waits looks like one that hangs."""
-        if state.attempt_number >= _PROBE_ATTEMPTS and not self._waiting:
-            self._waiting = True
+    def _report_outage(self, state: RetryCallState) -> None:
+        """Warn once an outage, after a few attempts: a stage that waits looks like one that hangs."""
+        if state.attempt_number >= _PROBE_ATTEMPTS and not self._is_down:
+            self._is_down = True
             cause = state.outcome.exception() if state.outcome else None
-            logger.warning("%s: %s; tried again for up to %g s", self.url, cause, self.time_limit)
+            logger.warning("%s: %s; retrying for up to %g s", self.url, cause, self.time_limit)
 
     def _give_up(self, state: RetryCallState) -> Any:
         assert state.outcome is not None
         cause = state.outcome.exception()
-        raise self._failed(str(cause), state.attempt_number) from cause
+        raise self._failure(str(cause), state.attempt_number) from cause
 
-    def _failed(self, cause: str, attempts: int = 1) -> RetrievalError:
+    def _failure(self, cause: str, attempts: int = 1) -> RetrievalError:
         tries = "1 attempt" if attempts == 1 else f"{attempts} attempts"
         return RetrievalError(f"{masked(self.url)}: no passages after {tries}: {cause}")
 
 
-def _either(attempts: int, time_limit: float) -> stop_base:
-    return stop_after_attempt(attempts) | stop_before_delay(time_limit)
+def _stop(attempts: int | None, time_limit: float) -> stop_base:
+    before = stop_before_delay(time_limit)
+    return before if attempts is None else stop_after_attempt(attempts) | before
 
 
 _backoff = wait_exponential_jitter(initial=0.2, max=10.0, jitter=0.2)
 
 
-def _wait(state: RetryCallState) -> float:
-    """Longer each time, and never shorter than the server asked for."""
+def _wait_seconds(state: RetryCallState) -> float:
+    """Seconds to wait, growing with each attempt and at least what the server asked for."""
     error = state.outcome.exception() if state.outcome else None
-    asked = error.retry_after if isinstance(error, _PassingError) else 0.0
-    return max(_backoff(state), min(asked, _RETRY_AFTER_SECONDS))
+    minimum = error.retry_after if isinstance(error, _TransientError) else 0.0
+    return max(_backoff(state), min(minimum, _RETRY_AFTER_SECONDS))
 
 
 def _retry_after(response: httpx.Response) -> float:
-    """Seconds that the server asks to wait, given as a number or as a date; 0 if it does not say."""
-    told = response.headers.get("Retry-After", "")
-    if told.isdecimal():
-        return float(told)
+    """Seconds of the header ``Retry-After``, a number or a date; 0 without it."""
+    value = response.headers.get("Retry-After", "")
+    if value.isdecimal():
+        return float(value)
     try:
-        when = parsedate_to_datetime(told)
+        when = parsedate_to_datetime(value)
     except ValueError:
         return 0.0
     return max(0.0, (when.astimezone(UTC) - datetime.now(UTC)).total_seconds())
 
 
 def _detail(response: httpx.Response) -> str:
-    """What the server says of its refusal, where it says so as FastAPI does."""
+    """The reason that a refusal states in FastAPI's form; empty if it states none."""
     try:
         detail = response.json()["detail"]
     except (ValueError, LookupError, TypeError):
@@ -358,31 +352,30 @@ def _detail(response: httpx.Response) -> str:
     return f" ({' '.join(detail.split())[:200]})"
 
 
-def _checked(response: httpx.Response, queries: int, topk: int) -> list[list[Passage]]:
-    """The passages of an answer in which everything is as it should be.
+def _parse(response: httpx.Response, queries: int, topk: int) -> list[list[Passage]]:
+    """The validated passages of a response, at most ``topk`` a query: some servers ignore ``topk``.
 
     Raises:
-        _PassingError: it is not. Also this may pass: an answer can be cut short, and one of several servers be a bad one.
+        _TransientError: invalid. That may pass too: a response can be truncated, and one server of several be a bad one.
     """
     try:
-        result = _Answer.model_validate_json(response.content).result
+        result = _Response.model_validate_json(response.content).result
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"])) or "the answer"
-        raise _PassingError(f"not an answer of /retrieve ({where}: {problem['msg']})") from error
+        where = ".".join(map(str, problem["loc"])) or "the response"
+        raise _TransientError(f"not a response of /retrieve ({where}: {problem['msg']})") from error
     if len(result) != queries:
-        raise _PassingError(f"{len(result)} results for {queries} queries")
+        raise _TransientError(f"{len(result)} results for {queries} queries")
     for hits in result:
-        if len(hits) > topk:
-            raise _PassingError(f"{len(hits)} passages for a query where at most {topk} were asked for")
+        del hits[topk:]
         scores = [hit.score for hit in hits if hit.score is not None]
         if scores and len(scores) < len(hits):
-            raise _PassingError("a passage without a score among others with one")
+            raise _TransientError("a passage without a score among others with one")
         if any(first < second for first, second in pairwise(scores)):
-            raise _PassingError("passages that are not in the order of their scores")
+            raise _TransientError("passages that are not in the order of their scores")
         ids = [hit.document.id for hit in hits if hit.document.id is not None]
         if len(set(ids)) < len(ids):
-            raise _PassingError("the same passage twice for a query")
+            raise _TransientError("the same passage twice for a query")
     return [[_passage(hit) for hit in hits] for hits in result]
 
 
@@ -391,6 +384,4 @@ def _passage(hit: _Hit) -> Passage:
     if id is None:
         id = f"sha256:{hashlib.sha256(contents.encode()).hexdigest()[:16]}"
     passage = Passage.from_contents(str(id), contents)
-    if hit.score is None:
-        return passage
-    return Hit(id=passage.id, title=passage.title, text=passage.text, score=hit.score)
+    return passage if hit.score is None else Hit(**passage.model_dump(), score=hit.score)

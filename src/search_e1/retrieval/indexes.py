@@ -1,4 +1,4 @@
-"""Build and open indexes of whatever kind."""
+"""Build and open indexes of any kind."""
 
 from collections.abc import Iterable, Sequence
 from importlib import import_module
@@ -13,17 +13,17 @@ from search_e1.retrieval.hybrid import HybridIndex, StoredIndex
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Passage
 
-_KINDS = {"bm25": "bm25:Bm25Index", "dense": "dense:DenseIndex"}
+_CLASSES = {"bm25": "bm25:Bm25Index", "dense": "dense:DenseIndex"}
 
 
 class DenseSettings(NamedTuple):
-    """What a dense index is built with, beside the corpus."""
+    """Settings of a dense index besides the corpus."""
 
     encoder: EncoderSettings
     faiss: str = "exact"
-    """A preset or a factory string: see ``dense.layout``."""
+    """Preset or factory string; see ``dense.layout``."""
     parameters: str | None = None
-    """For searching."""
+    """FAISS search parameters."""
 
 
 def build_index(
@@ -35,16 +35,16 @@ def build_index(
     source: str | None = None,
     processes: int = 1,
 ) -> Index:
-    """A BM25 index of ``corpus`` in ``directory``, or a dense one: see ``Bm25Index.build`` and ``DenseIndex.build``.
+    """Build a BM25 index of ``corpus``, or a dense one; see ``Bm25Index.build`` and ``DenseIndex.build``.
 
     Raises:
-        ConfigError: its kind needs an extra that is not installed.
+        ConfigError: the kind needs an extra that is not installed.
     """
     if dense is None:
-        return _kind("bm25", directory).build(corpus, directory, progress, source=source, processes=processes)
-    made = _kind("dense", directory)
+        return _import_class("bm25", directory).build(corpus, directory, progress, source=source, processes=processes)
+    index = _import_class("dense", directory)
     encoder = import_module("search_e1.retrieval.encoder").Encoder.of(dense.encoder)
-    return made.build(
+    return index.build(
         corpus, directory, encoder, progress, index=dense.faiss, parameters=dense.parameters, source=source
     )
 
@@ -52,21 +52,21 @@ def build_index(
 def open_index(
     directory: Path, encoder: EncoderSettings | None = None, parameters: str | None = None, device: str = "auto"
 ) -> StoredIndex:
-    """The index in ``directory``, of the kind that its manifest names. Only that kind's libraries are loaded.
+    """Open the index in ``directory``. Only the libraries of its kind are imported.
 
-    ``encoder``, ``parameters`` and ``device``: see ``DenseIndex.open``; other kinds have none.
+    ``encoder``, ``parameters`` and ``device``: see ``DenseIndex.open``; ignored by other kinds.
 
     Raises:
-        DataError: there is none, or it is damaged, of another version or of an unknown kind.
-        ConfigError: its kind needs an extra that is not installed.
+        DataError: there is no index, or it is damaged, of another version or of an unknown kind.
+        ConfigError: the kind needs an extra that is not installed.
     """
     kind = directories.read(directory).kind
-    if kind not in _KINDS:
-        raise DataError(f"{directory}: an index of the unknown kind {kind!r}; this version knows {', '.join(_KINDS)}")
-    found = _kind(kind, directory)
+    if kind not in _CLASSES:
+        raise DataError(f"{directory}: an index of the unknown kind {kind!r}; this version knows {', '.join(_CLASSES)}")
+    index = _import_class(kind, directory)
     if kind == "dense":
-        return found.open(directory, encoder, parameters=parameters, device=device)
-    return found.open(directory)
+        return index.open(directory, encoder, parameters=parameters, device=device)
+    return index.open(directory)
 
 
 def open_indexes(
@@ -75,14 +75,16 @@ def open_indexes(
     parameters: str | None = None,
     device: str = "auto",
 ) -> Index:
-    """The index of one directory, or those of several fused: see ``open_index`` and ``HybridIndex``."""
+    """Open one index, or several with fused rankings; see ``open_index`` and ``HybridIndex``."""
     opened = [open_index(directory, encoder, parameters, device) for directory in indexes]
     return opened[0] if len(opened) == 1 else HybridIndex(opened)
 
 
-def _kind(kind: str, directory: Path) -> Any:
-    module, name = _KINDS[kind].split(":")
+def _import_class(kind: str, directory: Path) -> Any:
+    module, name = _CLASSES[kind].split(":")
     try:
+        if kind == "dense":
+            import_module("sentence_transformers")
         return getattr(import_module(f"search_e1.retrieval.{module}"), name)
     except ModuleNotFoundError as error:
         raise ConfigError(

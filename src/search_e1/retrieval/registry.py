@@ -1,0 +1,95 @@
+"""Kinds of retriever by name, and the function that opens the one a config asks for.
+
+A kind is a function from the section ``[retrieval]`` of a config to a ``Retriever``. A user's own needs no registration: a
+config names it as ``kind = "module:attribute"``.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from search_e1.errors import ConfigError
+from search_e1.retrieval.base import Retriever
+from search_e1.retrieval.convention import EncoderSettings
+from search_e1.runs.registry import Registry
+
+
+class Section(Protocol):
+    """What kinds read of the section ``[retrieval]``; see ``search_e1.config.RetrievalConfig``."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def index(self) -> tuple[Path, ...]: ...
+    @property
+    def encoder(self) -> EncoderSettings | None: ...
+    @property
+    def parameters(self) -> str | None: ...
+    @property
+    def url(self) -> str | None: ...
+    @property
+    def timeout(self) -> float: ...
+    @property
+    def attempts(self) -> int | None: ...
+    @property
+    def time_limit(self) -> float: ...
+
+
+KINDS: Registry[Callable[[Any], Retriever]] = Registry("kind of retriever")
+_INDEXES = {"bm25": ("bm25",), "dense": ("dense",), "hybrid": ("bm25", "dense")}
+"""Kind of retriever -> kinds of index that a run builds from its corpus for it, where ``index`` names none."""
+
+
+@KINDS.register("bm25")
+@KINDS.register("dense")
+@KINDS.register("hybrid")
+def _open_index(section: Section) -> Retriever:
+    from search_e1.retrieval.indexes import open_indexes
+
+    return open_indexes(section.index, section.encoder, section.parameters)
+
+
+@KINDS.register("url")
+def _connect(section: Section) -> Retriever:
+    from search_e1.retrieval.client import HttpRetriever
+
+    return HttpRetriever(str(section.url), section.timeout, section.attempts, section.time_limit)
+
+
+def check_kind(name: str) -> str:
+    """``name``, if it is registered or has the form ``module:attribute``, which is imported only when it is opened.
+
+    Raises:
+        ConfigError: it is neither; suggests the nearest registered name.
+    """
+    if ":" not in name:
+        KINDS.get(name, "retrieval.kind")
+    return name
+
+
+def index_kinds(section: Section) -> tuple[str, ...]:
+    """Kinds of index that ``section`` searches; empty for a server and for a user's own retriever."""
+    return _INDEXES.get(_kind_name(section), ())
+
+
+def open_retriever(section: Section, topk: int = 3) -> Retriever:
+    """The retriever that ``section`` asks for. One with a method ``probe(topk)`` is probed before it is returned.
+
+    Raises:
+        ConfigError: the kind does not exist, does not give a retriever, or needs an extra that is not installed.
+        RetrievalError: the probe fails.
+    """
+    name = _kind_name(section)
+    kind = KINDS.get(name, "retrieval.kind")
+    if not callable(kind):
+        raise ConfigError(f"retrieval.kind = {name!r}: not callable; give a function of the section or a class")
+    retriever = kind(section)
+    if not isinstance(retriever, Retriever):
+        raise ConfigError(f"retrieval.kind = {name!r}: gave a {type(retriever).__name__}, which has no method search")
+    if probe := getattr(retriever, "probe", None):
+        probe(topk)
+    return retriever
+
+
+def _kind_name(section: Section) -> str:
+    return "url" if section.url and section.kind in _INDEXES else section.kind
