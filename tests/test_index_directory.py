@@ -115,7 +115,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_written(tmp_path: Path) -> N
     with pytest.raises(RunError) as caught:
         broken_off(tmp_path / "index", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     assert str(caught.value) == (
-        f"{tmp_path / 'index'}: the disk is full; make room and run the same command again, it goes on from what was written"
+        f"{tmp_path / 'index'}: the disk is full; what was finished is kept: run the same command again once that is mended"
     )
     assert not (tmp_path / "index").exists()
     with building(tmp_path / "index", SETTINGS) as work:
@@ -125,20 +125,21 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_written(tmp_path: Path) -> N
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(RunError, match=r"index: cannot be written \(.*\); mend that"),
+        pytest.raises(RunError, match=r"\.index\.unfinished: Not a directory; give a run directory"),
         building(tmp_path / "file" / "index", SETTINGS),
     ):
         raise AssertionError
 
 
 def test_one_process_builds(tmp_path: Path) -> None:
-    with (
-        building(tmp_path / "index", SETTINGS),
-        pytest.raises(RunError, match="another process builds this index"),
-        building(tmp_path / "index", None),
-    ):
-        raise AssertionError
-    assert not list(tmp_path.glob(".*.lock"))
+    with building(tmp_path / "index", SETTINGS):
+        holder = json.loads((tmp_path / ".index.unfinished" / ".holder.json").read_text())
+        assert holder["pid"] == os.getpid()
+        with (
+            pytest.raises(RunError, match=rf"\.index\.unfinished: process {os.getpid()} on .* works in this run"),
+            building(tmp_path / "index", None),
+        ):
+            raise AssertionError
 
 
 def test_what_is_there_is_not_touched(tmp_path: Path) -> None:
