@@ -54,7 +54,7 @@ def make(
         made.evaluated(policy, right)
     rounds = {number: {"refused": "no lead" if number in refused else None} for number in ("1", "2")}
     (config.run / "summary.json").write_text(json.dumps({"rounds": rounds}))
-    (config.run / running.FINISHED).write_text(json.dumps(running.finished(config)))
+    (config.run / running.FINISHED).write_text(json.dumps(running.finished_record(config)))
     return Run(variant, seed, config)
 
 
@@ -71,14 +71,14 @@ class _Made:
     def led(self, number: str, lead: float) -> None:
         self.stage(f"pool-{number}", {"tokens": 25.0, "questions": 3})  # x 8 trajectories: 600 tokens
         self.stage(f"pairs-{number}", {})
-        told = {
+        figures = {
             "em_plain": 0.5,
             "em_privileged": 0.5 + lead,
             "low": lead - 0.1,
             "high": lead + 0.1,
             "sampled_tokens": 50,
         }
-        self.stage(f"lead-{number}", told)
+        self.stage(f"lead-{number}", figures)
 
     def evaluated(self, policy: str, right: Right) -> None:
         asked = [_result(i, em) for i, em in enumerate(right)]

@@ -1,4 +1,4 @@
-"""What a sweep came to: its tables, what is charged, differences over seeds, the plot, and what is shown."""
+"""The results of a sweep: tables, charges, differences over seeds, the plot, the terminal."""
 
 import sys
 import xml.etree.ElementTree as ET
@@ -14,7 +14,7 @@ from search_e1.lab.sweep.results import Cost
 
 
 @pytest.fixture
-def found(tmp_path) -> list[results.Evaluation]:
+def found(tmp_path) -> list[results.PolicyResult]:
     """Reference: GRPO for two rounds. The other distils after the first, and is refused after the second."""
     base = (0, 0, 0, 0)
     runs = [
@@ -25,11 +25,11 @@ def found(tmp_path) -> list[results.Evaluation]:
         make(tmp_path, "ofsd", 1, {"base": base, "grpo-1": (0, 0, 0, 0), "ofsd-1": (1, 1, 0, 0), "grpo-2": (1, 1, 0, 0)},
              refused="2"),
     ]  # fmt: skip
-    return [evaluation for run in runs for evaluation in results.evaluations(run)]
+    return [evaluation for run in runs for evaluation in results.read_results(run)]
 
 
 def row(found, **wanted):
-    [one] = [row for row in results.rows(found) if all(row[name] == value for name, value in wanted.items())]
+    [one] = [row for row in results.policy_rows(found) if all(row[name] == value for name, value in wanted.items())]
     return one
 
 
@@ -46,16 +46,16 @@ def test_a_policy_is_charged_with_all_that_it_took(found):
 
 def test_what_a_refused_round_cost_is_charged_to_the_policy_after_it(tmp_path):
     policies = {"base": (0, 0), "grpo-1": (0, 1), "grpo-2": (1, 1)}
-    found = results.evaluations(make(tmp_path, "v", 0, policies, refused="1"))
+    found = results.read_results(make(tmp_path, "v", 0, policies, refused="1"))
     assert [one.own.seconds for one in found] == [0.0, 10.0, 40.0]
     assert [one.refused for one in found] == [None, True, None]
     assert [one.last for one in found] == [False, False, True]
 
 
 def test_rows_are_tidy(found):
-    assert len(results.rows(found)) == 14 * 3  # nq, musique, all
+    assert len(results.policy_rows(found)) == 14 * 3  # nq, musique, all
     one = row(found, variant="ofsd", seed=0, stage="ofsd-1", benchmark="all")
-    assert {name: one[name] for name in ("n", *results.FIGURES)} == {
+    assert {name: one[name] for name in ("n", *results.METRICS)} == {
         "n": 4, "em": 0.75, "em_sampled": 0.375, "f1": 0.75, "searches": 1.25, "tokens": 12.5,
     }  # fmt: skip
     assert (one["last"], one["lead"], one["refused"], one["seconds"], one["stage_seconds"]) == (
@@ -82,7 +82,7 @@ def test_questions_are_reached_and_columns_keep_their_types(found, tmp_path):
     first = table.to_pylist()[4]
     assert (first["variant"], first["seed"], first["stage"], first["id"]) == ("grpo", 0, "grpo-1", "q0")
     assert (first["em"], first["em_sampled"], first["tokens"], first["failure"]) == (1.0, 0.5, 10.0, None)
-    results.write_parquet(results.rows(found), tmp_path / "r.parquet")
+    results.write_parquet(results.policy_rows(found), tmp_path / "r.parquet")
     kinds = {field.name: str(field.type) for field in parquet.read_schema(tmp_path / "r.parquet")}
     assert (kinds["sampled_tokens"], kinds["stage_steps"], kinds["tokens"], kinds["lead"]) == (
         "int64", "int64", "double", "double",
@@ -90,11 +90,11 @@ def test_questions_are_reached_and_columns_keep_their_types(found, tmp_path):
 
 
 def test_differences_are_paired_by_seed_and_question(found):
-    compared = comparison.compared(found, "grpo")
+    compared = comparison.compare_variants(found, "grpo")
     reference, ofsd = compared.at(comparison.LAST)
     assert (reference.variant, reference.differences, reference.seeds, reference.questions) == ("grpo", {}, (0, 1), 4)
-    assert reference.figures["em"].mean == 0.375
-    assert ofsd.figures["em"].mean == 0.75
+    assert reference.metrics["em"].mean == 0.375
+    assert ofsd.metrics["em"].mean == 0.75
     # Seed 0: +0, +0, +1, +1; seed 1: +0, +1, +0, +0.
     assert ofsd.differences["em"].mean == 0.375
     assert ofsd.differences["tokens"].mean == -3.75
@@ -110,25 +110,25 @@ def test_differences_are_paired_by_seed_and_question(found):
     assert compared.notes == ()
 
 
-def test_only_seeds_that_both_have_are_compared_and_that_is_told(found):
+def test_only_seeds_that_both_have_are_compared_with_a_note(found):
     kept = [one for one in found if (one.variant, one.seed) != ("ofsd", 1)]
-    compared = comparison.compared(kept, "grpo")
+    compared = comparison.compare_variants(kept, "grpo")
     assert compared.at(comparison.LAST)[1].differences["em"].mean == 0.5
     assert compared.notes == ("ofsd lacks seed 1: differences are over the seeds that both have",)
 
 
-def test_one_seed_and_other_limits_are_told(tmp_path):
+def test_one_seed_and_other_limits_are_noted(tmp_path):
     runs = [make(tmp_path, "a", 0, {"base": (0, 1)}), make(tmp_path, "b", 0, {"base": (1, 1)}, topk=5)]
-    found = [one for run in runs for one in results.evaluations(run)]
-    limits, one_seed = comparison.compared(found, "a").notes
+    found = [one for run in runs for one in results.read_results(run)]
+    limits, one_seed = comparison.compare_variants(found, "a").notes
     assert limits.startswith("mixed protocols: rollout.topk (3 for a/0:base, 5 for b/0:base)")
     assert one_seed.startswith("one seed:")
 
 
 def test_records_hold_every_interval(found):
-    records = comparison.compared(found, "grpo").records()
+    records = comparison.compare_variants(found, "grpo").records()
     [one] = [
-        r for r in records if (r["variant"], r["stage"], r["benchmark"], r["figure"]) == ("ofsd", "last", "all", "em")
+        r for r in records if (r["variant"], r["stage"], r["benchmark"], r["metric"]) == ("ofsd", "last", "all", "em")
     ]
     assert (one["mean"], one["difference"], one["reference"], one["seeds"], one["questions"]) == (
         0.75,
@@ -141,30 +141,32 @@ def test_records_hold_every_interval(found):
     assert one["difference_low"] <= 0.375 <= one["difference_high"]
 
 
-def test_the_plot_is_sound_and_names_every_variant(found):
-    tree = ET.fromstring(plot.svg(comparison.compared(found, "grpo")))
-    texts = ["".join(element.itertext()) for element in tree.iter() if element.tag.endswith("text")]
-    assert {"grpo", "ofsd", "EM, greedy", "searches", "sampled tokens"} <= set(texts)
-    circles = [element for element in tree.iter() if element.tag.endswith("circle")]
-    assert len(circles) == 3 + 4 + 4  # policies of both, and four differences of one
-    width, height = map(float, tree.attrib["viewBox"].split()[2:])
-    assert all(0 <= float(c.attrib["cx"]) <= width and 0 <= float(c.attrib["cy"]) <= height for c in circles)
+def texts_of_the_plot(found, reference: str, path: Path) -> list[str]:
+    plot.draw(comparison.compare_variants(found, reference), path)
+    tree = ET.fromstring(path.read_text())
+    return ["".join(element.itertext()).strip() for element in tree.iter() if element.tag.endswith("text")]
 
 
-def test_the_plot_has_room_for_many_variants_of_long_names(tmp_path):
+def test_the_plot_names_every_variant_and_is_the_same_each_time(found, tmp_path):
+    path = tmp_path / "plot.svg"
+    texts = texts_of_the_plot(found, "grpo", path)
+    assert {"grpo", "ofsd", "EM, greedy", "EM, sampled", "searches", "sampled tokens"} <= set(texts)
+    before = path.read_bytes()
+    texts_of_the_plot(found, "grpo", path)
+    assert path.read_bytes() == before
+
+
+def test_the_plot_shows_many_variants(tmp_path):
     names = [f"a-variant-of-a-grid-of-many-values+number-{i}" for i in range(30)]
     runs = [make(tmp_path, name, 0, {"base": (0, 0), "ofsd-1": (1, 0)}) for name in names]
-    compared = comparison.compared([one for run in runs for one in results.evaluations(run)], names[0])
-    tree = ET.fromstring(plot.svg(compared))
-    width, height = map(float, tree.attrib["viewBox"].split()[2:])
-    shown = [element for element in tree.iter() if element.tag.endswith("text")]
-    texts = [(str(e.text), float(e.attrib["x"]), float(e.attrib["y"]), e.attrib["text-anchor"]) for e in shown]
-    heading = next(y for text, _, y, _ in texts if text.startswith("Last policies"))
-    legend = [(x, y) for text, x, y, anchor in texts if text in names and anchor == "start"]
-    labels = [(x, y) for text, x, y, anchor in texts if text in names and anchor == "end"]
-    assert (len(legend), len(labels)) == (30, 29)
-    assert all(x + 6 * len(names[0]) < width and y < heading for x, y in legend)
-    assert all(x - 6 * len(names[0]) > 0 and heading < y < height for x, y in labels)
+    texts = texts_of_the_plot([one for run in runs for one in results.read_results(run)], names[0], tmp_path / "p.svg")
+    assert texts.count(names[0]) == 1  # in the legend
+    assert all(texts.count(name) == 2 for name in names[1:])
+
+
+def test_a_single_variant_has_no_differences_to_draw(tmp_path):
+    found = results.read_results(make(tmp_path, "alone", 0, {"base": (0, 0), "grpo-1": (1, 0)}))
+    assert "alone" in texts_of_the_plot(found, "alone", tmp_path / "p.svg")
 
 
 CONFIG = (
@@ -205,7 +207,7 @@ def test_a_report_of_what_is_finished(files, tmp_path, monkeypatch, capsys):
     assert made == {"results.parquet", "questions.parquet", "comparison.parquet", "comparison.svg"}
     assert "25.0" in verb(monkeypatch, capsys, *files, "--stage", "base")[1]
     status, _, err = verb(monkeypatch, capsys, *files, "--stage", "ofsd-7")
-    assert (status, err) == (2, "search-e1: --stage ofsd-7: no finished run has it; there is base, grpo-1, last\n")
+    assert (status, err) == (2, "search-e1: --stage ofsd-7: no finished run has it; known: base, grpo-1, last\n")
 
 
 def test_nothing_to_report(files, monkeypatch, capsys):

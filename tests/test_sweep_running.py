@@ -46,7 +46,7 @@ if name == "long":
 """
 
 
-def made(directory: Path, variant: str, seed: int = 0) -> Run:
+def a_run(directory: Path, variant: str, seed: int = 0) -> Run:
     config = Config.model_validate(
         {
             "run": directory / "runs" / variant / str(seed),
@@ -63,19 +63,19 @@ def worker(monkeypatch, tmp_path):
     monkeypatch.setattr(running, "WORKER", [sys.executable, "-S", "-c", WORKER])
 
 
-def unwatched(active, outcomes) -> None:
+def ignore_changes(active, outcomes) -> None:
     pass
 
 
 def finish(run: Run) -> None:
     run.config.run.mkdir(parents=True, exist_ok=True)
-    (run.config.run / running.FINISHED).write_text(json.dumps(running.finished(run.config)))
+    (run.config.run / running.FINISHED).write_text(json.dumps(running.finished_record(run.config)))
 
 
 def test_a_run_that_fails_takes_no_other_with_it(tmp_path):
-    runs = [made(tmp_path, name) for name in ("wrong", "good", "killed", "stopped", "fine")]
-    outcomes = running.work(runs, tmp_path, 2, Stop(), unwatched)
-    assert {outcome.run.variant: (outcome.ending, outcome.said) for outcome in outcomes} == {
+    runs = [a_run(tmp_path, name) for name in ("wrong", "good", "killed", "stopped", "fine")]
+    outcomes = running.run_all(runs, tmp_path, 2, Stop(), ignore_changes)
+    assert {outcome.run.variant: (outcome.ending, outcome.message) for outcome in outcomes} == {
         "wrong": (Ending.FAILED, "corpus.jsonl: no such file; give it:"),
         "good": (Ending.FINISHED, ""),
         "killed": (Ending.FAILED, "killed by SIGKILL"),
@@ -89,34 +89,36 @@ def test_a_run_that_fails_takes_no_other_with_it(tmp_path):
 
 
 def test_a_finished_run_is_not_begun_again(tmp_path):
-    runs = [made(tmp_path, "good"), made(tmp_path, "fine")]
+    runs = [a_run(tmp_path, "good"), a_run(tmp_path, "fine")]
     finish(runs[0])
-    outcomes = running.work(runs, tmp_path, 1, Stop(), unwatched)
+    outcomes = running.run_all(runs, tmp_path, 1, Stop(), ignore_changes)
     assert [(outcome.run.variant, outcome.ending) for outcome in outcomes] == [
-        ("good", Ending.THERE), ("fine", Ending.FINISHED),
+        ("good", Ending.EARLIER), ("fine", Ending.FINISHED),
     ]  # fmt: skip
     assert not (runs[0].config.run / "begun").exists()
 
 
 def test_a_variant_that_has_changed_is_refused_before_any_run(tmp_path):
-    runs = [made(tmp_path, "good"), made(tmp_path, "fine")]
+    runs = [a_run(tmp_path, "good"), a_run(tmp_path, "fine")]
     finish(runs[1])
     changed = Run("fine", 0, runs[1].config.model_copy(update={"rounds": 5}))
     with pytest.raises(
         RunError, match=r"variant 'fine' has changed since it was run \(seed 0\).*\n  rounds: 2 there, 5 given"
     ):
-        running.work([runs[0], changed], tmp_path, 1, Stop(), unwatched)
+        running.run_all([runs[0], changed], tmp_path, 1, Stop(), ignore_changes)
     assert not runs[0].config.run.exists()
 
 
 def test_never_more_at_work_than_jobs_and_other_seeds_first(tmp_path):
-    runs = [made(tmp_path, variant, seed) for variant in ("a", "b") for seed in (0, 1)]
+    runs = [a_run(tmp_path, variant, seed) for variant in ("a", "b") for seed in (0, 1)]
     seen: list[list[str]] = []
-    running.work(runs, tmp_path, 2, Stop(), lambda active, _: seen.append([run.name for run in active]))
+    running.run_all(runs, tmp_path, 2, Stop(), lambda active, _: seen.append([run.name for run in active]))
     assert max(map(len, seen)) == 2
     assert seen[0] == ["a/0", "a/1"]
-    assert running._next([*runs[1:]], [_Fake(runs[0])]).name == "a/1"
-    assert running._next([runs[2]], [_Fake(runs[0])]).name == "b/0"  # waits for what it shares, rather than for nothing
+    assert running._take_next([*runs[1:]], [_Fake(runs[0])]).name == "a/1"
+    assert (
+        running._take_next([runs[2]], [_Fake(runs[0])]).name == "b/0"
+    )  # waits for what it shares, rather than for nothing
 
 
 class _Fake:
@@ -125,7 +127,7 @@ class _Fake:
 
 
 def test_a_signal_is_passed_on_and_begins_no_other_run(tmp_path):
-    runs = [made(tmp_path, "long"), made(tmp_path, "good")]
+    runs = [a_run(tmp_path, "long"), a_run(tmp_path, "good")]
 
     def stop_when_ready() -> None:
         while not (runs[0].config.run / "ready").exists():
@@ -134,22 +136,22 @@ def test_a_signal_is_passed_on_and_begins_no_other_run(tmp_path):
 
     threading.Thread(target=stop_when_ready, daemon=True).start()
     with pytest.raises(Stopped), on_signals() as stop:
-        running.work(runs, tmp_path, 1, stop, unwatched)
+        running.run_all(runs, tmp_path, 1, stop, ignore_changes)
     assert (runs[0].config.run / "saved").exists()
     assert not runs[1].config.run.exists()
 
 
 def test_a_worker_knows_when_the_sweep_is_gone(tmp_path):
     """What the sweep holds open is closed when it dies, however it dies."""
-    process = running._Process(made(tmp_path, "orphan"), tmp_path, False)
+    process = running._Process(a_run(tmp_path, "orphan"), tmp_path, False)
     assert process.process.stdin
     process.process.stdin.close()
     process.process.wait(timeout=30)
     assert (tmp_path / "runs" / "orphan" / "0" / "saved").exists()
 
 
-def test_a_damaged_mark_is_told(tmp_path):
-    run = made(tmp_path, "good")
+def test_a_damaged_record_is_refused(tmp_path):
+    run = a_run(tmp_path, "good")
     run.config.run.mkdir(parents=True)
     (run.config.run / running.FINISHED).write_text("{")
     with pytest.raises(RunError, match=r"finished\.json: damaged"):

@@ -1,6 +1,7 @@
 """The verb ``search-e1 sweep``."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,6 @@ from rich.console import Console
 from rich.text import Text
 
 from search_e1.errors import ConfigError, RunError
-from search_e1.runs import write_atomically
 from search_e1.runs.safe import printable
 from search_e1.runs.stopping import on_signals
 
@@ -37,29 +37,28 @@ def sweep(
         str, typer.Option("--stage", help="Policies to show: last, base, grpo-1, ofsd-1, ... Files hold all.")
     ] = "last",
 ) -> None:
-    """Run variants of a config under several seeds, side by side, and compare them. To go on, run it again."""
-    from search_e1.cli.display.sweep import watch
+    """Run variants of a config under several seeds, side by side, and compare them. To resume, run it again."""
+    from search_e1.cli.display.sweep import show_progress
     from search_e1.lab.sweep import running, spec
     from search_e1.runs.locks import held
 
     read = spec.read(file, config, out or Path("runs") / file.stem, context.args)
     with held(read.directory):
-        if report:
-            outcomes: Sequence[Outcome] = ()
-        else:
-            beside = jobs or _jobs(read)
-            with on_signals() as stop, watch(console, len(read.runs)) as told:
-                outcomes = running.work(
-                    read.runs, read.directory, beside, stop, told, other_versions=context.obj["other_versions"]
+        outcomes: Sequence[Outcome] = ()
+        if not report:
+            versions = context.obj["other_versions"]
+            with on_signals() as stop, show_progress(console, len(read.runs)) as on_change:
+                outcomes = running.run_all(
+                    read.runs, read.directory, jobs or _default_jobs(read), stop, on_change, other_versions=versions
                 )
         done = [run for run in read.runs if running.is_finished(run)]
         if done:
             _compare(read, done, stage)
-    _end(read, outcomes, done)
+    _exit(read, outcomes, done)
 
 
-def _jobs(sweep: "Sweep") -> int:
-    """How many runs the machine does side by side: one where they would share an accelerator."""
+def _default_jobs(sweep: "Sweep") -> int:
+    """One a core; one in all where runs would share an accelerator."""
     from search_e1.runs.devices import device
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -70,32 +69,38 @@ def _compare(sweep: "Sweep", done: "Sequence[Run]", stage: str) -> None:
     from search_e1.cli.display.sweep import show_comparison
     from search_e1.lab.sweep import comparison, plot, results
 
-    found = [evaluation for run in done for evaluation in results.evaluations(run)]
-    compared = comparison.compared(found, sweep.reference)
-    results.write_parquet(results.rows(found), sweep.directory / results.RESULTS)
-    results.write_parquet(results.question_rows(found), sweep.directory / results.QUESTIONS)
-    results.write_parquet(compared.records(), sweep.directory / comparison.FILE)
-    write_atomically(sweep.directory / plot.FILE, plot.svg(compared))
+    found = [result for run in done for result in results.read_results(run)]
+    compared = comparison.compare_variants(found, sweep.reference)
+    files = {
+        results.RESULTS: results.policy_rows(found),
+        results.QUESTIONS: results.question_rows(found),
+        comparison.FILE: compared.records(),
+    }
+    for name, rows in files.items():
+        results.write_parquet(rows, sweep.directory / name)
     if not compared.at(stage):
         known = dict.fromkeys(row.stage for row in compared.rows)
-        raise ConfigError(f"--stage {stage}: no finished run has it; there is {', '.join(known)}")
+        raise ConfigError(f"--stage {stage}: no finished run has it; known: {', '.join(known)}")
     show_comparison(console, compared, stage)
-    names = ", ".join((results.RESULTS, results.QUESTIONS, comparison.FILE, plot.FILE))
-    console.print(f"\n{sweep.directory}: {names}", soft_wrap=True)
+    names = [*files, plot.FILE] if find_spec("matplotlib") else list(files)
+    if plot.FILE in names:
+        plot.draw(compared, sweep.directory / plot.FILE)
+    else:
+        console.print("no plot: pip install 'search-e1[plots]'", style="yellow")
+    console.print(f"\n{sweep.directory}: {', '.join(names)}", soft_wrap=True)
 
 
-def _end(sweep: "Sweep", outcomes: "Sequence[Outcome]", done: "Sequence[Run]") -> None:
-    """Says which runs are missing, and why."""
+def _exit(sweep: "Sweep", outcomes: "Sequence[Outcome]", done: "Sequence[Run]") -> None:
+    """Say which runs are missing, and why; status 1 if any is."""
     from search_e1.lab.sweep.running import Ending
 
-    missing = len(sweep.runs) - len(done)
     for outcome in outcomes:
         if outcome.ending in (Ending.FAILED, Ending.STOPPED):
-            told = f"{outcome.run.name}: {outcome.said} ({outcome.log})"
-            console.print(Text(printable(told), style="red"), soft_wrap=True)
-    if missing:
+            line = f"{outcome.run.name}: {outcome.message} ({outcome.log})"
+            console.print(Text(printable(line), style="red"), soft_wrap=True)
+    if missing := len(sweep.runs) - len(done):
         console.print(
-            f"{missing} of {len(sweep.runs)} runs are not finished; run the same command again to go on with them"
+            f"{missing} of {len(sweep.runs)} runs are not finished; run the same command again to resume them"
         )
         if not outcomes and not done:
             raise RunError(f"{sweep.directory}: nothing finished to report; run it without --report")

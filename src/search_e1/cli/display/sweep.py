@@ -1,4 +1,4 @@
-"""A sweep in the terminal: what is at work, and what came out."""
+"""A sweep in the terminal: active runs, and the comparison."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,39 +11,41 @@ from rich.text import Text
 
 from search_e1.cli.display import plain_table
 from search_e1.evaluation.exports import percent, signed
-from search_e1.lab.sweep.comparison import Comparison, Row
-from search_e1.lab.sweep.running import Ending, Outcome, Told
+from search_e1.lab.sweep.comparison import Comparison, VariantRow
+from search_e1.lab.sweep.running import Ending, OnChange, Outcome
 from search_e1.lab.sweep.spec import Run
 from search_e1.runs.safe import printable
 
 
 @contextmanager
-def watch(console: Console, runs: int) -> Iterator[Told]:
-    """A bar of the runs that have ended, with those at work and their stages; a line for each that has ended."""
+def show_progress(console: Console, runs: int) -> Iterator[OnChange]:
+    """A bar of the runs that have ended, with the active ones and their stages; a line for each that has ended."""
+    stages = Column(ratio=1, no_wrap=True, overflow="ellipsis")
     bars = Bars(
         TextColumn("runs"),
         BarColumn(bar_width=10),
         TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[at]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        TextColumn("{task.fields[active]}", markup=False, table_column=stages),
         console=console,
         expand=True,
     )
-    task, told = bars.add_task("", total=runs, at=""), 0
+    task, shown = bars.add_task("", total=runs, active=""), 0
 
-    def tell(active: Sequence[Run], outcomes: Sequence[Outcome]) -> None:
-        nonlocal told
-        for outcome in outcomes[told:]:
-            if outcome.ending is not Ending.THERE:
-                said = f": {outcome.said}" if outcome.said else ""
+    def on_change(active: Sequence[Run], outcomes: Sequence[Outcome]) -> None:
+        nonlocal shown
+        for outcome in outcomes[shown:]:
+            if outcome.ending is not Ending.EARLIER:
+                message = f": {outcome.message}" if outcome.message else ""
                 style = "red" if outcome.ending is Ending.FAILED else ""
-                bars.console.print(Text(printable(f"{outcome.run.name} {outcome.ending}{said}"), style), soft_wrap=True)
-        told = len(outcomes)
-        at = ", ".join(" ".join(filter(None, (run.name, _stage(run)))) for run in active)
-        bars.update(task, completed=told, at=printable(at))
+                line = printable(f"{outcome.run.name} {outcome.ending}{message}")
+                bars.console.print(Text(line, style), soft_wrap=True)
+        shown = len(outcomes)
+        names = ", ".join(" ".join(filter(None, (run.name, _stage(run)))) for run in active)
+        bars.update(task, completed=shown, active=printable(names))
 
     with bars:
-        yield tell
+        yield on_change
 
 
 def _stage(run: Run) -> str:
@@ -81,31 +83,31 @@ def _table(title: str | None, *headings: str) -> Table:
     return table
 
 
-def _quality(rows: Sequence[Row]) -> Table:
+def _quality(rows: Sequence[VariantRow]) -> Table:
     table = _table(None, "variant", "EM x 100", "difference", "sampled, difference")
     for row in rows:
         differences = (
             signed(row.differences[name]) if name in row.differences else "" for name in ("em", "em_sampled")
         )
-        table.add_row(printable(row.variant), percent(row.figures["em"]), *differences)
+        table.add_row(printable(row.variant), percent(row.metrics["em"]), *differences)
     return table
 
 
-def _trajectories(rows: Sequence[Row]) -> Table:
+def _trajectories(rows: Sequence[VariantRow]) -> Table:
     table = _table("A question", "variant", "searches", "difference", "tokens", "difference")
     for row in rows:
         searches, tokens = (row.differences.get(name) for name in ("searches", "tokens"))
         table.add_row(
             printable(row.variant),
-            f"{row.figures['searches'].mean:.2f}",
+            f"{row.metrics['searches'].mean:.2f}",
             signed(searches, 1, 2) if searches else "",
-            f"{row.figures['tokens'].mean:.1f}",
+            f"{row.metrics['tokens'].mean:.1f}",
             signed(tokens, 1, 1) if tokens else "",
         )
     return table
 
 
-def _costs(rows: Sequence[Row]) -> Table:
+def _costs(rows: Sequence[VariantRow]) -> Table:
     table = _table("Charged, means over seeds", "variant", "seeds", "lead", "refused", "s", "CPU s", "sampled", "steps")
     for row in rows:
         table.add_row(

@@ -1,1 +1,1 @@
-"""The laboratory: many variants of one config times seeds, run side by side, compared pair by pair."""
+"""Sweeps: variants of one config times seeds, run side by side, compared pair by pair."""

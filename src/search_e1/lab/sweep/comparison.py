@@ -1,7 +1,7 @@
 """The variants of a sweep beside its reference: means over seeds and questions, and paired differences."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
@@ -10,18 +10,18 @@ import numpy as np
 from search_e1.evaluation import compare
 from search_e1.evaluation.compare import Figure
 from search_e1.evaluation.statistics import intervals_over_seeds
-from search_e1.lab.sweep.results import ALL, FIGURES, Cost, Evaluation, figure
+from search_e1.lab.sweep.results import ALL, METRICS, Cost, PolicyResult, metric
 from search_e1.types import Record
 
 FILE = "comparison.parquet"
 LAST = "last"
-"""In the place of a stage: the last policy of each run, whichever that is."""
+"""In place of a stage: the last policy of each run, whichever that is."""
 
-Key = tuple[str, str]
-"""Benchmark and id of a question."""
+Scores = Mapping[tuple[str, str], np.ndarray]
+"""Benchmark and id of a question -> its ``METRICS``, NaN for what it lacks."""
 
 
-class Row(Record):
+class VariantRow(Record):
     """One variant at one stage on one benchmark, over its seeds. Intervals are over seeds and questions."""
 
     variant: str
@@ -30,16 +30,16 @@ class Row(Record):
     seeds: tuple[int, ...]
     questions: int
     """Distinct ones."""
-    figures: dict[str, Figure]
-    """By name, of ``results.FIGURES``; without ``em_sampled`` where nothing was sampled."""
+    metrics: dict[str, Figure]
+    """By name; without ``em_sampled`` where nothing was sampled."""
     differences: dict[str, Figure]
     """The variant minus the reference, over the seeds and questions that both have; empty for the reference."""
     lead: float | None
-    """Mean over seeds of the lead that was measured on the way to this stage last."""
+    """Mean over seeds of the lead that was last measured before this stage."""
     refused: int
-    """Runs in which a distillation was refused on the way to this stage."""
+    """Runs in which a distillation was refused before this stage."""
     cost: dict[str, float]
-    """Means over seeds of what is charged: fields of ``results.Cost``."""
+    """Means over seeds of what is charged: fields of ``Cost``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,132 +47,120 @@ class Comparison:
     """Every variant at every stage, the reference first; and what a reader has to know."""
 
     reference: str
-    rows: tuple[Row, ...]
+    rows: tuple[VariantRow, ...]
     notes: tuple[str, ...]
 
-    def at(self, stage: str, benchmark: str = ALL) -> list[Row]:
+    def at(self, stage: str, benchmark: str = ALL) -> list[VariantRow]:
         return [row for row in self.rows if (row.stage, row.benchmark) == (stage, benchmark)]
 
     def records(self) -> list[dict[str, Any]]:
-        """A row for each variant, stage, benchmark and figure."""
+        """A row for each variant, stage, benchmark and metric."""
         return [record for row in self.rows for record in _records(row, self.reference)]
 
 
-def compared(found: Sequence[Evaluation], reference: str, seed: int = 0) -> Comparison:
-    """``found`` compared with the variant ``reference``; ``seed`` is that of the bootstrap.
+def compare_variants(results: Sequence[PolicyResult], reference: str, seed: int = 0) -> Comparison:
+    """``results`` compared with the variant ``reference``; ``seed`` is that of the bootstrap.
 
     Raises:
         ValueError: there is nothing to compare.
     """
-    if not found:
+    if not results:
         raise ValueError("no finished run")
-    variants = sorted(dict.fromkeys(one.variant for one in found), key=lambda name: name != reference)
-    stages = [*_in_order(found), LAST]
-    benchmarks = list(dict.fromkeys(benchmark for one in found for benchmark, _ in one.evaluated.results))
+    variants = sorted(dict.fromkeys(result.variant for result in results), key=lambda name: name != reference)
+    benchmarks = list(dict.fromkeys(benchmark for result in results for benchmark, _ in result.evaluated.results))
     rows = []
-    for stage in stages:
-        at = [one for one in found if one.stage == stage or (stage == LAST and one.last)]
-        by_variant = {name: {one.seed: one for one in at if one.variant == name} for name in variants}
+    for stage in (*sorted({result.stage for result in results}, key=_place_in_loop), LAST):
+        at = [result for result in results if result.stage == stage or (stage == LAST and result.last)]
+        by_variant = {name: {r.seed: r for r in at if r.variant == name} for name in variants}
         for benchmark in (ALL, *(benchmarks if len(benchmarks) > 1 else ())):
             rows += [
-                _row(name, stage, benchmark, by_seed, by_variant[reference] if name != reference else {}, found, seed)
+                _row(name, stage, benchmark, by_seed, {} if name == reference else by_variant[reference], results, seed)
                 for name, by_seed in by_variant.items()
                 if by_seed
             ]
-    return Comparison(reference, tuple(rows), tuple(_notes(found, variants)))
+    return Comparison(reference, tuple(rows), tuple(_notes(results, variants)))
 
 
-def _in_order(found: Sequence[Evaluation]) -> list[str]:
-    def place(stage: str) -> tuple[int, int]:
-        kind, _, number = stage.partition("-")
-        return int(number or 0), ("base", "grpo", "ofsd").index(kind)
-
-    return sorted({one.stage for one in found}, key=place)
+def _place_in_loop(stage: str) -> tuple[int, str]:
+    kind, _, round = stage.partition("-")
+    return int(round or 0), kind  # grpo comes before ofsd
 
 
 def _row(
     variant: str,
     stage: str,
     benchmark: str,
-    by_seed: dict[int, Evaluation],
-    others: dict[int, Evaluation],
-    found: Sequence[Evaluation],
+    by_seed: Mapping[int, PolicyResult],
+    reference: Mapping[int, PolicyResult],
+    results: Sequence[PolicyResult],
     seed: int,
-) -> Row:
-    values = {number: _values(one, benchmark) for number, one in by_seed.items()}
-    theirs = {number: _values(one, benchmark) for number, one in others.items() if number in values}
+) -> VariantRow:
+    scores = {number: _scores(result, benchmark) for number, result in by_seed.items()}
+    others = {number: _scores(result, benchmark) for number, result in reference.items() if number in scores}
     paired = {
-        number: {
-            key: values[number][key] - theirs[number][key] for key in values[number].keys() & theirs[number].keys()
-        }
-        for number in theirs
+        number: {key: scores[number][key] - other[key] for key in scores[number].keys() & other.keys()}
+        for number, other in others.items()
     }
-    way = [_way(one, found) for one in by_seed.values()]
-    leads = [known[-1] for on_it in way if (known := [v for one in on_it if (v := one.lead["lead"]) is not None])]
-    return Row(
-        variant=variant,
-        stage=stage,
-        benchmark=benchmark,
-        seeds=tuple(by_seed),
-        questions=len({key for asked in values.values() for key in asked}),
-        figures=_figures(values, seed),
-        differences=_figures(paired, seed),
-        lead=fmean(leads) if leads else None,
-        refused=sum(any(one.refused for one in on_it) for on_it in way),
-        cost={name: fmean(one.charged.columns()[name] for one in by_seed.values()) for name in Cost().columns()},
-    )
+    before = [_policies_before(result, results) for result in by_seed.values()]
+    leads = [known[-1] for run in before if (known := [v for r in run if (v := r.lead.lead) is not None])]
+    costs = [asdict(result.charged) for result in by_seed.values()]
+    return VariantRow(
+        variant=variant, stage=stage, benchmark=benchmark, seeds=tuple(by_seed),
+        questions=len({key for asked in scores.values() for key in asked}), metrics=_figures(scores, seed),
+        differences=_figures(paired, seed), lead=fmean(leads) if leads else None,
+        refused=sum(any(result.refused for result in run) for run in before),
+        cost={name: fmean(cost[name] for cost in costs) for name in asdict(Cost())},
+    )  # fmt: skip
 
 
-def _values(one: Evaluation, benchmark: str) -> dict[Key, np.ndarray]:
-    """Question -> its ``FIGURES``, NaN for what it lacks."""
+def _scores(result: PolicyResult, benchmark: str) -> Scores:
     return {
-        key: np.array([figure(result, name) for name in FIGURES], dtype=np.float64)
-        for key, result in one.evaluated.results.items()
+        key: np.array([metric(question, name) for name in METRICS], dtype=np.float64)
+        for key, question in result.evaluated.results.items()
         if benchmark in (ALL, key[0])
     }
 
 
-def _figures(by_seed: dict[int, dict[Key, np.ndarray]], seed: int) -> dict[str, Figure]:
-    keys = sorted({key for asked in by_seed.values() for key in asked})
+def _figures(by_seed: Mapping[int, Scores], seed: int) -> dict[str, Figure]:
+    keys = sorted({key for scores in by_seed.values() for key in scores})
     if not keys:
         return {}
-    absent = np.full(len(FIGURES), np.nan)
-    # [figures, seeds, questions]
-    table = np.stack([[asked.get(key, absent) for key in keys] for asked in by_seed.values()]).transpose(2, 0, 1)
-    there = [i for i in range(len(FIGURES)) if not np.isnan(table[i]).all()]
-    intervals = intervals_over_seeds(table[there], seed=seed)
+    absent = np.full(len(METRICS), np.nan)
+    # [metrics, seeds, questions]
+    table = np.stack([[scores.get(key, absent) for key in keys] for scores in by_seed.values()]).transpose(2, 0, 1)
+    present = [i for i in range(len(METRICS)) if not np.isnan(table[i]).all()]
+    intervals = intervals_over_seeds(table[present], seed=seed)
     return {
-        FIGURES[i]: Figure(mean=float(np.nanmean(table[i])), interval=interval)
-        for i, interval in zip(there, intervals, strict=True)
+        METRICS[i]: Figure(mean=float(np.nanmean(table[i])), interval=interval)
+        for i, interval in zip(present, intervals, strict=True)
     }
 
 
-def _way(to: Evaluation, found: Sequence[Evaluation]) -> list[Evaluation]:
-    """The policies of its run up to this one."""
-    run = [one for one in found if (one.variant, one.seed) == (to.variant, to.seed)]
-    end = len(run) if to.last else run.index(to)  # the lead on a policy is no way to that policy
-    return run[:end]
+def _policies_before(to: PolicyResult, results: Sequence[PolicyResult]) -> list[PolicyResult]:
+    """The policies of its run before this one; of the last policy, with itself: its teacher was measured."""
+    run = [result for result in results if (result.variant, result.seed) == (to.variant, to.seed)]
+    return run if to.last else run[: run.index(to)]
 
 
-def _notes(found: Sequence[Evaluation], variants: Sequence[str]) -> Iterator[str]:
-    first = {name: next(one for one in found if one.variant == name) for name in variants}
+def _notes(results: Sequence[PolicyResult], variants: Sequence[str]) -> Iterator[str]:
+    first = {name: next(result for result in results if result.variant == name) for name in variants}
     yield from compare.mixed([first[name].evaluated for name in variants], allowed=True)
-    seeds = {name: {one.seed for one in found if one.variant == name} for name in variants}
+    seeds = {name: {result.seed for result in results if result.variant == name} for name in variants}
     every = set().union(*seeds.values())
-    for name, there in seeds.items():
-        if missing := every - there:
+    for name, own in seeds.items():
+        if missing := every - own:
             yield f"{name} lacks seed {', '.join(map(str, sorted(missing)))}: differences are over the seeds that both have"
     if len(every) == 1:
         yield "one seed: intervals are over questions alone, and say nothing of another run"
 
 
-def _records(row: Row, reference: str) -> Iterator[dict[str, Any]]:
-    for name, value in row.figures.items():
+def _records(row: VariantRow, reference: str) -> Iterator[dict[str, Any]]:
+    for name, value in row.metrics.items():
         difference = row.differences.get(name)
         low, high = difference.interval if difference else (None, None)
         yield {
-            "variant": row.variant, "stage": row.stage, "benchmark": row.benchmark, "figure": name, "seeds": len(row.seeds),
-            "questions": row.questions, "mean": value.mean, "low": value.interval[0], "high": value.interval[1],
-            "reference": reference, "difference": difference.mean if difference else None,
+            "variant": row.variant, "stage": row.stage, "benchmark": row.benchmark, "metric": name,
+            "seeds": len(row.seeds), "questions": row.questions, "mean": value.mean, "low": value.interval[0],
+            "high": value.interval[1], "reference": reference, "difference": difference.mean if difference else None,
             "difference_low": low, "difference_high": high,
         }  # fmt: skip

@@ -1,15 +1,18 @@
-"""What a sweep came to, as two tables: a row for each evaluated policy and benchmark, and one for each question.
+"""The evaluated policies of finished runs: what they scored and what they cost, as two tables.
 
-What a policy is charged with is what it takes to make it alone: a stage that several variants share costs each of them all
-of it. Evaluations and the index are charged to nobody.
+A policy is charged with all that it takes to make it alone: a stage that several variants share costs each of them all of it.
+Evaluations and the index are charged to nobody.
 """
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import pyarrow
+from pyarrow import parquet
 
 from search_e1.evaluation import compare
 from search_e1.evaluation.compare import Evaluated
@@ -21,9 +24,11 @@ from search_e1.lab.sweep.spec import Run
 
 RESULTS, QUESTIONS = "results.parquet", "questions.parquet"
 ALL = "all"
-"""In the place of a benchmark: all questions, each of which counts the same."""
-FIGURES = ("em", "em_sampled", "f1", "searches", "tokens")
+"""In place of a benchmark: all questions, each of which counts the same."""
+METRICS = ("em", "em_sampled", "f1", "searches", "tokens")
 _POLICY = re.compile(r"base|(?:grpo|ofsd)-\d+")
+_CHARGED = ("grpo", "pool", "pairs", "lead", "ofsd")
+"""In the order of the loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,166 +41,133 @@ class Cost:
     trained_tokens: int = 0
     """Tokens that entered a loss, each as often as it did."""
     steps: int = 0
-    """Of an optimiser."""
+    """Of an optimizer."""
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Cost)))
 
-    def columns(self, prefix: str = "") -> dict[str, Any]:
-        return {f"{prefix}{field.name}": getattr(self, field.name) for field in fields(Cost)}
-
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class Lead:
+    """A teacher's measured lead in EM, with its 95% interval."""
+
+    lead: float | None = None
+    lead_low: float | None = None
+    lead_high: float | None = None
+
+
+@dataclass(slots=True)
+class PolicyResult:
     """One evaluated policy of a run."""
 
     variant: str
     seed: int
     stage: str
     """``base``, ``grpo-1``, ``ofsd-1``, ..."""
-    last: bool
-    """The run's last policy."""
     evaluated: Evaluated
-    own: Cost
+    last: bool = False
+    own: Cost = Cost()
     """Since the policy before it. Of the last policy: with what came after it, a refused distillation."""
-    charged: Cost
+    charged: Cost = Cost()
     """Since the base policy."""
-    lead: dict[str, float | None]
-    """Of the teacher that this policy is, where it was measured: ``lead``, ``lead_low``, ``lead_high``."""
-    refused: bool | None
+    lead: Lead = Lead()
+    """Of the teacher that this policy is."""
+    refused: bool | None = None
     """Whether distilling from it was refused; ``None`` where that was not tried."""
 
 
-def evaluations(run: Run) -> list[Evaluation]:
+def read_results(run: Run) -> list[PolicyResult]:
     """The evaluated policies of a finished run, in the order of the loop.
 
     Raises:
         RunError: a manifest or an evaluation is missing or damaged.
     """
-    opened = open_run(run.config.run)
-    places = [stage for stage in opened.evaluations if _POLICY.fullmatch(policy_of(stage))]
-    order = [(policy_of(stage), stage) for stage in places]
-    own: dict[str, Cost] = {name: Cost() for name, _ in order}
-    leads: dict[str, Stage] = {}
-    refused: dict[str, bool] = {}
-    policy, since = "base", Cost()
-    refusals = {
-        number for number, round in read_json(opened.path / "summary.json")["rounds"].items() if round["refused"]
+    directory = open_run(run.config.run)
+    evaluations = {policy_of(stage): stage for stage in directory.evaluations if _POLICY.fullmatch(policy_of(stage))}
+    results = {
+        name: PolicyResult(run.variant, run.seed, name, compare.load(stage.path, f"{run.name}:{name}"))
+        for name, stage in evaluations.items()
     }
-    for name, stage in _training(opened):
-        kind, _, number = name.partition("-")
+    rounds = read_json(directory.path / "summary.json")["rounds"]
+    policy, since = results["base"], Cost()
+    for kind, round, stage in _charged_stages(directory):
         since += _cost(stage)
         if kind == "pairs":
-            refused[policy] = number in refusals
-        if kind == "lead":
-            leads[policy] = stage
-        if name in own:
-            own[name], policy, since = since, name, Cost()
-    own[policy] += since
-    charged, found = Cost(), []
-    for name, stage in order:
-        charged += own[name]
-        found.append(
-            Evaluation(
-                run.variant,
-                run.seed,
-                name,
-                name == policy,
-                compare.load(stage.path, f"{run.name}:{name}"),
-                own[name],
-                charged,
-                _lead(leads.get(name)),
-                refused.get(name),
-            )
-        )
-    return found
+            policy.refused = bool(rounds[str(round)]["refused"])
+        elif kind == "lead":
+            measured = stage.figures
+            lead = measured["em_privileged"] - measured["em_plain"]
+            policy.lead = Lead(lead, measured["low"], measured["high"])
+        elif stage.name in results:
+            policy = results[stage.name]
+            policy.own, since = since, Cost()
+    policy.last = True
+    policy.own += since
+    charged = Cost()
+    for result in results.values():
+        charged += result.own
+        result.charged = charged
+    return list(results.values())
 
 
-def _training(run: RunDirectory) -> Iterator[tuple[str, Stage]]:
-    """What is charged, in the order of the loop."""
-    kinds = ("grpo", "pool", "pairs", "lead", "ofsd")
-    by_kind = {kind: run.of_rounds(kind) for kind in kinds}
-    for number in sorted({number for stages in by_kind.values() for number in stages}):
-        for kind in kinds:
-            if number in by_kind[kind]:
-                yield f"{kind}-{number}", by_kind[kind][number]
+def _charged_stages(run: RunDirectory) -> Iterator[tuple[str, int, Stage]]:
+    by_kind = {kind: run.of_rounds(kind) for kind in _CHARGED}
+    for round in sorted(set().union(*by_kind.values())):
+        yield from ((kind, round, stages[round]) for kind, stages in by_kind.items() if round in stages)
 
 
 def _cost(stage: Stage) -> Cost:
-    told = cost(stage)
+    took = cost(stage)
     steps = stage.manifest.settings["grpo"]["steps"] if stage.name.startswith("grpo") else stage.figures.get("steps", 0)
-    return Cost(
-        told["seconds"], told["cpu_seconds"], told["sampled_tokens"] or 0, told["trained_tokens"] or 0, steps
-    )  # fmt: skip
+    tokens = (took["sampled_tokens"] or 0, took["trained_tokens"] or 0)
+    return Cost(took["seconds"], took["cpu_seconds"], *tokens, steps)
 
 
-def _lead(stage: Stage | None) -> dict[str, float | None]:
-    if stage is None:
-        return dict.fromkeys(("lead", "lead_low", "lead_high"))
-    told = stage.figures
-    return {"lead": told["em_privileged"] - told["em_plain"], "lead_low": told["low"], "lead_high": told["high"]}
-
-
-def figure(result: Result, name: str) -> float | None:
-    """One of ``FIGURES`` of a question; ``em_sampled`` is the mean over its samples, ``None`` without any."""
+def metric(result: Result, name: str) -> float | None:
+    """One of ``METRICS`` of a question; ``em_sampled`` is the mean over its samples, ``None`` without any."""
     if name == "em_sampled":
         return fmean(result.em_of_samples) if result.em_of_samples else None
     return float(getattr(result, name))
 
 
-def rows(found: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """A row for each evaluation and benchmark, and for all questions together."""
-    return [row for evaluation in found for row in _rows(evaluation)]
+def policy_rows(results: Sequence[PolicyResult]) -> list[dict[str, Any]]:
+    """A row for each policy and benchmark, and for all questions together."""
+    return [row for result in results for row in _policy_rows(result)]
 
 
-def _rows(of: Evaluation) -> Iterator[dict[str, Any]]:
-    results = list(of.evaluated.results.values())
-    for benchmark in (*dict.fromkeys(result.benchmark for result in results), ALL):
-        part = [result for result in results if benchmark in (ALL, result.benchmark)]
+def _policy_rows(result: PolicyResult) -> Iterator[dict[str, Any]]:
+    questions = list(result.evaluated.results.values())
+    for benchmark in (*dict.fromkeys(question.benchmark for question in questions), ALL):
+        part = [question for question in questions if benchmark in (ALL, question.benchmark)]
+        values = {name: [v for question in part if (v := metric(question, name)) is not None] for name in METRICS}
         yield {
-            "variant": of.variant, "seed": of.seed, "stage": of.stage, "last": of.last, "benchmark": benchmark,
-            "n": len(part), **{name: _mean(part, name) for name in FIGURES}, **of.lead, "refused": of.refused,
-            **of.charged.columns(), **of.own.columns("stage_"),
+            "variant": result.variant, "seed": result.seed, "stage": result.stage, "last": result.last,
+            "benchmark": benchmark, "n": len(part), **{name: fmean(v) if v else None for name, v in values.items()},
+            **asdict(result.lead), "refused": result.refused, **asdict(result.charged),
+            **{f"stage_{name}": value for name, value in asdict(result.own).items()},
         }  # fmt: skip
 
 
-def _mean(results: Sequence[Result], name: str) -> float | None:
-    values = [value for result in results if (value := figure(result, name)) is not None]
-    return fmean(values) if values else None
-
-
-def question_rows(found: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """A row for each evaluation and question."""
+def question_rows(results: Sequence[PolicyResult]) -> list[dict[str, Any]]:
+    """A row for each policy and question."""
     return [
         {
-            "variant": of.variant, "seed": of.seed, "stage": of.stage, "last": of.last, "benchmark": result.benchmark,
-            "id": result.id, "hops": result.hops, **{name: figure(result, name) for name in FIGURES},
-            "failure": result.failure,
+            "variant": result.variant, "seed": result.seed, "stage": result.stage, "last": result.last,
+            "benchmark": question.benchmark, "id": question.id, "hops": question.hops,
+            **{name: metric(question, name) for name in METRICS}, "failure": question.failure,
         }
-        for of in found
-        for result in of.evaluated.results.values()
+        for result in results
+        for question in result.evaluated.results.values()
     ]  # fmt: skip
 
 
-_TEXTS = ("variant", "stage", "benchmark", "id", "failure", "figure", "reference")
-_BOOLS = ("last", "refused")
-_COUNTS = ("seed", "n", "hops", "seeds", "questions")
-
-
-def write_parquet(table: Sequence[dict[str, Any]], path: Path) -> None:
-    """``table`` as a Parquet file; every column has the same type whatever is in it."""
-    import pyarrow
-    from pyarrow import parquet
-
-    def kind(name: str) -> Any:
-        if name in _TEXTS:
-            return pyarrow.string()
-        if name in _BOOLS:
-            return pyarrow.bool_()
-        whole = name in _COUNTS or name.endswith(("sampled_tokens", "trained_tokens", "steps"))
-        return pyarrow.int64() if whole else pyarrow.float64()
-
-    schema = pyarrow.schema([(name, kind(name)) for name in table[0]])
+def write_parquet(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """``rows`` as a Parquet file. A column without any value has the type that it has elsewhere."""
+    empty = {"hops": pyarrow.int64(), "failure": pyarrow.string(), "refused": pyarrow.bool_()}
+    columns = {name: pyarrow.array([row[name] for row in rows]) for name in rows[0]}
+    for name, column in columns.items():
+        if pyarrow.types.is_null(column.type):
+            columns[name] = column.cast(empty.get(name, pyarrow.float64()))
     partial = path.with_name(f".{path.name}.partial")
-    parquet.write_table(pyarrow.Table.from_pylist(list(table), schema), partial)
+    parquet.write_table(pyarrow.table(columns), partial)
     partial.replace(path)

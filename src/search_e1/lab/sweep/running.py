@@ -1,4 +1,4 @@
-"""The runs of a sweep side by side: a process of one thread each; one that fails takes no other with it."""
+"""The runs of a sweep side by side, each in a process of one thread. One that fails takes no other with it."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any
 
-from search_e1.config import Config, bound_now
+from search_e1.config import Config, migrate_fingerprint
 from search_e1.errors import RunError
 from search_e1.lab.sweep.spec import Run
 from search_e1.runs.drift import changes, lines
@@ -22,20 +22,22 @@ from search_e1.runs.stopping import STATUS, Stop
 
 SHARED, LOGS = "shared", "logs"
 FINISHED = "finished.json"
-"""In the directory of a run of which nothing is left to do: the config that it was finished under."""
+"""In the directory of a finished run: the config that it was finished under."""
 MISTAKE = 2
 WORKER = [sys.executable, "-m", "search_e1.lab.sweep.worker"]
-_THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-_QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "PYTHONUNBUFFERED": "1"}
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error", "PYTHONUNBUFFERED": "1",
+}  # fmt: skip
 
 
 class Ending(StrEnum):
-    THERE = "there"
+    EARLIER = "earlier"
     """Finished before the sweep began."""
     FINISHED = "finished"
     FAILED = "failed"
     STOPPED = "stopped"
-    """By a signal that it got alone."""
+    """By a signal to this run alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +46,18 @@ class Outcome:
 
     run: Run
     ending: Ending
-    said: str = ""
-    """The last that a failed run said."""
+    message: str = ""
+    """The last line of a failed run's log."""
     log: Path | None = None
 
 
-Told = Callable[[Sequence[Run], Sequence[Outcome]], None]
-"""Called with the runs at work and the outcomes so far, a few times a second."""
+OnChange = Callable[[Sequence[Run], Sequence[Outcome]], None]
+"""Called with the active runs and the outcomes so far, a few times a second."""
 
 
-def finished(config: Config) -> dict[str, Any]:
-    """What ``FINISHED`` holds."""
-    return {"config": masked(config.binding())}
+def finished_record(config: Config) -> dict[str, Any]:
+    """The content of ``FINISHED``."""
+    return {"config": masked(config.fingerprint())}
 
 
 def is_finished(run: Run) -> bool:
@@ -66,21 +68,21 @@ def is_finished(run: Run) -> bool:
     """
     path = run.config.run / FINISHED
     try:
-        there = bound_now(json.loads(path.read_text(encoding="utf-8"))["config"])
+        before = migrate_fingerprint(json.loads(path.read_text(encoding="utf-8"))["config"])
     except FileNotFoundError:
         return False
     except (ValueError, LookupError, TypeError) as error:
-        raise RunError(f"{path}: damaged; remove it, and the run is looked through again") from error
-    if found := changes(there, finished(run.config)["config"]):
+        raise RunError(f"{path}: damaged; remove it and run the sweep again") from error
+    if changed := changes(before, finished_record(run.config)["config"]):
         raise RunError(
             f"variant {run.variant!r} has changed since it was run (seed {run.seed}); give it another name, or the sweep "
-            f"another directory with --out:{lines(found)}"
+            f"another directory with --out:{lines(changed)}"
         )
     return True
 
 
-def work(
-    runs: Sequence[Run], directory: Path, jobs: int, stop: Stop, told: Told, *, other_versions: bool = False
+def run_all(
+    runs: Sequence[Run], directory: Path, jobs: int, stop: Stop, on_change: OnChange, *, other_versions: bool = False
 ) -> list[Outcome]:
     """Run what is not finished, ``jobs`` at a time; outcomes in the order of their ends.
 
@@ -88,47 +90,48 @@ def work(
 
     Raises:
         RunError: a variant has changed since it was run.
-        Stopped: a signal has asked for it; the runs at work have saved where they are.
+        Stopped: a signal asked for it; the active runs have saved.
     """
-    outcomes = [Outcome(run, Ending.THERE) for run in runs if is_finished(run)]
-    there = {outcome.run.name for outcome in outcomes}
-    pending = [run for run in runs if run.name not in there]
+    outcomes = [Outcome(run, Ending.EARLIER) for run in runs if is_finished(run)]
+    done = {outcome.run.name for outcome in outcomes}
+    pending = [run for run in runs if run.name not in done]
     active: list[_Process] = []
+    passed_on = False
     try:
         with stop.finishing():
-            while pending or active:
-                while pending and len(active) < jobs:
-                    active.append(_Process(_next(pending, active), directory, other_versions))
-                told([process.run for process in active], outcomes)
+            while active or (pending and not stop.asked):
+                while pending and len(active) < jobs and not stop.asked:
+                    active.append(_Process(_take_next(pending, active), directory, other_versions))
+                on_change([process.run for process in active], outcomes)
                 time.sleep(0.1)
                 for process in [process for process in active if process.ended]:
                     active.remove(process)
                     outcomes.append(process.outcome())
-                if stop.asked and pending is not _NOTHING:
-                    pending = _NOTHING
-                    for process in active:
-                        process.end()
+                if stop.asked and not passed_on:
+                    passed_on = True
+                    _terminate(active)
     finally:
-        for process in active:
-            process.end()
-    told([], outcomes)
+        _terminate(active)
+    on_change([], outcomes)
     return outcomes
 
 
-_NOTHING: list[Run] = []
-
-
-def _next(pending: list[Run], active: "Sequence[_Process]") -> Run:
-    """The next one, of a seed that is not at work if there is one: variants of one seed would wait for each other at the
-    stages that they share."""
-    at_work = {process.run.seed for process in active}
-    chosen = next((run for run in pending if run.seed not in at_work), pending[0])
+def _take_next(pending: list[Run], active: "Sequence[_Process]") -> Run:
+    """A run of a seed that is not active, if there is one: variants of one seed wait for each other at shared stages."""
+    seeds = {process.run.seed for process in active}
+    chosen = next((run for run in pending if run.seed not in seeds), pending[0])
     pending.remove(chosen)
     return chosen
 
 
+def _terminate(processes: "Sequence[_Process]") -> None:
+    for process in processes:
+        if not process.ended:
+            process.process.send_signal(signal.SIGTERM)
+
+
 class _Process:
-    """A run at work."""
+    """An active run."""
 
     def __init__(self, run: Run, directory: Path, other_versions: bool) -> None:
         self.run = run
@@ -141,14 +144,11 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **_THREADS, **_QUIET},
+            env={**os.environ, **_ENVIRONMENT},
             start_new_session=True,  # a Ctrl-C reaches the sweep, which passes it on once
         )
-        order = {
-            "config": run.config.model_dump(mode="json"),
-            "shared": str(directory / SHARED),
-            "other_versions": other_versions,
-        }
+        config, shared = run.config.model_dump(mode="json"), str(directory / SHARED)
+        order = {"config": config, "shared": shared, "other_versions": other_versions}
         assert self.process.stdin
         with suppress(BrokenPipeError):  # it died at once, and its status will say so
             self.process.stdin.write(json.dumps(order).encode() + b"\n")
@@ -157,10 +157,6 @@ class _Process:
     @property
     def ended(self) -> bool:
         return self.process.poll() is not None
-
-    def end(self) -> None:
-        if not self.ended:
-            self.process.send_signal(signal.SIGTERM)
 
     def outcome(self) -> Outcome:
         assert self.process.stdin
@@ -172,12 +168,10 @@ class _Process:
             return Outcome(self.run, Ending.FINISHED, log=self.path)
         if status in STATUS.values():
             return Outcome(self.run, Ending.STOPPED, "stopped by a signal", self.path)
-        said = self._said() if status > 0 else f"killed by {signal.Signals(-status).name}"
-        return Outcome(self.run, Ending.FAILED, said, self.path)
+        message = self._last_line() if status > 0 else f"killed by {signal.Signals(-status).name}"
+        return Outcome(self.run, Ending.FAILED, message, self.path)
 
-    def _said(self) -> str:
-        with self.path.open("rb") as log:
-            log.seek(self.begin)
-            words = log.read().decode(errors="replace").strip().splitlines()
-        kept = [line for line in words if not line.startswith(" ")][-1:]
-        return kept[0] if kept else f"status {self.process.returncode}"
+    def _last_line(self) -> str:
+        text = self.path.read_bytes()[self.begin :].decode(errors="replace")
+        written = [line for line in text.strip().splitlines() if not line.startswith(" ")]
+        return written[-1] if written else f"status {self.process.returncode}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from search_e1.config import Config, Section, laid_over, parse_overrides, read_toml
+from search_e1.config import Config, Section, parse_overrides, read_toml, with_overrides
 from search_e1.config.base import NonNegative
 from search_e1.errors import ConfigError
 from search_e1.runs.safe import is_name
@@ -19,7 +19,7 @@ Pairs = list[tuple[list[str], Any]]
 
 
 class SweepFile(Section):
-    """What stands in the TOML file."""
+    """The TOML file."""
 
     seeds: tuple[NonNegative, ...] = Field(default=(0,), min_length=1)
     """Each variant is run once with each."""
@@ -90,26 +90,24 @@ def read(path: Path, config: Path, directory: Path, flags: Sequence[str] = ()) -
         for name, pairs in variants.items()
         for seed in file.seeds
     ]
-    _all_different(runs, path)
+    _refuse_equal_variants(runs, path)
     return Sweep(directory, reference, tuple(runs))
 
 
 def _variants(file: SweepFile, path: Path) -> dict[str, Pairs]:
-    """Name -> its keys, the grid multiplied in."""
-    named = {name: _pairs(keys, path, f"variants.{name}") for name, keys in file.variants.items()}
-    points = _points(_pairs(file.grid, path, "grid"), path) if file.grid else {"": []}
-    both = {
-        "+".join(filter(None, (name, point))): [*keys, *more]
-        for name, keys in (named or {"": []}).items()
-        for point, more in points.items()
+    """Name -> its keys: each variant at each point of the grid."""
+    variants = {name: _pairs(keys, path, f"variants.{name}") for name, keys in file.variants.items()} or {"": []}
+    points = _points(_pairs(file.grid, path, "grid"), path)
+    variants_at_points = {
+        "+".join(filter(None, (name, point))) or "base": [*keys, *more]
+        for (name, keys), (point, more) in product(variants.items(), points.items())
     }
-    found = {name or "base": keys for name, keys in both.items()}
-    for name in found:
+    for name in variants_at_points:
         if not is_name(name):
             raise ConfigError(
                 f"{path}: variant {name!r}: cannot be the name of a directory; use letters, digits, '.', '+', '-' and '_'"
             )
-    return found
+    return variants_at_points
 
 
 def _points(axes: Pairs, path: Path) -> dict[str, Pairs]:
@@ -117,13 +115,13 @@ def _points(axes: Pairs, path: Path) -> dict[str, Pairs]:
     for key, values in axes:
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{path}: grid.{'.'.join(key)} = {values!r}: give a list of values")
-    ends = [key[-1] for key, _ in axes]
-    labels = [key[-1] if ends.count(key[-1]) == 1 else ".".join(key) for key, _ in axes]
+    keys, ends = [key for key, _ in axes], [key[-1] for key, _ in axes]
+    labels = [key[-1] if ends.count(key[-1]) == 1 else ".".join(key) for key in keys]
     return {
-        "+".join(f"{label}-{str(value).lower()}" for label, value in zip(labels, point, strict=True)): [
-            (key, value) for (key, _), value in zip(axes, point, strict=True)
-        ]
-        for point in product(*(values for _, values in axes))
+        "+".join(f"{label}-{str(value).lower()}" for label, value in zip(labels, values, strict=True)): list(
+            zip(keys, values, strict=True)
+        )
+        for values in product(*(values for _, values in axes))
     }
 
 
@@ -145,21 +143,18 @@ def _leaves(table: Mapping[str, Any], prefix: list[str]) -> Iterator[tuple[list[
 
 
 def _config(config: Path, pairs: Pairs, name: str, seed: int, directory: Path) -> Config:
-    place = directory / RUNS / name / str(seed)
+    own = [(["seed"], seed), (["run"], str(directory / RUNS / name / str(seed)))]
+    # In texts `{seed}` is the run's own: each run starts from what another sweep made under its seed.
+    filled = [(k, value.replace("{seed}", str(seed)) if isinstance(value, str) else value) for k, value in pairs]
     try:
-        return laid_over(config, [*_of_seed(pairs, seed), (["seed"], seed), (["run"], str(place))])
+        return with_overrides(config, [*filled, *own])
     except ConfigError as error:
         raise ConfigError(f"variant {name!r}: {error}") from error
 
 
-def _of_seed(pairs: Pairs, seed: int) -> Pairs:
-    """``{seed}`` in texts stands for the run's own: each run goes on from what another sweep made under its seed."""
-    return [(key, value.replace("{seed}", str(seed)) if isinstance(value, str) else value) for key, value in pairs]
-
-
-def _all_different(runs: Sequence[Run], path: Path) -> None:
+def _refuse_equal_variants(runs: Sequence[Run], path: Path) -> None:
     known: dict[str, str] = {}
     for run in runs:
-        same = known.setdefault(str(run.config.binding()), run.variant)
+        same = known.setdefault(str(run.config.fingerprint()), run.variant)
         if same != run.variant:
             raise ConfigError(f"{path}: variants {same!r} and {run.variant!r} are the same config; take one out")
