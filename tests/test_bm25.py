@@ -151,7 +151,7 @@ def test_progress_is_told(tmp_path: Path) -> None:
 
 def test_it_goes_on_after_a_kill_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bm25_build, "CHUNK_BYTES", 4000)
-    monkeypatch.setattr(bm25_build, "_DURABLE_EVERY", 2)
+    monkeypatch.setattr(bm25_build, "_SYNC_EVERY", 2)
     corpus = passages(300)
 
     def killed_at(word: str) -> None:
@@ -181,7 +181,7 @@ def test_it_goes_on_after_a_kill_and_ends_the_same(tmp_path: Path, monkeypatch: 
 
 def test_a_kill_costs_the_last_chunks_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bm25_build, "CHUNK_BYTES", 4000)
-    monkeypatch.setattr(bm25_build, "_DURABLE_EVERY", 2)
+    monkeypatch.setattr(bm25_build, "_SYNC_EVERY", 2)
     stored = Passages.write(passages(300), tmp_path)
     (tmp_path / "scratch").mkdir()
     (tmp_path / "bm25").mkdir()

@@ -165,7 +165,7 @@ def test_a_build_that_was_killed_goes_on_to_the_same_bytes(
 def test_another_encoder_is_refused(tmp_path: Path, encoder: Encoder) -> None:
     DenseIndex.build(passages(20), tmp_path / "index", encoder)
     other = make_tiny_encoder(tmp_path / "other", seed=1)
-    with pytest.raises(DataError, match=r"made by .* and this is another encoder \(.*other"):
+    with pytest.raises(DataError, match=r"made by .*, and this is another encoder \(.*other"):
         DenseIndex.open(tmp_path / "index", other)
     with pytest.raises(DataError, match="another encoder"):
         DenseIndex.open(tmp_path / "index", Encoder.open(encoder.name, Overrides(query_prefix="q: ")))
@@ -179,7 +179,7 @@ def test_an_encoder_that_is_gone_can_be_named(tmp_path: Path) -> None:
     directory = make_tiny_encoder(tmp_path / "e")
     DenseIndex.build(passages(20), tmp_path / "index", Encoder.open(directory))
     directory.rename(tmp_path / "elsewhere")
-    with pytest.raises(ModelError, match=r"no such directory.* or name its place now with --encoder"):
+    with pytest.raises(ModelError, match=r"no such directory.* or give its present directory with --encoder"):
         open_index(tmp_path / "index")
     assert len(DenseIndex.open(tmp_path / "index", tmp_path / "elsewhere")) == 20
 

@@ -62,10 +62,10 @@ def short_offsets(directory: Path) -> None:
     ("damage", "says"),
     [
         (lambda directory: (directory / "passages.json").unlink(), "passages.json is missing"),
-        (lambda directory: (directory / "passages.json").write_text("{"), "no passages that can be read"),
-        (cut_lines, "passages.jsonl is not of its length"),
-        (short_offsets, "passages.jsonl is not of its length"),
-        (lambda directory: (directory / "offsets.npy").write_bytes(b"x"), "no passages that can be read"),
+        (lambda directory: (directory / "passages.json").write_text("{"), "unreadable passages"),
+        (cut_lines, "passages.jsonl has another length than recorded"),
+        (short_offsets, "passages.jsonl has another length than recorded"),
+        (lambda directory: (directory / "offsets.npy").write_bytes(b"x"), "unreadable passages"),
     ],
 )
 def test_damage_is_one_line(tmp_path: Path, damage, says: str) -> None:

@@ -1,4 +1,4 @@
-"""What a retriever is. An extension point: anything with this method serves."""
+"""Protocols of retrievers and indexes. Any object with the method ``search`` is a retriever."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -7,21 +7,21 @@ from search_e1.types import Passage
 
 
 class Hit(Passage):
-    """A passage that was found."""
+    """A retrieved passage."""
 
     score: float
-    """Greater is better; comparable within one query of one retriever only."""
+    """Higher is better; comparable within one query of one retriever only."""
 
 
 @runtime_checkable
 class Retriever(Protocol):
-    """Finds passages for queries."""
+    """Returns passages for queries."""
 
     def search(self, queries: Sequence[str], topk: int) -> Sequence[Sequence[Passage]]:
-        """At most ``topk`` passages for each query, best first; one list per query, in their order.
+        """At most ``topk`` passages for each query, best first; one list per query, in order.
 
         Raises:
-            RetrievalError: for anything that keeps a query from being answered. An empty list means that nothing matched.
+            RetrievalError: a query could not be answered. An empty list means that nothing matches.
         """
         ...
 
@@ -31,11 +31,11 @@ class Index(Retriever, Protocol):
 
     @property
     def checksum(self) -> str:
-        """The sha256, in hexadecimal, of all that its answers depend on: passages, kind, settings, encoder."""
+        """sha256 of all that results depend on: passages, kind, settings, encoder."""
         ...
 
     def __len__(self) -> int:
-        """Passages."""
+        """Number of passages."""
         ...
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:

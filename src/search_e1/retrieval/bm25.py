@@ -1,17 +1,17 @@
-"""BM25 over passages on disk: an index that is memory-mapped, so that processes share it and opening it takes no time."""
+"""BM25 over memory-mapped files, which processes share and which open at once."""
 
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
-import bm25s
 import numpy as np
 
 from search_e1.errors import DataError
 from search_e1.retrieval import directory as directories
 from search_e1.retrieval.base import Hit
-from search_e1.retrieval.bm25_build import MOST, WORDS, build
+from search_e1.retrieval.bm25_build import MAX_SCORES, WORDS, build
+from search_e1.retrieval.bm25s_import import bm25s
 from search_e1.retrieval.directory import IndexManifest
 from search_e1.retrieval.passages import Passages
 from search_e1.retrieval.postings import Postings
@@ -27,21 +27,20 @@ _SCORES = "bm25"
 
 
 class Bm25Index:
-    """An ``Index`` over one directory, which holds all that serving needs: scores, passages, manifest.
-
-    What is searched is title and text; English stop words are left out and words are stemmed (Snowball).
-    """
+    """An ``Index`` of titles and texts without English stop words, stemmed (Snowball)."""
 
     def __init__(self, directory: Path, manifest: IndexManifest) -> None:
         """Use ``open`` or ``build``."""
         self.directory = directory
         self.manifest = manifest
         self.passages = Passages.open(directory)
-        # Without the vocabulary: that of 21 million passages takes a gigabyte as a dictionary; WORDS stays on disk.
+        # Without the vocabulary, a dictionary of a gigabyte for 21 million passages; WORDS stays on disk.
         model = bm25s.BM25.load(
             directory / _SCORES, mmap=True, load_vocab=False, show_progress=False, allow_pickle=False
         )
-        self._postings = Postings(model.scores, np.load(directory / _SCORES / MOST, mmap_mode="r", allow_pickle=False))
+        self._postings = Postings(
+            model.scores, np.load(directory / _SCORES / MAX_SCORES, mmap_mode="r", allow_pickle=False)
+        )
         self._words = np.asarray(np.load(directory / _SCORES / WORDS, mmap_mode="r", allow_pickle=False))
         self._thread = threading.local()
 
@@ -55,15 +54,15 @@ class Bm25Index:
         source: str | None = None,
         processes: int = 1,
     ) -> Self:
-        """Index ``corpus`` into ``directory``, which appears under its name only when it is complete.
+        """Build an index of ``corpus`` in ``directory``, which gets its name only when it is complete.
 
-        The corpus is read once and its texts are not held in memory. ``source`` tells it from others (the checksum of its
-        file); with it a build that was interrupted goes on when it is run again. ``processes`` count words at the same time;
-        more than one needs a main module that may be imported again (``multiprocessing``'s spawn).
+        The corpus is read once and its texts are not held in memory. ``source`` identifies it (the checksum of its file); with
+        it, an interrupted build is resumed when it runs again. ``processes`` count words in parallel; more than one requires a
+        main module that can be imported again (``multiprocessing``'s spawn).
 
         Raises:
-            DataError: the corpus is empty or holds no word to search for.
-            RunError: ``directory`` is there already, or cannot be written.
+            DataError: the corpus is empty or has no word to search for.
+            RunError: ``directory`` exists, or cannot be written.
         """
         settings = source and {"kind": KIND, "format": directories.FORMAT, "source": source, **SETTINGS}
         with directories.building(directory, settings or None) as work:
@@ -74,10 +73,10 @@ class Bm25Index:
 
     @classmethod
     def open(cls, directory: str | Path) -> Self:
-        """The index that ``build`` left in ``directory``.
+        """Open the index in ``directory``.
 
         Raises:
-            DataError: there is none, or it is damaged, of another kind or of another version.
+            DataError: there is no index, or it is damaged, of another kind or of another version.
         """
         directory = Path(directory)
         manifest = directories.read(directory, KIND)
@@ -99,21 +98,21 @@ class Bm25Index:
         return len(self.passages)
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
-        """See ``Retriever``. Passages that share no word with the query are never among them; ties in corpus order.
+        """See ``Retriever``. Every hit shares a word with the query; ties are in corpus order.
 
-        May be called from several threads; each takes 4 bytes a passage for itself.
+        Thread-safe; each thread takes 4 bytes a passage.
         """
-        # Siblings of one group often ask the same thing in the same turn.
-        found = {query: self._search(query, topk) for query in dict.fromkeys(queries)}
-        return [list(found[query]) for query in queries]
+        # Siblings of a group often send the same query in the same turn.
+        hits = {query: self._search(query, topk) for query in dict.fromkeys(queries)}
+        return [list(hits[query]) for query in queries]
 
     def _search(self, query: str, topk: int) -> list[Hit]:
         return [self.passages.hit(i, score) for i, score in self._postings.best(self._ids(query), topk)]
 
     def _ids(self, query: str) -> list[int]:
-        """The numbers of the query's words, without those that no passage holds."""
+        """Ids of the query's words that occur in a passage."""
         if not hasattr(self._thread, "stems"):
-            self._thread.stems = Stems()  # a stemmer is not for two threads
+            self._thread.stems = Stems()  # not thread-safe
         stems = [stem for word in split(query) if (stem := self._thread.stems[word])]
         digests = np.array([digest(stem) for stem in stems], dtype=np.uint64)
         at = np.minimum(np.searchsorted(self._words["digest"], digests), len(self._words) - 1)

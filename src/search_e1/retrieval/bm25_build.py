@@ -1,9 +1,9 @@
-"""bm25s's index files, made in bounded memory.
+"""Build bm25s's index files in bounded memory.
 
-bm25s itself holds all words of the corpus and the whole matrix of scores in memory, some 50 gigabytes for 21 million
-passages. Here the words are counted passage by passage and written to disk; from there each posting (word, passage,
-count) is scored and sent to the block of words that it belongs to; each block is sorted in memory and appended to the files.
-They are bm25s's to the bit. What grows with the corpus in memory is its vocabulary, and 16 bytes a passage.
+bm25s itself holds all words of the corpus and the whole score matrix in memory, about 50 GB for 21 million passages. Here
+words are counted passage by passage and written to disk; then each posting (word, passage, count) is scored and appended to
+its block of words; each block is sorted in memory and appended to the files, which equal bm25s's to the bit. Only the
+vocabulary and 16 bytes a passage grow with the corpus.
 """
 
 import json
@@ -22,29 +22,29 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import bm25s
 import numpy as np
 
 from search_e1.errors import DataError, RunError
+from search_e1.retrieval.bm25s_import import bm25s
 from search_e1.retrieval.passages import Passages, npy_header
 from search_e1.retrieval.words import Stems, digest, split
 from search_e1.runs import write_atomically
 from search_e1.runs.progress import Progress
 
-WORDS, MOST = "words.npy", "most.npy"
-"""Beside bm25s's files: ``WORD`` [words], sorted by digest; float32 [words], the greatest score of each by its number."""
+WORDS, MAX_SCORES = "words.npy", "most.npy"
+"""Files besides bm25s's: ``WORD`` [words], sorted by digest; float32 [words], the maximum score of each word id."""
 WORD = np.dtype([("digest", "<u8"), ("id", "<i4")])
-"""A word for searching: the digest of its stem, and bm25s's number of it."""
+"""Hash of a word's stem, and its id in bm25s."""
 POSTINGS = 2**24
-"""As many are sorted in memory at a time, 40 bytes each."""
+"""Postings sorted in memory at a time, 40 bytes each."""
 CHUNK_BYTES = 2**23
-"""Of passages that are counted together, by one process."""
-_DURABLE_EVERY = 8  # chunks; a kill costs the work on these
+"""Size of the passages that one process counts at a time."""
+_SYNC_EVERY = 8  # chunks, which preemption may cost
 
 _POSTING = np.dtype([("word", "<i4"), ("passage", "<i4"), ("score", "<f4")])
 _COUNTED, _STEMS = "counted.json", "stems.txt"
 _NUMBERS = ("lengths.i4", "distinct.i4", "words.i4", "counts.i4")
-"""int32. Of each passage its words and its different words; of each posting, by passage, the word and how often it is there."""
+"""int32. Per passage: words, distinct words. Per posting, by passage: word id, count."""
 
 
 def build(
@@ -58,13 +58,11 @@ def build(
     processes: int = 1,
     postings: int = POSTINGS,
 ) -> None:
-    """Write bm25s's files of ``passages``, ``WORDS`` and ``MOST`` into ``directory``.
-
-    It goes on from what an interrupted call left in ``scratch``.
+    """Write bm25s's files of ``passages``, ``WORDS`` and ``MAX_SCORES`` into ``directory``, resuming from ``scratch``.
 
     Raises:
-        DataError: there is no word in any passage.
-        RunError: a process that counts was killed.
+        DataError: no passage has a word.
+        RunError: a worker process was killed.
     """
     vocabulary = _count(passages, scratch, progress, processes)
     if not vocabulary:
@@ -75,7 +73,7 @@ def build(
         part = numbers["words.i4"][start : start + postings]
         frequencies += np.bincount(part, minlength=len(vocabulary))
     ends = np.concatenate(([0], np.cumsum(frequencies)))
-    # The parameters, the vocabulary and where each word begins; its two empty arrays are written by `_sort`.
+    # Parameters, vocabulary and the offset of each word; `_sort` writes the two arrays that are empty here.
     model = bm25s.BM25(k1=k1, b=b)
     model.scores = {"data": np.empty(0), "indices": np.empty(0), "indptr": ends, "num_docs": len(passages)}
     model.nonoccurrence_array = None
@@ -83,7 +81,7 @@ def build(
     model.save(directory, show_progress=False)
     blocks = _blocks(ends, postings)
     _scatter(numbers, frequencies, blocks, scratch, progress, k1, b)
-    _write_npy(directory / MOST, _sort(ends, blocks, scratch, directory, progress))
+    _write_npy(directory / MAX_SCORES, _sort(ends, blocks, scratch, directory, progress))
     words = np.empty(len(vocabulary), dtype=WORD)
     words["digest"] = np.fromiter(map(digest, vocabulary), dtype=np.uint64, count=len(vocabulary))
     words["id"] = np.arange(len(vocabulary))
@@ -97,10 +95,10 @@ def _write_npy(path: Path, values: np.ndarray) -> None:
 
 
 class Counted(NamedTuple):
-    """The words of some passages."""
+    """Word counts of a range of passages."""
 
     stems: list[str]
-    """In the order in which they come; ``words`` are numbers of this list."""
+    """In order of appearance; ``words`` index this list."""
     lengths: np.ndarray
     distinct: np.ndarray
     words: np.ndarray
@@ -108,7 +106,7 @@ class Counted(NamedTuple):
 
 
 class _Numbers(dict[str, int]):
-    """Word -> number of its stem, in the order in which the stems come; -1 for a stop word."""
+    """Word -> id of its stem, in order of appearance; -1 for a stop word."""
 
     _stems = Stems()  # kept from chunk to chunk
 
@@ -123,13 +121,13 @@ class _Numbers(dict[str, int]):
 
 
 def count(directory: Path, start: int, stop: int) -> Counted:
-    """The words of passages ``start`` to ``stop`` of those in ``directory``."""
-    numbers, found, lengths = _Numbers(), array("i"), []
+    """Count the words of passages ``start`` to ``stop`` in ``directory``."""
+    numbers, ids, lengths = _Numbers(), array("i"), []
     for text in Passages.open(directory).texts(start, stop):
         parts = split(text)
-        found.extend(map(numbers.__getitem__, parts))
+        ids.extend(map(numbers.__getitem__, parts))
         lengths.append(len(parts))
-    words = np.frombuffer(found, dtype=np.int32)
+    words = np.frombuffer(ids, dtype=np.int32)
     passage = np.repeat(np.arange(stop - start), lengths)[words >= 0]
     keys = passage * (len(numbers.stems) + 1) + words[words >= 0]
     postings, counts = np.unique(keys, return_counts=True)
@@ -144,15 +142,15 @@ def count(directory: Path, start: int, stop: int) -> Counted:
 
 
 def _count(passages: Passages, scratch: Path, progress: Progress, processes: int) -> dict[str, int]:
-    """Write ``_NUMBERS`` of all passages; returns stem -> number, in the order in which they come."""
+    """Write ``_NUMBERS`` of all passages; return stem -> id, in order of appearance."""
     mark = scratch / _COUNTED
-    there: dict[str, Any] = {"passages": 0, "bytes": dict.fromkeys((_STEMS, *_NUMBERS), 0)}
+    state: dict[str, Any] = {"passages": 0, "bytes": dict.fromkeys((_STEMS, *_NUMBERS), 0)}
     if mark.exists():
-        there = json.loads(mark.read_text())
-    done: int = there["passages"]
+        state = json.loads(mark.read_text())
+    done: int = state["passages"]
     bounds = [done + bound for bound in _blocks(passages.offsets[done:], CHUNK_BYTES)]
     with ExitStack() as stack:
-        files = {name: stack.enter_context(_cut(scratch / name, size)) for name, size in there["bytes"].items()}
+        files = {name: stack.enter_context(_cut(scratch / name, size)) for name, size in state["bytes"].items()}
         stems = (scratch / _STEMS).read_text(encoding="utf-8").split("\n")[:-1]
         vocabulary = {stem: number for number, stem in enumerate(stems)}
         for number, counted in enumerate(_counted(passages, bounds, processes), 1):
@@ -164,7 +162,7 @@ def _count(passages: Passages, scratch: Path, progress: Progress, processes: int
             for name, values in zip(_NUMBERS, arrays, strict=True):
                 files[name].write(values)
             done = bounds[number]
-            if number % _DURABLE_EVERY == 0 or done == len(passages):
+            if number % _SYNC_EVERY == 0 or done == len(passages):
                 for file in files.values():
                     file.flush()
                     os.fsync(file.fileno())
@@ -175,7 +173,7 @@ def _count(passages: Passages, scratch: Path, progress: Progress, processes: int
 
 
 def _cut(path: Path, size: int) -> BinaryIO:
-    """``path`` with its first ``size`` bytes, to be written on."""
+    """Open ``path``, truncated to ``size`` bytes, for appending."""
     file = path.open("r+b" if path.exists() else "w+b")
     file.truncate(size)
     file.seek(size)
@@ -183,16 +181,16 @@ def _cut(path: Path, size: int) -> BinaryIO:
 
 
 def _counted(passages: Passages, bounds: Sequence[int], processes: int) -> Iterator[Counted]:
-    """``count`` of each part between ``bounds``, in their order."""
+    """``count`` of each part between ``bounds``, in order."""
     parts = list(pairwise(bounds))
     directory = passages.path.parent
     if processes == 1 or len(parts) < 2 * processes:
         for start, stop in parts:
             yield count(directory, start, stop)
         return
-    # Spawned: where there are threads, as torch and OpenMP have, a forked process may hang.
+    # Spawned: a fork of a process with threads, such as torch's, may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_begin_work) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_start_worker) as pool:
         ahead: deque[Future[Counted]] = deque()
         try:
             for start, stop in parts:
@@ -203,15 +201,15 @@ def _counted(passages: Passages, bounds: Sequence[int], processes: int) -> Itera
                 yield ahead.popleft().result()
         except BrokenProcessPool as error:
             raise RunError(
-                "a process that counts words was killed, perhaps for memory; run the same command again with fewer --processes"
+                "a process that counts words was killed, perhaps out of memory; run the command again with fewer --processes"
             ) from error
         finally:
             for future in ahead:
                 future.cancel()
 
 
-def _begin_work() -> None:
-    """In a worker: an interrupt is for the parent; when the parent is gone, even killed, so is this."""
+def _start_worker() -> None:
+    """In a worker: leave interrupts to the parent, and exit when the parent has, even if it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def leave() -> None:
@@ -224,10 +222,7 @@ def _begin_work() -> None:
 
 
 def _blocks(ends: np.ndarray, most: int) -> list[int]:
-    """Cuts [0, ..., n] of n things into parts that take at most ``most``; the i-th takes ``ends[i + 1] - ends[i]``.
-
-    One that takes more is a part of its own.
-    """
+    """Boundaries [0, ..., n] of parts of at most ``most``; item i takes ``ends[i + 1] - ends[i]``. A larger item is alone."""
     cuts = [0]
     while cuts[-1] < len(ends) - 1:
         fit = int(np.searchsorted(ends, ends[cuts[-1]] + most, side="right")) - 1
@@ -248,16 +243,16 @@ def _scatter(
     k1: float,
     b: float,
 ) -> None:
-    """Score each posting and append it to its block's file.
+    """Score each posting and append it to the file of its block.
 
-    Lucene's BM25 in its accurate variant (Kamphuis et al., Which BM25 do you mean?, ECIR 2020), with bm25s's roundings.
+    Lucene's BM25 in its accurate variant (Kamphuis et al., Which BM25 do you mean?, ECIR 2020), with bm25s's rounding.
     """
     lengths, distinct, words, counts = (numbers[name] for name in _NUMBERS)
     total, average = len(lengths), lengths.mean()
     different, where = np.unique(frequencies, return_inverse=True)
     idf = np.array([math.log(1 + (total - n + 0.5) / (n + 0.5)) for n in different.tolist()], dtype=np.float32)[where]
     ends = np.concatenate(([0], np.cumsum(distinct, dtype=np.int64)))
-    cuts = _blocks(ends, POSTINGS // 8)  # here a posting takes some 100 bytes for a moment
+    cuts = _blocks(ends, POSTINGS // 8)  # here a posting takes about 100 bytes
     with ExitStack() as stack:
         files = [stack.enter_context(_block(scratch, i).open("wb")) for i in range(len(blocks) - 1)]
         for start, stop in pairwise(cuts):
@@ -276,7 +271,7 @@ def _scatter(
 
 
 def _sort(ends: np.ndarray, blocks: Sequence[int], scratch: Path, directory: Path, progress: Progress) -> np.ndarray:
-    """Write bm25s's two great arrays; returns the greatest score of each word, float32."""
+    """Write bm25s's two large arrays; return the maximum score of each word, float32."""
     most = np.empty(len(ends) - 1, dtype=np.float32)
     with (
         (directory / "data.csc.index.npy").open("wb") as data,

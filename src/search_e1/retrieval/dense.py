@@ -1,7 +1,7 @@
-"""Dense retrieval: passages and queries as vectors, searched by FAISS. The only file that knows FAISS.
+"""Dense retrieval: vectors of passages and queries, searched by FAISS. The only file that imports FAISS.
 
-The vectors lie in one file, in FAISS's own format for them, streamed to disk as they are encoded. That file is the index
-(`exact`), or what the candidates of a smaller index are ranked by, memory-mapped, so that it costs no memory of its own.
+The vectors are streamed to one file in FAISS's own format as they are encoded. That memory-mapped file is the index itself
+(`exact`), or re-ranks the candidates of a smaller index.
 """
 
 import hashlib
@@ -32,33 +32,33 @@ KIND = "dense"
 _VECTORS, _INDEX, _ENCODER = "vectors.faiss", "index.faiss", "encoder.json"
 _DTYPES: dict[str, type[np.floating]] = {"Flat": np.float32, "SQfp16": np.float16}
 _MAPPED = faiss.IO_FLAG_MMAP_IFC
-_ADDED = 65_536  # vectors that are added to an index at once
-_TRAINED_ON = 100_000  # vectors, at least; FAISS asks for 39 a centroid and these are enough for 8-bit codes
+_ADD_BATCH = 65_536  # vectors
+_MIN_TRAINING = 100_000  # vectors; FAISS requires 39 a centroid, and 8-bit codes need no more
 _PER_LIST = 50  # training vectors for each inverted list
 
 
 class Layout(NamedTuple):
-    """An index as FAISS is asked for it."""
+    """How FAISS lays an index out."""
 
     factory: str
-    """FAISS's own factory string, whole."""
+    """The whole FAISS factory string."""
     base: str | None
-    """Factory string of what finds candidates; None where the stored vectors are searched themselves."""
+    """Factory string of the index of candidates; None if the stored vectors are searched directly."""
     stored: str | None
-    """How the vectors are stored, ``Flat`` (float32) or ``SQfp16``; None where they are not kept."""
+    """Storage of the vectors, ``Flat`` (float32) or ``SQfp16``; None if they are not kept."""
     parameters: str
-    """``faiss.ParameterSpace`` settings for searching, e.g. ``nprobe=64``."""
+    """Search parameters for ``faiss.ParameterSpace``, e.g. ``nprobe=64``."""
 
 
 def layout(index: str, passages: int, dimension: int, parameters: str | None = None) -> Layout:
-    """The preset ``exact``, ``graph`` or ``compressed`` for so many vectors, or any factory string of FAISS.
+    """Layout of a preset (``exact``, ``graph``, ``compressed``) or of any FAISS factory string.
 
     A string that ends in ``,RFlat``, ``,Refine(Flat)`` or ``,Refine(SQfp16)`` is refined from the memory-mapped vectors.
-    Where ``parameters`` are not given, an eighth of all inverted lists is searched, and ten times as many candidates are
-    refined as passages are asked for; FAISS's own defaults are one list and once as many.
+    Default ``parameters`` search an eighth of all inverted lists and refine ten candidates per requested passage; FAISS's own
+    defaults are one list and one candidate.
 
     Raises:
-        ConfigError: FAISS knows no such index, or no such parameter of it.
+        ConfigError: FAISS does not know the index or the parameters.
     """
     factory = _PRESETS[index](passages, dimension) if index in _PRESETS else index
     refined = re.fullmatch(r"(.+),(?:RFlat|Refine\((Flat|SQfp16)\))", factory)
@@ -68,8 +68,8 @@ def layout(index: str, passages: int, dimension: int, parameters: str | None = N
         _tune(trial, chosen)
     except RuntimeError as error:
         raise ConfigError(
-            f"index {index!r}, parameters {parameters or ''!r}: {_said(error)}; give {', '.join(_PRESETS)} or a FAISS factory "
-            "string, and parameters as nprobe=64,k_factor_rf=20"
+            f"index {index!r}, parameters {parameters or ''!r}: {_message(error)}; give {', '.join(_PRESETS)} or a FAISS "
+            "factory string, and parameters as nprobe=64,k_factor_rf=20"
         ) from error
     if refined:
         return Layout(factory, refined[1], refined[2] or "Flat", chosen)
@@ -85,8 +85,8 @@ def _graph(passages: int, dimension: int) -> str:
 
 
 def _compressed(passages: int, dimension: int) -> str:
-    """Two bits a dimension, 1/16 of float32. All codes are looked through: inverted lists miss what lies across a border."""
-    if passages < 1000 or dimension % 2:  # four-bit codes are trained on 624 vectors at least
+    """Two bits a dimension, 1/16 of float32, scanned as a whole: inverted lists miss passages beyond their borders."""
+    if passages < 1000 or dimension % 2:  # 4-bit codes need 624 training vectors
         return "SQ8,Refine(SQfp16)"
     return f"PQ{dimension // 2}x4fs,Refine(SQfp16)"
 
@@ -95,7 +95,7 @@ _PRESETS = {"exact": _exact, "graph": _graph, "compressed": _compressed}
 
 
 def _defaults(index: Any) -> str:
-    """How an index is searched where nobody says."""
+    """Default search parameters."""
     chosen = []
     base = faiss.downcast_index(index.base_index) if isinstance(index, faiss.IndexRefine) else index
     lists = faiss.try_extract_index_ivf(base)
@@ -109,7 +109,7 @@ def _defaults(index: Any) -> str:
 
 
 class DenseIndex:
-    """An ``Index`` over one directory, which holds all but the encoder: vectors, FAISS's index, passages, manifest."""
+    """An ``Index`` of vectors; its directory holds all but the encoder."""
 
     def __init__(self, directory: Path, manifest: IndexManifest, encoder: Encoder, parameters: str) -> None:
         """Use ``open`` or ``build``."""
@@ -133,21 +133,23 @@ class DenseIndex:
         parameters: str | None = None,
         source: str | None = None,
     ) -> Self:
-        """Encode ``corpus`` and index it into ``directory``, which appears under its name only when it is complete.
+        """Encode ``corpus`` and index it in ``directory``, which gets its name only when it is complete.
 
-        ``index`` and ``parameters``: see ``layout``. ``source`` tells the corpus from others (the checksum of its file);
-        with it a build that was interrupted goes on when it is run again: at the chunk of passages that was being
-        encoded, or with the FAISS index, which is then built as a whole. Memory is bounded by that index.
+        ``index`` and ``parameters``: see ``layout``. ``source`` identifies the corpus (the checksum of its file); with it, an
+        interrupted build is resumed when it runs again, at the chunk that was being encoded. The FAISS index is always built as
+        a whole, and bounds the memory.
 
         Raises:
             DataError: the corpus is empty.
-            ConfigError: FAISS knows no such index, or it needs more passages.
+            ConfigError: FAISS does not know the index, or it needs more passages.
             ModelError: the encoder gives values that are not finite.
-            RunError: ``directory`` is there already, or cannot be written.
+            RunError: ``directory`` exists, or cannot be written.
         """
-        stored = layout(index, 10**6, encoder.dimension, parameters).stored or "SQfp16"  # the same for any number
+        stored = (
+            layout(index, 10**6, encoder.dimension, parameters).stored or "SQfp16"
+        )  # the same for any number of passages
         encoded = {"encoder": encoder.checksum, "dtype": encoder.dtype, "stored": stored}
-        # Not the kind of index: vectors are what takes hours, and serve any.
+        # Without the layout: encoding takes hours, and its vectors serve any layout.
         started = source and {"kind": KIND, "format": directories.FORMAT, "source": source, **encoded}
         with directories.building(directory, started or None) as work:
             passages = work.passages(corpus, progress)
@@ -172,15 +174,15 @@ class DenseIndex:
         device: str = "auto",
         parameters: str | None = None,
     ) -> Self:
-        """The index that ``build`` left in ``directory``, with the encoder that it was built with.
+        """Open the index in ``directory`` with the encoder that it was built with.
 
-        Without ``encoder`` it is looked for where it was. Unless it is open already, it encodes queries in float32 on
-        ``device``. ``parameters`` are laid over those that the index was built with.
+        ``encoder``: default is where it was at the build; it encodes queries in float32 on ``device``, unless it is open
+        already. ``parameters`` override those of the build.
 
         Raises:
-            DataError: there is none, it is damaged or of another version, or ``encoder`` is another one.
+            DataError: there is no index, it is damaged or of another version, or ``encoder`` is another one.
             ModelError: the encoder does not load.
-            ConfigError: FAISS knows no such parameter of this index.
+            ConfigError: FAISS does not know the parameters.
         """
         manifest = directories.read(directory, KIND)
         try:
@@ -192,20 +194,20 @@ class DenseIndex:
             encoder = _open_encoder(directory, encoder, about["model"], convention, device)
         if encoder.checksum != manifest.settings["encoder"]:
             raise DataError(
-                f"{directory}: its vectors were made by {about['model']} and this is another encoder ({encoder.directory}, or "
-                "its prefixes or pooling); give the one it was built with, or build it again"
+                f"{directory}: its vectors were made by {about['model']}, and this is another encoder ({encoder.directory}, or "
+                "its prefixes or pooling); give the encoder of the build, or build the index again"
             )
         chosen = ",".join(part for part in (manifest.settings["parameters"], parameters) if part)
         try:
             return cls(directory, manifest, encoder, chosen)
         except RuntimeError as error:
             if parameters:
-                raise ConfigError(f"parameters {parameters!r} of {directory}: {_said(error)}") from error
-            raise DataError(f"{directory}: a damaged index ({_said(error)}); build it again") from error
+                raise ConfigError(f"parameters {parameters!r} of {directory}: {_message(error)}") from error
+            raise DataError(f"{directory}: a damaged index ({_message(error)}); build it again") from error
 
     @property
     def checksum(self) -> str:
-        """See ``Index``. Other parameters for searching give other answers, and so another checksum."""
+        """See ``Index``. Other search parameters give other results, and so another checksum."""
         if self.parameters == self.manifest.settings["parameters"]:
             return self.manifest.checksum
         return hashlib.sha256(f"{self.manifest.checksum} {self.parameters}".encode()).hexdigest()
@@ -216,20 +218,20 @@ class DenseIndex:
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
         """See ``Retriever``. The score is the inner product, for most encoders the cosine."""
-        unique = list(dict.fromkeys(queries))  # siblings of one group often ask the same thing in the same turn
+        unique = list(dict.fromkeys(queries))  # siblings of a group often send the same query in the same turn
         if not unique:
             return []
         scores, rows = self._index.search(self.encoder.queries(unique), min(topk, len(self)))
-        found = dict(zip(unique, map(self._hits, rows.tolist(), scores.tolist()), strict=True))
-        return [list(found[query]) for query in queries]
+        hits = dict(zip(unique, map(self._hits, rows.tolist(), scores.tolist()), strict=True))
+        return [list(hits[query]) for query in queries]
 
     def _hits(self, rows: list[int], scores: list[float]) -> list[Hit]:
-        """FAISS fills up with -1 what it found too little of."""
+        """Hits of one query; FAISS pads short results with -1."""
         return [self.passages.hit(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0]
 
 
 def _encode(work: Building, passages: Passages, encoder: Encoder, stored: str, progress: Progress) -> np.ndarray:
-    """The vectors of all passages, [passages, dimension], memory-mapped."""
+    """Encode all passages; the memory-mapped vectors, [passages, dimension]."""
     path, shape = work.path / _VECTORS, (len(passages), encoder.dimension)
     header = _header(stored, *shape)
 
@@ -237,63 +239,65 @@ def _encode(work: Building, passages: Passages, encoder: Encoder, stored: str, p
         return encoder.passages(list(passages.contents(start, stop)))
 
     vectors.write(path, work.scratch / "vectors.rows", header, shape, _DTYPES[stored], encode, progress)
-    made = vectors.read(path, len(header), shape, _DTYPES[stored])
+    encoded = vectors.read(path, len(header), shape, _DTYPES[stored])
     mapped = faiss.read_index(str(path), _MAPPED)
-    if mapped.ntotal != len(made) or not np.array_equal(mapped.reconstruct(len(made) - 1), made[-1]):
-        raise RuntimeError(f"FAISS {faiss.__version__} lays {stored} out in a way that is not known here")
-    return made
+    if mapped.ntotal != len(encoded) or not np.array_equal(mapped.reconstruct(len(encoded) - 1), encoded[-1]):
+        raise RuntimeError(f"FAISS {faiss.__version__} stores {stored} in an unknown format")
+    return encoded
 
 
 def _header(stored: str, passages: int, dimension: int) -> bytes:
-    """What FAISS writes before the vectors of a flat index: taken from one of a single vector, with the two counts set.
+    """Header of a flat FAISS index: that of a single vector with its two counts replaced.
 
-    FAISS itself writes an index as a whole only, from memory.
+    FAISS itself only writes whole indexes from memory.
     """
     one = faiss.index_factory(dimension, stored, faiss.METRIC_INNER_PRODUCT)
     one.add(np.zeros((1, dimension), dtype=np.float32))
     header = bytearray(faiss.serialize_index(one).tobytes()[: -one.sa_code_size()])
     struct.pack_into("<q", header, 8, passages)  # after the type (4 bytes) and the dimension (4)
-    (units,) = struct.unpack_from("<Q", header, len(header) - 8)  # in which it counts one vector: bytes, or floats
+    (units,) = struct.unpack_from("<Q", header, len(header) - 8)  # of one vector: bytes, or floats
     struct.pack_into("<Q", header, len(header) - 8, units * passages)
     return bytes(header)
 
 
 def _add(factory: str, stored: np.ndarray, path: Path, progress: Progress) -> None:
-    """Train an index on a sample of the vectors, add them chunk by chunk, and write it."""
+    """Train an index on a sample of the vectors, add them in batches, and write it."""
     total, dimension = stored.shape
     index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     if not index.is_trained:
         lists = faiss.try_extract_index_ivf(index)
-        size = min(total, max(_TRAINED_ON, _PER_LIST * lists.nlist if lists else 0))
+        size = min(total, max(_MIN_TRAINING, _PER_LIST * lists.nlist if lists else 0))
         rows = np.sort(np.random.default_rng(0).choice(total, size, replace=False))
         progress(0, total, f"training on {size:,}")
         try:
             index.train(stored[rows].astype(np.float32))
         except RuntimeError as error:
-            raise ConfigError(f"index {factory!r} of {total:,} passages: {_said(error)}; give another index") from error
-    for start in range(0, total, _ADDED):
-        index.add(stored[start : start + _ADDED].astype(np.float32))
+            raise ConfigError(
+                f"index {factory!r} of {total:,} passages: {_message(error)}; give another index"
+            ) from error
+    for start in range(0, total, _ADD_BATCH):
+        index.add(stored[start : start + _ADD_BATCH].astype(np.float32))
         progress(index.ntotal, total, f"{index.ntotal:,} indexed")
     faiss.write_index(index, str(path))
 
 
 def _read(directory: Path, settings: Mapping[str, Any]) -> Any:
-    """FAISS's index, memory-mapped: processes share it, and what is not asked for is not in memory."""
-    # FAISS 1.14.2 and later call BLAS from 128,000 numbers a batch on only; from four queries on it is up to 7 times as fast.
+    """Open FAISS's index memory-mapped, so that processes share it and unused pages take no memory."""
+    # FAISS 1.14.2 and later use BLAS only for batches of 128,000 numbers; from four queries on it is up to 7 times as fast.
     if faiss.cvar.distance_compute_blas_threshold > 1000:
         faiss.cvar.distance_compute_blas_threshold = 4 * settings["dimension"]
     parts = [directory / name for name in (_INDEX, _VECTORS) if (directory / name).exists()]
-    if hasattr(os, "posix_fadvise"):  # what every query goes through is read ahead; the vectors to refine by are not
+    if hasattr(os, "posix_fadvise"):  # read ahead what every query scans, but not the vectors that refine
         with parts[0].open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-    # The lists of fast-scan codes are copied whatever is asked for: mapped as well they would take their room twice.
+    # FAISS copies the lists of fast-scan codes anyway; mapped, they would take memory twice.
     copied = re.search(r"x4fs|RaBitQfs", settings["base"] or "") is not None
     read = [faiss.read_index(str(part), 0 if copied and part.name == _INDEX else _MAPPED) for part in parts]
     return faiss.IndexRefine(*read) if settings["stored"] and len(read) == 2 else read[0]
 
 
 def _tune(index: Any, parameters: str) -> None:
-    space: Any = faiss.ParameterSpace()  # its stubs know SWIG's integers, not the strings that the wrapper takes
+    space: Any = faiss.ParameterSpace()  # its stubs lack the strings that the wrapper accepts
     space.set_index_parameters(index, parameters)
 
 
@@ -301,9 +305,9 @@ def _open_encoder(
     directory: Path, given: EncoderSettings | str | Path | None, built_with: str, convention: Convention, device: str
 ) -> Encoder:
     model: str | Path = built_with
-    if isinstance(given, EncoderSettings):  # what it says must be what the index was built with; the checksum tells
-        said = given.model_dump(include=set(Convention.model_fields), exclude_none=True)
-        model, device, convention = given.model, given.device, convention.model_copy(update=said)
+    if isinstance(given, EncoderSettings):  # they must equal those of the build; the checksum shows whether they do
+        overrides = given.model_dump(include=set(Convention.model_fields), exclude_none=True)
+        model, device, convention = given.model, given.device, convention.model_copy(update=overrides)
     elif given is not None:
         model = given
     try:
@@ -312,21 +316,21 @@ def _open_encoder(
         if given is not None:
             raise
         raise ModelError(
-            f"{directory}: {error} (it was built with that); or name its place now with --encoder"
+            f"{directory}: {error} (the encoder of the build); or give its present directory with --encoder"
         ) from error
 
 
 def _packages() -> list[str]:
-    found = ["numpy", "torch", "transformers"]
-    for name in ("faiss-cpu", "faiss-gpu"):  # whichever brings the module
+    names = ["numpy", "torch", "transformers", "sentence-transformers"]
+    for name in ("faiss-cpu", "faiss-gpu"):  # whichever is installed
         try:
             version(name)
         except PackageNotFoundError:
             continue
-        found.append(name)
-    return found
+        names.append(name)
+    return names
 
 
-def _said(error: RuntimeError) -> str:
-    """FAISS's message without the C++ function and line before it."""
+def _message(error: RuntimeError) -> str:
+    """FAISS's message without C++ function and line."""
     return re.sub(r"^.*(?:failed: |Error: |[.]cpp:\d+: )", "", str(error).strip().replace("\n", " "))

@@ -145,7 +145,7 @@ def _load_transformer(directory: Path, name: str, place: torch.device, dtype: st
     except Exception as error:  # of transformers, tokenizers, safetensors or torch, by what is damaged
         problem = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "custom code" in problem or "trust_remote_code" in str(error):
-            problem = "it comes with code of its own, which never runs here; give another encoder"
+            problem = "it brings code of its own, which is never run here; give another encoder"
         raise ModelError(f"encoder {name!r} does not load: {problem}") from error
     config = module.config
     positions = getattr(config, "max_position_embeddings", None) or 512

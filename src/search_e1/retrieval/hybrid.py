@@ -1,4 +1,4 @@
-"""Reciprocal rank fusion: one ranking out of several."""
+"""Reciprocal rank fusion of several indexes."""
 
 import hashlib
 import json
@@ -10,24 +10,24 @@ from search_e1.retrieval.base import Hit, Index
 from search_e1.retrieval.directory import IndexManifest
 
 K = 60
-"""Of Cormack, Clarke and Buettcher, "Reciprocal rank fusion outperforms Condorcet and individual rank learning methods",
-SIGIR 2009: a passage scores the sum of 1 / (K + rank) over the rankings that it is in, with ranks from 1."""
+"""Constant of reciprocal rank fusion: a passage scores the sum of 1 / (K + rank) over the rankings, ranks from 1 (Cormack,
+Clarke and Buettcher, Reciprocal rank fusion outperforms Condorcet and individual rank learning methods, SIGIR 2009)."""
 DEPTH = 100
-"""Hits of each ranking that are fused."""
+"""Hits of each ranking to fuse."""
 
 
 class StoredIndex(Index, Protocol):
-    """An index of which it is known what it is over."""
+    """An index with a manifest."""
 
     @property
     def manifest(self) -> IndexManifest: ...
 
 
 class HybridIndex:
-    """An ``Index`` of two or more over the same passages, of any kinds."""
+    """An ``Index`` of two or more indexes of the same passages, of any kinds."""
 
     def __init__(self, indexes: Sequence[StoredIndex], depth: int = DEPTH, k: int = K) -> None:
-        """``depth``: hits of each that are fused, never fewer than are asked for. ``k``: see ``K``.
+        """``depth``: hits of each index to fuse, at least ``topk``. ``k``: see ``K``.
 
         Raises:
             ConfigError: fewer than two indexes, the same one twice, or over different passages.
@@ -36,8 +36,8 @@ class HybridIndex:
             raise ConfigError("fusion needs two different indexes; give two, e.g. a bm25 and a dense one")
         corpora = {index.manifest.corpus: index.manifest for index in indexes}
         if len(corpora) > 1:
-            found = " and ".join(f"{m.passages:,} passages, {m.corpus[:12]}" for m in corpora.values())
-            raise ConfigError(f"indexes over different corpora cannot be fused ({found}); build them of the same one")
+            sizes = " and ".join(f"{m.passages:,} passages, {m.corpus[:12]}" for m in corpora.values())
+            raise ConfigError(f"indexes over different corpora cannot be fused ({sizes}); build them from the same one")
         self.indexes = tuple(indexes)
         self.depth, self.k = depth, k
 
@@ -48,22 +48,22 @@ class HybridIndex:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def __len__(self) -> int:
-        """Passages."""
+        """Number of passages."""
         return len(self.indexes[0])
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
-        """See ``Retriever``. Of equal scores the one that an earlier index ranks higher comes first."""
+        """See ``Retriever``. Among equal scores, the order of earlier indexes wins."""
         rankings = [index.search(queries, max(self.depth, topk)) for index in self.indexes]
         return [fuse(ranked, topk, self.k) for ranked in zip(*rankings, strict=True)]
 
 
 def fuse(rankings: Sequence[Sequence[Hit]], topk: int, k: int = K) -> list[Hit]:
-    """The ``topk`` best of several rankings of one query; a hit's score is the fused one."""
+    """The top ``topk`` hits of several rankings of one query, with fused scores."""
     scores: dict[str, float] = {}
     hits: dict[str, Hit] = {}
     for ranking in rankings:
         for rank, hit in enumerate(ranking, 1):
             scores[hit.id] = scores.get(hit.id, 0.0) + 1 / (k + rank)
             hits.setdefault(hit.id, hit)
-    best = sorted(scores, key=lambda found: -scores[found])[:topk]  # stable: in order of appearance where equal
+    best = sorted(scores, key=scores.__getitem__, reverse=True)[:topk]  # stable: order of appearance where equal
     return [hits[id].model_copy(update={"score": scores[id]}) for id in best]

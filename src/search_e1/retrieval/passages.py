@@ -1,4 +1,4 @@
-"""The passages of an index: written once, read by number, never all in memory."""
+"""Passages of an index: written once, read by number, never all in memory."""
 
 import hashlib
 import io
@@ -19,13 +19,11 @@ from search_e1.runs.progress import Progress, silent
 from search_e1.types import Passage
 
 _LINES, _OFFSETS, _ABOUT = "passages.jsonl", "offsets.npy", "passages.json"
-_TOLD_EVERY = 1000  # passages
+_PROGRESS_EVERY = 1000  # passages
 
 
 def npy_header(dtype: Any, length: int) -> bytes:
-    """The beginning of a ``.npy`` file of one dimension. What is written after it by hand fails on a full disk with an
-    error that says so; numpy's own does not.
-    """
+    """Header of a 1-D ``.npy`` file. Writing the data by hand raises ENOSPC on a full disk; numpy itself does not."""
     header = io.BytesIO()
     description = np.lib.format.dtype_to_descr(np.dtype(dtype))
     np.lib.format.write_array_header_1_0(header, {"descr": description, "fortran_order": False, "shape": (length,)})
@@ -33,10 +31,10 @@ def npy_header(dtype: Any, length: int) -> bytes:
 
 
 class Passages(Sequence[Passage]):
-    """The passages in a directory, memory-mapped, so that processes share them and opening takes no time.
+    """Memory-mapped passages in a directory, which processes share.
 
-    ``passages.jsonl`` holds one a line, ``offsets.npy`` (int64 [passages + 1]) where each begins, ``passages.json`` the
-    number, size and checksum; it is written last, so that passages without it are not complete.
+    ``passages.jsonl`` holds one a line, ``offsets.npy`` (int64 [passages + 1]) the start of each, ``passages.json`` number,
+    size and checksum. That is written last: without it the passages are incomplete.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -44,17 +42,17 @@ class Passages(Sequence[Passage]):
         about = json.loads((directory / _ABOUT).read_text(encoding="utf-8"))
         self.path = directory / _LINES
         self.checksum: str = about["sha256"]
-        """The sha256 of ``passages.jsonl``, in hexadecimal."""
+        """sha256 of ``passages.jsonl``."""
         self.offsets = np.load(directory / _OFFSETS, mmap_mode="r", allow_pickle=False)
-        """int64 [passages + 1]: where each begins in ``path``, in bytes."""
+        """int64 [passages + 1]: start of each passage in ``path``, in bytes."""
         with self.path.open("rb") as file:
             self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if self.offsets.shape != (about["passages"] + 1,) or self.offsets[-1] != len(self._lines):
-            raise ValueError(f"{_LINES} is not of its length")
+            raise ValueError(f"{_LINES} has another length than recorded")
 
     @classmethod
     def write(cls, corpus: Iterable[Passage], directory: Path, progress: Progress = silent) -> Self:
-        """Write the passages of ``corpus`` into ``directory``. It is read once; what is kept in memory is 8 bytes a passage.
+        """Write the passages of ``corpus`` into ``directory``; 8 bytes a passage stay in memory.
 
         Raises:
             DataError: the corpus is empty.
@@ -68,7 +66,7 @@ class Passages(Sequence[Passage]):
                 file.write(line)
                 digest.update(line)
                 offsets.append(offsets[-1] + len(line))
-                if done % _TOLD_EVERY == 0:
+                if done % _PROGRESS_EVERY == 0:
                     progress(done, total, f"{done:,} passages")
             file.flush()
             os.fsync(file.fileno())
@@ -85,17 +83,17 @@ class Passages(Sequence[Passage]):
 
     @classmethod
     def open(cls, directory: Path) -> Self:
-        """The passages that ``write`` left in ``directory``.
+        """Open the passages in ``directory``.
 
         Raises:
-            DataError: there are none, or they are not as they were written.
+            DataError: missing, incomplete or damaged.
         """
         try:
             return cls(directory)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{_ABOUT} is missing" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
             raise DataError(
-                f"{directory}: no passages that can be read ({reason}); build the index again with `search-e1 index build`"
+                f"{directory}: unreadable passages ({reason}); build the index again with `search-e1 index build`"
             ) from error
 
     def __len__(self) -> int:
@@ -111,7 +109,7 @@ class Passages(Sequence[Passage]):
         return Passage.model_validate_json(self._line(range(len(self))[index]))
 
     def hit(self, index: int, score: float) -> Hit:
-        """Passage ``index`` as it was found with ``score``.
+        """Passage ``index`` as a hit with ``score``.
 
         Raises:
             RetrievalError: the line is damaged.
@@ -122,15 +120,15 @@ class Passages(Sequence[Passage]):
             raise RetrievalError(f"{self.path}:{index + 1}: damaged; build the index again") from error
 
     def texts(self, start: int = 0, stop: int | None = None) -> Iterator[str]:
-        """What is searched by words, title and text, of passages ``start`` to ``stop``."""
+        """Title and text of passages ``start`` to ``stop``, which BM25 indexes."""
         return (f"{record['title']} {record['text']}" for record in self._records(start, stop))
 
     def contents(self, start: int = 0, stop: int | None = None) -> Iterator[str]:
-        """``Passage.contents`` of passages ``start`` to ``stop``."""
+        """``Passage.contents`` of passages ``start`` to ``stop``, which encoders read."""
         return (Passage.model_construct(None, **record).contents for record in self._records(start, stop))
 
     def _records(self, start: int, stop: int | None) -> Iterator[dict[str, str]]:
-        """Read past the memory map: pages that are read once would count as this process's memory until they are dropped."""
+        """Read from the file, not the memory map, whose pages would count as this process's memory."""
         stop = len(self) if stop is None else stop
         with self.path.open("rb") as file:
             file.seek(int(self.offsets[start]))

@@ -1,4 +1,4 @@
-"""Vectors on disk, written chunk by chunk so that a kill loses one chunk at most."""
+"""Vectors on disk, written in chunks, so that preemption loses one chunk at most."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from search_e1.runs import write_atomically
 from search_e1.runs.progress import Progress, silent
 
 CHUNK = 4096
-"""Passages that are encoded together and then made durable. Part of what decides a vector's last bits, so never a setting."""
+"""Passages that are encoded together, then synced. It affects the last bits of a vector, so it is no setting."""
 
 
 def write(
@@ -22,15 +22,15 @@ def write(
     encode: Callable[[int, int], np.ndarray],
     progress: Progress = silent,
 ) -> None:
-    """Write ``header`` and rows of ``shape`` [n, d] to ``path``, or what an earlier call left to write.
+    """Write ``header`` and rows of ``shape`` [n, d] to ``path``, resuming from an earlier call.
 
-    ``encode(start, stop)`` gives float [stop - start, d]. The file ``mark`` says how many rows are on disk for good.
+    ``encode(start, stop)`` returns float [stop - start, d]. The file ``mark`` holds the number of synced rows.
     """
     total, dimension = shape
     row = dimension * np.dtype(dtype).itemsize
     with path.open("r+b" if path.exists() else "w+b") as file:
-        there = max(0, os.fstat(file.fileno()).st_size - len(header)) // row
-        done = min(there, int(mark.read_text())) if mark.exists() else 0
+        written = max(0, os.fstat(file.fileno()).st_size - len(header)) // row
+        done = min(written, int(mark.read_text())) if mark.exists() else 0
         file.write(header)
         file.truncate(file.seek(done * row, os.SEEK_CUR))
         for start in range(done, total, CHUNK):
@@ -43,5 +43,5 @@ def write(
 
 
 def read(path: Path, offset: int, shape: tuple[int, int], dtype: type[np.floating]) -> np.ndarray:
-    """The rows that ``write`` wrote after ``offset`` bytes, memory-mapped."""
+    """Memory-mapped rows after ``offset`` bytes of ``path``."""
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
