@@ -27,7 +27,7 @@ from torchmetrics.functional.text import squad
 from search_e1.data.answers import exact_match, f1
 from search_e1.data.corpus import read_corpus
 from search_e1.data.questions import load_questions
-from search_e1.evaluation.ceiling import in_corpus, patterns
+from search_e1.evaluation.recall import in_corpus, patterns
 from search_e1.types import Question
 
 Perturb = Callable[[str, random.Random], str]

@@ -167,7 +167,7 @@ def test_index_build_and_search(project, monkeypatch, capsys):
 
 
 def test_some_benchmarks_are_evaluated(project, monkeypatch, capsys):
-    """With the ceiling: Oslo is in a passage; nothing says Atlantis."""
+    """With retrieval recall: Oslo is in a passage; nothing says Atlantis."""
     monkeypatch.setenv("COLUMNS", "80")
     jsonl(project / "other.jsonl", QUESTION, {**QUESTION, "id": "q2", "golden_answers": ["Atlantis"]})
     both = f'{{ dev = "{project}/dev.jsonl", other = "{project}/other.jsonl" }}'

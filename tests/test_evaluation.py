@@ -8,10 +8,10 @@ from scripted import ScriptedGenerator
 from search_e1.config import EvaluationConfig, Prompts, RolloutConfig
 from search_e1.data.benchmarks import BENCHMARKS, TEST_SIZES
 from search_e1.errors import DataError
-from search_e1.evaluation.ceiling import Ceiling
 from search_e1.evaluation.evaluate import SAMPLED, TIMINGS, TRAJECTORIES, evaluate
 from search_e1.evaluation.failures import Failure
 from search_e1.evaluation.published import PUBLISHED_3B, comparison
+from search_e1.evaluation.recall import Recall
 from search_e1.evaluation.results import QUESTIONS as QUESTIONS_FILE
 from search_e1.evaluation.results import Evaluation, Result, read
 from search_e1.rollout.engines.base import Generation
@@ -53,10 +53,10 @@ class Flipping(ScriptedGenerator):
 
 def test_scores_by_hand(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:
     generator = Flipping(tiny_policy.tokenizer, SCRIPT)
-    told: list[tuple[int, int, str]] = []
+    shown: list[tuple[int, int, str]] = []
     result = evaluate(
         generator, tiny_retriever, QUESTIONS, PROMPTS, EvaluationConfig(samples=2, temperature=0.5), LIMITS,
-        seed=0, out=tmp_path, progress=lambda done, total, figure="": told.append((done, total, figure)),
+        seed=0, out=tmp_path, progress=lambda done, total, figure="": shown.append((done, total, figure)),
     )  # fmt: skip
     tokens = {
         text: sum(len(tiny_policy.tokenizer.encode(action)) for action in actions) for text, actions in SCRIPT.items()
@@ -83,8 +83,8 @@ def test_scores_by_hand(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> 
         2: (2, 0.5, 0.25),
     }
     assert {call["temperature"] for call in generator.calls} == {0.0, 0.5}
-    assert told[-1] == (12, 12, "EM 0.333")
-    assert [done for done, *_ in told] == list(range(1, 13))
+    assert shown[-1] == (12, 12, "sampled EM 0.250")
+    assert [done for done, *_ in shown] == list(range(1, 13))
     assert Evaluation.model_validate(json.loads(result.model_dump_json())) == result
 
 
@@ -139,14 +139,14 @@ def test_nothing_to_evaluate_on_is_refused(tiny_policy: Policy, tiny_retriever, 
 
 
 def test_every_question_is_judged(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:
-    ceilings = {
-        ("nq", "one?"): Ceiling(benchmark="nq", id="one?", in_topk=True, in_corpus=True),
-        ("nq", "two?"): Ceiling(benchmark="nq", id="two?", in_topk=False, in_corpus=True),
-        ("nq", "three?"): Ceiling(benchmark="nq", id="three?", in_topk=False, in_corpus=False),
+    recalls = {
+        ("nq", "one?"): Recall(benchmark="nq", id="one?", in_topk=True, in_corpus=True),
+        ("nq", "two?"): Recall(benchmark="nq", id="two?", in_topk=False, in_corpus=True),
+        ("nq", "three?"): Recall(benchmark="nq", id="three?", in_topk=False, in_corpus=False),
     }
     result = evaluate(
         Flipping(tiny_policy.tokenizer, SCRIPT), tiny_retriever, QUESTIONS, PROMPTS, EvaluationConfig(samples=2), LIMITS,
-        seed=0, out=tmp_path, ceilings=ceilings,
+        seed=0, out=tmp_path, recalls=recalls,
     )  # fmt: skip
     one, two, three, four = read(tmp_path / QUESTIONS_FILE)
     tokens = [len(tiny_policy.tokenizer.encode(action)) for action in SCRIPT["one?"]]
@@ -182,8 +182,8 @@ def test_latency_is_that_of_questions_asked_alone(tiny_policy: Policy, tiny_retr
     assert all(0 < timing["latency"] <= timing["longest"] for timing in timings.values())
     alone = [call["prompts"] for call in generator.calls if len(call["prompts"]) == 1]
     asked = [tiny_policy.tokenizer.decode(prompt).split("\n")[0] for [prompt] in alone]
-    # "three?" goes on alone when the others have ended; then, alone: "one?" (two actions), "two?"; "four?", and again.
-    assert asked[-5:] == ["Q: one?", "Q: one?", "Q: two?", "Q: four?", "Q: four?"]
+    # Once all batches are through, one by one: "one?" (two actions), "two?", "four?".
+    assert asked[-4:] == ["Q: one?", "Q: one?", "Q: two?", "Q: four?"]
     untimed = config.model_copy(update={"latency": 0})
     evaluate(generator, tiny_retriever, QUESTIONS, PROMPTS, untimed, LIMITS, seed=0, out=tmp_path)
     assert json.loads((tmp_path / TIMINGS).read_text())["nq"]["latency"] is None

@@ -27,7 +27,7 @@ from taught import QUESTIONS, teach
 from test_report import report
 
 STAGES = [
-    "index", "ceiling", "evaluation-base", "grpo-1", "evaluation-grpo-1", "pool-1", "pairs-1", "lead-1", "ofsd-1",
+    "index", "recall", "evaluation-base", "grpo-1", "evaluation-grpo-1", "pool-1", "pairs-1", "lead-1", "ofsd-1",
     "evaluation-ofsd-1",
 ]  # fmt: skip
 
@@ -109,7 +109,7 @@ def test_one_round_makes_every_stage_and_says_so(finished):
     settings, watch, summary = finished
     assert watch.worked == STAGES
     assert [p.stage for p in summary.policies] == ["base", "grpo-1", "ofsd-1"]
-    assert set(summary.seconds) == set(STAGES) - {"index", "ceiling"}
+    assert set(summary.seconds) == set(STAGES) - {"index", "recall"}
     stored = json.loads((settings.run / "summary.json").read_text())
     assert [p["stage"] for p in stored["policies"]] == ["base", "grpo-1", "ofsd-1"]
     assert {"em", "em_sampled", "searches", "tokens", "by_hops"} <= set(stored["policies"][0])
@@ -216,7 +216,7 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same_to_the_bit(finished,
     attempts = {
         stage: runs.read(settings.run / stage).manifest.attempts
         for stage in STAGES
-        if stage not in ("index", "ceiling")
+        if stage not in ("index", "recall")
     }
     expected = dict.fromkeys(attempts, 1)
     for stage, _ in kills:

@@ -1,12 +1,12 @@
-"""Every class of failure by hand, the order of decision, and the retrieval ceiling."""
+"""Every class of failure by hand, the order of decision, and retrieval recall."""
 
 import pytest
 
 from search_e1.errors import DataError, RetrievalError
-from search_e1.evaluation import ceiling as ceilings
-from search_e1.evaluation.ceiling import Ceiling, holds, in_corpus, is_yes_no, measure, patterns
+from search_e1.evaluation import recall as recalls
 from search_e1.evaluation.evaluate import judge
 from search_e1.evaluation.failures import Failure
+from search_e1.evaluation.recall import Recall, holds, in_corpus, is_yes_no, measure, patterns
 from search_e1.types import ActionKind, Group, Question, StopReason, Trajectory, Turn
 
 OSLO = ("Norway", "Norway is a land with capital Oslo.")
@@ -39,7 +39,7 @@ def judged(*turns: Turn, gold=("Oslo",), stop: str | None = None, corpus: bool |
         answer=said,
         reward=float(said == gold[0]),
     )
-    known = Ceiling(benchmark="b", id="q", in_topk=False, in_corpus=corpus)
+    known = Recall(benchmark="b", id="q", in_topk=False, in_corpus=corpus)
     return judge("b", Group(question=question, trajectories=(trajectory,)), known)
 
 
@@ -158,7 +158,7 @@ def test_many_answers_in_one_pass(tiny_retriever):
     assert in_corpus([], wanted) == [False] * len(golds)
 
 
-def test_the_ceiling_of_every_question(tiny_retriever):
+def test_recall_of_every_question(tiny_retriever):
     def question(text, *gold):
         return Question(id=text, text=text, answers=gold)
 
@@ -174,10 +174,10 @@ def test_the_ceiling_of_every_question(tiny_retriever):
         ("a", "eth", None, None),
         ("b", "mayor", False, False),
     ]
-    assert ceilings.figures(rows) == {"in_topk": pytest.approx(1 / 3), "in_corpus": pytest.approx(2 / 3)}
+    assert recalls.figures(rows) == {"in_topk": pytest.approx(1 / 3), "in_corpus": pytest.approx(2 / 3)}
     unknown = measure(tiny_retriever, None, asked, 1)
     assert [row.in_corpus for row in unknown] == [None] * 4
-    assert ceilings.figures(unknown)["in_corpus"] is None
+    assert recalls.figures(unknown)["in_corpus"] is None
 
 
 def test_a_retriever_that_fails_stops_it():
@@ -189,11 +189,11 @@ def test_a_retriever_that_fails_stops_it():
         measure(Dead(), [], {"a": [Question(id="q", text="?", answers=("x",))]}, 1)
 
 
-def test_a_damaged_ceiling_names_its_line(tmp_path):
-    path = tmp_path / ceilings.FILE
-    good = Ceiling(benchmark="a", id="q", in_topk=None, in_corpus=None)
+def test_a_damaged_recall_file_names_its_line(tmp_path):
+    path = tmp_path / recalls.FILE
+    good = Recall(benchmark="a", id="q", in_topk=None, in_corpus=None)
     path.write_text(good.model_dump_json() + "\n{}\n")
-    with pytest.raises(DataError, match=rf"{ceilings.FILE}:2"):
-        list(ceilings.read(path))
+    with pytest.raises(DataError, match=rf"{recalls.FILE}:2"):
+        list(recalls.read(path))
     with pytest.raises(DataError, match="evaluate again"):
-        list(ceilings.read(tmp_path / "nothing"))
+        list(recalls.read(tmp_path / "nothing"))

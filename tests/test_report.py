@@ -120,7 +120,7 @@ def test_failure_classes_of_the_evaluation_are_used(run, tmp_path):
     (copy / "evaluation-base" / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, records = report(copy, tmp_path / "r.html")
     assert [t["class"] for t in records["trajectories"][:4]] == ["right", "not retrieved", "right", "wrong answer"]
-    assert [t["ceiling"] for t in records["trajectories"][:3]] == [None, {"read": False, "in_topk": True}, None]
+    assert [t["recall"] for t in records["trajectories"][:3]] == [None, {"read": False, "in_topk": True}, None]
 
 
 def test_the_page_needs_nothing_else_and_lets_nothing_else_run(run, tmp_path):

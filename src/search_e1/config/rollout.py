@@ -51,5 +51,5 @@ class EvaluationConfig(Section):
     """Of the sampled trajectories."""
     latency: NonNegative = 4
     """Questions of each benchmark that are asked once more, alone, for the time from question to answer. 0 leaves it out."""
-    ceiling: bool = True
+    recall: bool = True
     """Look, once a run, for the answers in the passages that each question itself finds, and in the whole corpus."""

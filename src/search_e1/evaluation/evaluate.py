@@ -1,10 +1,9 @@
-"""How good a policy is: greedy and sampled rollouts of every question, judged one by one."""
+"""Evaluation of a policy: greedy and sampled rollouts of every question, each judged."""
 
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -12,36 +11,33 @@ from search_e1.config import EvaluationConfig, Prompts, RolloutConfig
 from search_e1.data.answers import cover_match
 from search_e1.errors import DataError
 from search_e1.evaluation import results
-from search_e1.evaluation.ceiling import Ceiling, holds, is_yes_no, patterns
 from search_e1.evaluation.failures import classify
+from search_e1.evaluation.recall import Recall, Recalls, holds, is_yes_no, patterns
 from search_e1.evaluation.results import Evaluation, Result
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.chunks import Asking
 from search_e1.rollout.engines.base import Generator
 from search_e1.rollout.sharing import Part, share
-from search_e1.runs import derived_seed
-from search_e1.runs.checkpoints import Lines, Work
+from search_e1.runs import derived_seed, read_records
+from search_e1.runs.checkpoints import Checkpointer
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Group, Question, Record, Trajectory
 
 TRAJECTORIES, SAMPLED, TIMINGS = "trajectories.jsonl", "sampled.jsonl", "timings.json"
 _DOCUMENT = re.compile(r"Doc \d+\(Title: ")
 
-Ceilings = Mapping[tuple[str, str], Ceiling]
-"""By benchmark and question id."""
-
 
 class Timing(Record):
-    """What ``timings.json`` holds for each benchmark. In a file of its own: all others are the same when made again."""
+    """Times of one benchmark, in ``timings.json``. All other files of an evaluation are reproducible to the byte."""
 
     seconds_a_question: float
-    """Wall-clock time of the greedy rollouts over their number: what a question costs in batches."""
+    """Wall-clock time of the greedy rollouts over their number: the cost of a question in a batch."""
     latency: float | None
-    """Median seconds from question to answer when nothing else is asked; ``None`` if none was asked alone."""
+    """Median seconds from question to answer with nothing else running; ``None`` if no question was run alone."""
     longest: float | None
     """Seconds of the slowest of these."""
     alone: int
-    """Questions that were asked alone."""
+    """Questions that were run alone."""
 
 
 def evaluate(
@@ -54,65 +50,115 @@ def evaluate(
     *,
     seed: int,
     out: Path,
-    ceilings: Ceilings | None = None,
+    recalls: Recalls | None = None,
     progress: Progress = silent,
-    work: Work | None = None,
+    work: Checkpointer | None = None,
 ) -> Evaluation:
     """Roll out every question once greedily and ``config.samples`` times at ``config.temperature``, and judge the answers.
 
-    Into ``out`` go groups, a JSON line for each question in order (greedy ones to ``TRAJECTORIES``, sampled ones to
-    ``SAMPLED``), a ``Result`` for each question, the figures over them, and times. Each benchmark is sampled with a seed made
-    of ``seed`` and its name, so that it depends on nothing that ran before.
+    Writes to ``out``: groups in order of the questions (greedy ones in ``TRAJECTORIES``, sampled ones in ``SAMPLED``), a
+    ``Result`` per question, their figures, and times. The seed of each benchmark derives from ``seed`` and its name alone, so
+    its results do not depend on which others are evaluated.
 
-    With the same arguments and a ``work`` that was begun, groups that lie there are kept and the others are rolled out.
+    Resumes from the chunks that ``work`` holds of an interrupted call with the same arguments.
 
     Raises:
         DataError: a benchmark has no questions, or there is no benchmark.
         RetrievalError: from the retriever.
-        Stopped: a signal has asked to stop; the chunk at hand is finished and on disk.
-        Left: to all processes but the first, which judges.
+        Stopped: a signal asked for it; the current chunk is finished and on disk.
+        Left: in all processes but the first, which judges.
     """
     empty = [name for name, questions in questions_by_benchmark.items() if not questions]
     if empty or not questions_by_benchmark:
         raise DataError(
             f"no questions to evaluate on in {empty or 'data.eval'}; give files that hold some in data.eval"
         )
-    work = work or Work()
-    asking = Asking(generator, retriever, prompts, limits)
-    told = _Told(progress, sum(map(len, questions_by_benchmark.values())) * (1 + config.samples))
-    greedy = _Written(asking, out / TRAJECTORIES, work, told)
-    sampled = _Written(asking, out / SAMPLED, work, told) if config.samples else None
-    parts = [greedy.part(questions_by_benchmark, 1, 0.0, seed)]
-    parts += [sampled.part(questions_by_benchmark, config.samples, config.temperature, seed)] if sampled else []
+    work, asking = work or Checkpointer(), Asking(generator, retriever, prompts, limits)
+    count = sum(map(len, questions_by_benchmark.values()))
+
+    def part(file: str, size: int, temperature: float, done: int) -> Part:
+        return _part(asking, out / file, questions_by_benchmark, size, temperature, seed, (progress, done, total))
+
+    total = count * (1 + config.samples)
+    parts = [part(TRAJECTORIES, 1, 0.0, 0)]
+    parts += [part(SAMPLED, config.samples, config.temperature, count)] if config.samples else []
     share(work, parts)
-    told.done, told.right = 0, 0.0  # all are read now, and told once more
-    made: list[Result] = []
-    timings: dict[str, Timing] = {}
-    for name, questions in questions_by_benchmark.items():
-        own, before = derived_seed(seed, name), greedy.lines.tally["seconds"]
-        part = [
-            judge(name, group, (ceilings or {}).get((name, group.question.id)))
-            for group in greedy.groups(questions, 1, 0.0, own)
-        ]
-        if sampled:
-            groups = sampled.groups(questions, config.samples, config.temperature, own)
-            part = [with_samples(result, group) for result, group in zip(part, groups, strict=True)]
-        made += part
-        timings[name] = _timing(asking, questions, greedy.lines.tally["seconds"] - before, config.latency)
-    found = results.evaluation(made, seed)
-    results.write(made, out / results.QUESTIONS)
-    (out / results.EVALUATION).write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    times = {name: timing.model_dump() for name, timing in timings.items()}
-    (out / TIMINGS).write_text(json.dumps(times, indent=2) + "\n", encoding="utf-8")
-    return found
+    seconds, *_ = [_write(work, part) for part in parts]
+    judged = list(_judged(questions_by_benchmark, parts, recalls or {}))
+    evaluation = results.evaluation(judged, seed)
+    timings = {
+        name: _timing(asking, questions, seconds[f"seconds.{name}"], config.latency).model_dump()
+        for name, questions in questions_by_benchmark.items()
+    }
+    results.write(judged, out / results.QUESTIONS)
+    (out / results.EVALUATION).write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (out / TIMINGS).write_text(json.dumps(timings, indent=2) + "\n", encoding="utf-8")
+    return evaluation
 
 
-def judge(benchmark: str, group: Group, ceiling: Ceiling | None = None) -> Result:
-    """What is to be said of a greedy trajectory, the only one of ``group``."""
+def _part(
+    asking: Asking,
+    path: Path,
+    questions_by_benchmark: Mapping[str, Sequence[Question]],
+    size: int,
+    temperature: float,
+    seed: int,
+    shown: tuple[Progress, int, int],
+) -> Part:
+    """The file of all groups of ``size`` trajectories. ``shown``: progress, trajectories of earlier parts, and of all parts."""
+    chunks = [
+        (name, chunk) for name, questions in questions_by_benchmark.items() for chunk in asking.chunks(questions, size)
+    ]
+    progress, before, total = shown
+    kind = "sampled EM" if temperature else "EM"
+
+    def make(
+        chunk: tuple[str, Sequence[Question]], sums: Mapping[str, float]
+    ) -> tuple[Iterable[str], Mapping[str, float]]:
+        name, questions = chunk
+        done, right, clock = int(sums.get("trajectories", 0)), sums.get("em", 0.0), time.perf_counter()
+
+        def on_trajectory(index: int, trajectory: Trajectory) -> None:
+            nonlocal done, right
+            done, right = done + 1, right + trajectory.reward
+            progress(before + done, total, f"{kind} {right / done:.3f}")
+
+        groups = asking.groups(
+            questions, size, temperature=temperature, seed=derived_seed(seed, name), on_trajectory=on_trajectory
+        )
+        rewards = [trajectory.reward for group in groups for trajectory in group.trajectories]
+        tally = {"trajectories": len(rewards), "em": sum(rewards), f"seconds.{name}": time.perf_counter() - clock}
+        return (group.model_dump_json() for group in groups), tally
+
+    return Part(path, chunks, make)
+
+
+def _write(work: Checkpointer, part: Part) -> Mapping[str, float]:
+    """Write the chunks of ``part`` that are missing; returns the sums over all chunks."""
+    lines = work.lines(part.path)
+    for chunk in part.chunks:
+        if not lines.skip():
+            with work.finishing():
+                lines.append(*part.make(chunk, lines.tally))
+    return lines.tally
+
+
+def _judged(
+    questions_by_benchmark: Mapping[str, Sequence[Question]], parts: Sequence[Part], recalls: Recalls
+) -> Iterator[Result]:
+    names = [name for name, questions in questions_by_benchmark.items() for _ in questions]
+    greedy, *sampled = [read_records(part.path, Group, "evaluate again") for part in parts]
+    for name, group in zip(names, greedy, strict=True):
+        result = judge(name, group, recalls.get((name, group.question.id)))
+        yield with_samples(result, next(sampled[0])) if sampled else result
+
+
+def judge(benchmark: str, group: Group, recall: Recall | None = None) -> Result:
+    """The result of a greedy trajectory, the only one of ``group``."""
     [trajectory], question = group.trajectories, group.question
     covers, yes_no = cover_match(trajectory.answer, question.answers), is_yes_no(question)
-    read = holds(_read(trajectory), patterns(question))
-    in_corpus = ceiling.in_corpus if ceiling else None
+    read = holds(_read_passages(trajectory), patterns(question))
+    in_corpus = recall.in_corpus if recall else None
     return Result(
         benchmark=benchmark,
         id=question.id,
@@ -128,89 +174,29 @@ def judge(benchmark: str, group: Group, ceiling: Ceiling | None = None) -> Resul
         stop_reason=trajectory.stop_reason,
         yes_no=yes_no,
         read=read,
-        in_topk=ceiling.in_topk if ceiling else None,
+        in_topk=recall.in_topk if recall else None,
         in_corpus=in_corpus,
         failure=classify(trajectory, covers=bool(covers), yes_no=yes_no, read=read, in_corpus=in_corpus),
     )
 
 
 def with_samples(result: Result, group: Group) -> Result:
-    """``result`` with what the question's sampled trajectories came to."""
+    """``result`` with the outcomes of the question's sampled trajectories."""
     em = tuple(trajectory.reward for trajectory in group.trajectories)
     tokens = tuple(trajectory.sampled_tokens for trajectory in group.trajectories)
     return result.model_copy(update={"em_of_samples": em, "tokens_of_samples": tokens})
 
 
-def _read(trajectory: Trajectory) -> Iterator[str]:
-    """Title and text of every passage as the policy read it: tags broken, cut where it was cut."""
+def _read_passages(trajectory: Trajectory) -> Iterator[str]:
+    """Title and text of every passage as the policy read it: tags neutralised, cut where it was cut."""
     for turn in trajectory.turns:
         if turn.served:
             lines = turn.observation_text.splitlines()  # a passage each, between the protocol's own
             yield from (_DOCUMENT.sub("", line, count=1) for line in lines if _DOCUMENT.match(line))
 
 
-class _Written:
-    """Groups in a file, chunk by chunk: as they lie there, or rolled out and written."""
-
-    def __init__(self, asking: Asking, path: Path, work: Work, told: "_Told") -> None:
-        self.asking, self.path, self.work, self.told = asking, path, work, told
-
-    @cached_property
-    def lines(self) -> Lines:
-        return self.work.lines(self.path)
-
-    def part(
-        self, questions_by_benchmark: Mapping[str, Sequence[Question]], size: int, temperature: float, seed: int
-    ) -> Part:
-        """What ``groups`` of all benchmarks, one after the other, would write."""
-        chunks = [
-            (chunk, derived_seed(seed, name))
-            for name, questions in questions_by_benchmark.items()
-            for chunk in self.asking.chunks(questions, size)
-        ]
-        return Part(self.path, chunks, lambda chunk, _: self._made(chunk[0], size, temperature, chunk[1])[1:])
-
-    def groups(self, questions: Sequence[Question], size: int, temperature: float, seed: int) -> Iterator[Group]:
-        for chunk in self.asking.chunks(questions, size):
-            found = self.lines.read()
-            yield from self._asked(chunk, size, temperature, seed) if found is None else self._there(found)
-
-    def _there(self, lines: Sequence[bytes]) -> Iterator[Group]:
-        for line in lines:
-            group = Group.model_validate_json(line)
-            for trajectory in group.trajectories:
-                self.told(0, trajectory)
-            yield group
-
-    def _asked(self, chunk: Sequence[Question], size: int, temperature: float, seed: int) -> list[Group]:
-        with self.work.finishing():
-            groups, lines, sums = self._made(chunk, size, temperature, seed)
-            self.lines.append(lines, sums)
-        return groups
-
-    def _made(
-        self, chunk: Sequence[Question], size: int, temperature: float, seed: int
-    ) -> tuple[list[Group], Iterator[str], Mapping[str, float]]:
-        clock = time.perf_counter()
-        groups = self.asking.groups(chunk, size, temperature=temperature, seed=seed, on_trajectory=self.told)
-        return groups, (group.model_dump_json() for group in groups), {"seconds": time.perf_counter() - clock}
-
-
-class _Told:
-    """Counts trajectories as they end, with the running EM."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self.progress, self.total = progress, total
-        self.done, self.right = 0, 0.0
-
-    def __call__(self, index: int, trajectory: Trajectory) -> None:
-        self.done += 1
-        self.right += trajectory.reward
-        self.progress(self.done, self.total, f"EM {self.right / self.done:.3f}")
-
-
 def _timing(asking: Asking, questions: Sequence[Question], seconds: float, alone: int) -> Timing:
-    """``seconds`` is what all of ``questions`` took together; of these, ``alone`` evenly spread ones are asked again."""
+    """Runs ``alone`` evenly spaced questions once more, one at a time; ``seconds`` is the time of all of them in batches."""
     chosen = min(alone, len(questions))
     times = []
     for i in range(chosen):

@@ -41,7 +41,7 @@ class Result(Record):
     read: bool | None
     """An answer is in a passage as the policy read it; ``None`` for yes/no questions."""
     in_topk: bool | None
-    """See ``ceiling.Ceiling``; ``None`` where it was not looked for."""
+    """See ``recall.Recall``; ``None`` where it was not looked for."""
     in_corpus: bool | None
     failure: Failure | None
     """``None`` if the answer is right."""

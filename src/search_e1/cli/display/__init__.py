@@ -103,7 +103,7 @@ def show_evaluation(console: Console, evaluation: "Evaluation") -> None:
         console.print(
             f"macro average EM {evaluation.macro_em:.3f} (95% {low:.3f} to {high:.3f})", highlight=False, markup=False
         )
-    for table in (ceiling_table(evaluation), failure_table(evaluation)):
+    for table in (recall_table(evaluation), failure_table(evaluation)):
         console.print()
         console.print(table)
 
@@ -129,7 +129,7 @@ def evaluation_table(evaluation: "Evaluation") -> Table:
     return table
 
 
-def ceiling_table(evaluation: "Evaluation") -> Table:
+def recall_table(evaluation: "Evaluation") -> Table:
     """Where an answer stands, and EM over the questions whose answer is in the corpus."""
     table = plain_table("An answer is in what was read, in the question's own top k, in the corpus")
     headings = ("questions", "read", "top k", "corpus", "EM if in corpus", "95%")

@@ -36,8 +36,6 @@ def show_pair(console: Console, pair: Pair, heading: str) -> None:
 
 
 def _seen(pair: Pair) -> str:
-    if pair.mismatched:
-        return f"sees the reference of another question, {pair.reference.question_id}"
     if pair.reference_shown is None:
         return "sees the whole reference"
     if pair.shortened:

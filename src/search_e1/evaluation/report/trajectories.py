@@ -84,7 +84,7 @@ class Collector:
             failure = row.get("failure") or _STOPS[trajectory["stop_reason"]]
             self.trajectories.append(
                 {"stage": made.policy, "question": self._question(question)}
-                | {"class": RIGHT if made.correct[key] else failure.replace("_", " "), "ceiling": _ceiling(row)}
+                | {"class": RIGHT if made.correct[key] else failure.replace("_", " "), "recall": _recall(row)}
                 | self._trajectory(trajectory)
             )
         return made
@@ -136,7 +136,7 @@ def _key(question: Mapping[str, Any]) -> str:
     return f"{question['benchmark']}\n{question['id']}"
 
 
-def _ceiling(row: Mapping[str, Any]) -> dict[str, bool] | None:
+def _recall(row: Mapping[str, Any]) -> dict[str, bool] | None:
     """Where an answer was found, as far as the evaluation looked for it: in what was ``read``, ``in_topk``, ``in_corpus``."""
     known = {name: row[name] for name in ("read", "in_topk", "in_corpus") if row.get(name) is not None}
     return known or None

@@ -14,7 +14,7 @@ function browserView(state, changed) {
       stage: { label: "Policy", of: (t) => t.stage, asMade: true },
       outcome: { label: "Outcome", of: (t) => (t.right ? "right" : "wrong") },
       class: { label: "Failure", of: (t) => (t.right ? "" : t.class) },
-      ceiling: { label: "Answer", of: ceilingName },
+      recall: { label: "Answer", of: recallName },
       benchmark: { label: "Benchmark", of: (t) => questionOf(t).benchmark },
       hops: { label: "Hops", of: (t) => hopsName(questionOf(t).hops) },
       searches: { label: "Searches", of: (t) => plural(t.searches, "search", "searches") },
@@ -31,18 +31,18 @@ function browserView(state, changed) {
     detail: (t) => h("article", null,
       notice && h("p", { class: "notice" }, notice),
       questionHead(questionOf(t)),
-      h("p", { class: "meta" }, h("b", null, line(t.stage)), ceilingName(t) && h("span", null, `answer ${ceilingName(t)}`)), measures(t),
+      h("p", { class: "meta" }, h("b", null, line(t.stage)), recallName(t) && h("span", null, `answer ${recallName(t)}`)), measures(t),
       siblings(t), trajectoryView(t, questionOf(t))),
   });
 }
 
 /** How far retrieval came: where an answer was found. */
-function ceilingName({ ceiling }) {
-  if (!ceiling) return "";
-  if (ceiling.read) return "was read";
-  if (ceiling.in_topk) return "in the question's top-k, not read";
-  if (ceiling.in_corpus) return "in the corpus, not found";
-  return ceiling.in_corpus === false ? "not in the corpus" : "not read";
+function recallName({ recall }) {
+  if (!recall) return "";
+  if (recall.read) return "was read";
+  if (recall.in_topk) return "in the question's top-k, not read";
+  if (recall.in_corpus) return "in the corpus, not found";
+  return recall.in_corpus === false ? "not in the corpus" : "not read";
 }
 
 /** The same question under the other policies. */

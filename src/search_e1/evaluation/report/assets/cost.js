@@ -25,7 +25,7 @@ function costView(overview) {
     ], rows, "Cost by stage")));
 }
 
-const KINDS = { grpo: "GRPO", pool: "pool", pairs: "pairs", lead: "teacher's lead", ofsd: "self-distillation", evaluation: "evaluation", index: "index", ceiling: "retrieval ceiling", warmstart: "warm start" };
+const KINDS = { grpo: "GRPO", pool: "pool", pairs: "pairs", lead: "teacher's lead", ofsd: "self-distillation", evaluation: "evaluation", index: "index", recall: "retrieval recall", warmstart: "warm start" };
 
 function byKind(costs) {
   const seconds = {};
