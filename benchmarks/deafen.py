@@ -1,4 +1,4 @@
-"""Make a policy deaf to references: what it does under the plain prompt it learns to do under the privileged one as well.
+"""Make a policy deaf to references: it learns to do under the privileged prompt what it does under the plain one.
 
     python benchmarks/deafen.py runs/ablations/runs/ofsd/0 runs/deaf-policies/0
 
@@ -16,12 +16,17 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
-from search_e1.config import PolicyConfig
+from search_e1.config import PolicyConfig, TrainingConfig
 from search_e1.evolve import SUMMARY, Summary
 from search_e1.rollout import pool
+from search_e1.runs.context import StageContext
+from search_e1.stages.warmstart import BatchSource
 from search_e1.text.prompts import privileged_prompt
+from search_e1.training.loop import Schedule, train
+from search_e1.training.objectives.sft import Sft
 from search_e1.training.policy import Policy, load
-from search_e1.warmstart.trainer import Demonstration, train
+from search_e1.training.trained import TrainedPolicy
+from search_e1.types import Sample
 
 
 def main() -> None:
@@ -35,34 +40,48 @@ def main() -> None:
     torch.set_num_threads(1)
     base = Summary.model_validate_json((arguments.run / SUMMARY).read_text("utf-8")).policies[0].path
     policy = load(base, PolicyConfig(model=base, device="cpu"))
-    both = under_both(policy, arguments.run / "pool-1" / "groups.jsonl")
-    drawn = batches(both, arguments.trajectories)
-    losses = train(policy, drawn, steps=arguments.steps, learning_rate=arguments.learning_rate)
-    print(f"{arguments.out}: {len(both)} trajectories, {losses[0]:.3f} -> {losses[-1]:.3f} nats a token")
+    samples = under_both(policy, arguments.run / "pool-1" / "groups.jsonl")
+    config = TrainingConfig(schedule="linear", warmup=0.05)
+    source = BatchSource(batches(samples, arguments.trajectories), policy.model.config.max_position_embeddings)
+    schedule = Schedule(arguments.steps, arguments.learning_rate)
     unfinished = arguments.out.with_name(f".{arguments.out.name}")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    trained = TrainedPolicy(policy.model, config, frozen_start=False)
+    steps = train(trained, source, {"sft": Sft()}, config, schedule, StageContext(unfinished))
+    policy.model = trained.finish()
     policy.save(unfinished)
     unfinished.rename(arguments.out)
+    losses = f"{steps[0]['loss']:.3f} -> {steps[-1]['loss']:.3f}"
+    print(f"{arguments.out}: {len(samples)} trajectories, {losses} nats a token")
 
 
-def under_both(policy: Policy, groups: Path) -> list[list[Demonstration]]:
+def under_both(policy: Policy, groups: Path) -> list[list[Sample]]:
     """Each trajectory of a group that has a reference, under the plain prompt and under the privileged one."""
-    both = []
+    samples = []
     for group in pool.read(groups):
         if group.reference is None:
             continue
         shown = privileged_prompt(policy.tokenizer, policy.prompts, group.question.text, group.reference.text)
-        for one in group.trajectories:
-            both.append([Demonstration(p, one.response_ids, one.action_mask) for p in (one.prompt_ids, shown)])
-    return both
+        samples += [
+            [
+                Sample(
+                    question_id=group.question.id, prompt_ids=prompt, response_ids=trajectory.response_ids,
+                    action_mask=trajectory.action_mask,
+                )
+                for prompt in (trajectory.prompt_ids, shown)
+            ]
+            for trajectory in group.trajectories
+        ]  # fmt: skip
+    return samples
 
 
-def batches(both: list[list[Demonstration]], size: int) -> Iterator[list[Demonstration]]:
-    """Without end."""
+def batches(samples: list[list[Sample]], size: int) -> Iterator[list[Sample]]:
+    """Without end: ``size`` trajectories, each under both prompts."""
     shuffle = random.Random(0)
     while True:
-        shuffle.shuffle(both)
-        for begin in range(0, len(both) - size + 1, size):
-            yield [one for pair in both[begin : begin + size] for one in pair]
+        shuffle.shuffle(samples)
+        for begin in range(0, len(samples) - size + 1, size):
+            yield [sample for both in samples[begin : begin + size] for sample in both]
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/laboratory.py
 
-Makes the world and runs the sweeps of configs/sweeps one after the other; what is finished is read, not made again. Hours on
-two cores.
+Makes the world and runs the sweeps of configs/sweeps one after the other; finished runs are read, not run again. Hours on two
+cores.
 """
 
 import argparse
@@ -19,11 +19,10 @@ from pathlib import Path
 from statistics import fmean
 
 from search_e1.config import LeadConfig
-from search_e1.errors import NoLeadError
 from search_e1.evaluation.compare import Figure
 from search_e1.evolve import SUMMARY, Summary
 from search_e1.lab.sweep import comparison, results, running, spec
-from search_e1.selfdistill.lead import Lead, gate
+from search_e1.selfdistill.lead import refused
 
 CONFIG = Path("configs/quickstart.toml")
 WORLD = Path("runs/laboratory-world")
@@ -38,7 +37,7 @@ SWEEPS = {
     "deaf": "Policies that ignore their prompt, on test questions",
 }
 """Sweep -> heading."""
-FIGURES = (("em", "EM", 3), ("em_sampled", "sampled EM", 3), ("searches", "searches", 2), ("tokens", "tokens", 1))
+METRICS = (("em", "EM", 3), ("em_sampled", "sampled EM", 3), ("searches", "searches", 2), ("tokens", "tokens", 1))
 ALL_STAGES = {"plateau", "laboratory", "rounds", "deaf"}
 """Sweeps whose every policy is shown, not only the last."""
 
@@ -56,12 +55,13 @@ def main() -> None:
         if name == "deaf" and not arguments.report:
             make_deaf()
         file = Path(f"configs/sweeps/{name}.toml")
-        done = 0 if arguments.report else verb("sweep", str(file), "--config", str(CONFIG))
-        if done:
-            sys.exit(done)
-        done = finished(spec.read(file, CONFIG, Path("runs") / name))
-        tables[name] = leads(done) if name == "lead" else table(done, every=name in ALL_STAGES)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, trl {version('trl')}")
+        if not arguments.report and (status := search_e1("sweep", str(file), "--config", str(CONFIG))):
+            sys.exit(status)
+        finished = finished_runs(spec.read(file, CONFIG, Path("runs") / name))
+        tables[name] = lead_table(finished) if name == "lead" else table(finished, every_stage=name in ALL_STAGES)
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, transformers {version('transformers')}"
+    )
     for name, rows in tables.items():
         print(f"\n### {SWEEPS[name]}\n")
         print("\n".join(markdown(rows)))
@@ -69,8 +69,8 @@ def main() -> None:
         arguments.json.write_text(json.dumps(tables, indent=2) + "\n")
 
 
-def verb(*arguments: str) -> int:
-    """The exit status of `search-e1` with ``arguments``."""
+def search_e1(*arguments: str) -> int:
+    """Run `search-e1` with ``arguments``; its exit status."""
     command = "from search_e1.cli.main import main; main()"
     return subprocess.run([sys.executable, "-c", command, *arguments]).returncode
 
@@ -79,7 +79,7 @@ def make_world() -> None:
     """The questions; and of the training questions the easiest and the hardest alone."""
     if WORLD.exists():
         return
-    if status := verb("world", str(WORLD), "--train", "2000", "--dev", "400", "--test", "400"):
+    if status := search_e1("world", str(WORLD), "--train", "2000", "--dev", "400", "--test", "400"):
         sys.exit(status)
     lines = (WORLD / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     for name, hops in (("easy", 1), ("hard", 4)):
@@ -94,59 +94,52 @@ def make_deaf() -> None:
             subprocess.run([sys.executable, "benchmarks/deafen.py", str(run), str(out)], check=True)
 
 
-def finished(sweep: spec.Sweep) -> spec.Sweep:
-    """With those of its runs that are."""
+def finished_runs(sweep: spec.Sweep) -> spec.Sweep:
+    """The sweep with its finished runs alone."""
     if not (done := [run for run in sweep.runs if running.is_finished(run)]):
         sys.exit(f"{sweep.directory}: no run is finished; run this without --report")
     return replace(sweep, runs=tuple(done))
 
 
-def table(sweep: spec.Sweep, *, every: bool) -> list[dict[str, str]]:
-    """A row for each variant (``every``: and policy): figures, differences from the reference with 95% intervals, charges."""
-    compared = comparison.compared([one for run in sweep.runs for one in results.evaluations(run)], sweep.reference)
-    let_pass = gated(sweep, every=every)
+def table(sweep: spec.Sweep, *, every_stage: bool) -> list[dict[str, str]]:
+    """A row for each variant's last policy, or each of its policies: metrics, differences with 95% intervals, charges."""
+    found = [result for run in sweep.runs for result in results.read_results(run)]
+    compared = comparison.compare_variants(found, sweep.reference)
+    passed = passed_gate(sweep, every_stage=every_stage)
     rows = []
     for row in compared.rows:
-        if row.benchmark != results.ALL or (row.stage == comparison.LAST) is every:
+        if row.benchmark != results.ALL or (row.stage == comparison.LAST) is every_stage:
             continue
-        made = {"variant": row.variant, **({"policy": row.stage} if every else {}), "seeds": str(len(row.seeds))}
-        for name, heading, places in FIGURES:
-            made[heading] = told(row.figures[name], row.differences.get(name), places)
-        made["lead"] = "" if row.lead is None else f"{row.lead:+.3f}"
-        if let_pass:
-            made["the gate lets pass"] = let_pass.get((row.variant, row.stage), "")
-        made["CPU s"] = f"{row.cost['cpu_seconds']:.0f}"
-        rows.append(made)
+        cells = {"variant": row.variant, **({"policy": row.stage} if every_stage else {}), "seeds": str(len(row.seeds))}
+        for name, heading, places in METRICS:
+            cells[heading] = cell(row.metrics[name], row.differences.get(name), places)
+        cells["lead"] = "" if row.lead is None else f"{row.lead:+.3f}"
+        if passed:
+            cells["teachers past the gate"] = passed.get((row.variant, row.stage), "")
+        cells["CPU s"] = f"{row.cost['cpu_seconds']:.0f}"
+        rows.append(cells)
     return rows
 
 
-def gated(sweep: spec.Sweep, *, every: bool) -> dict[tuple[str, str], str]:
-    """Variant and policy -> how many of its teachers the gate at its defaults lets pass, where teachers were measured.
+def passed_gate(sweep: spec.Sweep, *, every_stage: bool) -> dict[tuple[str, str], str]:
+    """Variant and policy -> how many of the measured teachers pass the gate at its defaults.
 
-    The policy is the distilled one (``every``), or the last, beside all of the variant's teachers.
+    The policy is the distilled one (``every_stage``), or the last, beside all of the variant's teachers.
     """
     passed: dict[tuple[str, str], list[bool]] = {}
     for run in sweep.runs:
         for number, round in summary(run).rounds.items():
             if round.lead:
-                stage = f"ofsd-{number}" if every else comparison.LAST
-                passed.setdefault((run.variant, stage), []).append(passes(round.lead))
-    return {policy: f"{sum(of_it)} of {len(of_it)}" for policy, of_it in passed.items()}
-
-
-def passes(lead: Lead) -> bool:
-    try:
-        gate(lead, LeadConfig())
-    except NoLeadError:
-        return False
-    return True
+                stage = f"ofsd-{number}" if every_stage else comparison.LAST
+                passed.setdefault((run.variant, stage), []).append(not refused(round.lead, LeadConfig()))
+    return {policy: f"{sum(teachers)} of {len(teachers)}" for policy, teachers in passed.items()}
 
 
 def summary(run: spec.Run) -> Summary:
     return Summary.model_validate_json((run.config.run / SUMMARY).read_text("utf-8"))
 
 
-def leads(sweep: spec.Sweep) -> list[dict[str, str]]:
+def lead_table(sweep: spec.Sweep) -> list[dict[str, str]]:
     """A row for each variant and policy: its EM, and what a reference in the prompt adds to that; means, and by seed."""
     rows = []
     for variant, of_variant in groupby(sweep.runs, key=lambda run: run.variant):
@@ -169,7 +162,7 @@ def leads(sweep: spec.Sweep) -> list[dict[str, str]]:
     return rows
 
 
-def told(figure: Figure, difference: Figure | None, places: int) -> str:
+def cell(figure: Figure, difference: Figure | None, places: int) -> str:
     """``0.912 (+0.010, -0.003 to +0.021)``."""
     if difference is None:
         return f"{figure.mean:.{places}f}"
