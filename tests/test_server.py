@@ -189,7 +189,7 @@ def test_a_full_queue_is_told_and_nothing_is_lost() -> None:
             pass
         refused = post(url, queries=["d"])
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-        assert refused.json() == {"detail": "too many queries wait; come again"}
+        assert refused.json() == {"detail": "too many queries wait; retry later"}
         joined = pool.submit(post, url, queries=["b", "c"])  # needs no room
         index.open.set()
         assert [r.result().status_code for r in (busy, waiting, joined)] == [200, 200, 200]

@@ -179,7 +179,7 @@ def test_bodies_that_do_not_end_hold_no_more_than_they_may() -> None:
         while (refused := httpx.post(f"{url}/retrieve", content=body)).status_code != 503:  # until both have arrived
             pass
         assert refused.headers["retry-after"] == "1"
-        assert refused.json() == {"detail": "too much is under way; come again"}
+        assert refused.json() == {"detail": "too much data in flight; retry later"}
         for raw in held:
             raw.sendall(b" ")
             assert status_of(raw) == 400

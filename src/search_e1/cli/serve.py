@@ -1,16 +1,17 @@
-"""The verb ``search-e1 serve-retriever``, and the options that name an index."""
+"""The verb ``search-e1 serve-retriever``, and options shared by verbs that open an index."""
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from search_e1.errors import ConfigError
-
-if TYPE_CHECKING:
-    from search_e1.retrieval.convention import EncoderSettings
+from search_e1.retrieval.convention import EncoderSettings
+from search_e1.retrieval.settings import Settings
 
 console = Console(highlight=False, markup=False, emoji=False)
 
@@ -19,67 +20,88 @@ IndexOption = Annotated[
 ]
 EncoderOption = Annotated[
     str | None,
-    typer.Option(
-        "--encoder", help="Directory of the encoder that a dense index was built with, if it is elsewhere now."
-    ),
+    typer.Option("--encoder", help="Present directory of the encoder that a dense index was built with."),
 ]
-DeviceOption = Annotated[str, typer.Option("--device", help="Where the encoder works: auto, cpu, cuda, cuda:1, ...")]
+DeviceOption = Annotated[str, typer.Option("--device", help="Device of the encoder: auto, cpu, cuda, cuda:1, ...")]
+ParametersOption = Annotated[
+    str | None, typer.Option("--parameters", help="FAISS search parameters, e.g. nprobe=128,k_factor_rf=40.")
+]
+
+_UNITS: dict[str, tuple[str, float]] = {
+    "max_body_bytes": ("max_body_mib", 2**20),
+    "cache_bytes": ("cache_mib", 2**20),
+    "memory_bytes": ("memory_mib", 2**20),
+    "batch_wait": ("batch_wait_ms", 0.001),
+}
+"""Field -> option in another unit, and how much of the field that unit is."""
+
+Command = TypeVar("Command", bound=Callable[..., None])
 
 
-def encoder_settings(model: str | None, **told: Any) -> "EncoderSettings | None":
-    """What the command line says about an encoder; what is None is left to its files.
+def with_options(model: type[BaseModel], *, without: tuple[str, ...] = ()) -> Callable[[Command], Command]:
+    """Decorator that adds an option for each field of ``model`` to a command; they arrive in its keyword arguments."""
+
+    def add(command: Command) -> Command:
+        signature = inspect.signature(command)
+        parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        for field, info in model.model_fields.items():
+            if field in without:
+                continue
+            name, unit = _UNITS.get(field, (field, 1))
+            bound = next((getattr(m, "ge", None) for m in info.metadata if hasattr(m, "ge")), None)
+            kind = next((str | None for a in get_args(info.annotation) if get_origin(a) is Literal), info.annotation)
+            default = type(info.default)(info.default / unit) if unit != 1 else info.default
+            help = (info.description or "").replace("`", "").replace("\n", " ")
+            option = typer.Option(help=help, min=bound, show_default=default is not None)
+            annotation = Annotated[kind, option]  # type: ignore[valid-type]
+            parameters.append(
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            )
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+        return command
+
+    return add
+
+
+def settings_of(model: type[BaseModel], options: dict[str, Any]) -> Any:
+    """``model`` from the options that ``with_options`` added.
 
     Raises:
         ConfigError: a value is impossible.
     """
-    from search_e1.retrieval.convention import EncoderSettings
-
-    if model is None:
-        return None
+    values = {}
+    for field in model.model_fields:
+        name, unit = _UNITS.get(field, (field, 1))
+        if options.get(name) is not None:
+            values[field] = options[name] * unit if unit != 1 else options[name]
     try:
-        return EncoderSettings(model=model, **told)
+        return model(**values)
     except ValidationError as error:
         problem = error.errors()[0]
         name = str(problem["loc"][0]).replace("_", "-")
         raise ConfigError(f"--{name} {problem['input']!r}: {problem['msg']}") from error
 
 
+def encoder_settings(model: str | None, **options: Any) -> EncoderSettings | None:
+    """Settings of the encoder ``model``; options that are None are left to its files.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+    return None if model is None else settings_of(EncoderSettings, {"model": model, **options})
+
+
+@with_options(Settings)
 def serve_retriever(
     index: IndexOption,
     host: Annotated[
-        str, typer.Option(help="Address to listen on. 0.0.0.0 is all of this machine's; there is no authentication.")
+        str, typer.Option(help="Address to listen on. 0.0.0.0: all of this machine's; there is no authentication.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    topk: Annotated[int, typer.Option(min=1, help="Passages for a query where the request does not say.")] = 3,
-    max_topk: Annotated[int, typer.Option(min=1, help="Most passages for a query.")] = 100,
-    max_queries: Annotated[int, typer.Option(min=1, help="Most queries of one request.")] = 1024,
-    max_query_chars: Annotated[int, typer.Option(min=1, help="Most characters of one query.")] = 100_000,
-    max_body_mib: Annotated[int, typer.Option(min=1, help="Most MiB of one request.")] = 16,
-    batch: Annotated[int, typer.Option(min=1, help="Most queries of one call of the index.")] = 64,
-    batch_wait_ms: Annotated[
-        float, typer.Option(min=0, help="How long a call that is not full waits for more queries.")
-    ] = 2.0,
-    queue: Annotated[int, typer.Option(min=1, help="Queries that may wait; more are answered with 503.")] = 8192,
-    cache: Annotated[int, typer.Option(min=0, help="Queries whose answers are kept in memory; 0 keeps none.")] = 50_000,
-    cache_mib: Annotated[int, typer.Option(min=1, help="Most MiB of these answers.")] = 1024,
-    memory_mib: Annotated[
-        int, typer.Option(min=1, help="Most MiB of requests and large answers under way; more are answered with 503.")
-    ] = 512,
-    threads: Annotated[int, typer.Option(min=1, help="Calls of the index at the same time.")] = 1,
-    connections: Annotated[
-        int, typer.Option(min=1, help="Open at the same time; beyond them the slowest to ask is closed.")
-    ] = 800,
-    head_timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds in which the head of a request has to arrive.")
-    ] = 10.0,
-    body_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds in which its body has to arrive.")] = 30.0,
-    send_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds in which an answer has to be taken.")] = 60.0,
-    shutdown_timeout: Annotated[
-        int, typer.Option(min=0, help="Seconds that requests under way have left at Ctrl-C or SIGTERM.")
-    ] = 30,
     encoder: EncoderOption = None,
     device: DeviceOption = "auto",
-    access_log: Annotated[bool, typer.Option("--access-log", help="A line for each request.")] = False,
+    **options: Any,
 ) -> None:
     """Serve an index over HTTP: Search-R1's /retrieve, and /healthz and /metrics."""
     from search_e1.retrieval.indexes import open_indexes
@@ -88,35 +110,13 @@ def serve_retriever(
         from search_e1.retrieval import server
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name}; install it with `pip install 'search-e1[serve]'`") from error
-    settings = server.Settings(
-        topk=topk,
-        max_topk=max_topk,
-        max_queries=max_queries,
-        max_query_chars=max_query_chars,
-        max_body_bytes=max_body_mib * 2**20,
-        batch=batch,
-        batch_wait=batch_wait_ms / 1000,
-        queue=queue,
-        cache=cache,
-        cache_bytes=cache_mib * 2**20,
-        memory_bytes=memory_mib * 2**20,
-        threads=threads,
-        connections=connections,
-        head_timeout=head_timeout,
-        body_timeout=body_timeout,
-        send_timeout=send_timeout,
-        shutdown_timeout=shutdown_timeout,
-        access_log=access_log,
-    )
-    with server.bind(host, port) as bound:  # a taken port is found before an index is loaded
+    settings = settings_of(Settings, options)
+    with server.bind(host, port) as bound:  # a port in use stops this before an index is loaded
         names = " and ".join(map(str, index))
         opened = open_indexes(index, encoder_settings(encoder, device=device), device=device)
 
         def ready(url: str) -> None:
-            console.print(
-                f"{len(opened):,} passages of {names} at {url}/retrieve; Ctrl-C ends it",
-                soft_wrap=True,
-            )
+            console.print(f"{len(opened):,} passages of {names} at {url}/retrieve; Ctrl-C stops it", soft_wrap=True)
 
         server.serve(opened, bound, settings, ready)
     console.print("stopped")

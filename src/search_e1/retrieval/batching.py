@@ -1,4 +1,4 @@
-"""Concurrent requests gathered into few calls of an index, with a cache in front of it."""
+"""Dynamic batching of concurrent queries, behind a cache in memory."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -12,22 +12,22 @@ from cachetools import LRUCache
 
 Answer = TypeVar("Answer")
 Key = tuple[str, int]
-"""A query and its topk: results for a small topk need not be the beginning of those for a greater one."""
+"""A query and its topk: results for a small topk need not be a prefix of those for a larger one."""
 
 
 class QueueFullError(Exception):
-    """More queries wait for the index than may."""
+    """Too many queries wait for the index."""
 
 
 class IndexFailedError(Exception):
-    """The call of the index raised; the cause is chained."""
+    """The index raised; the cause is chained."""
 
 
 class Batcher(Generic[Answer]):
-    """Answers queries by calls of ``answer`` in worker threads, so that the event loop stays free.
+    """Answers queries by calls of ``answer`` in worker threads, which keeps the event loop free.
 
-    Queries of requests that arrive together go into one call. A query that is waited for already is not asked again; what
-    was answered is kept. Use it as an async context manager; leaving it waits for the calls under way.
+    Queries that arrive together share a call, equal ones in flight share a result, and results are cached. An async context
+    manager, whose exit waits for calls in flight.
     """
 
     def __init__(
@@ -43,27 +43,26 @@ class Batcher(Generic[Answer]):
         size_of: Callable[[Answer], int] = lambda answer: 0,
         count: Callable[[str, int], None] = lambda source, queries: None,
     ) -> None:
-        """``answer``: queries and topk -> one answer each; called from ``threads`` threads at once.
+        """``answer``: queries and topk -> one result each; called from ``threads`` threads.
 
-        ``size``: most queries of one call. ``wait``: seconds that a call which is not full waits for more queries.
-        ``limit``: most queries that may wait. ``cached``: answers that are kept, least recently used out first, and as many of
-        ``cached_bytes`` as ``size_of`` says of them.
-        ``count``: told how many queries were answered from where: ``index``, ``cache``, or ``joined`` to one under way.
+        ``size``: most queries of a call. ``wait``: seconds that a call which is not full waits for more queries.
+        ``limit``: most waiting queries. ``cached``, ``cached_bytes``: most cached results, and most bytes by ``size_of``.
+        ``count``: called with the source of results (``index``, ``cache``, or ``joined`` to one in flight) and their number.
         """
         self._answer = answer
         self.size, self.wait, self.limit, self.threads = size, wait, limit, threads
-        # An answer counts for its share of the bytes at least, so that there are never more than ``cached``.
+        # A result counts at least its share of the bytes, so that there are never more than ``cached``.
         share = max(1, cached_bytes // max(1, cached))
         self.cache: LRUCache[Key, Answer] = LRUCache(cached * share, lambda answer: max(share, size_of(answer)))
         self._count = count
         self._queue: asyncio.Queue[Key] = asyncio.Queue()
-        self._under_way: dict[Key, asyncio.Future[Answer]] = {}
+        self._in_flight: dict[Key, asyncio.Future[Answer]] = {}
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="index")
         self._workers: list[asyncio.Task[None]] = []
 
     @property
     def waiting(self) -> int:
-        """Queries that no call has taken up yet."""
+        """Queries that are in no call yet."""
         return self._queue.qsize()
 
     async def __aenter__(self) -> Self:
@@ -80,38 +79,38 @@ class Batcher(Generic[Answer]):
         self._pool.shutdown()
 
     async def search(self, queries: Sequence[str], topk: int) -> list[Answer]:
-        """The answer of each query.
+        """The result of each query.
 
         Raises:
-            QueueFullError: too many queries wait; none of these was added.
+            QueueFullError: too many queries wait; none of these was queued.
             IndexFailedError: the index raised.
         """
         keys = [(query, topk) for query in queries]
-        found: dict[Key, Answer] = {}
+        results: dict[Key, Answer] = {}
         futures: dict[Key, asyncio.Future[Answer]] = {}
         new: list[Key] = []
         for key in dict.fromkeys(keys):
             if key in self.cache:
-                found[key] = self.cache[key]
-            elif key in self._under_way:
-                futures[key] = self._under_way[key]
+                results[key] = self.cache[key]
+            elif key in self._in_flight:
+                futures[key] = self._in_flight[key]
             else:
                 new.append(key)
         if self.waiting + len(new) > self.limit:
             raise QueueFullError
-        for source, number in (("cache", len(found)), ("joined", len(futures)), ("index", len(new))):
+        for source, number in (("cache", len(results)), ("joined", len(futures)), ("index", len(new))):
             self._count(source, number)
         for key in new:
-            futures[key] = self._under_way[key] = asyncio.get_running_loop().create_future()
+            futures[key] = self._in_flight[key] = asyncio.get_running_loop().create_future()
             self._queue.put_nowait(key)
         if futures:
-            # Not gather: a request that is cancelled must not cancel what others wait for.
+            # Not gather: a cancelled request must not cancel what others wait for.
             await asyncio.wait(futures.values())
         for failure in [future.exception() for future in futures.values()]:
             if failure:
                 raise IndexFailedError(str(failure)) from failure
-        found |= {key: future.result() for key, future in futures.items()}
-        return [found[key] for key in keys]
+        results |= {key: future.result() for key, future in futures.items()}
+        return [results[key] for key in keys]
 
     async def _work(self) -> None:
         while True:
@@ -120,7 +119,7 @@ class Batcher(Generic[Answer]):
                 await asyncio.sleep(self.wait)
             while len(batch) < self.size and self.waiting:
                 batch.append(self._queue.get_nowait())
-            # Requests with another topk are rare; they get a call of their own.
+            # Other values of topk are rare and get a call of their own.
             for topk, keys in groupby(sorted(batch, key=lambda key: key[1]), key=lambda key: key[1]):
                 await self._call(list(keys), topk)
 
@@ -131,9 +130,9 @@ class Batcher(Generic[Answer]):
             answered = dict(zip(keys, answers, strict=True))
         except Exception as error:
             for key in keys:
-                self._under_way.pop(key).set_exception(error)
+                self._in_flight.pop(key).set_exception(error)
             return
         for key, answer in answered.items():
-            with suppress(ValueError):  # larger than the whole cache
+            with suppress(ValueError):  # larger than the cache
                 self.cache[key] = answer
-            self._under_way.pop(key).set_result(answer)
+            self._in_flight.pop(key).set_result(answer)

@@ -1,7 +1,7 @@
-"""Connections of a server that nobody can hold for ever: uvicorn's own, with a time for every phase and a most of them.
+"""HTTP connections with time-outs for every phase and a limit on their number.
 
-uvicorn gives up on an idle connection between two requests. It waits without end for the head of a request and for a
-client that does not read its answer, and takes as many connections as come.
+uvicorn itself closes idle connections between two requests, but waits forever for the head of a request and for a client that
+does not read its response, and accepts any number of connections.
 """
 
 from asyncio import TimerHandle, Transport
@@ -16,17 +16,17 @@ _FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: clos
 
 class Limits(NamedTuple):
     head_seconds: float
-    """For the first byte of a new connection, and from it to the end of the head of a request."""
+    """From a new connection to its first byte, and from there to the end of the head."""
     send_seconds: float
-    """For an answer to be taken, once the client's end of the line is full."""
+    """For a client to read its response, once its buffers are full."""
     connections: int
 
 
 def guarded(limits: Limits) -> type[H11Protocol]:
-    """The protocol class for ``uvicorn.Config(http=...)``.
+    """Protocol class for ``uvicorn.Config(http=...)``.
 
-    A new connection beyond the most takes the place of the oldest one whose request is not complete; only where all are being
-    answered it is turned away with 503.
+    A new connection beyond the limit replaces the oldest one whose request is incomplete; if all are being answered, it gets
+    503.
     """
 
     class Guarded(H11Protocol):
@@ -67,7 +67,7 @@ def guarded(limits: Limits) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def _expect(self, *, only_begun: bool = False) -> None:
-            """Give a head that is under way its time; between two requests it is uvicorn's to wait."""
+            """Start or stop the timer of a head; between two requests, uvicorn's own time-out applies."""
             if self._answering() or self.transport.is_closing():
                 _cancel(self._head)
                 self._head = None
@@ -92,7 +92,7 @@ def guarded(limits: Limits) -> type[H11Protocol]:
                 if isinstance(c, Guarded) and c is not self and not (c._answering() and not c.cycle.more_body)
             ]
             if waiting:
-                # Of those that have sent nothing whole, one in whose request nothing has begun goes first.
+                # First those without a complete head.
                 min(waiting, key=lambda c: (c._answering(), c._since)).transport.abort()
             return bool(waiting)
 

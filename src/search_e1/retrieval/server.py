@@ -1,6 +1,6 @@
-"""An index over HTTP: the wire format of Search-R1's ``/retrieve``, with limits, batching, a cache and metrics.
+"""Retrieval server: Search-R1's ``/retrieve`` with limits, batching, a cache and metrics.
 
-Needs the extra ``serve``. There is no authentication: keep it on the loopback interface or on a network of your own.
+Needs the extra ``serve``. There is no authentication: keep it on the loopback interface or on a private network.
 """
 
 import asyncio
@@ -11,7 +11,6 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from typing import Any
 
 import uvicorn
@@ -33,19 +32,19 @@ from search_e1.retrieval.settings import Settings
 
 logger = logging.getLogger(__name__)
 BACKLOG = 2048
-"""Connections that the kernel holds until they are accepted."""
+"""Connections that the kernel queues until they are accepted."""
 _LARGE = 2**18
-"""Bytes of an answer from which on it is counted; so many for each connection there are always."""
+"""Bytes of a response above which it counts against the memory limit."""
 
 
 class Query(BaseModel):
-    """What ``/retrieve`` is sent. Further fields are ignored, as Search-R1's server ignores them."""
+    """Body of a request to ``/retrieve``. Unknown fields are ignored, as by Search-R1's server."""
 
     queries: list[str] | None = None
     query: str | None = None
-    """A single query, as SkyRL's environment sends it; answered like ``queries`` of one."""
+    """A single query, as SkyRL's environment sends it; equivalent to ``queries`` of one."""
     topk: int | None = Field(default=None, ge=1)
-    """Passages for each query; the server's own number without it."""
+    """Passages for each query; default: the server's setting."""
     return_scores: bool = False
     """``[{"document": ..., "score": ...}]`` for each query, else ``[document]``."""
 
@@ -53,7 +52,7 @@ class Query(BaseModel):
         """The queries.
 
         Raises:
-            HTTPException: none are given, or in both ways.
+            HTTPException: neither field is given, or both.
         """
         if (self.queries is None) == (self.query is None):
             raise _refusal(422, 'give "queries", a list of strings')
@@ -61,11 +60,11 @@ class Query(BaseModel):
 
 
 Hits = tuple[tuple[bytes, bytes], ...]
-"""The answer of one query as it is kept: JSON of document and score, best first."""
+"""Result of one query as it is cached: JSON of document and score, best first."""
 
 
 class Metrics:
-    """Counters of one server, with a registry of their own."""
+    """Metrics of one server, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -75,18 +74,20 @@ class Metrics:
             "search_e1_queries", "Queries, by what answered them: index, cache, joined.", ["source"], registry=registry
         )
         self.request_seconds = Histogram(
-            "search_e1_request_seconds", "From the whole request to its answer.", registry=registry
+            "search_e1_request_seconds", "From the complete request to its response.", registry=registry
         )
-        self.index_seconds = Histogram("search_e1_index_seconds", "One call of the index.", registry=registry)
+        self.index_seconds = Histogram("search_e1_index_seconds", "Duration of an index call.", registry=registry)
         self.batch_queries = Histogram(
             "search_e1_batch_queries",
-            "Queries of one call of the index.",
+            "Queries of an index call.",
             buckets=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512],
             registry=registry,
         )
-        self.waiting = Gauge("search_e1_waiting_queries", "Queries that wait for the index.", registry=registry)
-        self.held = Gauge("search_e1_held_bytes", "Of requests and large answers under way.", registry=registry)
-        self.cached = Gauge("search_e1_cached_queries", "Queries whose answers are kept.", registry=registry)
+        self.waiting = Gauge("search_e1_waiting_queries", "Queries waiting for the index.", registry=registry)
+        self.held = Gauge(
+            "search_e1_held_bytes", "Memory of requests and large responses in flight.", registry=registry
+        )
+        self.cached = Gauge("search_e1_cached_queries", "Queries with cached results.", registry=registry)
         self.passages = Gauge("search_e1_index_passages", "Passages of the index.", ["checksum"], registry=registry)
 
 
@@ -122,18 +123,18 @@ def make_app(index: Index, settings: Settings | None = None) -> FastAPI:
         async with batcher:
             yield
 
-    # The interactive pages load scripts from elsewhere; the schema itself is at /openapi.json.
+    # Without the interactive pages, which load scripts from other sites; the schema is at /openapi.json.
     app = FastAPI(title="search-e1 retriever", docs_url=None, redoc_url=None, lifespan=lifespan)
     headers = {CHECKSUM_HEADER: index.checksum, MOST_QUERIES_HEADER: str(settings.max_queries)}
 
     @app.post("/retrieve", openapi_extra=_schema(settings), responses=_RESPONSES)
     async def retrieve(request: Request) -> Response:
-        """The best passages for each query."""
+        """Top passages of each query."""
         started = time.perf_counter()
         try:
             response = await _retrieve(request, batcher, settings, memory)
         except ClientDisconnect:
-            response = Response(status_code=400)  # nobody reads it
+            response = Response(status_code=400)  # the client is gone
         except HTTPException as refusal:
             response = JSONResponse({"detail": refusal.detail}, refusal.status_code, refusal.headers)
         except IndexFailedError as failure:
@@ -146,20 +147,20 @@ def make_app(index: Index, settings: Settings | None = None) -> FastAPI:
 
     @app.get("/healthz")
     async def health() -> dict[str, Any]:
-        """What is served and which limits hold."""
-        limits = {name: value for name, value in asdict(settings).items() if name.startswith("max_")}
+        """The index and the limits."""
+        limits = {name: value for name, value in settings.model_dump().items() if name.startswith("max_")}
         return {"status": "ok", "passages": len(index), "checksum": index.checksum, "topk": settings.topk, **limits}
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    async def tell() -> Response:
-        """Prometheus's text format."""
+    async def export_metrics() -> Response:
+        """Metrics in Prometheus's text format."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
 
 
 def _schema(settings: Settings) -> dict[str, Any]:
-    """Of the request, limits included; by hand, since pydantic's knows nothing of either ``queries`` or ``query``."""
+    """OpenAPI schema of the request, limits included; pydantic cannot express "either ``queries`` or ``query``"."""
     query = {"type": "string", "maxLength": settings.max_query_chars}
     properties = {
         "queries": {"type": "array", "items": query, "maxItems": settings.max_queries},
@@ -179,32 +180,33 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         413: "The body is too large.",
         422: "A field of the wrong type, or over a limit.",
         500: "The index failed.",
-        503: "Too many queries wait, or too much is under way; `Retry-After` says when to come again.",
+        503: "Too many queries or too much data in flight; retry after `Retry-After` seconds.",
     }.items()
 }
 
 
 class Memory:
-    """Bytes that requests and large answers hold together."""
+    """Budget in bytes of requests and large responses in flight."""
 
     def __init__(self, most: int) -> None:
         self.most, self.held = most, 0
 
     def take(self, size: int) -> None:
-        """
+        """Reserve ``size`` bytes; a single request may exceed the budget.
+
         Raises:
-            HTTPException: 503, there is no room beside what is held; what holds all of it by itself has room.
+            HTTPException: 503, over the budget.
         """
         if self.held and self.held + size > self.most:
-            raise _refusal(503, "too much is under way; come again", {"Retry-After": "1", "Connection": "close"})
+            raise _refusal(503, "too much data in flight; retry later", {"Retry-After": "1", "Connection": "close"})
         self.held += size
 
-    def give_back(self, size: int) -> None:
+    def release(self, size: int) -> None:
         self.held -= size
 
 
-class _LargeAnswer(Response):
-    """Holds its bytes of memory until its client has taken them, or is gone."""
+class _LargeResponse(Response):
+    """A response that releases its memory when its client has read it, or is gone."""
 
     def __init__(self, content: bytes, memory: Memory, size: int) -> None:
         super().__init__(content, media_type="application/json")
@@ -214,27 +216,27 @@ class _LargeAnswer(Response):
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": self.body, "more_body": True})
-            await send({"type": "http.response.body"})  # waits until what was written before is on its way
+            await send({"type": "http.response.body"})  # waits until the body is on its way
         finally:
-            self._memory.give_back(self._size)
+            self._memory.release(self._size)
 
 
 async def _retrieve(request: Request, batcher: Batcher[Hits], settings: Settings, memory: Memory) -> Response:
     taken: list[int] = []
     try:
-        asked = _parse(await _body(request, settings, memory, taken))
-        queries, topk = asked.all(), asked.topk or settings.topk
+        body = _parse(await _body(request, settings, memory, taken))
+        queries, topk = body.all(), body.topk or settings.topk
         _check(queries, topk, settings)
         answers = await batcher.search(queries, topk)
     except QueueFullError as error:
-        raise _refusal(503, "too many queries wait; come again", {"Retry-After": "1"}) from error
+        raise _refusal(503, "too many queries wait; retry later", {"Retry-After": "1"}) from error
     finally:
-        memory.give_back(sum(taken))
+        memory.release(sum(taken))
     size = sum(map(_size, answers))
     if size > _LARGE:
         memory.take(size)
-    content = b'{"result":[' + b",".join((_with_scores if asked.return_scores else _documents)(answers)) + b"]}"
-    return _LargeAnswer(content, memory, size) if size > _LARGE else Response(content, media_type="application/json")
+    content = b'{"result":[' + b",".join((_with_scores if body.return_scores else _documents)(answers)) + b"]}"
+    return _LargeResponse(content, memory, size) if size > _LARGE else Response(content, media_type="application/json")
 
 
 def _size(hits: Hits) -> int:
@@ -253,9 +255,9 @@ def _documents(answers: Sequence[Hits]) -> list[bytes]:
 
 
 async def _body(request: Request, settings: Settings, memory: Memory, taken: list[int]) -> bytes:
-    """The body. Up to four times too much is read and thrown away, so that its client sees the answer.
+    """Read the body; reservations of ``memory`` are appended to ``taken``, also when it raises.
 
-    What it takes of ``memory`` is noted in ``taken``, whatever happens.
+    Up to four times the limit is read and discarded, so that the client sees the response.
     """
     most, parts, size = settings.max_body_bytes, [], 0
     try:
@@ -298,12 +300,13 @@ def _check(queries: Sequence[str], topk: int, settings: Settings) -> None:
 
 
 def _search(index: Index, queries: list[str], topk: int) -> list[Hits]:
-    """What the index finds, encoded. Anything that a client could not trust raises here."""
-    found = index.search(queries, topk)
-    if len(found) != len(queries):
-        raise RetrievalError(f"{len(found)} results for {len(queries)} queries")
+    """Search and encode. An invalid result of the index raises here."""
+    results = index.search(queries, topk)
+    if len(results) != len(queries):
+        raise RetrievalError(f"{len(results)} results for {len(queries)} queries")
     return [
-        tuple((to_json({"id": hit.id, "contents": hit.contents}), _score(hit.score)) for hit in hits) for hits in found
+        tuple((to_json({"id": hit.id, "contents": hit.contents}), _score(hit.score)) for hit in hits)
+        for hits in results
     ]
 
 
@@ -322,10 +325,10 @@ def _one_line(text: str) -> str:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """The server's address, held from now on; connections are refused until ``serve`` listens on it.
+    """Bind the server's address; connections are refused until ``serve`` listens on it.
 
     Raises:
-        ConfigError: the address is in use, not this machine's, or not to be had.
+        ConfigError: the address is in use, not this machine's, or not permitted.
     """
     try:
         [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
@@ -339,11 +342,11 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except OSError as error:
         bound.close()
-        raise _taken(host, port, error) from error
+        raise _bind_error(host, port, error) from error
     return bound
 
 
-def _taken(host: str, port: int, error: OSError) -> ConfigError:
+def _bind_error(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(f"{host}:{port}: cannot listen there ({_reason(error)}); give another --port or --host")
 
 
@@ -354,22 +357,22 @@ def _reason(error: Exception) -> str:
 def serve(
     index: Index, bound: socket.socket, settings: Settings | None = None, ready: Callable[[str], None] | None = None
 ) -> None:
-    """Serve ``index`` at the address that ``bind`` gave until SIGINT or SIGTERM; requests under way are still answered.
+    """Serve ``index`` on the socket from ``bind`` until SIGINT or SIGTERM; requests in flight are still answered.
 
     ``ready`` is called with the server's URL when it listens.
 
     Raises:
-        ConfigError: another process has begun to listen there in the meantime.
+        ConfigError: another process listens on the address by now.
     """
     host, port = bound.getsockname()[:2]
     try:
         bound.listen(BACKLOG)
     except OSError as error:
-        raise _taken(host, port, error) from error
+        raise _bind_error(host, port, error) from error
     server = make_server(index, settings or Settings())
     if ready:
         ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    # uvicorn raises a signal that it has obeyed once more when it is done; by then there is nothing left to end.
+    # uvicorn raises the signal again after its shutdown, when nothing is left to stop.
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run(sockets=[bound])
@@ -379,7 +382,7 @@ def serve(
 
 
 def make_server(index: Index, settings: Settings) -> uvicorn.Server:
-    """The server that ``serve`` runs; give ``run`` a bound socket."""
+    """The server that ``serve`` runs on a bound socket."""
     return uvicorn.Server(
         uvicorn.Config(
             make_app(index, settings),
@@ -388,7 +391,7 @@ def make_server(index: Index, settings: Settings) -> uvicorn.Server:
             ws="none",
             server_header=False,
             http=guarded(Limits(settings.head_timeout, settings.send_timeout, settings.connections)),
-            # Longer than clients keep an idle connection, so that it is theirs to close.
+            # Longer than clients keep idle connections, so that they close them.
             timeout_keep_alive=75,
             timeout_graceful_shutdown=settings.shutdown_timeout,
         )

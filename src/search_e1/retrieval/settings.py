@@ -1,54 +1,62 @@
-"""What the retrieval server is told, without the packages that serving takes."""
+"""Settings of the retrieval server, without the packages that serving needs."""
 
-from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ConfigDict, Field
 
 from search_e1.errors import ConfigError
+from search_e1.types import Record
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a server allows itself and its clients."""
+class Settings(Record):
+    """Limits of a server and its clients. Each field is an option of `search-e1 serve-retriever`."""
 
-    topk: int = 3
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    topk: int = Field(3, ge=1)
     """Passages for a query where the request does not say."""
-    max_topk: int = 100
-    max_queries: int = 1024
-    """Queries of one request."""
-    max_query_chars: int = 100_000
-    """Characters of one query. A generation of 500 tokens stays far below."""
-    max_body_bytes: int = 16 * 2**20
-    batch: int = 64
+    max_topk: int = Field(100, ge=1)
+    """Most passages for a query."""
+    max_queries: int = Field(1024, ge=1)
+    """Most queries of one request."""
+    max_query_chars: int = Field(100_000, ge=1)
+    """Most characters of one query. A generation of 500 tokens stays far below."""
+    max_body_bytes: int = Field(16 * 2**20, ge=1)
+    """Largest request."""
+    batch: int = Field(64, ge=1)
     """Most queries of one call of the index."""
-    batch_wait: float = 0.002
-    """Seconds that a call which is not full waits for more queries."""
-    queue: int = 8192
-    """Queries that may wait; more are answered with 503."""
-    cache: int = 50_000
-    """Queries whose answers are kept in memory."""
-    cache_bytes: int = 2**30
-    """Of these answers together; the least recently used go first."""
-    memory_bytes: int = 2**29
-    """Of requests and large answers that are under way together; what is more is answered with 503."""
-    threads: int = 1
-    """Calls of the index at the same time."""
-    head_timeout: float = 10.0
-    """Seconds in which the head of a request has to arrive, and in which a new connection has to begin one."""
-    body_timeout: float = 30.0
-    """Seconds in which the body of a request has to arrive."""
-    send_timeout: float = 60.0
-    """Seconds in which a client has to take an answer that it lets pile up."""
-    connections: int = 800
-    """Open at the same time; beyond them the oldest without a complete request is closed, or the new one gets 503."""
-    shutdown_timeout: int = 30
-    """Seconds that requests under way have left when the server is told to stop."""
+    batch_wait: float = Field(0.002, ge=0)
+    """How long a call that is not full waits for more queries."""
+    queue: int = Field(8192, ge=1)
+    """Queries that may wait for the index; more are refused with 503."""
+    cache: int = Field(50_000, ge=0)
+    """Queries whose results stay in memory; 0 keeps none."""
+    cache_bytes: int = Field(2**30, ge=1)
+    """Most memory for these results; the least recently used are evicted first."""
+    memory_bytes: int = Field(2**29, ge=1)
+    """Most memory for requests and large responses in flight; more are refused with 503."""
+    threads: int = Field(1, ge=1)
+    """Concurrent calls of the index."""
+    head_timeout: float = Field(10.0, ge=0.1)
+    """Seconds for the head of a request to arrive, and for a new connection to begin one."""
+    body_timeout: float = Field(30.0, ge=0.1)
+    """Seconds for the body of a request to arrive."""
+    send_timeout: float = Field(60.0, ge=0.1)
+    """Seconds for a client to take its response."""
+    connections: int = Field(800, ge=1)
+    """Most open connections; beyond them the oldest without a complete request is closed, or the new one gets 503."""
+    shutdown_timeout: int = Field(30, ge=0)
+    """Seconds for requests in flight at Ctrl-C or SIGTERM."""
     access_log: bool = False
+    """Log a line for each request."""
 
-    def __post_init__(self) -> None:
-        """Refuse what cannot work.
+    def __init__(self, **values: Any) -> None:
+        """Refuse combinations that cannot work.
 
         Raises:
             ConfigError: names the setting.
         """
+        super().__init__(**values)
         if self.topk > self.max_topk:
             raise ConfigError(f"topk = {self.topk} is more than max_topk = {self.max_topk}; raise --max-topk")
         if self.queue < self.max_queries:
