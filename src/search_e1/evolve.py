@@ -4,14 +4,21 @@ from pathlib import Path
 from typing import Any
 
 from search_e1 import runs
-from search_e1.config import Config, bound_now
-from search_e1.errors import NoLeadError
-from search_e1.runs import Artifact
+from search_e1.config import Config, migrate_fingerprint
+from search_e1.evaluation.results import Evaluation
+from search_e1.runs import Artifact, ranks
 from search_e1.runs.opening import opened
 from search_e1.runs.stopping import Stop
-from search_e1.selfdistill.lead import Lead
-from search_e1.stages.all import Stages, read_evaluation
-from search_e1.stages.inputs import Watch, unwatched
+from search_e1.selfdistill.lead import Lead, refused
+from search_e1.stages.distill import Distill
+from search_e1.stages.evaluate import Evaluate, Recall
+from search_e1.stages.grpo import Grpo
+from search_e1.stages.inputs import Inputs, Watch, no_progress
+from search_e1.stages.lead import MeasureLead
+from search_e1.stages.pairs import Pairs
+from search_e1.stages.pool import pool_stage
+from search_e1.stages.runner import StageRunner
+from search_e1.stages.stage import Stage
 from search_e1.training import policy as policies
 from search_e1.types import Record
 
@@ -67,7 +74,7 @@ class Summary(Record):
 
 def train(
     config: Config,
-    watch: Watch = unwatched,
+    watch: Watch = no_progress,
     stop: Stop | None = None,
     *,
     branch_of: Path | None = None,
@@ -80,52 +87,47 @@ def train(
     where ``config`` would make the same.
     ``shared``: a directory where several runs share the artifacts that they would make the same.
     ``other_versions``: go on with a run that was begun under other versions of the packages that decide about results.
-    On all machines of a run but the first this takes part in its stages.
+    Under torchrun all ranks call this; rank 0 decides and writes.
 
     Raises:
         SearchE1Error: a mistake in config, data or policy (before any training), a failed part, another run's directory.
         Stopped: a signal ended it; to go on, call it again.
     """
-    if Stages(config, config.run, watch, stop).follow():
-        return Summary.model_validate_json((config.run / SUMMARY).read_text(encoding="utf-8"))
-    with (
-        opened(
-            config.run,
-            config.binding(),
-            bound_now=bound_now,
-            branch_of=branch_of,
-            shared=shared,
-            other_versions=other_versions,
-        ) as root,
-        (stages := Stages(config, root, watch, stop)).together(),
-    ):
-        stages.check(config.policy.model)
-        stages.check_memory(config.policy.model, "grpo", "distill")
-        summary = _Summary(config, stages)
+    with opened(
+        config.run,
+        config.fingerprint(),
+        migrate=migrate_fingerprint,
+        branch_of=branch_of,
+        shared=shared,
+        other_versions=other_versions,
+    ) as root:
+        run = Inputs(config, root, watch)
+        runner = StageRunner(run, stop)
+        runner.check()
+        run.check(config.policy.model)
+        summary = _Summary(runner)
         policy: str | Path = config.policy.model
         summary.evaluate("base", policy)
         for round in range(1, config.rounds + 1):
             if config.grpo.steps:
-                grpo = summary.add(stages.grpo(policy, round))
-                policy = grpo.path / "policy"
-                summary.evaluate(f"grpo-{round}", policy)
+                trained = summary.make(Grpo(policy, round))
+                policy = trained.path / "policy"
+                summary.evaluate(trained.manifest.stage, policy)
             if not config.distills(round):
                 continue
-            pool = summary.add(stages.pool(policy, round))
-            pairs = summary.add(stages.pairs(policy, pool.path, round))
+            pool = summary.make(pool_stage(config, policy, round))
+            pairs = summary.make(Pairs(policy, pool.path, round))
             if not pairs.manifest.result["train_pairs"]:
-                summary.refuse(round, pairs, None, "no pairs: " + _why_no_pairs(pairs))
+                summary.end_round(round, pairs, None, refused="no pairs: " + _why_no_pairs(pairs))
                 continue
-            taught = config.distill.objective == "ofsd"
-            lead = summary.add(stages.lead(policy, pairs.path, round)) if taught else None
-            try:
-                ofsd = summary.add(stages.distill(policy, pairs.path, lead.path if lead else None, round))
-            except NoLeadError as error:
-                summary.refuse(round, pairs, lead, str(error))
+            lead = summary.make(MeasureLead(policy, pairs.path, round)) if config.distill.has_teacher else None
+            if lead and (refusal := refused(Lead.model_validate(lead.manifest.result), config.lead)):
+                summary.end_round(round, pairs, lead, refused=refusal)
                 continue
-            summary.distilled(round, pairs, lead)
-            policy = ofsd.path / "policy"
-            summary.evaluate(f"ofsd-{round}", policy)
+            distilled = summary.make(Distill(policy, pairs.path, lead.path if lead else None, round))
+            summary.end_round(round, pairs, lead)
+            policy = distilled.path / "policy"
+            summary.evaluate(distilled.manifest.stage, policy)
         return summary.write()
 
 
@@ -135,22 +137,23 @@ def _why_no_pairs(pairs: Artifact) -> str:
 
 
 class _Summary:
-    """Collects while the loop runs, and writes after every addition, so that a look at the file shows what there is."""
+    """Collects while the loop runs, and writes after every addition, so that the file shows what is complete."""
 
-    def __init__(self, config: Config, stages: Stages) -> None:
-        self.config = config
-        self.stages = stages
+    def __init__(self, runner: StageRunner) -> None:
+        self.runner = runner
+        self.config = runner.run.config
         self.policies: list[PolicySummary] = []
         self.rounds: dict[str, RoundSummary] = {}
         self.seconds: dict[str, float] = {}
 
-    def add(self, artifact: Artifact) -> Artifact:
+    def make(self, stage: Stage) -> Artifact:
+        artifact = self.runner.make(stage)
         self.seconds[artifact.manifest.stage] = artifact.manifest.seconds
         return artifact
 
     def evaluate(self, name: str, policy: str | Path) -> None:
-        artifact = self.add(self.stages.evaluate(policy, name))
-        result = read_evaluation(artifact)
+        recall = self.make(Recall()) if self.config.evaluation.recall else None
+        result = Evaluation.model_validate(self.make(Evaluate(policy, name, recall)).manifest.result)
         self.policies.append(
             PolicySummary(
                 stage=name,
@@ -166,16 +169,10 @@ class _Summary:
         )
         self.write()
 
-    def distilled(self, round: int, pairs: Artifact, lead: Artifact | None) -> None:
-        self._round(round, pairs, lead, None)
-
-    def refuse(self, round: int, pairs: Artifact, lead: Artifact | None, why: str) -> None:
-        self._round(round, pairs, lead, why)
-        self.write()
-
-    def _round(self, round: int, pairs: Artifact, lead: Artifact | None, refused: str | None) -> None:
+    def end_round(self, round: int, pairs: Artifact, lead: Artifact | None, refused: str | None = None) -> None:
         measured = Lead.model_validate(lead.manifest.result) if lead else None
         self.rounds[str(round)] = RoundSummary(pairs=pairs.manifest.result, lead=measured, refused=refused)
+        self.write()
 
     def write(self) -> Summary:
         summary = Summary(
@@ -185,5 +182,6 @@ class _Summary:
             lead={name: round.lead.lead if round.lead else None for name, round in self.rounds.items()},
             seconds=self.seconds,
         )
-        runs.write_atomically(self.stages.root / SUMMARY, summary.model_dump_json(indent=2) + "\n")
+        if ranks.is_first():
+            runs.write_atomically(self.runner.run.root / SUMMARY, summary.model_dump_json(indent=2) + "\n")
         return summary

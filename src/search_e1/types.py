@@ -1,4 +1,4 @@
-"""The records that flow through the system: question -> trajectory -> group -> pair.
+"""The records that flow through the system: question -> trajectory -> group -> pair -> sample.
 
 All are frozen, check their invariants when they are made, and go to JSON and back
 (``record.model_dump_json()``, ``Record.model_validate_json(line)``).
@@ -179,19 +179,63 @@ class Pair(Record):
     """What the teacher sees of the reference, if that is not all of it; empty: nothing."""
     shortened: bool = False
     """Passages of the reference were cut so that the teacher's prompt fits."""
-    mismatched: bool = False
-    """The reference is another question's, on purpose."""
+    teacher_prompt_ids: tuple[int, ...] = ()
+    """The privileged prompt, when the lead is measured and in distillation alike."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.reference.correct:
             raise ValueError("a reference that is not correct")
-        own = self.reference.question_id == self.question.id
-        if self.student.question_id != self.question.id or own is self.mismatched:
+        if {self.student.question_id, self.reference.question_id} != {self.question.id}:
             raise ValueError("a pair across questions")
         return self
 
+
+class Sample(Record):
+    """What a trainer learns from: a prompt, a response to it, and which of the response's tokens count.
+
+    ::
+
+        prompt_ids     [ 5  6  7]
+        response_ids   [         11 12 13 21 22 14 15]     11-13 a search, 21-22 what it found, 14-15 an answer
+        action_mask    [          1  1  1  0  0  1  1]
+        weights        [          1  1  1  0  0  2  2]     what a token counts, or its advantage
+    """
+
+    question_id: str
+    prompt_ids: tuple[int, ...] = Field(min_length=1)
+    response_ids: tuple[int, ...]
+    action_mask: tuple[int, ...]
+    """1 where the id was sampled by the policy, or is to be imitated; 0 where it was inserted. As long as the response."""
+    weights: tuple[float, ...] | None = None
+    """Weight of each token in the loss, 1 if not given; tokens of weight 0 are left out. As long as the response."""
+    advantages: tuple[float, ...] | None = None
+    """Advantage of each token. As long as the response."""
+    sampling_logprobs: tuple[float, ...] | None = None
+    """Log-probability of each id under the engine that sampled it, at the sampling temperature. As long as the response."""
+    old_logprobs: tuple[float, ...] | None = None
+    """The same under the trainer's policy when the step began: what ratios are taken to. As long as the response."""
+    ref_logprobs: tuple[float, ...] | None = None
+    """The same under the policy that a KL penalty holds on to. As long as the response."""
+    teacher_prompt_ids: tuple[int, ...] | None = None
+    """The prompt that the teacher reads before the same response, where there is a teacher."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("action_mask", "weights", "advantages", "sampling_logprobs", "old_logprobs", "ref_logprobs"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.response_ids):
+                raise ValueError(f"{len(values)} {name} for {len(self.response_ids)} response_ids")
+        if set(self.action_mask) - {0, 1}:
+            raise ValueError("action_mask holds something other than 0 and 1")
+        return self
+
     @property
-    def shown(self) -> str:
-        """What the teacher sees of the reference: the same text when the lead is measured and when it is distilled."""
-        return self.reference.text if self.reference_shown is None else self.reference_shown
+    def positions(self) -> tuple[int, ...]:
+        """Offsets into the response of the tokens that count: sampled, and of a weight other than 0."""
+        weights = self.weights or self.action_mask
+        return tuple(i for i, (mask, weight) in enumerate(zip(self.action_mask, weights, strict=True)) if mask and weight)
+
+    def __len__(self) -> int:
+        """Tokens of the longer of the rows that go through the model."""
+        return max(len(self.prompt_ids), len(self.teacher_prompt_ids or ())) + len(self.response_ids)

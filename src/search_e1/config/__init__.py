@@ -1,8 +1,4 @@
-"""The configuration: one frozen section per stage, from TOML and dotted flags; unknown keys are refused.
-
-What the engines know how to configure is not declared again: ``[grpo.trainer]`` goes to ``trl.GRPOConfig`` and
-``[distill.trainer]``, ``[warmstart.trainer]`` to ``transformers.TrainingArguments`` as they are.
-"""
+"""The configuration: one frozen section per stage, from TOML and dotted flags; unknown keys are refused."""
 
 from search_e1.config.base import LoraConfig, Section
 from search_e1.config.distill import (
@@ -14,13 +10,22 @@ from search_e1.config.distill import (
     PoolConfig,
     ReferenceConfig,
 )
-from search_e1.config.files import bound_now, default_of, describe, laid_over, load, parse_overrides, read_toml
+from search_e1.config.files import (
+    default_of,
+    describe,
+    load,
+    migrate_fingerprint,
+    parse_overrides,
+    read_toml,
+    with_overrides,
+)
 from search_e1.config.grpo import EvidenceConfig, GrpoConfig, HindsightConfig, ReplayConfig
 from search_e1.config.inputs import DataConfig, PolicyConfig, RetrievalConfig
 from search_e1.config.prompts import Prompts
 from search_e1.config.rollout import EvaluationConfig, RolloutConfig, VllmConfig
 from search_e1.config.run import Config
-from search_e1.config.running import CheckpointsConfig, LaunchConfig, Sharding, TrackingConfig
+from search_e1.config.running import CheckpointsConfig, ParallelConfig, Sharding, TrackingConfig
+from search_e1.config.training import TrainingConfig
 from search_e1.config.warmstart import WarmstartConfig
 
 __all__ = [
@@ -34,10 +39,10 @@ __all__ = [
     "EvidenceConfig",
     "GrpoConfig",
     "HindsightConfig",
-    "LaunchConfig",
     "LeadConfig",
     "LoraConfig",
     "PairsConfig",
+    "ParallelConfig",
     "PolicyConfig",
     "PoolConfig",
     "Prompts",
@@ -48,13 +53,14 @@ __all__ = [
     "Section",
     "Sharding",
     "TrackingConfig",
+    "TrainingConfig",
     "VllmConfig",
     "WarmstartConfig",
-    "bound_now",
     "default_of",
     "describe",
-    "laid_over",
     "load",
+    "migrate_fingerprint",
     "parse_overrides",
     "read_toml",
+    "with_overrides",
 ]

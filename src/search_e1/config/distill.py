@@ -1,10 +1,11 @@
 """Self-distillation, from the pool to the loss."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from search_e1.config.base import LoraConfig, NonNegativeFloat, Positive, Section, Share
+from search_e1.config.training import DistillTrainingConfig
 
 
 class PoolConfig(Section):
@@ -38,22 +39,16 @@ WHOLE = ReferenceConfig()
 
 
 class PairsConfig(Section):
-    """Who is shown to the teacher, and who learns from it. `docs/distillation.md` tells more."""
+    """Which trajectory is shown to the teacher, and which siblings learn from it; see docs/distillation.md."""
 
     students: Positive = 1
     """Most students of one reference; each makes a pair."""
-    students_by: Literal["wrong_first", "all_wrong", "longest", "random", "any"] = "wrong_first"
-    """Which siblings come first: wrong ones, then correct but less efficient ones, the most divergent first; every wrong one,
-    however many; of the wrong and the less efficient ones those with most sampled tokens, or any; or `any` of the
-    group, so that students are what the policy does, not only what it does wrong."""
-    references: Positive = 1
-    """Most references of one question; each makes pairs of its own, and none of them is a student."""
-    references_by: Literal["fewest_searches", "random", "gold"] = "fewest_searches"
-    """Which correct trajectory is shown: that with the fewest searches (ties: fewest sampled tokens), or any of them; or the
-    question's demonstration in `data.demonstrations`. Further references by `fewest_searches` are as efficient as the first."""
-    mismatched: Share = 0.0
-    """Share of the questions whose references are another question's, of pairs to distil on and of held-out ones alike: a
-    control of what noisy references do."""
+    students_by: Literal["wrong_first", "any"] = "wrong_first"
+    """Wrong siblings first, then correct but less efficient ones, the most divergent first (as published); or `any` member
+    of the group, so that students are what the policy does, not only what it does wrong."""
+    references_by: Literal["fewest_searches", "gold"] = "fewest_searches"
+    """Which trajectory is shown: the correct one with the fewest searches (ties: fewest sampled tokens), or the question's
+    demonstration in `data.demonstrations`."""
 
 
 class LeadConfig(Section):
@@ -93,42 +88,35 @@ class ClassWeights(Section):
 
 
 class DistillConfig(Section):
-    objective: Literal["ofsd", "sft"] = "ofsd"
-    """Self-distillation (as published), or supervised fine-tuning on the same references: each once an epoch, under the plain
-    prompt, with cross-entropy on its sampled tokens. `sft` has no teacher: no lead is measured, and what concerns teacher,
-    divergence and temperatures here does nothing."""
+    objective: str = "self_distillation"
+    """Name of a registered objective, or `module:attribute` of one's own. `self_distillation` (as published), or `sft`:
+    supervised fine-tuning on the same references, each once an epoch, under the plain prompt, with cross-entropy on its
+    sampled tokens. `sft` has no teacher: no lead is measured, and the keys on teacher and divergence do nothing."""
     epochs: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     batch_size: Positive = 16
     """Pairs an optimiser step."""
     weights: Literal["lora", "all"] = "lora"
-    """What is trained: adapters, which are merged at the end (as published), or all weights."""
+    """What is trained: adapters, which are merged at the end (as published), or all weights; then a frozen copy teaches."""
     lora: LoraConfig = LoraConfig()
     """With `weights = "lora"`."""
-    teacher: Literal["auto", "live", "cached"] = "auto"
-    """Where the teacher's hidden states come from: computed in every step (`live`; with `weights = "all"` by a frozen copy of
-    the policy), or once for each pair and kept on disk (`cached`). `auto`: cached for several epochs or all weights."""
-    packing: Literal["auto", "always", "never"] = "auto"
-    """Sequences of a batch end to end, without padding. `auto`: on accelerators, for policies that keep them apart."""
     divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
     """KL(teacher || student) (as published), KL(student || teacher), or the generalised Jensen-Shannon divergence."""
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Of `js`: the teacher's share of the mixture; towards 0 it acts like `forward_kl`, towards 1 like `reverse_kl`."""
+    """The teacher's share of the mixture of `js`; towards 0 it acts like `forward_kl`, towards 1 like `reverse_kl`."""
     tau: Annotated[float, Field(gt=0)] = 10.0
     """Where the divergence is clipped, in nats."""
     clip: Literal["entry", "token", "none"] = "entry"
     """Clip each vocabulary entry's term before the sum (as published), each token's sum, or nothing."""
     teacher_temperature: Annotated[float, Field(gt=0)] = 1.0
     """Below 1 sharpens the teacher."""
-    student_temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Of the student in the divergence; other than 1, the policy is to match the teacher when sampled at it."""
-    tokens: Literal["sampled", "acting"] = "sampled"
-    """Tokens in the loss: all `sampled` ones (as published), or those of tags, queries and answers, not of thoughts."""
     class_weights: ClassWeights = ClassWeights()
-    logits_mib: Positive | None = None
-    """MiB for the logits in memory together, of as many positions as fit. Without it 64 on a CPU and 1024 elsewhere."""
-    trainer: dict[str, Any] = {}
-    """Further arguments of `transformers.TrainingArguments`."""
+    training: DistillTrainingConfig = DistillTrainingConfig()
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher's lead is measured before this objective."""
+        return self.objective != "sft"
 
     @model_validator(mode="after")
     def _beta_is_used(self) -> "DistillConfig":

@@ -24,10 +24,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file cannot be read, or a key is unknown, missing or has an impossible value; names it.
     """
-    return laid_over(path, parse_overrides(overrides))
+    return with_overrides(path, parse_overrides(overrides))
 
 
-def laid_over(path: str | Path, pairs: Iterable[tuple[list[str], Any]]) -> Config:
+def with_overrides(path: str | Path, pairs: Iterable[tuple[list[str], Any]]) -> Config:
     """The configuration in the TOML file ``path`` with keys set to other values, in order; raises as ``load``."""
     path = Path(path)
     raw = read_toml(path, "--config")
@@ -112,12 +112,14 @@ def _keys_at(path: Sequence[str]) -> list[str]:
     return list(section.model_fields)
 
 
-def bound_now(there: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``Config.binding`` of an earlier version gave, as this one gives it: keys that were added since at their defaults,
-    keys that no longer bind left out. As it is, where this version does not take it.
+def migrate_fingerprint(there: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``Config.fingerprint`` of an earlier version as this version would give it.
+
+    Keys added since stand at their defaults, and keys that no longer bind are left out. What this version cannot read is
+    returned unchanged.
     """
     try:
-        return Config.model_validate({**there, "run": "."}).binding()
+        return Config.model_validate({**there, "run": "."}).fingerprint()
     except ValidationError:
         return dict(there)
 

@@ -13,7 +13,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def under(preset: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+def apply_preset(preset: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """``given`` and, for keys that it does not give, the values of ``preset``; of one that is not known none."""
     return _merged(PRESETS.get(preset, {}) if isinstance(preset, str) else {}, given)
 

@@ -10,10 +10,10 @@ from search_e1.config.base import NonNegative, Positive, Section
 from search_e1.config.distill import DistillConfig, LeadConfig, PairsConfig, PoolConfig, ReferenceConfig
 from search_e1.config.grpo import GrpoConfig
 from search_e1.config.inputs import DataConfig, PolicyConfig, RetrievalConfig
-from search_e1.config.presets import Preset, under
+from search_e1.config.presets import Preset, apply_preset
 from search_e1.config.prompts import Prompts
 from search_e1.config.rollout import EvaluationConfig, RolloutConfig, VllmConfig
-from search_e1.config.running import CheckpointsConfig, LaunchConfig, TrackingConfig
+from search_e1.config.running import CheckpointsConfig, ParallelConfig, TrackingConfig
 from search_e1.config.warmstart import WarmstartConfig
 
 
@@ -47,14 +47,14 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
-    launch: LaunchConfig = LaunchConfig()
+    parallel: ParallelConfig = ParallelConfig()
     warmstart: WarmstartConfig | None = None
     """Only for `search-e1 warmstart`, which makes a policy to start from."""
 
     @model_validator(mode="before")
     @classmethod
     def _of_preset(cls, given: Any) -> Any:
-        return under(given.get("preset"), given) if isinstance(given, Mapping) else given
+        return apply_preset(given.get("preset"), given) if isinstance(given, Mapping) else given
 
     @model_validator(mode="after")
     def _has_passages(self) -> "Config":
@@ -92,7 +92,7 @@ class Config(Section):
         """Over all rounds."""
         return sum(self.distills(round) for round in range(1, self.rounds + 1))
 
-    def binding(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """What a run directory belongs to, as JSON: all but its place and what changes nothing in a run."""
         waiting = {"timeout", "attempts", "time_limit", "cache"}
         place = {"url", "timeout", "gpu_memory_utilization", "shared_gpu_memory_utilization"}
@@ -103,7 +103,7 @@ class Config(Section):
                 "preset": True,
                 "tracking": True,
                 "checkpoints": True,
-                "launch": True,
+                "parallel": True,
                 "retrieval": waiting,
                 "vllm": place,
             },

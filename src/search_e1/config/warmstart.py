@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from search_e1.config.base import NonNegative, Positive, Section, Share
+from search_e1.config.training import WarmstartTrainingConfig
 
 
 class WarmstartConfig(Section):
@@ -21,7 +22,7 @@ class WarmstartConfig(Section):
     steps: Positive = 400
     """Optimiser steps."""
     drills: NonNegative = 100
-    """Of the steps, the first, which teach nothing but the first search, of six times as many questions."""
+    """First steps: only the first query, of six times as many questions."""
     batch_size: Positive = 16
     """Demonstrations an optimiser step."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
@@ -35,6 +36,7 @@ class WarmstartConfig(Section):
     """Share of the plain demonstrations that ask the same thing twice."""
     early: Share = 0.1
     """Share of the plain demonstrations that stop after their first search and answer with the title it found."""
+    training: WarmstartTrainingConfig = WarmstartTrainingConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> "WarmstartConfig":

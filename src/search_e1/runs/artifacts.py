@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from search_e1.errors import RunError
-from search_e1.runs import cpu, locks
+from search_e1.runs import cpu, locks, ranks
 from search_e1.runs.drift import Change, Defaults, changes, lines, no_defaults
 from search_e1.runs.files import SUM, read_summed, sha256, sha256_text, sync, write_atomically, write_summed
 from search_e1.runs.safe import inside, masked
@@ -38,7 +38,6 @@ _PACKAGES = (
     "search-e1",
     "torch",
     "transformers",
-    "trl",
     "peft",
     "accelerate",
     "bm25s",
@@ -99,8 +98,12 @@ def artifact(
     make: Make,
     gpus: int = 0,
     defaults: Defaults = no_defaults,
+    parallel: bool = False,
 ) -> Artifact:
-    """The artifact at ``path``: as it lies there if it is complete, else made by ``make``.
+    """The artifact at ``path``: as it lies there if it is complete, else made by ``make``. All ranks call this.
+
+    Rank 0 looks and decides; if there is something to make, all ranks call ``make`` where it is ``parallel``, and rank 0
+    alone where it is not. Rank 0 completes the artifact.
 
     ``make`` writes its files into the directory it is given and returns its summary figures (JSON). If it was killed, and
     is to make the same now under the same versions, it finds what it kept in ``WORK`` there. A setting
@@ -109,6 +112,8 @@ def artifact(
     Raises:
         RunError: another artifact is in that place, or its files are not those that were written.
     """
+    if not ranks.is_first():
+        return _follow(path, make, parallel)
     identity = masked(json.loads(json.dumps({"settings": settings, "inputs": inputs, "seed": seed}, default=str)))
     with _in_turn(path, stage, identity) as shared:
         if not path.exists():
@@ -121,19 +126,34 @@ def artifact(
                     f"on in one that takes over what stays the same (search-e1 train --branch DIR):{lines(different)}"
                 )
             shutil.rmtree(path / WORK, ignore_errors=True)  # killed between the last two lines of `_made`
+            ranks.broadcast_object(None)
         else:
-            found = _made(path, stage, identity, make, gpus)
+            found = _made(path, stage, identity, make, gpus, parallel)
         if shared and not shared.exists():
             _link(found, shared)
-        return found
+    ranks.broadcast_object(found.manifest)
+    return found
 
 
-def _made(path: Path, stage: str, identity: dict[str, Any], make: Make, gpus: int) -> Artifact:
+def _follow(path: Path, make: Make, parallel: bool) -> Artifact:
+    """What ranks do that rank 0 decides for."""
+    partial: Path | None = ranks.broadcast_object(None)
+    if partial and parallel:
+        used = cpu.seconds()
+        make(partial)
+        ranks.total(cpu.seconds() - used)
+    manifest: Any = ranks.broadcast_object(None)
+    return Artifact(path, manifest)
+
+
+def _made(path: Path, stage: str, identity: dict[str, Any], make: Make, gpus: int, parallel: bool) -> Artifact:
     partial = path.with_name(f".{path.name}.partial")
     here = versions()
     begun, clock, used = _begin(partial, {**identity, "versions": here}), time.perf_counter(), cpu.seconds()
     try:
+        ranks.broadcast_object(partial)
         result = make(partial)
+        used -= ranks.total(0.0) if parallel else 0.0  # of the other ranks, whose processes are not this one's children
     except BaseException:
         begun = begun.model_copy(update={"cpu_seconds": begun.cpu_seconds + cpu.seconds() - used})
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""How far a stage is, on disk: what outlives a kill, and is verified before it is used again.
+"""How far a stage is, on disk: what survives preemption, and is verified before it is used again.
 
 A stage that trains saves checkpoints; a stage that writes lines writes them chunk by chunk. Both belong to an artifact in
 the making (``runs.artifact`` decides whether they may still be used) and are gone when it is complete.
@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -18,15 +19,17 @@ from pathlib import Path
 from search_e1.runs import ranks
 from search_e1.runs.artifacts import JOURNAL
 from search_e1.runs.files import sha256, sync, write_atomically
-from search_e1.runs.stopping import Stop
+from search_e1.runs.stopping import Stop, Stopped
 from search_e1.types import Record
 
 _SUMS = "sha256.json"
 _KEPT = 2
+_WAIT = 5.0
+"""Seconds for the other ranks to stop too."""
 
 
-class Work:
-    """A stage at work: its checkpoints, its unfinished lines, and whether it is asked to stop."""
+class Checkpointer:
+    """Saves how far a stage is: checkpoints of training, unfinished lines; and stops where a signal asks for it."""
 
     def __init__(
         self,
@@ -51,11 +54,11 @@ class Work:
         return self.stop.finishing()
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is whole; damaged ones are removed. The same for all processes; all have to ask."""
-        found = ranks.of_first(self._newest() if ranks.is_first() else None)
-        if found:
-            self._saved = int(found.name.removeprefix("step-"))
-        return found
+        """The newest checkpoint that is whole; damaged ones are removed. The same for all ranks; all have to ask."""
+        newest = ranks.broadcast_object(self._newest() if ranks.is_first() else None)
+        if newest:
+            self._saved = int(newest.name.removeprefix("step-"))
+        return newest
 
     def _newest(self) -> Path | None:
         for path in sorted(self._checkpoints(), reverse=True):
@@ -64,23 +67,51 @@ class Work:
             shutil.rmtree(path)
         return None
 
-    def reached(self, step: int, write: Callable[[Path], None]) -> None:
+    def on_step_end(self, step: int, write: Callable[[Path], None]) -> None:
         """Step ``step`` is complete: save a checkpoint if one is due, and stop if that was asked for.
 
-        ``write`` writes its files into the directory it is given. It is read back with ``newest``. Of several processes all
-        call this at the same steps, and all call ``write``; a signal to one of them stops all after the same step.
+        ``write`` writes its files into the directory it is given. It is read back with ``newest``. All ranks call this at the
+        same steps, and all call ``write``; a signal to one of them stops all after the same step.
 
         Raises:
             Stopped: a signal has asked to stop; the checkpoint is saved.
         """
         waited = time.monotonic() - self._begun
         due = waited >= max(self._every, self._cost / self._share)
-        told = ranks.gathered((self.stop.asked, due))
-        agreed = next((asked for asked, _ in told if asked), None)
-        self.stop.asked = self.stop.asked or agreed
-        if self.directory and (agreed or told[0][1]):
-            self._save(self.directory, step, write)
-        if agreed or ranks.count() == 1:  # one of several that left alone would be waited for
+        asked, due_on_first = self._agree(due)
+        if asked or due_on_first:
+            self._save(step, write)
+        self._leave(asked)
+
+    def between_passes(self, step: int, write: Callable[[Path], None]) -> None:
+        """The step after ``step`` steps is half done: if a signal has asked to stop, save that and stop.
+
+        Raises:
+            Stopped: that was asked for; what is done of the step is saved.
+        """
+        asked, _ = self._agree(False)
+        if asked:
+            self._save(step, write, again=True)
+        self._leave(asked)
+
+    @contextmanager
+    def saving_on_stop(self, step: int, write: Callable[[Path], None]) -> Iterator[None]:
+        """Work between two steps: if a signal ends it, the ``step`` steps before it are saved, if all ranks were asked."""
+        try:
+            yield
+        except Stopped:
+            if ranks.all_come(_WAIT):
+                self._save(step, write)
+            raise
+
+    def _agree(self, due: bool) -> tuple[signal.Signals | None, bool]:
+        """The signal that any rank was sent, and whether a checkpoint is due on the first."""
+        gathered = ranks.all_gather_object((self.stop.asked, due))
+        return next((asked for asked, _ in gathered if asked), None), gathered[0][1]
+
+    def _leave(self, asked: signal.Signals | None) -> None:
+        self.stop.asked = self.stop.asked or asked
+        if asked or ranks.count() == 1:  # one of several that left alone would be waited for
             self.stop.leave()
 
     @contextmanager
@@ -101,17 +132,17 @@ class Work:
         """The lines of ``path``, as far as they were written."""
         return Lines(path, self.directory and self.directory / f"{path.name}{JOURNAL}")
 
-    def _save(self, directory: Path, step: int, write: Callable[[Path], None]) -> None:
-        if self._saved == step:
+    def _save(self, step: int, write: Callable[[Path], None], *, again: bool = False) -> None:
+        if self.directory is None or (self._saved == step and not again):
             return
         begun = time.monotonic()
-        partial, path = directory / ".step", directory / f"step-{step:010d}"
+        partial, path = self.directory / ".step", self.directory / f"step-{step:010d}"
         if ranks.is_first():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        ranks.gathered(None)
+        ranks.barrier()
         write(partial)
-        ranks.gathered(None)
+        ranks.barrier()
         if ranks.is_first():
             self._finish(partial, path)
         self._saved, self._begun, self._cost = step, begun, time.monotonic() - begun

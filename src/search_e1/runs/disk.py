@@ -20,7 +20,7 @@ _FULL_WORDS = (
 
 
 @contextmanager
-def told(directory: Path) -> Iterator[None]:
+def translate_disk_errors(directory: Path) -> Iterator[None]:
     """Turn what a disk does to work in ``directory`` into a message.
 
     Raises:

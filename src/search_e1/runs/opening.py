@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from search_e1.errors import RunError
-from search_e1.runs import artifacts, disk, locks
+from search_e1.runs import artifacts, disk, locks, ranks
 from search_e1.runs.drift import changes, lines
 from search_e1.runs.files import write_atomically
 from search_e1.runs.safe import masked
@@ -21,14 +21,14 @@ def opened(
     directory: Path,
     config: Mapping[str, Any],
     *,
-    bound_now: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
+    migrate: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
     branch_of: Path | None = None,
     shared: Path | None = None,
     other_versions: bool = False,
 ) -> Iterator[Path]:
     """Hold the run directory for this process; make it if it is new.
 
-    ``bound_now`` makes of the config that an earlier version left what this one would have left. ``branch_of``: the run that
+    ``migrate`` makes of the config that an earlier version left what this one would have left. ``branch_of``: the run that
     this one branches off, whose finished artifacts it takes over where they would be made the same. ``shared``: a directory
     where runs share artifacts that they would make the same. ``other_versions``: go on under other versions of the packages
     that decide about results.
@@ -37,14 +37,18 @@ def opened(
         RunError: another process works in it, it belongs to another config, to other versions or to another origin, it
             cannot be written to, or its disk is full.
     """
+    if not ranks.is_first():  # rank 0 holds the directory for all
+        with disk.translate_disk_errors(directory):
+            yield directory
+        return
     if branch_of:
         _check_branch(directory, branch_of)
-    with locks.held(directory), disk.told(directory):
+    with locks.held(directory), disk.translate_disk_errors(directory):
         if branch_of:
             write_atomically(directory / artifacts.ORIGIN, json.dumps({"of": str(branch_of.resolve())}) + "\n")
         if shared:
             write_atomically(directory / artifacts.SHARED, json.dumps({"in": str(shared.resolve())}) + "\n")
-        _check_config(directory, masked(json.loads(json.dumps(config, default=str))), bound_now)
+        _check_config(directory, masked(json.loads(json.dumps(config, default=str))), migrate)
         _check_versions(directory, other_versions)
         yield directory
 
@@ -67,7 +71,7 @@ def _check_branch(directory: Path, origin: Path) -> None:
 
 
 def _check_config(
-    directory: Path, config: dict[str, Any], bound_now: Callable[[Mapping[str, Any]], dict[str, Any]]
+    directory: Path, config: dict[str, Any], migrate: Callable[[Mapping[str, Any]], dict[str, Any]]
 ) -> None:
     path = directory / CONFIG
     if not path.exists() or not any(_stages(directory)):
@@ -75,7 +79,7 @@ def _check_config(
         write_atomically(path, json.dumps(config, indent=2) + "\n")
         return
     try:
-        there = bound_now(json.loads(path.read_text(encoding="utf-8")))
+        there = migrate(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise RunError(f"{path}: damaged; use another run directory") from error
     if found := changes(there, config):

@@ -8,10 +8,10 @@ from search_e1.config import Config
 from search_e1.errors import DataError
 from search_e1.rollout import pool
 from search_e1.runs import read_records
-from search_e1.selfdistill import lead as teacher
 from search_e1.selfdistill import pairs as mining
 from search_e1.selfdistill.gold import Demonstrations
-from search_e1.text.reference import Shown, room, show
+from search_e1.selfdistill.lead import hold_out
+from search_e1.text.reference import RenderedReference, prompt_budget, render_reference
 from search_e1.training.policy import Reader
 from search_e1.types import Group, Pair, Question, Trajectory
 
@@ -24,11 +24,10 @@ def mine(pool_file: Path, reader: Reader, config: Config, *, seed: int, out: Pat
     """Mine a pool for pairs that ``reader``'s policy can hold; write ``out / TRAIN`` and ``out / HELD_OUT``.
 
     Returns:
-        ``PoolHealth``, mismatched (pairs that see another question's reference), train_pairs, held_out_pairs.
+        ``PoolHealth``, train_pairs, held_out_pairs.
 
     Raises:
-        DataError: a file that is no pool, or one that was sampled with another tokenizer; demonstrations that are none; too
-            few questions to mismatch.
+        DataError: a file that is no pool, or one that was sampled with another tokenizer; demonstrations that are none.
     """
 
     def groups() -> Iterator[Group]:
@@ -37,25 +36,21 @@ def mine(pool_file: Path, reader: Reader, config: Config, *, seed: int, out: Pat
                 check_tokenizer(reader.tokenizer, group.trajectories, pool_file)
             yield group
 
-    def shown(question: Question, reference: Trajectory, student: Trajectory) -> Shown | None:
-        left = room(config.reference, reader.context_length, len(student.response_ids))
-        return show(reader.tokenizer, reader.prompts, question.text, reference, config.reference, left)
+    def render(question: Question, reference: Trajectory, student: Trajectory) -> RenderedReference | None:
+        response = len(student.response_ids)
+        if len(student.prompt_ids) + response > reader.context_length:
+            return None
+        budget = prompt_budget(config.reference, reader.context_length, response)
+        return render_reference(reader.tokenizer, reader.prompts, question.text, reference, config.reference, budget)
 
     by_gold, path = config.pairs.references_by == "gold", config.data.demonstrations
     gold = Demonstrations(path, reader.tokenizer, reader.prompts) if by_gold and path else None
-    pairs, health = mining.select(groups(), config.pairs, shown, seed=seed, gold=gold)
-    made, left_out = [], 0
-    for name, part in zip((TRAIN, HELD_OUT), teacher.hold_out(pairs, config.lead, seed), strict=True):
-        kept, missing = mining.mismatch(part, pairs, config.pairs.mismatched, shown, seed=seed)
-        left_out += missing
-        made.append(kept)
+    pairs, health = mining.select(groups(), config.pairs, render, seed=seed, gold=gold)
+    parts = hold_out(pairs, config.lead, seed)
+    for name, part in zip((TRAIN, HELD_OUT), parts, strict=True):
         with (out / name).open("w", encoding="utf-8") as file:
-            file.writelines(pair.model_dump_json() + "\n" for pair in kept)
-    every = [pair for part in made for pair in part]
-    health = health.model_copy(update={"pairs": len(every), "too_long": health.too_long + left_out})
-    mismatched = sum(pair.mismatched for pair in every)
-    counts = {"mismatched": mismatched, "train_pairs": len(made[0]), "held_out_pairs": len(made[1])}
-    return {**health.model_dump(), **counts}
+            file.writelines(pair.model_dump_json() + "\n" for pair in part)
+    return {**health.model_dump(), "train_pairs": len(parts[0]), "held_out_pairs": len(parts[1])}
 
 
 def read(path: Path, tokenizer: Any = None) -> list[Pair]:

@@ -11,16 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
 from search_e1.config import LeadConfig, RolloutConfig
-from search_e1.distill.collate import context_length, fits, prompt_of_teacher
 from search_e1.errors import DataError, NoLeadError
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout import loop
 from search_e1.rollout.engines.base import Generator
 from search_e1.rollout.sharing import Part, written
 from search_e1.runs import read_records
-from search_e1.runs.checkpoints import Work
+from search_e1.runs.checkpoints import Checkpointer
 from search_e1.runs.progress import Progress, silent
 from search_e1.selfdistill.profile import ClassKL, PairKL, by_class, pair_kl
+from search_e1.selfdistill.samples import sample_of
 from search_e1.text.tokens import TokenClass
 from search_e1.training.policy import Policy
 from search_e1.types import Pair, Record, Trajectory, Turn
@@ -96,7 +96,7 @@ def measure(
     temperature: float,
     seed: int,
     progress: Progress = silent,
-    work: Work | None = None,
+    work: Checkpointer | None = None,
 ) -> tuple[Lead, list[PairKL]]:
     """Sample under the plain and the privileged prompt and compare; also the per-token divergence of each pair measured.
 
@@ -107,11 +107,10 @@ def measure(
     Raises:
         DataError: no pairs, or none that fits the policy's context.
         RetrievalError: from the retriever.
-        Left: to all processes but the first.
     """
     first = list({pair.question.id: pair for pair in reversed(pairs)}.values())[::-1]
-    length = min(generator.context_length, context_length(policy.model))
-    kept = [pair for pair in first if fits(policy.tokenizer, policy.prompts, pair, length)]
+    length = generator.context_length
+    kept = [pair for pair in first if len(sample_of(pair, [])) <= length]
     if not kept:
         why = f"all {len(first)} are too long for the policy's context of {length}" if first else "there are none"
         raise DataError(f"no pair to measure the teacher's lead on: {why}; sample a larger pool (pool.questions)")
@@ -144,27 +143,36 @@ def measure(
     return lead, divergences
 
 
-def gate(lead: Lead, config: LeadConfig) -> None:
-    """Let a distillation pass, or refuse it.
+def refused(lead: Lead, config: LeadConfig) -> str | None:
+    """Why a distillation is refused, if it is.
 
-    Raises:
-        NoLeadError: what ``config.gate`` names is below ``config.minimum``, the teacher is not shorter by ``config.saving``
-            either (or its lead is below 0 for sure), and ``config.enforce`` is on.
+    It is where what ``config.gate`` names is below ``config.minimum``, the teacher is not shorter by ``config.saving`` either
+    (or its lead is below 0 for sure), and ``config.enforce`` is on.
     """
     measured = lead.lead if config.gate == "mean" else lead.low
     shorter = lead.saving >= config.saving and lead.high >= 0
-    if config.enforce and not (measured >= config.minimum or shorter):
-        sure = "" if config.gate == "mean" or lead.lead < config.minimum else " for sure"
-        less = "less than" if config.gate == "mean" else "whose lower end is less than"
-        raise NoLeadError(
-            f"the teacher does not lead{sure}: EM {lead.em_privileged:.3f} with the reference in the prompt, "
-            f"{lead.em_plain:.3f} without (lead {lead.lead:+.3f}, 95% {lead.low:+.3f} to {lead.high:+.3f}, {lead.pairs} "
-            f"pairs), {less} lead.minimum = {config.minimum:g}, and it saves {lead.saving:.0%} of the tokens "
-            f"(lead.saving = {config.saving:.0%}); "
-            + ("raise lead.pairs; or " if sure else "")
-            + "mend prompts.privileged, or train the policy so that it still follows a "
-            "reference (grpo.replay, a lower grpo.learning_rate), or set lead.enforce = false"
-        )
+    if not config.enforce or measured >= config.minimum or shorter:
+        return None
+    unsure = config.gate == "low" and lead.lead >= config.minimum
+    return (
+        f"the teacher does not lead{' for sure' if unsure else ''}: EM {lead.em_privileged:.3f} with the reference in the "
+        f"prompt, {lead.em_plain:.3f} without (lead {lead.lead:+.3f}, 95% {lead.low:+.3f} to {lead.high:+.3f}, {lead.pairs} "
+        f"pairs), {'whose lower end is ' if config.gate == 'low' else ''}less than lead.minimum = {config.minimum:g}, and it "
+        f"saves {lead.saving:.0%} of the tokens (lead.saving = {config.saving:.0%}); "
+        + ("raise lead.pairs; or " if unsure else "")
+        + "mend prompts.privileged, or train the policy so that it still follows a reference (grpo.replay, a lower "
+        "grpo.learning_rate), or set lead.enforce = false"
+    )
+
+
+def gate(lead: Lead, config: LeadConfig) -> None:
+    """Let a distillation pass.
+
+    Raises:
+        NoLeadError: it is refused.
+    """
+    if why := refused(lead, config):
+        raise NoLeadError(why)
 
 
 def _prefix(student: Trajectory, rollout: RolloutConfig) -> tuple[Turn, ...]:
@@ -186,11 +194,11 @@ def _sample(
     temperature: float,
     seed: int,
     progress: Progress,
-    work: Work | None,
+    work: Checkpointer | None,
 ) -> list[list[list[Trajectory]]]:
     """For the plain prompt, then the privileged: the samples of each begin (a pair's index and its first turns)."""
     plain = [pair.student.prompt_ids for pair in pairs]
-    privileged = [prompt_of_teacher(policy.tokenizer, policy.prompts, pair) for pair in pairs]
+    privileged = [pair.teacher_prompt_ids for pair in pairs]
     longer = max(len(b) - len(a) for a, b in zip(plain, privileged, strict=True))
     roomier = rollout.model_copy(update={"max_tokens": rollout.max_tokens + max(0, longer)})
     total = 2 * config.samples * len(begins)
@@ -223,7 +231,7 @@ def _sample(
         ]
         at_once = rollout.batch_size
         chunks += [(starts[at : at + at_once], limits) for at in range(0, len(starts), at_once)]
-    work = work or Work()
+    work = work or Checkpointer()
     with work.scratch() as scratch:
         path = scratch / "trajectories.jsonl"
         written(work, Part(path, chunks, make))

@@ -16,9 +16,8 @@ from statistics import fmean
 from typing import NamedTuple
 
 from search_e1.config import PairsConfig
-from search_e1.data.answers import exact_match, normalize_answer
-from search_e1.errors import DataError
-from search_e1.text.reference import Shown
+from search_e1.data.answers import normalize_answer
+from search_e1.text.reference import RenderedReference
 from search_e1.types import Group, Pair, Question, Record, StopReason, Trajectory, Turn
 
 VERBOSE = 1.25
@@ -27,8 +26,8 @@ VERBOSE = 1.25
 Gold = Callable[[Question], list[Trajectory]]
 """A question's demonstrations; none is an empty list."""
 
-Show = Callable[[Question, Trajectory, Trajectory], Shown | None]
-"""Of a question, a reference and a student: what the teacher sees of the reference; ``None`` if that cannot be made to fit."""
+Render = Callable[[Question, Trajectory, Trajectory], RenderedReference | None]
+"""From a question, a reference and a student to what the teacher sees; ``None`` if that cannot be made to fit."""
 
 
 class PoolHealth(Record):
@@ -85,13 +84,8 @@ class _Figures(NamedTuple):
     stop_reason: StopReason
 
 
-def show_whole(question: Question, reference: Trajectory, student: Trajectory) -> Shown:
-    """A ``Show`` without limits."""
-    return Shown(reference.text)
-
-
 def select(
-    groups: Iterable[Group], config: PairsConfig, show: Show = show_whole, *, seed: int = 0, gold: Gold | None = None
+    groups: Iterable[Group], config: PairsConfig, render: Render, *, seed: int = 0, gold: Gold | None = None
 ) -> tuple[list[Pair], PoolHealth]:
     """The pairs of a pool, in the order of its groups, and what the pool was like.
 
@@ -105,8 +99,8 @@ def select(
         sampled += [_Figures(t.reward, t.searches, t.sampled_tokens, t.stop_reason) for t in group.trajectories]
         counts["questions"] += 1
         counts["all_correct"] += all(t.correct for t in group.trajectories)
-        references = gold(group.question)[: config.references] if gold else find_references(group, config, seed)
-        made, too_long = _pairs(group, references, config, show, seed)
+        reference = next(iter(gold(group.question)), None) if gold else group.reference
+        made, too_long = _pairs(group, reference, config, render, seed) if reference else ([], 0)
         pairs += made
         counts["too_long"] += too_long
         if made:
@@ -114,118 +108,53 @@ def select(
         elif too_long:
             counts["none_fits"] += 1
         else:
-            counts["nothing_to_learn" if references else "no_demonstration" if gold else "never_correct"] += 1
+            counts["nothing_to_learn" if reference else "no_demonstration" if gold else "never_correct"] += 1
     return pairs, _health(sampled, pairs, counts)
 
 
 def _pairs(
-    group: Group, references: Sequence[Trajectory], config: PairsConfig, show: Show, seed: int
+    group: Group, reference: Trajectory, config: PairsConfig, render: Render, seed: int
 ) -> tuple[list[Pair], int]:
     """The pairs of a group, and how many were too long."""
     pairs: list[Pair] = []
     too_long = 0
-    most = len(group.trajectories) if config.students_by == "all_wrong" else config.students
-    for reference in references:
-        kept = 0
-        for student in find_students(group, reference, config, seed):
-            if kept == most:
-                break
-            if config.students_by != "any" and any(student is other for other in references):
-                continue
-            shown = show(group.question, reference, student)
-            if shown is None:
-                too_long += 1
-                continue
-            kept += 1
-            pairs.append(
-                Pair(
-                    question=group.question,
-                    reference=reference,
-                    student=student,
-                    reference_shown=None if shown.text == reference.text else shown.text,
-                    shortened=shown.shortened,
-                )
-            )
-    return pairs, too_long
-
-
-def mismatch(
-    pairs: Sequence[Pair], donors: Sequence[Pair], share: float, show: Show = show_whole, *, seed: int = 0
-) -> tuple[list[Pair], int]:
-    """``pairs``, of which the ``share`` of questions see references of other questions, and how many were left out for it.
-
-    Such a reference is drawn of those of ``donors`` whose answer is wrong for the question; where none of them can be made to
-    fit, the pair is left out. Which questions see others, and which ones, depends on ``seed`` and their ids.
-
-    Raises:
-        DataError: ``donors`` have no reference with another answer.
-    """
-    ids = sorted({pair.question.id for pair in pairs})
-    ids.sort(key=lambda name: random.Random(f"{seed}/mismatched/{name}").random())
-    chosen = set(ids[: round(share * len(ids))])
-    references = list({(t.question_id, t.response_ids): t for t in (p.reference for p in donors)}.values())
-    made: list[Pair] = []
-    for pair in pairs:
-        if pair.question.id not in chosen:
-            made.append(pair)
+    for student in find_students(group, reference, config, seed):
+        if len(pairs) == config.students:
+            break
+        rendered = render(group.question, reference, student)
+        if rendered is None:
+            too_long += 1
             continue
-        others = [t for t in references if not exact_match(t.answer, pair.question.answers)]
-        if not others:
-            raise DataError(
-                f"pairs.mismatched = {share:g}: no other question has a reference with another answer than question "
-                f"{pair.question.id!r}; sample a larger pool (pool.questions)"
+        pairs.append(
+            Pair(
+                question=group.question,
+                reference=reference,
+                student=student,
+                reference_shown=None if rendered.text == reference.text else rendered.text,
+                shortened=rendered.shortened,
+                teacher_prompt_ids=rendered.prompt_ids,
             )
-        random.Random(f"{seed}/mismatch/{pair.question.id}").shuffle(others)
-        fitting = ((other, show(pair.question, other, pair.student)) for other in others)
-        other, shown = next(((t, text) for t, text in fitting if text), (None, None))
-        if other and shown:
-            text = None if shown.text == other.text else shown.text
-            seen = dict(reference=other, reference_shown=text, shortened=shown.shortened, mismatched=True)
-            made.append(Pair(**{**dict(pair), **seen}))
-    return made, len(pairs) - len(made)
-
-
-def find_references(group: Group, config: PairsConfig, seed: int = 0) -> list[Trajectory]:
-    """The trajectories to show, at most ``config.references``, the one to prefer first; none if none is correct.
-
-    By ``fewest_searches`` the first is ``Group.reference`` (ties: fewest sampled tokens, then the order in the group), and
-    the others are no less efficient than it. Of trajectories with the same ids one is enough.
-    """
-    correct = [trajectory for trajectory in _distinct(group) if trajectory.correct]
-    if config.references_by == "random":
-        _random(seed, "reference", group).shuffle(correct)
-    else:
-        correct.sort(key=lambda t: (t.searches, t.sampled_tokens))
-        correct = [t for t in correct if not _less_efficient(t, correct[0])]
-    return correct[: config.references]
+        )
+    return pairs, too_long
 
 
 def find_students(group: Group, reference: Trajectory, config: PairsConfig, seed: int = 0) -> list[Trajectory]:
     """Every sibling that may learn from ``reference``, the one to prefer first.
 
-    That is one that is wrong or, except by ``all_wrong``, correct and less efficient: more searches, or ``VERBOSE`` times
-    the sampled tokens. By ``wrong_first`` wrong ones come first, and within each the most divergent; by ``all_wrong`` the
-    most divergent; by ``longest`` that with most sampled tokens. Remaining ties go by the order in the group. Of siblings
-    with the same ids one is enough.
+    By ``wrong_first``: the wrong siblings, then the correct but less efficient ones (more searches, or ``VERBOSE`` times the
+    sampled tokens), within each the most divergent first (ties: the order in the group). One of siblings with the same ids
+    is enough.
 
-    By ``any`` it is every member of the group, as often as it was sampled, the reference too: students are then distributed as
-    the policy's own trajectories are. Mistakes alone show the student the states in which the teacher says no, never those
-    that look the same to the student and in which the teacher says yes; and the reference's are those that the policy is to
-    come to.
+    By ``any``: every member of the group in random order, as often as it was sampled, the reference too, so that students are
+    distributed as the policy's own trajectories are. Mistakes alone show the student the states in which the teacher says no,
+    never those that look the same to the student and in which the teacher says yes.
     """
     if config.students_by == "any":
         students = [t for t in group.trajectories if t.turns]
-        _random(seed, "student", group).shuffle(students)
+        random.Random(f"{seed}/student/{group.question.id}").shuffle(students)
         return students
     students = [t for t in _distinct(group) if t.turns and (not t.correct or _less_efficient(t, reference))]
-    if config.students_by == "all_wrong":
-        students = [t for t in students if not t.correct]
-    if config.students_by == "random":
-        _random(seed, "student", group).shuffle(students)
-    elif config.students_by == "longest":
-        students.sort(key=lambda t: -t.sampled_tokens)
-    else:
-        students.sort(key=lambda t: (t.correct, -divergence(reference, t)))
+    students.sort(key=lambda t: (t.correct, -divergence(reference, t)))
     return students
 
 
@@ -234,10 +163,6 @@ def _distinct(group: Group) -> list[Trajectory]:
     for trajectory in group.trajectories:
         distinct.setdefault(trajectory.response_ids, trajectory)
     return list(distinct.values())
-
-
-def _random(seed: int, what: str, group: Group) -> random.Random:
-    return random.Random(f"{seed}/{what}/{group.question.id}")
 
 
 def _less_efficient(sibling: Trajectory, reference: Trajectory) -> bool:

@@ -3,20 +3,21 @@
 import math
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from search_e1.distill.collate import Row, collate, encode, pad_id
+from search_e1.selfdistill.samples import classes_of, sample_of
 from search_e1.text.tokens import TokenClass
+from search_e1.training.batch import make_batch, micro_batches
 from search_e1.training.divergence import fused_divergence
-from search_e1.training.head import Head, hidden_at, split_head
+from search_e1.training.head import Head, split_head
 from search_e1.training.policy import Policy
 from search_e1.types import Pair, Record
 
 FILE = "kl.jsonl"
-_ROWS = 8  # that go through the model together
+_PASS_TOKENS = 8192
 _POSITIONS = 256  # whose probabilities are in memory together
 _WINDOW = 12  # ids that are decoded before an id to see what it adds to the text
 
@@ -48,34 +49,31 @@ class PairKL(Record):
     """The teacher's most probable token in that place, decoded by itself."""
 
 
-class _Positions(NamedTuple):
-    """Figures of the predicting positions of a batch, in its order; each as long as the batch's ``student_index``."""
-
-    kl: list[float]
-    student: list[float]
-    teacher: list[float]
-    preferred: list[int]
-
-    def part(self, begin: int, end: int) -> "_Positions":
-        at = slice(begin, end)
-        return _Positions(self.kl[at], self.student[at], self.teacher[at], self.preferred[at])
-
-
+@torch.no_grad()
 def pair_kl(policy: Policy, pairs: Sequence[Pair]) -> list[PairKL]:
     """The per-token divergence of each pair, in their order."""
     decoder, head = split_head(policy.model)
-    rows = [encode(policy.tokenizer, policy.prompts, pair) for pair in pairs]
-    made: dict[int, PairKL] = {}
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    for at in range(0, len(rows), _ROWS):
-        part = by_length[at : at + _ROWS]
-        figures = _figures(policy, decoder, head, [rows[i] for i in part])
+    was_training = policy.model.training
+    policy.model.eval()
+    samples = [sample_of(pair, []) for pair in pairs]
+    measured: dict[int, PairKL] = {}
+    for group in micro_batches(samples, _PASS_TOKENS, packed=False):
+        chosen = [samples[i] for i in group]
+        batch = make_batch(chosen, [[1.0] * len(s.positions) for s in chosen], packed=False).to(policy.model.device)
+        assert batch.teacher
+        student, teacher = batch.student.hidden(decoder), batch.teacher.hidden(decoder)
+        _, per_token = fused_divergence(student, teacher, head, clip="none")
+        kl: list[float] = per_token.tolist()
+        by_student, _ = _probabilities(head, student, batch.targets)
+        by_teacher, preferred = _probabilities(head, teacher, batch.targets)
         begin = 0
-        for i in part:
-            end = begin + len(rows[i]["classes"])
-            made[i] = _record(policy.tokenizer, pairs[i], rows[i], figures.part(begin, end))
+        for i in group:
+            end = begin + len(samples[i].positions)
+            at = slice(begin, end)
+            measured[i] = _record(policy, pairs[i], kl[at], by_student[at], by_teacher[at], preferred[at])
             begin = end
-    return [made[i] for i in range(len(rows))]
+    policy.model.train(was_training)
+    return [measured[i] for i in range(len(samples))]
 
 
 def by_class(profiles: Sequence[PairKL]) -> dict[TokenClass, ClassKL]:
@@ -105,21 +103,6 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return made
 
 
-@torch.no_grad()
-def _figures(policy: Policy, decoder: nn.Module, head: Head, rows: Sequence[Row]) -> _Positions:
-    was_training = policy.model.training
-    policy.model.eval()
-    batch = {k: v.to(policy.model.device) for k, v in collate(rows, pad_id(policy.tokenizer)).items()}
-    student, teacher = (hidden_at(decoder, batch, role) for role in ("student", "teacher"))
-    policy.model.train(was_training)
-    _, per_token = fused_divergence(student, teacher, head, clip="none")
-    # The position p of a row predicts its id p + 1; no row's last position predicts anything that is sampled.
-    sampled = batch["student_input_ids"].flatten()[batch["student_index"] + 1]
-    by_student, _ = _probabilities(head, student, sampled)
-    by_teacher, preferred = _probabilities(head, teacher, sampled)
-    return _Positions(per_token.tolist(), by_student, by_teacher, preferred)
-
-
 def _probabilities(head: Head, hidden: Tensor, ids: Tensor) -> tuple[list[float], list[int]]:
     """For each position [N]: the probability of its id, and the most probable id."""
     chosen: list[float] = []
@@ -131,16 +114,19 @@ def _probabilities(head: Head, hidden: Tensor, ids: Tensor) -> tuple[list[float]
     return chosen, best
 
 
-def _record(tokenizer: Any, pair: Pair, row: Row, figures: _Positions) -> PairKL:
-    decoded = {i: tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in set(figures.preferred)}
+def _record(
+    policy: Policy, pair: Pair, kl: list[float], student: list[float], teacher: list[float], preferred: list[int]
+) -> PairKL:
+    tokenizer = policy.tokenizer
+    decoded = {i: tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in set(preferred)}
     return PairKL(
         question_id=pair.question.id,
         pieces=tuple(piece for turn in pair.student.turns for piece in pieces(tokenizer, turn.action_ids)),
-        classes=tuple(row["classes"]),
-        kl=_rounded(figures.kl),
-        student=_rounded(figures.student),
-        teacher=_rounded(figures.teacher),
-        preferred=tuple(decoded[i] for i in figures.preferred),
+        classes=tuple(classes_of(tokenizer, policy.prompts, pair.student)),
+        kl=_rounded(kl),
+        student=_rounded(student),
+        teacher=_rounded(teacher),
+        preferred=tuple(decoded[i] for i in preferred),
     )
 
 

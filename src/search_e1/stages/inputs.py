@@ -1,81 +1,96 @@
-"""What the stages of a run read: questions, passages, and the retriever, each opened once.
-
-In the order in which a mistake is cheapest to find; nothing here needs a policy.
-"""
+"""What the stages of a run read: questions, passages, the retriever, policies and engines; each opened once."""
 
 import difflib
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from search_e1 import runs
-from search_e1.config import Config, default_of
+from search_e1.config import Config, Prompts, default_of
 from search_e1.data.corpus import read_corpus
 from search_e1.data.questions import load_many, load_questions, subset
-from search_e1.errors import ConfigError, DataError
+from search_e1.errors import ConfigError, DataError, ModelError, RunError
 from search_e1.retrieval import directory as directories
-from search_e1.retrieval.base import Index, Retriever
+from search_e1.retrieval.base import Retriever
 from search_e1.retrieval.cache import CachedRetriever
-from search_e1.retrieval.client import HttpRetriever
-from search_e1.retrieval.indexes import DenseSettings, build_index, open_indexes
+from search_e1.retrieval.indexes import DenseSettings, build_index
 from search_e1.retrieval.passages import Passages
+from search_e1.retrieval.registry import index_kinds, open_retriever
+from search_e1.rollout.engines import opening, vllm
+from search_e1.rollout.engines.base import Generator
+from search_e1.rollout.engines.endpoint import Endpoint
 from search_e1.runs import Artifact
 from search_e1.runs.progress import Progress, silent
+from search_e1.selfdistill.gold import Demonstrations
+from search_e1.text.prompts import TEMPLATE_TOKENS, plain_prompt
+from search_e1.text.protocols import protocol_of
+from search_e1.training import policy as policies
+from search_e1.training.policy import Policy, Reader
 from search_e1.types import Question
 
 Watch = Callable[[str], AbstractContextManager[Progress]]
 """Called with the name of a stage that is about to work; its context gives the stage something to tell progress to."""
 
 
-def unwatched(stage: str) -> AbstractContextManager[Progress]:
-    """A ``Watch`` for nobody."""
+def no_progress(stage: str) -> AbstractContextManager[Progress]:
+    """A ``Watch`` that shows nothing."""
     return nullcontext(silent)
 
 
 class Inputs:
     """Questions, passages and retriever of the run in ``root`` under ``config``."""
 
-    def __init__(self, config: Config, root: Path, watch: Watch = unwatched) -> None:
+    def __init__(self, config: Config, root: Path, watch: Watch = no_progress) -> None:
         self.config = config
         self.root = root
         self.watch = watch
+        self._checksums: dict[str, str] = {}
 
     @cached_property
     def train_questions(self) -> list[Question]:
         """The training questions, or the subset of them that the config asks for."""
         questions = load_many(self.config.data.train)
-        return at_most(questions, self.config.data.max_train, self.config.seed)
+        return subsample(questions, self.config.data.max_train, self.config.seed)
 
     @cached_property
     def eval_questions(self) -> dict[str, list[Question]]:
         """Benchmark -> its questions."""
         data = self.config.data
         return {
-            name: at_most(load_questions(path, name), data.max_eval, self.config.seed)
+            name: subsample(load_questions(path, name), data.max_eval, self.config.seed)
             for name, path in data.eval.items()
         }
 
     @cached_property
     def retriever(self) -> Retriever:
-        """Connected and known to answer."""
-        retrieval = self.config.retrieval
-        if retrieval.url:
-            return self._cached_server()
-        if isinstance(retrieval.cache, Path):
-            return CachedRetriever(self._index, retrieval.cache, self.retrieval_checksum())
+        """The retriever, connected and probed, behind its query cache if it has one."""
+        section = self.config.retrieval
+        if section.cache is False or (section.cache is True and self._kinds):
+            return self._index
+        key = self.retrieval_checksum() if self._kinds else self._server_key
+        if key:
+            path = section.cache if isinstance(section.cache, Path) else self.root / "retrieval-cache"
+            return CachedRetriever(self._index, path, key)
+        if isinstance(section.cache, Path):
+            raise ConfigError(
+                f"retrieval.cache: {section.url or section.kind} does not tell its index's checksum; name what it serves with "
+                "retrieval.cache_key, or leave retrieval.cache out"
+            )
         return self._index
 
     @cached_property
-    def _index(self) -> Index:
-        retrieval = self.config.retrieval
-        return open_indexes(self._indexes, retrieval.encoder, retrieval.parameters)
+    def _index(self) -> Retriever:
+        section = self.config.retrieval
+        if self._kinds:
+            section = section.model_copy(update={"index": tuple(self._indexes)})
+        return open_retriever(section, self.config.rollout.topk)
 
     @cached_property
-    def _verified(self) -> Index:
-        """The index, whose every byte is as it was written; one that the run has built is verified with its artifact."""
+    def _verified(self) -> Retriever:
+        """The index with every byte verified; one that the run has built is verified with its artifact."""
         for directory in self.config.retrieval.index:
             with self.watch("index check") as progress:
                 directories.verify(directory, progress)
@@ -88,29 +103,13 @@ class Inputs:
 
     @property
     def _kinds(self) -> tuple[str, ...]:
-        """Of the indexes that are built."""
-        kind = self.config.retrieval.kind
-        return ("bm25", "dense") if kind == "hybrid" else (kind,)
+        """Kinds of index that are searched; empty for a server or a user's own retriever."""
+        return index_kinds(self.config.retrieval)
 
-    @cached_property
-    def _server(self) -> HttpRetriever:
-        retrieval = self.config.retrieval
-        client = HttpRetriever(str(retrieval.url), retrieval.timeout, retrieval.attempts, retrieval.time_limit)
-        client.probe()
-        return client
-
-    def _cached_server(self) -> Retriever:
-        retrieval = self.config.retrieval
-        key = self._server.checksum or retrieval.cache_key
-        if isinstance(retrieval.cache, Path) and not key:
-            raise ConfigError(
-                f"retrieval.cache: {retrieval.url} does not tell its index's checksum; name what it serves with "
-                "retrieval.cache_key, or leave retrieval.cache out"
-            )
-        if not retrieval.cache or not key:
-            return self._server
-        path = self.root / "retrieval-cache.sqlite" if retrieval.cache is True else retrieval.cache
-        return CachedRetriever(self._server, path, key)
+    @property
+    def _server_key(self) -> str | None:
+        """What names the passages behind a server or a user's own retriever."""
+        return getattr(self._index, "checksum", None) or self.config.retrieval.cache_key
 
     def index(self) -> Artifact:
         """The index of ``data.corpus``, or both if they are to be fused, each in a directory named by its kind."""
@@ -144,7 +143,7 @@ class Inputs:
     def passage_texts(self) -> Iterable[str] | None:
         """Title and text of all passages: the index's, or ``data.corpus`` beside a server, else ``None``."""
         corpus = self.config.data.corpus
-        if not self.config.retrieval.url:
+        if self._kinds:
             return Passages.open(self._indexes[0]).texts()
         return (f"{passage.title} {passage.text}" for passage in read_corpus(corpus)) if corpus else None
 
@@ -162,20 +161,112 @@ class Inputs:
                 raise ConfigError(f"no benchmark {name!r} in data.eval; {hint}")
         return [name for name in known if name in names or not names]
 
+    def check(self, policy: str | Path | Endpoint) -> None:
+        """Find every mistake that can be found before any work: questions, retriever, policy, prompt length.
+
+        Raises:
+            SearchE1Error: the first mistake found.
+        """
+        config = self.config
+        for questions in (self.train_questions, *self.eval_questions.values()):
+            if not questions:
+                raise DataError("no questions; give data.train and data.eval files that hold some")
+        if config.rollout.engine == "vllm" and not isinstance(policy, Endpoint):
+            vllm.check(config.policy, config.vllm)
+        if isinstance(policy, Endpoint):
+            with self.engine(policy):
+                assert self.retriever
+            return
+        reader = self.load_reader(policy)  # before an index is built
+        assert self.retriever
+        if config.pairs.references_by == "gold" and config.data.demonstrations and config.distillations:
+            Demonstrations(config.data.demonstrations, reader.tokenizer, reader.prompts).check(self.train_questions)
+        room = min(config.rollout.max_tokens, reader.context_length)
+        for question in (*self.train_questions, *(q for qs in self.eval_questions.values() for q in qs)):
+            # A prompt has at most as many tokens as bytes, so that only the long ones are worth tokenising.
+            size = len(question.text.encode()) + len(reader.prompts.instruction.encode())
+            if size + TEMPLATE_TOKENS[reader.prompts.protocol] < room:
+                continue
+            needed = len(plain_prompt(reader.tokenizer, reader.prompts, question.text))
+            if needed >= room:
+                raise ModelError(
+                    f"question {question.id!r}: its prompt has {needed} tokens, the context {room}; raise rollout.max_tokens, "
+                    "shorten prompts.instruction, or use a policy with a longer context"
+                )
+
+    def load(self, policy: str | Path) -> Policy:
+        """``policy`` on this rank's device.
+
+        Raises:
+            ModelError: it cannot be loaded, or its tokenizer does not fit the protocol.
+        """
+        loaded = policies.load(policy, self.config.policy, self.config.prompts)
+        protocol_of(loaded.tokenizer, loaded.prompts)
+        return loaded
+
+    def load_reader(self, policy: str | Path) -> Reader:
+        """``policy`` without its weights; raises as ``load``."""
+        reader = policies.load_reader(policy, self.config.policy, self.config.prompts)
+        protocol_of(reader.tokenizer, reader.prompts)
+        return reader
+
+    @contextmanager
+    def engine(
+        self, policy: str | Path | Endpoint, loaded: Policy | None = None
+    ) -> Iterator[tuple[Generator, Prompts]]:
+        """An engine that samples from ``policy``, and the prompts to ask it with; ``loaded`` where it is in memory already."""
+        if isinstance(policy, Endpoint) or loaded is None:
+            with opening.asked(self.config, policy) as found:
+                yield found
+            return
+        with opening.sampling(self.config, policy, None, loaded) as generator:
+            yield generator, loaded.prompts
+
+    def checksum(self, policy: str | Path) -> str:
+        """Checksum of a policy's directory, or of a file, computed once; a Hub id as it is."""
+        key = str(policy)
+        if key not in self._checksums:
+            source = policies.resolve(key) if not Path(key).is_file() else Path(key)
+            self._checksums[key] = runs.checksum(source) if isinstance(source, Path) else source
+        return self._checksums[key]
+
+    def sampled_on(self, policy: str | Path | None) -> dict[str, str]:
+        """Checksums of what sampling on the training questions depends on."""
+        train = {f"train.{i}": self.checksum(path) for i, path in enumerate(self.config.data.train)}
+        start = {} if policy is None else {"policy": self.checksum(policy)}
+        return {**start, "retrieval": self.retrieval_checksum(), **train, "max_train": str(self.config.data.max_train)}
+
+    def sampled_by(self, path: Path, policy: str | Path, other_policy: bool) -> str:
+        """Checksum of the policy whose trajectories a pool or pairs hold: ``policy``, unless another is allowed.
+
+        Without a manifest nobody knows; another tokenizer is still noticed by the ids.
+
+        Raises:
+            RunError: another policy sampled them.
+        """
+        given = self.checksum(policy)
+        known = runs.read(path).manifest.inputs.get("policy") if (path / runs.MANIFEST).exists() else None
+        if known in (None, given) or other_policy:
+            return known or given
+        raise RunError(
+            f"{path}: sampled by another policy than {policy} (checksum {known[:12]} there, {given[:12]} given); give the "
+            "policy that sampled it with --policy, or sample a new pool, or allow it with --allow-other-policy"
+        )
+
     def evaluated_on(self, benchmarks: Sequence[str] | None = None) -> dict[str, str]:
         """Checksums of what is evaluated on."""
         files = self.config.data.eval
-        chosen = {f"eval.{name}": runs.checksum(files[name]) for name in (files if benchmarks is None else benchmarks)}
+        chosen = {f"eval.{name}": self.checksum(files[name]) for name in (files if benchmarks is None else benchmarks)}
         return {"retrieval": self.retrieval_checksum(), **chosen}
 
     def retrieval_checksum(self) -> str:
-        """Of the index; of a server's, where it tells, else what names it."""
-        retrieval = self.config.retrieval
-        if retrieval.url:
-            return self._server.checksum or retrieval.cache_key or retrieval.url
-        return self._verified.checksum
+        """Checksum of the index; for a server that sends none, the name of what it serves."""
+        section = self.config.retrieval
+        if self._kinds:
+            return self._verified.checksum  # type: ignore[attr-defined]
+        return self._server_key or section.url or section.kind
 
 
-def at_most(questions: list[Question], most: int | None, seed: int) -> list[Question]:
+def subsample(questions: list[Question], most: int | None, seed: int) -> list[Question]:
     """A random subset of ``most`` questions, the same for a seed; all of them if there are not more."""
     return questions if most is None else subset(questions, min(most, len(questions)), seed)

@@ -21,7 +21,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from search_e1.config import TrackingConfig
 from search_e1.errors import ConfigError
+from search_e1.runs import ranks
 from search_e1.runs.progress import Track, untracked
+from search_e1.runs.stage_id import StageId
 
 DIRECTORY = "tracking"
 _PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard"}
@@ -54,7 +56,7 @@ def tracked(
     Raises:
         ConfigError: see ``check``.
     """
-    if not config.report_to or int(os.environ.get("RANK", "0")):  # one process of several tells
+    if not config.report_to or not ranks.is_first():  # one process of several tells
         yield untracked
         return
     check(config)
@@ -86,35 +88,31 @@ def tracked(
             import_module("wandb").finish()  # transformers leaves it open, and the next stage would go on in it
 
 
-def run_of(stage: str) -> tuple[str, int]:
+def run_of(stage: StageId) -> tuple[str, int]:
     """The tracker's run that a stage belongs to, and the stage's step in it.
 
     A stage that trains is a run of its own. Evaluated policies are the steps of one run (0 is base, then two a round), and so
     are the rounds, with what pool, pairs and lead came to.
     """
-    kind, _, number = stage.rpartition("-")
-    if kind in ("pool", "pairs", "lead"):
-        return "rounds", int(number)
-    if stage == "ceiling":
+    if stage.kind in ("pool", "pairs", "lead"):
+        return "rounds", stage.round or 0
+    if stage.kind == "recall" or str(stage) == "evaluation-base":
         return "evaluation", 0
-    if not stage.startswith("evaluation-"):
-        return stage, 0
-    kind, _, number = stage.removeprefix("evaluation-").rpartition("-")
-    if kind in ("grpo", "ofsd") and number.isdigit():
-        return "evaluation", 2 * int(number) - (kind == "grpo")
-    return ("evaluation", 0) if stage == "evaluation-base" else (stage, 0)
+    subject = stage.subject
+    if stage.kind == "evaluation" and subject.kind in ("grpo", "ofsd") and subject.round:
+        return "evaluation", 2 * subject.round - (subject.kind == "grpo")
+    return str(stage), 0
 
 
-def figures_of(stage: str, result: Mapping[str, Any]) -> dict[str, float]:
-    """What is told of a stage when it is complete; nothing of one that told its steps. ``eval_`` becomes ``eval/``."""
-    kind = stage.partition("-")[0]
-    if kind == "evaluation":
+def figures_of(stage: StageId, result: Mapping[str, Any]) -> dict[str, float]:
+    """What trackers get of a stage when it is complete; nothing of one that tracked its steps. ``eval_`` becomes ``eval/``."""
+    if stage.kind == "evaluation":
         parts = {f"{name}/em": scores["em"] for name, scores in result.get("by_benchmark", {}).items()}
         return _numbers({**result, **parts}, "eval_")
-    if kind not in ("pool", "pairs", "lead"):
+    if stage.kind not in ("pool", "pairs", "lead"):
         return {}
-    lead = {"lead": result["em_privileged"] - result["em_plain"]} if kind == "lead" else {}
-    return _numbers({**result, **lead}, f"{kind}/")
+    lead = {"lead": result["em_privileged"] - result["em_plain"]} if stage.kind == "lead" else {}
+    return _numbers({**result, **lead}, f"{stage.kind}/")
 
 
 def _numbers(figures: Mapping[str, Any], prefix: str) -> dict[str, float]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from search_e1.config import Prompts, ReferenceConfig
-from search_e1.text.prompts import TEMPLATE_TOKENS, privileged_prompt
+from search_e1.text.prompts import privileged_prompt
 from search_e1.text.protocol import Protocol
 from search_e1.text.protocols import protocol_of
 from search_e1.types import ActionKind, Trajectory
@@ -22,42 +22,42 @@ _ACTIONS = {
 }
 
 
-class Shown(NamedTuple):
+class RenderedReference(NamedTuple):
+    """What the teacher sees of a reference."""
+
     text: str
+    prompt_ids: tuple[int, ...]
+    """The privileged prompt that holds it."""
     shortened: bool = False
     """Passages were cut."""
 
 
-def show(
-    tokenizer: Any, prompts: Prompts, question: str, reference: Trajectory, config: ReferenceConfig, room: int
-) -> Shown | None:
-    """What to put into the teacher's prompt of ``reference``; ``None`` if nothing of it may be cut that would make the
-    prompt fit into ``room`` tokens."""
+def render_reference(
+    tokenizer: Any, prompts: Prompts, question: str, reference: Trajectory, config: ReferenceConfig, budget: int
+) -> RenderedReference | None:
+    """What the teacher's prompt shows of ``reference``; ``None`` if the prompt cannot be made to fit into ``budget`` tokens."""
     protocol = protocol_of(tokenizer, prompts)
-    text = view(reference, config, protocol)
 
-    def fits(text: str) -> bool:
-        # A text has at most as many tokens as bytes, so that only long ones are worth tokenising.
-        size = sum(len(part.encode()) for part in (prompts.privileged, prompts.instruction, question, text))
-        return (
-            size + TEMPLATE_TOKENS[prompts.protocol] <= room
-            or len(privileged_prompt(tokenizer, prompts, question, text)) <= room
-        )
+    def encode(text: str) -> tuple[int, ...]:
+        return privileged_prompt(tokenizer, prompts, question, text)
 
-    if fits(text):
-        return Shown(text)
+    text = visible_part(reference, config, protocol)
+    ids = encode(text)
+    if len(ids) <= budget:
+        return RenderedReference(text, ids)
     if config.shows != "whole" or config.shorten == "never":
         return None
-    shorter = (_fewer_passages if config.shorten == "passages" else _shorter_passages)(protocol, reference, fits)
-    return None if shorter is None else Shown(shorter, shortened=True)
+    shorten = _fewer_passages if config.shorten == "passages" else _shorter_passages
+    shorter = shorten(protocol, reference, lambda text: len(encode(text)) <= budget)
+    return None if shorter is None else RenderedReference(shorter, encode(shorter), shortened=True)
 
 
-def room(config: ReferenceConfig, context_length: int, response: int) -> int:
+def prompt_budget(config: ReferenceConfig, context_length: int, response: int) -> int:
     """Tokens that are left for the teacher's prompt before a response of ``response`` tokens."""
     return min(context_length, config.max_tokens or context_length) - response
 
 
-def view(reference: Trajectory, config: ReferenceConfig, protocol: Protocol) -> str:
+def visible_part(reference: Trajectory, config: ReferenceConfig, protocol: Protocol) -> str:
     """What ``config.shows`` names: all of it, or the actions alone, as they were, from their tag on, a line each."""
     if config.shows == "whole":
         return reference.text

@@ -1,7 +1,6 @@
-"""From a causal language model to its two parts: a decoder that gives hidden states, and what makes logits of them."""
+"""A causal language model as two parts: the decoder, which gives hidden states, and the head, which makes logits of them."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ class Head(NamedTuple):
     """Gemma's ``final_logit_softcapping``."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., V] of [..., H], all at once: for small inputs, and to say what the fused loss computes."""
+        """Logits [..., V] of hidden states [..., H], all at once: for small inputs, and to define the fused passes."""
         scaled = nn.functional.linear(hidden, self.weight, self.bias) * self.scale
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
@@ -60,20 +59,6 @@ def split_head(model: Any) -> tuple[nn.Module, Head]:
     )
 
 
-@contextmanager
-def computing(layer: nn.Module, function: Callable[..., Any]) -> Iterator[nn.Module]:
-    """``layer`` with ``function`` for its forward pass, in which its weights are whole.
-
-    What divides weights among processes gathers those of a module when it is called, and its gradients when the backward
-    pass comes to it. Who only reads them finds a part.
-    """
-    layer.forward = function
-    try:
-        yield layer
-    finally:
-        del layer.forward
-
-
 def _transforms(config: Any) -> Iterator[tuple[float, float | None]]:
     """Scale and soft cap as the families of transformers name them; some divide by what others multiply with."""
     softcap = getattr(config, "final_logit_softcapping", None) or None
@@ -82,10 +67,3 @@ def _transforms(config: Any) -> Iterator[tuple[float, float | None]]:
     factors += [scaling, 1 / scaling] if scaling else []
     for scale in dict.fromkeys([factor for factor in factors if factor] or [1.0]):
         yield scale, softcap
-
-
-def hidden_at(decoder: nn.Module, batch: Mapping[str, Tensor], role: str) -> Tensor:
-    """[N, H]: last hidden states where ``role`` (student or teacher) predicts the ids of a batch of ``collate`` or ``pack``."""
-    layout = {key: batch[f"{role}_{key}"] for key in ("attention_mask", "position_ids") if f"{role}_{key}" in batch}
-    hidden = decoder(input_ids=batch[f"{role}_input_ids"], use_cache=False, **layout).last_hidden_state
-    return hidden.flatten(0, 1)[batch[f"{role}_index"]]

@@ -1,0 +1,44 @@
+"""From pairs to samples: what distillation and fine-tuning on references learn from."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from search_e1.config import Prompts
+from search_e1.text.tokens import TokenClass, token_classes
+from search_e1.types import Pair, Sample, Trajectory
+
+
+def classes_of(tokenizer: Any, prompts: Prompts, trajectory: Trajectory) -> list[TokenClass]:
+    """The class of each sampled token of a trajectory."""
+    return [kind for turn in trajectory.turns for kind in token_classes(tokenizer, turn, prompts)]
+
+
+def weights_of(
+    trajectory: Trajectory, classes: Sequence[TokenClass], weights: Mapping[str, float]
+) -> tuple[float, ...]:
+    """The weight of each response token by its class; 0 for what was inserted."""
+    own = iter(classes)
+    return tuple(weights[next(own)] if mask else 0.0 for mask in trajectory.action_mask)
+
+
+def sample_of(pair: Pair, classes: Sequence[TokenClass], weights: Mapping[str, float] | None = None) -> Sample:
+    """The student's response under the plain prompt and, for the teacher, under the privileged one."""
+    return Sample(
+        question_id=pair.question.id,
+        prompt_ids=pair.student.prompt_ids,
+        response_ids=pair.student.response_ids,
+        action_mask=pair.student.action_mask,
+        weights=weights_of(pair.student, classes, weights) if weights else None,
+        teacher_prompt_ids=pair.teacher_prompt_ids,
+    )
+
+
+def reference_sample_of(pair: Pair, classes: Sequence[TokenClass], weights: Mapping[str, float]) -> Sample:
+    """The reference under the plain prompt, to be imitated."""
+    return Sample(
+        question_id=pair.question.id,
+        prompt_ids=pair.student.prompt_ids,
+        response_ids=pair.reference.response_ids,
+        action_mask=pair.reference.action_mask,
+        weights=weights_of(pair.reference, classes, weights),
+    )

@@ -1,0 +1,143 @@
+"""Distillation, or fine-tuning on the same references: the policy learns from stored pairs."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from search_e1 import runs
+from search_e1.config import Config, DistillConfig
+from search_e1.errors import DataError
+from search_e1.runs import derived_seed, ranks
+from search_e1.runs.context import StageContext
+from search_e1.runs.stage_id import StageId
+from search_e1.selfdistill import files
+from search_e1.selfdistill.lead import Lead, gate
+from search_e1.selfdistill.samples import classes_of, reference_sample_of, sample_of
+from search_e1.stages.inputs import Inputs
+from search_e1.stages.lead import FILE as LEAD
+from search_e1.stages.stage import Stage, sections
+from search_e1.training.loop import Schedule, train
+from search_e1.training.objectives import open_objective
+from search_e1.training.policy import Policy, with_adapter
+from search_e1.training.record import ends
+from search_e1.training.trained import TrainedPolicy
+from search_e1.types import Pair, Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Distill(Stage):
+    """``policy`` distilled on the pairs; an adapter is merged. Writes ``policy/`` and ``steps.jsonl``.
+
+    Figures: pairs (for ``sft`` distinct references), pairs_too_long, pairs_shortened (whose reference lacks passages, so that
+    it fits), positions (tokens in the loss, an epoch), steps, halved, the loss (kl or cross_entropy, nats a token) over the
+    first and the last tenth of the steps, seconds.
+    """
+
+    policy: str | Path
+    pairs: Path
+    """The pairs' directory."""
+    lead: Path | None
+    """The measured lead's directory; ``None`` where the objective has no teacher."""
+    round: int
+    other_policy: bool = False
+    """Whether another policy's pairs will do."""
+
+    @property
+    def id(self) -> StageId:
+        return StageId("ofsd", self.round)
+
+    def settings(self, config: Config) -> Mapping[str, Any]:
+        return sections(config, "distill")
+
+    def inputs(self, run: Inputs) -> Mapping[str, str]:
+        """
+        Raises:
+            RunError: another policy's pairs.
+            NoLeadError: the measured lead does not pass the gate.
+        """
+        run.sampled_by(self.pairs, self.policy, self.other_policy)
+        if run.config.distill.has_teacher:
+            assert self.lead, "nothing is distilled unmeasured"
+            gate(Lead.model_validate_json((self.lead / LEAD).read_text()), run.config.lead)
+        return {"policy": run.checksum(self.policy), "pairs": runs.checksum(self.pairs / files.TRAIN)}
+
+    def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
+        """
+        Raises:
+            DataError: no pairs, none that fits, or pairs of another tokenizer.
+        """
+        config = run.config.distill
+        policy = run.load(self.policy)
+        pairs = files.read(self.pairs / files.TRAIN, policy.tokenizer)
+        samples = make_samples(policy, pairs, config)
+        model = with_adapter(policy.model, config.lora) if config.weights == "lora" else policy.model
+        objective = open_objective(config.objective, "distill.objective", run.config)
+        sharding = run.config.parallel.sharding
+        trained = TrainedPolicy(model, config.training, frozen_start=objective.needs_start, sharding=sharding)
+        source = EpochSource(samples, config.batch_size, context.seed)
+        schedule = Schedule(source.steps * config.epochs, config.learning_rate)
+        steps = train(trained, source, {"distill": objective}, config.training, schedule, context)
+        policy.model = trained.finish()
+        if ranks.is_first():
+            policy.save(context.out / "policy")
+        imitates = config.objective == "sft"
+        return {
+            "pairs": len(samples),
+            "pairs_too_long": _examples(pairs, config) - len(samples),
+            "pairs_shortened": 0 if imitates else sum(pair.shortened for pair in pairs),
+            "positions": sum(len(sample.positions) for sample in samples),
+            "steps": len(steps),
+            "halved": sum(step.get("halved", 0) for step in steps),
+            **ends(steps, "loss", 0.1, name="cross_entropy" if imitates else "kl"),
+            "seconds": sum(step["seconds"] for step in steps),
+        }
+
+
+def make_samples(policy: Policy, pairs: Sequence[Pair], config: DistillConfig) -> list[Sample]:
+    """What is learnt from ``pairs``: students under their teacher, or for ``sft`` each reference once.
+
+    Raises:
+        DataError: no pairs, or none that fits the policy's context.
+    """
+    if not pairs:
+        raise DataError(
+            "no pairs to distil on; sample a larger pool (pool.questions, pool.group_size) or check its health"
+        )
+    weights = config.class_weights.model_dump()
+    if config.objective == "sft":
+        make, learner = reference_sample_of, "reference"
+        pairs = list({(p.question.id, p.reference.response_ids): p for p in reversed(pairs)}.values())[::-1]
+    else:
+        make, learner = sample_of, "student"
+    samples = [make(p, classes_of(policy.tokenizer, policy.prompts, getattr(p, learner)), weights) for p in pairs]
+    length = policy.model.config.get_text_config().max_position_embeddings
+    fitting = [sample for sample in samples if len(sample) <= length and sample.positions]
+    if not fitting:
+        raise DataError(
+            f"none of the {len(samples)} pairs fits the policy's context of {length} tokens; use a policy with a longer "
+            "context, or lower rollout.max_tokens"
+        )
+    return fitting
+
+
+def _examples(pairs: Sequence[Pair], config: DistillConfig) -> int:
+    return len({(p.question.id, p.reference.response_ids) for p in pairs}) if config.objective == "sft" else len(pairs)
+
+
+class EpochSource:
+    """All samples once an epoch, in an order that follows from seed and epoch; this rank's share of each batch."""
+
+    def __init__(self, samples: Sequence[Sample], batch_size: int, seed: int) -> None:
+        self.figures: Mapping[str, float] = {}
+        self._samples, self._size, self._seed = samples, batch_size, seed
+        self.steps = -(-len(samples) // batch_size)
+        """Batches an epoch; the last may be smaller."""
+
+    def next(self, step: int) -> Mapping[str, Sequence[Sample]]:
+        epoch, at = divmod(step, self.steps)
+        order = list(range(len(self._samples)))
+        random.Random(derived_seed(self._seed, "epoch", epoch)).shuffle(order)
+        batch = [self._samples[i] for i in order[at * self._size : (at + 1) * self._size]]
+        return {"distill": batch[ranks.rank() :: ranks.count()]}

@@ -1,0 +1,105 @@
+"""Evaluation of a policy on the evaluation questions, and what retrieval makes possible there."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from search_e1 import runs
+from search_e1.config import Config
+from search_e1.errors import ConfigError
+from search_e1.evaluation import recall as recalls
+from search_e1.evaluation.evaluate import evaluate
+from search_e1.evaluation.results import EVALUATION, Evaluation
+from search_e1.rollout.engines.endpoint import Endpoint
+from search_e1.runs import Artifact
+from search_e1.runs.context import StageContext
+from search_e1.runs.safe import is_name
+from search_e1.runs.stage_id import StageId
+from search_e1.stages.inputs import Inputs
+from search_e1.stages.stage import Stage, sections
+
+
+@dataclass(frozen=True, slots=True)
+class Recall(Stage):
+    """What retrieval can do for each evaluation question, whatever the policy; in ``recall.jsonl``."""
+
+    parallel = False
+    uses_device = False
+
+    @property
+    def id(self) -> StageId:
+        return StageId("recall")
+
+    def settings(self, config: Config) -> Mapping[str, Any]:
+        return sections(config, "rollout", "data.max_eval")
+
+    def inputs(self, run: Inputs) -> Mapping[str, str]:
+        corpus = run.config.data.corpus
+        known = {"corpus": run.checksum(corpus)} if run.config.retrieval.url and corpus else {}
+        return {**run.evaluated_on(), **known}
+
+    def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
+        topk = run.config.rollout.topk
+        rows = recalls.measure(run.retriever, run.passage_texts(), run.eval_questions, topk, context.progress)
+        lines = "".join(row.model_dump_json() + "\n" for row in rows)
+        (context.out / recalls.FILE).write_text(lines, encoding="utf-8")
+        return recalls.figures(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate(Stage):
+    """``policy``, or what an endpoint serves, on the evaluation questions; see ``evaluation.evaluate`` for the files."""
+
+    policy: str | Path | Endpoint
+    name: str
+    recall: Artifact | None = None
+    benchmarks: Sequence[str] = ()
+    """Those of ``data.eval`` that are asked; all, if none is named."""
+
+    @property
+    def id(self) -> StageId:
+        """
+        Raises:
+            ConfigError: no directory can have this name.
+        """
+        if not is_name(self.name):
+            raise ConfigError(
+                f"--name {self.name!r}: cannot be the name of a directory; use letters, digits, '.', '+', '-' and '_'"
+            )
+        return StageId("evaluation", of=self.name)
+
+    @property
+    def seed_name(self) -> str:
+        return "evaluation"  # the same for every policy: what differs between two evaluations is the policy
+
+    def settings(self, config: Config) -> Mapping[str, Any]:
+        return sections(config, "evaluation", "rollout", "data.max_eval")
+
+    def inputs(self, run: Inputs) -> Mapping[str, str]:
+        policy = self.policy
+        if isinstance(policy, Endpoint):
+            asked = {"endpoint": policy.address, "model": policy.model, "ids": "words of an endpoint, not trainable"}
+        else:
+            asked = {"policy": run.checksum(policy)}
+        found = {**asked, **run.evaluated_on(run.benchmarks(self.benchmarks))}
+        if self.recall:
+            found["recall"] = runs.checksum(self.recall.path / recalls.FILE)
+        return found
+
+    def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
+        rows = recalls.read(self.recall.path / recalls.FILE) if self.recall else ()
+        questions = {name: run.eval_questions[name] for name in run.benchmarks(self.benchmarks)}
+        with run.engine(self.policy) as (engine, prompts):
+            evaluation = evaluate(
+                engine, run.retriever, questions, prompts, run.config.evaluation, run.config.rollout,
+                seed=context.seed, out=context.out, progress=context.progress,
+                recalls={(row.benchmark, row.id): row for row in rows}, work=context.checkpointer,
+            )  # fmt: skip
+        return evaluation.model_dump(mode="json")
+
+
+def read_evaluation(artifact: Artifact) -> Evaluation:
+    """The figures of an evaluation's artifact."""
+    return Evaluation.model_validate(json.loads((artifact.path / EVALUATION).read_text()))

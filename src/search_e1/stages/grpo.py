@@ -1,0 +1,264 @@
+"""GRPO: each step samples groups from the current policy and learns from their rewards."""
+
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from search_e1.config import Config, GrpoConfig, default_of
+from search_e1.errors import ConfigError, DataError
+from search_e1.rollout.loop import Start, rollout, starts
+from search_e1.runs import derived_seed, ranks
+from search_e1.runs.context import StageContext
+from search_e1.runs.stage_id import StageId
+from search_e1.stages.inputs import Inputs
+from search_e1.stages.kept import Groups, keeping
+from search_e1.stages.replay import replay_samples, taught_samples
+from search_e1.stages.stage import Stage, sections
+from search_e1.stages.training_engine import open_training_engine
+from search_e1.training.loop import Schedule, train
+from search_e1.training.objectives import open_objective
+from search_e1.training.objectives.base import Objective
+from search_e1.training.objectives.grpo import advantages, length_penalties
+from search_e1.training.objectives.hindsight import Hindsight
+from search_e1.training.objectives.sft import Sft
+from search_e1.training.policy import Policy, with_adapter
+from search_e1.training.record import ends, mean
+from search_e1.training.trained import TrainedPolicy
+from search_e1.types import Group, Question, Sample, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Grpo(Stage):
+    """``policy`` trained for one round.
+
+    Writes ``policy/``, ``steps.jsonl`` and, with ``grpo.keep_groups``, ``groups.jsonl``. Figures: steps, seconds, mean reward
+    of the first and of the last quarter of the steps, the share of groups with mixed rewards (the others teach nothing),
+    searches and sampled tokens of a trajectory in the last quarter, and how often a pass was halved for lack of memory.
+    """
+
+    policy: str | Path
+    round: int
+
+    @property
+    def id(self) -> StageId:
+        return StageId("grpo", self.round)
+
+    def settings(self, config: Config) -> Mapping[str, Any]:
+        unused = {} if config.grpo.shows_references else {"reference": default_of(("reference",))}
+        return {**sections(config, "grpo", "rollout", "reference"), **unused}
+
+    def inputs(self, run: Inputs) -> Mapping[str, str]:
+        return run.sampled_on(self.policy)
+
+    def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
+        """
+        Raises:
+            ConfigError: sizes that do not fit together.
+            DataError: two questions with one id.
+            RetrievalError: from the retriever.
+        """
+        config = run.config.grpo
+        check(config, run.train_questions)
+        policy = run.load(self.policy)
+        steps: list[dict[str, float]] = []
+        if config.steps:
+            model = with_adapter(policy.model, config.lora) if config.lora else policy.model
+            objectives = make_objectives(run.config)
+            needs_start = any(objective.needs_start for objective in objectives.values())
+            sharding = run.config.parallel.sharding
+            trained = TrainedPolicy(model, config.training, frozen_start=needs_start, sharding=sharding)
+            schedule = Schedule(config.steps, config.learning_rate, config.mini_batches, config.epochs)
+            with ExitStack() as stack:
+                kept = stack.enter_context(keeping(config.keep_groups, context))
+                source = GroupSource(run, policy, trained, context, self.policy, kept, stack)
+                steps = train(trained, source, objectives, config.training, schedule, context, headline="reward")
+            policy.model = trained.finish()
+        if ranks.is_first():
+            policy.save(context.out / "policy")
+        return summarize(steps)
+
+
+def check(config: GrpoConfig, questions: Sequence[Question]) -> None:
+    """See that a step can be made of these questions.
+
+    Raises:
+        ConfigError, DataError: it cannot.
+    """
+    if len({question.id for question in questions}) < len(questions):
+        raise DataError("two training questions have the same id; give each its own")
+    if config.steps and len(questions) < config.questions_per_step:
+        raise ConfigError(
+            f"grpo.questions_per_step = {config.questions_per_step}, but there are {len(questions)} training questions; "
+            "lower it"
+        )
+    if config.questions_per_step < ranks.count():
+        raise ConfigError(
+            f"grpo.questions_per_step = {config.questions_per_step} cannot be shared by {ranks.count()} processes; raise it, "
+            "or start fewer"
+        )
+
+
+def make_objectives(config: Config) -> dict[str, Objective]:
+    """What a GRPO step learns by: the policy gradient first, then what may be added to it."""
+    grpo = config.grpo
+    name = "evidence" if grpo.objective == "grpo" and grpo.evidence.strength else grpo.objective
+    objectives: dict[str, Objective] = {"grpo": open_objective(name, "grpo.objective", config)}
+    if grpo.hindsight.weight:
+        objectives["hindsight"] = Hindsight(grpo.hindsight.weight, grpo.training.logits_mib)
+    if grpo.replay.examples_per_step and grpo.replay.weight:
+        objectives["replay"] = Sft(grpo.replay.weight, grpo.training.logits_mib)
+    return objectives
+
+
+def question_order(questions: Sequence[Question], config: GrpoConfig, seed: int) -> list[Question]:
+    """The questions of all steps: pass after pass over all questions, each shuffled anew."""
+    shuffler, count = random.Random(seed), config.steps * config.questions_per_step
+    asked: list[Question] = []
+    while len(asked) < count:
+        asked += shuffler.sample(list(questions), len(questions))
+    return asked[:count]
+
+
+class GroupSource:
+    """Samples the groups of a step from the current policy: this rank's share of its questions."""
+
+    def __init__(
+        self,
+        run: Inputs,
+        policy: Policy,
+        trained: TrainedPolicy,
+        context: StageContext,
+        path: str | Path,
+        kept: Groups | None,
+        stack: ExitStack,
+    ) -> None:
+        """``path``: what an engine beside the policy loads first; ``stack`` closes it."""
+        self.figures: Mapping[str, float] = {}
+        self._run, self._policy, self._trained, self._context, self._kept = run, policy, trained, context, kept
+        self._config = run.config.grpo
+        self._order = question_order(run.train_questions, self._config, context.seed)
+        self._engine = stack.enter_context(open_training_engine(run.config, path, trained, policy.tokenizer))
+
+    def next(self, step: int) -> Mapping[str, Sequence[Sample]]:
+        config = self._config
+        begin = step * config.questions_per_step
+        places = range(begin, begin + config.questions_per_step)[ranks.rank() :: ranks.count()]
+        groups = self._sample(step, [(place - begin, self._order[place]) for place in places])
+        rewards = [self._rewards(group) for group in groups]
+        self.figures = _figures(groups, rewards, config)
+        everyone: list[Group] = []
+        if config.replay.examples_per_step or config.keep_groups:
+            everyone = _interleaved(ranks.all_gather_object(groups))
+            if self._kept and ranks.is_first():
+                self._kept.add(step, everyone)
+        return self._samples(groups, rewards, everyone)
+
+    def _sample(self, step: int, asked: Sequence[tuple[int, Question]]) -> list[Group]:
+        policy, size = self._policy, self._config.group_size
+        begun: list[Start] = []
+        for place, question in asked:
+            (plain,) = starts(policy.tokenizer, policy.prompts, [question])
+            begun += [replace(plain, sample=place * size + i) for i in range(size)]
+        with self._engine.updated() as engine:
+            trajectories = rollout(
+                engine, self._run.retriever, begun, self._run.config.rollout,
+                temperature=self._config.temperature, seed=derived_seed(self._context.seed, step), prompts=policy.prompts,
+            )  # fmt: skip
+        return [
+            Group(question=question, trajectories=tuple(trajectories[i * size : (i + 1) * size]))
+            for i, (_, question) in enumerate(asked)
+        ]
+
+    def _rewards(self, group: Group) -> list[float]:
+        """What the trajectories of a group are compared by."""
+        own = [trajectory.reward for trajectory in group.trajectories]
+        if not self._config.length_penalty:
+            return own
+        penalties = length_penalties(group.trajectories, self._config.length_penalty)
+        return [reward + penalty for reward, penalty in zip(own, penalties, strict=True)]
+
+    def _samples(
+        self, groups: Sequence[Group], rewards: Sequence[Sequence[float]], everyone: Sequence[Group]
+    ) -> dict[str, list[Sample]]:
+        run, config, policy = self._run, self._config, self._policy
+        context = self._engine.context_length
+        samples: dict[str, list[Sample]] = {"grpo": []}
+        for group, own in zip(groups, rewards, strict=True):
+            gains = advantages(own, scaled=config.scale_advantages)
+            for trajectory, gain in zip(group.trajectories, gains, strict=True):
+                samples["grpo"].append(sample_of(trajectory, gain, reweighed=self._engine.reweighed))
+        if config.evidence.strength:
+            taught = taught_samples(policy, groups, context, run.config.reference)
+            samples["grpo"] = [
+                s.model_copy(update={"teacher_prompt_ids": t.teacher_prompt_ids}) if t else s
+                for s, t in zip(samples["grpo"], taught, strict=True)
+            ]
+        if config.hindsight.weight:
+            taught = taught_samples(policy, groups, context, run.config.reference, classes=("search",))
+            samples["hindsight"] = [sample for sample in taught if sample]
+        if config.replay.examples_per_step and config.replay.weight:
+            every = replay_samples(policy, everyone, config.replay, context, run.config.reference)
+            samples["replay"] = every[ranks.rank() :: ranks.count()]
+        return samples
+
+
+def sample_of(trajectory: Trajectory, advantage: float, *, reweighed: bool = False) -> Sample:
+    """What GRPO learns from a trajectory; ``reweighed``: by the log-probabilities of the engine that sampled it."""
+    response, logprobs = trajectory.response_ids, None
+    if reweighed:
+        rows = [(*(turn.sampling_logprobs or ()), *[0.0] * len(turn.observation_ids)) for turn in trajectory.turns]
+        logprobs = tuple(value for row in rows for value in row)
+    return Sample(
+        question_id=trajectory.question_id,
+        prompt_ids=trajectory.prompt_ids,
+        response_ids=response,
+        action_mask=trajectory.action_mask,
+        advantages=(advantage,) * len(response),
+        sampling_logprobs=logprobs,
+    )
+
+
+def _interleaved(parts: Sequence[Sequence[Group]]) -> list[Group]:
+    """The step's groups in their order, of which each rank has every n-th."""
+    longest = max(map(len, parts))
+    return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+
+def _figures(groups: Sequence[Group], rewards: Sequence[Sequence[float]], config: GrpoConfig) -> dict[str, float]:
+    """Means over the step's trajectories, of all ranks."""
+    trajectories = [t for group in groups for t in group.trajectories]
+    sums = {
+        "trajectories": float(len(trajectories)),
+        "groups": float(len(groups)),
+        "reward": sum(t.reward for t in trajectories),
+        "searches": float(sum(t.searches for t in trajectories)),
+        "sampled_tokens": float(sum(t.sampled_tokens for t in trajectories)),
+        "answered": float(sum(t.answer is not None for t in trajectories)),
+        "mixed": float(sum(max(own) - min(own) > 0 for own in rewards)),
+        "shaped_reward": sum(map(sum, rewards)),
+    }
+    parts = ranks.all_gather_object(sums)
+    totals = {name: sum(part[name] for part in parts) for name in sums}
+    count, number = totals.pop("trajectories"), totals.pop("groups")
+    figures = {name: value / (number if name == "mixed" else count) for name, value in totals.items()}
+    if not config.length_penalty:
+        del figures["shaped_reward"]
+    return figures
+
+
+def summarize(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The stage's figures; see ``Grpo``."""
+    if not steps:
+        return {"steps": 0}
+    return {
+        "steps": len(steps),
+        "seconds": round(sum(step["seconds"] for step in steps), 3),
+        **ends(steps, "reward", 0.25),
+        "mixed": mean(steps, "mixed"),
+        "searches_last": ends(steps, "searches", 0.25)["searches_last"],
+        "sampled_tokens_last": ends(steps, "sampled_tokens", 0.25)["sampled_tokens_last"],
+        "halved": sum(step.get("halved", 0) for step in steps),
+    }

@@ -1,0 +1,58 @@
+"""Pairs mined from a pool: to distil on, and held out to measure the lead on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from search_e1 import runs
+from search_e1.config import Config
+from search_e1.data import lines
+from search_e1.rollout import pool
+from search_e1.runs.context import StageContext
+from search_e1.runs.stage_id import StageId
+from search_e1.selfdistill import files
+from search_e1.stages.inputs import Inputs
+from search_e1.stages.stage import Stage, sections
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs(Stage):
+    """Writes ``train.jsonl`` and ``held_out.jsonl``. Figures: ``selfdistill.pairs.PoolHealth`` and the numbers of pairs."""
+
+    policy: str | Path
+    pool: Path
+    """The pool's directory."""
+    round: int
+    other_policy: bool = False
+    """Whether another policy may have sampled the pool."""
+    parallel = False
+    uses_device = False
+
+    @property
+    def id(self) -> StageId:
+        return StageId("pairs", self.round)
+
+    def settings(self, config: Config) -> Mapping[str, Any]:
+        return sections(config, "reference", "pairs", "lead")
+
+    def inputs(self, run: Inputs) -> Mapping[str, str]:
+        """
+        Raises:
+            RunError: another policy sampled the pool.
+        """
+        sampled_by = run.sampled_by(self.pool, self.policy, self.other_policy)
+        found = {"policy": sampled_by, "reader": run.checksum(self.policy)}
+        if run.config.pairs.references_by == "gold" and run.config.data.demonstrations:
+            found["demonstrations"] = lines.checksum(run.config.data.demonstrations)
+        if (self.pool / pool.FILE).is_file():
+            found["pool"] = runs.checksum(self.pool / pool.FILE)
+        return found
+
+    def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
+        """
+        Raises:
+            DataError: another tokenizer sampled the pool.
+        """
+        reader = run.load_reader(self.policy)
+        return files.mine(self.pool / pool.FILE, reader, run.config, seed=context.seed, out=context.out)

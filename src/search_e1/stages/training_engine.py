@@ -1,0 +1,90 @@
+"""What GRPO samples with while the policy changes: the trained model itself, or an engine that is given its weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from peft import PeftModel
+
+from search_e1.config import Config
+from search_e1.rollout.engines import vllm
+from search_e1.rollout.engines.base import Generator
+from search_e1.rollout.engines.opening import engine as vllm_engine
+from search_e1.rollout.engines.torch import HFGenerator
+from search_e1.training.trained import TrainedPolicy
+
+
+class TrainingEngine(Protocol):
+    """An engine over a policy that is being trained."""
+
+    context_length: int
+    reweighed: bool
+    """Its arithmetic is not the trainer's, so that its log-probabilities matter."""
+
+    def updated(self) -> Any:
+        """A context with an engine that samples from the weights as they are now."""
+        ...
+
+
+@contextmanager
+def open_training_engine(
+    config: Config, path: str | Path, trained: TrainedPolicy, tokenizer: Any
+) -> Iterator[TrainingEngine]:
+    """What ``rollout.engine`` names. ``path``: the policy that an engine beside the trainer loads first."""
+    if config.rollout.engine != "vllm":
+        yield _OwnModel(trained, tokenizer, config.rollout.batch_size)
+        return
+    llm = vllm_engine(config, path, config.rollout.max_tokens, shared=True).start()
+    try:
+        yield _Vllm(llm, trained, tokenizer)
+    finally:
+        vllm.stop(llm)
+
+
+class _OwnModel:
+    reweighed = False
+
+    def __init__(self, trained: TrainedPolicy, tokenizer: Any, rows: int) -> None:
+        self.context_length: int = trained.model.config.get_text_config().max_position_embeddings
+        self._trained, self._tokenizer, self._rows = trained, tokenizer, rows
+
+    @contextmanager
+    def updated(self) -> Iterator[Generator]:
+        with self._trained.sampled() as model:
+            yield HFGenerator(model, self._tokenizer, batch_size=self._rows)
+
+
+class _Vllm:
+    reweighed = True
+
+    def __init__(self, llm: Any, trained: TrainedPolicy, tokenizer: Any) -> None:
+        self._llm, self._trained = llm, trained
+        self._generator = vllm.VLLMGenerator(llm, tokenizer)
+        self.context_length = self._generator.context_length
+
+    @contextmanager
+    def updated(self) -> Iterator[Generator]:
+        with self._trained.sampled() as model, _merged(self._trained.model):
+            vllm.update_weights(self._llm, _plain_weights(model))
+        yield self._generator
+
+
+@contextmanager
+def _merged(model: Any) -> Iterator[None]:
+    """With adapters merged into the weights that they belong to, for as long as the context lasts."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    model.merge_adapter()
+    try:
+        yield
+    finally:
+        model.unmerge_adapter()
+
+
+def _plain_weights(model: Any) -> Iterator[tuple[str, Any]]:
+    """Name and value of each weight as the plain model has it."""
+    for name, weight in model.named_parameters():
+        if "lora_" not in name:
+            yield name.replace(".base_layer", ""), weight.detach()

@@ -1,0 +1,129 @@
+"""All that a training step depends on, saved and restored to the bit."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from search_e1.runs import ranks
+from search_e1.training.sharding import full_state_dict, shard_like
+from search_e1.training.trained import TrainedPolicy
+from search_e1.types import Sample
+
+_WEIGHTS, _OPTIMIZERS, _STEPS = "trained.safetensors", "optimizers.pt", "steps.json"
+
+
+@dataclass(slots=True)
+class Unfinished:
+    """A step that was interrupted between two passes: its samples, and how far it is. Each rank has its own."""
+
+    samples: dict[str, list[Sample]]
+    update: int = 0
+    """Updates that are complete."""
+    passes: int = 0
+    """Passes of the update at hand that are complete; the gradients hold them."""
+    halvings: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    """The step's figures so far."""
+    source_figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """The weights that are trained (the others are the policy's, on disk), optimisers, schedules, random states and records.
+
+    What ranks divide among them is saved whole by rank 0, so that another number of them can go on. An unfinished step and
+    random states are each rank's own: with another number of ranks, the step begins anew.
+    """
+
+    policy: TrainedPolicy
+    optimizers: Sequence[Optimizer]
+    schedules: Sequence[LRScheduler]
+
+    def save(self, directory: Path, records: Sequence[dict[str, float]], unfinished: Unfinished | None) -> None:
+        torch.save(self._of_rank(unfinished), directory / f"rank-{ranks.rank()}.pt")
+        weights = full_state_dict(dict(self.policy.parameters), keep=ranks.is_first())
+        states = full_state_dict([o.state_dict() for o in self.optimizers], keep=ranks.is_first())
+        if not ranks.is_first():
+            return
+        save_file(weights, directory / _WEIGHTS)
+        torch.save(
+            {"optimizers": states, "schedules": [s.state_dict() for s in self.schedules]}, directory / _OPTIMIZERS
+        )
+        (directory / _STEPS).write_text(json.dumps(list(records)), encoding="utf-8")
+
+    def _of_rank(self, unfinished: Unfinished | None) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "ranks": ranks.count(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        if unfinished:
+            state["unfinished"] = {
+                "samples": {name: [s.model_dump_json() for s in part] for name, part in unfinished.samples.items()},
+                "update": unfinished.update,
+                "passes": unfinished.passes,
+                "halvings": unfinished.halvings,
+                "sums": unfinished.sums,
+                "source_figures": unfinished.source_figures,
+            }
+            if unfinished.passes:
+                gradients = {n: w.grad for n, w in self.policy.parameters.items() if w.grad is not None}
+                # Outside DDP's and FSDP's last pass of an update, gradients are each rank's own.
+                state["gradients"] = {name: _local(gradient) for name, gradient in gradients.items()}
+        return state
+
+    def restore(self, directory: Path | None) -> tuple[list[dict[str, float]], Unfinished | None]:
+        """The records of the steps so far, and the step at hand, if it was interrupted."""
+        if directory is None:
+            return [], None
+        saved, trained = load_file(directory / _WEIGHTS), self.policy.parameters
+        assert saved.keys() == trained.keys(), "the checkpoint is of another policy"
+        for name, weight in trained.items():
+            weight.detach().copy_(shard_like(saved[name], weight))
+        shared = torch.load(directory / _OPTIMIZERS, map_location="cpu", weights_only=True)
+        for optimizer, state in zip(self.optimizers, shared["optimizers"], strict=True):
+            _load_optimizer(optimizer, state)
+        for schedule, state in zip(self.schedules, shared["schedules"], strict=True):
+            schedule.load_state_dict(state)
+        records: list[dict[str, float]] = json.loads((directory / _STEPS).read_text(encoding="utf-8"))
+        own = directory / f"rank-{ranks.rank()}.pt"
+        mine: dict[str, Any] = torch.load(own, map_location="cpu", weights_only=True) if own.exists() else {"ranks": 0}
+        if any(n != ranks.count() for n in ranks.all_gather_object(mine["ranks"])):
+            return records, None
+        torch.set_rng_state(mine["random"])
+        if mine["random_cuda"]:
+            torch.cuda.set_rng_state_all(mine["random_cuda"])
+        return records, self._unfinished(mine)
+
+    def _unfinished(self, mine: dict[str, Any]) -> Unfinished | None:
+        if "unfinished" not in mine:
+            return None
+        for name, gradient in mine.get("gradients", {}).items():
+            weight = self.policy.parameters[name]
+            weight.grad = torch.zeros_like(weight)
+            _local(weight.grad).copy_(gradient)
+        kept = mine["unfinished"]
+        samples = {name: [Sample.model_validate_json(s) for s in part] for name, part in kept.pop("samples").items()}
+        return Unfinished(samples, **kept)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor."""
+    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
+
+
+def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    ids = [id for group in saved["param_groups"] for id in group["params"]]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for id, weight in zip(ids, weights, strict=True):
+        state = saved["state"].get(id, {})
+        state.update({name: shard_like(value, weight) for name, value in state.items() if torch.is_tensor(value)})
+    optimizer.load_state_dict(saved)

@@ -1,0 +1,160 @@
+"""Log-probabilities of given ids, and a loss that is a function of them, in one fused pass over the output head.
+
+Cross-entropy (``-log p``) and the clipped policy-gradient loss are such losses. The gradient by the logits of an id's
+log-probability is ``onehot - p``, so that the whole gradient is formed while the logits of a chunk exist.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from search_e1.training.head import Head
+from search_e1.training.projection import (
+    HALVES,
+    Chunk,
+    FusedPass,
+    Gradients,
+    budget,
+    chunks,
+    mean_weights,
+    project,
+    slope_of_cap,
+)
+
+TokenLoss = Callable[[Tensor, slice], Tensor]
+"""From the log-probabilities [n] of the positions of a slice to their losses [n]; differentiable."""
+
+
+class TokenStates(NamedTuple):
+    """Figures of each position, [N], without gradient."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    """Of the whole distribution, in nats."""
+    loss: Tensor
+
+
+def negative_log_likelihood(logprobs: Tensor, rows: slice) -> Tensor:
+    """The ``TokenLoss`` of cross-entropy."""
+    return -logprobs
+
+
+def fused_token_loss(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    token_loss: TokenLoss = negative_log_likelihood,
+    *,
+    weights: Tensor | None = None,
+    temperature: float = 1.0,
+    logits_mib: float | None = None,
+) -> tuple[Tensor, TokenStates]:
+    """The weighted sum over N positions of a loss of the log-probability that each gives to its id.
+
+    Args:
+        hidden: [N, H], last hidden states at the positions of the loss and no others.
+        targets: [N], int64, the ids that they are to predict.
+        head: where its weight or bias requires a gradient, that is accumulated chunk by chunk.
+        token_loss: see ``TokenLoss``; cross-entropy if not given.
+        weights: [N], of each position in the sum; 1/N if not given, so that it is the mean.
+        temperature: logits are divided by it.
+        logits_mib: MiB for logits in memory at a time. Default: 64 on a CPU, 1,024 elsewhere.
+
+    Returns:
+        The loss (scalar) and the figures of each position; float32 for inputs of half precision, else of the inputs' type.
+        The gradients are constants: the loss cannot be differentiated twice.
+    """
+    if weights is None:
+        weights = mean_weights(hidden)
+    trained = (hidden, head.weight, head.bias)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained)
+    memory = budget(logits_mib, hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round what is summed
+        loss, *states = _TokenLoss.apply(*trained, head, targets, token_loss, weights, temperature, memory, wanted)
+    return loss, TokenStates(*states)
+
+
+class _TokenLoss(FusedPass):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        targets: Tensor,
+        token_loss: TokenLoss,
+        weights: Tensor,
+        temperature: float,
+        memory: int,
+        wanted: bool,
+    ) -> tuple[Tensor, ...]:
+        head = head._replace(weight=weight.detach(), bias=None if bias is None else bias.detach())
+        kind = torch.float32 if hidden.dtype in HALVES else hidden.dtype
+        weights = weights.to(kind)
+        logprobs, entropy, losses = (hidden.new_zeros(len(hidden), dtype=kind) for _ in range(3))
+        gradients = Gradients(hidden, head, [need and wanted for need in ctx.needs_input_grad[:3]], kind)
+        for chunk in chunks(len(hidden), len(weight), logprobs, memory, roles=1):
+            rows = chunk.rows
+            log_z = project(chunk, [hidden[rows]], [head], [temperature])[0]
+            logprobs[rows] = _logits_at(chunk, targets[rows]) - log_z[:, 0]
+            slopes = _normalise(chunk, log_z, head, temperature, entropy[rows], wanted)
+            losses[rows], factors = _derivative(token_loss, logprobs[rows], rows, wanted)
+            if wanted:
+                factors = factors * weights[rows] * (head.scale / temperature)
+                gradients.add(chunk, _by_logits(chunk, targets[rows], slopes), factors, hidden[rows], head)
+        FusedPass.keep(ctx, gradients, hidden, weight)
+        ctx.mark_non_differentiable(logprobs, entropy, losses)
+        return (weights * losses).sum(), logprobs, entropy, losses
+
+
+def _logits_at(chunk: Chunk, targets: Tensor) -> Tensor:
+    """The logits of the ``targets`` [rows]."""
+    at = chunk.tiles[0].new_zeros(len(targets))
+    for columns, (tile,) in zip(chunk.columns, chunk.tiles, strict=True):
+        inside, here = _inside(columns, targets)
+        at += torch.where(inside, tile.gather(1, here)[:, 0], 0)
+    return at
+
+
+def _inside(columns: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether each of ``targets`` [rows] is in the tile of ``columns``, [rows], and where (anywhere, if not), [rows, 1]."""
+    inside = (targets >= columns.start) & (targets < columns.stop)
+    return inside, torch.where(inside, targets - columns.start, 0)[:, None]
+
+
+def _normalise(
+    chunk: Chunk, log_z: Tensor, head: Head, temperature: float, entropy: Tensor, wanted: bool
+) -> list[Tensor | None]:
+    """Turn the chunk's logits into probabilities and add up ``entropy``; returns the slopes of a soft cap, tile by tile."""
+    slopes: list[Tensor | None] = []
+    for (tile,) in chunk.tiles:
+        slopes.append(slope_of_cap(tile, head, temperature) if wanted else None)
+        tile -= log_z
+        probabilities = tile.exp()
+        entropy -= torch.linalg.vecdot(tile, probabilities)
+        tile.copy_(probabilities)
+    return slopes
+
+
+def _derivative(token_loss: TokenLoss, logprobs: Tensor, rows: slice, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Losses of some positions and their derivatives by the log-probabilities, both [rows]."""
+    if not wanted:
+        losses = token_loss(logprobs, rows)
+        return losses, losses
+    with torch.enable_grad():
+        logprobs = logprobs.detach().requires_grad_()
+        losses = token_loss(logprobs, rows)
+        (slope,) = torch.autograd.grad(losses.sum(), logprobs)
+    return losses.detach(), slope
+
+
+def _by_logits(chunk: Chunk, targets: Tensor, slopes: list[Tensor | None]) -> Iterator[Tensor]:
+    """Gradients of the log-probabilities by the logits, ``onehot - p``, a tile [rows, width] at a time."""
+    for columns, (tile,), slope in zip(chunk.columns, chunk.tiles, slopes, strict=True):
+        tile.neg_()
+        inside, here = _inside(columns, targets)
+        tile.scatter_add_(1, here, inside.to(tile.dtype)[:, None])
+        yield tile if slope is None else tile.mul_(slope)

@@ -1,0 +1,241 @@
+"""The training loop. Cold start, GRPO, distillation and fine-tuning differ in their source and objectives alone.
+
+A step takes samples from its source and makes one optimiser update of them, or several (mini-batches, epochs). An update goes
+through the model in micro-batches, whose losses add up to the update's whatever their number, on however many ranks.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from search_e1.config import TrainingConfig
+from search_e1.errors import TrainingError
+from search_e1.runs import ranks
+from search_e1.runs.context import StageContext
+from search_e1.training import memory
+from search_e1.training.batch import Batch, make_batch, micro_batches, normalised_weights
+from search_e1.training.checkpoint import TrainingState, Unfinished
+from search_e1.training.objectives.base import Objective
+from search_e1.training.optimizer import make_optimizers, rate
+from search_e1.training.record import StepLog
+from search_e1.training.trained import TrainedPolicy
+from search_e1.types import Sample
+
+BAD_BATCH = "bad_batch.pt"
+
+
+class Source(Protocol):
+    """Where samples come from."""
+
+    figures: Mapping[str, float]
+    """What there is to tell of the step that was asked for last."""
+
+    def next(self, step: int) -> Mapping[str, Sequence[Sample]]:
+        """The samples of ``step`` (from 0), this rank's share, by the name of their objective."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How much is trained."""
+
+    steps: int
+    learning_rate: float
+    mini_batches: int = 1
+    """Updates that a step's samples are divided among."""
+    epochs: int = 1
+    """Passes over a step's samples."""
+
+    @property
+    def updates(self) -> int:
+        """Optimiser updates a step."""
+        return self.mini_batches * self.epochs
+
+
+def train(
+    policy: TrainedPolicy,
+    source: Source,
+    objectives: Mapping[str, Objective],
+    config: TrainingConfig,
+    schedule: Schedule,
+    context: StageContext,
+    *,
+    headline: str = "loss",
+) -> list[dict[str, float]]:
+    """Train ``policy`` in place; one line a step in ``steps.jsonl``. Resumes from the newest checkpoint, to the bit.
+
+    ``headline``: the figure that progress shows.
+
+    Returns:
+        The records of all steps.
+
+    Raises:
+        Stopped: a signal asked to stop; the passes so far are saved.
+        TrainingError: a loss or gradient that is not finite (``bad_batch.pt`` holds the batch), or no memory for one sample.
+    """
+    torch.manual_seed(context.seed)  # dropout
+    optimizers = make_optimizers(policy.model, config, schedule.learning_rate)
+    updates = schedule.steps * schedule.updates
+    schedules = [LambdaLR(o, lambda update: rate(update, updates, config)) for o in optimizers]
+    state = TrainingState(policy, optimizers, schedules)
+    records, unfinished = state.restore(context.checkpointer.newest())
+    log = StepLog(context, records, schedule.steps, headline)
+    policy.model.train()
+    with context.checkpointer.finishing():
+        for step in range(len(log.steps), schedule.steps):
+            if unfinished is None:
+                with context.checkpointer.saving_on_stop(step, lambda to: state.save(to, log.steps, None)):
+                    samples = {name: list(part) for name, part in source.next(step).items()}
+                    samples = {name: list(objectives[name].prepare(policy, part)) for name, part in samples.items()}
+                unfinished = Unfinished(samples, source_figures=dict(source.figures))
+            current = _Step(policy, objectives, config, state, log, context, step, unfinished)
+            for update in range(unfinished.update, schedule.updates):
+                current.accumulate(
+                    _mini_batch(unfinished.samples, update % schedule.mini_batches, schedule.mini_batches)
+                )
+                norm = current.gradient_norm()
+                for optimizer, scheduler in zip(optimizers, schedules, strict=True):
+                    used = float(scheduler.get_last_lr()[0])
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    scheduler.step()
+                unfinished.update, unfinished.passes = update + 1, 0
+            log.add({**unfinished.source_figures, **current.figures(), "grad_norm": norm, "learning_rate": used})
+            unfinished = None
+            context.checkpointer.on_step_end(len(log.steps), lambda to: state.save(to, log.steps, None))
+    return log.steps
+
+
+def _mini_batch(samples: Mapping[str, Sequence[Sample]], part: int, parts: int) -> dict[str, Sequence[Sample]]:
+    """One of ``parts`` equal parts of each objective's samples, in their order: groups stay together."""
+    cut = {name: [len(own) * i // parts for i in (part, part + 1)] for name, own in samples.items()}
+    return {name: own[slice(*cut[name])] for name, own in samples.items()}
+
+
+@dataclass(slots=True)
+class _Step:
+    """The step at hand."""
+
+    policy: TrainedPolicy
+    objectives: Mapping[str, Objective]
+    config: TrainingConfig
+    state: TrainingState
+    log: StepLog
+    context: StageContext
+    number: int
+    unfinished: Unfinished
+    pending: list[tuple[str, Tensor]] = field(default_factory=list)
+    """Figures that were not waited for: a transfer a pass would hold the device up."""
+
+    def accumulate(self, samples: Mapping[str, Sequence[Sample]]) -> None:
+        """Forward and backward passes of one update. Where memory runs out, the update begins anew with halved passes."""
+        while True:
+            size = self.policy.micro_batch_tokens >> self.unfinished.halvings
+            before = dict(self.unfinished.sums)
+            try:
+                self._passes(list(self._batches(samples, size)))
+                return
+            except (RuntimeError, MemoryError) as error:
+                if not memory.ran_out(error) or ranks.count() > 1:
+                    raise
+            memory.release()
+            self.policy.model.zero_grad()
+            if size < min(len(s) for part in samples.values() for s in part):
+                raise TrainingError(
+                    f"step {self.number + 1}: out of memory for a single sequence; lower rollout.max_tokens, set "
+                    "training.gradient_checkpointing, or use a smaller policy"
+                )
+            longest = max(len(s) for part in samples.values() for s in part) * max(map(len, samples.values()))
+            while self.policy.micro_batch_tokens >> self.unfinished.halvings > longest:
+                self.unfinished.halvings += 1  # half of more than there is would be the same pass again
+            self.unfinished.halvings += 1
+            self.unfinished.sums, self.unfinished.passes = {**before, "halved": before.get("halved", 0.0) + 1}, 0
+            self.pending.clear()
+
+    def _batches(self, samples: Mapping[str, Sequence[Sample]], size: int) -> Iterator[tuple[str, Batch]]:
+        """The micro-batches of an update. Ranks get equally many: those that lack one repeat another without weight."""
+        for name, part in samples.items():
+            objective = self.objectives[name]
+            weights = normalised_weights(part, objective.average, ranks.total, objective.max_tokens)
+            taught = [(s, w) for s, w in zip(part, weights, strict=True) if objective.teaches(s)]
+            groups = list(micro_batches([s for s, _ in taught], size, packed=self.policy.packed))
+            batches = [[taught[i] for i in group] for group in groups]
+            if ranks.count() > 1:
+                most = max(ranks.all_gather_object(len(batches)))
+                fillers = [f for f in ranks.all_gather_object(taught[:1]) if f]
+                batches += [[(s, [0.0] * len(w)) for s, w in fillers[0]]] * (most - len(batches)) if fillers else []
+            for batch in batches:
+                yield name, make_batch([s for s, _ in batch], [w for _, w in batch], packed=self.policy.packed)
+
+    def _passes(self, batches: Sequence[tuple[str, Batch]]) -> None:
+        losses: list[Tensor] = []
+        done = self.unfinished.passes
+        for i, (name, batch) in enumerate(batches[done:], done):
+            objective, last = self.objectives[name], i + 1 == len(batches)
+            with self.policy.accumulating(last):
+                loss, figures = self.policy.run(batch, objective.loss, objective.teacher)
+                # Gradients are averaged over ranks, each of which holds a part of the update.
+                (loss * (objective.weight * ranks.count())).backward()
+            losses.append(loss.detach() * objective.weight)
+            prefix = "" if name == next(iter(self.objectives)) else f"{name}_"
+            self.pending += [("loss", losses[-1]), (f"weight/{prefix}", batch.weights.sum())]
+            self.pending += [(prefix + key, value) for key, value in figures.items()]
+            self.unfinished.passes = i + 1
+            if not last:
+                self.context.checkpointer.between_passes(self.number, self._save)
+        for weight in () if batches else self.policy.parameters.values():
+            weight.grad = torch.zeros_like(weight)  # nothing to learn from
+        finite = torch.isfinite(torch.stack(losses)).tolist() if losses else []
+        if not all(finite):
+            bad = finite.index(False)
+            raise self._failure(f"the loss is {losses[bad].item()}", batches[done + bad][1])
+        self._sum_up()
+
+    def _sum_up(self) -> None:
+        for key, value in self.pending:
+            self.unfinished.sums[key] = self.unfinished.sums.get(key, 0.0) + float(value)
+        self.pending.clear()
+
+    def figures(self) -> dict[str, float]:
+        """The step's figures over all ranks: losses and counts as sums, the objectives' figures as weighted means."""
+        sums: dict[str, float] = {}
+        for own in ranks.all_gather_object(self.unfinished.sums):
+            for key, value in own.items():
+                sums[key] = sums.get(key, 0.0) + value
+        totals = {key.removeprefix("weight/"): sums.pop(key) for key in list(sums) if key.startswith("weight/")}
+        means = {}
+        for key, value in sums.items():
+            prefix = max((p for p in totals if p and key.startswith(p)), key=len, default="")
+            means[key] = value if key in ("loss", "halved") or not totals.get(prefix) else value / totals[prefix]
+        return means
+
+    def gradient_norm(self) -> float:
+        """Clip the gradient; its norm before that.
+
+        Raises:
+            TrainingError: it is not finite.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters.values(), self.config.max_grad_norm)
+        value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not math.isfinite(value):
+            raise self._failure(f"the gradient's norm is {value}", None)
+        return value
+
+    def _save(self, directory: Path) -> None:
+        self._sum_up()
+        self.state.save(directory, self.log.steps, self.unfinished)
+
+    def _failure(self, what: str, batch: Batch | None) -> TrainingError:
+        self.policy.model.zero_grad()
+        samples = {name: [s.model_dump() for s in part] for name, part in self.unfinished.samples.items()}
+        path = self.context.out / BAD_BATCH
+        torch.save({"step": self.number, "samples": samples, "batch": batch}, path)
+        return TrainingError(
+            f"step {self.number + 1}: {what}; the batch is in {path}; lower the learning rate, or set policy.dtype to float32"
+        )

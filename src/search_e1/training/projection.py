@@ -1,0 +1,159 @@
+"""What every fused pass over the output head shares: logits of a few positions at a time, and gradients formed beside them.
+
+Logits exist for as many positions as a memory budget allows, in buffers that end as the gradient by the logits, so that
+nothing of size [positions, vocabulary] outlives its chunk. A chunk is laid out in tiles of the vocabulary: what is done
+entry by entry is done while a tile is in the cache.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from search_e1.training.head import Head
+
+HALVES = (torch.bfloat16, torch.float16)
+# Entries of a tile. On a CPU, so few that the operands of its operations stay in a core's cache; elsewhere, so many that
+# launches do not count.
+_CPU_TILE = 2**17
+_DEVICE_TILE = 2**24
+
+
+class Chunk(NamedTuple):
+    """The logits of some positions."""
+
+    rows: slice
+    columns: list[slice]
+    tiles: list[Tensor]
+    """A contiguous [roles, rows, width] for each of ``columns``."""
+
+
+def budget(logits_mib: float | None, device: torch.device) -> int:
+    """Bytes for logits; 64 MiB on a CPU and 1,024 elsewhere, if not given."""
+    if logits_mib is None:
+        logits_mib = 64 if device.type == "cpu" else 1024
+    return int(logits_mib * 2**20)
+
+
+def mean_weights(hidden: Tensor) -> Tensor:
+    """[N]: weights that make a sum over the positions of ``hidden`` [N, H] their mean, in the type that is summed in."""
+    kind = torch.float32 if hidden.dtype in HALVES else hidden.dtype
+    return hidden.new_full((len(hidden),), 1 / max(1, len(hidden)), dtype=kind)
+
+
+def chunks(positions: int, vocabulary: int, like: Tensor, memory: int, roles: int) -> Iterator[Chunk]:
+    """Equal parts of the positions, whose logits for ``roles`` models and a few tiles fit into ``memory`` bytes.
+
+    The buffer is used again: a chunk is gone when the next one is asked for.
+    """
+    tile = _CPU_TILE if like.device.type == "cpu" else _DEVICE_TILE
+    entries = memory // like.element_size()
+    fitting = max(entries - 4 * tile, entries // 2) // (roles * vocabulary)
+    fitting = max(1, min(fitting, tile // min(vocabulary, 256)))  # a narrow tile makes slow products
+    size = math.ceil(positions / max(1, math.ceil(positions / fitting)))
+    width = math.ceil(vocabulary / math.ceil(vocabulary * max(1, size) / tile))
+    columns = [slice(at, min(at + width, vocabulary)) for at in range(0, vocabulary, width)]
+    buffer = like.new_empty(roles * size * vocabulary)
+    for at in range(0, positions, max(1, size)):
+        rows = slice(at, min(at + size, positions))
+        n = rows.stop - rows.start
+        tiles = [buffer[roles * n * c.start : roles * n * c.stop].view(roles, n, c.stop - c.start) for c in columns]
+        yield Chunk(rows, columns, tiles)
+
+
+def project(chunk: Chunk, hidden: Sequence[Tensor], heads: Sequence[Head], temperatures: Sequence[float]) -> Tensor:
+    """Fill the chunk with logits over temperature, a role for each of ``hidden`` [rows, H].
+
+    Returns:
+        The logarithms of their partition functions, [roles, rows, 1].
+    """
+    log_z = chunk.tiles[0].new_zeros(len(hidden), len(chunk.columns), len(hidden[0]))
+    shared = len(hidden) > 1 and all(head is heads[0] for head in heads)
+    stacked = torch.cat(list(hidden)) if shared else None
+    for i, (columns, tile) in enumerate(zip(chunk.columns, chunk.tiles, strict=True)):
+        if stacked is not None:  # one large product is faster than two
+            _matmul(stacked, heads[0].weight[columns].t(), out=tile.flatten(0, 1))
+        else:
+            for logits, states, head in zip(tile, hidden, heads, strict=True):
+                _matmul(states, head.weight[columns].t(), out=logits)
+        for logits, head, temperature in zip(tile, heads, temperatures, strict=True):
+            if head.bias is not None:
+                logits.add_(head.bias[columns])
+            if head.softcap is not None:
+                logits.mul_(head.scale / head.softcap).tanh_().mul_(head.softcap / temperature)
+            elif head.scale != temperature:
+                logits.mul_(head.scale / temperature)
+        torch.logsumexp(tile, -1, out=log_z[:, i])
+    return log_z.logsumexp(1)[..., None]
+
+
+def slope_of_cap(logits: Tensor, head: Head, temperature: float) -> Tensor | None:
+    """Derivative of capped logits (over temperature) by the uncapped ones; ``None`` without a soft cap, where it is 1."""
+    return None if head.softcap is None else 1 - (logits * (temperature / head.softcap)) ** 2
+
+
+class Gradients:
+    """Gradients by hidden states, head weight and bias, added up chunk by chunk; ``None`` for what needs none."""
+
+    def __init__(self, hidden: Tensor, head: Head, needed: Sequence[bool], dtype: torch.dtype) -> None:
+        """``needed``: whether hidden states, weight and bias need a gradient."""
+        self.by_hidden, self.by_weight, self.by_bias = (
+            torch.zeros_like(tensor, dtype=dtype) if tensor is not None and wanted else None
+            for tensor, wanted in zip((hidden, head.weight, head.bias), needed, strict=True)
+        )
+
+    def add(self, chunk: Chunk, by_logits: Iterable[Tensor], factors: Tensor, hidden: Tensor, head: Head) -> None:
+        """Add a chunk's part: ``by_logits`` [rows, width], a tile for each of its columns, times ``factors`` [rows]."""
+        scaled = (hidden * factors[:, None]).to(hidden.dtype if hidden.is_cuda else factors.dtype)
+        rows = None if self.by_hidden is None else self.by_hidden[chunk.rows]
+        for columns, by_logit in zip(chunk.columns, by_logits, strict=True):
+            if rows is not None:
+                _add_matmul(rows, by_logit, head.weight[columns])
+            if self.by_weight is not None:
+                _add_matmul(self.by_weight[columns], by_logit.t(), scaled)
+            if self.by_bias is not None:
+                self.by_bias[columns] += factors @ by_logit
+        if rows is not None:
+            rows.mul_(factors[:, None])
+
+
+class FusedPass(torch.autograd.Function):
+    """An autograd function whose gradients by (hidden, weight, bias) were formed in its forward pass."""
+
+    @staticmethod
+    def keep(ctx, gradients: Gradients, hidden: Tensor, weight: Tensor) -> None:
+        ctx.save_for_backward(gradients.by_hidden)
+        ctx.by_head = gradients.by_weight, gradients.by_bias
+        ctx.kinds = hidden.dtype, weight.dtype
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (by_hidden,) = ctx.saved_tensors
+        by_head, (hidden_kind, head_kind) = ctx.by_head, ctx.kinds
+        if by_head is None:
+            raise RuntimeError("the gradient of a trainable head can be used in one backward pass only")
+        if any(gradient is not None for gradient in by_head):
+            ctx.by_head = None  # it is large, so it is scaled in place and given away
+        return (
+            # Rounded last: a loss scaler's factor is what keeps small gradients above the least half.
+            None if by_hidden is None else (by_hidden * grad_loss).to(hidden_kind),
+            *(None if gradient is None else gradient.mul_(grad_loss).to(head_kind) for gradient in by_head),
+            *(None,) * (len(ctx.needs_input_grad) - 3),
+        )
+
+
+def _matmul(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """``out = left @ right``. Halves are summed and given out in float32: rounded logits would drown small divergences."""
+    if left.is_cuda and left.dtype == right.dtype and left.dtype in HALVES:
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+    return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)  # no other backend has such a product
+
+
+def _add_matmul(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """``out += left @ right``, where ``out`` and ``left`` have the type that is summed in."""
+    if right.is_cuda and right.dtype in HALVES:
+        out.add_(torch.mm(left.to(right.dtype), right, out_dtype=torch.float32))
+    else:
+        out.addmm_(left, right.to(out.dtype))

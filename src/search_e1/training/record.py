@@ -1,0 +1,59 @@
+"""What a stage that trains records: a line of figures a step."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from search_e1.runs import ranks
+from search_e1.runs.context import StageContext
+
+STEPS = "steps.jsonl"
+
+
+class StepLog:
+    """Keeps each step's figures, writes them as a JSON line, and passes them to progress and trackers."""
+
+    def __init__(
+        self, context: StageContext, earlier: Sequence[dict[str, float]], total: int, headline: str = "loss"
+    ) -> None:
+        """``earlier``: the steps before the first, which are written and tracked once more."""
+        self.steps = list(earlier)
+        self._context, self._total, self._headline = context, total, headline
+        self._path = context.out / STEPS if ranks.is_first() else Path(os.devnull)
+        self._path.write_text("".join(json.dumps(step) + "\n" for step in earlier), encoding="utf-8")
+        for step in earlier:
+            context.track(int(step["step"]), _tracked(step))
+        self._last = time.perf_counter()
+
+    def add(self, figures: Mapping[str, float]) -> None:
+        """The figures of the step that has ended."""
+        now = time.perf_counter()
+        step = {"step": len(self.steps) + 1, **figures, "seconds": round(now - self._last, 4)}
+        self._last = now
+        self.steps.append(step)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(step) + "\n")
+        self._context.track(len(self.steps), _tracked(step))
+        shown = step.get(self._headline, math.nan)
+        self._context.progress(len(self.steps), self._total, f"{self._headline} {shown:.4g}")
+
+
+def _tracked(step: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in step.items() if name not in ("step", "seconds")}
+
+
+def ends(steps: Sequence[Mapping[str, float]], figure: str, share: float, name: str | None = None) -> dict[str, float]:
+    """Means of a figure over the first and the last ``share`` of the steps, as ``NAME_first`` and ``NAME_last``."""
+    part = max(1, int(len(steps) * share))
+    name = name or figure
+    return {f"{name}_first": mean(steps[:part], figure), f"{name}_last": mean(steps[-part:], figure)}
+
+
+def mean(steps: Sequence[Mapping[str, float]], figure: str) -> float:
+    """Mean of a figure over the steps that have it; NaN if none has."""
+    values = [step[figure] for step in steps if figure in step]
+    return fmean(values) if values else math.nan

@@ -1,0 +1,207 @@
+"""The policy that is trained and its teacher, in one module, so that what wraps a model (DDP, FSDP2, autocast) wraps both."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from search_e1.config import Sharding, TrainingConfig
+from search_e1.runs import ranks
+from search_e1.training.batch import Batch, make_batch, micro_batches, packs
+from search_e1.training.head import Head, split_head
+from search_e1.training.logprobs import fused_token_loss
+from search_e1.training.policy import merge_adapter
+from search_e1.training.sharding import UnshardedReplica
+from search_e1.types import Sample
+
+Teacher = Literal["start", "current"]
+"""Whose weights teach: the policy's as the stage began, or its own as they are now."""
+
+
+class States(NamedTuple):
+    """What the model makes of a batch at the N positions of the loss."""
+
+    hidden: Tensor
+    """[N, H], the student's last hidden states."""
+    head: Head
+    teacher_hidden: Tensor | None = None
+    """[N, H], without gradient."""
+    teacher_head: Head | None = None
+    """Where it is not the student's."""
+
+
+Loss = Callable[[States, Batch], tuple[Tensor, dict[str, Tensor]]]
+"""A batch's share of an update's loss, and figures that add up over batches, weighted as the loss is."""
+
+
+class _Roles(nn.Module):
+    """Student and teacher in one module."""
+
+    def __init__(self, model: Any, decoder: nn.Module, frozen: nn.Module | None, autocast: bool) -> None:
+        super().__init__()
+        self.model, self.decoder, self.frozen, self.autocast = model, decoder, frozen, autocast
+        self.frozen_head: Head | None = None
+        self.transform: tuple[float, float | None] = (1.0, None)
+
+    @property
+    def head(self) -> Head:
+        """The student's, with weights as they are now."""
+        layer = self.model.get_output_embeddings()
+        return Head(layer.weight, layer.bias, *self.transform)
+
+    def forward(self, batch: Batch, loss: Loss, teacher: Teacher | None) -> tuple[Tensor, dict[str, Tensor]]:
+        # Without a cache of its own: a weight that autocast casts first in the teacher's pass would have no gradient.
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False):
+            taught = self._teach(batch, teacher) if teacher and batch.teacher else ()
+            return loss(States(batch.student.hidden(self.decoder), self.head, *taught), batch)
+
+    @torch.no_grad()
+    def _teach(self, batch: Batch, teacher: Teacher) -> tuple[Tensor, Head | None]:
+        assert batch.teacher
+        if teacher == "start" and self.frozen is not None:
+            return batch.teacher.hidden(self.frozen), self.frozen_head
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.model.disable_adapter() if teacher == "start" else nullcontext():
+                return batch.teacher.hidden(self.decoder), None
+        finally:
+            self.model.train(training)
+
+
+class TrainedPolicy:
+    """A causal language model, with adapters or without, and what it takes to train it."""
+
+    def __init__(self, model: Any, config: TrainingConfig, *, frozen_start: bool, sharding: Sharding = "none") -> None:
+        """``frozen_start``: keep a copy of the weights where the start is asked for and no adapter can be switched off.
+
+        Raises:
+            ModelError: from ``split_head``.
+        """
+        self.model, self.config = model, config
+        decoder, head = split_head(model)
+        on_cpu = model.device.type == "cpu"
+        self.micro_batch_tokens = config.micro_batch_tokens or (2048 if on_cpu else 16_384)
+        self.packed = not on_cpu and packs(model)
+        frozen = frozen_start and not isinstance(model, PeftModel)
+        copied = copy.deepcopy(decoder).requires_grad_(False).eval() if frozen else None
+        self._roles = _Roles(model, decoder, copied, config.autocast)
+        self._roles.transform = head.scale, head.softcap
+        if frozen:
+            bias = None if head.bias is None else head.bias.detach().clone()
+            self._roles.frozen_head = head._replace(weight=head.weight.detach().clone(), bias=bias)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        self.replica = UnshardedReplica(model) if sharding != "none" and ranks.count() > 1 else None
+        self._wrapped = self._wrap(sharding)
+
+    def _wrap(self, sharding: Sharding) -> Callable[..., Any]:
+        if ranks.count() == 1:
+            return self._roles
+        if sharding == "none":
+            # Nothing changes the buffers, and ranks make as many passes as each other.
+            return DistributedDataParallel(self._roles, broadcast_buffers=False)
+        mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = mixed if self.config.autocast else MixedPrecisionPolicy(cast_forward_inputs=False)
+        for layers in [module for module in self._roles.modules() if isinstance(module, nn.ModuleList)]:
+            for layer in layers:
+                fully_shard(layer, mp_policy=policy)
+        # Embeddings, head and norms: whole from the forward to the backward pass.
+        fully_shard(self._roles, mp_policy=policy)
+        return self._roles
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> weight, of those that are trained."""
+        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+
+    def run(self, batch: Batch, loss: Loss, teacher: Teacher | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """One pass, through what wraps the model; on several ranks all have to call it."""
+        result: tuple[Tensor, dict[str, Tensor]] = self._wrapped(batch.to(self.device), loss, teacher)
+        return result
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """A pass whose gradients are summed over ranks only where it is the ``last`` of an update."""
+        if isinstance(self._wrapped, DistributedDataParallel) and not last:
+            with self._wrapped.no_sync():
+                yield
+        else:
+            yield
+
+    @torch.no_grad()
+    def logprobs(
+        self, samples: Sequence[Sample], temperature: float = 1.0, teacher: Teacher | None = None
+    ) -> list[tuple[float, ...]]:
+        """Log-probability of each response id of ``samples``, 0 where it does not count; the teacher's, if one is named.
+
+        Every rank has to call it, with any number of samples.
+        """
+        training = self.model.training
+        self.model.eval()
+        found: list[tuple[float, ...]] = [()] * len(samples)
+        groups = list(micro_batches(samples, self.micro_batch_tokens, packed=self.packed))
+        most = max(ranks.all_gather_object(len(groups)))
+        for group in groups + [groups[-1] if groups else []] * (most - len(groups)):
+            chosen = [samples[i] for i in group] or [_filler(samples)]
+            batch = make_batch(chosen, [[1.0] * len(s.positions) for s in chosen], packed=self.packed)
+            _, figures = self.run(batch, _score(temperature, self.config.logits_mib), teacher)
+            values = figures["logprobs"].tolist()
+            for i, sample in zip(group, chosen, strict=False):
+                own, values = values[: len(sample.positions)], values[len(sample.positions) :]
+                placed = dict(zip(sample.positions, own, strict=True))
+                found[i] = tuple(placed.get(at, 0.0) for at in range(len(sample.response_ids)))
+        self.model.train(training)
+        return [row or (0.0,) * len(sample.response_ids) for row, sample in zip(found, samples, strict=True)]
+
+    @contextmanager
+    def sampled(self) -> Iterator[Any]:
+        """The plain model with the weights as they are now, to sample from."""
+        if self.replica:  # each rank samples at its own pace, and so with all weights
+            dtype = torch.bfloat16 if self.config.autocast else None
+            with self.replica.filled(self.model, dtype) as model:
+                yield _plain(model)
+        else:
+            yield _plain(self.model)
+
+    def finish(self) -> Any:
+        """The plain trained model: whole on each rank, adapters merged, in evaluation mode."""
+        model = self.replica.fill(self.model) if self.replica else self.model
+        if self.config.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        return (merge_adapter(model) if isinstance(model, PeftModel) else model).eval()
+
+
+def _plain(model: Any) -> Any:
+    """Without peft's wrapper, whose generation config would rule; the adapters are inside the layers."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _filler(samples: Sequence[Sample]) -> Sample:
+    """A sample to make a pass with where this rank has none: what comes of it is not used."""
+    sample = samples[0] if samples else Sample(question_id="", prompt_ids=(0,), response_ids=(0,), action_mask=(1,))
+    return sample.model_copy(update={"action_mask": (1,) * len(sample.response_ids), "weights": None})
+
+
+def _score(temperature: float, logits_mib: float | None) -> Loss:
+    def score(states: States, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden = states.hidden if states.teacher_hidden is None else states.teacher_hidden
+        head = states.teacher_head or states.head
+        loss, tokens = fused_token_loss(
+            hidden, batch.targets, head, weights=batch.weights, temperature=temperature, logits_mib=logits_mib
+        )
+        return loss, {"logprobs": tokens.logprobs}
+
+    return score
