@@ -13,7 +13,7 @@ from search_e1.retrieval.directory import read
 from search_e1.retrieval.encoder import Encoder
 from search_e1.retrieval.hybrid import HybridIndex
 from search_e1.retrieval.indexes import open_indexes
-from search_e1.stages.all import Stages
+from search_e1.stages.inputs import Inputs
 from test_cli import project as project
 from test_cli import run
 from tiny_encoder import make_tiny_encoder
@@ -59,10 +59,10 @@ def test_dense_and_fused_indexes_from_the_command_line(tmp_path, monkeypatch, ca
     assert not list(tmp_path.glob("*x*"))
 
 
-def load(project: Path, *flags: object) -> Stages:
+def load(project: Path, *flags: object) -> Inputs:
     config = configs.load(project / "config.toml", [str(flag) for flag in flags])
     config.run.mkdir(exist_ok=True)
-    return Stages(config, config.run)
+    return Inputs(config, config.run)
 
 
 def test_a_run_builds_what_its_config_says(project, monkeypatch) -> None:
@@ -81,14 +81,14 @@ def test_a_run_builds_what_its_config_says(project, monkeypatch) -> None:
     monkeypatch.setattr(Encoder, "passages", dies_on_the_second)
     with pytest.raises(KeyboardInterrupt):
         assert killed.retriever
-    stages = load(project, *flags)
-    index = stages.retriever
+    inputs = load(project, *flags)
+    index = inputs.retriever
     assert encoded == [['"Ann"\nAnn lives in Oslo.'], *[['"Bob"\nBob lives in Rome.']] * 2]  # nothing that was done
     assert isinstance(index, HybridIndex)
     assert [type(part).__name__ for part in index.indexes] == ["Bm25Index", "DenseIndex"]
-    assert stages.retrieval_checksum() == index.checksum
-    assert not list(stages.root.glob(".index*"))
-    made = [stages.root / "index" / kind for kind in ("bm25", "dense")]
+    assert inputs.retrieval_checksum() == index.checksum
+    assert not list(inputs.root.glob(".index*"))
+    made = [inputs.root / "index" / kind for kind in ("bm25", "dense")]
     given = load(project, "--retrieval.index", json.dumps([str(path) for path in made]))
     assert given.retrieval_checksum() == index.checksum
     one = load(project, "--retrieval.index", made[1], "--retrieval.parameters", "efSearch=3")
