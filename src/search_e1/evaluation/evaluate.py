@@ -17,8 +17,9 @@ from search_e1.evaluation.results import Evaluation, Result
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.chunks import Asking
 from search_e1.rollout.engines.base import Generator
-from search_e1.rollout.sharing import Part, share
+from search_e1.rollout.sharing import Part, write_parts
 from search_e1.runs import derived_seed, read_records
+from search_e1.runs import derived_seed, ranks
 from search_e1.runs.checkpoints import Checkpointer
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Group, Question, Record, Trajectory
@@ -66,7 +67,6 @@ def evaluate(
         DataError: a benchmark has no questions, or there is no benchmark.
         RetrievalError: from the retriever.
         Stopped: a signal asked for it; the current chunk is finished and on disk.
-        Left: in all processes but the first, which judges.
     """
     empty = [name for name, questions in questions_by_benchmark.items() if not questions]
     if empty or not questions_by_benchmark:
@@ -82,8 +82,9 @@ def evaluate(
     total = count * (1 + config.samples)
     parts = [part(TRAJECTORIES, 1, 0.0, 0)]
     parts += [part(SAMPLED, config.samples, config.temperature, count)] if config.samples else []
-    share(work, parts)
-    seconds, *_ = [_write(work, part) for part in parts]
+    seconds, *_ = write_parts(work, parts)
+    if not ranks.is_first():
+        return ranks.broadcast_object(None)  # type: ignore[return-value]
     judged = list(_judged(questions_by_benchmark, parts, recalls or {}))
     evaluation = results.evaluation(judged, seed)
     timings = {
@@ -93,7 +94,7 @@ def evaluate(
     results.write(judged, out / results.QUESTIONS)
     (out / results.EVALUATION).write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (out / TIMINGS).write_text(json.dumps(timings, indent=2) + "\n", encoding="utf-8")
-    return evaluation
+    return ranks.broadcast_object(evaluation)
 
 
 def _part(
@@ -131,16 +132,6 @@ def _part(
         return (group.model_dump_json() for group in groups), tally
 
     return Part(path, chunks, make)
-
-
-def _write(work: Checkpointer, part: Part) -> Mapping[str, float]:
-    """Write the chunks of ``part`` that are missing; returns the sums over all chunks."""
-    lines = work.lines(part.path)
-    for chunk in part.chunks:
-        if not lines.skip():
-            with work.finishing():
-                lines.append(*part.make(chunk, lines.tally))
-    return lines.tally
 
 
 def _judged(

@@ -13,9 +13,9 @@ from search_e1.retrieval.base import Retriever
 from search_e1.rollout.chunks import PARTS, Asking, tally
 from search_e1.rollout.engines.base import Generator
 from search_e1.rollout.loop import OnTrajectory, Spent
-from search_e1.rollout.sharing import Part, written
+from search_e1.rollout.sharing import Part, write_parts
 from search_e1.runs import read_records
-from search_e1.runs.checkpoints import Work
+from search_e1.runs.checkpoints import Checkpointer
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Group, Question, Trajectory
 
@@ -33,7 +33,7 @@ def sample(
     seed: int,
     out: Path,
     progress: Progress = silent,
-    work: Work | None = None,
+    work: Checkpointer | None = None,
 ) -> dict[str, Any]:
     """Sample a group for each question into ``out / FILE``, one JSON line each, on disk chunk by chunk.
 
@@ -46,7 +46,6 @@ def sample(
 
     Raises:
         Stopped: a signal has asked to stop; the chunk at hand is finished and on disk.
-        Left: to all processes but the first.
         RetrievalError: from the retriever.
     """
     asking, size = Asking(generator, retriever, prompts, limits), config.group_size
@@ -60,8 +59,8 @@ def sample(
         sums = tally((t for group in groups for t in group.trajectories), spent)
         return (group.model_dump_json() for group in groups), sums
 
-    lines = written(work or Work(), Part(out / FILE, list(asking.chunks(questions, size)), make))
-    return {"questions": len(questions), **figures(lines.tally)}
+    [sums] = write_parts(work or Checkpointer(), [Part(out / FILE, list(asking.chunks(questions, size)), make)])
+    return {"questions": len(questions), **figures(sums)}
 
 
 def figures(sums: Mapping[str, float]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from search_e1.errors import DataError, NoLeadError
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout import loop
 from search_e1.rollout.engines.base import Generator
-from search_e1.rollout.sharing import Part, written
+from search_e1.rollout.sharing import Part, write_parts
 from search_e1.runs import read_records
 from search_e1.runs.checkpoints import Checkpointer
 from search_e1.runs.progress import Progress, silent
@@ -234,7 +234,7 @@ def _sample(
     work = work or Checkpointer()
     with work.scratch() as scratch:
         path = scratch / "trajectories.jsonl"
-        written(work, Part(path, chunks, make))
+        write_parts(work, [Part(path, chunks, make)])
         sampled = list(read_records(path, Trajectory, "measure the lead again"))
     each = [sampled[at : at + config.samples] for at in range(0, len(sampled), config.samples)]
     return [each[: len(begins)], each[len(begins) :]]

@@ -99,7 +99,7 @@ class Inputs:
     @property
     def _indexes(self) -> Sequence[Path]:
         """Directories of indexes over the same passages: given, or built."""
-        return self.config.retrieval.index or [self.index().path / kind for kind in self._kinds]
+        return self.config.retrieval.index or [self.index.path / kind for kind in self._kinds]
 
     @property
     def _kinds(self) -> tuple[str, ...]:
@@ -111,6 +111,7 @@ class Inputs:
         """What names the passages behind a server or a user's own retriever."""
         return getattr(self._index, "checksum", None) or self.config.retrieval.cache_key
 
+    @cached_property
     def index(self) -> Artifact:
         """The index of ``data.corpus``, or both if they are to be fused, each in a directory named by its kind."""
         corpus = self.config.data.corpus

@@ -60,6 +60,8 @@ class StageRunner:
             SearchE1Error: whatever the stage raises.
         """
         config = self.run.config
+        if stage.parallel and ranks.count() > 1:
+            assert self.run.retriever  # made by all ranks together, before rank 0 alone asks for its checksum
         devices = ranks.count() if stage.parallel else 1
         return runs.artifact(
             out or self.run.root / str(stage.id),

@@ -23,8 +23,10 @@ def advantages(rewards: Sequence[float], *, scaled: bool = True) -> list[float]:
 
     The deviation is a sample's (n - 1). A group whose rewards are equal has advantages of 0 and teaches nothing.
     """
+    if min(rewards) == max(rewards):  # their mean may differ in its last bit, and Adam heeds directions alone
+        return [0.0] * len(rewards)
     mean = fmean(rewards)
-    deviation = stdev(rewards) + _EPSILON if scaled and len(rewards) > 1 else 1.0
+    deviation = stdev(rewards) + _EPSILON if scaled else 1.0
     return [(reward - mean) / deviation for reward in rewards]
 
 
