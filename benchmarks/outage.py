@@ -29,7 +29,6 @@ from rich.console import Console
 from search_e1 import evolve  # noqa: F401  loaded once, before processes are forked
 from search_e1.data.corpus import read_corpus
 from search_e1.retrieval.bm25 import Bm25Index
-from search_e1.stages import all as stages  # noqa: F401  loaded once, before processes are forked
 from small_run import contents, prepare, search_e1
 
 STAGES = ("grpo-1", "pool-1")

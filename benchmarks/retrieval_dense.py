@@ -23,7 +23,6 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -126,7 +125,7 @@ def first_rank(hits: Sequence[Passage], answers: Sequence[str]) -> int:
 
 
 class Varied(Encoder):
-    """Stands for an encoder whose vectors are known already: passage i of n is real vector i, or one that was varied.
+    """Encoder with known vectors: passage i of n is real vector i, or a varied one.
 
     The variation adds a random direction of half the vector's length, so that the cosine with the real one is 0.89.
     """
@@ -134,8 +133,15 @@ class Varied(Encoder):
     def __init__(self, real: np.ndarray, queries: np.ndarray, about: DenseIndex) -> None:
         self.real, self.asked, self.about = real, queries, about
         self.name, self.convention = about.encoder.name, about.encoder.convention
-        self._model = SimpleNamespace(config=SimpleNamespace(hidden_size=real.shape[1]), dtype="float32")
         self.checksum = f"varied from {about.manifest.checksum}"
+
+    @property
+    def dimension(self) -> int:
+        return self.real.shape[1]
+
+    @property
+    def dtype(self) -> str:
+        return "float32"
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
         numbers = np.array([int(text.split("\n")[1]) for text in texts])
