@@ -3,21 +3,25 @@
 import itertools
 import json
 import random
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conftest import PASSAGES, TinyRetriever
 from search_e1 import config as configs
 from search_e1.config import Config, Prompts, RolloutConfig, WarmstartConfig
-from search_e1.data.questions import load_questions
 from search_e1.errors import ConfigError, DataError
 from search_e1.rollout.demonstrations import Lesson, batches, demonstration, find_name, lessons, plan
+from search_e1.runs.context import StageContext
+from search_e1.stages.inputs import Inputs
+from search_e1.stages.warmstart import Warmstart
 from search_e1.text.prompts import plain_prompt, privileged_prompt
 from search_e1.training import fresh
 from search_e1.training import policy as policies
-from search_e1.types import ActionKind, Question, StopReason
-from search_e1.warmstart.stage import warm_start
+from search_e1.types import ActionKind, Question, StopReason, Turn
 
 CORPUS = {p.id: p for p in PASSAGES}
 CHAIN = Question(
@@ -136,10 +140,16 @@ def test_find_name(name, text, found):
 
 def draw(tiny_policy, lesson, **shares) -> tuple:
     config = WarmstartConfig(**{"privileged": 0, "off_track": 0, "irrelevant": 0, "duplicate": 0, "early": 0} | shares)
-    made = demonstration(lesson, tiny_policy.tokenizer, tiny_policy.prompts, config, ROLLOUT, random.Random(0))
+    made = demonstration(lesson, config, random.Random(0))
     ids = zip(made.response_ids, made.action_mask, strict=True)
     imitated = tiny_policy.tokenizer.decode([id for id, one in ids if one])
     return made, imitated
+
+
+def with_detours(lesson: Lesson, *turns: Turn) -> Lesson:
+    changed = replace(lesson)
+    changed.__dict__["detours"] = turns
+    return changed
 
 
 def test_a_clean_demonstration_imitates_actions_and_reads_observations(tiny_policy):
@@ -158,13 +168,12 @@ def test_sloppy_demonstrations(tiny_policy):
     jump = "<think> So the answer is Arda.</think><answer> Arda</answer>"
     assert draw(tiny_policy, lesson, early=1)[1] == first + jump
     stray = lesson.clean.turns[1].model_copy(update={"action_text": "stray"})
-    strayed = Lesson(lesson.question, lesson.clean, (stray,))
-    assert draw(tiny_policy, strayed, irrelevant=1)[1] == second + first + second + answer
+    assert draw(tiny_policy, with_detours(lesson, stray), irrelevant=1)[1] == second + first + second + answer
 
 
 def test_a_privileged_demonstration_follows_the_reference_also_from_off_its_track(tiny_policy):
     [lesson] = learn(tiny_policy, CHAIN)
-    lesson = Lesson(lesson.question, lesson.clean, ())
+    lesson = with_detours(lesson)
     tokenizer, prompts, clean = tiny_policy.tokenizer, tiny_policy.prompts, lesson.clean
     shown = privileged_prompt(tokenizer, prompts, CHAIN.text, clean.text)
     made, imitated = draw(tiny_policy, lesson, privileged=1)
@@ -180,11 +189,10 @@ def test_a_privileged_demonstration_follows_the_reference_also_from_off_its_trac
 def test_batches_go_through_all_lessons_and_are_the_same_for_a_seed(tiny_policy):
     taught = learn(tiny_policy, CHAIN, SINGLE, COMPARISON)
     config = WarmstartConfig(batch_size=3, drills=0)
-    arguments = (taught, tiny_policy.tokenizer, tiny_policy.prompts, config, ROLLOUT)
     plain = WarmstartConfig(batch_size=3, privileged=0, drills=0)
-    [batch] = itertools.islice(batches(*arguments[:3], plain, ROLLOUT), 1)
+    [batch] = itertools.islice(batches(taught, plain), 1)
     assert {made.prompt_ids for made in batch} == {lesson.clean.prompt_ids for lesson in taught}
-    first, again, other = (list(itertools.islice(batches(*arguments, seed=seed), 4)) for seed in (1, 1, 2))
+    first, again, other = (list(itertools.islice(batches(taught, config, seed=seed), 4)) for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
@@ -192,15 +200,15 @@ def test_batches_go_through_all_lessons_and_are_the_same_for_a_seed(tiny_policy)
 def test_drills_come_first_and_teach_the_first_search(tiny_policy):
     taught = learn(tiny_policy, CHAIN)
     config = WarmstartConfig(batch_size=2, drills=1)
-    drills, whole = itertools.islice(batches(taught, tiny_policy.tokenizer, tiny_policy.prompts, config, ROLLOUT), 2)
+    drills, whole = itertools.islice(batches(taught, config), 2)
     assert (len(drills), len(whole)) == (12, 2)
     action = taught[0].clean.turns[0].action_ids
     assert all((made.response_ids, made.action_mask) == (action, (1,) * len(action)) for made in drills)
 
 
-def test_no_lesson_is_refused(tiny_policy):
+def test_no_lesson_is_refused():
     with pytest.raises(DataError, match="no question gives a demonstration"):
-        next(batches([], tiny_policy.tokenizer, tiny_policy.prompts, WarmstartConfig(), ROLLOUT))
+        next(batches([], WarmstartConfig()))
 
 
 def test_fresh_tokenizer_keeps_any_text_and_has_one_id_for_a_tag():
@@ -220,6 +228,12 @@ def test_fresh_tokenizer_keeps_any_text_and_has_one_id_for_a_tag():
 def test_impossible_sections_are_refused(section):
     with pytest.raises(ValueError, match=r"hidden_size 192 does not split|exceed 1|drills = 500 of 400"):
         WarmstartConfig(**section)
+
+
+def warm_start(config: Config, out: Path) -> Mapping[str, Any]:
+    run = Inputs(config, out)
+    run.__dict__["retriever"] = TinyRetriever(PASSAGES)
+    return Warmstart().work(run, StageContext(out))
 
 
 def test_warm_start_makes_a_policy_that_loads(tmp_path: Path):
@@ -247,7 +261,7 @@ def test_warm_start_makes_a_policy_that_loads(tmp_path: Path):
             },
         }
     )
-    result = warm_start(load_questions(train), TinyRetriever(PASSAGES), config, out=tmp_path)
+    result = warm_start(config, tmp_path)
     assert result["taught"] == {"q": 3}
     assert result["last_loss"] < result["first_loss"]
     policy = policies.load(tmp_path / "policy", config.policy)
@@ -255,7 +269,7 @@ def test_warm_start_makes_a_policy_that_loads(tmp_path: Path):
     assert policy.prompts == Prompts()
     without = config.model_copy(update={"warmstart": None})
     with pytest.raises(ConfigError, match=r"section \[warmstart\] is missing"):
-        warm_start(load_questions(train), TinyRetriever(PASSAGES), without, out=tmp_path)
+        warm_start(without, tmp_path)
 
 
 def test_the_checked_in_config_loads():

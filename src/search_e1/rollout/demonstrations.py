@@ -1,13 +1,17 @@
 """Demonstrations from supporting passages: how a question could have been searched and answered.
 
-For every supporting passage there is a search that really retrieves it, made of what a searcher knows by then: a title
-that the question or an earlier passage names, or the question itself. What comes back is the real observation.
+Each supporting passage is retrieved by a search whose query the searcher could know by then: a title named in the question or
+in an earlier passage, or the question itself. The observations are the real ones.
 """
 
+import os
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from threading import Lock
 from typing import Any
 
 from search_e1.config import Prompts, RolloutConfig, WarmstartConfig
@@ -16,57 +20,74 @@ from search_e1.errors import DataError
 from search_e1.retrieval.base import Retriever
 from search_e1.runs.progress import Progress, silent
 from search_e1.text.prompts import neutralize, observation, plain_prompt, privileged_prompt
-from search_e1.types import ActionKind, Passage, Question, StopReason, Trajectory, Turn
-from search_e1.warmstart.trainer import Demonstration
+from search_e1.types import ActionKind, Passage, Question, Sample, StopReason, Trajectory, Turn
 
-_QUOTE_WORDS = 3  # of the evidence, before the words that it ends with: where a longer quote begins is a guess
-_OPENING_WORDS = 4  # of a passage that holds neither the answer nor the next title
-_QUERIES_AT_ONCE = 256
-_DRILLS_FOR_ONE = 6  # drills in a batch where otherwise there is one demonstration
+_QUOTE_WORDS = 3  # quoted before the target words: where a longer quote should begin is a guess
+_OPENING_WORDS = 4  # quoted of a passage that contains neither the answer nor the next title
+_BATCH = 256  # queries a call of the retriever
+_DRILL_FACTOR = 6  # drills a batch for each demonstration that it otherwise holds
+_UNANSWERED = dict(observation_ids=(), observation_text="", passage_ids=())
 _YES_NO = frozenset({"yes", "no"})
 _WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """A search that is needed: any of ``passages`` serves it; ``queries`` are tried in their order."""
+    """A required search: any of ``passages`` satisfies it; ``queries`` are tried in order."""
 
     passages: tuple[Passage, ...]
     name: str
-    """What the searcher is after, in the words of the question or of an earlier passage; empty: the question itself."""
+    """The entity searched for, as the question or an earlier passage writes it; empty: the question is the query."""
     queries: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a question takes."""
+    """The searches that a question takes."""
 
     question: Question
     hops: tuple[Hop, ...]
     detours: tuple[str, ...]
-    """Queries that are likely to lead nowhere."""
+    """Queries that are unlikely to retrieve anything useful."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Lesson:
-    """A correct, direct trajectory, and needless searches that could stand before it."""
+    """A correct, direct trajectory, and needless searches that could precede it."""
 
-    question: Question
+    plan: Plan
     clean: Trajectory
-    detours: tuple[Turn, ...]
+    writer: "_Writer"
+
+    @property
+    def question(self) -> Question:
+        return self.plan.question
+
+    @cached_property
+    def detours(self) -> tuple[Turn, ...]:
+        """The searches of ``plan.detours`` that retrieve something, but no passage of a hop; run when they are first needed.
+
+        Raises:
+            RetrievalError: from the retriever.
+        """
+        # One that retrieves a needed passage would be the pending search in other words.
+        return tuple(
+            self.writer.search_turn(f"I need to find {query}.", query)
+            for query in self.plan.detours
+            if self.writer.passages(query) and not self.writer.retrieves(query, *self.plan.hops)
+        )
 
 
 def plan(question: Question, passages: Mapping[str, Passage], rng: random.Random) -> Plan | None:
     """The searches that ``question`` takes, by its ``metadata``; ``None`` if that names no supporting passage.
 
-    Several ``gold_passage_ids`` are all needed if the question has several hops, and are alternatives if it has one;
+    Several ``gold_passage_ids`` are all required if the question has several hops, and alternatives if it has one;
     ``answer_passage_ids`` are always alternatives.
 
     Raises:
-        DataError: a passage is named that ``passages`` lacks.
+        DataError: ``passages`` lacks a passage that is named.
     """
-    named = {key: _passages(question, key, passages) for key in ("gold_passage_ids", "answer_passage_ids")}
-    gold, answering = named.values()
+    gold, answering = (_named(question, key, passages) for key in ("gold_passage_ids", "answer_passage_ids"))
     if not gold and not answering:
         return None
     if gold and (question.hops or 1) > 1:
@@ -81,7 +102,7 @@ def plan(question: Question, passages: Mapping[str, Passage], rng: random.Random
 
 
 def find_name(name: str, text: str) -> str:
-    """``name``, without a parenthesis at its end, as it stands in ``text``, whatever the case; empty if it does not."""
+    """``name`` as it is written in ``text``, ignoring case and a final parenthesis; empty if it does not occur."""
     match = _search(name, text)
     return match[0] if match else ""
 
@@ -97,41 +118,34 @@ def lessons(
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[Lesson]:
-    """A lesson for every question whose supporting passages are named and can be retrieved; the others are left out.
+    """A lesson for every question whose supporting passages are named and can be retrieved.
 
-    Left out are also questions whose answer does not show in what is retrieved, or that exceed the limits of ``rollout``.
+    Questions whose answer does not occur in the retrieved passages, or that exceed the limits of ``rollout``, are left out.
 
     Raises:
         DataError: a question names a passage that ``passages`` lacks.
         RetrievalError: from the retriever.
     """
     rng = random.Random(seed)
-    plans = [made for question in questions if (made := plan(question, passages, rng))]
-    queries = list(dict.fromkeys(q for p in plans for q in (*(q for h in p.hops for q in h.queries), *p.detours)))
-    found: dict[str, Sequence[Passage]] = {}
-    for at in range(0, len(queries), _QUERIES_AT_ONCE):
-        part = queries[at : at + _QUERIES_AT_ONCE]
-        found |= zip(part, retriever.search(part, rollout.topk), strict=True)
-        progress(len(found), len(queries), "queries")
-    writer = _Writer(tokenizer, prompts, rollout, found)
-    return [lesson for made in plans if (lesson := writer.lesson(made))]
+    plans = [planned for question in questions if (planned := plan(question, passages, rng))]
+    hops = [hop for planned in plans for hop in planned.hops]
+    writer = _Writer(tokenizer, prompts, rollout, retriever)
+    writer.retrieve((hop.queries[0] for hop in hops), progress)
+    missed = [hop for hop in hops if not writer.retrieves(hop.queries[0], hop)]
+    writer.retrieve((query for hop in missed for query in hop.queries[1:]), progress)
+    tokenizer.encode("")  # sets truncation and padding, which must not happen in several threads at once
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the tokenizer works outside Python's lock
+        return [lesson for lesson in pool.map(writer.lesson, plans) if lesson]
 
 
-def batches(
-    taught: Sequence[Lesson],
-    tokenizer: Any,
-    prompts: Prompts,
-    config: WarmstartConfig,
-    rollout: RolloutConfig,
-    *,
-    seed: int = 0,
-) -> Iterator[list[Demonstration]]:
-    """Batches without end: first ``config.drills`` of nothing but first searches, then whole demonstrations.
+def batches(taught: Sequence[Lesson], config: WarmstartConfig, *, seed: int = 0) -> Iterator[list[Sample]]:
+    """Endless batches: first ``config.drills`` of first searches only, then whole demonstrations.
 
-    All lessons come in a new order each time round, each in a form that is drawn anew.
+    Every pass over the lessons has a new order, and draws the form of each anew.
 
     Raises:
         DataError: there are no lessons.
+        RetrievalError: a needless search failed.
     """
     if not taught:
         raise DataError(
@@ -140,72 +154,63 @@ def batches(
         )
     rng = random.Random(seed)
     for _ in range(config.drills):
-        # Short ones, and many: copying a name from a question into a query is what everything else begins with.
+        # Many short ones: everything else builds on copying a name from the question into a query.
         yield [
-            _demonstration(lesson.clean.prompt_ids, [_unanswered(lesson.clean.turns[0])])
-            for lesson in rng.choices(taught, k=_DRILLS_FOR_ONE * config.batch_size)
+            _sample(lesson, lesson.clean.prompt_ids, [lesson.clean.turns[0].model_copy(update=_UNANSWERED)])
+            for lesson in rng.choices(taught, k=_DRILL_FACTOR * config.batch_size)
         ]
-    batch: list[Demonstration] = []
+    batch: list[Sample] = []
     while True:
         for lesson in rng.sample(taught, len(taught)):
-            batch.append(demonstration(lesson, tokenizer, prompts, config, rollout, rng))
+            batch.append(demonstration(lesson, config, rng))
             if len(batch) == config.batch_size:
                 yield batch
                 batch = []
 
 
-def demonstration(
-    lesson: Lesson,
-    tokenizer: Any,
-    prompts: Prompts,
-    config: WarmstartConfig,
-    rollout: RolloutConfig,
-    rng: random.Random,
-) -> Demonstration:
+def demonstration(lesson: Lesson, config: WarmstartConfig, rng: random.Random) -> Sample:
     """``lesson`` in a form drawn by the shares of ``config``: following a reference, direct, or sloppy."""
-    clean = lesson.clean
-    room = rollout.max_searches - clean.searches
+    clean, tokenizer, rollout = lesson.clean, lesson.writer.tokenizer, lesson.writer.rollout
+    may_search = clean.searches < rollout.max_searches
     if rng.random() < config.privileged:
-        strays = (*lesson.detours, clean.turns[0])[: 3 if room else 0]
-        stray = (rng.choice(strays),) if strays and rng.random() < config.off_track else ()
-        prompt = privileged_prompt(tokenizer, prompts, lesson.question.text, clean.text)
-        followed = _demonstration(prompt, (*stray, *clean.turns), read_only=len(stray))
+        off_track = may_search and rng.random() < config.off_track
+        detour = (rng.choice((*lesson.detours, clean.turns[0])),) if off_track else ()
+        prompt = privileged_prompt(tokenizer, lesson.writer.prompts, lesson.question.text, clean.text)
+        followed = _sample(lesson, prompt, (*detour, *clean.turns), read_only=len(detour))
         if len(followed) <= rollout.max_tokens:
             return followed
     draw = rng.random()
     turns = clean.turns
     if draw < config.early:
-        turns = (turns[0], _jump(tokenizer, turns[0])) if turns[0].passage_ids else turns
+        turns = (turns[0], _premature_answer(tokenizer, turns[0])) if turns[0].passage_ids else turns
     elif draw < config.early + config.duplicate:
-        turns = (turns[0], *turns) if room else turns
+        turns = (turns[0], *turns) if may_search else turns
     elif draw < config.early + config.duplicate + config.irrelevant:
-        turns = (rng.choice(lesson.detours), *turns) if room and lesson.detours else turns
-    sloppy = _demonstration(clean.prompt_ids, turns)
-    return sloppy if len(sloppy) <= rollout.max_tokens else _demonstration(clean.prompt_ids, clean.turns)
+        turns = (rng.choice(lesson.detours), *turns) if may_search and lesson.detours else turns
+    sloppy = _sample(lesson, clean.prompt_ids, turns)
+    return sloppy if len(sloppy) <= rollout.max_tokens else _sample(lesson, clean.prompt_ids, clean.turns)
 
 
-def _demonstration(prompt_ids: tuple[int, ...], turns: Sequence[Turn], read_only: int = 0) -> Demonstration:
+def _sample(lesson: Lesson, prompt_ids: tuple[int, ...], turns: Sequence[Turn], read_only: int = 0) -> Sample:
     """The first ``read_only`` turns are not imitated."""
     ids: list[int] = []
     mask: list[int] = []
     for number, turn in enumerate(turns):
         ids += turn.action_ids + turn.observation_ids
         mask += [int(number >= read_only)] * len(turn.action_ids) + [0] * len(turn.observation_ids)
-    return Demonstration(prompt_ids, tuple(ids), tuple(mask))
+    return Sample(
+        question_id=lesson.question.id, prompt_ids=prompt_ids, response_ids=tuple(ids), action_mask=tuple(mask)
+    )
 
 
-def _unanswered(turn: Turn) -> Turn:
-    return turn.model_copy(update=dict(observation_ids=(), observation_text="", passage_ids=()))
-
-
-def _jump(tokenizer: Any, search: Turn) -> Turn:
-    """An answer that takes the first title it sees for the answer."""
+def _premature_answer(tokenizer: Any, search: Turn) -> Turn:
+    """An answer with the title of the first passage."""
     title = re.search(r"Doc 1\(Title: (.*?)\)", search.observation_text)
     guess = title[1] if title else "unknown"
     return _action(tokenizer, f"So the answer is {guess}.", ActionKind.ANSWER, guess)
 
 
-def _passages(question: Question, key: str, passages: Mapping[str, Passage]) -> list[Passage]:
+def _named(question: Question, key: str, passages: Mapping[str, Passage]) -> list[Passage]:
     ids = list(dict.fromkeys(question.metadata.get(key) or ()))
     for id in ids:
         if id not in passages:
@@ -217,7 +222,7 @@ def _passages(question: Question, key: str, passages: Mapping[str, Passage]) -> 
 
 
 def _chain(question: str, gold: Sequence[Passage]) -> list[Hop]:
-    """The hops in the order in which their titles come to be known."""
+    """The hops in the order in which their titles become known."""
     known, rest, hops = [question], list(gold), []
     while rest:
         number = min(range(len(rest)), key=lambda i: _first_mention(rest[i].title, known))
@@ -241,7 +246,9 @@ def _hop(passages: tuple[Passage, ...], name: str, question: str) -> Hop:
 
 def _search(name: str, text: str) -> re.Match[str] | None:
     bare = re.sub(r"\s*\([^()]*\)$", "", name).strip()
-    return re.search(rf"(?<!\w){re.escape(bare)}(?!\w)", text, re.IGNORECASE) if len(bare) > 1 else None
+    if len(bare) < 2 or bare.casefold() not in text.casefold():  # most often not, and a pattern takes long to compile
+        return None
+    return re.search(rf"(?<!\w){re.escape(bare)}(?!\w)", text, re.IGNORECASE)
 
 
 def _action(tokenizer: Any, thought: str, kind: ActionKind, argument: str) -> Turn:
@@ -251,15 +258,33 @@ def _action(tokenizer: Any, thought: str, kind: ActionKind, argument: str) -> Tu
 
 
 class _Writer:
-    """Writes lessons in words and ids, with what each query finds at hand."""
+    """Writes lessons as text and ids. Threads may share it."""
 
-    def __init__(
-        self, tokenizer: Any, prompts: Prompts, rollout: RolloutConfig, found: Mapping[str, Sequence[Passage]]
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.prompts = prompts
-        self.rollout = rollout
-        self.found = found
+    def __init__(self, tokenizer: Any, prompts: Prompts, rollout: RolloutConfig, retriever: Retriever) -> None:
+        self.tokenizer, self.prompts, self.rollout, self.retriever = tokenizer, prompts, rollout, retriever
+        self._found: dict[str, Sequence[Passage]] = {}
+        self._lock = Lock()
+
+    def retrieve(self, queries: Iterable[str], progress: Progress = silent) -> None:
+        """Retrieve for the queries that were not asked before, in batches."""
+        new = [query for query in dict.fromkeys(queries) if query not in self._found]
+        total = len(self._found) + len(new)
+        for start in range(0, len(new), _BATCH):
+            batch = new[start : start + _BATCH]
+            self._found |= zip(batch, self.retriever.search(batch, self.rollout.topk), strict=True)
+            progress(len(self._found), total, "queries")
+
+    def passages(self, query: str) -> Sequence[Passage]:
+        """The passages retrieved for ``query``."""
+        if query not in self._found:
+            with self._lock:
+                self.retrieve([query])
+        return self._found[query]
+
+    def retrieves(self, query: str, *hops: Hop) -> bool:
+        """Whether ``query`` retrieves a passage of one of ``hops``."""
+        wanted = {passage.id for hop in hops for passage in hop.passages}
+        return not wanted.isdisjoint(passage.id for passage in self.passages(query))
 
     def lesson(self, plan: Plan) -> Lesson | None:
         turns = self._turns(plan)
@@ -279,21 +304,17 @@ class _Writer:
         too_long |= any(len(turn.action_ids) > self.rollout.max_action_tokens for turn in turns)
         if not clean.correct or too_long or clean.searches > self.rollout.max_searches:
             return None
-        needed = {p.id for hop in plan.hops for p in hop.passages}
-        # A detour that finds what is needed would be the pending search in other words.
-        strays = [query for query in plan.detours if self.found[query] and needed.isdisjoint(self._ids(query))]
-        detours = tuple(self._served(f"I need to find {query}.", query) for query in strays)
-        return Lesson(plan.question, clean, detours)
+        return Lesson(plan, clean, self)
 
     def _turns(self, plan: Plan) -> tuple[Turn, ...] | None:
-        """A search for each hop that no earlier one has served, each after a thought on what was read; the answer."""
+        """A search for each hop that no earlier search has satisfied, each after a thought on what was read; the answer."""
         question, turns, thought = plan.question.text, [], ""
         read = ""  # every observation so far
         answer = ""
         for number, hop in enumerate(plan.hops):
             last = number + 1 == len(plan.hops)
             if not self._shown(hop, read):
-                turn = self._retrieve(hop, thought, question, plan.question.answers if len(plan.hops) == 1 else ())
+                turn = self._first_hit(hop, thought, question, plan.question.answers if len(plan.hops) == 1 else ())
                 if turn is None:
                     return None
                 turns.append(turn)
@@ -310,49 +331,46 @@ class _Writer:
         turns.append(_action(self.tokenizer, f"{thought}So the answer is {answer}.", ActionKind.ANSWER, answer))
         return tuple(turns)
 
-    def _retrieve(self, hop: Hop, thought: str, question: str, answers: Sequence[str]) -> Turn | None:
+    def _first_hit(self, hop: Hop, thought: str, question: str, answers: Sequence[str]) -> Turn | None:
         """The first of the hop's queries that retrieves its passage (and shows one of ``answers``, if there are any)."""
         for query in hop.queries:
-            goal = f"I need to find {hop.name}." if query != question else "I will search for the question."
-            if not self.found[query]:
+            if not self.retrieves(query, hop):
                 continue
-            turn = self._served(thought + goal, query)
+            goal = f"I need to find {hop.name}." if query != question else "I will search for the question."
+            turn = self.search_turn(thought + goal, query)
             shown = self._shown(hop, turn.observation_text)
             if shown and (not answers or any(find_name(a, turn.observation_text) for a in answers)):
                 return turn
         return None
 
-    def _served(self, thought: str, query: str) -> Turn:
-        text, ids = observation(self.tokenizer, self.found[query], self.rollout.max_observation_tokens)
+    def search_turn(self, thought: str, query: str) -> Turn:
+        passages = self.passages(query)
+        text, ids = observation(self.tokenizer, passages, self.rollout.max_observation_tokens)
         action = _action(self.tokenizer, thought, ActionKind.SEARCH, query)
-        return action.model_copy(
-            update=dict(observation_text=text, observation_ids=ids, passage_ids=tuple(self._ids(query)))
-        )
-
-    def _ids(self, query: str) -> list[str]:
-        return [passage.id for passage in self.found[query]]
+        found = tuple(passage.id for passage in passages)
+        return action.model_copy(update=dict(observation_text=text, observation_ids=ids, passage_ids=found))
 
     def _shown(self, hop: Hop, read: str, answers: Sequence[str] = ()) -> Passage | None:
-        """The passage of ``hop`` whose title and beginning are in ``read``; one that holds an answer comes first."""
+        """The passage of ``hop`` whose title and opening occur in ``read``, preferably one that contains an answer."""
         openings = {p.id: neutralize(self.tokenizer, f"(Title: {p.title}) {_opening(p.text)}") for p in hop.passages}
         shown = [p for p in hop.passages if openings[p.id] in read]
         return max(shown, key=lambda p: any(find_name(a, p.text) for a in answers), default=None)
 
     def _answer(self, plan: Plan, read: str) -> str:
-        """An answer as it was read; one that compares may stand in the question alone."""
+        """An answer as it was read; that of a comparison may occur in the question only."""
         places = [p.text for hop in reversed(plan.hops) for p in hop.passages] + [
             p.title for p in plan.hops[-1].passages
         ]
         for text in places:
             for answer in plan.question.answers:
-                # Without a parenthesis at its end an answer may be another one.
+                # Without its final parenthesis it may be a different answer.
                 if (name := find_name(answer, text)) and name in read and exact_match(name, plan.question.answers):
                     return name
         compares = [a for a in plan.question.answers if a.lower() in _YES_NO or find_name(a, plan.question.text)]
         return compares[0] if compares else ""
 
     def _fact(self, question: Question, passage: Passage, target: str, read: str) -> str:
-        """What ``passage`` says: the words up to ``target``, an annotated fact, or how it begins."""
+        """What ``passage`` says: the words up to ``target``, an annotated fact, or its opening."""
         if target and not find_name(target, question.text):
             quotes = _quotes(passage.text, target, question.text)
             if quote := next((q for q in quotes if neutralize(self.tokenizer, q) in read), ""):
@@ -364,7 +382,7 @@ class _Writer:
 
 
 def _quotes(text: str, target: str, question: str) -> list[str]:
-    """``target`` with the words before it, wherever it stands; those that share most words with the question first."""
+    """Every occurrence of ``target`` with the words before it; those that share most words with the question first."""
     text = " ".join(text.split())
     asked = set(_WORD.findall(question.lower()))
     quotes = []

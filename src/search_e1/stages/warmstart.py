@@ -59,9 +59,7 @@ class Warmstart(Stage):
             run.train_questions, passages, run.retriever, policy.tokenizer, prompts, config.rollout,
             seed=config.seed, progress=context.progress,
         )  # fmt: skip
-        batches = demonstrations.batches(
-            lessons, policy.tokenizer, prompts, warmstart, config.rollout, seed=config.seed
-        )
+        batches = demonstrations.batches(lessons, warmstart, seed=config.seed)
         trained = TrainedPolicy(policy.model, warmstart.training, frozen_start=False, sharding=config.parallel.sharding)
         schedule = Schedule(warmstart.steps, warmstart.learning_rate)
         objective = Sft(logits_mib=warmstart.training.logits_mib)
