@@ -1,28 +1,30 @@
 """Demonstrations of searching in the small world: sloppy ones under the plain prompt, efficient ones beside a reference.
 
-They make a base policy that is to the small world what an instruct model is to the real one: it knows the protocol, wastes
-searches and words, is often wrong, and follows an example that it is shown, also from a bad start.
+A policy trained on them is to the small world what an instruct model is to the real one: it knows the protocol, wastes searches
+and words, is often wrong, and follows an example in its prompt, even from a bad start.
 """
 
 import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from search_e1.config import Prompts
-from search_e1.data.world import RELATIONS, Entity, World
+from search_e1.data.world import RELATIONS, SPLITS, Entity, World
 from search_e1.retrieval.base import Retriever
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.text.prompts import observation, plain_prompt, privileged_prompt
 from search_e1.training.policy import Reader
-from search_e1.types import Question
-from search_e1.warmstart.trainer import Demonstration
+from search_e1.types import Question, Sample
 
-_SLIP = "|"  # before a word: choosing it is a slip. What follows from it is not marked
+_SLIP = "|"  # prefix of a word whose choice is a slip; the words that follow from it are not marked
+
+_TOPK, _MAX_OBSERVATION_TOKENS = 2, 128
+_MAX_SEARCHES = 5  # bounds the detours: a demonstration never needs more
 
 _FILLERS = (
     "let me think about the question step by step .",
@@ -32,7 +34,7 @@ _FILLERS = (
 )
 
 PHRASES = " ".join([*_FILLERS, "found need done search again for maybe of is useful I give up unknown : ."])
-"""Every word of a thought that is not of the world itself, for a tokenizer's vocabulary."""
+"""Every word of a thought that is not a name or relation of the world, for a tokenizer's vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,23 +46,23 @@ class Slips:
     duplicate: float = 0.12
     """Probability, at each turn, of repeating the last search."""
     recheck: float = 0.3
-    """Probability, at each turn, of searching on although the evidence is complete."""
+    """Probability, at each turn, of another search although the evidence is complete."""
     early: tuple[float, float, float] = (0.2, 0.2, 0.2)
     """Share of trajectories of two, three and four hops that answer with an entity on the way."""
     one_short: bool = False
-    """Those stop one fact short, not anywhere."""
+    """These stop exactly one fact short, rather than anywhere."""
     give_up: float = 0.08
     """Share of trajectories that answer with ``unknown``."""
     wrong: float = 0.18
-    """Share of trajectories that take the value of another relation somewhere."""
+    """Share of trajectories that at some point take the value of another relation."""
     confused: float = 0.0
-    """Share of the remaining trajectories that mistake the last relation for another, if it is one of ``CONFUSED``."""
+    """Share of the remaining trajectories that mistake the last relation, if it is one of ``CONFUSED``, for another."""
     verbose: float = 0.5
-    """Share of trajectories that fill their thoughts."""
+    """Share of trajectories that pad their thoughts."""
     favourite: float = 0.0
-    """Share of what they fill them with that is the same everywhere; the rest is drawn."""
+    """Share of the padding that is always the same sentence; the rest is drawn."""
     misread: float = 0.0
-    """Probability, at each turn of a bad start, of going on from a name that no passage holds."""
+    """Probability, at each turn of a bad start, of continuing with a name that occurs in no passage."""
     stray: int = 3
     """Most turns of a bad start."""
 
@@ -71,10 +73,9 @@ class Slips:
 
 CLEAN = Slips(irrelevant=0, duplicate=0, recheck=0, early=(0, 0, 0), give_up=0, wrong=0, verbose=0)
 HABITS = Slips(early=(0.15, 0.65, 0.7), one_short=True, wrong=0.05, confused=0.7, misread=0.35, stray=4)
-"""Slips of which some are more likely than what is right, so that the greedy trajectory goes wrong too."""
+"""Some slips are more likely than the right action, so that the greedy trajectory is wrong too."""
 WORDY = replace(HABITS, verbose=0.9, favourite=0.85)
-"""Filled thoughts too are more likely than plain ones. They cost nothing but tokens, so that a reward for the answer alone does
-not see them."""
+"""Padded thoughts too are more likely than plain ones. They cost only tokens: a reward for the answer does not see them."""
 CONFUSED = {
     "employer": "birthplace",
     "studio": "director",
@@ -84,263 +85,279 @@ CONFUSED = {
 }
 
 
-@dataclass(slots=True)
-class _Walk:
-    """A trajectory in the making, and what is known in it."""
-
-    chain: Sequence[Entity]  # from the entity that the question names to the answer
-    relations: Sequence[str]
-    ids: list[int] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)  # of ``ids``: part of an action, not of an observation
-    slips: list[bool] = field(default_factory=list)  # of ``ids``: chosen by a slip
-    seen: set[str] = field(default_factory=set)  # ids of the passages that were retrieved
-    queries: list[tuple[str, str]] = field(default_factory=list)  # relation, name
-    answered: bool = False
-
-    @property
-    def hops(self) -> int:
-        return len(self.relations)
-
-    @property
-    def progress(self) -> int:
-        """How many of the chain's facts are stated in what was retrieved, from the first on."""
-        return next((h for h in range(self.hops) if self.chain[h].id not in self.seen), self.hops)
-
-
 class DemonstrationWriter:
-    """Writes demonstrations of one world, with observations as the rollout loop would insert them."""
+    """Writes demonstrations of one world, with the observations that the rollout loop would insert."""
 
-    def __init__(
-        self,
-        world: World,
-        retriever: Retriever,
-        tokenizer: Any,
-        prompts: Prompts,
-        *,
-        topk: int = 2,
-        max_observation_tokens: int = 128,
-        max_searches: int = 5,
-    ) -> None:
-        """``max_searches`` bounds the detours: a demonstration never needs more."""
-        self.world = world
-        self.retriever = retriever
-        self.tokenizer = tokenizer
-        self.prompts = prompts
-        self.topk = topk
-        self.max_observation_tokens = max_observation_tokens
-        self.max_searches = max_searches
+    def __init__(self, world: World, retriever: Retriever, tokenizer: Any, prompts: Prompts) -> None:
+        self.world, self.retriever, self.tokenizer, self.prompts = world, retriever, tokenizer, prompts
         self._word_ids: dict[str, list[int]] = {}
         self._found: dict[str, tuple[str, tuple[int, ...], tuple[str, ...]]] = {}
-        self._fetch([f"{relation} {e.name}" for e in world.entities.values() for relation in e.facts])
+        self._retrieve([f"{relation} {e.name}" for e in world.entities.values() for relation in e.facts])
 
-    def plain(self, rng: random.Random, question: Question, slips: Slips) -> Demonstration:
-        """A trajectory with slips under the plain prompt; all its actions are to be imitated."""
-        walk = self._walk(question)
-        self._go(walk, rng, slips)
-        prompt = plain_prompt(self.tokenizer, self.prompts, question.text)
-        return Demonstration(prompt, tuple(walk.ids), tuple(map(int, walk.sampled)))
+    def plain(self, rng: random.Random, question: Question, slips: Slips) -> Sample:
+        """A trajectory with slips under the plain prompt; all its actions are imitated."""
+        walk = Walk(self, question, rng)
+        walk.go(slips)
+        return walk.sample(plain_prompt(self.tokenizer, self.prompts, question.text), imitate_slips=True)
 
-    def privileged(self, rng: random.Random, question: Question, slips: Slips, *, off_track: float) -> Demonstration:
+    def privileged(self, rng: random.Random, question: Question, slips: Slips, *, off_track: float) -> Sample:
         """An efficient trajectory under the privileged prompt.
 
-        With probability ``off_track`` it goes on from a sloppy beginning. Of that, slips are not imitated, but the words
-        that follow from them are: a teacher that meets a strange phrase should complete it and then do the right thing.
+        With probability ``off_track`` it continues a sloppy beginning. Slips of that are not imitated, but the words that
+        follow from them are: a teacher that meets a strange phrase should complete it and then do the right thing.
         """
-        reference = self._walk(question)
-        self._go(reference, rng, slips.correct() if rng.random() < 0.5 else CLEAN)
-        walk = self._walk(question)
+        reference = Walk(self, question, rng)
+        reference.go(slips.correct() if rng.random() < 0.5 else CLEAN)
+        walk = Walk(self, question, rng)
         if rng.random() < off_track:
-            self._stray(walk, rng, slips)
+            walk.stray(slips)
         if rng.random() < 0.15 and 0 < walk.progress < walk.hops:
-            self._answer(
-                walk, [*_known(walk), "|done", "."], walk.chain[-1].name
-            )  # too early, but what is right is known
+            walk.answer([*walk.known(), "|done", "."], walk.chain[-1].name)  # too early, but the answer is known
         else:
-            self._go(walk, rng, CLEAN)
+            walk.go(CLEAN)
         prompt = privileged_prompt(self.tokenizer, self.prompts, question.text, "".join(reference.text))
-        mask = [int(s and not slip) for s, slip in zip(walk.sampled, walk.slips, strict=True)]
-        return Demonstration(prompt, tuple(walk.ids), tuple(mask))
+        return walk.sample(prompt, imitate_slips=False)
 
     def clean_text(self, question: Question) -> str:
         """The text of the efficient trajectory: one search a hop, then the answer."""
-        walk = self._walk(question)
-        self._go(walk, random.Random(0), CLEAN)
+        walk = Walk(self, question, random.Random(0))
+        walk.go(CLEAN)
         return "".join(walk.text)
 
-    def _walk(self, question: Question) -> _Walk:
-        chain = [self.world.entities[id] for id in question.metadata["entities"]]
-        return _Walk(chain, question.metadata["relations"])
+    def ids(self, text: str) -> list[int]:
+        if text not in self._word_ids:
+            self._word_ids[text] = self.tokenizer.encode(text, add_special_tokens=False)
+        return self._word_ids[text]
 
-    def _go(self, walk: _Walk, rng: random.Random, slips: Slips) -> None:
-        """Take turns until the answer, or to the end of a plan that makes it wrong."""
-        verbose = slips.favourite if rng.random() < slips.verbose else None
-        plan, turn = _plan(walk, rng, slips)
-        while not walk.answered:
-            at = walk.progress
-            mistaken = plan == "confused" and at == turn  # and so sure of it that nothing is checked
-            if not mistaken and self._detour(walk, rng, slips, verbose):
-                continue
-            if plan == "give_up" and at >= turn:
-                self._answer(walk, [*_known(walk), "|I", "give", "up", "."], "unknown", slip="|")
-            elif plan == "early" and at == turn:
-                self._answer(walk, [*_known(walk), "|done", "."], walk.chain[at].name, slip="|")
-            elif plan == "wrong" and at == turn:
-                self._take_wrong(walk, rng, verbose)
-            elif mistaken:
-                self._answer_with(walk, rng, walk.chain[-2], CONFUSED[walk.relations[-1]], verbose)
-            else:
-                self._step(walk, rng, verbose)
+    def observe(self, query: str) -> tuple[str, tuple[int, ...], tuple[str, ...]]:
+        """Text and ids of the observation, and ids of its passages."""
+        if query not in self._found:
+            self._retrieve([query])
+        return self._found[query]
 
-    def _stray(self, walk: _Walk, rng: random.Random, slips: Slips) -> None:
-        """Take some turns, most of them bad, and do not answer."""
-        verbose = slips.favourite if rng.random() < slips.verbose else None
-        heavy = replace(slips, irrelevant=0.35, duplicate=0.25, recheck=0.7)
-        for _ in range(rng.randint(1, slips.stray)):
-            if slips.misread and self._misread(walk, rng, slips, verbose):
-                continue
-            if self._detour(walk, rng, heavy, verbose):
-                continue
-            if walk.progress == walk.hops or len(walk.queries) + walk.hops - walk.progress >= self.max_searches:
-                return
-            if walk.progress and len(walk.chain[walk.progress - 1].facts) > 1 and rng.random() < 0.3:
-                self._search_wrong(walk, rng, verbose)
-            else:
-                self._step(walk, rng, verbose)
-
-    def _step(self, walk: _Walk, rng: random.Random, verbose: float | None) -> None:
-        """The right thing: search for the next fact, or answer."""
-        at = walk.progress
-        thought = self._filled(rng, _known(walk), verbose)
-        if at == walk.hops:
-            self._answer(walk, [*thought, "done", "."], walk.chain[-1].name)
-        else:
-            relation, name = walk.relations[at], walk.chain[at].name
-            self._search(walk, [*thought, "need", relation, "of", name], relation, name)
-
-    def _detour(self, walk: _Walk, rng: random.Random, slips: Slips, verbose: float | None) -> bool:
-        """Perhaps a search that does not help; whether one was made."""
-        if len(walk.queries) + walk.hops - walk.progress >= self.max_searches:
-            return False
-        again = slips.recheck if walk.progress == walk.hops else slips.duplicate
-        if walk.queries and rng.random() < again:
-            relation, name = walk.queries[-1]
-            thought = self._filled(rng, [*_known(walk), "|search", "again", "for", relation, "of", name], verbose)
-        elif rng.random() < slips.irrelevant:
-            relation, name = self._irrelevant(walk, rng)
-            thought = self._filled(rng, [*_known(walk), "|maybe", relation, "of", name, "is", "useful"], verbose)
-        else:
-            return False
-        self._search(walk, thought, relation, name)
-        return True
-
-    def _irrelevant(self, walk: _Walk, rng: random.Random) -> tuple[str, str]:
-        """A query about something that was read about and is not on the chain, or one that names nothing in particular."""
-        names = {e.name for e in walk.chain}
-        met = [self.world.entities[id] for id in sorted(walk.seen)]
-        others = [self.world.entities[value] for e in met for value in e.facts.values()]
-        others = [e for e in others + met if e.name not in names]
-        if not others:
-            pending = walk.relations[walk.progress] if walk.progress < walk.hops else ""
-            return rng.choice([r for r in RELATIONS if r != pending]), walk.chain[0].kind
-        entity = rng.choice(others)
-        return rng.choice(list(entity.facts)), entity.name
-
-    def _take_wrong(self, walk: _Walk, rng: random.Random, verbose: float | None) -> None:
-        """Go wrong at the last fact that was found: answer with, or search on from, another value, and then answer."""
-        if walk.progress < walk.hops:
-            entity = self._search_wrong(walk, rng, verbose)
-            relation = rng.choice(list(entity.facts))
-        else:
-            entity = walk.chain[-2]
-            relation = rng.choice([r for r in entity.facts if r != walk.relations[-1]] or list(entity.facts))
-        self._answer_with(walk, rng, entity, relation, verbose)
-
-    def _misread(self, walk: _Walk, rng: random.Random, slips: Slips, verbose: float | None) -> bool:
-        """Perhaps a search that goes on from a fact whose value was copied wrongly; whether one was made."""
-        at = walk.progress
-        if not at or len(walk.queries) + walk.hops - at >= self.max_searches or rng.random() >= slips.misread:
-            return False
-        first, last = walk.chain[at].name.split()
-        other = rng.choice(list(self.world.entities.values())).name.split()
-        name = (
-            f"{first} {_SLIP}{other[1]}" if rng.random() < 0.6 else f"{_SLIP}{other[0]} {rng.choice((last, other[1]))}"
-        )
-        found = ["found", walk.relations[at - 1], "of", walk.chain[at - 1].name, ":", *name.split(), "."]
-        thought = self._filled(rng, found, verbose)
-        if at == walk.hops:
-            relation, name = walk.relations[-1], walk.chain[-2].name
-            self._search(walk, [*thought, f"{_SLIP}search", "again", "for", relation, "of", name], relation, name)
-        else:
-            relation, name = walk.relations[at], name.replace(_SLIP, "")
-            self._search(walk, [*thought, "need", relation, "of", name], relation, name)
-        return True
-
-    def _answer_with(
-        self, walk: _Walk, rng: random.Random, entity: Entity, relation: str, verbose: float | None
-    ) -> None:
-        """Answer with a fact that was not asked for."""
-        value = self.world.entities[entity.facts[relation]].name
-        thought = self._filled(rng, ["found", f"|{relation}", "of", entity.name, ":", value, "."], verbose)
-        self._answer(walk, [*thought, "done", "."], value)
-
-    def _search_wrong(self, walk: _Walk, rng: random.Random, verbose: float | None) -> Entity:
-        """Search the next relation of a value that is not the one asked for; returns whose that is."""
-        at = walk.progress
-        before = walk.chain[at - 1]
-        taken = rng.choice([r for r in before.facts if r != walk.relations[at - 1]] or list(before.facts))
-        entity = self.world.entities[before.facts[taken]]
-        thought = self._filled(rng, ["found", f"|{taken}", "of", before.name, ":", entity.name, "."], verbose)
-        relation = rng.choice(list(entity.facts))
-        self._search(walk, [*thought, "need", relation, "of", entity.name], relation, entity.name)
-        return entity
-
-    def _filled(self, rng: random.Random, thought: Sequence[str], verbose: float | None) -> list[str]:
-        """Perhaps filled: ``verbose`` is ``Slips.favourite`` in a trajectory that fills its thoughts."""
-        if verbose is None or rng.random() >= 0.8:
-            return list(thought)
-        filler = _FILLERS[0] if verbose and rng.random() < verbose else rng.choice(_FILLERS)
-        return [f"{_SLIP}{filler}", *thought]
-
-    def _search(self, walk: _Walk, thought: Sequence[str], relation: str, name: str) -> None:
-        self._act(walk, ["<think>", *thought, "</think>", "<search>", relation, name, "</search>"])
-        query = f"{relation} {name}"
-        self._fetch([query])
-        text, ids, passages = self._found[query]
-        walk.text.append(text)
-        walk.ids += ids
-        walk.sampled += [False] * len(ids)
-        walk.slips += [False] * len(ids)
-        walk.seen |= set(passages)
-        walk.queries.append((relation, name))
-
-    def _answer(self, walk: _Walk, thought: Sequence[str], name: str, slip: str = "") -> None:
-        self._act(walk, ["<think>", *thought, "</think>", "<answer>", f"{slip}{name}", "</answer>"])
-        walk.answered = True
-
-    def _act(self, walk: _Walk, words: Sequence[str]) -> None:
-        for i, word in enumerate(words):
-            text = word.removeprefix(_SLIP)
-            text = f" {text}" if i else text
-            if text not in self._word_ids:
-                self._word_ids[text] = self.tokenizer.encode(text, add_special_tokens=False)
-            ids = self._word_ids[text]
-            walk.text.append(text)
-            walk.ids += ids
-            walk.sampled += [True] * len(ids)
-            walk.slips += [word.startswith(_SLIP)] + [False] * (len(ids) - 1)
-
-    def _fetch(self, queries: Sequence[str]) -> None:
-        new = [query for query in dict.fromkeys(queries) if query not in self._found]
-        for query, passages in zip(new, self.retriever.search(new, self.topk) if new else (), strict=True):
-            text, ids = observation(self.tokenizer, passages, self.max_observation_tokens)
+    def _retrieve(self, queries: Sequence[str]) -> None:
+        queries = list(dict.fromkeys(queries))
+        for query, passages in zip(queries, self.retriever.search(queries, _TOPK), strict=True):
+            text, ids = observation(self.tokenizer, passages, _MAX_OBSERVATION_TOKENS)
             self._found[query] = text, ids, tuple(p.id for p in passages)
 
 
-def write_gold(path: Path, world: World, questions: Sequence[Question], reader: Reader) -> None:
-    """Write the efficient trajectory of each question, a line of ``id`` and ``text`` each: what ``distill.gold`` reads.
+class Walk:
+    """A trajectory under construction, and what it knows so far."""
 
-    Words and prompts are those of ``reader``'s policy; what comes back is what BM25 finds over the world's passages.
+    def __init__(self, writer: DemonstrationWriter, question: Question, rng: random.Random) -> None:
+        self.writer, self.rng, self.question = writer, rng, question
+        self.entities = writer.world.entities
+        self.chain = [self.entities[id] for id in question.metadata["entities"]]  # from the named entity to the answer
+        self.relations: Sequence[str] = question.metadata["relations"]
+        self.hops = len(self.relations)
+        self.text: list[str] = []
+        self.ids: list[int] = []
+        self.sampled: list[bool] = []  # for each id: part of an action, not of an observation
+        self.slips: list[bool] = []  # for each id: chosen by a slip
+        self.seen: set[str] = set()  # ids of the retrieved passages
+        self.queries: list[tuple[str, str]] = []  # relation, name
+        self.padding: float | None = None  # ``Slips.favourite`` while thoughts are padded
+        self.answered = False
+
+    @property
+    def progress(self) -> int:
+        """How many of the chain's facts, from the first on, the retrieved passages state."""
+        return next((h for h in range(self.hops) if self.chain[h].id not in self.seen), self.hops)
+
+    @property
+    def searches_spent(self) -> bool:
+        """Whether the searches that remain are all needed."""
+        return len(self.queries) + self.hops - self.progress >= _MAX_SEARCHES
+
+    def sample(self, prompt_ids: tuple[int, ...], *, imitate_slips: bool) -> Sample:
+        mask = (int(s and (imitate_slips or not slip)) for s, slip in zip(self.sampled, self.slips, strict=True))
+        return Sample(
+            question_id=self.question.id, prompt_ids=prompt_ids, response_ids=tuple(self.ids), action_mask=tuple(mask)
+        )
+
+    def go(self, slips: Slips) -> None:
+        """Take turns up to the answer, or to the end of a plan that makes it wrong."""
+        self._draw_padding(slips)
+        plan, turn = self._plan(slips)
+        while not self.answered:
+            at = self.progress
+            mistaken = plan == "confused" and at == turn  # confident: nothing is checked first
+            if not mistaken and self._detour(slips):
+                continue
+            if plan == "give_up" and at >= turn:
+                self.answer([*self.known(), "|I", "give", "up", "."], "unknown", slip="|")
+            elif plan == "early" and at == turn:
+                self.answer([*self.known(), "|done", "."], self.chain[at].name, slip="|")
+            elif plan == "wrong" and at == turn:
+                self._take_wrong()
+            elif mistaken:
+                self._answer_with(self.chain[-2], CONFUSED[self.relations[-1]])
+            else:
+                self.step()
+
+    def stray(self, slips: Slips) -> None:
+        """Take some turns, most of them bad, without an answer."""
+        self._draw_padding(slips)
+        heavy = replace(slips, irrelevant=0.35, duplicate=0.25, recheck=0.7)
+        for _ in range(self.rng.randint(1, slips.stray)):
+            if (slips.misread and self._misread(slips)) or self._detour(heavy):
+                continue
+            if self.progress == self.hops or self.searches_spent:
+                return
+            if self.progress and len(self.chain[self.progress - 1].facts) > 1 and self.rng.random() < 0.3:
+                self._search_wrong()
+            else:
+                self.step()
+
+    def step(self) -> None:
+        """The right action: search for the next fact, or answer."""
+        at = self.progress
+        thought = self._padded(self.known())
+        if at == self.hops:
+            self.answer([*thought, "done", "."], self.chain[-1].name)
+        else:
+            relation, name = self.relations[at], self.chain[at].name
+            self._search([*thought, "need", relation, "of", name], relation, name)
+
+    def _detour(self, slips: Slips) -> bool:
+        """Perhaps a useless search; returns whether one was made."""
+        if self.searches_spent:
+            return False
+        again = slips.recheck if self.progress == self.hops else slips.duplicate
+        if self.queries and self.rng.random() < again:
+            relation, name = self.queries[-1]
+            thought = [*self.known(), "|search", "again", "for", relation, "of", name]
+        elif self.rng.random() < slips.irrelevant:
+            relation, name = self.irrelevant()
+            thought = [*self.known(), "|maybe", relation, "of", name, "is", "useful"]
+        else:
+            return False
+        self._search(self._padded(thought), relation, name)
+        return True
+
+    def irrelevant(self) -> tuple[str, str]:
+        """A query about something that was read about and is not on the chain, or about nothing in particular."""
+        names = {e.name for e in self.chain}
+        met = [self.entities[id] for id in sorted(self.seen)]
+        others = [self.entities[value] for e in met for value in e.facts.values()]
+        others = [e for e in others + met if e.name not in names]
+        if not others:
+            pending = self.relations[self.progress] if self.progress < self.hops else ""
+            return self.rng.choice([r for r in RELATIONS if r != pending]), self.chain[0].kind
+        entity = self.rng.choice(others)
+        return self.rng.choice(list(entity.facts)), entity.name
+
+    def _take_wrong(self) -> None:
+        """Go wrong at the last known fact: answer with, or search on from, another value, and then answer."""
+        if self.progress < self.hops:
+            entity = self._search_wrong()
+            relation = self.rng.choice(list(entity.facts))
+        else:
+            entity = self.chain[-2]
+            relation = self._other_relation(entity, self.relations[-1])
+        self._answer_with(entity, relation)
+
+    def _misread(self, slips: Slips) -> bool:
+        """Perhaps a search that continues from a wrongly copied name; returns whether one was made."""
+        at, rng = self.progress, self.rng
+        if not at or self.searches_spent or rng.random() >= slips.misread:
+            return False
+        first, last = self.chain[at].name.split()
+        other = rng.choice(list(self.entities.values())).name.split()
+        name = (
+            f"{first} {_SLIP}{other[1]}" if rng.random() < 0.6 else f"{_SLIP}{other[0]} {rng.choice((last, other[1]))}"
+        )
+        thought = self._padded(self._stated(self.relations[at - 1], self.chain[at - 1].name, *name.split()))
+        if at == self.hops:
+            relation, name = self.relations[-1], self.chain[-2].name
+            self._search([*thought, f"{_SLIP}search", "again", "for", relation, "of", name], relation, name)
+        else:
+            relation, name = self.relations[at], name.replace(_SLIP, "")
+            self._search([*thought, "need", relation, "of", name], relation, name)
+        return True
+
+    def _answer_with(self, entity: Entity, relation: str) -> None:
+        """Answer with a fact that was not asked for."""
+        value = self.entities[entity.facts[relation]].name
+        thought = self._padded(self._stated(f"|{relation}", entity.name, value))
+        self.answer([*thought, "done", "."], value)
+
+    def _search_wrong(self) -> Entity:
+        """Search for a fact about a value that is not the one asked for; returns the entity searched for."""
+        at = self.progress
+        before = self.chain[at - 1]
+        taken = self._other_relation(before, self.relations[at - 1])
+        entity = self.entities[before.facts[taken]]
+        thought = self._padded(self._stated(f"|{taken}", before.name, entity.name))
+        relation = self.rng.choice(list(entity.facts))
+        self._search([*thought, "need", relation, "of", entity.name], relation, entity.name)
+        return entity
+
+    def _other_relation(self, entity: Entity, relation: str) -> str:
+        return self.rng.choice([r for r in entity.facts if r != relation] or list(entity.facts))
+
+    def _plan(self, slips: Slips) -> tuple[str, int]:
+        """What makes the answer wrong, if anything does, and after how many facts."""
+        rng, hops = self.rng, self.hops
+        draw = rng.random()
+        early = slips.early[max(0, min(hops, 4) - 2)]
+        if draw < early:
+            return ("early", rng.randint(hops - 1 if slips.one_short else 1, hops - 1)) if hops > 1 else ("", 0)
+        if draw < early + slips.give_up:
+            return "give_up", rng.randint(0, hops)
+        if draw < early + slips.give_up + slips.wrong:
+            return "wrong", rng.randint(1, hops)
+        if slips.confused and self.relations[-1] in CONFUSED and rng.random() < slips.confused:
+            return "confused", hops
+        return "", 0
+
+    def known(self) -> list[str]:
+        """A thought that states the last known fact of the chain."""
+        at = self.progress
+        return self._stated(self.relations[at - 1], self.chain[at - 1].name, self.chain[at].name) if at else []
+
+    def _stated(self, relation: str, name: str, *value: str) -> list[str]:
+        return ["found", relation, "of", name, ":", *value, "."]
+
+    def _draw_padding(self, slips: Slips) -> None:
+        self.padding = slips.favourite if self.rng.random() < slips.verbose else None
+
+    def _padded(self, thought: Sequence[str]) -> list[str]:
+        rng, favourite = self.rng, self.padding
+        if favourite is None or rng.random() >= 0.8:
+            return list(thought)
+        filler = _FILLERS[0] if favourite and rng.random() < favourite else rng.choice(_FILLERS)
+        return [f"{_SLIP}{filler}", *thought]
+
+    def _search(self, thought: Sequence[str], relation: str, name: str) -> None:
+        self._act(["<think>", *thought, "</think>", "<search>", relation, name, "</search>"])
+        text, ids, passages = self.writer.observe(f"{relation} {name}")
+        self._append(text, ids, sampled=False)
+        self.seen |= set(passages)
+        self.queries.append((relation, name))
+
+    def answer(self, thought: Sequence[str], name: str, slip: str = "") -> None:
+        self._act(["<think>", *thought, "</think>", "<answer>", f"{slip}{name}", "</answer>"])
+        self.answered = True
+
+    def _act(self, words: Sequence[str]) -> None:
+        for i, word in enumerate(words):
+            text = word.removeprefix(_SLIP)
+            text = f" {text}" if i else text
+            self._append(text, self.writer.ids(text), slip=word.startswith(_SLIP))
+
+    def _append(self, text: str, ids: Sequence[int], *, sampled: bool = True, slip: bool = False) -> None:
+        self.text.append(text)
+        self.ids += ids
+        self.sampled += [sampled] * len(ids)
+        self.slips += [slip and not i for i in range(len(ids))]
+
+
+def write_gold(path: Path, world: World, questions: Sequence[Question], reader: Reader) -> None:
+    """Write the efficient trajectory of each question, a line of ``id`` and ``text`` each, as ``pairs.gold`` reads them.
+
+    Prompts and tokenizer are those of ``reader``; the observations are those of BM25 over the world's passages.
     """
     with TemporaryDirectory() as directory:
         index = Bm25Index.build(world.passages, Path(directory) / "index")
@@ -358,19 +375,18 @@ def batches(
     seed: int,
     privileged: float = 0.5,
     off_track: float = 0.6,
-) -> Iterator[list[Demonstration]]:
-    """Batches without end: ``drills`` of clean one-hop trajectories (twice as many, they are short), then the mixture.
+) -> Iterator[list[Sample]]:
+    """Endless batches: ``drills`` of clean one-hop trajectories (twice as many, since they are short), then the mixture.
 
-    ``privileged`` is the share of demonstrations beside a reference, ``off_track`` the share of those from a bad start.
+    ``privileged`` is the share of demonstrations beside a reference, ``off_track`` the share of these that begin badly.
     """
     rng = random.Random(seed)
-    pools = [(w, [q for s in ("train", "dev", "test") for q in w.world.questions(s, 1500, seed)]) for w in writers]
+    pools = [(w, [q for s in SPLITS for q in w.world.questions(s, 1500, seed)]) for w in writers]
     for step in itertools.count():
         rows = [(writer, rng.choice(questions)) for writer, questions in rng.choices(pools, k=size)]
         if step < drills:
-            easy = [
-                next(q for q in iter(lambda: rng.choice(pools[0][1]), None) if q.hops == 1) for _ in range(2 * size)
-            ]
+            drawn = (rng.choice(pools[0][1]) for _ in itertools.count())
+            easy = list(itertools.islice((q for q in drawn if q.hops == 1), 2 * size))
             yield [pools[0][0].plain(rng, question, CLEAN) for question in easy]
         else:
             yield [
@@ -379,26 +395,3 @@ def batches(
                 else writer.plain(rng, question, slips)
                 for writer, question in rows
             ]
-
-
-def _known(walk: _Walk) -> list[str]:
-    """The thought that states the last fact that was found on the chain."""
-    at = walk.progress
-    return ["found", walk.relations[at - 1], "of", walk.chain[at - 1].name, ":", walk.chain[at].name, "."] if at else []
-
-
-def _plan(walk: _Walk, rng: random.Random, slips: Slips) -> tuple[str, int]:
-    """What makes the answer wrong, if anything does, and after how many facts."""
-    draw = rng.random()
-    early = slips.early[min(walk.hops, 4) - 2] if walk.hops > 1 else slips.early[0]
-    if draw < early:
-        return (
-            ("early", rng.randint(walk.hops - 1 if slips.one_short else 1, walk.hops - 1)) if walk.hops > 1 else ("", 0)
-        )
-    if draw < early + slips.give_up:
-        return "give_up", rng.randint(0, walk.hops)
-    if draw < early + slips.give_up + slips.wrong:
-        return "wrong", rng.randint(1, walk.hops)
-    if slips.confused and walk.relations[-1] in CONFUSED and rng.random() < slips.confused:
-        return "confused", walk.hops
-    return "", 0
