@@ -53,7 +53,7 @@ def evaluate(
     out: Path,
     recalls: Recalls | None = None,
     progress: Progress = silent,
-    work: Checkpointer | None = None,
+    checkpointer: Checkpointer | None = None,
 ) -> Evaluation:
     """Roll out every question once greedily and ``config.samples`` times at ``config.temperature``, and judge the answers.
 
@@ -61,7 +61,7 @@ def evaluate(
     ``Result`` per question, their figures, and times. The seed of each benchmark derives from ``seed`` and its name alone, so
     its results do not depend on which others are evaluated.
 
-    Resumes from the chunks that ``work`` holds of an interrupted call with the same arguments.
+    Resumes from the chunks that ``checkpointer`` holds of an interrupted call with the same arguments.
 
     Raises:
         DataError: a benchmark has no questions, or there is no benchmark.
@@ -73,7 +73,8 @@ def evaluate(
         raise DataError(
             f"no questions to evaluate on in {empty or 'data.eval'}; give files that hold some in data.eval"
         )
-    work, asking = work or Checkpointer(), Asking(generator, retriever, prompts, limits)
+    checkpointer = checkpointer or Checkpointer()
+    asking = Asking(generator, retriever, prompts, limits, checkpointer)
     count = sum(map(len, questions_by_benchmark.values()))
 
     def part(file: str, size: int, temperature: float, done: int) -> Part:
@@ -82,7 +83,7 @@ def evaluate(
     total = count * (1 + config.samples)
     parts = [part(TRAJECTORIES, 1, 0.0, 0)]
     parts += [part(SAMPLED, config.samples, config.temperature, count)] if config.samples else []
-    seconds, *_ = write_parts(work, parts)
+    seconds, *_ = write_parts(checkpointer, parts)
     if not ranks.is_first():
         return ranks.broadcast_object(None)  # type: ignore[return-value]
     judged = list(_judged(questions_by_benchmark, parts, recalls or {}))

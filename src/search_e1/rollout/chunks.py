@@ -4,12 +4,15 @@ Which questions make a chunk follows from the config alone: a chunk that is done
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from search_e1.config import Prompts, RolloutConfig
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.engines.base import Generator
 from search_e1.rollout.loop import OnTrajectory, Spent, rollout, starts
+from search_e1.rollout.unfinished import Unfinished
+from search_e1.runs import ranks
+from search_e1.runs.checkpoints import Checkpointer
 from search_e1.types import Group, Question, Trajectory
 
 PARTS = ("sampling", "retrieval", "rest")
@@ -25,6 +28,7 @@ class Asking:
     retriever: Retriever
     prompts: Prompts
     limits: RolloutConfig
+    checkpointer: Checkpointer = field(default_factory=Checkpointer)
 
     def chunks(self, questions: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:
         """Questions that are asked together, ``size`` times each."""
@@ -56,11 +60,20 @@ class Asking:
             prompts=self.prompts,
             on_trajectory=on_trajectory,
             spent=spent,
+            unfinished=unfinished_in(self.checkpointer),
         )
         return [
             Group(question=question, trajectories=tuple(trajectories[i * size : (i + 1) * size]))
             for i, question in enumerate(chunk)
         ]
+
+
+def unfinished_in(checkpointer: Checkpointer) -> Unfinished:
+    """Where this rank's interrupted rollouts lie while a stage is unfinished."""
+    directory = checkpointer.directory
+    if directory:
+        directory.mkdir(parents=True, exist_ok=True)
+    return Unfinished(directory and directory / f"unfinished-{ranks.rank()}.json", checkpointer.stop)
 
 
 def tally(trajectories: Iterable[Trajectory], spent: Spent) -> dict[str, float]:

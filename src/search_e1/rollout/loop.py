@@ -5,7 +5,7 @@ for one another: while some are being sampled, the retriever answers others.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,8 +15,10 @@ from search_e1.config import Prompts, RolloutConfig
 from search_e1.data.answers import exact_match, f1
 from search_e1.errors import ModelError
 from search_e1.retrieval.base import Retriever
-from search_e1.rollout.engines.base import Generation, Generator, Request, Session
+from search_e1.rollout.engines.base import Generation, Generator, Interrupted, Request, Session
+from search_e1.rollout.unfinished import Unfinished, UnfinishedRow
 from search_e1.runs import derived_seed
+from search_e1.runs.stopping import Stop
 from search_e1.text.prompts import plain_prompt
 from search_e1.text.protocol import Protocol
 from search_e1.text.protocols import protocol_of
@@ -115,6 +117,7 @@ def rollout(
     on_turn: OnTurn | None = None,
     on_trajectory: OnTrajectory | None = None,
     spent: Spent | None = None,
+    unfinished: Unfinished | None = None,
 ) -> list[Trajectory]:
     """Roll out every start to its end; trajectories in the order of ``starts``.
 
@@ -126,7 +129,11 @@ def rollout(
     a matrix product of more rows may differ in the last bit. The same call gives the same bits: searches are answered at
     steps of the generator's, not when the retriever happens to have found something.
 
+    ``unfinished``: where rows go when a signal interrupts the call, and where the same call resumes them. What is resumed
+    differs from what would have been sampled by rounding at most.
+
     Raises:
+        Stopped: a signal asked to stop; what was sampled is in ``unfinished``.
         ModelError: a start's context leaves no room for a single token, or the tokenizer does not fit the protocol.
         RetrievalError: from the retriever; nothing is returned then.
     """
@@ -139,13 +146,21 @@ def rollout(
                 f"question {row.start.question.id!r}: a context of {len(row.context)} tokens does not fit into {limit}; "
                 "raise rollout.max_tokens, or use a policy with a longer context"
             )
-    spent = spent or Spent()
+    spent, unfinished = spent or Spent(), unfinished or Unfinished(None, Stop())
+    call = (seed, temperature, config, *((s.question.id, s.sample, s.prompt_ids, len(s.turns)) for s in starts))
     clock, before = time.perf_counter(), spent.sampling + spent.retrieval
     begun = generator.session(temperature=temperature, stop=protocol.stop, max_tokens=limit)
     with begun as session, _Searches(retriever, protocol, config) as searches:
-        _Rollout(
+        session.interrupted = lambda: unfinished.stop.asked is not None
+        run = _Rollout(
             rows, session, searches, generator.tokenizer, protocol, config, limit, seed, on_turn, on_trajectory
-        ).run(spent)
+        )
+        try:
+            run.run(spent, unfinished.load(call))
+        except Interrupted:
+            unfinished.save(call, run.rows_so_far())
+            unfinished.stop.leave()
+    unfinished.discard()
     spent.rest += time.perf_counter() - clock - (spent.sampling + spent.retrieval - before)
     return [row.finish() for row in rows]
 
@@ -166,12 +181,19 @@ class _Rollout:
     on_trajectory: OnTrajectory | None
     sampling: int = 0
     """Rows that the session has."""
+    searching: dict[int, Generation] = field(default_factory=dict)
+    """Actions that are being answered."""
 
-    def run(self, spent: Spent) -> None:
+    def run(self, spent: Spent, resumed: Mapping[int, UnfinishedRow]) -> None:
         for i in range(len(self.rows)):
-            self._sample(i)
+            if i in resumed:
+                self._resume(i, resumed[i])
+            else:
+                self._sample(i)
         steps = 0
         while self.sampling or self.searches.under_way:
+            if self.session.interrupted():
+                raise Interrupted
             if self.searches.under_way and (not self.sampling or steps % self.session.pace == 0):
                 with spent._on("retrieval"):
                     found = self.searches.collect()
@@ -183,11 +205,39 @@ class _Rollout:
                 steps += 1
                 self._answer(finished)
 
-    def _sample(self, i: int) -> None:
+    def _resume(self, i: int, saved: UnfinishedRow) -> None:
+        """Go on with a row where an interrupted call left it."""
+        row = self.rows[i]
+        for turn in saved.turns[len(row.turns) :]:
+            row.append(turn)
+        generation = Generation(saved.ids, saved.logprobs)
+        row.stop = saved.stop
+        if saved.stop is not None:
+            if self.on_trajectory:
+                self.on_trajectory(i, row.finish())
+        elif saved.complete:
+            self.sampling += 1
+            self._answer([(i, generation)])
+        else:
+            self._sample(i, generation)
+
+    def rows_so_far(self) -> dict[int, UnfinishedRow]:
+        """All rows as they are."""
+        begun = self.session.begun()
+        rows = {}
+        for i, row in enumerate(self.rows):
+            complete = i in self.searching
+            at_hand = self.searching[i] if complete else begun.get(i, Generation(()))
+            rows[i] = UnfinishedRow(
+                turns=tuple(row.turns), stop=row.stop, ids=at_hand.ids, logprobs=at_hand.logprobs, complete=complete
+            )
+        return rows
+
+    def _sample(self, i: int, begun: Generation = Generation(())) -> None:  # noqa: B008  it is frozen
         start, context = self.rows[i].start, self.rows[i].context
         own = derived_seed(self.seed, start.question.id, start.sample, len(self.rows[i].turns))
         most = min(self.config.max_action_tokens, self.limit - len(context))
-        self.session.submit(Request(i, context, most, own))
+        self.session.submit(Request(i, context, most, own, begun))
         self.sampling += 1
 
     def _answer(self, finished: Sequence[tuple[int, Generation]]) -> None:
@@ -197,6 +247,7 @@ class _Rollout:
             draft = self._draft(self.rows[i], generation)
             if self.rows[i].stop is None and draft["kind"] is ActionKind.SEARCH:
                 searches.append((i, draft))
+                self.searching[i] = generation
             else:
                 self._take(i, draft)
         self.searches.launch(searches)
@@ -224,6 +275,7 @@ class _Rollout:
     def _take(self, i: int, draft: "_Draft") -> None:
         """Add a turn, and sample on or end."""
         row, turn = self.rows[i], Turn(**draft)
+        self.searching.pop(i, None)
         row.append(turn)
         if self.on_turn:
             self.on_turn(i, turn)

@@ -33,11 +33,11 @@ def sample(
     seed: int,
     out: Path,
     progress: Progress = silent,
-    work: Checkpointer | None = None,
+    checkpointer: Checkpointer | None = None,
 ) -> dict[str, Any]:
     """Sample a group for each question into ``out / FILE``, one JSON line each, on disk chunk by chunk.
 
-    With the same arguments and a ``work`` that was begun, what lies there whole is kept and the rest is sampled.
+    With the same arguments and a ``checkpointer`` that was begun, what lies there whole is kept and the rest is sampled.
 
     Returns:
         questions; means over the trajectories of EM (``em``), searches and sampled tokens; ``stop_reasons`` and how many
@@ -48,7 +48,8 @@ def sample(
         Stopped: a signal has asked to stop; the chunk at hand is finished and on disk.
         RetrievalError: from the retriever.
     """
-    asking, size = Asking(generator, retriever, prompts, limits), config.group_size
+    checkpointer = checkpointer or Checkpointer()
+    asking, size = Asking(generator, retriever, prompts, limits, checkpointer), config.group_size
     told = _Told(progress, len(questions) * size)
 
     def make(chunk: Sequence[Question], before: Mapping[str, float]) -> tuple[Iterator[str], Mapping[str, float]]:
@@ -59,7 +60,7 @@ def sample(
         sums = tally((t for group in groups for t in group.trajectories), spent)
         return (group.model_dump_json() for group in groups), sums
 
-    [sums] = write_parts(work or Checkpointer(), [Part(out / FILE, list(asking.chunks(questions, size)), make)])
+    [sums] = write_parts(checkpointer, [Part(out / FILE, list(asking.chunks(questions, size)), make)])
     return {"questions": len(questions), **figures(sums)}
 
 

@@ -14,6 +14,7 @@ from search_e1.config import LeadConfig, RolloutConfig
 from search_e1.errors import DataError, NoLeadError
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout import loop
+from search_e1.rollout.chunks import unfinished_in
 from search_e1.rollout.engines.base import Generator
 from search_e1.rollout.sharing import Part, write_parts
 from search_e1.runs import read_records
@@ -96,13 +97,13 @@ def measure(
     temperature: float,
     seed: int,
     progress: Progress = silent,
-    work: Checkpointer | None = None,
+    checkpointer: Checkpointer | None = None,
 ) -> tuple[Lead, list[PairKL]]:
     """Sample under the plain and the privileged prompt and compare; also the per-token divergence of each pair measured.
 
     The pairs of one question share their reference, so only the first of them is measured. Rollouts under the privileged
-    prompt may be longer by as much as that prompt is, so that both have the same room to act. With a ``work`` that was begun,
-    what lies there is not sampled again.
+    prompt may be longer by as much as that prompt is, so that both have the same room to act. What ``checkpointer`` holds is
+    not sampled again.
 
     Raises:
         DataError: no pairs, or none that fits the policy's context.
@@ -116,7 +117,9 @@ def measure(
         raise DataError(f"no pair to measure the teacher's lead on: {why}; sample a larger pool (pool.questions)")
     off_track = [(i, prefix) for i, pair in enumerate(kept) if (prefix := _prefix(pair.student, rollout))]
     begins = [*((i, ()) for i in range(len(kept))), *off_track]
-    outcomes = _sample(policy, generator, retriever, kept, begins, config, rollout, temperature, seed, progress, work)
+    outcomes = _sample(
+        policy, generator, retriever, kept, begins, config, rollout, temperature, seed, progress, checkpointer
+    )
     plain, privileged = outcomes[0][: len(kept)], outcomes[1][: len(kept)]
     plain_off, privileged_off = outcomes[0][len(kept) :], outcomes[1][len(kept) :]
     low, high = interval([_em(b) - _em(a) for a, b in zip(plain, privileged, strict=True)])
@@ -194,7 +197,7 @@ def _sample(
     temperature: float,
     seed: int,
     progress: Progress,
-    work: Checkpointer | None,
+    checkpointer: Checkpointer | None,
 ) -> list[list[list[Trajectory]]]:
     """For the plain prompt, then the privileged: the samples of each begin (a pair's index and its first turns)."""
     plain = [pair.student.prompt_ids for pair in pairs]
@@ -202,6 +205,7 @@ def _sample(
     longer = max(len(b) - len(a) for a, b in zip(plain, privileged, strict=True))
     roomier = rollout.model_copy(update={"max_tokens": rollout.max_tokens + max(0, longer)})
     total = 2 * config.samples * len(begins)
+    checkpointer = checkpointer or Checkpointer()
 
     def make(chunk: _Chunk, before: Mapping[str, float]) -> tuple[Iterator[str], dict[str, float]]:
         starts, limits = chunk
@@ -220,6 +224,7 @@ def _sample(
             seed=seed,  # the same for both prompts: what differs is what the policy sees
             prompts=policy.prompts,
             on_trajectory=on_trajectory,
+            unfinished=unfinished_in(checkpointer),
         )
         own = {"trajectories": float(len(sampled)), "em": sum(trajectory.reward for trajectory in sampled)}
         return (trajectory.model_dump_json() for trajectory in sampled), own
@@ -231,10 +236,9 @@ def _sample(
         ]
         at_once = rollout.batch_size
         chunks += [(starts[at : at + at_once], limits) for at in range(0, len(starts), at_once)]
-    work = work or Checkpointer()
-    with work.scratch() as scratch:
+    with checkpointer.scratch() as scratch:
         path = scratch / "trajectories.jsonl"
-        write_parts(work, [Part(path, chunks, make)])
+        write_parts(checkpointer, [Part(path, chunks, make)])
         sampled = list(read_records(path, Trajectory, "measure the lead again"))
     each = [sampled[at : at + config.samples] for at in range(0, len(sampled), config.samples)]
     return [each[: len(begins)], each[len(begins) :]]

@@ -95,7 +95,7 @@ class Evaluate(Stage):
             evaluation = evaluate(
                 engine, run.retriever, questions, prompts, run.config.evaluation, run.config.rollout,
                 seed=context.seed, out=context.out, progress=context.progress,
-                recalls={(row.benchmark, row.id): row for row in rows}, work=context.checkpointer,
+                recalls={(row.benchmark, row.id): row for row in rows}, checkpointer=context.checkpointer,
             )  # fmt: skip
         return evaluation.model_dump(mode="json")
 

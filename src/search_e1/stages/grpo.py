@@ -9,6 +9,7 @@ from typing import Any
 
 from search_e1.config import Config, GrpoConfig, default_of
 from search_e1.errors import ConfigError, DataError
+from search_e1.rollout.chunks import unfinished_in
 from search_e1.rollout.loop import Start, rollout, starts
 from search_e1.runs import derived_seed, ranks
 from search_e1.runs.context import StageContext
@@ -166,6 +167,7 @@ class GroupSource:
             trajectories = rollout(
                 engine, self._run.retriever, begun, self._run.config.rollout,
                 temperature=self._config.temperature, seed=derived_seed(self._context.seed, step), prompts=policy.prompts,
+                unfinished=unfinished_in(self._context.checkpointer),
             )  # fmt: skip
         return [
             Group(question=question, trajectories=tuple(trajectories[i * size : (i + 1) * size]))

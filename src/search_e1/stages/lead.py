@@ -57,7 +57,7 @@ class MeasureLead(Stage):
             measured, divergences = lead.measure(
                 policy, engine, run.retriever, pairs, run.config.lead, run.config.rollout,
                 temperature=run.config.pool.temperature, seed=context.seed, progress=context.progress,
-                work=context.checkpointer,
+                checkpointer=context.checkpointer,
             )  # fmt: skip
         if ranks.is_first():
             (context.out / FILE).write_text(measured.model_dump_json(indent=2) + "\n")

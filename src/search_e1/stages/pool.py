@@ -39,7 +39,7 @@ class Pool(Stage):
         with run.engine(self.policy) as (engine, prompts):
             return pool.sample(
                 engine, run.retriever, questions, prompts, config.pool, config.rollout,
-                seed=context.seed, out=context.out, progress=context.progress, work=context.checkpointer,
+                seed=context.seed, out=context.out, progress=context.progress, checkpointer=context.checkpointer,
             )  # fmt: skip
 
 

@@ -6,22 +6,10 @@ observation while others are still being sampled. An engine that can only sample
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A row to sample: what to go on from, and how far."""
-
-    key: int
-    """Names the row in its session. A row that was finished is submitted again under its key, with a longer prompt."""
-    prompt: Sequence[int]
-    max_new_tokens: int
-    seed: int
-    """Of this generation's randomness, which is its own: not that of the batch it happens to be sampled in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +24,33 @@ class Generation:
     logprobs: tuple[float, ...] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A row to sample: what to continue, and how far."""
+
+    key: int
+    """Names the row in its session. A row that was finished is submitted again under its key, with a longer prompt."""
+    prompt: Sequence[int]
+    max_new_tokens: int
+    seed: int
+    """Of this generation's randomness, which is its own: not that of the batch it happens to be sampled in."""
+    begun: Generation = Generation(())
+    """What an interrupted session had sampled of it, which counts among the new tokens. Engines that cannot continue it
+    sample the generation anew."""
+
+
+class Interrupted(BaseException):
+    """A step was given up because ``Session.interrupted`` says so; no row is lost. No ``Exception``: it is no error."""
+
+
 class Session(Protocol):
     """Sampling under way, for many rows together."""
 
     pace: int
     """Steps between two moments at which rows had best be submitted. More than 1 where rows join at a cost."""
+
+    interrupted: Callable[[], bool]
+    """Asked within long steps: whether to give up and raise ``Interrupted``."""
 
     def submit(self, request: Request) -> None:
         """Ask for a row; it waits until there is room for it."""
@@ -56,6 +66,10 @@ class Session(Protocol):
 
     def release(self, key: int) -> None:
         """Say that a finished row is not submitted again."""
+        ...
+
+    def begun(self) -> dict[int, Generation]:
+        """What was sampled so far of rows that are not finished; may leave out any."""
         ...
 
 
@@ -91,8 +105,14 @@ class BatchGenerator(ABC):
         yield _Batches(self, temperature, stop)
 
 
+def never() -> bool:
+    """For ``Session.interrupted``: nothing interrupts."""
+    return False
+
+
 class _Batches:
     pace = 1
+    interrupted = staticmethod(never)
 
     def __init__(self, generator: BatchGenerator, temperature: float, stop: Sequence[str]) -> None:
         self._generator, self._temperature, self._stop = generator, temperature, stop
@@ -108,6 +128,10 @@ class _Batches:
 
     def release(self, key: int) -> None:
         """Nothing is kept."""
+
+    def begun(self) -> dict[int, Generation]:
+        """A batch is sampled whole."""
+        return {}
 
 
 def generate(

@@ -16,12 +16,13 @@ import torch
 from transformers import PreTrainedModel
 
 from search_e1.errors import ModelError
-from search_e1.rollout.engines.base import Generation, Request
+from search_e1.rollout.engines.base import Generation, Interrupted, Request, never
 from search_e1.rollout.engines.ragged import RaggedCache
 from search_e1.rollout.engines.sampling import Ends, draw
 
-_PREFILL = 8192
-"""Most tokens, padding included, of one forward pass over prompts or observations."""
+_PREFILL, _CPU_PREFILL = 8192, 2048
+"""Most tokens, padding included, of one forward pass over prompts or observations. On a CPU smaller passes cost nothing, and
+a signal waits less."""
 _PREFIX = 16
 """A common beginning of prompts is computed apart if it has as many tokens."""
 
@@ -49,8 +50,14 @@ class _Row:
         prompt = list(request.prompt)
         if self.ids[: self.known] != prompt[: self.known] or self.known >= len(prompt):
             self.known = 0
-        self.ids, self.prompt, self.end = prompt, len(prompt), len(prompt) + request.max_new_tokens
-        self.source, self.logprobs, self.unfinished = Random(request.seed), [], True
+        self.ids, self.prompt, self.end = (
+            [*prompt, *request.begun.ids],
+            len(prompt),
+            len(prompt) + request.max_new_tokens,
+        )
+        self.source, self.logprobs, self.unfinished = Random(request.seed), list(request.begun.logprobs or ()), True
+        for _ in request.begun.ids:
+            self.source.random()
 
     @property
     def new(self) -> list[int]:
@@ -62,6 +69,7 @@ class ContinuousSession:
     """A ``Session`` over a transformers model."""
 
     pace = 8
+    interrupted = staticmethod(never)
 
     def __init__(
         self,
@@ -74,6 +82,7 @@ class ContinuousSession:
     ) -> None:
         """``rows``: most that hold a slot. ``on_id``: see ``HFGenerator``."""
         self._model, self._ends, self._temperature, self._on_id = model, ends, temperature, on_id
+        self._prefill_tokens = _CPU_PREFILL if model.device.type == "cpu" else _PREFILL
         self._rows: dict[int, _Row] = {}
         self._waiting: list[_Row] = []
         self._steps = 0
@@ -97,6 +106,14 @@ class ContinuousSession:
         row = self._rows.pop(key)
         if row.slot is not None:
             self._held[row.slot] = None
+
+    def begun(self) -> dict[int, Generation]:
+        """See ``Session``."""
+        return {
+            row.key: Generation(tuple(row.ids[row.prompt :]), tuple(row.logprobs))
+            for row in self._rows.values()
+            if row.unfinished and len(row.ids) > row.prompt
+        }
 
     def step(self) -> list[tuple[int, Generation]]:
         """See ``Session``: one token for each active row, after rows have joined.
@@ -191,9 +208,11 @@ class ContinuousSession:
         while at < len(rows) and rows[at].new:
             width, end = len(rows[at].new), at + 1
             # Padding to twice a row's length costs more than another pass.
-            while end < len(rows) and (end + 1 - at) * width <= _PREFILL and len(rows[end].new) * 2 > width:
+            while end < len(rows) and (end + 1 - at) * width <= self._prefill_tokens and len(rows[end].new) * 2 > width:
                 end += 1
             part = rows[at:end]
+            if self.interrupted():
+                raise Interrupted
             self._cache.forward([row.stored for row in part], [row.known for row in part], [row.new for row in part])
             for row in part:
                 row.known = len(row.ids) - 1

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from search_e1.errors import ConfigError, EndpointError
-from search_e1.rollout.engines.base import Generation, Request
+from search_e1.rollout.engines.base import Generation, Request, never
 
 API_KEY = "SEARCH_E1_API_KEY"
 """Environment variable of the key that is sent. No other is: a key of one provider is not for another."""
@@ -105,6 +105,7 @@ class RemoteGenerator(ABC):
 class _UnderWay:
     """A ``Session``: requests under way."""
 
+    interrupted = staticmethod(never)
     pace = 1
 
     def __init__(
@@ -135,6 +136,10 @@ class _UnderWay:
 
     def release(self, key: int) -> None:
         """Nothing is kept."""
+
+    def begun(self) -> dict[int, Generation]:
+        """A server tells whole answers only."""
+        return {}
 
     async def _some(self) -> tuple[set[asyncio.Task[Any]], set[asyncio.Task[Any]]]:
         return await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from search_e1.config import PolicyConfig, VllmConfig
 from search_e1.errors import ConfigError, ModelError
-from search_e1.rollout.engines.base import Generation, Request
+from search_e1.rollout.engines.base import Generation, Request, never
 from search_e1.runs.devices import device
 from search_e1.training.policy import resolve
 
@@ -163,6 +163,24 @@ def stop(llm: Any) -> None:
         cleanup_dist_env_and_memory()
 
 
+def update_weights(llm: Any, weights: Iterator[tuple[str, Any]]) -> None:
+    """Hand the weights of a policy that is being trained to the engine, by name.
+
+    vLLM's own way to load weights makes those anew that its kernels have packed, on a CPU for instance.
+    """
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    llm.apply_model(_pack_head)
+    llm.reset_prefix_cache()
+
+
+def _pack_head(model: Any) -> None:
+    """On a CPU vLLM's head has a packed copy of its weights, and where they are the embedding's it gets none to load and
+    would keep the old ones."""
+    head = getattr(model, "lm_head", None)
+    if head is not None and hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)
+
+
 def _check_arguments(given: dict[str, Any], known: Sequence[str]) -> None:
     for key in given:
         if key in _RESERVED:
@@ -230,6 +248,7 @@ class _Row:
 class _VLLMSession:
     """A ``Session`` over an ``LLMEngine``."""
 
+    interrupted = staticmethod(never)
     pace = 8  # rows join at no cost, but asking after each step would wait for every search
     _numbers = count()
 
@@ -279,6 +298,10 @@ class _VLLMSession:
 
     def release(self, key: int) -> None:
         """What the row has computed stays in the prefix cache until its place is needed."""
+
+    def begun(self) -> dict[int, Generation]:
+        """vLLM cannot be given the state of a row's randomness: it is sampled anew."""
+        return {}
 
     def abort(self) -> None:
         """Give up what was not finished."""
