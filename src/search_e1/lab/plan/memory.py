@@ -22,15 +22,13 @@ class Memory(Record):
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
-    other: int = 0
-    """Further weights: a frozen copy, layers gathered from other ranks, all that vLLM takes beside its cache."""
+    other: int = 0  # further weights: a frozen copy, layers of other ranks; all that vLLM takes beside its cache
     activations: int = 0
     logits: int = 0
     cache: int = 0
 
     @property
-    def fixed(self) -> int:
-        """What is there however few and short the rows are."""
+    def fixed(self) -> int:  # however few and short the rows are
         return self.weights + self.gradients + self.optimizer + self.other
 
     @property
@@ -43,10 +41,8 @@ class Job(NamedTuple):
 
     lora: LoraConfig | None
     training: TrainingConfig
-    has_teacher: bool
-    """A pass without gradients over privileged prompts comes before each pass."""
-    has_copy: bool
-    """A frozen copy of the policy is kept: a KL penalty's anchor, or a teacher where all weights are trained."""
+    has_teacher: bool  # a pass without gradients over privileged prompts comes before each pass
+    has_copy: bool  # a frozen copy is kept: a KL penalty's anchor, or a teacher where all weights are trained
 
 
 def training_jobs(config: Config) -> dict[str, Job]:
@@ -74,15 +70,14 @@ class MemoryModel:
         self.dtype: torch.dtype = getattr(torch, config.policy.dtype)
         self.longest = min(config.rollout.max_tokens, shape.context_length)
         limit = min(shape.context_length, config.reference.max_tokens or shape.context_length)
-        self.longest_privileged = min(2 * self.longest, limit)
-        """Tokens of a trajectory after as long a reference."""
+        self.longest_privileged = min(2 * self.longest, limit)  # a trajectory after as long a reference
         self._traced = cache(lambda dtype, lora, recompute: TracedModel(model, dtype, lora, recompute))
 
     def update(self, stage: str, job: Job, tokens: int | None = None) -> Memory:
         """An optimizer step in passes of ``tokens`` tokens; if not given, as configured."""
         training, sharded = job.training, self.sharded
         longest = self.longest_privileged if job.has_teacher else self.longest
-        rows = max(1, (tokens or training.micro_batch_tokens) // longest)
+        rows = max(1, (tokens or training.micro_batch_tokens or 16_384) // longest)
         stored = self._traced(self.dtype, job.lora, training.gradient_checkpointing)
         # FSDP2 gathers layers in bfloat16 under autocast, so that autocast has nothing to convert.
         used = torch.bfloat16 if sharded and training.autocast else self.dtype

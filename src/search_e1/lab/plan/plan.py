@@ -28,16 +28,12 @@ class Plan(Record):
     shape: Shape
     gpu: Gpu
     gpus: int
-    usable: int
-    """Bytes of a GPU."""
+    usable: int  # bytes of a GPU
     memory: tuple[Memory, ...]
     work: tuple[Work, ...]
-    disk: dict[str, int]
-    """Bytes in the run directory, by what they are; an index is not included."""
-    problems: tuple[str, ...]
-    """Stages that do not fit, and what to change."""
-    warnings: tuple[str, ...]
-    """Settings that defeat their purpose."""
+    disk: dict[str, int]  # bytes in the run directory, by what they are; an index is not included
+    problems: tuple[str, ...]  # stages that do not fit, and what to change
+    warnings: tuple[str, ...]  # settings that defeat their purpose
     assumed: tuple[str, ...]
 
     @property
@@ -46,11 +42,7 @@ class Plan(Record):
 
 
 def make_plan(config: Config, gpu: Gpu, gpus: int, constants: Constants) -> Plan:
-    """What ``config`` takes on ``gpus`` GPUs.
-
-    Raises:
-        ModelError: ``policy.model`` is not here, and no known shape.
-    """
+    """What ``config`` takes on ``gpus`` GPUs; raises ModelError if ``policy.model`` is not here and no known shape."""
     model = read_config(config.policy.model, trust_remote_code=config.policy.trust_remote_code)
     shape = shape_of(model)
     memory_model = MemoryModel(model, shape, config, gpu, gpus, constants)
@@ -68,7 +60,7 @@ def make_plan(config: Config, gpu: Gpu, gpus: int, constants: Constants) -> Plan
     return Plan(
         model=config.policy.model, shape=shape, gpu=gpu, gpus=gpus, usable=memory_model.usable, memory=memory,
         work=tuple(work), disk=disk, problems=tuple(filter(None, (misfit(memory_model, m) for m in memory))),
-        warnings=tuple(_warnings(config, shape)), assumed=tuple(assumed),
+        warnings=tuple(_warnings(config)), assumed=tuple(assumed),
     )  # fmt: skip
 
 
@@ -105,7 +97,7 @@ def misfit(model: MemoryModel, memory: Memory) -> str | None:
     elif kind == "update":
         job = training_jobs(model.config)[stage]
         width = model.longest_privileged if job.has_teacher else model.longest
-        fewer = (rows * width for rows in range(memory.rows - 1, 0, -1))
+        fewer = ((memory.rows >> halvings) * width for halvings in range(1, memory.rows.bit_length()))
         fitting = next((tokens for tokens in fewer if model.update(stage, job, tokens).total <= limit), None)
         recompute = f"set {stage}.training.gradient_checkpointing = true"
         shorter = "lower rollout.max_tokens" if job.training.gradient_checkpointing else recompute
@@ -143,10 +135,8 @@ def check_memory(config: Config, model: str, stages: Sequence[str], ranks: int, 
                 logger.warning("with the longest trajectories, %s", problem)
 
 
-def _warnings(config: Config, shape: Shape) -> Iterator[str]:
-    length, context, dtype = config.rollout.max_tokens, shape.context_length, config.policy.dtype
-    if config.distillations and config.reference.shows == "whole" and 2 * length > context:
-        yield f"a reference and a student of {length} tokens each exceed the context of {context}: references are shortened"
+def _warnings(config: Config) -> Iterator[str]:
+    dtype = config.policy.dtype
     for stage, job in training_jobs(config).items():
         rate = config.grpo.learning_rate if stage == "grpo" else config.distill.learning_rate
         autocast = f"{stage}.training.autocast = true"

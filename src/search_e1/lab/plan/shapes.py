@@ -18,31 +18,24 @@ _KEYS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "tie_word_embeddings", "vocab_size", "max_position_embeddings",
 )  # fmt: skip
-SHAPES: dict[str, dict[str, Any]] = {
-    name: dict(zip(_KEYS, row, strict=True)) for name, row in load_constants().models.items()
-}
+SHAPES = {name: dict(zip(_KEYS, row, strict=True)) for name, row in load_constants().models.items()}
 """Arguments of ``AutoConfig.for_model``, by the names in ``constants.toml``."""
 
 
 class Shape(Record):
     """Numbers of weights by what they do, and what a token takes."""
 
-    parameters: int
-    """All; tied embeddings count once."""
+    parameters: int  # tied embeddings once
     head: int
-    embeddings: int
-    """Embedding and head; where they are tied, once."""
-    active: int
-    """Weights that multiply a token outside the head; of experts, those that a token passes."""
+    embeddings: int  # embedding and head; where they are tied, once
+    active: int  # those that multiply a token outside the head; of experts, those that a token passes
     layers: int
     largest_layer: int
     hidden_size: int
     vocabulary: int
     context_length: int
-    cached: int
-    """Numbers that a token leaves in the key-value cache."""
-    attention_width: int
-    """Query heads times their size, summed over layers."""
+    cached: int  # numbers that a token leaves in the key-value cache
+    attention_width: int  # query heads times their size, summed over layers
 
 
 def read_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -73,17 +66,13 @@ def read_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype, **options: Any) -> Any:
-    """The causal language model of ``config`` on the meta device.
-
-    Raises:
-        ModelError: transformers has no such causal language model.
-    """
+    """The causal language model of ``config`` on the meta device; raises ModelError if transformers has none."""
     try:
         with torch.device("meta"), no_bars():
             return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     except (ValueError, TypeError, RuntimeError) as error:
-        kind, reason = getattr(config, "model_type", "?"), str(error).splitlines()[0]
-        raise ModelError(f"policy.model: a {kind} is no causal language model here ({reason})") from error
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"policy.model: a {config.model_type} is no causal language model here ({reason})") from error
 
 
 def shape_of(config: PreTrainedConfig) -> Shape:
@@ -96,16 +85,16 @@ def shape_of(config: PreTrainedConfig) -> Shape:
         (name, w) for name, w in model.named_parameters() if w.dim() > 1 and w is not head and w is not embedding
     ]
     layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=_size)
-
-    def outputs(*kinds: str) -> int:
-        return sum(module.out_features for name, module in model.named_modules() if name.endswith(kinds))
-
+    outputs = {name: getattr(module, "out_features", 0) for name, module in model.named_modules()}
+    query, cached = (
+        sum(n for name, n in outputs.items() if name.endswith(kinds)) for kinds in ("q_proj", ("k_proj", "v_proj"))
+    )
     return Shape(
         parameters=_size(model), head=head.numel(), embeddings=sum(w.numel() for w in {head, embedding}),
         active=round(sum(w.numel() * (share if ".experts." in name else 1) for name, w in matrices)),
         layers=len(layers), largest_layer=max(map(_size, layers)), hidden_size=text.hidden_size, vocabulary=len(head),
-        context_length=text.max_position_embeddings, attention_width=outputs(".q_proj") or len(layers) * text.hidden_size,
-        cached=outputs(".k_proj", ".v_proj") or 2 * len(layers) * text.hidden_size,
+        context_length=text.max_position_embeddings, attention_width=query or len(layers) * text.hidden_size,
+        cached=cached or 2 * len(layers) * text.hidden_size,
     )  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """Passes without memory: the real modules on torch's fake tensors, whose bytes are added up while they are alive."""
 
 import weakref
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +30,7 @@ AttentionInterface.register(_ATTENTION, _attention)
 class Activations(NamedTuple):
     """Bytes of one pass, gradients included."""
 
-    kept: int
-    """At the end of the forward pass."""
+    kept: int  # at the end of the forward pass
     peak: int
 
 
@@ -65,9 +63,9 @@ class TracedModel:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         with self._mode, _Counter(self.model) as counter:
             hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in trained if streamed]
-            for p in [] if streamed else trained:
-                p.grad = torch.zeros_like(p)
-            with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            for p in trained:
+                p.grad = None if streamed else torch.zeros_like(p)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
                 hidden = self.decoder(torch.zeros(rows, width, dtype=torch.long), use_cache=False).last_hidden_state
             kept = counter.now
             hidden.backward(torch.ones_like(hidden))

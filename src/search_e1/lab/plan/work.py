@@ -14,10 +14,8 @@ class Work(Record):
 
     stage: str
     trajectories: int = 0
-    sampled: float = 0
-    """Tokens."""
-    trained: float = 0
-    """Tokens of forward and backward passes."""
+    sampled: float = 0  # tokens
+    trained: float = 0  # tokens of forward and backward passes
     hours: float = 0
 
 
@@ -34,8 +32,7 @@ class WorkModel:
         observation = min(lengths["passage"] * limits.topk, limits.max_observation_tokens)
         self.sampled = self.turns * action
         self.total = min(lengths["prompt"] + self.sampled + (self.turns - 1) * observation, limits.max_tokens)
-        self.privileged = 2 * self.total - lengths["prompt"] + lengths["privileged"]
-        """Tokens of a trajectory after a reference."""
+        self.privileged = 2 * self.total - lengths["prompt"] + lengths["privileged"]  # a trajectory after a reference
         self.longest_action = min(lengths["longest_action"] * action, limits.max_action_tokens)
         self.pair_yield = lengths["pair_yield"]
         self.halves = config.policy.dtype != "float32"
