@@ -244,7 +244,7 @@ def test_the_hub_is_read_by_datasets_itself(collection: Path, tmp_path: Path) ->
     for (status, said), why in (
         (missing, "triviaqa/test.jsonl is not in it"),
         (no_revision, "has no revision 'v9'"),
-        (stale, f"revision {'0' * 40} is not to be had, only {fake_hub.COMMIT} from the cache"),
+        (stale, f"revision {'0' * 40} is not available, only {fake_hub.COMMIT} in the cache"),
     ):
         assert status == 2
         assert why in said

@@ -1,3 +1,4 @@
+import csv
 import gzip
 import hashlib
 import json
@@ -125,6 +126,42 @@ def test_a_list_in_a_cell_and_numbers_are_answers(tmp_path: Path) -> None:
     assert benchmark_name(Path("my questions.v2.csv")) == "my-questions"
 
 
+GOLDS = {
+    """['Oslo', 'Kristiania']""": ("Oslo", "Kristiania"),
+    """['Copenhagen' 'Kobenhavn']""": ("Copenhagen", "Kobenhavn"),
+    """["l'Oslo"\n 'a "b"' 'it\\'s']""": ("l'Oslo", 'a "b"', "it's"),
+    "[1969 1970.0]": ("1969", "1970"),
+    "[1912, 1.5]": ("1912", "1.5"),
+    "1969.0": ("1969",),
+    "[sic]": ("[sic]",),
+    "[1] and ['x']": ("[1] and ['x']",),
+    "Web 2.0": ("Web 2.0",),
+}
+
+
+def test_golds_in_a_cell_are_what_was_meant(tmp_path: Path) -> None:
+    table = tmp_path / "a.csv"
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([("question", "answers"), *((f"Which {i}?", cell) for i, cell in enumerate(GOLDS))])
+    [part] = prepared(train=(str(table),)).parts
+    assert [row.question.answers for row in part.rows] == list(GOLDS.values())
+
+
+def test_whole_floats_of_parquet_are_integers(tmp_path: Path) -> None:
+    columns = {"question": ["When?", "Where?"], "answers": [[1969.0, 1.5], [7.0]], "id": [1.0, 2.0]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    [part] = prepared(train=(str(tmp_path / "a.parquet"),)).parts
+    assert [(row.question.id, row.question.answers) for row in part.rows] == [("1", ("1969", "1.5")), ("2", ("7",))]
+
+
+def test_golds_that_normalise_to_nothing_are_a_warning(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", row("Which article?", "the", "The."), row("Who?", "The Who"))
+    assert prepared(train=(str(file),)).warnings == [
+        f"a.train.jsonl: 2 answers are only punctuation and articles ({file}:1: 'the'), of which exact match keeps nothing: "
+        "any such answer counts as right"
+    ]
+
+
 BAD_FILES = {
     "no such file": ("none.csv", None, (), "none.csv: cannot be read (No such file or directory)"),
     "no column": ("a.csv", "Frage,answers\nW?,x\n", (), "a.csv:2: no column 'question'; there are 'Frage', 'answers'"),
@@ -153,6 +190,14 @@ BAD_FILES = {
     "no such metadata": ("a.csv", "question,answers\nW?,x\n", ("metadata=more",), "a.csv:2: no column 'more'"),
     "metadata no object": ("a.jsonl", '{"question": "W?", "answers": "x", "metadata": [1]}', (), "'metadata' is list"),
     "answers no text": ("a.jsonl", '{"question": "W?", "answers": [{"t": "x"}]}', (), "--column answers=answers.text"),
+    "an answer NaN": ("a.jsonl", '{"question": "W?", "answers": [NaN]}', (), "a.jsonl:1: column 'answers' holds [nan]"),
+    "an answer missing": ("a.csv", "question,answers\nW?,['x' nan]\n", (), "a.csv:2: column 'answers' holds an empty"),
+    "an answer empty": (
+        "a.jsonl",
+        '{"question": "W?", "answers": ["x", " "]}',
+        (),
+        "a.jsonl:1: column 'answers' holds an",
+    ),
     "answers a boolean": (
         "a.jsonl",
         '{"question": "W?", "answers": true}',
@@ -273,7 +318,7 @@ def test_nothing_is_overwritten_without_being_told(
     assert prepare_verb("--out", out, "--train", mine)[0] == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     status, _, err = prepare_verb("--out", out, "--train", mine, "--max", 1)
-    assert (status, err) == (2, f"search-e1: {out} is there already; --overwrite replaces it, or give another --out\n")
+    assert (status, err) == (2, f"search-e1: {out} exists; --overwrite replaces it, or give another --out\n")
     jsonl(mine, row("Who?"), "{broken")
     assert prepare_verb("--out", out, "--train", mine, "--overwrite")[0] == 2
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

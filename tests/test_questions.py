@@ -57,6 +57,8 @@ def test_gz_and_plain_hold_the_same(tmp_path: Path) -> None:
         ('{"id": "a", "question": "W\\udc00", "golden_answers": ["x"]}', "half of a surrogate pair"),
         ({"id": "a", "question": "Who?", "golden_answers": []}, "a question without answers"),
         ({"id": "a", "question": "Who?", "golden_answers": ["", " "]}, "a question without answers"),
+        ({"id": "a", "question": "Who?", "golden_answers": ["x", ""]}, "an empty answer (golden_answers = ['x', ''])"),
+        ('{"id": "a", "question": "Who?", "golden_answers": [NaN]}', "golden_answers = [nan] is not a list of texts"),
         ({"id": "a", "question": "Who?", "golden_answers": "x"}, "golden_answers = 'x' is not a list of texts"),
         ({"id": "a", "question": "Who?", "golden_answers": [1]}, "golden_answers = [1] is not a list of texts"),
         ({"id": "a", "question": "", "golden_answers": ["x"]}, "question = ''"),

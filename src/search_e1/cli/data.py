@@ -14,9 +14,10 @@ from search_e1.errors import ConfigError
 from search_e1.runs.safe import printable
 
 if TYPE_CHECKING:
-    from search_e1.data.prepare import Again, Prepared
+    from search_e1.data.parts import Again
+    from search_e1.data.prepare import Prepared
 
-app = typer.Typer(no_args_is_help=True, help="Make question files ready for a run.")
+app = typer.Typer(no_args_is_help=True, help="Prepare question files for a run.")
 console = Console(highlight=False, markup=False, emoji=False)
 
 
@@ -28,7 +29,7 @@ class Duplicates(StrEnum):
 
 @app.callback()
 def _data() -> None:
-    """Make question files ready for a run."""
+    """Prepare question files for a run."""
 
 
 @app.command()
@@ -36,7 +37,7 @@ def prepare(
     out: Annotated[Path, typer.Option("--out", help="Directory of the new files.")],
     train: Annotated[
         list[str] | None,
-        typer.Option("--train", help="Training questions: BENCHMARK[:SPLIT] or [NAME=]FILE. May come again."),
+        typer.Option("--train", help="Training questions: BENCHMARK[:SPLIT] or [NAME=]FILE. Repeatable."),
     ] = None,
     eval: Annotated[
         list[str] | None,
@@ -54,19 +55,19 @@ def prepare(
         list[str] | None,
         typer.Option("--column", help="FIELD=COLUMN of your files, e.g. question=Frage, answers=labels.text, id=."),
     ] = None,
-    separator: Annotated[str | None, typer.Option(help="Between several answers in one cell, e.g. '|'.")] = None,
-    duplicates: Annotated[Duplicates, typer.Option(help="Questions that come again.")] = Duplicates.KEEP,
+    separator: Annotated[str | None, typer.Option(help="Separates several answers in one cell, e.g. '|'.")] = None,
+    duplicates: Annotated[Duplicates, typer.Option(help="What to do with duplicate questions.")] = Duplicates.KEEP,
     drop_leaks: Annotated[
-        bool, typer.Option("--drop-leaks", help="Take evaluation questions out of training.")
+        bool, typer.Option("--drop-leaks", help="Remove evaluation questions from training.")
     ] = False,
     dev_share: Annotated[
-        float | None, typer.Option(help="Share of your own training file to set aside for evaluation.")
+        float | None, typer.Option(help="Share of your own training file set aside for evaluation.")
     ] = None,
-    max: Annotated[int | None, typer.Option("--max", min=1, help="Most questions of each file.")] = None,
-    max_train: Annotated[int | None, typer.Option(min=1, help="Most questions of each training file.")] = None,
-    max_eval: Annotated[int | None, typer.Option(min=1, help="Most questions of each evaluation file.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of subsets and of --dev-share.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call wrote.")] = False,
+    max: Annotated[int | None, typer.Option("--max", min=1, help="Maximum number of questions of each file.")] = None,
+    max_train: Annotated[int | None, typer.Option(min=1, help="The same, for training files.")] = None,
+    max_eval: Annotated[int | None, typer.Option(min=1, help="The same, for evaluation files.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of subsets and of --dev-share.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier call.")] = False,
 ) -> None:
     """Read benchmarks or your own questions, check them, and write the files that a config names.
 
@@ -103,7 +104,7 @@ def prepare(
 
 
 def _show(prepared: "Prepared", duplicates: Duplicates, *, drop_leaks: bool) -> None:
-    """The files, then what to look at. Fits 80 columns."""
+    """The files, then warnings, duplicates and leaks. Fits 80 columns."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("file", "for", "read", "repeated", "leaked", "written", "answers/q"):
         table.add_column(heading, justify="left" if heading in ("file", "for") else "right", overflow="fold")
@@ -117,13 +118,13 @@ def _show(prepared: "Prepared", duplicates: Duplicates, *, drop_leaks: bool) -> 
     repeated = [part for part in prepared.parts if part.repeated]
     if repeated:
         done = "dropped" if duplicates is Duplicates.DROP else "kept; --duplicates drop keeps the first"
-        console.print(Text(f"\nQuestions that come again ({done}):", style="yellow"))
+        console.print(Text(f"\nDuplicate questions ({done}):", style="yellow"))
     for part in repeated:
         console.print(Text(f"  {part.file}: {len(part.repeated)}"))
         _examples(part.repeated)
     if prepared.leaks:
-        done = "dropped from training" if drop_leaks else "still in training; --drop-leaks takes them out"
-        console.print(Text(f"\nTraining questions that are evaluation questions too ({done}):", style="yellow"))
+        done = "dropped from training" if drop_leaks else "still in training; --drop-leaks removes them"
+        console.print(Text(f"\nTraining questions that are also evaluation questions ({done}):", style="yellow"))
     for leak in prepared.leaks:
         console.print(Text(f"  {leak.train} and {leak.eval}: {leak.count}"))
         _examples(leak.examples)

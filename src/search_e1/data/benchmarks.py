@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from search_e1.data import hub
 from search_e1.data.lines import checksum, read_lines
 from search_e1.data.questions import Loaded, to_question
 from search_e1.errors import ConfigError, DataError
@@ -97,10 +98,10 @@ def _local(benchmark: str, split: str, directory: Path) -> Path:
             path = stem.with_name(stem.name + suffix)
             if path.is_file():
                 return path
-    there = splits(benchmark, directory)
+    present = splits(benchmark, directory)
     raise DataError(
         f"{directory}: neither {benchmark}/{split}.jsonl nor {benchmark}.{split}.jsonl[.gz|.zst] is in it; "
-        + (f"of {benchmark} it has {', '.join(there)}" if there else f"it has nothing of {benchmark}")
+        + (f"of {benchmark} it has {', '.join(present)}" if present else f"it has nothing of {benchmark}")
     )
 
 
@@ -111,49 +112,33 @@ def _from_hub(benchmark: str, split: str, revision: str | None) -> Loaded:
     if split not in SIZES[benchmark]:
         raise ConfigError(f"{REPOSITORY} has no {file}; of {benchmark} it has {', '.join(SIZES[benchmark])}")
     instead = f"give --from DIR with {file} or {benchmark}.{split}.jsonl in it instead"
-    # Without a network `datasets` answers from its cache, or says at once that it cannot.
-    offline = datasets.config.HF_HUB_OFFLINE
-    commit = revision if offline else _commit(file, revision, instead)
+    commit = revision
+    if not datasets.config.HF_HUB_OFFLINE:  # else `datasets` reads its cache, or reports at once that it cannot
+        info = hub.info(REPOSITORY, f"{REPOSITORY}: ", instead, revision)
+        commit = info.sha
+        if commit is None or file not in {sibling.rfilename for sibling in info.siblings or ()}:
+            raise DataError(f"{REPOSITORY}: {file} is not in it (revision {commit}); {instead}")
     datasets.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(REPOSITORY, benchmark, split=split, revision=commit)
-    except Exception as error:  # what the transport below `datasets` raises is not part of any interface
-        raise DataError(f"{REPOSITORY}/{file}: {_one_line(error)}; {instead}") from error
-    found = Path(rows.cache_files[0]["filename"]).parent.name  # `datasets` keeps each commit in a directory of its name
-    if commit and found != commit:  # the Hub went away in between, and the cache holds another commit
+    except Exception as error:  # see `hub.info`
+        raise DataError(f"{REPOSITORY}/{file}: {hub.one_line(error)}; {instead}") from error
+    found = Path(rows.cache_files[0]["filename"]).parent.name  # `datasets` names directories by commit
+    if commit and found != commit:  # the Hub became unreachable in between, and the cache holds another commit
         raise DataError(
-            f"{REPOSITORY}/{file}: revision {commit} is not to be had, only {found} from the cache; {instead}"
+            f"{REPOSITORY}/{file}: revision {commit} is not available, only {found} in the cache; {instead}"
         )
     source = f"{REPOSITORY}/{file}"
     questions = [(f"{source}:{n}", _question(row, benchmark, f"{source}:{n}")) for n, row in enumerate(rows, 1)]
     return Loaded(questions, source, found, SIZES[benchmark][split])
 
 
-def _commit(file: str, revision: str | None, instead: str) -> str:
-    """The commit that ``revision`` stands for now: asked for once and without retries, so that a dead network ends fast."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        info = HfApi().dataset_info(REPOSITORY, revision=revision, timeout=10)
-    except RevisionNotFoundError as error:
-        raise ConfigError(f"{REPOSITORY} has no revision {revision!r}; leave --revision out for the newest") from error
-    except RepositoryNotFoundError as error:
-        raise DataError(f"{REPOSITORY}: not found on the Hub, or closed to you; {instead}") from error
-    except Exception as error:  # see `_from_hub`
-        raise DataError(f"{REPOSITORY}: the Hub cannot be reached ({_one_line(error)}); {instead}") from error
-    if info.sha is None or file not in {sibling.rfilename for sibling in info.siblings or ()}:
-        raise DataError(f"{REPOSITORY}: {file} is not in it (revision {info.sha}); {instead}")
-    return info.sha
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def _question(row: Mapping[str, Any], benchmark: str, where: str) -> Question:
+    answers = row.get("golden_answers")
+    if isinstance(answers, list):  # the collection has empty ones beside others
+        row = {**row, "golden_answers": [a for a in answers if not isinstance(a, str) or a.strip()]}
     question = to_question(row, benchmark, where)
     text = question.text.strip()
     known = {key: value for key, value in question.metadata.items() if value is not None}
@@ -173,7 +158,7 @@ def _question(row: Mapping[str, Any], benchmark: str, where: str) -> Question:
 
 
 def _annotation(metadata: Mapping[str, Any], benchmark: str) -> dict[str, Any]:
-    """``hops``, ``supporting_titles`` and ``evidences``, as far as the collection's metadata tell them."""
+    """``hops``, ``supporting_titles`` and ``evidences``, where the collection's metadata give them."""
     found: dict[str, Any] = {}
     steps = metadata.get("question_decomposition") or []
     hops = len(steps) or _HOPS.get(benchmark)

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterator
@@ -12,14 +13,14 @@ from typing import Any, BinaryIO, cast
 
 from search_e1.errors import DataError
 
-_MOST_BYTES = 2**26  # of a record that is no passage; a packed file can unpack to anything
+_MOST_BYTES = 2**26  # of a line; a compressed file can expand to any size
 
 
 class BadRecordError(DataError):
-    """One record that cannot be used, where the others may be."""
+    """One unusable record of a file whose other records may be usable."""
 
     def __init__(self, kind: str, message: str) -> None:
-        """``kind`` is what is counted: a few words, the same for all records with this fault."""
+        """``kind``: a few words, the same for all records with this fault, by which they are counted."""
         super().__init__(message)
         self.kind = kind
 
@@ -49,10 +50,10 @@ def raw_lines(path: Path, most: int = -1) -> Iterator[tuple[int, bytes]]:
                 number += 1
                 if line.strip():
                     yield number, line
-                while not line.endswith(b"\n") and line:  # what is left of one that is too long
+                while not line.endswith(b"\n") and line:  # the rest of one that is too long
                     line = file.readline(2**20)
     except (OSError, EOFError, zlib.error) as error:
-        # A .gz that is none, is cut short, or is damaged: an OSError without strerror, an EOFError, a zlib.error.
+        # Not a .gz, truncated, or damaged: an OSError without strerror, an EOFError, a zlib.error.
         problem = getattr(error, "strerror", None) or error
         where = f"{path}:{number + 1}" if number else str(path)
         raise DataError(
@@ -61,7 +62,7 @@ def raw_lines(path: Path, most: int = -1) -> Iterator[tuple[int, bytes]]:
 
 
 def open_binary(path: Path) -> BinaryIO:
-    """The file as it reads when it is unpacked."""
+    """The uncompressed content of the file."""
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
     if path.suffix == ".zst":
@@ -73,7 +74,7 @@ def open_binary(path: Path) -> BinaryIO:
 
 
 def checksum(path: Path) -> str:
-    """The sha256 of the file as it lies there, in hexadecimal.
+    """The sha256 of the file as stored, in hexadecimal.
 
     Raises:
         DataError: the file cannot be read.
@@ -85,19 +86,19 @@ def checksum(path: Path) -> str:
         raise DataError(f"{path}: cannot be read ({os.strerror(error.errno or 0)}); give the path of a file") from error
 
 
-def parse(line: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in ``line``.
+def parse(line: bytes, where: str, nan: float | None = math.nan) -> dict[str, Any]:
+    """The JSON object in ``line``; ``nan`` stands for NaN, which Python writes and JSON lacks.
 
     Raises:
         BadRecordError: there is none; says ``where``.
     """
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_constant=lambda name: nan if name == "NaN" else float(name))
     except UnicodeDecodeError as error:
         raise BadRecordError("not UTF-8", f"{where}: not UTF-8 ({error}); write the file in UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise BadRecordError("not JSON", f"{where}: not JSON ({error}); write one JSON object a line") from error
-    if b"\\u" in line:  # JSON can escape half of a surrogate pair, and no file or tokenizer can hold one
+    if b"\\u" in line:  # JSON can escape half of a surrogate pair; no file or tokenizer can hold one
         try:
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:

@@ -17,7 +17,7 @@ _HOLDS = 'each line holds {"id", "question", "golden_answers"} and perhaps "meta
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The questions of one file, each with where it stands (``file:line``)."""
+    """The questions of one file, each with its place (``file:line``)."""
 
     questions: list[tuple[str, Question]]
     source: str
@@ -25,19 +25,19 @@ class Loaded:
     checksum: str
     """sha256 of a file, commit of a Hub repository."""
     expected: int | None = None
-    """How many the collection has in this split; ``None`` for files of another origin."""
+    """Number of questions that the collection has in this split; ``None`` for other files."""
 
 
 def load_questions(path: Path, benchmark: str = "") -> list[Question]:
     """The questions of one file, in its order.
 
-    Each line (of a plain file, or a ``.gz``) holds ``id``, ``question``, ``golden_answers`` (a list; any of them is right) and
-    perhaps ``metadata``, whose ``hops`` becomes ``Question.hops``. Other keys are ignored; an id may be a number. ``benchmark``
-    is the name that the questions go by in evaluation.
+    Each line (plain, ``.gz`` or ``.zst``) holds ``id``, ``question``, ``golden_answers`` (a list; any of them is right) and
+    optionally ``metadata``, whose ``hops`` becomes ``Question.hops``. Other keys are ignored; an id may be a number.
+    ``benchmark`` names the questions in evaluation.
 
     Raises:
-        DataError: the file cannot be read or is empty, a line is no question, a question has no answers, or an id comes
-            twice; names file and line.
+        DataError: the file cannot be read or is empty, a line is no question, a question has no answers or an empty one,
+            or an id is used twice; names file and line.
     """
     return _unique(read_questions(path, benchmark), f"{path}")
 
@@ -65,7 +65,7 @@ def subset(questions: Sequence[Question], n: int, seed: int) -> list[Question]:
 
 
 def read_questions(path: Path, benchmark: str = "") -> Iterator[tuple[str, Question]]:
-    """Where each question stands (``file:line``), and the question; ids are not compared.
+    """Place (``file:line``) and content of each question; ids are not compared.
 
     Raises:
         DataError: the file cannot be read or is empty, or a line is no question.
@@ -94,7 +94,7 @@ def _unique(items: Iterable[tuple[str, Question]], files: str) -> list[Question]
 
 
 def to_record(question: Question) -> dict[str, Any]:
-    """What stands in a question file for ``question``; ``to_question`` is the inverse."""
+    """The record of ``question`` in a question file; ``to_question`` is the inverse."""
     metadata = question.metadata if question.hops is None else {"hops": question.hops, **question.metadata}
     record = {"id": question.id, "question": question.text, "golden_answers": list(question.answers)}
     return {**record, "metadata": metadata} if metadata else record
@@ -112,8 +112,10 @@ def to_question(record: Mapping[str, Any], benchmark: str, where: str) -> Questi
     answers, metadata = record["golden_answers"], record.get("metadata") or {}
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise DataError(f'{where}: golden_answers = {answers!r} is not a list of texts; write ["..."]')
-    if not [answer for answer in answers if answer.strip()]:
+    if not any(map(str.strip, answers)):
         raise DataError(f"{where}: a question without answers (golden_answers = {answers!r}); give at least one")
+    if not all(map(str.strip, answers)):
+        raise DataError(f"{where}: an empty answer (golden_answers = {answers!r}); remove it")
     if not isinstance(metadata, dict):
         raise DataError(f"{where}: metadata is {type(metadata).__name__}, not an object; write {{...}} or leave it out")
     id = record["id"]
@@ -121,7 +123,7 @@ def to_question(record: Mapping[str, Any], benchmark: str, where: str) -> Questi
         return Question(
             id=str(id) if type(id) is int else id,
             text=record["question"],
-            answers=tuple(answer for answer in answers if answer.strip()),
+            answers=tuple(answers),
             benchmark=benchmark,
             hops=metadata.get("hops"),
             metadata=metadata,

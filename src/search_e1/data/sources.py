@@ -1,12 +1,12 @@
-"""Where the records of a corpus come from: files, directories of files, data sets on the Hub."""
+"""Records of a corpus: from files, directories of files, and data sets on the Hub."""
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from search_e1.data import lines
+from search_e1.data import hub, lines
 from search_e1.errors import DataError
 
 Record = bytes | Mapping[str, Any]
@@ -21,7 +21,7 @@ INSTEAD = "give a file of JSON lines (plain, .gz or .zst) or Parquet, or a direc
 
 
 def records(place: str | Path, most: int) -> Iterator[tuple[str, Record]]:
-    """Where each record stands, e.g. ``corpus.jsonl:3``, and the record. Of a line longer than ``most`` its beginning.
+    """Place (``corpus.jsonl:3``) and content of each record; of a line longer than ``most`` bytes, its beginning.
 
     Raises:
         DataError: the place cannot be read.
@@ -31,14 +31,14 @@ def records(place: str | Path, most: int) -> Iterator[tuple[str, Record]]:
         return
     for file in files(Path(place)):
         if file.suffix == _PARQUET:
-            yield from _parquet_rows(file)
+            yield from parquet_rows(file, _FIELDS)
         else:
             for number, line in lines.raw_lines(file, most):
                 yield f"{file}:{number}", line
 
 
 def checksum(place: str | Path) -> str:
-    """Of the bytes of the files, with the names of those in a directory; of a data set on the Hub, its newest commit.
+    """The checksum of the files' bytes, and of their names in a directory; of a data set on the Hub, its newest commit.
 
     Raises:
         DataError: the place cannot be read.
@@ -53,7 +53,7 @@ def checksum(place: str | Path) -> str:
 
 
 def files(path: Path) -> list[Path]:
-    """``path`` itself, or the corpus files of a directory and those below it, by name; what is hidden is left out.
+    """``path`` itself, or the corpus files in and below a directory, sorted by name, without hidden ones.
 
     Raises:
         DataError: a directory holds none.
@@ -67,7 +67,12 @@ def files(path: Path) -> list[Path]:
     return found
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Record]]:
+def parquet_rows(path: Path, fields: Sequence[str] = ()) -> Iterator[tuple[str, Record]]:
+    """Place and content of each row: all columns, or those of ``fields`` that the file has.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     import pyarrow
     from pyarrow import parquet
 
@@ -75,13 +80,13 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Record]]:
     try:
         # Without reading ahead: a row group may be the whole file.
         with parquet.ParquetFile(path, pre_buffer=False) as file:
-            columns = [name for name in _FIELDS if name in file.schema_arrow.names]
-            if "id" not in columns or not {"contents", "text"} & set(columns):
+            columns = [name for name in fields if name in file.schema_arrow.names]
+            if fields and ("id" not in columns or not {"contents", "text"} & set(columns)):
                 raise DataError(
                     f"{path}: its columns are {', '.join(file.schema_arrow.names)}; needed are id and contents, or id, title "
                     "and text"
                 )
-            for batch in file.iter_batches(_BATCH, columns=columns):
+            for batch in file.iter_batches(_BATCH, columns=columns or None):
                 for row in _rows(batch):
                     number += 1
                     yield f"{path}:{number}", row
@@ -94,7 +99,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Record]]:
 def _rows(batch: Any) -> Iterator[Record]:
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:  # one cell of it; a line of JSON with these bytes says the same of this row alone
+    except UnicodeDecodeError:  # in one cell: that row is given as a line of JSON with the same invalid bytes
         for i in range(len(batch)):
             try:
                 yield from batch.slice(i, 1).to_pylist()
@@ -124,9 +129,9 @@ def _hub_rows(place: str, asked: Mapping[str, Any]) -> Iterator[tuple[str, Recor
             yield f"{place}:{number}", row
     except DataError:
         raise
-    except Exception as error:  # what the transport below `datasets` raises is not part of any interface
+    except Exception as error:  # see `hub.info`
         where = f"{place}:{number + 1}" if number else place
-        raise DataError(f"{where}: cannot be read from the Hub ({_one_line(error)}); {INSTEAD}") from error
+        raise DataError(f"{where}: cannot be read from the Hub ({hub.one_line(error)}); {INSTEAD}") from error
 
 
 def _only_split(place: str, splits: list[str]) -> str:
@@ -138,19 +143,4 @@ def _only_split(place: str, splits: list[str]) -> str:
 
 
 def _commit(place: str, name: str) -> str:
-    """The newest commit: asked for once and without retries, so that a dead network ends fast."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        return str(HfApi().dataset_info(name, timeout=10).sha)
-    except RepositoryNotFoundError as error:
-        problem = "not found on the Hub, or closed to you"
-        raise DataError(f"{place}: no such file, and {problem}; {INSTEAD}") from error
-    except Exception as error:  # see `_hub_rows`
-        problem = f"the Hub cannot be reached ({_one_line(error)})"
-        raise DataError(f"{place}: no such file, and {problem}; {INSTEAD}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return str(hub.info(name, f"{place}: no such file, and ", INSTEAD).sha)

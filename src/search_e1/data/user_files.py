@@ -1,11 +1,13 @@
 """Users' own questions: JSON lines, CSV or Parquet, with columns of any name."""
 
+import ast
 import contextlib
 import csv
 import difflib
 import gzip
 import hashlib
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from search_e1.data.lines import checksum, read_lines
+from search_e1.data import sources
+from search_e1.data.lines import checksum, parse, read_lines
 from search_e1.data.questions import Loaded, to_question
 from search_e1.errors import ConfigError, DataError
 from search_e1.types import Question
@@ -25,31 +28,34 @@ SUFFIXES = (*JSON_LINES, *TABLES, *PARQUET)
 
 _FIELDS = ("question", "answers", "id", "hops", "metadata")
 _ANSWERS = ("golden_answers", "answers", "answer")
+_ITEM = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?|nan|None"""
+_LIST = re.compile(rf"\[\s*(?:{_ITEM})(?:(?:\s*,\s*|\s+)(?:{_ITEM}))*\s*,?\s*\]", re.DOTALL)
+_WHOLE_FLOAT = re.compile(r"\A\s*(-?\d+)\.0\s*\Z")
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which column holds what. A path with dots goes into nested values, and into each item of a list."""
+    """The column of each field. A dotted path leads into nested values, and into each item of a list."""
 
     question: str = "question"
     answers: str | None = None
     """``None``: whichever of golden_answers, answers, answer the file has."""
     id: str | None = None
-    """``None``: ``id`` if the file has it. Empty: none. Ids are made where the file gives none."""
+    """``None``: ``id`` if the file has it. Empty: none. Missing ids are generated."""
     hops: str | None = None
     metadata: str | None = None
-    """Of these two, ``None``: the column of that name, if the file has it."""
+    """``None``, for both: the column of that name, if the file has it."""
     more: tuple[tuple[str, str], ...] = ()
     """Key of ``metadata`` -> column."""
     separator: str | None = None
-    """What stands between the answers in one text."""
+    """Separates several answers in one text."""
 
     @classmethod
     def parse(cls, mappings: Sequence[str], separator: str | None = None) -> "Columns":
-        """From ``["question=Frage", "answers=Antwort", "id=", "metadata.topic=Thema"]``; ``id=`` has ids made.
+        """From ``["question=Frage", "answers=Antwort", "id=", "metadata.topic=Thema"]``; ``id=`` generates ids.
 
         Raises:
-            ConfigError: a mapping is not of that form, or comes twice.
+            ConfigError: a mapping has another form, or occurs twice.
         """
         chosen: dict[str, Any] = {}
         more: dict[str, str] = {}
@@ -74,9 +80,9 @@ class Columns:
 
 
 def load(path: Path, name: str, columns: Columns) -> Loaded:
-    """The questions of one file; ``name`` is their benchmark and begins the ids that are made.
+    """The questions of one file; ``name`` is their benchmark and the prefix of generated ids.
 
-    A made id is a hash of question and answers, so that it does not depend on where the row stands.
+    A generated id is a hash of question and answers, so that it does not depend on the order of the rows.
 
     Raises:
         DataError: the file cannot be read, lacks a column, or a row is no question; names file and line (of Parquet, row).
@@ -97,12 +103,12 @@ def load(path: Path, name: str, columns: Columns) -> Loaded:
 
 
 def benchmark_name(path: Path) -> str:
-    """What the questions of ``path`` go by if nothing else is said: the file's name up to its first dot."""
+    """The default name of the questions in ``path``: the file's name up to its first dot."""
     return re.sub(r"[^\w-]+", "-", path.name.partition(".")[0]).strip("-") or "mine"
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each row stands, and the row."""
+    """Place and content of each row."""
     name = path.name.lower()
     if name.endswith(TABLES):
         yield from _table_rows(path)
@@ -129,7 +135,7 @@ def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if twice is not None:
                 raise DataError(f"{path}:1: column {twice!r} is there twice; give each its own name")
             for row in reader:
-                where, line = f"{path}:{line + 1}", reader.line_num  # a row may span lines: it stands where it begins
+                where, line = f"{path}:{line + 1}", reader.line_num  # a row may span lines; its first one is reported
                 if not any(row):
                     continue
                 if len(row) != len(names):
@@ -153,21 +159,10 @@ def _open_text(path: Path) -> TextIO:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    # Dates and decimals become text, and NaN, pandas' missing number, becomes none, as JSON has neither.
-                    plain = json.loads(json.dumps(row, default=str), parse_constant=lambda _: None)
-                    yield f"{path}:{number}", plain
-    except (OSError, pyarrow.ArrowException) as error:
-        problem = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise DataError(f"{path}: cannot be read ({problem}); give the path of a Parquet file") from error
+    for where, row in sources.parquet_rows(path):
+        # Dates and decimals become text; NaN, pandas' missing number, becomes null.
+        plain = row if isinstance(row, bytes) else json.dumps(row, default=str).encode()
+        yield where, parse(plain, where, nan=None)
 
 
 def _record(row: Mapping[str, Any], columns: Columns, where: str) -> dict[str, Any]:
@@ -190,7 +185,7 @@ def _record(row: Mapping[str, Any], columns: Columns, where: str) -> dict[str, A
         metadata["hops"] = _whole(_dig(row, columns.hops or "hops", where), columns.hops or "hops", where)
     question = _dig(row, columns.question, where)
     return {
-        "id": str(id) if id is not None else "",
+        "id": _text(id) or "",
         "question": question.strip() if isinstance(question, str) else question,
         "golden_answers": _answers(row, columns, where),
         "metadata": {key: value for key, value in metadata.items() if value is not None},
@@ -200,23 +195,43 @@ def _record(row: Mapping[str, Any], columns: Columns, where: str) -> dict[str, A
 def _answers(row: Mapping[str, Any], columns: Columns, where: str) -> list[str]:
     column = columns.answers or next((name for name in _ANSWERS if name in row), _ANSWERS[0])
     found = _dig(row, column, where)
-    if isinstance(found, str) and columns.separator is None and found.lstrip().startswith("["):
-        with contextlib.suppress(ValueError):  # a list in a cell, unless it is an answer that begins with a bracket
-            found = json.loads(found)
-    answers: list[str] = []
-    for item in found if isinstance(found, list) else [found]:
-        if isinstance(item, bool) or not isinstance(item, str | int | float | None):
-            raise DataError(
-                f"{where}: column {column!r} holds {item!r}, not a text; give a path into it, "
-                f"e.g. --column answers={column}.text"
-            )
-        text = "" if item is None else str(item)
-        answers += text.split(columns.separator) if columns.separator else [text]
-    return [answer.strip() for answer in answers if answer.strip()]
+    if isinstance(found, str) and columns.separator is None:
+        found = _list_in(found)
+    items = [_text(item) for item in found] if isinstance(found, list) else [_text(found)]
+    if None in items:
+        raise DataError(
+            f"{where}: column {column!r} holds {found!r}, not texts; give a path into it, e.g. --column answers={column}.text"
+        )
+    texts = [text.strip() for text in items if text is not None]
+    if len(texts) > 1 and not all(texts):
+        raise DataError(f"{where}: column {column!r} holds an empty answer ({found!r}); remove it")
+    parts = (part for text in texts for part in (text.split(columns.separator) if columns.separator else [text]))
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _list_in(cell: str) -> Any:
+    """The list in a cell, written as JSON, Python or numpy do; any other text as it is (``[sic]`` is an answer)."""
+    cell = cell.strip()
+    if cell.startswith("["):
+        with contextlib.suppress(ValueError):
+            return json.loads(cell)
+        with contextlib.suppress(ValueError, SyntaxError):
+            if _LIST.fullmatch(cell):
+                return [None if item in ("nan", "None") else ast.literal_eval(item) for item in re.findall(_ITEM, cell)]
+    return cell
+
+
+def _text(item: Any) -> str | None:
+    """An answer as text, whole floats as integers; empty for null, ``None`` for what is neither a text nor a number."""
+    if isinstance(item, bool) or not isinstance(item, str | int | float | None) or item in (math.inf, -math.inf):
+        return None
+    if isinstance(item, float) and math.isnan(item):
+        return None
+    return "" if item is None else _WHOLE_FLOAT.sub(r"\1", str(item))
 
 
 def _dig(value: Any, path: str, where: str) -> Any:
-    """What ``path`` leads to: a column of that very name, else key by key; through a list, item by item."""
+    """The value at ``path``: the column of that name, else key by key; through a list, item by item."""
     if isinstance(value, Mapping) and path in value:
         return value[path]
     if isinstance(value, list):

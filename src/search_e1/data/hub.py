@@ -1,0 +1,29 @@
+"""Data sets on the Hugging Face Hub."""
+
+from typing import Any
+
+from search_e1.errors import ConfigError, DataError
+
+
+def info(name: str, subject: str, instead: str, revision: str | None = None) -> Any:
+    """The Hub's description of a data set: one request without retries, so that a dead network is reported fast.
+
+    Raises:
+        ConfigError: it has no such revision.
+        DataError: it is not found, or the Hub cannot be reached; the message begins with ``subject`` and ends with ``instead``.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return HfApi().dataset_info(name, revision=revision, timeout=10)
+    except RevisionNotFoundError as error:
+        raise ConfigError(f"{name} has no revision {revision!r}; leave --revision out for the newest") from error
+    except RepositoryNotFoundError as error:
+        raise DataError(f"{subject}not found on the Hub, or closed to you; {instead}") from error
+    except Exception as error:  # the errors of the transport below are part of no interface
+        raise DataError(f"{subject}the Hub cannot be reached ({one_line(error)}); {instead}") from error
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
