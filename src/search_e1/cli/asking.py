@@ -16,7 +16,7 @@ from search_e1.runs.safe import plain, printable
 
 if TYPE_CHECKING:
     from search_e1.rollout.engines.endpoint import Endpoint
-    from search_e1.stages.all import Stages
+    from search_e1.stages.inputs import Inputs
     from search_e1.types import Trajectory, Turn
 
 # Overrides such as --grpo.steps 8 are not known to typer; they are checked against the config.
@@ -95,7 +95,7 @@ def endpoint_of(url: str | None, model: str | None, policy: str | None) -> "Endp
     return Endpoint(url, model) if url and model else None
 
 
-def newest(stages: "Stages") -> str:
+def newest(stages: "Inputs") -> str:
     """The last policy that the run made, else the one it starts from."""
     for round in range(stages.config.rounds, 0, -1):
         for name in (f"ofsd-{round}", f"grpo-{round}"):
@@ -119,13 +119,13 @@ def _asker(
     from search_e1.retrieval.indexes import open_indexes
     from search_e1.rollout.ask import ask as answer
     from search_e1.rollout.engines import opening as generators
-    from search_e1.stages.all import Stages
+    from search_e1.stages.inputs import Inputs
     from search_e1.training import policy as policies
 
     stages = None
     if config:
         loaded = load(config, context.args)
-        stages = Stages(loaded, loaded.run)
+        stages = Inputs(loaded, loaded.run)
     elif context.args:
         raise ConfigError(f"unexpected argument {context.args[0]!r}; overrides need --config")
     if model is None and stages is None and endpoint is None:

@@ -6,16 +6,18 @@ for one another: while some are being sampled, the retriever answers others.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 from search_e1.config import Prompts, RolloutConfig
 from search_e1.data.answers import exact_match, f1
 from search_e1.errors import ModelError
 from search_e1.retrieval.base import Retriever
-from search_e1.rollout.engines.base import Generation, Generator, Interrupted, Request, Session
+from search_e1.rollout.engines.base import Generation, Generator, Interrupted, Request, Session, never
 from search_e1.rollout.unfinished import Unfinished, UnfinishedRow
 from search_e1.runs import derived_seed
 from search_e1.runs.stopping import Stop
@@ -147,22 +149,32 @@ def rollout(
                 "raise rollout.max_tokens, or use a policy with a longer context"
             )
     spent, unfinished = spent or Spent(), unfinished or Unfinished(None, Stop())
-    call = (seed, temperature, config, *((s.question.id, s.sample, s.prompt_ids, len(s.turns)) for s in starts))
+    call = _call(generator.tokenizer, starts, config, temperature, seed)
     clock, before = time.perf_counter(), spent.sampling + spent.retrieval
     begun = generator.session(temperature=temperature, stop=protocol.stop, max_tokens=limit)
-    with begun as session, _Searches(retriever, protocol, config) as searches:
-        session.interrupted = lambda: unfinished.stop.asked is not None
+    with unfinished.stop.finishing(), begun as session, _Searches(retriever, protocol, config) as searches:
+        session.interrupted = searches.interrupted = lambda: unfinished.stop.asked is not None
         run = _Rollout(
             rows, session, searches, generator.tokenizer, protocol, config, limit, seed, on_turn, on_trajectory
         )
-        try:
+        with suppress(Interrupted):
             run.run(spent, unfinished.load(call))
-        except Interrupted:
+        if searches.interrupted():  # perhaps since the last row has ended; `finishing` raises
             unfinished.save(call, run.rows_so_far())
-            unfinished.stop.leave()
-    unfinished.discard()
+        else:
+            unfinished.discard()
     spent.rest += time.perf_counter() - clock - (spent.sampling + spent.retrieval - before)
     return [row.finish() for row in rows]
+
+
+def _call(
+    tokenizer: Any, starts: Sequence[Start], config: RolloutConfig, temperature: float, seed: int
+) -> tuple[object, ...]:
+    """What tells one call from another. Ids of an endpoint's words are those of one process, their text is not."""
+    as_text = getattr(tokenizer, "ids_of_process", False)
+    prompts = (tokenizer.decode(s.prompt_ids) if as_text else s.prompt_ids for s in starts)
+    rows = ((s.question.id, s.sample, len(s.turns), prompt) for s, prompt in zip(starts, prompts, strict=True))
+    return seed, temperature, config, *rows
 
 
 @dataclass(slots=True)
@@ -185,20 +197,23 @@ class _Rollout:
     """Actions that are being answered."""
 
     def run(self, spent: Spent, resumed: Mapping[int, UnfinishedRow]) -> None:
+        complete = []
         for i in range(len(self.rows)):
-            if i in resumed:
-                self._resume(i, resumed[i])
-            else:
-                self._sample(i)
+            saved = resumed.get(i)
+            if saved and saved.complete:
+                complete.append((i, Generation(saved.ids, saved.logprobs)))
+            self._sample(i) if saved is None else self._resume(i, saved)
+        self.sampling += len(complete)
+        self._answer(complete)
         steps = 0
         while self.sampling or self.searches.under_way:
-            if self.session.interrupted():
-                raise Interrupted
             if self.searches.under_way and (not self.sampling or steps % self.session.pace == 0):
                 with spent._on("retrieval"):
                     found = self.searches.collect()
                 for i, draft in found:
                     self._take(i, draft)
+            if self.searches.interrupted():
+                raise Interrupted
             if self.sampling:
                 with spent._on("sampling"):
                     finished = self.session.step()
@@ -210,27 +225,24 @@ class _Rollout:
         row = self.rows[i]
         for turn in saved.turns[len(row.turns) :]:
             row.append(turn)
-        generation = Generation(saved.ids, saved.logprobs)
         row.stop = saved.stop
-        if saved.stop is not None:
-            if self.on_trajectory:
-                self.on_trajectory(i, row.finish())
-        elif saved.complete:
-            self.sampling += 1
-            self._answer([(i, generation)])
-        else:
-            self._sample(i, generation)
+        if row.stop is None and not saved.complete:
+            self._sample(i, Generation(saved.ids, saved.logprobs))
+        elif row.stop is not None and self.on_trajectory:
+            self.on_trajectory(i, row.finish())
 
     def rows_so_far(self) -> dict[int, UnfinishedRow]:
-        """All rows as they are."""
-        begun = self.session.begun()
+        """All rows as they are. Of ids that mean nothing to another process, those that have ended."""
+        begun = getattr(self.session, "begun", dict)() | self.searching
         rows = {}
         for i, row in enumerate(self.rows):
-            complete = i in self.searching
-            at_hand = self.searching[i] if complete else begun.get(i, Generation(()))
+            if row.stop is None and getattr(self.tokenizer, "ids_of_process", False):
+                continue
+            at_hand = begun.get(i, Generation(()))
             rows[i] = UnfinishedRow(
-                turns=tuple(row.turns), stop=row.stop, ids=at_hand.ids, logprobs=at_hand.logprobs, complete=complete
-            )
+                turns=tuple(row.turns), stop=row.stop, ids=at_hand.ids, logprobs=at_hand.logprobs,
+                complete=i in self.searching,
+            )  # fmt: skip
         return rows
 
     def _sample(self, i: int, begun: Generation = Generation(())) -> None:  # noqa: B008  it is frozen
@@ -289,6 +301,8 @@ class _Rollout:
             self.on_trajectory(i, row.finish())
 
 
+_POLL = 0.5
+"""Seconds between two looks for a signal while searches are awaited."""
 _Draft = dict[str, Any]
 """The fields of a turn, as far as they are known."""
 
@@ -298,22 +312,47 @@ class _Searches:
 
     def __init__(self, retriever: Retriever, protocol: Protocol, config: RolloutConfig) -> None:
         self._retriever, self._protocol, self._config = retriever, protocol, config
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="retriever")
+        self._queue: SimpleQueue[tuple[Future[list[tuple[int, _Draft]]], Sequence[tuple[int, _Draft]]] | None] = (
+            SimpleQueue()
+        )
+        self.interrupted: Callable[[], bool] = never
         self.under_way: list[Future[list[tuple[int, _Draft]]]] = []
 
     def __enter__(self) -> "_Searches":
+        # A daemon, unlike an executor's threads: a process that is to end does not wait for a server's time-out.
+        Thread(target=self._work, name="retriever", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._executor.shutdown(cancel_futures=True)
+        for batch in self.under_way:
+            batch.cancel()
+        self._queue.put(None)
+
+    def _work(self) -> None:
+        while job := self._queue.get():
+            future, searches = job
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(self._answer(searches))
+            except BaseException as error:  # raised where it is collected
+                future.set_exception(error)
 
     def launch(self, searches: Sequence[tuple[int, _Draft]]) -> None:
         """Rows and the turns that they search with."""
         if searches:
-            self.under_way.append(self._executor.submit(self._answer, searches))
+            self.under_way.append(Future())
+            self._queue.put((self.under_way[-1], searches))
 
     def collect(self) -> list[tuple[int, _Draft]]:
-        """Rows and turns with their observations, of all that was launched, once it is there."""
+        """Rows and turns with their observations, of all that was launched; waits for them.
+
+        Raises:
+            Interrupted: before they were all answered.
+        """
+        while wait(self.under_way, timeout=_POLL).not_done:
+            if self.interrupted():
+                raise Interrupted
         batches, self.under_way = self.under_way, []
         return [answered for batch in batches for answered in batch.result()]
 

@@ -20,6 +20,8 @@ class Words:
     So limits count words and punctuation marks, and a context can be read back as the messages it was made of.
     """
 
+    ids_of_process = True
+    """Another process cannot read them: ``rollout`` resumes no trajectory by them."""
     chat_template = "endpoint"  # the endpoint has one, and applies it
     all_special_tokens = (END,)
     all_special_ids = (0,)
