@@ -15,11 +15,10 @@ from search_e1.evaluation.failures import classify
 from search_e1.evaluation.recall import Recall, Recalls, holds, is_yes_no, patterns
 from search_e1.evaluation.results import Evaluation, Result
 from search_e1.retrieval.base import Retriever
-from search_e1.rollout.chunks import Asking
-from search_e1.rollout.engines.base import Generator
+from search_e1.rollout.sampler import RolloutSampler
+from search_e1.rollout.engines.base import Engine
 from search_e1.rollout.sharing import Part, write_parts
-from search_e1.runs import derived_seed, read_records
-from search_e1.runs import derived_seed, ranks
+from search_e1.runs import derived_seed, ranks, read_records
 from search_e1.runs.checkpoints import Checkpointer
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Group, Question, Record, Trajectory
@@ -42,7 +41,7 @@ class Timing(Record):
 
 
 def evaluate(
-    generator: Generator,
+    generator: Engine,
     retriever: Retriever,
     questions_by_benchmark: Mapping[str, Sequence[Question]],
     prompts: Prompts,
@@ -74,7 +73,7 @@ def evaluate(
             f"no questions to evaluate on in {empty or 'data.eval'}; give files that hold some in data.eval"
         )
     checkpointer = checkpointer or Checkpointer()
-    asking = Asking(generator, retriever, prompts, limits, checkpointer)
+    asking = RolloutSampler(generator, retriever, prompts, limits, checkpointer)
     count = sum(map(len, questions_by_benchmark.values()))
 
     def part(file: str, size: int, temperature: float, done: int) -> Part:
@@ -99,7 +98,7 @@ def evaluate(
 
 
 def _part(
-    asking: Asking,
+    asking: RolloutSampler,
     path: Path,
     questions_by_benchmark: Mapping[str, Sequence[Question]],
     size: int,
@@ -187,7 +186,7 @@ def _read_passages(trajectory: Trajectory) -> Iterator[str]:
             yield from (_DOCUMENT.sub("", line, count=1) for line in lines if _DOCUMENT.match(line))
 
 
-def _timing(asking: Asking, questions: Sequence[Question], seconds: float, alone: int) -> Timing:
+def _timing(asking: RolloutSampler, questions: Sequence[Question], seconds: float, alone: int) -> Timing:
     """Runs ``alone`` evenly spaced questions once more, one at a time; ``seconds`` is the time of all of them in batches."""
     chosen = min(alone, len(questions))
     times = []

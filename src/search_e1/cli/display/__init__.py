@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: progress, tables, turns."""
+"""Terminal output: progress, tables, turns."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 def watch(console: Console, rounds: int) -> Callable[[str], AbstractContextManager[Progress]]:
-    """A bar for each stage: its name and round, how far, the time left, and the figure that matters.
+    """A bar for each stage: name, round, progress, time left, and the figure to watch.
 
-    Where the output is no terminal, a line at the end of each stage.
+    If the output is no terminal, one line at the end of each stage.
     """
 
     @contextmanager
@@ -39,7 +39,7 @@ def watch(console: Console, rounds: int) -> Callable[[str], AbstractContextManag
             TextColumn("{task.fields[count]:>11}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            # The rest of the line: what matters most comes first.
+            # The rest of the line; its most important part comes first.
             TextColumn(
                 "{task.fields[figure]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
             ),
@@ -60,25 +60,29 @@ def watch(console: Console, rounds: int) -> Callable[[str], AbstractContextManag
     return stage
 
 
-def plain_table(title: str | None) -> Table:
-    """No frame and no wasted column: the widest one here still fits a terminal of 80."""
-    return Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+def plain_table(title: str | None, *headings: str, left: int = 1) -> Table:
+    """A table without a frame, so that the widest one here fits 80 columns. The first ``left`` columns are text, which folds;
+    the others are figures, which do not."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for number, heading in enumerate(headings):
+        text = number < left
+        table.add_column(heading, justify="left" if text else "right", overflow="fold", no_wrap=not text)
+    return table
 
 
 def summary_table(summary: "Summary") -> Table:
     """The run in one table: a row for each evaluated policy. Fits 80 columns."""
     hops = sorted({h for policy in summary.policies for h in policy.by_hops if h != "None"})
-    table = plain_table(f"EM of each policy (seed {summary.seed})")
-    for heading in ("policy", "EM", "sampled", *(f"{h}-hop" for h in hops), "searches", "tokens", "lead", "pairs", "s"):
-        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    figures = ("policy", "EM", "sampled", *(f"{h}-hop" for h in hops), "searches", "tokens", "lead", "pairs", "s")
+    table = plain_table(f"EM of each policy (seed {summary.seed})", *figures)
     for policy in summary.policies:
         kind, _, number = policy.stage.rpartition("-")
         round = summary.rounds.get(number) if kind == "ofsd" else None
         table.add_row(
             policy.stage,
             f"{policy.em:.3f}",
-            "" if policy.em_sampled is None else f"{policy.em_sampled:.3f}",
-            *(f"{policy.by_hops[h]:.3f}" if h in policy.by_hops else "" for h in hops),
+            _share(policy.em_sampled),
+            *(_share(policy.by_hops.get(h)) for h in hops),
             f"{policy.searches:.2f}",
             f"{policy.tokens:.0f}",
             f"{round.lead.lead:+.3f}" if round and round.lead else "",
@@ -89,14 +93,14 @@ def summary_table(summary: "Summary") -> Table:
 
 
 def _round_seconds(summary: "Summary", stage: str) -> float:
-    """What it cost to make this policy: GRPO for a GRPO policy; pool, pairs, lead and distillation for an OFSD one."""
+    """Seconds spent on this policy: GRPO for a GRPO policy; pool, pairs, lead and distillation for an OFSD one."""
     kind, _, number = stage.rpartition("-")
     names = [stage] if kind != "ofsd" else [f"{part}-{number}" for part in ("pool", "pairs", "lead", "ofsd")]
     return sum(summary.seconds.get(name, 0.0) for name in names)
 
 
 def show_evaluation(console: Console, evaluation: "Evaluation") -> None:
-    """Figures, what could have been read, and why answers are wrong: a row for each benchmark. Fits 80 columns."""
+    """Figures, retrieval recall, and failure classes: a row for each benchmark. Fits 80 columns."""
     console.print(evaluation_table(evaluation))
     if len(evaluation.by_benchmark) > 1:
         low, high = evaluation.macro_em_interval
@@ -110,51 +114,30 @@ def show_evaluation(console: Console, evaluation: "Evaluation") -> None:
 
 def evaluation_table(evaluation: "Evaluation") -> Table:
     """A row for each benchmark and hop count."""
-    table = plain_table(None)
-    for heading in ("questions", "n", "EM", "95%", "sampled", "F1", "cover", "searches", "tokens"):
-        table.add_column(heading, justify="left" if heading == "questions" else "right", no_wrap=heading != "questions")
+    table = plain_table(None, "questions", "n", "EM", "95%", "sampled", "F1", "cover", "searches", "tokens")
     hops = ((f"{hops}-hop", row) for hops, row in evaluation.by_hops.items())
     for name, row in (*evaluation.by_benchmark.items(), *hops, ("all", evaluation)):
-        table.add_row(
-            printable(name),
-            str(row.n),
-            f"{row.em:.3f}",
-            "{:.3f}-{:.3f}".format(*row.em_interval),
-            _share(row.em_sampled),
-            f"{row.f1:.3f}",
-            f"{row.cover_em:.3f}",
-            f"{row.searches:.2f}",
-            f"{row.tokens:.0f}",
-        )
+        scores = (_share(row.em_sampled), _share(row.f1), _share(row.cover_em))
+        costs = (f"{row.searches:.2f}", f"{row.tokens:.0f}")
+        table.add_row(printable(name), str(row.n), _share(row.em), _interval(row.em_interval), *scores, *costs)
     return table
 
 
 def recall_table(evaluation: "Evaluation") -> Table:
-    """Where an answer stands, and EM over the questions whose answer is in the corpus."""
-    table = plain_table("An answer is in what was read, in the question's own top k, in the corpus")
-    headings = ("questions", "read", "top k", "corpus", "EM if in corpus", "95%")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "questions" else "right", no_wrap=True)
+    """Where an answer occurs, and EM over the questions whose answer is in the corpus."""
+    title = "An answer is in what was read, in the question's own top k, in the corpus"
+    table = plain_table(title, "questions", "read", "top k", "corpus", "EM if in corpus", "95%")
     for name, row in (*evaluation.by_benchmark.items(), ("all", evaluation)):
-        interval = row.em_answerable_interval
-        table.add_row(
-            printable(name),
-            _share(row.read),
-            _share(row.in_topk, "unknown"),
-            _share(row.in_corpus, "unknown"),
-            _share(row.em_answerable),
-            "{:.3f}-{:.3f}".format(*interval) if interval else "",
-        )
+        recall = (_share(row.read), _share(row.in_topk, "unknown"), _share(row.in_corpus, "unknown"))
+        table.add_row(printable(name), *recall, _share(row.em_answerable), _interval(row.em_answerable_interval))
     return table
 
 
 def failure_table(evaluation: "Evaluation") -> Table:
-    """How many wrong answers are of each class, by benchmark; classes without any are left out."""
+    """How many wrong answers are of each class, by benchmark; empty classes are left out."""
     wrong = sum(evaluation.failures.values())
-    table = plain_table(f"Why {wrong} answers are wrong" if wrong else "No answer is wrong")
-    table.add_column("questions", overflow="fold")
-    for failure in evaluation.failures:
-        table.add_column(_FAILURES.get(failure, failure), justify="right", no_wrap=True)
+    headings = (_FAILURES.get(failure, failure) for failure in evaluation.failures)
+    table = plain_table(f"Why {wrong} answers are wrong" if wrong else "No answer is wrong", "questions", *headings)
     for name, row in (*evaluation.by_benchmark.items(), ("all", evaluation)):
         table.add_row(printable(name), *(str(row.failures.get(failure, 0)) for failure in evaluation.failures))
     if wrong:
@@ -162,7 +145,7 @@ def failure_table(evaluation: "Evaluation") -> Table:
     return table
 
 
-# Headings of two lines, so that all classes fit beside the longest name of a benchmark.
+# Headings of several lines, so that all classes fit beside the longest name of a benchmark.
 _FAILURES = {
     "not_in_corpus": "not in\ncorpus",
     "repeated_search": "re-\npeated",
@@ -178,22 +161,19 @@ def _share(value: float | None, unknown: str = "") -> str:
     return unknown if value is None else f"{value:.3f}"
 
 
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "{:.3f}-{:.3f}".format(*interval) if interval else ""
+
+
 def lead_table(lead: "Lead") -> RenderableType:
-    """Plain against privileged prompt, then where teacher and student disagree. Fits 80 columns."""
-    sampling, divergence = plain_table(None), plain_table(None)
-    for heading in ("prompt", "EM", "EM off track", "searches", "tokens"):
-        sampling.add_column(heading, justify="left" if heading == "prompt" else "right")
+    """Plain against privileged prompt, then KL by token class. Fits 80 columns."""
+    sampling = plain_table(None, "prompt", "EM", "EM off track", "searches", "tokens")
     for name in ("plain", "privileged"):
-        off_track = getattr(lead, f"em_{name}_off_track")
-        sampling.add_row(
-            name,
-            f"{getattr(lead, f'em_{name}'):.3f}",
-            "" if off_track is None else f"{off_track:.3f}",
-            f"{getattr(lead, f'searches_{name}'):.2f}",
-            f"{getattr(lead, f'tokens_{name}'):.0f}",
+        em, off_track, searches, tokens = (
+            getattr(lead, field.format(name)) for field in ("em_{}", "em_{}_off_track", "searches_{}", "tokens_{}")
         )
-    for heading in ("sampled token", "number", "KL, nats", "share of KL"):
-        divergence.add_column(heading, justify="left" if heading == "sampled token" else "right")
+        sampling.add_row(name, f"{em:.3f}", _share(off_track), f"{searches:.2f}", f"{tokens:.0f}")
+    divergence = plain_table(None, "sampled token", "number", "KL, nats", "share of KL")
     for kind, part in lead.kl.items():
         divergence.add_row(kind, str(part.tokens), f"{part.mean:.4f}", f"{part.share:.1%}")
     return Group(
@@ -204,13 +184,13 @@ def lead_table(lead: "Lead") -> RenderableType:
         ),
         sampling,
         "",
-        Text("What the students did, and how far the teacher is from it", style="italic"),
+        Text("Divergence of the teacher from the students' tokens", style="italic"),
         divergence,
     )
 
 
 def index_table(manifest: "IndexManifest") -> Table:
-    """What an index is and what it takes: a row for each fact, then one for each file. Fits 80 columns."""
+    """An index: a row for each setting, then one for each file. Fits 80 columns."""
     total = _bytes(sum(manifest.files.values()))
     table = plain_table(printable(f"{manifest.kind} index, {manifest.passages:,} passages, {total}"))
     table.show_header = False
@@ -236,7 +216,7 @@ def _bytes(number: float) -> str:
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names; what is not set is left out."""
+    """Nested settings by their dotted names, without unset ones."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -247,7 +227,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def show_turn(console: Console, turn: Turn) -> None:
-    """A thought, a search, and the first words of what came back."""
+    """A thought, a search, and the beginning of each passage."""
     thought = re.split(r"<(?:search|answer|tool_call)>", turn.action_text)[0]
     thought = re.sub(r"</?think>", "", thought).strip()
     if thought:
@@ -256,7 +236,7 @@ def show_turn(console: Console, turn: Turn) -> None:
 
 
 def show_reply(console: Console, turn: Turn) -> None:
-    """A search, and the first words of what came back."""
+    """A search, and the beginning of each passage."""
     if turn.kind is ActionKind.SEARCH:
         console.print(Text(f"search  {printable(turn.argument or '')}", style="bold cyan"))
         for line in seen_passages(turn.observation_text):

@@ -13,7 +13,7 @@ from search_e1.runs.safe import printable
 
 
 def show_comparison(console: Console, comparison: Comparison, *, questions: bool = False) -> None:
-    """A table of EM for each benchmark, one of costs, what others report, and what was won and lost. Fits 80 columns."""
+    """EM by benchmark, costs, published figures, and the questions won and lost. Fits 80 columns."""
     for name, rows in by_benchmark(comparison).items():
         console.print(_compared(printable(name), rows))
         console.print()
@@ -30,46 +30,36 @@ def show_comparison(console: Console, comparison: Comparison, *, questions: bool
 
 
 def _compared(title: str, rows: Sequence[Row]) -> Table:
-    table = plain_table(f"{title} ({rows[0].n} questions)")
-    for heading, width in (("policy", 14), ("EM", 17), ("difference", 20), ("p", 5), ("won", 5), ("lost", 5)):
-        left = heading == "policy"
-        table.add_column(
-            heading, justify="left" if left else "right", min_width=width, overflow="fold", no_wrap=not left
-        )
+    table = plain_table(f"{title} ({rows[0].n} questions)", "policy", "EM", "difference", "p", "won", "lost")
+    for column, width in zip(table.columns, (14, 17, 20, 5, 5, 5), strict=True):  # alike for all benchmarks
+        column.min_width = width
     for row in rows:
-        found = row.difference
-        compared = (signed(found.em), p_value(found.p), str(found.won), str(found.lost)) if found else ()
+        change = row.difference
+        compared = (signed(change.em), p_value(change.p), str(change.won), str(change.lost)) if change else ()
         table.add_row(printable(row.policy), percent(row.em), *compared)
     return table
 
 
 def _costs(comparison: Comparison) -> Table:
-    """Searches and tokens over all questions and, of several benchmarks, on each."""
-    table = plain_table("Searches and sampled tokens a question")
-    for heading in ("benchmark", "policy", "searches", "difference", "tokens", "difference"):
-        left = heading in ("benchmark", "policy")
-        table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=not left)
-    benchmark = ""
-    for row in comparison.rows:
-        found = row.difference
-        table.add_row(
-            printable(row.benchmark) if row.benchmark != benchmark else "",
-            printable(row.policy),
-            f"{row.searches.mean:.2f}",
-            signed(found.searches, 1, 2) if found else "",
-            f"{row.tokens.mean:.0f}",
-            signed(found.tokens, 1, 0) if found else "",
-        )
-        benchmark = row.benchmark
+    """Searches and tokens by benchmark and, of several benchmarks, on average."""
+    headings = ("benchmark", "policy", "searches", "difference", "tokens", "difference")
+    table = plain_table("Searches and sampled tokens a question", *headings, left=2)
+    for name, rows in by_benchmark(comparison).items():
+        for row in rows:
+            change = row.difference
+            searches, tokens = (signed(change.searches, 1, 2), signed(change.tokens, 1, 0)) if change else ("", "")
+            benchmark = "" if change else printable(name)
+            costs = (f"{row.searches.mean:.2f}", searches, f"{row.tokens.mean:.0f}", tokens)
+            table.add_row(benchmark, printable(row.policy), *costs)
     return table
 
 
 def _published(comparison: Comparison) -> Table:
     names = list(comparison.published[0].em)
-    table = plain_table("Published, not measured here: EM x 100, whole test sets, wiki-18, 3B parameters")
-    table.add_column("method", overflow="fold")
-    for name in (*names, "average"):
-        table.add_column(name.removesuffix("multihopqa").removesuffix("qa"), justify="right")
+    headings = (name.removesuffix("multihopqa").removesuffix("qa") for name in (*names, "average"))
+    table = plain_table(
+        "Published, not measured here: EM x 100, whole test sets, wiki-18, 3B parameters", "method", *headings
+    )
     for row in comparison.published:
         table.add_row(row.method, *published_cells(row, names))
     return table

@@ -1,7 +1,7 @@
-"""A pair in the terminal: what the reference did and what the student did, side by side.
+"""A pair in the terminal: the reference and the student side by side.
 
-Actions stand beside those that they are compared with in the divergence. Between the columns: nothing where two actions are
-the same, ``|`` where they differ, ``<`` and ``>`` where only the reference or only the student acted.
+Actions are aligned as in the divergence. Between the columns: nothing if two actions are the same, ``|`` if they differ, ``<``
+and ``>`` if only the reference or only the student acted.
 """
 
 import re
@@ -47,7 +47,7 @@ def _seen(pair: Pair) -> str:
 def _table(pair: Pair, width: int) -> Table:
     table = Table(box=None, padding=0, pad_edge=False, show_header=False)
     side = (width - 2) // 2
-    for size in (side - 1, 3, side):  # a space before the mark, so that it stands clear of a full line
+    for size in (side - 1, 3, side):  # a space before the mark separates it from a full line
         table.add_column(width=size, overflow="fold")
     table.add_row(_totals("reference", pair.reference), "", _totals("student", pair.student))
     table.add_row("-" * (side - 1), "", "-" * side)
@@ -68,7 +68,7 @@ def _mark(step: Step) -> Text:
 
 
 def _turn(turn: Turn | None) -> RenderableType:
-    """Thought, action, and the titles of what came back, each with its label."""
+    """Thought, action, and the titles of the passages, each with its label."""
     if turn is None:
         return ""
     rows = Table(box=None, padding=0, pad_edge=False, show_header=False)
@@ -89,5 +89,5 @@ def _turn(turn: Turn | None) -> RenderableType:
 
 
 def _flat(text: str) -> str:
-    """On one line, and unable to steer the terminal."""
+    """On one line, without control characters."""
     return " ".join(printable(text).split())

@@ -1,20 +1,19 @@
-"""The loop in figures: policies, gains, rounds, training curves, costs. Names are those of the artifacts."""
+"""The figures of a run: policies, gains, rounds, training curves, costs. Names are those of the artifacts."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
-
-import numpy as np
 
 from search_e1.evaluation.report.files import Run, Stage, policy_of, read_json, read_lines
 from search_e1.evaluation.report.trajectories import Evaluated
+from search_e1.evaluation.statistics import interval
 
-_RESAMPLES = 10_000
-_MOST_POINTS = 400  # of one training curve: more than a screen has room for
+_MOST_POINTS = 400  # of a training curve: more than a screen resolves
 
 
 def overview(run: Run, evaluated: Sequence[Evaluated]) -> dict[str, Any]:
-    """All that is shown but trajectories and pairs."""
+    """Everything the page shows except trajectories and pairs."""
     last = next(reversed(run.stages.values()), None)
     return {
         "run": run.path.resolve().name,
@@ -35,7 +34,7 @@ def overview(run: Run, evaluated: Sequence[Evaluated]) -> dict[str, Any]:
 
 
 def _finished(run: Run) -> bool:
-    """Whether the loop got to its end: the last round was distilled and evaluated, or its distillation was refused."""
+    """Whether the last round was distilled and evaluated, or its distillation was refused."""
     rounds = run.config.get("rounds")
     ofsd = run.config.get("ofsd")
     last = "grpo" if ofsd == "never" or (ofsd == "first_round" and rounds != 1) else "ofsd"
@@ -45,7 +44,7 @@ def _finished(run: Run) -> bool:
 
 
 def _refusals(run: Run) -> dict[str, str]:
-    """Round -> why nothing was distilled; what ``summary.json`` says."""
+    """Round -> why nothing was distilled, from ``summary.json``."""
     path = run.path / "summary.json"
     rounds = read_json(path).get("rounds", {}) if path.is_file() else {}
     return {number: round["refused"] for number, round in rounds.items() if round.get("refused")}
@@ -56,7 +55,7 @@ def _policy(stage: Stage) -> dict[str, Any]:
 
 
 def gains(evaluated: Sequence[Evaluated]) -> list[dict[str, Any]]:
-    """What each stage changed in greedy EM against the policy before it, over the questions that both answered.
+    """Each stage's change of greedy EM over the policy before it, on the questions that both answered.
 
     ``low`` and ``high`` are the 95% percentile bootstrap interval over questions, paired.
     """
@@ -65,30 +64,17 @@ def gains(evaluated: Sequence[Evaluated]) -> list[dict[str, Any]]:
         shared = before.correct.keys() & after.correct.keys()
         if not shared:
             continue
-        won = sum(after.correct[id] and not before.correct[id] for id in shared)
-        lost = sum(before.correct[id] and not after.correct[id] for id in shared)
-        low, high = _interval(won, lost, len(shared))
-        gain = (won - lost) / len(shared)
+        changes = [after.correct[id] - before.correct[id] for id in sorted(shared)]
+        low, high = interval(changes, seed=0)
         found.append(
-            {"stage": after.policy, "before": before.policy, "n": len(shared), "won": won, "lost": lost}
-            | {"gain": gain, "low": low, "high": high}
+            {"stage": after.policy, "before": before.policy, "n": len(shared)}
+            | {"won": changes.count(1), "lost": changes.count(-1), "gain": fmean(changes), "low": low, "high": high}
         )
     return found
 
 
-def _interval(won: int, lost: int, n: int) -> tuple[float, float]:
-    """Of the mean of n differences, of which ``won`` are 1, ``lost`` are -1 and the rest 0.
-
-    Drawing n of them with replacement and counting is a draw of a multinomial distribution: nothing is really resampled.
-    """
-    shares = np.array([won, lost, n - won - lost]) / n
-    drawn = np.random.default_rng(0).multinomial(n, shares, size=_RESAMPLES)
-    low, high = np.percentile((drawn[:, 0] - drawn[:, 1]) / n, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def _rounds(run: Run) -> list[dict[str, Any]]:
-    """One entry a round: the figures of each of its stages that is complete."""
+    """One entry a round: the figures of its complete stages."""
     kinds = {kind: run.of_rounds(kind) for kind in ("grpo", "pool", "pairs", "lead", "ofsd")}
     numbers = sorted({number for stages in kinds.values() for number in stages})
     refused = _refusals(run)
@@ -103,7 +89,7 @@ def _rounds(run: Run) -> list[dict[str, Any]]:
 
 
 def _curves(run: Run) -> list[dict[str, Any]]:
-    """The steps of every GRPO and OFSD stage, those of a stage at work included: figure -> values by step."""
+    """The steps of every GRPO and OFSD stage, including an unfinished one: figure -> values by step."""
     places = {name: stage.path for name, stage in run.stages.items()}
     places |= {name: run.path / f".{name}.partial" for name in run.begun}
     curves = []
@@ -125,7 +111,7 @@ def _curves(run: Run) -> list[dict[str, Any]]:
 
 
 def cost(stage: Stage) -> dict[str, Any]:
-    """What a stage took; counts that it does not have are ``None``."""
+    """The cost of a stage; missing counts are ``None``."""
     manifest = stage.manifest
     return {
         "stage": stage.name,
@@ -139,7 +125,7 @@ def cost(stage: Stage) -> dict[str, Any]:
 
 
 def _sampled_tokens(stage: Stage) -> int | None:
-    """Tokens that the policy sampled in the stage; ``None`` where it samples none, or an old artifact does not tell."""
+    """Tokens sampled in the stage; ``None`` if it samples none, or an old artifact does not record them."""
     figures, settings = stage.figures, stage.manifest.settings
     kind = stage.name.partition("-")[0]
     if kind == "grpo":
@@ -152,7 +138,7 @@ def _sampled_tokens(stage: Stage) -> int | None:
 
 
 def _trained_tokens(stage: Stage) -> int | None:
-    """Tokens that entered a loss, each as often as it did."""
+    """Tokens that entered a loss, counted each time."""
     kind = stage.name.partition("-")[0]
     if kind == "grpo":
         return _grpo_tokens(stage)
