@@ -1,5 +1,6 @@
 """How the next ids are drawn, and when a row has ended: the same for every way of running a transformers model."""
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from random import Random
@@ -18,6 +19,9 @@ def draw(logits: torch.Tensor, temperature: float, sources: Sequence[Random]) ->
     ``logits`` is [rows, vocabulary]; temperature 0 takes the most likely id and tells its log-probability at temperature 1.
     Each row's randomness is one number of its own source (the inverse of the cumulative distribution), so that a row draws
     the same whoever it is sampled with.
+
+    Raises:
+        FloatingPointError: logits hold NaN or plus infinity, either of which makes every probability of its row NaN.
     """
     logits = logits.float() / temperature if temperature not in (0.0, 1.0) else logits.float()
     probabilities = torch.softmax(logits, -1)
@@ -30,6 +34,8 @@ def draw(logits: torch.Tensor, temperature: float, sources: Sequence[Random]) ->
         ids = probabilities.argmax(-1)
     # One transfer: on an accelerator each is a wait for it.
     both = torch.stack((ids.double(), probabilities.gather(1, ids[:, None])[:, 0].log().double())).tolist()
+    if any(map(math.isnan, both[1])):
+        raise FloatingPointError("logits that are not finite")
     return [int(id) for id in both[0]], both[1]
 
 
