@@ -36,17 +36,17 @@ def compare(
             metavar="[NAME=]PLACE...",
         ),
     ],
-    common: Annotated[bool, typer.Option("--common", help="Compare over the questions that all have.")] = False,
+    common: Annotated[bool, typer.Option("--common", help="Compare on the questions that all share.")] = False,
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Compare although limits, prompts or retrieval differ.")
     ] = False,
-    published: Annotated[bool, typer.Option("--published", help="Add what others report, at 3B parameters.")] = False,
+    published: Annotated[bool, typer.Option("--published", help="Add published results at 3B parameters.")] = False,
     questions: Annotated[bool, typer.Option("--questions", help="List the questions won and lost.")] = False,
     format: Annotated[
         Format | None, typer.Option("--format", help="Default: by the ending of --out, else terminal.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write, instead of the terminal.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
 ) -> None:
     """Compare evaluations question by question: EM, paired differences, McNemar's test, searches, tokens."""
     from search_e1.cli.display.comparison import show_comparison
@@ -75,11 +75,11 @@ def compare(
 
 
 def places(words: Sequence[str]) -> dict[str, Path]:
-    """Name -> directory of each evaluation that ``words`` mean. Names are as short as they can be told apart.
+    """Name -> directory of each evaluation in ``words``. Names are as short as is unambiguous.
 
     Raises:
-        ConfigError: one comes twice.
-        RunError: no such run, evaluation or stage; says what there is.
+        ConfigError: a name occurs twice.
+        RunError: no such run, evaluation or stage; lists the alternatives.
     """
     found = [item for word in words for item in _places(word)]
     short = [name or path.name.removeprefix(_PREFIX) for name, path in found]
@@ -94,7 +94,7 @@ def places(words: Sequence[str]) -> dict[str, Path]:
 
 
 def _places(word: str) -> list[tuple[str, Path]]:
-    """The evaluations that one word means, each with the name that it gives them, if any."""
+    """The evaluations that one word refers to, each with the name given in it, if any."""
     name, equals, place = word.partition("=")
     if not equals or "/" in name:
         name, place = "", word
@@ -102,33 +102,32 @@ def _places(word: str) -> list[tuple[str, Path]]:
     if (path / MANIFEST).is_file():
         return [(name, path)]
     if path.is_dir():
-        there, begun = _evaluations(path)
-        if name and len(there) > 1:
+        evaluated, begun = _evaluations(path)
+        if name and len(evaluated) > 1:
             raise ConfigError(
-                f"{word}: {path} has {len(there)} evaluations; name one: {name}={path}:{next(iter(there))}"
+                f"{word}: {path} has {len(evaluated)} evaluations; name one: {name}={path}:{next(iter(evaluated))}"
             )
         if begun:
-            told = f"{path}: not finished, left out: {', '.join(begun)}"
-            notices.print(told, style="yellow", soft_wrap=True)
-        return [(name, directory) for directory in there.values()]
+            notices.print(f"{path}: not finished, left out: {', '.join(begun)}", style="yellow", soft_wrap=True)
+        return [(name, directory) for directory in evaluated.values()]
     run, colon, stage = place.rpartition(":")
     if not colon or not Path(run).is_dir():
         raise RunError(f"{place}: no such directory; give an evaluation's directory, RUN:STAGE, or RUN")
-    there, begun = _evaluations(Path(run))
+    evaluated, begun = _evaluations(Path(run))
     stage = stage.removeprefix(_PREFIX)
-    if stage not in there:
-        close = difflib.get_close_matches(stage, there, n=1)
-        known = f"there is {', '.join(there)}"
+    if stage not in evaluated:
+        close = difflib.get_close_matches(stage, evaluated, n=1)
+        known = f"available: {', '.join(evaluated)}"
         hint = "it is not finished" if stage in begun else f"did you mean {close[0]!r}?" if close else known
         raise RunError(f"{run}: no evaluation of {stage!r} in it; {hint}")
-    return [(name, there[stage])]
+    return [(name, evaluated[stage])]
 
 
 def _evaluations(run: Path) -> tuple[dict[str, Path], list[str]]:
-    """Policy -> its evaluation, in the order of the loop; and the policies whose evaluation was begun only.
+    """Policy -> its evaluation, in the order of the loop; and the policies whose evaluation is unfinished.
 
     Raises:
-        RunError: it is no run, or nothing in it is evaluated.
+        RunError: it is not a run, or nothing in it is evaluated.
     """
     from search_e1.evaluation.report.files import open_run, policy_of
 

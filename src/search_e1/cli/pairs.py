@@ -1,4 +1,4 @@
-"""The verbs of ``search-e1 pairs``; the one that makes pairs is a stage, and stands with the stages in ``cli``."""
+"""The verbs of ``search-e1 pairs``, except ``mine``, which is a stage (``cli.stages``)."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,7 +31,7 @@ class _Group(TyperGroup):
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
-    help="Mine a pool for pairs (`pairs --config FILE`, or `pairs mine`), or look at them.",
+    help="Mine pairs from a pool (`pairs --config FILE`, or `pairs mine`), or show them.",
 )
 
 
@@ -47,7 +47,7 @@ def show(
         int | None, typer.Option("--number", help="Show the pair with this number, from 1; held-out pairs come last.")
     ] = None,
 ) -> None:
-    """Print a pair side by side: what the reference did, and what the student did in its place."""
+    """Print a pair: reference and student side by side."""
     from search_e1.cli.display.pairs import show_pair
 
     if question is not None and number is not None:
@@ -73,23 +73,23 @@ def show(
 
 
 def _newest(place: Path) -> Path:
-    """``place`` itself if it holds pairs, else the pairs of the last round of the run there.
+    """``place`` itself if it holds pairs, else the pairs of the last round of the run in it.
 
     Raises:
         DataError: neither.
     """
     if all((place / name).is_file() for name in PAIRS):
         return place
-    made = [path for path in place.glob("pairs-*") if path.name.removeprefix("pairs-").isdigit()]
-    if not made:
+    stages = [path for path in place.glob("pairs-*") if path.name.removeprefix("pairs-").isdigit()]
+    if not stages:
         raise DataError(
             f"{place}: neither a run that has pairs nor pairs; make them with `search-e1 pairs --config FILE`"
         )
-    return max(made, key=lambda path: int(path.name.removeprefix("pairs-")))
+    return max(stages, key=lambda path: int(path.name.removeprefix("pairs-")))
 
 
 def _read(directory: Path) -> "list[tuple[Pair, str]]":
-    """All pairs, with what each is for.
+    """All pairs, each with its use.
 
     Raises:
         DataError: there are none, or a file of them cannot be read.

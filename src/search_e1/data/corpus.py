@@ -14,7 +14,7 @@ from search_e1.errors import DataError
 from search_e1.types import Passage
 
 MOST_BYTES = 2**20
-"""Of one passage. One that is longer is almost always a file that was taken for a passage."""
+"""Maximum size of a passage; a longer one is almost always a whole file."""
 _HOLDS = 'each line holds {"id", "contents"} or {"id", "title", "text"}'
 
 
@@ -24,28 +24,28 @@ def read_corpus(*places: str | Path) -> Iterator[Passage]:
 
 
 class Corpus:
-    """The passages of one or more places, one at a time; 8 to 24 bytes are kept of each.
+    """The passages of one or more places, as an iterable; 8 to 24 bytes of memory are kept for each.
 
     A place is a file (JSON lines, plain or ``.gz`` or ``.zst``; Parquet), a directory of such files, or a data set on the Hub:
     ``owner/name``, ``owner/name:config`` or ``owner/name:config:split``. A record holds ``id`` and ``contents`` (the title in
     quotes, a new line, the text), or ``id``, ``title`` and ``text``. Other keys are ignored; an id may be a number.
 
-    Iterating raises ``DataError`` where a place cannot be read or holds nothing, and names file and line of a record that is
-    no passage, has no text or is too long, or whose id came before. With ``skip_bad_lines`` these are left out, and counted.
+    Iterating raises ``DataError`` if a place cannot be read or is empty, and, with file and line, for a record that is no
+    passage, has no text, is too long, or repeats an id. With ``skip_bad_lines`` such records are skipped and counted.
     """
 
     def __init__(self, *places: str | Path, skip_bad_lines: bool = False, most_bytes: int = MOST_BYTES) -> None:
-        """``most_bytes``: of a passage's title and text in UTF-8."""
+        """``most_bytes``: maximum of a passage's title and text in UTF-8."""
         self.places = places
         self.skip_bad_lines, self.most_bytes = skip_bad_lines, most_bytes
         self.skipped: Counter[str] = Counter()
-        """What was wrong -> records that were left out, as far as the last iteration came."""
+        """Fault -> records skipped by the last iteration so far."""
         self.first: dict[str, str] = {}
-        """What was wrong -> where it was so first."""
+        """Fault -> place of its first occurrence."""
 
     def checksum(self) -> str:
-        """The sha256, in hexadecimal, of all that decides which passages there are: the bytes of the files, or the Hub's
-        commit, and what is left out.
+        """The sha256, in hexadecimal, of everything that determines the passages: the bytes of the files, or the Hub's
+        commit, and what is skipped.
 
         Raises:
             DataError: a place cannot be read.
@@ -73,12 +73,12 @@ class Corpus:
             raise DataError(f"{', '.join(map(str, self.places))}: no passages in it{left_out}; {_HOLDS}")
 
     def report(self) -> str:
-        """What was left out, in one line, e.g. ``3 records left out: 2 not JSON (first c.jsonl:3), ...``."""
+        """The skipped records in one line, e.g. ``3 records left out: 2 not JSON (first c.jsonl:3), ...``."""
         parts = [f"{number:,} {kind} (first {self.first[kind]})" for kind, number in self.skipped.most_common()]
         return f"{self.skipped.total():,} records left out: {', '.join(parts)}" if parts else "nothing left out"
 
     def _records(self) -> Iterator[tuple[str, sources.Record]]:
-        # JSON may write a character in six bytes; more than that is too long, whatever it holds.
+        # JSON may escape a character as six bytes; a longer line cannot hold a valid passage.
         return chain.from_iterable(sources.records(place, 6 * self.most_bytes + 2**16) for place in self.places)
 
     def _refuse_second(self, id: str, where: str) -> None:
@@ -92,9 +92,9 @@ class Corpus:
 
 
 class _Seen:
-    """A set of texts that keeps 64 bits of each, in a table of at most two thirds full.
+    """A set of texts that stores 64 bits of each, in a hash table at most two thirds full.
 
-    That two of 21 million texts are taken for the same happens once in 80,000 corpora.
+    A collision among 21 million texts occurs once in 80,000 corpora, and is checked for.
     """
 
     def __init__(self) -> None:
@@ -105,8 +105,8 @@ class _Seen:
         return self._held
 
     def twice(self, text: str) -> bool:
-        """Whether ``text`` was given before."""
-        # Python's own hash (SipHash, keyed anew in each process) is 64 bits of the quality that this needs; 0 means free.
+        """Add ``text``; whether it was added before."""
+        # Python's hash of a text is 64 bits of SipHash; 0 marks a free slot.
         key = hash(text) % 2**64 or 1
         at = self._find(key)
         if self._table[at] == key:
@@ -121,7 +121,7 @@ class _Seen:
         return False
 
     def _find(self, key: int) -> int:
-        """Where ``key`` is, or belongs."""
+        """The slot of ``key``, or the free one for it."""
         table, mask = self._table, len(self._table) - 1
         at = key & mask
         while table[at] and table[at] != key:
@@ -137,10 +137,10 @@ def _id(record: sources.Record) -> str | None:
 
 
 def _passage(record: sources.Record, where: str, most: int) -> Passage:
-    """The passage in ``record``, a line that is not parsed yet or a row.
+    """The passage in ``record``, an unparsed line or a row.
 
     Raises:
-        BadRecordError: there is none that can be used.
+        BadRecordError: it is unusable.
     """
     if isinstance(record, bytes):
         if len(record) > 6 * most + 2**16:

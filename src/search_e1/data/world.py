@@ -1,8 +1,7 @@
 """A generated world: people, cities, films with invented names, a passage about each, and questions of one to four hops.
 
-It stands where Wikipedia and a question set stand for a real run, and needs no download. Everything follows from a seed.
-The entities fall into three parts, and facts never lead from one part into another; so the questions of one split touch
-no entity, and no name, of another's.
+It replaces Wikipedia and a question set, and needs no download. Everything follows from a seed. The entities are divided into
+three splits and no fact crosses splits, so the questions of one split share no entity and no name with another's.
 """
 
 import json
@@ -23,7 +22,7 @@ _HOPS = {1: 0.3, 2: 0.4, 3: 0.25, 4: 0.05}
 _HOMONYMS = 0.25  # share of the entities that share their name with one of another kind
 
 KINDS = {"person": 1800, "city": 600, "country": 135, "film": 1000, "company": 500, "book": 700}
-"""Kind of entity -> how many there are."""
+"""Kind of entity -> number of entities."""
 
 RELATIONS = {
     "director": ("film", "person"),
@@ -39,7 +38,7 @@ RELATIONS = {
     "author": ("book", "person"),
     "publisher": ("book", "company"),
 }
-"""Relation -> the kind it is stated about, and the kind of its value. The first tells homonyms apart."""
+"""Relation -> kind of its subject, kind of its value. The subject's kind distinguishes homonyms."""
 
 _SYNONYMS = {
     "director": "filmmaker",
@@ -67,14 +66,14 @@ _WORDINGS = (
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """Something with a name, and the facts that its passage states."""
+    """A named thing, and the facts that its passage states."""
 
     id: str
     kind: str
     name: str
     split: str
     facts: dict[str, str] = field(default_factory=dict)
-    """Relation -> id of the entity that is its value, in the order of the passage."""
+    """Relation -> id of its value, in the order of the passage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +105,7 @@ class World:
         rng = random.Random(f"{seed}/{split}")
         starts = [e for e in self.entities.values() if e.split == split]
         made: dict[tuple[str, ...], Question] = {}
-        misses = 0  # in a row: draws that are no question, or one that is there already
+        misses = 0  # consecutive draws without a new question
         while len(made) < n and misses < 1000:
             misses += 1
             chain = self._chain(rng, rng.choice(starts), rng.choices(list(_HOPS), list(_HOPS.values()))[0])
@@ -139,8 +138,8 @@ class World:
 def make_world(seed: int = 0, *, practice: bool = False) -> World:
     """The world of a seed: about 4,700 entities and as many passages.
 
-    ``practice`` worlds share not a single name with those that are none, though they are built of the same halves of
-    names: what is trained on the former has met nothing of the latter.
+    ``practice`` worlds share no name with other worlds, although their names consist of the same halves: a policy trained on
+    the former has seen no entity of the latter.
     """
     rng = random.Random(f"{seed}/{practice}")
     names = _names(rng, practice)

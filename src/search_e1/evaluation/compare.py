@@ -21,7 +21,7 @@ from search_e1.types import Record
 
 MACRO, MICRO = "macro average", "all questions"
 _SHOWN_IDS = 3
-_SAME_WHATEVER = ("batch_size",)  # settings of a rollout that are no part of the protocol
+_NOT_PROTOCOL = ("batch_size",)  # settings of a rollout that do not affect its results
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Evaluated:
     results: dict[tuple[str, str], Result]
     """By benchmark and question id, in the order of the file."""
     protocol: dict[str, Any]
-    """What has to be the same for figures to be comparable: limits, prompts, retrieval."""
+    """What must agree for figures to be comparable: limits, prompts, retrieval."""
 
 
 class Figure(Record):
@@ -52,7 +52,7 @@ class Difference(Record):
     searches: Figure
     tokens: Figure
     won: int
-    """Questions that the policy answers right and the baseline does not."""
+    """Questions that only the policy answers right; ``lost``: only the baseline."""
     lost: int
     p: float | None
     """McNemar's exact two-sided p; ``None`` for a macro average, which weighs questions unequally."""
@@ -85,14 +85,14 @@ class Change(Record):
     question: str
     answers: tuple[str, ...]
     before: str | None
-    """What the baseline said."""
+    """The baseline's answer."""
     after: str | None
     failure: Failure
-    """Of the one that is wrong."""
+    """Of the wrong answer."""
 
 
 class Comparison(Record):
-    """All of it."""
+    """Rows, changed questions, published figures, notes."""
 
     policies: tuple[str, ...]
     """The first is the baseline."""
@@ -100,9 +100,9 @@ class Comparison(Record):
     """By benchmark, then by policy; averages last."""
     changes: tuple[Change, ...]
     published: tuple[tables.Row, ...]
-    """EM x 100 as others report it, on other questions perhaps; empty unless asked for."""
+    """EM x 100 as others report it, possibly on other questions; empty unless requested."""
     notes: tuple[str, ...]
-    """What a reader has to know: questions left out, protocols mixed."""
+    """Caveats: excluded questions, mixed protocols."""
 
 
 def load(path: Path, name: str) -> Evaluated:
@@ -110,12 +110,12 @@ def load(path: Path, name: str) -> Evaluated:
 
     Raises:
         RunError: it is no complete artifact, or damaged.
-        DataError: it is no evaluation, or a line of it is damaged.
+        DataError: it is not an evaluation, or a line of it is damaged.
     """
     manifest = runs.read(path).manifest
     if results.QUESTIONS not in manifest.files:
         raise DataError(f"{path}: no {results.QUESTIONS} in it; give an artifact of `search-e1 evaluate`")
-    limits = {k: v for k, v in manifest.settings["rollout"].items() if k not in _SAME_WHATEVER}
+    limits = {k: v for k, v in manifest.settings["rollout"].items() if k not in _NOT_PROTOCOL}
     prompts = manifest.settings.get("prompts")
     return Evaluated(
         name,
@@ -136,13 +136,13 @@ def compare(
     """``evaluated`` side by side; the first is the baseline.
 
     Args:
-        common: compare over the questions that all have, where they differ.
+        common: restrict the comparison to the questions that all share.
         allow_mixed: compare although limits, prompts or retrieval differ.
-        published: with the published rows, over the same benchmarks.
-        seed: of the bootstrap.
+        published: add the published rows, over the same benchmarks.
+        seed: the bootstrap's.
 
     Raises:
-        ConfigError: two have one name, protocols are mixed or questions differ and that is not allowed, or none are common.
+        ConfigError: two names are equal, protocols or questions differ without permission, or no question is shared.
     """
     names = [one.name for one in evaluated]
     if len(set(names)) < len(names):
@@ -165,7 +165,7 @@ def compare(
 
 
 def mixed(evaluated: Sequence[Evaluated], allowed: bool) -> list[str]:
-    """In what the protocols differ from the first one's, a line each.
+    """Differences of the protocols from the first one's, a line each.
 
     Raises:
         ConfigError: they do, and that is not ``allowed``.
@@ -186,11 +186,11 @@ def mixed(evaluated: Sequence[Evaluated], allowed: bool) -> list[str]:
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str], prefix: str = "") -> str:
     found = []
     for key in sorted({*a, *b}):
-        there, here = a.get(key), b.get(key)
-        if isinstance(there, Mapping) and isinstance(here, Mapping):
-            found += [_differences(there, here, names, f"{prefix}{key}.")] if there != here else []
-        elif there != here:
-            found.append(f"{prefix}{key} ({_short(there)} for {names[0]}, {_short(here)} for {names[1]})")
+        one, other = a.get(key), b.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += [_differences(one, other, names, f"{prefix}{key}.")] if one != other else []
+        elif one != other:
+            found.append(f"{prefix}{key} ({_short(one)} for {names[0]}, {_short(other)} for {names[1]})")
     return ", ".join(found)
 
 
@@ -200,7 +200,7 @@ def _short(value: Any) -> str:
 
 
 def _over_the_same(evaluated: Sequence[Evaluated], common: bool) -> tuple[list[Evaluated], list[str]]:
-    """``evaluated`` over the questions that all of them have, and what was left out for that."""
+    """``evaluated`` restricted to the questions that all share, and a note on what each loses by it."""
     same = [
         key for key, result in evaluated[0].results.items()
         if all(_asked(other.results.get(key)) == _asked(result) for other in evaluated[1:])
@@ -215,12 +215,12 @@ def _over_the_same(evaluated: Sequence[Evaluated], common: bool) -> tuple[list[E
 
 
 def _asked(result: Result | None) -> tuple[str, frozenset[str]] | None:
-    """What makes a question the same: its text and its answers."""
+    """The identity of a question: its text and its answers."""
     return (result.question, frozenset(result.answers)) if result else None
 
 
 def _left_out(one: Evaluated, same: set[tuple[str, str]]) -> str:
-    """How many questions of ``one`` the others lack or have otherwise, and which, by benchmark."""
+    """Number and ids of the questions of ``one`` that the others lack or have in another form, by benchmark."""
     missing: dict[str, list[str]] = {}
     for benchmark, id in one.results:
         if (benchmark, id) not in same:

@@ -15,8 +15,8 @@ from search_e1.evaluation.failures import classify
 from search_e1.evaluation.recall import Recall, Recalls, holds, is_yes_no, patterns
 from search_e1.evaluation.results import Evaluation, Result
 from search_e1.retrieval.base import Retriever
-from search_e1.rollout.sampler import RolloutSampler
 from search_e1.rollout.engines.base import Engine
+from search_e1.rollout.sampler import RolloutSampler
 from search_e1.rollout.sharing import Part, write_parts
 from search_e1.runs import derived_seed, ranks, read_records
 from search_e1.runs.checkpoints import Checkpointer

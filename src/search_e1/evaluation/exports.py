@@ -1,4 +1,4 @@
-"""A comparison as Markdown, LaTeX, CSV or JSON. JSON and CSV hold shares from 0 to 1, the others EM x 100."""
+"""A comparison as Markdown, LaTeX, CSV or JSON. JSON and CSV contain shares from 0 to 1, the others EM x 100."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
 }
 _SIGNIFICANT = 0.05
 _ACTIVE = re.compile(r"\||<(?=[A-Za-z/!?])|\](?=[(\[:])")
-"""What ends a cell of Markdown, begins HTML, or makes a link."""
+"""Ends a Markdown cell, begins HTML, or makes a link."""
 
 
 def percent(figure: Figure) -> str:
@@ -56,7 +56,7 @@ def to_json(comparison: Comparison, questions: bool) -> str:
 
 
 def to_csv(comparison: Comparison, questions: bool) -> str:
-    """A line for each benchmark and policy, published ones included; or, with ``questions``, for each question won or lost."""
+    """A line for each benchmark and policy, including published ones; with ``questions``, for each question won or lost."""
     if questions:
         changes = [
             change.model_dump(mode="json") | {"answers": " | ".join(change.answers)} for change in comparison.changes
@@ -101,8 +101,8 @@ def to_markdown(comparison: Comparison, questions: bool) -> str:
     headings = ("benchmark", "policy", "n", "EM", "difference", "p", "won", "lost", "F1", "searches", "tokens")
     lines = _head(headings, left=2)
     for row in comparison.rows:
-        found = row.difference
-        compared = (signed(found.em), p_value(found.p), str(found.won), str(found.lost)) if found else ("",) * 4
+        change = row.difference
+        compared = (signed(change.em), p_value(change.p), str(change.won), str(change.lost)) if change else ("",) * 4
         costs = (f"{100 * row.f1.mean:.1f}", f"{row.searches.mean:.2f}", f"{row.tokens.mean:.0f}")
         lines.append(_pipes((row.benchmark, row.policy, str(row.n), percent(row.em), *compared, *costs)))
     if comparison.published:
@@ -147,7 +147,7 @@ def to_latex(comparison: Comparison, questions: bool) -> str:
         ConfigError: ``questions`` is asked for.
     """
     if questions:
-        raise ConfigError("--questions is no table for LaTeX; give --format markdown, csv or json")
+        raise ConfigError("--questions is not available for LaTeX; give --format markdown, csv or json")
     parts = by_benchmark(comparison)
     body = []
     for i, policy in enumerate(comparison.policies):

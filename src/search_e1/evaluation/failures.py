@@ -1,7 +1,7 @@
-"""Why an answer is wrong: exactly one class for every wrong answer.
+"""Failure classes: exactly one for every wrong answer.
 
-The classes are tried in the order of ``Failure``; the first that holds is the one. First comes what no policy can mend, then
-how the trajectory ended, then what the answer had to go by.
+The classes are tried in the order of ``Failure`` and the first that applies is taken: first what no policy could change, then
+how the trajectory ended, then the evidence that the answer was based on.
 """
 
 from enum import StrEnum
@@ -11,26 +11,26 @@ from search_e1.types import ActionKind, StopReason, Trajectory
 
 
 class Failure(StrEnum):
-    """In the order of decision. "Read": an answer is in a passage as the policy read it."""
+    """In the order of decision. "Read": a passage, as the policy read it, contains an answer."""
 
     NOT_IN_CORPUS = "not_in_corpus"
-    """No passage of the corpus holds an answer."""
+    """No passage of the corpus contains an answer."""
     FORMAT = "format"
     """No answer: the last generation was neither a search nor an answer."""
     REPEATED_SEARCH = "repeated_search"
-    """A query was asked twice, and the policy gave no answer, or one of none of the three kinds that follow ``BUDGET``."""
+    """A query was repeated, and the policy gave no answer, or one that is none of the three classes after ``BUDGET``."""
     BUDGET = "budget"
     """No answer: searches or tokens ran out."""
     YES_NO = "yes_no"
     """The answer is yes or no, and the policy said something else."""
     WORDING = "wording"
-    """The answer holds a right one as whole words, and more."""
+    """The answer contains a right one as whole words, and more."""
     NOT_READ_OUT = "not_read_out"
     """An answer was read, and the policy gave another."""
     NO_SEARCH = "no_search"
     """The policy answered without a search."""
     NOT_RETRIEVED = "not_retrieved"
-    """The policy searched, and no answer was in what it read."""
+    """The policy searched, and nothing it read contains an answer."""
 
 
 def classify(
@@ -39,14 +39,14 @@ def classify(
     """The class of ``trajectory``; ``None`` if its answer is right.
 
     Args:
-        covers: its answer holds a right one.
+        covers: its answer contains a right one.
         yes_no: the right answers are yes or no.
-        read: a passage that it read holds an answer; ``None`` where that cannot be said.
-        in_corpus: some passage does; ``None`` where that is not known.
+        read: a passage that it read contains an answer; ``None`` for yes/no questions.
+        in_corpus: some passage of the corpus does; ``None`` if unknown.
     """
     if trajectory.correct:
         return None
-    # What was read cannot be nowhere: a server may hold passages that the corpus file lacks.
+    # A server may hold passages that the corpus file lacks, so what was read decides.
     if in_corpus is False and not read:
         return Failure.NOT_IN_CORPUS
     if trajectory.stop_reason is StopReason.MALFORMED:
@@ -66,6 +66,6 @@ def classify(
 
 
 def repeats(trajectory: Trajectory) -> bool:
-    """Whether a query came again, but for case, punctuation, articles and white space; unserved ones count."""
+    """Whether a query was repeated, up to case, punctuation, articles and white space; unserved ones count."""
     queries = [normalize_answer(turn.argument or "") for turn in trajectory.turns if turn.kind is ActionKind.SEARCH]
     return len(set(queries)) < len(queries)

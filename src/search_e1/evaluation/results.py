@@ -1,4 +1,4 @@
-"""What came out for each question, and the figures over questions: what an evaluation artifact holds."""
+"""The content of an evaluation artifact: a result for each question, and figures over questions."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +13,11 @@ from search_e1.types import Record, StopReason
 
 EVALUATION, QUESTIONS = "evaluation.json", "questions.jsonl"
 FIGURES = ("em", "f1", "cover_em", "searches", "tokens")
-"""What every question has, of its greedy trajectory."""
+"""The figures of every question's greedy trajectory."""
 
 
 class Result(Record):
-    """One question: its greedy trajectory judged, and how often the sampled ones were right."""
+    """One question: its greedy trajectory, judged, and the outcomes of the sampled ones."""
 
     benchmark: str
     id: str
@@ -25,7 +25,7 @@ class Result(Record):
     question: str
     answers: tuple[str, ...]
     answer: str | None
-    """What the policy said; ``None`` if it gave no answer."""
+    """The policy's answer; ``None`` if it gave none."""
     em: float
     f1: float
     cover_em: float
@@ -37,18 +37,18 @@ class Result(Record):
     """EM of each sampled trajectory."""
     tokens_of_samples: tuple[int, ...] = ()
     yes_no: bool
-    """The right answers are yes or no: nothing can be said of where they stand."""
+    """The right answers are yes or no, which no passage contains."""
     read: bool | None
-    """An answer is in a passage as the policy read it; ``None`` for yes/no questions."""
+    """A passage, as the policy read it, contains an answer; ``None`` for yes/no questions."""
     in_topk: bool | None
-    """See ``recall.Recall``; ``None`` where it was not looked for."""
+    """See ``recall.Recall``; ``None`` if it was not measured."""
     in_corpus: bool | None
     failure: Failure | None
     """``None`` if the answer is right."""
 
 
 class Scores(Record):
-    """Means over ``n`` questions, of the greedy trajectories unless said, with 95% bootstrap intervals over questions."""
+    """Means over ``n`` questions, of greedy trajectories unless stated, with 95% bootstrap intervals over questions."""
 
     n: int
     em: float
@@ -56,7 +56,7 @@ class Scores(Record):
     f1: float
     f1_interval: Interval
     cover_em: float
-    """Share of answers that hold a right one as whole words."""
+    """Share of answers that contain a right one as whole words."""
     cover_em_interval: Interval
     searches: float
     searches_interval: Interval
@@ -66,40 +66,40 @@ class Scores(Record):
     """Mean EM of the sampled trajectories; ``None`` if none were sampled."""
     em_sampled_interval: Interval | None
     em_by_sample: tuple[float, ...]
-    """EM of the first sampled trajectory of every question, of the second, ...: as of runs with other sampling seeds."""
+    """EM of every question's first sampled trajectory, of every second, ...: like runs with different sampling seeds."""
     answerable: int | None
-    """Questions whose answer is in the corpus; ``None`` where that is not known. Yes/no questions are not among them."""
+    """Questions other than yes/no whose answer is in the corpus; ``None`` if that is unknown."""
     em_answerable: float | None
     """EM over these; ``None`` if there is none."""
     em_answerable_interval: Interval | None
     read: float | None
-    """Share of questions an answer to which was read; over all but yes/no questions, as are the next two."""
+    """Share of the questions, other than yes/no, with an answer in what was read; likewise the next two."""
     in_topk: float | None
     in_corpus: float | None
     failures: dict[Failure, int]
-    """Class -> wrong answers, in the order of decision; classes without any are left out."""
+    """Class -> wrong answers, in the order of decision, without empty classes."""
 
 
 class Evaluation(Scores):
-    """The scores over all questions (the micro average), and over parts of them. What ``evaluation.json`` holds."""
+    """Scores over all questions (micro average) and over parts of them: ``evaluation.json``."""
 
     macro_em: float
-    """Mean over benchmarks of their EM: the "average" of published tables."""
+    """Mean of the benchmarks' EM: the "average" of published tables."""
     macro_em_interval: Interval
     """Questions are resampled within each benchmark."""
     macro_em_sampled: float | None
     macro_em_sampled_interval: Interval | None
     by_benchmark: dict[str, Scores]
     by_hops: dict[int, Scores]
-    """Of the questions whose hop count is known."""
+    """Over the questions whose hop count is known."""
     stop_reasons: dict[StopReason, int]
-    """Reason -> greedy trajectories that ended so."""
+    """Reason -> greedy trajectories that ended for it."""
     sampled_tokens: int = 0
-    """Of all trajectories together, greedy and sampled."""
+    """Total of all trajectories, greedy and sampled."""
 
 
 def evaluation(results: Sequence[Result], seed: int) -> Evaluation:
-    """The figures over ``results``; ``seed`` is that of the bootstrap.
+    """The figures over ``results``; ``seed`` is the bootstrap's.
 
     Raises:
         ValueError: there are no results.

@@ -1,8 +1,8 @@
-"""Intervals and tests over questions: what another sample of questions would have said.
+"""Confidence intervals and tests over questions.
 
-Intervals are 95% percentile bootstrap intervals. What is drawn again is questions, never the samples of one question: these
-depend on one another, and stand for their mean. Of runs with several seeds, seeds are drawn again too. Policies are compared
-on the same questions, so differences are paired.
+Intervals are 95% percentile bootstrap intervals. Questions are resampled, never the samples of one question, which depend on
+one another and are represented by their mean; over several seeds, seeds are resampled too. Policies are compared on the same
+questions, so differences are paired.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,14 +11,14 @@ import numpy as np
 
 Interval = tuple[float, float]
 RESAMPLES = 10_000
-_CELLS = 4_000_000  # of the table of draws in memory at once
+_CELLS = 4_000_000  # size of the table of draws held in memory
 
 
 def interval(*parts: Sequence[float], seed: int, resamples: int = RESAMPLES) -> Interval:
     """95% percentile bootstrap interval of the mean over ``parts`` of each part's mean.
 
-    One part gives the interval of a plain mean. With several, each is resampled on its own (a macro average over benchmarks).
-    For a paired difference give the differences. An interval of equal values has no width, whatever their number.
+    One part: the interval of a plain mean. Several: each is resampled separately (a macro average over benchmarks). For a
+    paired difference, pass the differences. The interval of equal values has zero width, however few they are.
 
     Raises:
         ValueError: a part is empty, or there is none.
@@ -31,41 +31,41 @@ def interval(*parts: Sequence[float], seed: int, resamples: int = RESAMPLES) -> 
 
 
 def intervals_over_seeds(values: np.ndarray, *, seed: int, resamples: int = RESAMPLES) -> list[Interval]:
-    """95% intervals of means over seeds and questions, drawn again independently of one another: Owen's pigeonhole bootstrap
-    (Annals of Applied Statistics 1(2), 2007), for tables whose rows and columns both are samples.
+    """95% intervals of means over seeds and questions, resampled independently: Owen's pigeonhole bootstrap (Annals of Applied
+    Statistics 1(2), 2007), for tables whose rows and columns are both samples.
 
     Args:
         values: float [figures, seeds, questions], NaN where a seed was not asked a question; paired differences give the
-            interval of the difference. All figures are drawn alike.
+            interval of the difference. All figures share the same draws.
 
-    The seeds at hand vary less than all seeds would, by (n - 1) / n in variance: with few, intervals are too narrow. Of one
-    seed nothing is known but the questions.
+    With few seeds the intervals are too narrow: the variance of n observed seeds is (n - 1) / n of the true one. With one
+    seed, only questions are resampled.
 
     Raises:
         ValueError: a figure has no value.
     """
     figures, seeds, questions = values.shape
-    there = ~np.isnan(values)
-    if not values.size or not there.any(axis=(1, 2)).all():
+    present = ~np.isnan(values)
+    if not values.size or not present.any(axis=(1, 2)).all():
         raise ValueError("no values to take an interval of")
     rng = np.random.default_rng(seed)
     sums, counts = (
-        table.reshape(figures * seeds, questions).T for table in (np.nan_to_num(values), there.astype(float))
+        table.reshape(figures * seeds, questions).T for table in (np.nan_to_num(values), present.astype(float))
     )
-    whole, means = bool(there.all()), []
+    whole, means = bool(present.all()), []
     for drawn in _counts_drawn(rng, questions, resamples):
         picked = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(drawn))[:, None, :]
         shape = (len(drawn), figures, seeds)
         total = ((drawn @ sums).reshape(shape) * picked).sum(axis=2)
         weight = seeds * questions if whole else ((drawn @ counts).reshape(shape) * picked).sum(axis=2)
-        with np.errstate(invalid="ignore"):  # nothing drawn of what is there: no mean
+        with np.errstate(invalid="ignore"):  # a resample without any value has no mean
             means.append(total / weight)
     low, high = np.nanpercentile(np.concatenate(means), [2.5, 97.5], axis=0)
     return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
 
 
 def _counts_drawn(rng: np.random.Generator, n: int, resamples: int) -> Iterator[np.ndarray]:
-    """How often each of n is drawn in each resample: float64 [rows, n], as many rows at once as memory allows."""
+    """How often each of n items is drawn in each resample: float64 [rows, n], in batches of rows that fit in memory."""
     rows = max(1, _CELLS // n)
     for at in range(0, resamples, rows):
         yield rng.multinomial(n, np.full(n, 1 / n), size=min(rows, resamples - at)).astype(np.float64)
@@ -74,8 +74,8 @@ def _counts_drawn(rng: np.random.Generator, n: int, resamples: int) -> Iterator[
 def _resampled_means(values: Sequence[float], rng: np.random.Generator, resamples: int) -> np.ndarray:
     """Means of ``resamples`` draws of n = len(values) values with replacement: float64 [resamples].
 
-    How often each distinct value is drawn is multinomial, so that no question is really drawn: for zeros and ones this is
-    one binomial number a resample, whatever n is.
+    Counts of distinct values are multinomial, so no single question needs to be drawn: for zeros and ones a resample is one
+    binomial number, whatever n is.
     """
     distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
     n, rows = len(values), max(1, _CELLS // len(distinct))
@@ -87,11 +87,11 @@ def _resampled_means(values: Sequence[float], rng: np.random.Generator, resample
 
 
 def mcnemar(won: int, lost: int) -> float:
-    """Exact two-sided p of McNemar's test: how likely ``won`` questions against ``lost`` ones, or a split more uneven, would
-    be if each question on which the two policies disagree were a fair coin. 1.0 where they never disagree.
+    """Exact two-sided p of McNemar's test: the probability of a split at least as uneven as ``won`` to ``lost`` if each
+    question on which two policies disagree were a fair coin; 1.0 if they never disagree.
     """
     n = won + lost
-    term = total = 1  # the binomial coefficients (n over i), whole numbers of any size
+    term = total = 1  # binomial coefficients (n over i), exact
     for i in range(min(won, lost)):
         term = term * (n - i) // (i + 1)
         total += term

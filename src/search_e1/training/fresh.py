@@ -1,4 +1,4 @@
-"""A small policy from nothing: a byte-level tokenizer trained on the user's own texts, and random weights."""
+"""A small untrained policy: a byte-level tokenizer trained on the user's own texts, and random weights."""
 
 from collections.abc import Iterable
 
@@ -21,7 +21,7 @@ CHAT_TEMPLATE = (
 def tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most ``vocabulary`` ids, trained on ``texts``, with a ChatML template.
 
-    The protocol's tags are single ids, and ordinary ones: they are decoded like any text.
+    Each protocol tag is one ordinary token: it is decoded like any text.
 
     Raises:
         ConfigError: ``vocabulary`` has no room for bytes and tags alone.
@@ -50,8 +50,8 @@ def tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
 def policy(texts: Iterable[str], config: WarmstartConfig, prompts: Prompts, seed: int) -> Policy:
     """An untrained policy of the sizes in ``config``, whose tokenizer knows ``texts``.
 
-    The architecture is LFM2's, of convolutions with attention in every second layer: at this size it learns to copy
-    names that it has not seen with far fewer tokens than attention alone.
+    The architecture is LFM2's, convolutions with attention in every second layer: at this size it learns to copy unseen names
+    from far fewer tokens than attention alone.
     """
     words = tokenizer(texts, config.vocabulary)
     torch.manual_seed(seed)

@@ -1,1 +1,1 @@
-"""The report: a run as one HTML file. It reads artifacts, never a model, and shows what there is of an unfinished run."""
+"""The report: a run as one HTML file, made from its artifacts alone. An unfinished run is shown as far as it is complete."""

@@ -1,4 +1,4 @@
-"""What lies in a run directory, complete or begun, as plain data."""
+"""The contents of a run directory, complete or unfinished, as plain data."""
 
 import json
 import re
@@ -16,7 +16,7 @@ _EVALUATION = "evaluation-"
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A complete artifact; its files are not checked against their checksums, which takes long for weights."""
+    """A complete artifact; checksums are not verified, which would take long for weights."""
 
     name: str
     path: Path
@@ -29,19 +29,19 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run directory as it is at the moment."""
+    """A run directory in its current state."""
 
     path: Path
     config: dict[str, Any]
     """Empty if there is no ``config.json``."""
     stages: dict[str, Stage]
-    """Complete stages in the order in which they were begun."""
+    """Complete stages in the order of their start."""
     begun: tuple[str, ...]
-    """Stages that were begun and are not complete: at work, or killed."""
+    """Stages that were started and are not complete: running, or killed."""
 
     @property
     def evaluations(self) -> list[Stage]:
-        """In the order of the loop: base, then GRPO and OFSD of each round; any other after these, as they were made."""
+        """In the order of the loop: base, then GRPO and OFSD of each round; others last, by start."""
         return sorted(
             (stage for stage in self.stages.values() if stage.name.startswith(_EVALUATION)),
             key=lambda stage: (_position(policy_of(stage)), stage.manifest.started),
@@ -72,7 +72,7 @@ def open_run(path: Path) -> Run:
     """The run in ``path``.
 
     Raises:
-        RunError: it is no directory, no run, or a manifest in it is damaged.
+        RunError: it is not a directory or not a run, or a manifest in it is damaged.
     """
     if not path.is_dir():
         what = "not a directory" if path.exists() else "no such directory"
@@ -110,8 +110,8 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> Iterator[Any]:
-    """The records of a JSON lines file; none if there is no such file. A last line without its end is left out: it is
-    being written.
+    """The records of a JSON lines file; none if it does not exist. An unfinished last line, which is being written, is
+    skipped.
 
     Raises:
         DataError: a line is no JSON; names it.

@@ -1,4 +1,4 @@
-"""From a run directory to one HTML file that needs nothing else: no network, no server."""
+"""The report of a run directory as one self-contained HTML file, without network or server."""
 
 import base64
 import gzip
@@ -24,10 +24,10 @@ _ASSETS = files("search_e1.evaluation.report") / "assets"
 
 
 def write(run: Path, out: Path, most: int = 5_000) -> dict[str, int]:
-    """Write the report of ``run`` to ``out``; returns what it shows: policies, trajectories, left_out, pairs, bytes.
+    """Write the report of ``run`` to ``out``; returns its counts: policies, trajectories, left_out, pairs, bytes.
 
     Args:
-        most: about how many trajectories the page holds; of more, a fixed sample of the questions is shown.
+        most: approximate number of trajectories in the page; beyond it, a fixed sample of the questions is shown.
 
     Raises:
         RunError: ``run`` is no run directory, an artifact in it is damaged, or ``out`` cannot be written.
@@ -56,9 +56,9 @@ def write(run: Path, out: Path, most: int = 5_000) -> dict[str, int]:
 
 
 def render(overview: dict[str, Any], records: dict[str, Any]) -> str:
-    """The page. What is seen first lies in it as JSON; trajectories and pairs are compressed and read after the first paint.
+    """The page. The overview is embedded as JSON; trajectories and pairs are compressed and unpacked after the first paint.
 
-    A content security policy lets nothing run but the page's own script, which is named by its hash.
+    A content security policy allows only the page's own script, identified by its hash.
     """
     style = _asset("report.css")
     script = "\n".join(map(_asset, _SCRIPTS))

@@ -1,4 +1,4 @@
-"""Trajectories and pairs for the page: text without ids, every question and passage only once."""
+"""Trajectories and pairs for the page: text without token ids; every question and passage is stored once."""
 
 import re
 import zlib
@@ -20,16 +20,16 @@ RIGHT = "right"
 
 @dataclass(slots=True)
 class Evaluated:
-    """The greedy outcome of every question of one evaluation, also of those that the page leaves out."""
+    """The greedy outcome of every question of one evaluation, including those the page leaves out."""
 
     policy: str
     correct: dict[str, bool] = field(default_factory=dict)
-    """Question id, with its benchmark -> whether the answer is right."""
+    """Benchmark and question id -> whether the answer is right."""
 
 
 @dataclass(slots=True)
 class _Table:
-    """Values, each once, and where they are."""
+    """Distinct values and their indices."""
 
     values: list[Any] = field(default_factory=list)
     _at: dict[str, int] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class _Table:
 
 
 class Collector:
-    """Gathers what the page shows of questions, passages, trajectories and pairs."""
+    """Collects the questions, passages, trajectories and pairs of the page."""
 
     def __init__(self) -> None:
         self._questions = _Table()
@@ -62,9 +62,9 @@ class Collector:
         }
 
     def evaluations(self, run: Run, most: int) -> list[Evaluated]:
-        """Take in the greedy trajectories of all evaluations, at most about ``most``.
+        """Add the greedy trajectories of all evaluations, at most about ``most``.
 
-        Of more, the questions are a fixed sample by their ids, the same in every evaluation, so that policies can be compared.
+        Beyond that, questions are sampled by a hash of their ids: the same ones in every evaluation, so that policies compare.
         """
         total = sum(read_json(stage.path / "evaluation.json")["n"] for stage in run.evaluations)
         share = most / total if total > most else 1.0
@@ -90,7 +90,7 @@ class Collector:
         return made
 
     def held_out_pairs(self, run: Run) -> None:
-        """Take in the pairs that the leads were measured on, with what each token diverges, where that was stored."""
+        """Add the pairs that the leads were measured on, with the stored divergence of each token."""
         for number, stage in run.of_rounds("pairs").items():
             measured = {row["question_id"]: row for row in _divergences(run, number)}
             for pair in _first_of_question(read_lines(stage.path / "held_out.jsonl")):
@@ -137,7 +137,7 @@ def _key(question: Mapping[str, Any]) -> str:
 
 
 def _recall(row: Mapping[str, Any]) -> dict[str, bool] | None:
-    """Where an answer was found, as far as the evaluation looked for it: in what was ``read``, ``in_topk``, ``in_corpus``."""
+    """Where an answer occurs, as far as it was measured: in what was ``read``, ``in_topk``, ``in_corpus``."""
     known = {name: row[name] for name in ("read", "in_topk", "in_corpus") if row.get(name) is not None}
     return known or None
 
