@@ -39,7 +39,7 @@ from search_e1.distill.passes import SelfDistillation, packs
 from search_e1.lab.plan.shapes import SHAPES
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.rollout import pool
-from search_e1.rollout.engines.torch import HFGenerator
+from search_e1.rollout.engines.torch import TorchEngine
 from search_e1.selfdistill import pairs as mining
 from search_e1.training.head import hidden_at
 from search_e1.training.policy import Policy, with_adapter
@@ -127,7 +127,7 @@ def world_pairs(directory: Path, count: int) -> list[Pair]:
     questions = load_questions(directory / "world" / "train.jsonl")[: 2 * count]
     (directory / "pool").mkdir()
     pool.sample(
-        HFGenerator(policy.model, policy.tokenizer, batch_size=128),
+        TorchEngine(policy.model, policy.tokenizer, batch_size=128),
         index, questions, policy.prompts, PoolConfig(group_size=8), limits, seed=0,
         out=directory / "pool",
     )  # fmt: skip

@@ -40,8 +40,8 @@ from search_e1.config import PolicyConfig, RolloutConfig
 from search_e1.data.answers import exact_match
 from search_e1.data.world import make_world
 from search_e1.retrieval.indexes import build_index, open_index
-from search_e1.rollout.engines.base import Generator
-from search_e1.rollout.engines.torch import HFGenerator, PlainGenerator
+from search_e1.rollout.engines.base import Engine
+from search_e1.rollout.engines.torch import TorchEngine, PlainEngine
 from search_e1.rollout.loop import rollout, starts
 from search_e1.runs.allocation import keep_freed_memory
 from search_e1.text.prompts import INFORMATION_CLOSE, INFORMATION_OPEN, STOP_STRINGS
@@ -116,7 +116,7 @@ def small_world(arguments: argparse.Namespace, directory: Path) -> dict[str, Cal
     questions = world.questions("train", arguments.questions)
     begun = starts(policy.tokenizer, policy.prompts, questions, arguments.group)
 
-    def with_generator(make: Callable[[], Generator]) -> Callable[[], Run]:
+    def with_generator(make: Callable[[], Engine]) -> Callable[[], Run]:
         def play() -> Run:
             generator = make()
             with forward_timed(policy.model) as forward:
@@ -141,9 +141,9 @@ def small_world(arguments: argparse.Namespace, directory: Path) -> dict[str, Cal
 
     size = arguments.questions * arguments.group
     return {
-        "ours": with_generator(lambda: HFGenerator(policy.model, policy.tokenizer, batch_size=size)),
-        "ours, 128 at a time": with_generator(lambda: HFGenerator(policy.model, policy.tokenizer, batch_size=128)),
-        "plain": with_generator(lambda: PlainGenerator(policy.model, policy.tokenizer, batch_size=size)),
+        "ours": with_generator(lambda: TorchEngine(policy.model, policy.tokenizer, batch_size=size)),
+        "ours, 128 at a time": with_generator(lambda: TorchEngine(policy.model, policy.tokenizer, batch_size=128)),
+        "plain": with_generator(lambda: PlainEngine(policy.model, policy.tokenizer, batch_size=size)),
         "TRL": trl_loop(policy, retriever, questions, arguments, directory),
     }
 

@@ -27,8 +27,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from search_e1.config import PolicyConfig, Prompts, RolloutConfig
 from search_e1.lab.plan.shapes import SHAPES
-from search_e1.rollout.engines.base import Generator, generate
-from search_e1.rollout.engines.torch import HFGenerator, PlainGenerator
+from search_e1.rollout.engines.base import Engine, generate
+from search_e1.rollout.engines.torch import TorchEngine, PlainEngine
 from search_e1.rollout.loop import Start, rollout
 from search_e1.text.protocol import Action, Tags
 from search_e1.training import policy as policies
@@ -105,7 +105,7 @@ def prepared(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
         max_tokens=arguments.prompt + TURNS * (arguments.action + arguments.observation),
     )  # fmt: skip
 
-    def turns(generator: Generator) -> int:
+    def turns(generator: Engine) -> int:
         with patch("search_e1.rollout.loop.protocol_of", Searching):
             done = rollout(generator, Endless(), begun, limits, temperature=1.0, seed=0, prompts=Prompts())
         return sum(t.sampled_tokens for t in done)
@@ -114,12 +114,12 @@ def prepared(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
         most = TURNS * arguments.action
         return sum(len(g.ids) for g in generate(ours(), longer, max_new_tokens=most, temperature=1.0, stop=()))
 
-    def ours() -> Generator:
-        return HFGenerator(model, small.tokenizer, batch_size=arguments.batch_size)
+    def ours() -> Engine:
+        return TorchEngine(model, small.tokenizer, batch_size=arguments.batch_size)
 
     contestants: dict[str, Callable[[], int]] = {"single turn": single, f"{TURNS} turns": lambda: turns(ours())}
     if arguments.plain:
-        plain = PlainGenerator(model, small.tokenizer, batch_size=arguments.batch_size)
+        plain = PlainEngine(model, small.tokenizer, batch_size=arguments.batch_size)
         contestants[f"{TURNS} turns, plain"] = lambda: turns(plain)
     return contestants
 

@@ -17,7 +17,7 @@ import torch
 from search_e1.config import PolicyConfig, RolloutConfig
 from search_e1.data.world import make_world
 from search_e1.retrieval.bm25 import Bm25Index
-from search_e1.rollout.engines.torch import HFGenerator
+from search_e1.rollout.engines.torch import TorchEngine
 from search_e1.rollout.loop import Start, rollout, starts
 from search_e1.text.prompts import privileged_prompt
 from search_e1.training.policy import Policy, load
@@ -49,7 +49,7 @@ def figures(policy: Policy, questions: int, index: Path, seed: int = 0) -> dict[
 
 class _Sampler:
     def __init__(self, policy: Policy, index: Bm25Index) -> None:
-        self.generator = HFGenerator(policy.model, policy.tokenizer, batch_size=ROLLOUT.batch_size)
+        self.generator = TorchEngine(policy.model, policy.tokenizer, batch_size=ROLLOUT.batch_size)
         self.index = index
         self.prompts = policy.prompts
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chat import CHATML_TOOLS, call, chat_tokenizer
 from search_e1.config import Prompts, RolloutConfig
-from search_e1.rollout.engines.base import BatchGenerator, Generation, Request
+from search_e1.rollout.engines.base import BatchEngine, Generation, Request
 from search_e1.rollout.loop import rollout, starts
 from search_e1.text.prompts import plain_prompt
 from search_e1.text.protocols import protocol_of
@@ -100,7 +100,7 @@ def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
     }
 
 
-class _Quoting(BatchGenerator):
+class _Quoting(BatchEngine):
     """Searches, then quotes all passages that it was shown, word for word, before it answers."""
 
     context_length = 100_000

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from search_e1.rollout.engines.base import Generation, Request
-from search_e1.rollout.engines.torch import HFGenerator
+from search_e1.rollout.engines.torch import TorchEngine
 
 
 class RequestOutputKind(Enum):
@@ -70,7 +70,7 @@ class _Row:
 
 
 @dataclass
-class Engine:
+class VllmLaunch:
     """One token for each row a step."""
 
     model: Any
@@ -95,7 +95,7 @@ class Engine:
         assert params.max_tokens
         assert len(ids) + params.max_tokens <= self.model_config.max_model_len
         # Alone in its batch: what other requests there are must not matter.
-        generator = HFGenerator(self.model, self.tokenizer)
+        generator = TorchEngine(self.model, self.tokenizer)
         most = len(ids) + params.max_tokens
         with generator.session(temperature=params.temperature, stop=params.stop or (), max_tokens=most) as session:
             session.submit(Request(0, ids, params.max_tokens, params.seed or 0))

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from search_e1.rollout.engines.base import BatchGenerator, Generation, Request
+from search_e1.rollout.engines.base import BatchEngine, Generation, Request
 from search_e1.text.prompts import INFORMATION_CLOSE
 
 
-class ScriptedGenerator(BatchGenerator):
+class ScriptedEngine(BatchEngine):
     """Says ``script[question][i]`` as the ``i``-th action of the question that its prompt holds.
 
     Which action is due is read off the context (observations and corrections in it), so that rows may come in any order.

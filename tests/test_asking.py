@@ -13,7 +13,7 @@ from search_e1.errors import RetrievalError
 from search_e1.retrieval import indexes
 from search_e1.rollout import ask as asked
 from search_e1.rollout.ask import ask
-from search_e1.rollout.engines.base import BatchGenerator, Generation
+from search_e1.rollout.engines.base import BatchEngine, Generation
 from search_e1.stages import all as stages  # noqa: F401  imported now, so that it does not keep what is put in a name's place below
 from search_e1.training import policy as policies
 from search_e1.training.policy import Policy
@@ -22,7 +22,7 @@ from serving import misbehaving
 from test_endpoint import completion
 
 
-class Spoken(BatchGenerator):
+class Spoken(BatchEngine):
     """Takes the place of the transformers generator: says what it is told, an id at a time."""
 
     script: list[str] = []
@@ -40,7 +40,7 @@ class Spoken(BatchGenerator):
 
 @pytest.fixture
 def spoken(monkeypatch):
-    monkeypatch.setattr(asked, "HFGenerator", Spoken)
+    monkeypatch.setattr(asked, "TorchEngine", Spoken)
     return Spoken
 
 

@@ -11,7 +11,7 @@ from search_e1.config import EvaluationConfig, Prompts, RolloutConfig
 from search_e1.errors import ConfigError, EndpointError
 from search_e1.evaluation.evaluate import evaluate
 from search_e1.rollout.engines.base import generate
-from search_e1.rollout.engines.endpoint import API_KEY, Endpoint, EndpointGenerator
+from search_e1.rollout.engines.endpoint import API_KEY, Endpoint, EndpointEngine
 from search_e1.rollout.engines.words import Words
 from search_e1.rollout.loop import rollout, starts
 from search_e1.types import ActionKind, Question, StopReason, Trajectory
@@ -33,7 +33,7 @@ def completion(content: str | None, *, calls=(), tokens: int | None = 7, finish:
 
 def play(prompts: Prompts, *replies, limits: RolloutConfig = LIMITS, **settings) -> tuple[Trajectory, Misbehaving]:
     with misbehaving(lambda request, number: replies[min(number, len(replies) - 1)]) as server:
-        generator = EndpointGenerator(Endpoint(server.url, "m", **settings), prompts)
+        generator = EndpointEngine(Endpoint(server.url, "m", **settings), prompts)
         generator._retrying.wait = wait_none()
         begun = starts(generator.tokenizer, prompts, [QUESTION])
         [done] = rollout(generator, TinyRetriever(PASSAGES), begun, limits, temperature=0.5, seed=0, prompts=prompts)
@@ -124,7 +124,7 @@ def test_an_endpoint_that_fails_is_one_line(reply, message: str, requests: int) 
         return reply
 
     with misbehaving(replying) as server:
-        generator = EndpointGenerator(Endpoint(server.url, "m", timeout=0.5, attempts=3), TAGS)
+        generator = EndpointEngine(Endpoint(server.url, "m", timeout=0.5, attempts=3), TAGS)
         generator._retrying.wait = wait_none()
         with pytest.raises(EndpointError, match=message) as caught:
             generate(generator, [generator.tokenizer.encode("x")], max_new_tokens=5, temperature=0.0, stop=())
@@ -154,17 +154,17 @@ def test_addresses(url: str, address: str) -> None:
 @pytest.mark.parametrize("url", ["x", "ftp://x", "http://", "http://a:b@x/v1"])
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="--endpoint"):
-        EndpointGenerator(Endpoint(url, "m"), TAGS)
+        EndpointEngine(Endpoint(url, "m"), TAGS)
 
 
 def test_the_key_is_sent_and_nothing_else_is(monkeypatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-other")
-    assert EndpointGenerator(Endpoint("http://x", "m"), TAGS)._headers == {}
+    assert EndpointEngine(Endpoint("http://x", "m"), TAGS)._headers == {}
     monkeypatch.setenv(API_KEY, " sk-1 ")
-    assert EndpointGenerator(Endpoint("http://x", "m"), TAGS)._headers == {"Authorization": "Bearer sk-1"}
+    assert EndpointEngine(Endpoint("http://x", "m"), TAGS)._headers == {"Authorization": "Bearer sk-1"}
     monkeypatch.setenv(API_KEY, "sk\n1")
     with pytest.raises(ConfigError, match=API_KEY):
-        EndpointGenerator(Endpoint("http://x", "m"), TAGS)
+        EndpointEngine(Endpoint("http://x", "m"), TAGS)
 
 
 @pytest.mark.parametrize("tokens", [None, 0, 1, 2, 5, 40])
@@ -183,7 +183,7 @@ def test_an_evaluation(tmp_path) -> None:
 
     questions = [QUESTION, Question(id="p", text="Of Fen?", answers=("Gil Hor",))]
     with misbehaving(reply) as server:
-        generator = EndpointGenerator(Endpoint(server.url, "m"), TAGS)
+        generator = EndpointEngine(Endpoint(server.url, "m"), TAGS)
         config = EvaluationConfig(samples=0, latency=0)
         found = evaluate(
             generator, TinyRetriever(PASSAGES), {"b": questions}, TAGS, config, LIMITS, seed=0, out=tmp_path

@@ -19,7 +19,7 @@ from search_e1.rollout.engines import torch as hf
 from search_e1.rollout.engines.base import Generation, Request, generate
 from search_e1.rollout.engines.continuous import ContinuousSession
 from search_e1.rollout.engines.sampling import Ends, draw
-from search_e1.rollout.engines.torch import HFGenerator, PlainGenerator
+from search_e1.rollout.engines.torch import TorchEngine, PlainEngine
 from search_e1.rollout.loop import Spent, rollout, starts
 from search_e1.text.prompts import STOP_STRINGS
 from search_e1.training.policy import Policy
@@ -78,13 +78,13 @@ def test_a_family_samples_the_same_in_any_company(family: str, temperature: floa
     model, tokenizer = policy.model, policy.tokenizer
     assert hf._bytes_per_position(model), "its rows can come and go"
     # Seed 1: with 0, one number of 4,000 falls between two ids' shares of the distribution, where rounding decides.
-    expected = play(policy, PlainGenerator(model, tokenizer, batch_size=1), temperature, seed=1)
+    expected = play(policy, PlainEngine(model, tokenizer, batch_size=1), temperature, seed=1)
     assert sum(len(t.turns) for t in expected) > 1.5 * len(expected)
     shuffled = random.Random(0).sample(range(len(expected)), len(expected))
     for generator, order in (
-        (PlainGenerator(model, tokenizer), range(len(expected))),
-        (HFGenerator(model, tokenizer, batch_size=4), shuffled),
-        (HFGenerator(model, tokenizer), range(len(expected))),
+        (PlainEngine(model, tokenizer), range(len(expected))),
+        (TorchEngine(model, tokenizer, batch_size=4), shuffled),
+        (TorchEngine(model, tokenizer), range(len(expected))),
     ):
         done = play(policy, generator, temperature, seed=1, order=order)
         assert ids(done) == ids(expected)
@@ -98,13 +98,13 @@ def test_a_model_with_a_recurrent_state_is_sampled_in_whole_batches() -> None:
     policy = random_policy("mamba", **shape)
     policy.model.config.max_position_embeddings = 512
     assert hf._bytes_per_position(policy.model) is None
-    expected = play(policy, PlainGenerator(policy.model, policy.tokenizer), 1.0)
-    assert ids(play(policy, HFGenerator(policy.model, policy.tokenizer), 1.0)) == ids(expected)
+    expected = play(policy, PlainEngine(policy.model, policy.tokenizer), 1.0)
+    assert ids(play(policy, TorchEngine(policy.model, policy.tokenizer), 1.0)) == ids(expected)
 
 
 def test_siblings_differ_and_seeds_count() -> None:
     policy = random_policy("qwen2")
-    generator = HFGenerator(policy.model, policy.tokenizer)
+    generator = TorchEngine(policy.model, policy.tokenizer)
     first = play(policy, generator, 1.0)
     assert len({str(t) for t in ids(first)}) == len(first)
     assert play(policy, generator, 1.0) == first
@@ -117,7 +117,7 @@ def test_siblings_differ_and_seeds_count() -> None:
 def test_each_row_has_its_own_limit() -> None:
     policy = random_policy("qwen2")
     prompt = policy.tokenizer.encode("Who?")
-    for generator in (HFGenerator(policy.model, policy.tokenizer), PlainGenerator(policy.model, policy.tokenizer)):
+    for generator in (TorchEngine(policy.model, policy.tokenizer), PlainEngine(policy.model, policy.tokenizer)):
         done = {}
         with generator.session(temperature=0.0, stop=(), max_tokens=100) as session:
             for key, most in enumerate((3, 6, 1)):
@@ -134,7 +134,7 @@ def test_tokens_that_may_end_a_row_and_do_not_change_nothing(stop: tuple[str, ..
     prompts = [policy.tokenizer.encode(text) for text in ("Who?", "W", "Where is it?")]
     plain, ours = (
         generate(make(policy.model, policy.tokenizer), prompts, max_new_tokens=12, temperature=1.0, stop=stop, seed=3)
-        for make in (PlainGenerator, HFGenerator)
+        for make in (PlainEngine, TorchEngine)
     )
     assert [done.ids for done in ours] == [done.ids for done in plain]
     for one, other in zip(ours, plain, strict=True):
@@ -153,9 +153,9 @@ def test_earlier_turns_and_common_prompts_are_computed_once(monkeypatch) -> None
         seen += int(kwargs["position_ids"].numel())
         return forward(*args, input_ids=input_ids, **kwargs)
 
-    play(policy, HFGenerator(policy.model, policy.tokenizer), 1.0)  # the trial is behind it
+    play(policy, TorchEngine(policy.model, policy.tokenizer), 1.0)  # the trial is behind it
     monkeypatch.setattr(policy.model, "forward", counting)
-    done = play(policy, HFGenerator(policy.model, policy.tokenizer, batch_size=64), 1.0)
+    done = play(policy, TorchEngine(policy.model, policy.tokenizer, batch_size=64), 1.0)
     prefix = len(policy.tokenizer.encode(PROMPTS.instruction.split("{")[0]))
     prompts = prefix + sum(len(done[i].prompt_ids) - prefix for i in (0, 2, 4))
     responses = sum(len(t.response_ids) for t in done)
@@ -185,7 +185,7 @@ class _Crowded:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_batch_that_memory_does_not_hold_is_halved_and_nothing_else_changes(temperature: float, monkeypatch) -> None:
     policy = random_policy("lfm2")
-    generator = HFGenerator(policy.model, policy.tokenizer, batch_size=6)
+    generator = TorchEngine(policy.model, policy.tokenizer, batch_size=6)
     expected = play(policy, generator, temperature)
     crowded = _Crowded(policy.model.forward, 2)
     monkeypatch.setattr(policy.model, "forward", crowded)
@@ -204,7 +204,7 @@ def test_no_more_rows_than_memory_holds(monkeypatch) -> None:
     size = hf._bytes_per_position(policy.model)
     assert size == 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, bytes
     monkeypatch.setattr(hf, "_free_memory", lambda device: 10 * size * LIMITS.max_tokens)
-    generator = HFGenerator(policy.model, policy.tokenizer, batch_size=64)
+    generator = TorchEngine(policy.model, policy.tokenizer, batch_size=64)
     with generator.session(temperature=0.0, stop=(), max_tokens=LIMITS.max_tokens) as session:
         assert isinstance(session, ContinuousSession)
         assert session.rows == 5  # 0.6 of them, less the one that holds the common prompt
@@ -219,7 +219,7 @@ def test_others_are_sampled_while_the_retriever_works() -> None:
     said = {(0, 1): "<search>Arda</search>", (1, 6): "<answer>x</answer>", (0, 6): "<answer>Bel</answer>"}
 
     class Stepping:
-        pace, steps = 4, 0
+        admission_interval, steps = 4, 0
 
         def __init__(self) -> None:
             self.waiting: set[int] = set()
@@ -267,18 +267,18 @@ def test_when_the_retriever_answers_changes_nothing() -> None:
             threading.Event().wait(pauses.random() / 100)
             return super().search(queries, topk)
 
-    generator = HFGenerator(policy.model, policy.tokenizer)
+    generator = TorchEngine(policy.model, policy.tokenizer)
     first = play(policy, generator, 1.0, retriever=Late(PASSAGES))
     assert play(policy, generator, 1.0, retriever=Late(PASSAGES)) == first  # log-probabilities to the bit
 
 
 def test_time_is_told_apart() -> None:
     policy, spent = random_policy("qwen2"), Spent()
-    play(policy, HFGenerator(policy.model, policy.tokenizer), 1.0, spent=spent)
+    play(policy, TorchEngine(policy.model, policy.tokenizer), 1.0, spent=spent)
     first = spent.sampling
     assert first > spent.rest > 0
     assert spent.retrieval >= 0
-    play(policy, HFGenerator(policy.model, policy.tokenizer), 1.0, spent=spent)
+    play(policy, TorchEngine(policy.model, policy.tokenizer), 1.0, spent=spent)
     assert spent.sampling > first
 
 

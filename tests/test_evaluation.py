@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripted import ScriptedGenerator
+from scripted import ScriptedEngine
 from search_e1.config import EvaluationConfig, Prompts, RolloutConfig
 from search_e1.data.benchmarks import BENCHMARKS, TEST_SIZES
 from search_e1.errors import DataError
@@ -15,7 +15,7 @@ from search_e1.evaluation.recall import Recall
 from search_e1.evaluation.results import QUESTIONS as QUESTIONS_FILE
 from search_e1.evaluation.results import Evaluation, Result, read
 from search_e1.rollout.engines.base import Generation
-from search_e1.rollout.engines.torch import HFGenerator
+from search_e1.rollout.engines.torch import TorchEngine
 from search_e1.training.policy import Policy
 from search_e1.types import Group, Question, StopReason
 
@@ -39,7 +39,7 @@ QUESTIONS = {
 }
 
 
-class Flipping(ScriptedGenerator):
+class Flipping(ScriptedEngine):
     """When it samples, every second trajectory of a first action answers ``wrong``."""
 
     def generate(self, requests, *, temperature, stop):
@@ -98,7 +98,7 @@ def test_groups_are_written_in_order(tiny_policy: Policy, tiny_retriever, tmp_pa
 
 
 def test_without_samples_there_are_none(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:
-    generator = ScriptedGenerator(tiny_policy.tokenizer, SCRIPT)
+    generator = ScriptedEngine(tiny_policy.tokenizer, SCRIPT)
     result = evaluate(
         generator, tiny_retriever, QUESTIONS, PROMPTS, EvaluationConfig(samples=0), LIMITS, seed=0, out=tmp_path
     )
@@ -109,7 +109,7 @@ def test_without_samples_there_are_none(tiny_policy: Policy, tiny_retriever, tmp
 
 def test_many_batches_score_as_one(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:
     many = {"nq": [q.model_copy(update={"id": f"{q.id}{i}"}) for i in range(20) for q in QUESTIONS["nq"]]}
-    generator = ScriptedGenerator(tiny_policy.tokenizer, SCRIPT)
+    generator = ScriptedEngine(tiny_policy.tokenizer, SCRIPT)
     result = evaluate(
         generator, tiny_retriever, many, PROMPTS, EvaluationConfig(samples=0), LIMITS, seed=0, out=tmp_path
     )
@@ -118,7 +118,7 @@ def test_many_batches_score_as_one(tiny_policy: Policy, tiny_retriever, tmp_path
 
 
 def test_sampling_depends_on_its_seed_alone(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:
-    generator = HFGenerator(tiny_policy.model, tiny_policy.tokenizer)
+    generator = TorchEngine(tiny_policy.model, tiny_policy.tokenizer)
     limits = LIMITS.model_copy(update={"max_action_tokens": 6})
 
     def sampled(seed: int) -> str:
@@ -133,7 +133,7 @@ def test_sampling_depends_on_its_seed_alone(tiny_policy: Policy, tiny_retriever,
 
 @pytest.mark.parametrize("questions", [{}, {"nq": []}, {**QUESTIONS, "popqa": []}])
 def test_nothing_to_evaluate_on_is_refused(tiny_policy: Policy, tiny_retriever, tmp_path: Path, questions) -> None:
-    generator = ScriptedGenerator(tiny_policy.tokenizer, SCRIPT)
+    generator = ScriptedEngine(tiny_policy.tokenizer, SCRIPT)
     with pytest.raises(DataError, match="no questions to evaluate on"):
         evaluate(generator, tiny_retriever, questions, PROMPTS, EvaluationConfig(), LIMITS, seed=0, out=tmp_path)
 
@@ -163,7 +163,7 @@ def test_every_question_is_judged(tiny_policy: Policy, tiny_retriever, tmp_path:
 
 
 def test_some_benchmarks_come_out_as_among_all(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:
-    generator = HFGenerator(tiny_policy.model, tiny_policy.tokenizer)
+    generator = TorchEngine(tiny_policy.model, tiny_policy.tokenizer)
     limits = LIMITS.model_copy(update={"max_action_tokens": 6})
     found = []
     for name, questions in (("all", QUESTIONS), ("some", {"musique": QUESTIONS["musique"]})):
@@ -174,7 +174,7 @@ def test_some_benchmarks_come_out_as_among_all(tiny_policy: Policy, tiny_retriev
 
 
 def test_latency_is_that_of_questions_asked_alone(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:
-    generator = ScriptedGenerator(tiny_policy.tokenizer, SCRIPT)
+    generator = ScriptedEngine(tiny_policy.tokenizer, SCRIPT)
     config = EvaluationConfig(samples=0, latency=2)
     evaluate(generator, tiny_retriever, QUESTIONS, PROMPTS, config, LIMITS, seed=0, out=tmp_path)
     timings = json.loads((tmp_path / TIMINGS).read_text())

@@ -12,7 +12,7 @@ from search_e1.config import DistillConfig, GrpoConfig, LoraConfig, Prompts, Rol
 from search_e1.distill import trainer as distillation
 from search_e1.grpo import trainer as grpo
 from search_e1.rollout.engines.continuous import ContinuousSession
-from search_e1.rollout.engines.torch import HFGenerator
+from search_e1.rollout.engines.torch import TorchEngine
 from search_e1.rollout.loop import rollout, starts
 from search_e1.training.policy import Policy
 from search_e1.types import Pair, Question
@@ -54,7 +54,7 @@ def test_a_family_rolls_out_and_trains(family: str, protocol: str, tmp_path, mon
     policy, retriever = random_policy(family, protocol), TinyRetriever(PASSAGES)
     begun = starts(policy.tokenizer, policy.prompts, QUESTIONS)
     torch.manual_seed(0)
-    generator = HFGenerator(policy.model, policy.tokenizer)
+    generator = TorchEngine(policy.model, policy.tokenizer)
     sampled: list[tuple[int, ...]] = []
     step = ContinuousSession.step
 

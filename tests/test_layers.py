@@ -27,7 +27,7 @@ def test_imports_follow_the_layers() -> None:
     [
         "import search_e1",
         "from search_e1 import Question, Trajectory, load_config",
-        "from search_e1 import Retriever, HttpRetriever, Generator",
+        "from search_e1 import Retriever, HttpRetriever, Engine",
         "from search_e1 import load_questions",
     ],
 )

@@ -5,11 +5,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from scripted import ScriptedGenerator
+from scripted import ScriptedEngine
 from search_e1.config import Prompts, RolloutConfig
 from search_e1.errors import ModelError, RetrievalError
 from search_e1.rollout.engines.base import generate
-from search_e1.rollout.engines.torch import HFGenerator
+from search_e1.rollout.engines.torch import TorchEngine
 from search_e1.rollout.loop import Start, rollout, starts
 from search_e1.text.prompts import STOP_STRINGS, observation
 from search_e1.text.protocol import Action, parse_action
@@ -61,8 +61,8 @@ def questions(*texts: str) -> list[Question]:
 
 def play(
     tokenizer, retriever, script: dict[str, list[str]], limits: RolloutConfig = LIMITS, **kwargs
-) -> tuple[list[Trajectory], ScriptedGenerator]:
-    generator = ScriptedGenerator(tokenizer, script)
+) -> tuple[list[Trajectory], ScriptedEngine]:
+    generator = ScriptedEngine(tokenizer, script)
     begun = starts(tokenizer, PROMPTS, questions(*script))
     done = rollout(generator, retriever, begun, limits, temperature=0.7, seed=0, prompts=PROMPTS, **kwargs)
     return done, generator
@@ -235,7 +235,7 @@ def forward_logprobs(
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_logprobs_are_those_of_a_forward_pass(tiny_policy: Policy, temperature: float) -> None:
-    generator = HFGenerator(tiny_policy.model, tiny_policy.tokenizer, batch_size=3)
+    generator = TorchEngine(tiny_policy.model, tiny_policy.tokenizer, batch_size=3)
     prompts = encoded(tiny_policy)
     done = generate(generator, prompts, max_new_tokens=24, temperature=temperature, stop=STOP_STRINGS)
     for prompt, generation in zip(prompts, done, strict=True):
@@ -244,7 +244,7 @@ def test_logprobs_are_those_of_a_forward_pass(tiny_policy: Policy, temperature: 
 
 
 def test_greedy_ids_are_the_most_likely_ones(tiny_policy: Policy) -> None:
-    generator = HFGenerator(tiny_policy.model, tiny_policy.tokenizer)
+    generator = TorchEngine(tiny_policy.model, tiny_policy.tokenizer)
     for prompt, generation in zip(
         encoded(tiny_policy),
         generate(generator, encoded(tiny_policy), max_new_tokens=16, temperature=0.0, stop=()),
@@ -259,7 +259,7 @@ def test_greedy_output_does_not_depend_on_the_batch(tiny_policy: Policy) -> None
     prompts = encoded(tiny_policy)
 
     def ids(order: list[int], batch_size: int) -> list[tuple[int, ...]]:
-        generator = HFGenerator(tiny_policy.model, tiny_policy.tokenizer, batch_size=batch_size)
+        generator = TorchEngine(tiny_policy.model, tiny_policy.tokenizer, batch_size=batch_size)
         done = generate(generator, [prompts[i] for i in order], max_new_tokens=20, temperature=0.0, stop=STOP_STRINGS)
         return [done[order.index(i)].ids for i in range(len(prompts))]
 
@@ -269,7 +269,7 @@ def test_greedy_output_does_not_depend_on_the_batch(tiny_policy: Policy) -> None
 
 
 def test_sampling_is_seeded(tiny_policy: Policy) -> None:
-    generator = HFGenerator(tiny_policy.model, tiny_policy.tokenizer)
+    generator = TorchEngine(tiny_policy.model, tiny_policy.tokenizer)
 
     def sample(seed: int) -> list[tuple[int, ...]]:
         done = generate(generator, encoded(tiny_policy), max_new_tokens=12, temperature=1.0, stop=(), seed=100 * seed)
@@ -280,7 +280,7 @@ def test_sampling_is_seeded(tiny_policy: Policy) -> None:
 
 def test_the_models_own_sampling_defaults_are_ignored_and_kept(tiny_policy: Policy) -> None:
     own = GenerationConfig(repetition_penalty=5.0, top_k=1, temperature=0.1, do_sample=True)
-    plain = HFGenerator(tiny_policy.model, tiny_policy.tokenizer)
+    plain = TorchEngine(tiny_policy.model, tiny_policy.tokenizer)
     expected = generate(plain, encoded(tiny_policy), max_new_tokens=12, temperature=1.0, stop=())
     tiny_policy.model.generation_config = own
     assert generate(plain, encoded(tiny_policy), max_new_tokens=12, temperature=1.0, stop=()) == expected
@@ -291,7 +291,7 @@ def test_the_models_own_sampling_defaults_are_ignored_and_kept(tiny_policy: Poli
 def test_train_mode_is_lent_and_given_back_even_on_failure(
     tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generator = HFGenerator(tiny_policy.model, tiny_policy.tokenizer)
+    generator = TorchEngine(tiny_policy.model, tiny_policy.tokenizer)
     own = tiny_policy.model.generation_config
     tiny_policy.model.train()
     modes: list[bool] = []
@@ -343,7 +343,7 @@ def chain(*tokens: str) -> dict[str, str]:
 def test_a_token_that_straddles_the_end_of_a_tag_stays_whole() -> None:
     model, tokenizer = chain_policy(chain("Q", "<", "/", "s", "e", "a", "r", "c", "h>!", "Z", "Z"))
     [done] = generate(
-        HFGenerator(model, tokenizer), [tokenizer.encode("Q")], max_new_tokens=20, temperature=0.0, stop=STOP_STRINGS
+        TorchEngine(model, tokenizer), [tokenizer.encode("Q")], max_new_tokens=20, temperature=0.0, stop=STOP_STRINGS
     )
     assert tokenizer.decode(done.ids) == "</search>!"
     assert done.ids[-1] == tokenizer.convert_tokens_to_ids("h>!")
@@ -354,7 +354,7 @@ def test_rows_end_apart_and_hold_no_padding() -> None:
     links = chain("Q", "<", "/", "s", "e", "a", "r", "c", "h>", "Z", "Z") | chain("A", "B", "<|end|>", "Z") | {"Y": "Y"}
     model, tokenizer = chain_policy(links)
     rows = generate(
-        HFGenerator(model, tokenizer),
+        TorchEngine(model, tokenizer),
         [tokenizer.encode(text) for text in ("long prompt A", "Q", "Y")],
         max_new_tokens=12,
         temperature=0.0,
@@ -367,7 +367,7 @@ def test_rows_end_apart_and_hold_no_padding() -> None:
 @pytest.mark.parametrize(("prompt", "sampled"), [("</search>", "YYYYY"), ("</searc", "h>YYYY")])
 def test_a_tag_in_the_prompt_does_not_stop_its_row(prompt: str, sampled: str) -> None:
     model, tokenizer = chain_policy({"c": "h>", "h>": "Y", "Y": "Y"})
-    generator = HFGenerator(model, tokenizer)
+    generator = TorchEngine(model, tokenizer)
     [done] = generate(generator, [tokenizer.encode(prompt)], max_new_tokens=5, temperature=0.0, stop=STOP_STRINGS)
     assert tokenizer.decode(done.ids) == sampled
 
@@ -377,14 +377,14 @@ def test_a_models_further_end_tokens_end_a_row() -> None:
     end = tokenizer.convert_tokens_to_ids("C")
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
     [done] = generate(
-        HFGenerator(model, tokenizer), [tokenizer.encode("A")], max_new_tokens=9, temperature=0.0, stop=()
+        TorchEngine(model, tokenizer), [tokenizer.encode("A")], max_new_tokens=9, temperature=0.0, stop=()
     )
     assert tokenizer.decode(done.ids) == "BC"
 
 
 def test_rollouts_of_a_real_model_train_on_what_it_sampled(tiny_policy: Policy, tiny_retriever) -> None:
     """Ids and log-probabilities of a whole trajectory, recomputed in one pass over prompt and response."""
-    generator = HFGenerator(tiny_policy.model, tiny_policy.tokenizer)
+    generator = TorchEngine(tiny_policy.model, tiny_policy.tokenizer)
     limits = LIMITS.model_copy(update={"max_action_tokens": 12})
     begun = starts(tiny_policy.tokenizer, PROMPTS, questions("one?", "two, longer?"), 2)
     for t in rollout(generator, tiny_retriever, begun, limits, temperature=1.0, seed=0):

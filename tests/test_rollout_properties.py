@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from chat import call, chat_tokenizer
 from search_e1.config import Prompts, RolloutConfig
-from search_e1.rollout.engines.base import BatchGenerator, Generation
+from search_e1.rollout.engines.base import BatchEngine, Generation
 from search_e1.rollout.loop import Start, rollout, starts
 from search_e1.text.protocols import protocol_of
 from search_e1.types import ActionKind, Passage, Question, StopReason
@@ -41,7 +41,7 @@ PIECES = st.lists(MARKUP | TEXT, max_size=6).map("".join)
 ACTIONS = st.lists(PIECES, min_size=3, max_size=3)
 
 
-class Says(BatchGenerator):
+class Says(BatchEngine):
     """Gives ids of the actions it was told, cut where a generation may be cut; keeps what it gave."""
 
     context_length = 10_000

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from conftest import PASSAGES, TinyRetriever
-from scripted import ScriptedGenerator
+from scripted import ScriptedEngine
 from search_e1.config import Prompts, RolloutConfig
-from search_e1.rollout.engines.base import BatchGenerator, Generation, Request
+from search_e1.rollout.engines.base import BatchEngine, Generation, Request
 from search_e1.rollout.engines.continuous import ContinuousSession
-from search_e1.rollout.engines.torch import HFGenerator
+from search_e1.rollout.engines.torch import TorchEngine
 from search_e1.rollout.engines.words import Words
 from search_e1.rollout.loop import rollout, starts
 from search_e1.rollout.unfinished import Unfinished
@@ -37,7 +37,7 @@ def play(engine: Any, retriever: Any, unfinished: Unfinished | None = None, **ch
     return rollout(engine, retriever, begun, LIMITS, **given)
 
 
-class Asking(TinyRetriever):
+class Interrupting(TinyRetriever):
     """Asks to stop with its n-th batch of queries."""
 
     def __init__(self, stop: Stop, at: int) -> None:
@@ -58,11 +58,11 @@ def lasting(directory: Path) -> Callable[[], Unfinished]:
 
 @pytest.mark.parametrize("at", [1, 2])
 def test_whole_batches_are_resumed(tiny_policy, tmp_path, at: int) -> None:
-    expected = play(ScriptedGenerator(tiny_policy.tokenizer, SCRIPT), TinyRetriever(PASSAGES))
-    place, first = lasting(tmp_path)(), ScriptedGenerator(tiny_policy.tokenizer, SCRIPT)
+    expected = play(ScriptedEngine(tiny_policy.tokenizer, SCRIPT), TinyRetriever(PASSAGES))
+    place, first = lasting(tmp_path)(), ScriptedEngine(tiny_policy.tokenizer, SCRIPT)
     with pytest.raises(Stopped):
-        play(first, Asking(place.stop, at), place)
-    again, told = ScriptedGenerator(tiny_policy.tokenizer, SCRIPT), []
+        play(first, Interrupting(place.stop, at), place)
+    again, told = ScriptedEngine(tiny_policy.tokenizer, SCRIPT), []
     done = play(again, TinyRetriever(PASSAGES), lasting(tmp_path)(), on_trajectory=lambda i, _: told.append(i))
     assert done == expected
     assert sorted(told) == list(range(6))
@@ -74,7 +74,7 @@ def test_whole_batches_are_resumed(tiny_policy, tmp_path, at: int) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("steps", [1, 7, 40])
 def test_the_action_at_hand_is_continued(tiny_policy, tmp_path, monkeypatch, steps: int, temperature: float) -> None:
-    engine = HFGenerator(tiny_policy.model, tiny_policy.tokenizer)
+    engine = TorchEngine(tiny_policy.model, tiny_policy.tokenizer)
     expected = play(engine, TinyRetriever(PASSAGES), temperature=temperature)
     place, step, taken, sampled = lasting(tmp_path)(), ContinuousSession.step, [], []
 
@@ -101,7 +101,7 @@ def test_the_action_at_hand_is_continued(tiny_policy, tmp_path, monkeypatch, ste
 
 
 def test_a_stop_that_never_comes_changes_nothing(tiny_policy, tmp_path) -> None:
-    engine = HFGenerator(tiny_policy.model, tiny_policy.tokenizer)
+    engine = TorchEngine(tiny_policy.model, tiny_policy.tokenizer)
     assert play(engine, TinyRetriever(PASSAGES), lasting(tmp_path)()) == play(engine, TinyRetriever(PASSAGES))
 
 
@@ -109,8 +109,8 @@ def test_a_stop_that_never_comes_changes_nothing(tiny_policy, tmp_path) -> None:
 def test_another_call_begins_anew(tiny_policy, tmp_path, changes) -> None:
     place = lasting(tmp_path)()
     with pytest.raises(Stopped):
-        play(ScriptedGenerator(tiny_policy.tokenizer, SCRIPT), Asking(place.stop, 1), place)
-    again = ScriptedGenerator(tiny_policy.tokenizer, SCRIPT)
+        play(ScriptedEngine(tiny_policy.tokenizer, SCRIPT), Interrupting(place.stop, 1), place)
+    again = ScriptedEngine(tiny_policy.tokenizer, SCRIPT)
     play(again, TinyRetriever(PASSAGES), lasting(tmp_path)(), **changes)
     assert len(again.calls[0]["prompts"]) == 6
 
@@ -118,10 +118,10 @@ def test_another_call_begins_anew(tiny_policy, tmp_path, changes) -> None:
 def test_a_damaged_file_is_left(tiny_policy, tmp_path) -> None:
     place = lasting(tmp_path)()
     with pytest.raises(Stopped):
-        play(ScriptedGenerator(tiny_policy.tokenizer, SCRIPT), Asking(place.stop, 1), place)
+        play(ScriptedEngine(tiny_policy.tokenizer, SCRIPT), Interrupting(place.stop, 1), place)
     path = tmp_path / "unfinished.json"
     path.write_bytes(path.read_bytes().replace(b"one?", b"two?").replace(b"answer", b"anwser"))
-    again = ScriptedGenerator(tiny_policy.tokenizer, SCRIPT)
+    again = ScriptedEngine(tiny_policy.tokenizer, SCRIPT)
     play(again, TinyRetriever(PASSAGES), lasting(tmp_path)())
     assert len(again.calls[0]["prompts"]) == 6
 
@@ -137,14 +137,14 @@ def test_a_retriever_that_hangs_is_not_waited_for(tiny_policy, tmp_path) -> None
 
     clock = time.monotonic()
     with pytest.raises(Stopped):
-        play(ScriptedGenerator(tiny_policy.tokenizer, SCRIPT), Hanging(PASSAGES), place)
+        play(ScriptedEngine(tiny_policy.tokenizer, SCRIPT), Hanging(PASSAGES), place)
     assert time.monotonic() - clock < 60  # a fraction of a second
     held.set()
-    done = play(ScriptedGenerator(tiny_policy.tokenizer, SCRIPT), TinyRetriever(PASSAGES), lasting(tmp_path)())
+    done = play(ScriptedEngine(tiny_policy.tokenizer, SCRIPT), TinyRetriever(PASSAGES), lasting(tmp_path)())
     assert [t.answer for t in done] == ["a", "a", "b", "b", "c", "c"]
 
 
-class Server(BatchGenerator):
+class Server(BatchEngine):
     """Says what an endpoint would, in words of this process."""
 
     context_length = 4096
@@ -166,7 +166,7 @@ class Server(BatchGenerator):
 def test_an_endpoint_keeps_what_has_ended(tmp_path) -> None:
     place = lasting(tmp_path)()
     with pytest.raises(Stopped):
-        play(Server(), Asking(place.stop, 1), place)
+        play(Server(), Interrupting(place.stop, 1), place)
     again = Server()
     again.tokenizer.encode("words that shift all others")
     assert [t.answer for t in play(again, TinyRetriever(PASSAGES), lasting(tmp_path)())] == [

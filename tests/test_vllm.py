@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from search_e1.grpo import trainer as grpo
 from tenacity import wait_none
 
 import fake_vllm
@@ -15,12 +16,11 @@ from conftest import PASSAGES, TinyRetriever, make_tiny_policy
 from fake_vllm import LLM
 from search_e1.config import GrpoConfig, LoraConfig, PolicyConfig, VllmConfig
 from search_e1.errors import ConfigError, EndpointError, ModelError, RetrievalError, SearchE1Error
-from search_e1.grpo import trainer as grpo
 from search_e1.rollout.engines import vllm
-from search_e1.rollout.engines.base import Generator, Request, generate
-from search_e1.rollout.engines.torch import HFGenerator
-from search_e1.rollout.engines.vllm import Engine, VLLMGenerator
-from search_e1.rollout.engines.vllm_server import ServerGenerator
+from search_e1.rollout.engines.base import Engine, Request, generate
+from search_e1.rollout.engines.torch import TorchEngine
+from search_e1.rollout.engines.vllm import VllmEngine, VllmLaunch
+from search_e1.rollout.engines.vllm_server import VllmServerEngine
 from search_e1.rollout.loop import rollout, starts
 from search_e1.text.prompts import STOP_STRINGS
 from search_e1.training.policy import Policy
@@ -41,12 +41,12 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_vllm.install(monkeypatch)
 
 
-def engine(directory: Path, config: VllmConfig | None = None, **changes: Any) -> Engine:
+def engine(directory: Path, config: VllmConfig | None = None, **changes: Any) -> VllmLaunch:
     policy = PolicyConfig(model=str(directory), device="cpu", **changes)
-    return Engine(directory, policy, config or VllmConfig(), rows=4, max_tokens=500)
+    return VllmLaunch(directory, policy, config or VllmConfig(), rows=4, max_tokens=500)
 
 
-def play(policy: Policy, generator: Generator, temperature: float = 1.0, retriever: Any = None) -> list[Trajectory]:
+def play(policy: Policy, generator: Engine, temperature: float = 1.0, retriever: Any = None) -> list[Trajectory]:
     begun = starts(policy.tokenizer, policy.prompts, QUESTIONS, group_size=3)
     return rollout(
         generator,
@@ -62,7 +62,7 @@ def play(policy: Policy, generator: Generator, temperature: float = 1.0, retriev
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_rollout_is_that_of_the_engine_id_by_id(taught, temperature: float) -> None:
     policy, directory = taught
-    expected = play(policy, HFGenerator(policy.model, policy.tokenizer), temperature)
+    expected = play(policy, TorchEngine(policy.model, policy.tokenizer), temperature)
     with engine(directory).running(policy.tokenizer) as generator:
         done = play(policy, generator, temperature)
         [running] = LLM.running
@@ -95,8 +95,8 @@ def test_ids_are_told_as_they_are_sampled(taught) -> None:
     policy, directory = taught
     llm, told = engine(directory).start(), []
     prompt = policy.tokenizer.encode("Question: Arda?\n")
-    plain = VLLMGenerator(llm, policy.tokenizer)
-    telling = VLLMGenerator(llm, policy.tokenizer, on_id=told.append)
+    plain = VllmEngine(llm, policy.tokenizer)
+    telling = VllmEngine(llm, policy.tokenizer, on_id=told.append)
     [expected] = generate(plain, [prompt], max_new_tokens=9, temperature=1.0, stop=(), seed=4)
     [done] = generate(telling, [prompt], max_new_tokens=9, temperature=1.0, stop=(), seed=4)
     assert done == expected
@@ -175,7 +175,7 @@ def test_why_an_engine_does_not_start_is_one_line(taught, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, alpha=4)])
 def test_grpo_samples_from_the_engine_and_hands_it_every_step_of_the_policy(taught, tmp_path, lora) -> None:
-    def train(name: str, engine: Engine | None) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    def train(name: str, engine: VllmLaunch | None) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
         policy = make_tiny_policy()
         policy.model.load_state_dict(taught[0].model.state_dict())
         config = GrpoConfig(steps=3, questions_per_step=2, group_size=4, learning_rate=3e-3, lora=lora)
@@ -214,7 +214,7 @@ class Served:
     """What `vllm serve` answers, from a transformers model."""
 
     def __init__(self, policy: Policy, root: str) -> None:
-        self.generator = HFGenerator(policy.model, policy.tokenizer)
+        self.generator = TorchEngine(policy.model, policy.tokenizer)
         self.root = root
         self.asked: list[dict[str, Any]] = []
 
@@ -232,8 +232,8 @@ class Served:
         return 200, json.dumps({"choices": [choice]}).encode()
 
 
-def server_generator(url: str, directory: Path, policy: Policy, model: str | Path | None = None) -> ServerGenerator:
-    generator = ServerGenerator(VllmConfig(url=url), model or directory, policy.tokenizer, concurrency=3)
+def server_generator(url: str, directory: Path, policy: Policy, model: str | Path | None = None) -> VllmServerEngine:
+    generator = VllmServerEngine(VllmConfig(url=url), model or directory, policy.tokenizer, concurrency=3)
     generator._retrying.wait = wait_none()
     return generator
 
@@ -246,7 +246,7 @@ def test_a_rollout_is_that_of_the_server_id_by_id(taught, temperature: float) ->
         generator = server_generator(server.url, directory, policy)
         assert generator.context_length == 500
         done = play(policy, generator, temperature)
-    expected = play(policy, HFGenerator(policy.model, policy.tokenizer), temperature)
+    expected = play(policy, TorchEngine(policy.model, policy.tokenizer), temperature)
     assert [t.response_ids for t in done] == [t.response_ids for t in expected]
     for ours, theirs in zip(done, expected, strict=True):
         for turn, other in zip(ours.turns, theirs.turns, strict=True):

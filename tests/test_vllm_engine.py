@@ -15,9 +15,9 @@ from chat import call, chat_tokenizer
 from conftest import PASSAGES, TinyRetriever
 from search_e1.config import PolicyConfig, Prompts, RolloutConfig, VllmConfig
 from search_e1.config.prompts import ProtocolName
-from search_e1.rollout.engines.base import Generation, Generator, generate
-from search_e1.rollout.engines.torch import HFGenerator
-from search_e1.rollout.engines.vllm import Engine, VLLMGenerator, _VLLMSession
+from search_e1.rollout.engines.base import Engine, Generation, generate
+from search_e1.rollout.engines.torch import TorchEngine
+from search_e1.rollout.engines.vllm import VllmEngine, VllmLaunch, _VLLMSession
 from search_e1.rollout.loop import rollout, starts
 from search_e1.text.prompts import STOP_STRINGS
 from search_e1.training.policy import Policy
@@ -39,8 +39,8 @@ class Made:
 
     policy: Policy
     directory: Path
-    vllm: VLLMGenerator
-    hf: HFGenerator
+    vllm: VllmEngine
+    hf: TorchEngine
 
 
 def under(policy: Policy, protocol: ProtocolName) -> Policy:
@@ -68,9 +68,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     directory = tmp_path_factory.mktemp("vllm") / "policy"
     policy.save(directory)
     settings = VllmConfig(engine={"enforce_eager": True}, gpu_memory_utilization=0.3)
-    engine = Engine(directory, PolicyConfig(model=str(directory)), settings, rows=8, max_tokens=900)
+    engine = VllmLaunch(directory, PolicyConfig(model=str(directory)), settings, rows=8, max_tokens=900)
     with engine.running(tokenizer) as generator:
-        yield Made(policy, directory, generator, HFGenerator(policy.model, tokenizer))
+        yield Made(policy, directory, generator, TorchEngine(policy.model, tokenizer))
 
 
 def prompts(made: Made, protocol: ProtocolName = "tags") -> list[tuple[int, ...]]:
@@ -143,7 +143,7 @@ def test_a_whole_rollout(made: Made, protocol: ProtocolName, monkeypatch: pytest
     monkeypatch.setattr(_VLLMSession, "step", recorded)
     policy = under(made.policy, protocol)
 
-    def play(generator: Generator, temperature: float) -> list[Trajectory]:
+    def play(generator: Engine, temperature: float) -> list[Trajectory]:
         begun = starts(policy.tokenizer, policy.prompts, QUESTIONS, group_size=4)
         return rollout(
             generator, TinyRetriever(PASSAGES), begun, LIMITS, temperature=temperature, seed=1, prompts=policy.prompts

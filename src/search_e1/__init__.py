@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from search_e1.retrieval.cache import CachedRetriever
     from search_e1.retrieval.client import HttpRetriever
     from search_e1.rollout.ask import ask
-    from search_e1.rollout.engines.base import Generator
-    from search_e1.rollout.engines.torch import HFGenerator
+    from search_e1.rollout.engines.base import Engine
+    from search_e1.rollout.engines.torch import TorchEngine
     from search_e1.training.policy import Policy
     from search_e1.training.policy import load as load_policy
     from search_e1.types import Group, Pair, Passage, Question, Trajectory, Turn
@@ -27,9 +27,8 @@ _HOMES = {
     "Bm25Index": "retrieval.bm25",
     "CachedRetriever": "retrieval.cache",
     "Config": "config",
-    "Generator": "rollout.engines.base",
+    "Engine": "rollout.engines.base",
     "Group": "types",
-    "HFGenerator": "rollout.engines.torch",
     "HttpRetriever": "retrieval.client",
     "Pair": "types",
     "Passage": "types",
@@ -37,6 +36,7 @@ _HOMES = {
     "Question": "types",
     "Retriever": "retrieval.base",
     "Summary": "evolve",
+    "TorchEngine": "rollout.engines.torch",
     "Trajectory": "types",
     "Turn": "types",
     "ask": "rollout.ask",
@@ -50,9 +50,8 @@ __all__ = [
     "Bm25Index",
     "CachedRetriever",
     "Config",
-    "Generator",
+    "Engine",
     "Group",
-    "HFGenerator",
     "HttpRetriever",
     "Pair",
     "Passage",
@@ -60,6 +59,7 @@ __all__ = [
     "Question",
     "Retriever",
     "Summary",
+    "TorchEngine",
     "Trajectory",
     "Turn",
     "ask",

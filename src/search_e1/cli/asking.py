@@ -118,7 +118,7 @@ def _asker(
     from search_e1.retrieval.client import HttpRetriever
     from search_e1.retrieval.indexes import open_indexes
     from search_e1.rollout.ask import ask as answer
-    from search_e1.rollout.engines import opening as generators
+    from search_e1.rollout.engines.registry import open_engine
     from search_e1.stages.inputs import Inputs
     from search_e1.training import policy as policies
 
@@ -136,8 +136,8 @@ def _asker(
     prompts = stages.config.prompts if stages else None
     settings = stages.config.policy if stages else PolicyConfig(model=str(model))
     policy: Any = endpoint
-    if stages and not endpoint and stages.config.rollout.engine == "vllm":
-        policy, prompts = context.with_resource(generators.asked(stages.config, model or newest(stages)))
+    if stages and not endpoint and stages.config.rollout.engine != "torch":
+        policy, prompts = context.with_resource(open_engine(stages.config, model or newest(stages)))
     elif not endpoint:
         policy = policies.load(model or newest(stages), settings, prompts)  # type: ignore[arg-type]
     limits = stages.config.rollout if stages else RolloutConfig()

@@ -1,8 +1,8 @@
 """How trajectories are sampled, wherever they are, and how many for evaluation."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from search_e1.config.base import NonNegative, Positive, Section
 
@@ -22,12 +22,20 @@ class RolloutConfig(Section):
     """Most tokens of prompt and response together; a policy with a shorter context lowers it."""
     batch_size: Positive = 256
     """Most trajectories that are sampled together; fewer where memory does not hold their cache."""
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """What samples: the policy itself, on any device, or vLLM (an extra), whose settings are `[vllm]`."""
+    engine: str = "torch"
+    """What samples: `torch`, the policy itself on any device; `vllm` (an extra), whose settings are `[vllm]`; or an engine of
+    your own, `module:attribute`."""
+
+    @field_validator("engine")
+    @classmethod
+    def _renamed(cls, name: str) -> str:
+        if name == "transformers":
+            raise ValueError('the engine "transformers" is called "torch" now; write engine = "torch"')
+        return name
 
 
 class VllmConfig(Section):
-    """Of `rollout.engine = "vllm"`."""
+    """Settings of `rollout.engine = "vllm"`."""
 
     url: str | None = None
     """A server to sample from, started by `vllm serve` with the policy in question, instead of an engine in this process. Not

@@ -6,10 +6,10 @@ from typing import Any
 
 from search_e1.config import Prompts, RolloutConfig
 from search_e1.retrieval.base import Retriever
-from search_e1.rollout.engines.base import Generator
-from search_e1.rollout.engines.endpoint import Endpoint, EndpointGenerator
-from search_e1.rollout.engines.torch import HFGenerator
-from search_e1.rollout.engines.vllm import VLLMGenerator
+from search_e1.rollout.engines.base import Engine
+from search_e1.rollout.engines.endpoint import Endpoint, EndpointEngine
+from search_e1.rollout.engines.torch import TorchEngine
+from search_e1.rollout.engines.vllm import VllmEngine
 from search_e1.rollout.loop import rollout, starts
 from search_e1.training.policy import Policy
 from search_e1.types import Question, Trajectory, Turn
@@ -17,7 +17,7 @@ from search_e1.types import Question, Trajectory, Turn
 
 def ask(
     question: str,
-    policy: Policy | Endpoint | Generator,
+    policy: Policy | Endpoint | Engine,
     retriever: Retriever,
     limits: RolloutConfig | None = None,
     *,
@@ -30,7 +30,7 @@ def ask(
     """Let ``policy`` search and answer; ``answer`` of the trajectory is ``None`` if it came to none.
 
     ``on_turn`` is called with each turn as it comes, ``on_text`` with what is sampled, as it is sampled and without end
-    tokens (an endpoint's comes in turns only). ``prompts`` are those of an endpoint or a generator; a policy brings its own.
+    tokens (an endpoint's comes in turns only). ``prompts`` are those of an endpoint or an engine; a policy brings its own.
     The trajectory carries no reward: the right answer is not known.
 
     Raises:
@@ -38,22 +38,22 @@ def ask(
     """
     # A question without gold answers is refused by its type; the empty one matches nothing but an empty answer.
     asked = Question(id="asked", text=question, answers=("",))
-    generator: Generator
+    engine: Engine
     if isinstance(policy, Endpoint):
         prompts = prompts or Prompts()
-        generator = EndpointGenerator(policy, prompts)
+        engine = EndpointEngine(policy, prompts)
     elif isinstance(policy, Policy):
         prompts = policy.prompts
         stream = _Stream(policy.tokenizer, on_text) if on_text else None
-        generator = HFGenerator(policy.model, policy.tokenizer, on_id=stream)
+        engine = TorchEngine(policy.model, policy.tokenizer, on_id=stream)
     else:
-        generator, prompts = policy, prompts or Prompts()
-        if isinstance(generator, VLLMGenerator):
-            generator.on_id = _Stream(generator.tokenizer, on_text) if on_text else None
+        engine, prompts = policy, prompts or Prompts()
+        if isinstance(engine, VllmEngine):
+            engine.on_id = _Stream(engine.tokenizer, on_text) if on_text else None
     (trajectory,) = rollout(
-        generator,
+        engine,
         retriever,
-        starts(generator.tokenizer, prompts, [asked]),
+        starts(engine.tokenizer, prompts, [asked]),
         limits or RolloutConfig(),
         temperature=temperature,
         seed=random.randrange(2**32) if seed is None else seed,

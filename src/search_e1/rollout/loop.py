@@ -17,7 +17,7 @@ from search_e1.config import Prompts, RolloutConfig
 from search_e1.data.answers import exact_match, f1
 from search_e1.errors import ModelError
 from search_e1.retrieval.base import Retriever
-from search_e1.rollout.engines.base import Generation, Generator, Interrupted, Request, Session, never
+from search_e1.rollout.engines.base import Engine, Generation, Interrupted, Request, Session, never
 from search_e1.rollout.unfinished import Unfinished, UnfinishedRow
 from search_e1.runs import derived_seed
 from search_e1.runs.stopping import Stop
@@ -108,7 +108,7 @@ def starts(tokenizer, prompts: Prompts, questions: Sequence[Question], group_siz
 
 
 def rollout(
-    generator: Generator,
+    engine: Engine,
     retriever: Retriever,
     starts: Sequence[Start],
     config: RolloutConfig,
@@ -129,7 +129,7 @@ def rollout(
 
     What a trajectory samples depends on ``seed``, its question's id and its ``sample``, not on the others, but for rounding:
     a matrix product of more rows may differ in the last bit. The same call gives the same bits: searches are answered at
-    steps of the generator's, not when the retriever happens to have found something.
+    steps of the engine's, not when the retriever happens to have found something.
 
     ``unfinished``: where rows go when a signal interrupts the call, and where the same call resumes them. What is resumed
     differs from what would have been sampled by rounding at most.
@@ -139,8 +139,8 @@ def rollout(
         ModelError: a start's context leaves no room for a single token, or the tokenizer does not fit the protocol.
         RetrievalError: from the retriever; nothing is returned then.
     """
-    protocol = protocol_of(generator.tokenizer, prompts or Prompts())
-    limit = min(config.max_tokens, generator.context_length)
+    protocol = protocol_of(engine.tokenizer, prompts or Prompts())
+    limit = min(config.max_tokens, engine.context_length)
     rows = [_Row.begin(start) for start in starts]
     for row in rows:
         if len(row.context) >= limit:
@@ -149,14 +149,12 @@ def rollout(
                 "raise rollout.max_tokens, or use a policy with a longer context"
             )
     spent, unfinished = spent or Spent(), unfinished or Unfinished(None, Stop())
-    call = _call(generator.tokenizer, starts, config, temperature, seed)
+    call = _call(engine.tokenizer, starts, config, temperature, seed)
     clock, before = time.perf_counter(), spent.sampling + spent.retrieval
-    begun = generator.session(temperature=temperature, stop=protocol.stop, max_tokens=limit)
+    begun = engine.session(temperature=temperature, stop=protocol.stop, max_tokens=limit)
     with unfinished.stop.finishing(), begun as session, _Searches(retriever, protocol, config) as searches:
         session.interrupted = searches.interrupted = lambda: unfinished.stop.asked is not None
-        run = _Rollout(
-            rows, session, searches, generator.tokenizer, protocol, config, limit, seed, on_turn, on_trajectory
-        )
+        run = _Rollout(rows, session, searches, engine.tokenizer, protocol, config, limit, seed, on_turn, on_trajectory)
         with suppress(Interrupted):
             run.run(spent, unfinished.load(call))
         if searches.interrupted():  # perhaps since the last row has ended; `finishing` raises
@@ -207,7 +205,7 @@ class _Rollout:
         self._answer(complete)
         steps = 0
         while self.sampling or self.searches.under_way:
-            if self.searches.under_way and (not self.sampling or steps % self.session.pace == 0):
+            if self.searches.under_way and (not self.sampling or steps % self.session.admission_interval == 0):
                 with spent._on("retrieval"):
                     found = self.searches.collect()
                 for i, draft in found:

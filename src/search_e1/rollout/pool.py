@@ -10,9 +10,9 @@ from typing import Any
 from search_e1.config import PoolConfig, Prompts, RolloutConfig
 from search_e1.errors import DataError
 from search_e1.retrieval.base import Retriever
-from search_e1.rollout.chunks import PARTS, Asking, tally
-from search_e1.rollout.engines.base import Generator
+from search_e1.rollout.engines.base import Engine
 from search_e1.rollout.loop import OnTrajectory, Spent
+from search_e1.rollout.sampler import PARTS, RolloutSampler, tally
 from search_e1.rollout.sharing import Part, write_parts
 from search_e1.runs import read_records
 from search_e1.runs.checkpoints import Checkpointer
@@ -23,7 +23,7 @@ FILE = "groups.jsonl"
 
 
 def sample(
-    generator: Generator,
+    engine: Engine,
     retriever: Retriever,
     questions: Sequence[Question],
     prompts: Prompts,
@@ -49,7 +49,7 @@ def sample(
         RetrievalError: from the retriever.
     """
     checkpointer = checkpointer or Checkpointer()
-    asking, size = Asking(generator, retriever, prompts, limits, checkpointer), config.group_size
+    asking, size = RolloutSampler(engine, retriever, prompts, limits, checkpointer), config.group_size
     told = _Told(progress, len(questions) * size)
 
     def make(chunk: Sequence[Question], before: Mapping[str, float]) -> tuple[Iterator[str], Mapping[str, float]]:
@@ -65,7 +65,7 @@ def sample(
 
 
 def figures(sums: Mapping[str, float]) -> dict[str, Any]:
-    """What ``sums`` of ``chunks.tally`` come to."""
+    """What ``sums`` of ``sampler.tally`` come to."""
     count, seconds = sums["trajectories"], sum(sums[f"seconds.{part}"] for part in PARTS)
     return {
         **_means(sums),

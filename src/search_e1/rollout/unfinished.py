@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from search_e1.runs import read_summed, sha256_text, write_summed
+from search_e1.runs import ranks, read_summed, sha256_text, write_summed
+from search_e1.runs.checkpoints import Checkpointer
 from search_e1.runs.stopping import Stop
 from search_e1.types import Record, StopReason, Turn
 
@@ -53,6 +54,14 @@ class Unfinished:
         """The call has ended: nothing of it is needed any more."""
         if self.path:
             self.path.unlink(missing_ok=True)
+
+
+def unfinished_in(checkpointer: Checkpointer) -> Unfinished:
+    """Where this rank's interrupted rollouts lie while a stage is unfinished."""
+    directory = checkpointer.directory
+    if directory:
+        directory.mkdir(parents=True, exist_ok=True)
+    return Unfinished(directory and directory / f"unfinished-{ranks.rank()}.json", checkpointer.stop)
 
 
 def _key(call: Sequence[object]) -> str:

@@ -1,8 +1,8 @@
-"""What a generator is. An extension point: anything with these members samples for rollouts.
+"""What an engine is. An extension point: anything with these members samples for rollouts.
 
 A rollout asks through a session: it submits rows, takes what is finished step by step, and submits a row again with its
 observation while others are still being sampled. An engine that can only sample a whole batch at a time subclasses
-``BatchGenerator`` and gets its session from there.
+``BatchEngine`` and gets its session from there.
 """
 
 from abc import ABC, abstractmethod
@@ -46,7 +46,7 @@ class Interrupted(BaseException):
 class Session(Protocol):
     """Sampling under way, for many rows together."""
 
-    pace: int
+    admission_interval: int
     """Steps between two moments at which rows had best be submitted. More than 1 where rows join at a cost."""
 
     interrupted: Callable[[], bool]
@@ -73,7 +73,7 @@ class Session(Protocol):
         ...
 
 
-class Generator(Protocol):
+class Engine(Protocol):
     """Samples from a policy, ids in, ids out."""
 
     tokenizer: Any
@@ -89,19 +89,19 @@ class Generator(Protocol):
         ...
 
 
-class BatchGenerator(ABC):
-    """A generator that samples whole batches: every row is finished before the next step."""
+class BatchEngine(ABC):
+    """An engine that samples whole batches: every row is finished before the next step."""
 
     tokenizer: Any
     context_length: int
 
     @abstractmethod
     def generate(self, requests: Sequence[Request], *, temperature: float, stop: Sequence[str]) -> list[Generation]:
-        """One generation per request, in their order. See ``Session.step`` and ``Generator.session``."""
+        """One generation per request, in their order. See ``Session.step`` and ``Engine.session``."""
 
     @contextmanager
     def session(self, *, temperature: float, stop: Sequence[str], max_tokens: int) -> Iterator["_Batches"]:
-        """See ``Generator.session``."""
+        """See ``Engine.session``."""
         yield _Batches(self, temperature, stop)
 
 
@@ -111,11 +111,11 @@ def never() -> bool:
 
 
 class _Batches:
-    pace = 1
+    admission_interval = 1
     interrupted = staticmethod(never)
 
-    def __init__(self, generator: BatchGenerator, temperature: float, stop: Sequence[str]) -> None:
-        self._generator, self._temperature, self._stop = generator, temperature, stop
+    def __init__(self, engine: BatchEngine, temperature: float, stop: Sequence[str]) -> None:
+        self._engine, self._temperature, self._stop = engine, temperature, stop
         self._waiting: list[Request] = []
 
     def submit(self, request: Request) -> None:
@@ -123,7 +123,7 @@ class _Batches:
 
     def step(self) -> list[tuple[int, Generation]]:
         requests, self._waiting = self._waiting, []
-        generations = self._generator.generate(requests, temperature=self._temperature, stop=self._stop)
+        generations = self._engine.generate(requests, temperature=self._temperature, stop=self._stop)
         return [(request.key, done) for request, done in zip(requests, generations, strict=True)]
 
     def release(self, key: int) -> None:
@@ -135,7 +135,7 @@ class _Batches:
 
 
 def generate(
-    generator: Generator,
+    engine: Engine,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -146,7 +146,7 @@ def generate(
     """One generation per prompt, in their order; each prompt's randomness is that of its place."""
     most = max(map(len, prompts)) + max_new_tokens
     done: dict[int, Generation] = {}
-    with generator.session(temperature=temperature, stop=stop, max_tokens=most) as session:
+    with engine.session(temperature=temperature, stop=stop, max_tokens=most) as session:
         for key, prompt in enumerate(prompts):
             session.submit(Request(key, prompt, max_new_tokens, seed + key))
         while len(done) < len(prompts):

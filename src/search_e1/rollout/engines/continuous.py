@@ -33,7 +33,7 @@ class _Row:
     slot: int | None = None
     stored: int = 0
     """The slot in which the cache has it. Another than ``slot`` while rows change places."""
-    known: int = 0
+    num_cached: int = 0
     """So many of ``ids`` are in the cache."""
     ids: list[int] = field(default_factory=list)
     """Prompt and what was sampled."""
@@ -48,8 +48,8 @@ class _Row:
     def begin(self, request: Request) -> None:
         """Go on with the request's prompt, or start over where it is not what the cache holds."""
         prompt = list(request.prompt)
-        if self.ids[: self.known] != prompt[: self.known] or self.known >= len(prompt):
-            self.known = 0
+        if self.ids[: self.num_cached] != prompt[: self.num_cached] or self.num_cached >= len(prompt):
+            self.num_cached = 0
         self.ids, self.prompt, self.end = (
             [*prompt, *request.begun.ids],
             len(prompt),
@@ -60,15 +60,15 @@ class _Row:
             self.source.random()
 
     @property
-    def new(self) -> list[int]:
+    def pending_ids(self) -> list[int]:
         """What must go through the model before the last id does."""
-        return self.ids[self.known : -1]
+        return self.ids[self.num_cached : -1]
 
 
 class ContinuousSession:
     """A ``Session`` over a transformers model."""
 
-    pace = 8
+    admission_interval = 8
     interrupted = staticmethod(never)
 
     def __init__(
@@ -80,7 +80,7 @@ class ContinuousSession:
         rows: int,
         on_id: Callable[[int | None], None] | None = None,
     ) -> None:
-        """``rows``: most that hold a slot. ``on_id``: see ``HFGenerator``."""
+        """``rows``: most that hold a slot. ``on_id``: see ``TorchEngine``."""
         self._model, self._ends, self._temperature, self._on_id = model, ends, temperature, on_id
         self._prefill_tokens = _CPU_PREFILL if model.device.type == "cpu" else _PREFILL
         self._rows: dict[int, _Row] = {}
@@ -123,7 +123,7 @@ class ContinuousSession:
         """
         try:
             self._settle()  # now it is known who was released, and need not be kept
-            if self._waiting and (not self._active or self._steps % self.pace == 0):
+            if self._waiting and (not self._active or self._steps % self.admission_interval == 0):
                 self._join()
             self._steps += 1
             return self._sample() if self._active else []
@@ -139,11 +139,11 @@ class ContinuousSession:
 
     def _sample(self) -> list[tuple[int, Generation]]:
         rows = [row for row in self._held[: self._active] if row]
-        logits = self._cache.forward(range(len(rows)), [row.known for row in rows], [row.ids[-1:] for row in rows])
+        logits = self._cache.forward(range(len(rows)), [row.num_cached for row in rows], [row.ids[-1:] for row in rows])
         ids, logprobs = draw(logits, self._temperature, [row.source for row in rows])
         finished, ends = [], self._ends
         for row, id, logprob in zip(rows, ids, logprobs, strict=True):
-            row.known += 1
+            row.num_cached += 1
             row.ids.append(id)
             row.logprobs.append(logprob)
             last = (ends.candidates is None or id in ends.candidates) and ends.at(row.ids, row.prompt)
@@ -172,13 +172,15 @@ class ContinuousSession:
         if self._on_id and len(joining) == 1:
             self._on_id(None)
         leaders: dict[tuple[int, ...], _Row] = {}
-        followers = [row for row in joining if not row.known and leaders.setdefault(tuple(row.ids), row) is not row]
+        followers = [
+            row for row in joining if not row.num_cached and leaders.setdefault(tuple(row.ids), row) is not row
+        ]
         followed = {row.key for row in followers}
         needy = [row for row in joining if row.key not in followed]
         self._begin(list(leaders.values()))
         self._gather(joining)
         self._settle()
-        self._prefill(sorted(needy, key=lambda row: len(row.ids) - row.known, reverse=True))
+        self._prefill(sorted(needy, key=lambda row: len(row.ids) - row.num_cached, reverse=True))
         self._copy([leaders[tuple(row.ids)] for row in followers], followers)
         self._active += len(joining)
 
@@ -190,32 +192,40 @@ class ContinuousSession:
             self._prefix = common if len(common) >= _PREFIX else []
             if self._prefix:
                 self._cache.forward([self.rows], [0], [self._prefix])
-        prefix = _Row(-1, stored=self.rows, ids=self._prefix or [], known=len(self._prefix or []))
-        given = [row for row in rows if row.ids[: prefix.known] == prefix.ids and len(row.ids) > prefix.known > 0]
+        prefix = _Row(-1, stored=self.rows, ids=self._prefix or [], num_cached=len(self._prefix or []))
+        given = [
+            row for row in rows if row.ids[: prefix.num_cached] == prefix.ids and len(row.ids) > prefix.num_cached > 0
+        ]
         self._copy([prefix] * len(given), given)
 
     def _copy(self, models: Sequence[_Row], rows: Sequence[_Row]) -> None:
         """Let each row have what the cache holds of another."""
         if rows:
-            length = max(model.known for model in models)
+            length = max(model.num_cached for model in models)
             self._cache.move([row.stored for row in rows], [model.stored for model in models], length)
         for row, model in zip(rows, models, strict=True):
-            row.known = model.known
+            row.num_cached = model.num_cached
 
     def _prefill(self, rows: Sequence[_Row]) -> None:
         """Compute what ``rows``, those with most to compute first, have before their last ids."""
         at = 0
-        while at < len(rows) and rows[at].new:
-            width, end = len(rows[at].new), at + 1
+        while at < len(rows) and rows[at].pending_ids:
+            width, end = len(rows[at].pending_ids), at + 1
             # Padding to twice a row's length costs more than another pass.
-            while end < len(rows) and (end + 1 - at) * width <= self._prefill_tokens and len(rows[end].new) * 2 > width:
+            while (
+                end < len(rows)
+                and (end + 1 - at) * width <= self._prefill_tokens
+                and len(rows[end].pending_ids) * 2 > width
+            ):
                 end += 1
             part = rows[at:end]
             if self.interrupted():
                 raise Interrupted
-            self._cache.forward([row.stored for row in part], [row.known for row in part], [row.new for row in part])
+            self._cache.forward(
+                [row.stored for row in part], [row.num_cached for row in part], [row.pending_ids for row in part]
+            )
             for row in part:
-                row.known = len(row.ids) - 1
+                row.num_cached = len(row.ids) - 1
             at = end
 
     # Slots.
@@ -238,8 +248,8 @@ class ContinuousSession:
 
     def _settle(self) -> None:
         moved = [row for row in self._held if row and row.slot != row.stored]
-        if kept := [row for row in moved if row.known]:
-            length = max(row.known for row in kept)
+        if kept := [row for row in moved if row.num_cached]:
+            length = max(row.num_cached for row in kept)
             self._cache.move([row.slot or 0 for row in kept], [row.stored for row in kept], length)
         for row in moved:
             row.stored = row.slot or 0
@@ -256,7 +266,7 @@ class ContinuousSession:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         for row in self._rows.values():
-            row.slot, row.known = None, 0
+            row.slot, row.num_cached = None, 0
         self._waiting = [row for row in self._rows.values() if row.unfinished]
         self._empty(self.rows // 2)
 

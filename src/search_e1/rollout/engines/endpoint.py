@@ -1,4 +1,4 @@
-"""A generator somewhere else: any server of OpenAI's ``/v1/chat/completions``. For evaluation and ``ask``, not for training.
+"""An engine somewhere else: any server of OpenAI's ``/v1/chat/completions``. For evaluation and ``ask``, not for training.
 
 An endpoint takes and gives text, so that nothing here knows which ids were sampled: those in a trajectory are places in a
 list of words (``words.Words``). Observations are messages of their own: the user's under ``tags``, the tool's under
@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from search_e1.config import Prompts
 from search_e1.errors import ConfigError
 from search_e1.rollout.engines.base import Generation, Request
-from search_e1.rollout.engines.remote import API_KEY, RemoteGenerator
+from search_e1.rollout.engines.remote import API_KEY, RemoteEngine
 from search_e1.rollout.engines.words import END, Words
 from search_e1.text.prompts import SEARCH_TOOL
 
@@ -85,8 +85,8 @@ class Endpoint:
         return str(parsed.copy_with(path=(path or "/v1") + "/chat/completions", query=None, fragment=None))
 
 
-class EndpointGenerator(RemoteGenerator):
-    """Samples from what an endpoint serves. A ``Generator`` of words, without log-probabilities; seeds are not sent."""
+class EndpointEngine(RemoteEngine):
+    """Samples from what an endpoint serves. A ``Engine`` of words, without log-probabilities; seeds are not sent."""
 
     context_length = sys.maxsize  # not known; a conversation that is too long for it ends as malformed
 

@@ -42,22 +42,22 @@ class RaggedCache(Cache):
         self._at: slice | torch.Tensor = slice(0)
         self._extent = 0
 
-    def forward(self, slots: Sequence[int], known: Sequence[int], ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    def forward(self, slots: Sequence[int], num_cached: Sequence[int], ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """Logits, [rows, vocabulary], after the last of the (padded) ``ids`` of the rows in ``slots``.
 
-        ``known`` tells how many tokens of each row are in the cache already.
+        ``num_cached`` tells how many tokens of each row are in the cache already.
         """
-        new = self._tensor(list(zip_longest(*ids, fillvalue=0))).T
-        width = new.shape[1]
-        self._positions = self._tensor(known)[:, None] + torch.arange(width, device=new.device)
-        self._extent = max(known) + width
+        pending_ids = self._tensor(list(zip_longest(*ids, fillvalue=0))).T
+        width = pending_ids.shape[1]
+        self._positions = self._tensor(num_cached)[:, None] + torch.arange(width, device=pending_ids.device)
+        self._extent = max(num_cached) + width
         self._rows = self._tensor(slots)[:, None]
         beside = list(slots) == list(range(slots[0], slots[0] + len(slots)))
         self._at = slice(slots[0], slots[0] + len(slots)) if beside else self._rows[:, 0]
         self._counts = self._tensor(list(map(len, ids)))
         self._reserve(self._extent)
         output = self._model(
-            input_ids=new,
+            input_ids=pending_ids,
             attention_mask=self._masks(),
             position_ids=self._positions.clamp(max=self._longest - 1),  # padding may reach beyond
             past_key_values=self,

@@ -1,4 +1,4 @@
-"""What every generator somewhere else needs: requests under way together, tried again, their answers told as they come."""
+"""What every engine somewhere else needs: requests under way together, tried again, their answers told as they come."""
 
 import asyncio
 import os
@@ -22,8 +22,8 @@ class _PassingError(Exception):
     """Something that may pass."""
 
 
-class RemoteGenerator(ABC):
-    """A ``Generator`` that asks an HTTP server, one request a generation."""
+class RemoteEngine(ABC):
+    """A ``Engine`` that asks an HTTP server, one request a generation."""
 
     tokenizer: Any
     context_length: int
@@ -61,7 +61,7 @@ class RemoteGenerator(ABC):
 
     @contextmanager
     def session(self, *, temperature: float, stop: Sequence[str], max_tokens: int) -> Iterator["_UnderWay"]:
-        """See ``Generator.session``."""
+        """See ``Engine.session``."""
         # A proxy from the environment is never meant for this machine.
         elsewhere = httpx.URL(self.address).host not in ("localhost", "127.0.0.1", "::1")
         client = httpx.AsyncClient(headers=self._headers, timeout=None, trust_env=elsewhere)
@@ -106,19 +106,19 @@ class _UnderWay:
     """A ``Session``: requests under way."""
 
     interrupted = staticmethod(never)
-    pace = 1
+    admission_interval = 1
 
     def __init__(
         self,
-        generator: RemoteGenerator,
+        engine: RemoteEngine,
         runner: asyncio.Runner,
         client: httpx.AsyncClient,
         temperature: float,
         stop: Sequence[str],
     ) -> None:
-        self._generator, self._runner, self._client = generator, runner, client
+        self._engine, self._runner, self._client = engine, runner, client
         self._temperature, self._stop = temperature, stop
-        self._turns = asyncio.Semaphore(generator._concurrency)
+        self._turns = asyncio.Semaphore(engine._concurrency)
         self._under_way: set[asyncio.Task[tuple[int, Generation]]] = set()
 
     def submit(self, request: Request) -> None:
@@ -146,8 +146,8 @@ class _UnderWay:
 
     async def _one(self, request: Request) -> tuple[int, Generation]:
         async with self._turns:
-            payload = self._generator._payload(request, self._temperature, self._stop)
-            return request.key, await self._generator._answer(self._client, payload)
+            payload = self._engine._payload(request, self._temperature, self._stop)
+            return request.key, await self._engine._answer(self._client, payload)
 
 
 def _detail(response: httpx.Response) -> str:

@@ -1,4 +1,4 @@
-"""The generator for CPUs and small GPUs: a transformers model that is already in memory, so that a trainer can lend its own."""
+"""The engine for CPUs and small GPUs: a transformers model that is already in memory, so that a trainer can lend its own."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from search_e1.rollout.engines.base import BatchGenerator, Generation, Request, Session
+from search_e1.errors import ModelError
+from search_e1.rollout.engines.base import BatchEngine, Generation, Request, Session
 from search_e1.rollout.engines.continuous import ContinuousSession
 from search_e1.rollout.engines.ragged import RaggedCache
 from search_e1.rollout.engines.sampling import Ends, draw
@@ -25,11 +26,11 @@ _MEMORY = 0.6
 """Share of free memory that the cache may take. The rest is for what a forward pass needs."""
 
 
-class HFGenerator:
+class TorchEngine:
     """Samples from a transformers model; rows come and go (``ContinuousSession``) where its layers allow it.
 
     Whether they do is tried on the model itself. Models with recurrent states or kernels of their own are sampled in whole
-    batches, turn by turn, by transformers' ``generate`` (``PlainGenerator``).
+    batches, turn by turn, by transformers' ``generate`` (``PlainEngine``).
     """
 
     def __init__(
@@ -52,11 +53,11 @@ class HFGenerator:
 
     @contextmanager
     def session(self, *, temperature: float, stop: Sequence[str], max_tokens: int) -> Iterator[Session]:
-        """See ``Generator.session``. The model's own sampling defaults are ignored."""
+        """See ``Engine.session``. The model's own sampling defaults are ignored."""
         with _lent(self.model):
             size = _bytes_per_position(self.model)
             if size is None:
-                plain = PlainGenerator(self.model, self.tokenizer, batch_size=self.batch_size, on_id=self.on_id)
+                plain = PlainEngine(self.model, self.tokenizer, batch_size=self.batch_size, on_id=self.on_id)
                 with plain.session(temperature=temperature, stop=stop, max_tokens=max_tokens) as batches:
                     yield batches
                 return
@@ -70,7 +71,7 @@ class HFGenerator:
                 self.batch_size = session.rows
 
 
-class PlainGenerator(BatchGenerator):
+class PlainEngine(BatchEngine):
     """Samples from any transformers model by its own ``generate``: whole batches, every prompt from its beginning."""
 
     def __init__(
@@ -81,7 +82,7 @@ class PlainGenerator(BatchGenerator):
         batch_size: int = 64,
         on_id: Callable[[int | None], None] | None = None,
     ) -> None:
-        """See ``HFGenerator``."""
+        """See ``TorchEngine``."""
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -90,7 +91,7 @@ class PlainGenerator(BatchGenerator):
         self._pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)  # masked
 
     def generate(self, requests: Sequence[Request], *, temperature: float, stop: Sequence[str]) -> list[Generation]:
-        """See ``BatchGenerator``. The model's own sampling defaults are ignored."""
+        """See ``BatchEngine``. The model's own sampling defaults are ignored."""
         ends = Ends(self.model, self.tokenizer, stop)
         with _lent(self.model):
             # Rows of like length side by side: less padding. Longest first: a batch that does not fit fails at once.
@@ -177,6 +178,12 @@ def _lent(model: PreTrainedModel) -> Iterator[None]:
     try:
         with torch.no_grad():
             yield
+    except FloatingPointError as error:
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"{error} while sampling with policy.dtype = {dtype!r}; set it to bfloat16 or float32, or, if it is, check that "
+            "the policy's weights are finite"
+        ) from error
     finally:
         model.train(was_training)
         model.generation_config = defaults

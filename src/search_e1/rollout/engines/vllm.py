@@ -63,7 +63,7 @@ def check(policy: PolicyConfig, config: VllmConfig) -> None:
         except PackageNotFoundError as error:
             raise ConfigError(
                 'rollout.engine = "vllm": vLLM is not installed; run `pip install "search-e1[vllm]"`, or set '
-                'rollout.engine = "transformers"'
+                'rollout.engine = "torch"'
             ) from error
     if not found.startswith(SERIES):
         raise ConfigError(
@@ -77,7 +77,7 @@ def check(policy: PolicyConfig, config: VllmConfig) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class VllmLaunch:
     """An engine that is to be started."""
 
     model: str | Path
@@ -97,11 +97,11 @@ class Engine:
         return self.config.shared_gpu_memory_utilization if self.shared else self.config.gpu_memory_utilization
 
     @contextmanager
-    def running(self, tokenizer: Any) -> Iterator["VLLMGenerator"]:
+    def running(self, tokenizer: Any) -> Iterator["VllmEngine"]:
         """A generator over an engine that is there for as long as the context is. Raises what ``start`` does."""
         llm = self.start()
         try:
-            yield VLLMGenerator(llm, tokenizer)
+            yield VllmEngine(llm, tokenizer)
         finally:
             stop(llm)
 
@@ -199,12 +199,12 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-class VLLMGenerator:
+class VllmEngine:
     """Samples from a ``vllm.LLM``, ids in, ids out."""
 
     def __init__(self, llm: Any, tokenizer: Any, *, on_id: Callable[[int | None], None] | None = None) -> None:
         """``llm`` may be somebody else's, a trainer's say, if it tells log-probabilities of what was sampled from
-        (``logprobs_mode="processed_logprobs"``) and runs in this process. ``on_id``: see ``HFGenerator``."""
+        (``logprobs_mode="processed_logprobs"``) and runs in this process. ``on_id``: see ``TorchEngine``."""
         self.tokenizer = tokenizer
         self.on_id = on_id
         self.context_length: int = llm.llm_engine.model_config.max_model_len
@@ -212,7 +212,7 @@ class VLLMGenerator:
 
     @contextmanager
     def session(self, *, temperature: float, stop: Sequence[str], max_tokens: int) -> Iterator["_VLLMSession"]:
-        """See ``Generator.session``. The model's own sampling defaults are ignored."""
+        """See ``Engine.session``. The model's own sampling defaults are ignored."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -249,7 +249,7 @@ class _VLLMSession:
     """A ``Session`` over an ``LLMEngine``."""
 
     interrupted = staticmethod(never)
-    pace = 8  # rows join at no cost, but asking after each step would wait for every search
+    admission_interval = 8  # rows join at no cost, but asking after each step would wait for every search
     _numbers = count()
 
     def __init__(self, engine: Any, parameters: Callable[..., Any], on_id: Callable[[int | None], None] | None) -> None:

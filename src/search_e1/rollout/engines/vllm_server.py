@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from search_e1.config import VllmConfig
 from search_e1.errors import ConfigError, EndpointError
 from search_e1.rollout.engines.base import Generation, Request
-from search_e1.rollout.engines.remote import RemoteGenerator
+from search_e1.rollout.engines.remote import RemoteEngine
 from search_e1.training.policy import resolve
 
 _ATTEMPTS = 4
@@ -42,7 +42,7 @@ class _Models(BaseModel):
     data: list[_Model]
 
 
-class ServerGenerator(RemoteGenerator):
+class VllmServerEngine(RemoteEngine):
     """Samples from the policy that a ``vllm serve`` was started with."""
 
     def __init__(self, config: VllmConfig, policy: str | Path, tokenizer: Any, *, concurrency: int) -> None:
