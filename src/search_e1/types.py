@@ -106,7 +106,8 @@ class Trajectory(Record):
     stop_reason: StopReason
     answer: str | None = None
     reward: float = 0.0
-    """Exact match of the answer, 0 or 1. Never overwritten by an advantage."""
+    """What the answer is worth under `rollout.reward`, from 0 to 1: its exact match, 0 or 1, by default. Never overwritten by
+    an advantage."""
     f1: float = 0.0
 
     @model_validator(mode="after")
@@ -146,7 +147,7 @@ class Trajectory(Record):
 
     @property
     def correct(self) -> bool:
-        return self.reward > 0
+        return self.reward >= 1
 
 
 class Group(Record):

@@ -25,6 +25,9 @@ class RolloutConfig(Section):
     engine: str = "torch"
     """What samples: `torch`, the policy itself on any device; `vllm` (an extra), whose settings are `[vllm]`; or an engine of
     your own, `module:attribute`."""
+    reward: str = "em"
+    """What an answer is worth: exact match (`em`), token `f1`, `numeric`, or a function `module:function` of the answer and the
+    gold answers that returns 0 to 1. An answer is correct where that is 1. Evaluation always counts exact matches."""
 
     @field_validator("engine")
     @classmethod

@@ -73,7 +73,7 @@ def evaluate(
             f"no questions to evaluate on in {empty or 'data.eval'}; give files that hold some in data.eval"
         )
     checkpointer = checkpointer or Checkpointer()
-    asking = RolloutSampler(generator, retriever, prompts, limits, checkpointer)
+    asking = RolloutSampler(generator, retriever, prompts, limits.model_copy(update={"reward": "em"}), checkpointer)
     count = sum(map(len, questions_by_benchmark.values()))
 
     def part(file: str, size: int, temperature: float, done: int) -> Part:

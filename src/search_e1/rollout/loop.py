@@ -14,10 +14,11 @@ from threading import Thread
 from typing import Any
 
 from search_e1.config import Prompts, RolloutConfig
-from search_e1.data.answers import exact_match, f1
+from search_e1.data.answers import f1
 from search_e1.errors import ModelError
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.engines.base import Engine, Generation, Interrupted, Request, Session, never
+from search_e1.rollout.rewards import Reward, open_reward
 from search_e1.rollout.unfinished import Unfinished, UnfinishedRow
 from search_e1.runs import derived_seed
 from search_e1.runs.stopping import Stop
@@ -62,13 +63,14 @@ class _Row:
     """A trajectory in the making."""
 
     start: Start
+    reward: Reward
     turns: list[Turn] = field(default_factory=list)
     context: list[int] = field(default_factory=list)
     stop: StopReason | None = None
 
     @classmethod
-    def begin(cls, start: Start) -> "_Row":
-        row = cls(start, context=list(start.prompt_ids))
+    def begin(cls, start: Start, reward: Reward) -> "_Row":
+        row = cls(start, reward, context=list(start.prompt_ids))
         for turn in start.turns:
             row.append(turn)
         return row
@@ -92,7 +94,7 @@ class _Row:
             turns=tuple(self.turns),
             stop_reason=self.stop,
             answer=answer,
-            reward=exact_match(answer, gold),
+            reward=self.reward(answer, gold),
             f1=f1(answer, gold),
         )
 
@@ -136,12 +138,14 @@ def rollout(
 
     Raises:
         Stopped: a signal asked to stop; what was sampled is in ``unfinished``.
+        ConfigError: there is no such reward function.
         ModelError: a start's context leaves no room for a single token, or the tokenizer does not fit the protocol.
         RetrievalError: from the retriever; nothing is returned then.
     """
     protocol = protocol_of(engine.tokenizer, prompts or Prompts())
     limit = min(config.max_tokens, engine.context_length)
-    rows = [_Row.begin(start) for start in starts]
+    reward = open_reward(config.reward)
+    rows = [_Row.begin(start, reward) for start in starts]
     for row in rows:
         if len(row.context) >= limit:
             raise ModelError(

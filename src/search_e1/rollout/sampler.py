@@ -75,7 +75,7 @@ def tally(trajectories: Iterable[Trajectory], spent: Spent) -> dict[str, float]:
         stop = f"stop.{t.stop_reason}"
         sums[stop] = sums.get(stop, 0.0) + 1
         sums["trajectories"] += 1
-        sums["em"] += t.reward
+        sums["em"] += t.correct
         sums["searches"] += t.searches
         sums["tokens"] += t.sampled_tokens
     return sums

@@ -96,7 +96,7 @@ def select(
     sampled: list[_Figures] = []
     counts = dict.fromkeys(_COUNTS, 0)
     for group in groups:
-        sampled += [_Figures(t.reward, t.searches, t.sampled_tokens, t.stop_reason) for t in group.trajectories]
+        sampled += [_Figures(float(t.correct), t.searches, t.sampled_tokens, t.stop_reason) for t in group.trajectories]
         counts["questions"] += 1
         counts["all_correct"] += all(t.correct for t in group.trajectories)
         reference = next(iter(gold(group.question)), None) if gold else group.reference

@@ -76,7 +76,7 @@ class Collector:
         for group in read_lines(stage.path / "trajectories.jsonl"):
             question, [trajectory] = group["question"], group["trajectories"]
             key = _key(question)
-            made.correct[key] = trajectory["reward"] > 0
+            made.correct[key] = trajectory["reward"] >= 1
             if zlib.crc32(key.encode()) >= share * 2**32:
                 self.left_out += 1
                 continue
@@ -114,7 +114,7 @@ class Collector:
     def _trajectory(self, trajectory: Mapping[str, Any]) -> dict[str, Any]:
         turns = trajectory["turns"]
         return {
-            "right": trajectory["reward"] > 0,
+            "right": trajectory["reward"] >= 1,
             "f1": round(trajectory["f1"], 4),
             "answer": trajectory["answer"],
             "stop": trajectory["stop_reason"],
