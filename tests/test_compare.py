@@ -232,7 +232,7 @@ def test_questions_in_each_export(run, verb):
         in verb(run, "--questions", "--format", "markdown")[1]
     )
     status, _, err = verb(run, "--questions", "--format", "latex")
-    assert (status, "no table for LaTeX" in err) == (2, True)
+    assert (status, "not available for LaTeX" in err) == (2, True)
 
 
 def test_latex_is_escaped_and_stars_what_is_significant(tmp_path):
