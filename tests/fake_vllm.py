@@ -70,7 +70,7 @@ class _Row:
 
 
 @dataclass
-class VllmLaunch:
+class Engine:
     """One token for each row a step."""
 
     model: Any

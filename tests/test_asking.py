@@ -14,7 +14,7 @@ from search_e1.retrieval import indexes
 from search_e1.rollout import ask as asked
 from search_e1.rollout.ask import ask
 from search_e1.rollout.engines.base import BatchEngine, Generation
-from search_e1.stages import all as stages  # noqa: F401  imported now, so that it does not keep what is put in a name's place below
+from search_e1.stages import inputs  # noqa: F401  imported now, so that it does not keep what is put in a name's place below
 from search_e1.training import policy as policies
 from search_e1.training.policy import Policy
 from search_e1.types import Passage

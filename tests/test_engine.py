@@ -19,7 +19,7 @@ from search_e1.rollout.engines import torch as hf
 from search_e1.rollout.engines.base import Generation, Request, generate
 from search_e1.rollout.engines.continuous import ContinuousSession
 from search_e1.rollout.engines.sampling import Ends, draw
-from search_e1.rollout.engines.torch import TorchEngine, PlainEngine
+from search_e1.rollout.engines.torch import PlainEngine, TorchEngine
 from search_e1.rollout.loop import Spent, rollout, starts
 from search_e1.text.prompts import STOP_STRINGS
 from search_e1.training.policy import Policy

@@ -8,14 +8,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from chat import call, chat_tokenizer
 from conftest import PASSAGES, TinyRetriever
-from search_e1.config import DistillConfig, GrpoConfig, LoraConfig, Prompts, RolloutConfig
-from search_e1.distill import trainer as distillation
-from search_e1.grpo import trainer as grpo
+from search_e1.config import Prompts, RolloutConfig
 from search_e1.rollout.engines.continuous import ContinuousSession
 from search_e1.rollout.engines.torch import TorchEngine
 from search_e1.rollout.loop import rollout, starts
 from search_e1.training.policy import Policy
 from search_e1.types import Pair, Question
+from stages_run import run_distill, run_grpo
 from taught import Script
 
 FAMILIES = {
@@ -83,16 +82,18 @@ def test_a_family_rolls_out_and_trains(family: str, protocol: str, tmp_path, mon
     )  # fmt: skip
     assert (right.reward, wrong.reward, right.searches) == (1.0, 0.0, 1)
     # A random policy is never right, so that its advantages are 0; what a step takes from rewards is tested with a taught one.
-    config = GrpoConfig(steps=1, questions_per_step=2, group_size=2, learning_rate=1e-2)
-    figures = grpo.train(policy, QUESTIONS, retriever, config, LIMITS, seed=0, out=tmp_path)
+    settings = {"steps": 1, "questions_per_step": 2, "group_size": 2, "learning_rate": 1e-2}
+    figures = run_grpo(
+        policy, tmp_path / "grpo", questions=QUESTIONS, retriever=retriever, grpo=settings, rollout=LIMITS.model_dump()
+    )
     assert figures["steps"] == 1
 
     before = {name: weight.clone() for name, weight in policy.model.named_parameters()}
     pairs = [Pair(question=QUESTIONS[0], reference=right, student=student) for student in (wrong, right)]
-    config = DistillConfig(learning_rate=1e-2, batch_size=2, lora=LoraConfig(rank=2, alpha=4))
-    figures = distillation.train(policy, pairs, config, seed=0, out=tmp_path)
+    lora = {"rank": 2, "alpha": 4}
+    figures = run_distill(policy, pairs, tmp_path / "distill", learning_rate=1e-2, batch_size=2, lora=lora)
     assert figures["positions"] == right.sampled_tokens + wrong.sampled_tokens
     assert figures["kl_first"] > 0
     assert any(not torch.equal(before[name], weight) for name, weight in policy.model.named_parameters())
-    saved = json.loads((tmp_path / "policy" / "search_e1.json").read_text())["prompts"]["protocol"]
+    saved = json.loads((tmp_path / "distill" / "policy" / "search_e1.json").read_text())["prompts"]["protocol"]
     assert saved == protocol

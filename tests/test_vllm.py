@@ -1,20 +1,21 @@
-"""The vLLM generator, GRPO beside it and a vLLM server, over a faithful double; the real one is in ``test_vllm_engine.py``."""
+"""The vLLM engine, GRPO beside it and a vLLM server, over a faithful double; the real one is in ``test_vllm_engine.py``."""
 
+import copy
 import json
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
-from search_e1.grpo import trainer as grpo
 from tenacity import wait_none
 
 import fake_vllm
-from conftest import PASSAGES, TinyRetriever, make_tiny_policy
+from conftest import PASSAGES, TinyRetriever
 from fake_vllm import LLM
-from search_e1.config import GrpoConfig, LoraConfig, PolicyConfig, VllmConfig
+from search_e1.config import PolicyConfig, VllmConfig
 from search_e1.errors import ConfigError, EndpointError, ModelError, RetrievalError, SearchE1Error
 from search_e1.rollout.engines import vllm
 from search_e1.rollout.engines.base import Engine, Request, generate
@@ -22,11 +23,14 @@ from search_e1.rollout.engines.torch import TorchEngine
 from search_e1.rollout.engines.vllm import VllmEngine, VllmLaunch
 from search_e1.rollout.engines.vllm_server import VllmServerEngine
 from search_e1.rollout.loop import rollout, starts
+from search_e1.runs.context import StageContext
+from search_e1.stages.grpo import Grpo
 from search_e1.text.prompts import STOP_STRINGS
 from search_e1.training.policy import Policy
 from search_e1.types import Trajectory
 from serving import misbehaving
 from taught import LIMITS, QUESTIONS, teach
+from trained import config_of
 
 
 @pytest.fixture(scope="module")
@@ -173,38 +177,44 @@ def test_why_an_engine_does_not_start_is_one_line(taught, monkeypatch: pytest.Mo
 # GRPO beside it.
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, alpha=4)])
-def test_grpo_samples_from_the_engine_and_hands_it_every_step_of_the_policy(taught, tmp_path, lora) -> None:
-    def train(name: str, engine: VllmLaunch | None) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-        policy = make_tiny_policy()
-        policy.model.load_state_dict(taught[0].model.state_dict())
-        config = GrpoConfig(steps=3, questions_per_step=2, group_size=4, learning_rate=3e-3, lora=lora)
-        out = tmp_path / name
-        out.mkdir()
-        grpo.train(policy, QUESTIONS, TinyRetriever(PASSAGES), config, LIMITS, seed=3, out=out, engine=engine)
-        lines = (out / "steps.jsonl").read_text().splitlines()
-        return policy.model.state_dict(), [json.loads(line) for line in lines]
+def train(policy: Policy, path: Path, out: Path, steps: int, **sections: Any) -> list[dict[str, float]]:
+    """GRPO of ``policy``, which is changed; ``path`` is where it starts from."""
+    out.mkdir()
+    settings = {"steps": steps, "questions_per_step": 2, "group_size": 4, "learning_rate": 3e-3} | sections.pop(
+        "grpo", {}
+    )
+    config = config_of(out, grpo=settings, policy={"model": str(path), "device": "cpu"}, **sections)
+    run = SimpleNamespace(
+        config=config, train_questions=QUESTIONS, retriever=TinyRetriever(PASSAGES), load=lambda _: policy
+    )
+    Grpo(path, 1).work(run, StageContext(out, seed=3))  # type: ignore[arg-type]
+    return [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
 
-    plain, plain_steps = train("plain", None)
-    colocated, steps = train("vllm", engine(taught[1]))
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4}])
+def test_grpo_samples_from_the_engine_and_hands_it_every_step_of_the_policy(taught, tmp_path, lora) -> None:
+    policies, steps = {}, {}
+    for name in ("torch", "vllm"):
+        policies[name] = copy.deepcopy(taught[0])
+        limits = {**LIMITS.model_dump(), "engine": name, "batch_size": 4}
+        steps[name] = train(policies[name], taught[1], tmp_path / name, 3, grpo={"lora": lora}, rollout=limits)
     assert LLM.running == []
-    # Same seeds and, by the sync of each step, same weights: the same trajectories, to which the ratio of 1 adds nothing.
-    assert [step["reward"] for step in steps] == [step["reward"] for step in plain_steps]
-    assert [step["sampled_tokens"] for step in steps] == [step["sampled_tokens"] for step in plain_steps]
-    assert all(step["sampling_gap"] < 1e-4 for step in steps)
-    for name, weight in colocated.items():
-        torch.testing.assert_close(weight, plain[name], atol=1e-4, rtol=1e-3)
-    assert any(not torch.equal(weight, taught[0].model.state_dict()[name]) for name, weight in colocated.items())
+    # Same seeds and, by the hand-over at each step, same weights: the same trajectories, to which the ratio of 1 adds nothing.
+    for figure in ("reward", "sampled_tokens"):
+        assert [step[figure] for step in steps["vllm"]] == [step[figure] for step in steps["torch"]]
+    gaps = [step["sampling_gap"] for step in steps["vllm"] if step["mixed"]]
+    assert gaps
+    assert max(gaps) < 1e-4
+    trained, own = (policies[name].model.state_dict() for name in ("vllm", "torch"))
+    for name, weight in trained.items():
+        torch.testing.assert_close(weight, own[name], atol=1e-4, rtol=1e-3)
+    assert any(not torch.equal(weight, taught[0].model.state_dict()[name]) for name, weight in trained.items())
 
 
 def test_an_engine_that_does_not_start_stops_grpo_before_a_step(taught, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(LLM, "failure", RuntimeError("no memory"))
-    config = GrpoConfig(steps=1, questions_per_step=2, group_size=2)
     with pytest.raises(ModelError, match="no memory"):
-        grpo.train(
-            make_tiny_policy(), QUESTIONS, TinyRetriever(PASSAGES), config, LIMITS, seed=0, out=tmp_path,
-            engine=engine(taught[1]),
-        )  # fmt: skip
+        train(copy.deepcopy(taught[0]), taught[1], tmp_path / "out", 1, rollout={"engine": "vllm"})
 
 
 # A server.
