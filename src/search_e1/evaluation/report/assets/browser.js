@@ -36,12 +36,12 @@ function browserView(state, changed) {
   });
 }
 
-/** How far retrieval came: where an answer was found. */
+/** Retrieval recall: where an answer occurs. */
 function recallName({ recall }) {
   if (!recall) return "";
   if (recall.read) return "was read";
   if (recall.in_topk) return "in the question's top-k, not read";
-  if (recall.in_corpus) return "in the corpus, not found";
+  if (recall.in_corpus) return "in the corpus, not retrieved";
   return recall.in_corpus === false ? "not in the corpus" : "not read";
 }
 

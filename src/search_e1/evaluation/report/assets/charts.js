@@ -1,8 +1,8 @@
-// Charts: small functions from values to SVG, drawn again when their width changes.
+// Charts: functions from values to SVG, redrawn when their width changes.
 
 const LEFT = 46, RIGHT_EDGE = 18, TOP = 20, BOTTOM = 40;
 
-/** A figure that calls `draw(width)` for the content of an SVG of that width and of `height`. */
+/** An SVG of height `height` whose content is `draw(width)`. */
 function figure(label, height, draw) {
   const image = s("svg", { role: "img", "aria-label": label, height, width: "100%" });
   const box = h("div", { class: "figure" }, image);
@@ -17,7 +17,7 @@ function figure(label, height, draw) {
   return box;
 }
 
-/** Round values that cover [low, high], about `count` of them. */
+/** About `count` round values that cover [low, high]. */
 function ticks(low, high, count = 4) {
   const span = high - low || Math.abs(high) || 1;
   const raw = span / count;
@@ -33,7 +33,7 @@ const shortNumber = (value) =>
   : value !== 0 && Math.abs(value) < 0.001 ? value.toExponential(0)
   : String(+value.toPrecision(4)).replace("-", "−");
 
-/** Grid, scale and labels of a vertical axis; `y(value)` gives the place. */
+/** Grid, scale and labels of a vertical axis; `y(value)` is the coordinate. */
 function vertical(values, width, height, { zero = false, bottom = BOTTOM } = {}) {
   const known = values.filter((value) => Number.isFinite(value));
   let low = Math.min(...known), high = Math.max(...known);
@@ -61,7 +61,7 @@ function categories(names, places, height) {
 }
 
 /**
- * Values by category, as points joined by a line, with whiskers where there is an interval.
+ * Values by category: points joined by a line, with whiskers for intervals.
  * `series`: [{name, values, low?, high?, hollow?}]; the values of the first are written beside its points.
  */
 function pointChart(label, names, series, { height = 220, digits = 3, zero = false } = {}) {
@@ -89,7 +89,7 @@ function pointSeries(one, index, names, x, y, digits) {
     ]));
 }
 
-/** A point's value, on the side where the line does not run. */
+/** A point's value, beside the line. */
 function valueLabel(values, i, x, y, text) {
   const rises = values[i + 1] > values[i], rose = values[i] > values[i - 1];
   if (rises && rose) return s("text", { class: "value", x: x - 8, y: y - 7, "text-anchor": "end" }, text);
@@ -145,7 +145,7 @@ function shareBar(label, parts) {
     h("ul", { class: "legend" }, parts.map((part) => h("li", null, h("i", { class: part.kind }), `${part.name} `, h("b", null, many(part.count))))));
 }
 
-/** A horizontal bar of `share` of the room, and the value that it stands for. */
+/** A horizontal bar of `share` of the width, and its value. */
 function meter(share, value, kind = "series") {
   return [h("span", { class: "meter" }, sized(h("span", { class: kind }), share)), h("span", { class: "metered" }, value)];
 }

@@ -1,4 +1,4 @@
-// What the run cost, stage by stage, from the manifests.
+// The cost of each stage, from the manifests.
 
 function costView(overview) {
   const { costs } = overview;

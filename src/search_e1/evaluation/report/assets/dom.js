@@ -1,5 +1,5 @@
 "use strict";
-// Elements. Whatever a model, a passage or a question says becomes a text node here, never markup.
+// Elements. Text of models, passages and questions becomes text nodes here, never markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -24,13 +24,13 @@ function fill(element, properties, children) {
   return element;
 }
 
-// Control characters, direction overrides, zero-width characters, and what no character is.
+// Control characters, direction overrides, zero-width characters, and non-characters.
 const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/g;
 
-/** A name from outside (of a benchmark, a model, a figure) without what cannot be seen; anything but text as it is. */
+/** An external name (of a benchmark, a model, a figure) without invisible characters; other values unchanged. */
 const seen = (value) => (typeof value === "string" ? value.replace(HIDDEN, "\ufffd") : value);
 
-/** Text from outside, as nodes: what cannot be seen is shown by its code, words of `marked` are marked. */
+/** External text as nodes: invisible characters are shown by their codes, matches of `marked` are highlighted. */
 function said(text, marked) {
   const nodes = [];
   let at = 0;
@@ -44,7 +44,7 @@ function said(text, marked) {
   return nodes;
 }
 
-/** One line of outside text, for a list or a title. */
+/** External text on one line, for a list or a title. */
 function line(text) {
   return text.replace(/\s+/g, " ").replace(HIDDEN, "\ufffd");
 }
@@ -61,7 +61,7 @@ function highlighted(text, marked) {
   return nodes.filter((node) => node !== "");
 }
 
-/** A pattern that finds any of `words`, whole and in any case; null if there is none to find. */
+/** A pattern that matches any of `words` as a whole, ignoring case; null without words. */
 function pattern(words) {
   const usable = words.filter((word) => word.trim().length > 1).map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
   return usable.length ? new RegExp(`(?<![\\p{L}\\p{N}])(?:${usable.join("|")})(?![\\p{L}\\p{N}])`, "giu") : null;

@@ -1,18 +1,18 @@
-// A list with search and filters beside the details of what is chosen. Only the rows in sight exist.
+// A list with search and filters beside the details of the selected item. Only visible rows exist.
 
 const ROW = 62; // px, as in the style sheet
-const BEYOND = 8; // rows that exist above and below the sight
+const BEYOND = 8; // extra rows above and below the visible ones
 
 /**
  * `items` are shown by `row(item)` and `detail(item)`; `facets` are {key: {label, of(item), asMade?}}: `of` gives the value, or
- * values, that an item is filed under, `asMade` keeps their order; `haystack(item)` is what the search looks in; `orders` are {name: compare}.
+ * values, that an item is filed under, `asMade` keeps their order; `haystack(item)` is the searchable text; `orders` are {name: compare}.
  * The choice is kept in `state`, a URLSearchParams, and `changed()` is called when it changes.
  */
 class Explorer {
   constructor({ items, facets, haystack, row, detail, what, orders, state, changed }) {
     Object.assign(this, { items, facets, haystack, row, detail, what, orders, state, changed });
     this.keys = Object.keys(facets);
-    this.words = new Map(); // what the search looks in, once it was looked for
+    this.words = new Map(); // searchable text, computed on first use
     this.filed = new Map(items.map((item) => [item, Object.fromEntries(this.keys.map((key) =>
       [key, [facets[key].of(item)].flat().filter((value) => value !== "" && value !== null && value !== undefined).map(String)]))]));
     this.list = h("div", { class: "rows", tabindex: 0, role: "listbox", "aria-label": `${what[1]}`, onscroll: () => this.paint() });
@@ -64,7 +64,7 @@ class Explorer {
     this.show(touched);
   }
 
-  /** Finds what is shown, and how many items each value of each facet would leave with the other facets as they are. */
+  /** Finds the shown items, and counts how many each value of each facet would leave, given the other facets. */
   filter() {
     const query = (this.state.get("q") || "").toLowerCase().split(/\s+/).filter(Boolean);
     const wanted = this.keys.map((key) => [key, this.state.get(key)]).filter(([, value]) => value);
@@ -144,7 +144,7 @@ class Explorer {
   }
 }
 
-/** A row: a mark, a title of one line, and what is known besides. */
+/** A row: a mark, a title of one line, and further facts. */
 function rowOf(mark, title, facts) {
   return [mark, h("span", { class: "title" }, line(title)), h("span", { class: "facts" }, facts.filter(Boolean).map((fact) => h("span", null, line(fact))))];
 }

@@ -1,4 +1,4 @@
-// The loop at a glance: policies, what each stage changed, rounds, training curves.
+// The loop at a glance: policies, the gain of each stage, rounds, training curves.
 
 // Names are those of steps.jsonl and of live tracking.
 const CURVES = {
@@ -135,14 +135,14 @@ function failures(policies) {
   const reasons = [...new Set(policies.flatMap((policy) => Object.keys(policy.stop_reasons || {})))];
   const counts = (title, key, names) => names.length ? h("div", null, h("h3", null, title),
     table([["policy", (policy) => policy.stage], ...names.map((name) => [name.replace(/_/g, " "), (policy) => many(policy[key]?.[name] || 0), "number"])], policies, title)) : null;
-  return [recall(policies), counts("How wrong answers came about", "failures", classes), reasons.length > 1 && counts("How trajectories ended", "stop_reasons", reasons)];
+  return [recall(policies), counts("Failure classes", "failures", classes), reasons.length > 1 && counts("How trajectories ended", "stop_reasons", reasons)];
 }
 
-/** Where an answer could be found at all: in what was read, in the question's own passages, in the corpus. */
+/** Where an answer occurs: in what was read, in the question's own passages, in the corpus. */
 function recall(policies) {
   if (!policies.some((policy) => typeof policy.read === "number")) return null;
-  const columns = [["read", "read"], ["in_topk", "in the question's top-k"], ["in_corpus", "in the corpus"], ["em_answerable", "EM, answerable"]];
-  return h("div", null, h("h3", null, "Retrieval recall", h("small", null, "share of questions an answer to which was …")),
+  const columns = [["read", "in what was read"], ["in_topk", "in the question's top-k"], ["in_corpus", "in the corpus"], ["em_answerable", "EM, answerable"]];
+  return h("div", null, h("h3", null, "Retrieval recall", h("small", null, "share of questions with an answer …")),
     table([["policy", (policy) => policy.stage], ...columns.map(([key, name]) => [name, (policy) => number(policy[key]), "number"])], policies, "Retrieval recall"));
 }
 

@@ -1,4 +1,4 @@
-// Which view is shown, keys, theme, and the reading of the records.
+// Views, keys, theme, and unpacking of the records.
 
 const overview = JSON.parse(document.getElementById("overview").textContent);
 let records = null;
@@ -13,7 +13,7 @@ const VIEWS = [
 const main = document.getElementById("main");
 let view = null; // {name, state, element, move?, close?}
 
-/** What the address says: the view and its state. */
+/** The view and its state, from the address. */
 function place() {
   const [name, query = ""] = location.hash.slice(1).split("?");
   return { kind: VIEWS.find((one) => one.name === name) || VIEWS[0], state: new URLSearchParams(query) };
@@ -31,7 +31,7 @@ function show() {
     main.replaceChildren(h("p", { class: "empty" }, failed || "Reading trajectories …"));
     return;
   }
-  // What the view itself changes in the address does not draw it anew.
+  // The view's own changes of the address do not redraw it.
   const changed = () => history.replaceState(null, "", `#${kind.name}${[...state].length ? `?${state}` : ""}`);
   view = kind.draw(state, changed);
   view.kind = kind;
@@ -45,7 +45,7 @@ function show() {
 
 let failed = "";
 
-/** Unpack trajectories and pairs, after what is seen first has been drawn. */
+/** Unpack trajectories and pairs after the first paint. */
 async function readRecords() {
   try {
     const packed = atob(document.getElementById("records").textContent);
@@ -136,7 +136,7 @@ function start() {
   document.addEventListener("keydown", onKey);
   window.addEventListener("hashchange", show);
   show();
-  // The records follow this script in the file; two frames leave the first paint to what is drawn already.
+  // The records follow this script in the file; waiting two frames lets the first paint happen before.
   document.addEventListener("DOMContentLoaded", () => requestAnimationFrame(() => setTimeout(readRecords)));
 }
 

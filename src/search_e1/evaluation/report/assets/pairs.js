@@ -1,4 +1,4 @@
-// A pair: the reference that the teacher sees, and the student with what each of its tokens diverges.
+// A pair: the reference in the teacher's prompt, and the student with the divergence of each of its tokens.
 
 const heat = (kl) => 1 - Math.exp(-kl); // the same colour for the same KL in every pair
 const meanKl = (pair) => (pair.kl && pair.kl.kl.length ? pair.kl.kl.reduce((a, b) => a + b, 0) / pair.kl.kl.length : null);
@@ -35,13 +35,13 @@ class PairView {
       questionHead(question),
       pair.kl ? [this.strip(), this.readout, this.peaks(), scale()] : h("p", { class: "notice" }, "The divergence of each token is not stored in this run: its lead was measured by an older version, or is not measured yet."),
       h("div", { class: "columns two" },
-        h("section", { class: "column" }, h("h3", null, "Reference", h("small", null, "what the teacher's prompt shows")), measures(pair.reference), trajectoryView(pair.reference, question)),
-        h("section", { class: "column" }, h("h3", null, "Student", h("small", null, "what is to learn from it")), measures(pair.student), student)));
+        h("section", { class: "column" }, h("h3", null, "Reference", h("small", null, "shown in the teacher's prompt")), measures(pair.reference), trajectoryView(pair.reference, question)),
+        h("section", { class: "column" }, h("h3", null, "Student", h("small", null, "learns from it")), measures(pair.student), student)));
     this.element.view = this;
   }
 
   hint() {
-    return h("p", null, "Point at a token, or use ← and →, and n for the next peak: its KL, its probability with and without the reference, and what the teacher would have said.");
+    return h("p", null, "Point at a token, or use ← and →, and n for the next peak: its KL, its probability with and without the reference, and the teacher's first choice.");
   }
 
   /** The student's turns: sampled tokens in the colour of their divergence, observations plain and folded. */
@@ -80,7 +80,7 @@ class PairView {
     });
   }
 
-  /** The places of greatest disagreement, greatest first. */
+  /** Token indices by divergence, greatest first. */
   order() {
     const values = this.pair.kl.kl;
     return values.map((_, i) => i).sort((a, b) => values[b] - values[a]);
@@ -107,7 +107,7 @@ class PairView {
       fact("teacher's choice", h("code", null, shownToken(kl.preferred[index])))));
   }
 
-  /** A token on or back; and the next of the peaks. */
+  /** Select the next or previous token; `nextPeak`: the next peak. */
   step(by) {
     if (this.tokens.length) this.select(Math.max(0, Math.min(this.tokens.length - 1, (this.at ?? -1) + by)), true);
   }
@@ -119,7 +119,7 @@ class PairView {
   }
 }
 
-/** A token by itself: its spaces and line ends can be seen. */
+/** A single token, with visible spaces and line ends. */
 function shownToken(piece) {
   return said(piece.replace(/ /g, "␣").replace(/\n/g, "↵") || "∅");
 }

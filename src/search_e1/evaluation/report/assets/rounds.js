@@ -19,7 +19,7 @@ function questionIndex(question) {
 
 const policyNames = () => overview.policies.map((policy) => policy.stage);
 
-/** What happened to a question from policy to policy. */
+/** The changes of a question's outcome from policy to policy. */
 function changes(item) {
   const present = policyNames().filter((name) => item.by[name]);
   const found = [];

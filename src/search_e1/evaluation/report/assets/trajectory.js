@@ -1,9 +1,9 @@
-// A trajectory: thought, search, passages and answer, each told apart by label, shape and colour.
+// A trajectory: thought, search, passages and answer differ in label, shape and colour.
 
 const TAG = /<\/?(?:think|search|answer|tool_call)>/g;
 const ACTION = /<(search|answer|tool_call)>([\s\S]*?)(?:<\/\1>|$)/g;
 
-/** The query of a tool's call, or what stands in its place. */
+/** The query of a tool call, or its text if it cannot be parsed. */
 function query(call) {
   try {
     return String(JSON.parse(call).arguments.query);
@@ -12,7 +12,7 @@ function query(call) {
   }
 }
 
-/** The parts of an action's text: [{kind: "thought" | "search" | "answer", text}]; the tags are what divides them. */
+/** The parts of an action's text: [{kind: "thought" | "search" | "answer", text}]; tags separate them. */
 function actionParts(text) {
   const parts = [];
   let at = 0;
@@ -59,7 +59,7 @@ function passageList(indices, marked, open = true) {
     h("ol", { class: "body" }, passages));
 }
 
-/** What came back for a turn. */
+/** The observation of a turn. */
 function observed(turn, marked, open) {
   if (turn.passages) return passageList(turn.passages, marked, open);
   if (turn.said) return block("correction", "Corrected", said(turn.said.trim()));
@@ -82,7 +82,7 @@ const STOPS = {
   malformed: "Stopped: the last generation was neither a search nor an answer.",
 };
 
-/** The whole trajectory; gold answers are marked in what was read. What it shares with one `before` it stands back; passages may be `folded`. */
+/** A trajectory with gold answers highlighted. Turns shared with `before` are dimmed; passages may be `folded`. */
 function trajectoryView(trajectory, question, before, folded) {
   const marked = pattern(question.answers);
   const shared = before ? sharedTurns(trajectory, before) : 0;
@@ -91,7 +91,7 @@ function trajectoryView(trajectory, question, before, folded) {
     STOPS[trajectory.stop] && h("p", { class: "stop" }, STOPS[trajectory.stop]));
 }
 
-/** How many turns, from the first on, say the same in both. */
+/** Number of identical leading turns. */
 function sharedTurns(trajectory, before) {
   const at = trajectory.turns.findIndex((turn, i) => turn.text !== before.turns[i]?.text);
   return at < 0 ? trajectory.turns.length : at;
@@ -101,7 +101,7 @@ function verdict(right) {
   return h("span", { class: `verdict ${right ? "right" : "wrong"}`, title: right ? "right" : "wrong" }, right ? "✓" : "✗", h("span", { class: "hidden" }, right ? "right" : "wrong"));
 }
 
-/** Question, where it is from, and its gold answers. */
+/** Question, source, and gold answers. */
 function questionHead(question) {
   return h("header", { class: "question" },
     h("h2", null, said(question.text)),
