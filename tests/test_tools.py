@@ -9,11 +9,12 @@ from conftest import PASSAGES, TINY_PROMPTS, TinyRetriever
 from search_e1.config import Prompts, ReferenceConfig, RolloutConfig
 from search_e1.errors import ModelError
 from search_e1.rollout.loop import rollout, starts
-from search_e1.text.prompts import SEARCH_TOOL, plain_prompt, privileged_prompt
+from search_e1.text.prompts import plain_prompt, privileged_prompt
 from search_e1.text.protocol import Action
 from search_e1.text.protocols import protocol_of
-from search_e1.text.reference import show, view
+from search_e1.text.reference import render_reference, visible_part
 from search_e1.text.tokens import TokenClass, token_classes
+from search_e1.text.tools import SEARCH
 from search_e1.types import ActionKind, Passage, Question, StopReason, Turn
 from taught import Script
 
@@ -129,7 +130,7 @@ def test_ids_are_those_of_the_template_itself(name: str, thought: str) -> None:
     seen = "Doc 1(Title: Bel) Bel is a city with mayor Cor Dun."
     conversation = [{"role": "user", "content": "Q: Mayor of Bel?"}, said, {"role": "tool", "content": seen}]
     rendered = tokenizer.apply_chat_template(
-        conversation, tools=[SEARCH_TOOL], add_generation_prompt=True, return_dict=False
+        conversation, tools=[SEARCH.schema], add_generation_prompt=True, return_dict=False
     )
     ours = [*t.prompt_ids, *t.response_ids[: -len(t.turns[1].action_ids)]]
     if name == "qwen2_5" and thought:  # it puts a new line of its own between content and call
@@ -236,14 +237,14 @@ def test_classes_of_tokens() -> None:
 
 def test_what_the_teacher_sees() -> None:
     t = play(TOKENIZER, "hm " + call("mayor Bel"), "So <answer>Cor Dun</answer>" + END)
-    shown = view(t, ReferenceConfig(shows="searches_and_answer"), TOOLS)
+    shown = visible_part(t, ReferenceConfig(shows="searches_and_answer"), TOOLS)
     assert shown == call("mayor Bel") + "\n<answer>Cor Dun</answer>" + END
     prompts = Prompts(protocol="tools", instruction="Q: {question}", privileged=TINY_PROMPTS.privileged)
-    whole = show(TOKENIZER, prompts, QUESTION.text, t, ReferenceConfig(), 10_000)
+    whole = render_reference(TOKENIZER, prompts, QUESTION.text, t, ReferenceConfig(), 10_000)
     assert whole is not None
     assert whole.text == t.text
     needed = len(privileged_prompt(TOKENIZER, prompts, QUESTION.text, t.text))
-    short = show(TOKENIZER, prompts, QUESTION.text, t, ReferenceConfig(), needed - 1)
+    short = render_reference(TOKENIZER, prompts, QUESTION.text, t, ReferenceConfig(), needed - 1)
     assert short is not None
     assert short.shortened
     assert "Doc 1" not in short.text

@@ -49,7 +49,14 @@ class Passage(Record):
 class ActionKind(StrEnum):
     SEARCH = "search"
     ANSWER = "answer"
+    TOOL = "tool"
+    """A call of another tool than search."""
     MALFORMED = "malformed"
+
+    @property
+    def is_call(self) -> bool:
+        """Whether the environment answers it with what a tool returns."""
+        return self in (ActionKind.SEARCH, ActionKind.TOOL)
 
 
 class StopReason(StrEnum):
@@ -72,7 +79,9 @@ class Turn(Record):
     action_text: str
     kind: ActionKind
     argument: str | None = None
-    """The query of a search, the text of an answer, ``None`` if malformed."""
+    """The query of a search, the argument of another call, the text of an answer, ``None`` if malformed."""
+    tool: str = ""
+    """Name of the tool that is called, if it is another than search."""
     observation_ids: tuple[int, ...] = ()
     observation_text: str = ""
     passage_ids: tuple[str, ...] = ()
@@ -87,8 +96,10 @@ class Turn(Record):
             raise ValueError(f"{len(self.sampling_logprobs)} sampling_logprobs for {len(self.action_ids)} action_ids")
         if self.kind is ActionKind.ANSWER and self.observation_ids:
             raise ValueError("an observation after an answer")
-        if self.passage_ids and self.kind is not ActionKind.SEARCH:
+        if self.passage_ids and not self.kind.is_call:
             raise ValueError("passages without a search")
+        if bool(self.tool) != (self.kind is ActionKind.TOOL):
+            raise ValueError(f"a {self.kind} action with tool {self.tool!r}")
         return self
 
     @property

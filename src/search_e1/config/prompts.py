@@ -40,6 +40,8 @@ class Prompts(BaseModel):
     protocol: ProtocolName = "tags"
     """How a policy searches: Search-R1's `<search>` and `<information>` tags, or calls of a `search` tool in the format of
     its own chat template. `tools` has defaults of its own for `instruction` and `correction`."""
+    tools: tuple[str, ...] = ("search",)
+    """What a policy can call: `search`; `open`, which shows a whole passage; or tools of your own, `module:attribute`."""
     instruction: str = (
         "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get new "
         "information. After reasoning, if you find you lack some knowledge, you can call a search engine by <search> query "

@@ -38,6 +38,10 @@ class Index(Retriever, Protocol):
         """Number of passages."""
         ...
 
+    def passage(self, key: str) -> Passage | None:
+        """The passage with this id, else the first one with this title in any case, if there is one."""
+        ...
+
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
         """See ``Retriever``."""
         ...

@@ -97,6 +97,10 @@ class Bm25Index:
         """Passages in the index."""
         return len(self.passages)
 
+    def passage(self, key: str) -> Passage | None:
+        """See ``Index``."""
+        return self.passages.find(key)
+
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
         """See ``Retriever``. Every hit shares a word with the query; ties are in corpus order.
 

@@ -82,6 +82,11 @@ class CachedRetriever:
         """Checksum of what results depend on."""
         return self.key
 
+    @property
+    def passage(self) -> Callable[[str], Passage | None]:
+        """The retriever's own; AttributeError if it has none."""
+        return self.retriever.passage  # type: ignore[attr-defined, no-any-return]
+
     def search(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
         """See ``Retriever``."""
         ids = {query: self._id(query, topk) for query in dict.fromkeys(queries)}

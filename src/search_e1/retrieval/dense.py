@@ -216,6 +216,10 @@ class DenseIndex:
         """Passages in the index."""
         return len(self.passages)
 
+    def passage(self, key: str) -> Passage | None:
+        """See ``Index``."""
+        return self.passages.find(key)
+
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
         """See ``Retriever``. The score is the inner product, for most encoders the cosine."""
         unique = list(dict.fromkeys(queries))  # siblings of a group often send the same query in the same turn

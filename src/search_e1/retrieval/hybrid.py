@@ -8,6 +8,7 @@ from typing import Protocol
 from search_e1.errors import ConfigError
 from search_e1.retrieval.base import Hit, Index
 from search_e1.retrieval.directory import IndexManifest
+from search_e1.types import Passage
 
 K = 60
 """Constant of reciprocal rank fusion: a passage scores the sum of 1 / (K + rank) over the rankings, ranks from 1 (Cormack,
@@ -50,6 +51,10 @@ class HybridIndex:
     def __len__(self) -> int:
         """Number of passages."""
         return len(self.indexes[0])
+
+    def passage(self, key: str) -> Passage | None:
+        """See ``Index``."""
+        return self.indexes[0].passage(key)
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
         """See ``Retriever``. Among equal scores, the order of earlier indexes wins."""

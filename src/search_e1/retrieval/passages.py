@@ -45,6 +45,8 @@ class Passages(Sequence[Passage]):
         """sha256 of ``passages.jsonl``."""
         self.offsets = np.load(directory / _OFFSETS, mmap_mode="r", allow_pickle=False)
         """int64 [passages + 1]: start of each passage in ``path``, in bytes."""
+        self._keys: list[tuple[np.ndarray, np.ndarray]] | None = None
+        """Hashes of ids and of titles, sorted, and the passages that they belong to; ``None`` until one is looked for."""
         with self.path.open("rb") as file:
             self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if self.offsets.shape != (about["passages"] + 1,) or self.offsets[-1] != len(self._lines):
@@ -108,6 +110,28 @@ class Passages(Sequence[Passage]):
             return [self[i] for i in range(*index.indices(len(self)))]
         return Passage.model_validate_json(self._line(range(len(self))[index]))
 
+    def find(self, key: str) -> Passage | None:
+        """The passage with the id ``key``, else the first one whose title it is, but for case and space around it.
+
+        The first call reads all passages; from then on 32 bytes for each stay in memory.
+        """
+        if self._keys is None:
+            ids, titles = array("Q"), array("Q")
+            for record in self._records(0, None):
+                ids.append(_hashed(record["id"]))
+                titles.append(_hashed(_folded(record["title"])))
+            hashes = [np.frombuffer(column, dtype=np.uint64) for column in (ids, titles)]
+            orders = [np.argsort(column, kind="stable") for column in hashes]
+            self._keys = [(column[order], order) for column, order in zip(hashes, orders, strict=True)]
+        by_id, by_title = self._keys
+        for (hashes, order), wanted, of in ((by_id, key, _id), (by_title, _folded(key), _title)):
+            at = int(np.searchsorted(hashes, np.uint64(_hashed(wanted))))
+            while at < len(hashes) and int(hashes[at]) == _hashed(wanted):
+                if of(passage := self[int(order[at])]) == wanted:
+                    return passage
+                at += 1
+        return None
+
     def hit(self, index: int, score: float) -> Hit:
         """Passage ``index`` as a hit with ``score``.
 
@@ -137,3 +161,19 @@ class Passages(Sequence[Passage]):
 
     def _line(self, index: int) -> bytes:
         return self._lines[int(self.offsets[index]) : int(self.offsets[index + 1])]
+
+
+def _hashed(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
+
+
+def _folded(title: str) -> str:
+    return " ".join(title.casefold().split())
+
+
+def _id(passage: Passage) -> str:
+    return passage.id
+
+
+def _title(passage: Passage) -> str:
+    return _folded(passage.title)

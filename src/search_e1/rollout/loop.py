@@ -18,6 +18,7 @@ from search_e1.data.answers import f1
 from search_e1.errors import ModelError
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.engines.base import Engine, Generation, Interrupted, Request, Session, never
+from search_e1.rollout.environment import Environment, ToolCall
 from search_e1.rollout.rewards import Reward, open_reward
 from search_e1.rollout.unfinished import Unfinished, UnfinishedRow
 from search_e1.runs import derived_seed
@@ -25,6 +26,7 @@ from search_e1.runs.stopping import Stop
 from search_e1.text.prompts import plain_prompt
 from search_e1.text.protocol import Protocol
 from search_e1.text.protocols import protocol_of
+from search_e1.text.tools import SEARCH, Call
 from search_e1.types import ActionKind, Question, StopReason, Trajectory, Turn
 
 OnTurn = Callable[[int, Turn], None]
@@ -138,11 +140,15 @@ def rollout(
 
     Raises:
         Stopped: a signal asked to stop; what was sampled is in ``unfinished``.
-        ConfigError: there is no such reward function.
+        ConfigError: there is no such reward function or tool, or the retriever cannot serve a tool.
         ModelError: a start's context leaves no room for a single token, or the tokenizer does not fit the protocol.
         RetrievalError: from the retriever; nothing is returned then.
     """
-    protocol = protocol_of(engine.tokenizer, prompts or Prompts())
+    prompts = prompts or Prompts()
+    protocol = protocol_of(engine.tokenizer, prompts)
+    environment = Environment(
+        retriever, protocol, prompts, topk=config.topk, max_observation_tokens=config.max_observation_tokens
+    )
     limit = min(config.max_tokens, engine.context_length)
     reward = open_reward(config.reward)
     rows = [_Row.begin(start, reward) for start in starts]
@@ -156,7 +162,7 @@ def rollout(
     call = _call(engine.tokenizer, starts, config, temperature, seed)
     clock, before = time.perf_counter(), spent.sampling + spent.retrieval
     begun = engine.session(temperature=temperature, stop=protocol.stop, max_tokens=limit)
-    with unfinished.stop.finishing(), begun as session, _Searches(retriever, protocol, config) as searches:
+    with unfinished.stop.finishing(), begun as session, _Calls(environment) as searches:
         session.interrupted = searches.interrupted = lambda: unfinished.stop.asked is not None
         run = _Rollout(rows, session, searches, engine.tokenizer, protocol, config, limit, seed, on_turn, on_trajectory)
         with suppress(Interrupted):
@@ -185,7 +191,7 @@ class _Rollout:
 
     rows: Sequence[_Row]
     session: Session
-    searches: "_Searches"
+    searches: "_Calls"
     tokenizer: Any
     protocol: Protocol
     config: RolloutConfig
@@ -256,15 +262,17 @@ class _Rollout:
 
     def _answer(self, finished: Sequence[tuple[int, Generation]]) -> None:
         self.sampling -= len(finished)
-        searches = []
+        calls = []
         for i, generation in finished:
             draft = self._draft(self.rows[i], generation)
-            if self.rows[i].stop is None and draft["kind"] is ActionKind.SEARCH:
-                searches.append((i, draft))
+            if self.rows[i].stop is None and draft["kind"].is_call:
+                seen = next((turn.passage_ids for turn in reversed(self.rows[i].turns) if turn.served), ())
+                tool = ToolCall(draft["tool"] or SEARCH.name, Call(draft["argument"], seen), draft["action_text"])
+                calls.append((i, draft, tool))
                 self.searching[i] = generation
             else:
                 self._take(i, draft)
-        self.searches.launch(searches)
+        self.searches.launch(calls)
 
     def _draft(self, row: _Row, generation: Generation) -> "_Draft":
         """What a generation says, with the correction that a malformed one gets; sets ``stop`` on a row that ends with it."""
@@ -275,12 +283,13 @@ class _Rollout:
             action_text=text,
             kind=action.kind,
             argument=action.argument,
+            tool=action.tool,
             sampling_logprobs=generation.logprobs,
         )
         if action.kind is ActionKind.ANSWER:
             row.stop = StopReason.ANSWERED
         elif len(row.turns) >= self.config.max_searches:
-            row.stop = StopReason.MAX_TURNS if action.kind is ActionKind.SEARCH else StopReason.MALFORMED
+            row.stop = StopReason.MAX_TURNS if action.kind.is_call else StopReason.MALFORMED
         elif action.kind is ActionKind.MALFORMED:
             told, ids = self.protocol.correct(text)
             draft |= dict(observation_text=told, observation_ids=ids)
@@ -307,20 +316,21 @@ _POLL = 0.5
 """Seconds between two looks for a signal while searches are awaited."""
 _Draft = dict[str, Any]
 """The fields of a turn, as far as they are known."""
+_Answered = list[tuple[int, _Draft]]
+"""Rows, and their turns with observations."""
+_Batch = Sequence[tuple[int, _Draft, ToolCall]]
 
 
-class _Searches:
-    """Searches that are answered in the background, one batch after another."""
+class _Calls:
+    """Calls that the environment answers in the background, one batch after another."""
 
-    def __init__(self, retriever: Retriever, protocol: Protocol, config: RolloutConfig) -> None:
-        self._retriever, self._protocol, self._config = retriever, protocol, config
-        self._queue: SimpleQueue[tuple[Future[list[tuple[int, _Draft]]], Sequence[tuple[int, _Draft]]] | None] = (
-            SimpleQueue()
-        )
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+        self._queue: SimpleQueue[tuple[Future[_Answered], _Batch] | None] = SimpleQueue()
         self.interrupted: Callable[[], bool] = never
-        self.under_way: list[Future[list[tuple[int, _Draft]]]] = []
+        self.under_way: list[Future[_Answered]] = []
 
-    def __enter__(self) -> "_Searches":
+    def __enter__(self) -> "_Calls":
         # A daemon, unlike an executor's threads: a process that is to end does not wait for a server's time-out.
         Thread(target=self._work, name="retriever", daemon=True).start()
         return self
@@ -332,37 +342,29 @@ class _Searches:
 
     def _work(self) -> None:
         while job := self._queue.get():
-            future, searches = job
+            future, calls = job
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(self._answer(searches))
+                replies = self._environment.answer([call for _, _, call in calls])
+                future.set_result([(i, draft | reply) for (i, draft, _), reply in zip(calls, replies, strict=True)])
             except BaseException as error:  # raised where it is collected
                 future.set_exception(error)
 
-    def launch(self, searches: Sequence[tuple[int, _Draft]]) -> None:
-        """Rows and the turns that they search with."""
-        if searches:
+    def launch(self, calls: _Batch) -> None:
+        """Begin to answer rows' calls, unless there are none."""
+        if calls:
             self.under_way.append(Future())
-            self._queue.put((self.under_way[-1], searches))
+            self._queue.put((self.under_way[-1], calls))
 
-    def collect(self) -> list[tuple[int, _Draft]]:
-        """Rows and turns with their observations, of all that was launched; waits for them.
+    def collect(self) -> _Answered:
+        """Wait for all that was launched.
 
         Raises:
-            Interrupted: before they were all answered.
+            Interrupted: before all were answered.
         """
         while wait(self.under_way, timeout=_POLL).not_done:
             if self.interrupted():
                 raise Interrupted
         batches, self.under_way = self.under_way, []
         return [answered for batch in batches for answered in batch.result()]
-
-    def _answer(self, searches: Sequence[tuple[int, _Draft]]) -> list[tuple[int, _Draft]]:
-        found = self._retriever.search([draft["argument"] for _, draft in searches], self._config.topk)
-        answered = []
-        for (i, draft), passages in zip(searches, found, strict=True):
-            text, ids = self._protocol.observe(draft["action_text"], passages, self._config.max_observation_tokens)
-            seen = dict(observation_text=text, observation_ids=ids, passage_ids=tuple(p.id for p in passages))
-            answered.append((i, draft | seen))
-        return answered

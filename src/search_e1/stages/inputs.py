@@ -2,8 +2,8 @@
 
 import difflib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,16 @@ from search_e1.retrieval.cache import CachedRetriever
 from search_e1.retrieval.indexes import DenseSettings, build_index
 from search_e1.retrieval.passages import Passages
 from search_e1.retrieval.registry import index_kinds, open_retriever
-from search_e1.rollout.engines import opening, vllm
-from search_e1.rollout.engines.base import Generator
+from search_e1.rollout.engines.base import Engine
 from search_e1.rollout.engines.endpoint import Endpoint
+from search_e1.rollout.engines.registry import check_engine, open_engine
+from search_e1.rollout.rewards import open_reward
 from search_e1.runs import Artifact
 from search_e1.runs.progress import Progress, silent
 from search_e1.selfdistill.gold import Demonstrations
 from search_e1.text.prompts import TEMPLATE_TOKENS, plain_prompt
 from search_e1.text.protocols import protocol_of
+from search_e1.text.tools import tools_of
 from search_e1.training import policy as policies
 from search_e1.training.policy import Policy, Reader
 from search_e1.types import Question
@@ -172,14 +174,16 @@ class Inputs:
         for questions in (self.train_questions, *self.eval_questions.values()):
             if not questions:
                 raise DataError("no questions; give data.train and data.eval files that hold some")
-        if config.rollout.engine == "vllm" and not isinstance(policy, Endpoint):
-            vllm.check(config.policy, config.vllm)
+        open_reward(config.rollout.reward)
+        if not isinstance(policy, Endpoint):
+            check_engine(config)
         if isinstance(policy, Endpoint):
             with self.engine(policy):
                 assert self.retriever
             return
         reader = self.load_reader(policy)  # before an index is built
-        assert self.retriever
+        for tool in tools_of(reader.prompts):
+            tool.open(self.retriever, config.rollout.topk)
         if config.pairs.references_by == "gold" and config.data.demonstrations and config.distillations:
             Demonstrations(config.data.demonstrations, reader.tokenizer, reader.prompts).check(self.train_questions)
         room = min(config.rollout.max_tokens, reader.context_length)
@@ -211,17 +215,11 @@ class Inputs:
         protocol_of(reader.tokenizer, reader.prompts)
         return reader
 
-    @contextmanager
     def engine(
         self, policy: str | Path | Endpoint, loaded: Policy | None = None
-    ) -> Iterator[tuple[Generator, Prompts]]:
+    ) -> AbstractContextManager[tuple[Engine, Prompts]]:
         """An engine that samples from ``policy``, and the prompts to ask it with; ``loaded`` where it is in memory already."""
-        if isinstance(policy, Endpoint) or loaded is None:
-            with opening.asked(self.config, policy) as found:
-                yield found
-            return
-        with opening.sampling(self.config, policy, None, loaded) as generator:
-            yield generator, loaded.prompts
+        return open_engine(self.config, policy, loaded)
 
     def checksum(self, policy: str | Path) -> str:
         """Checksum of a policy's directory, or of a file, computed once; a Hub id as it is."""

@@ -6,39 +6,22 @@ Prompts are ids. They are made here and nowhere else, so that GRPO, pools, disti
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
 
 from jinja2 import TemplateError
 
 from search_e1.config import Prompts
 from search_e1.config.prompts import ProtocolName
 from search_e1.errors import ConfigError, ModelError
+from search_e1.text.tools import SEARCH, tools_of
 from search_e1.types import Passage
 
-SEARCH_CLOSE, ANSWER_CLOSE = "</search>", "</answer>"
-STOP_STRINGS = (SEARCH_CLOSE, ANSWER_CLOSE)
+STOP_STRINGS = ("</search>", "</answer>")
 INFORMATION_OPEN, INFORMATION_CLOSE = "\n\n<information>\n", "</information>\n\n"
-SEARCH_TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "search",
-        "description": "Searches for passages that help to answer the question.",
-        "parameters": {
-            "type": "object",
-            "properties": {"query": {"type": "string", "description": "What to search for."}},
-            "required": ["query"],
-        },
-    },
-}
-"""What a chat template is told of the one tool."""
-_TOOLS: dict[ProtocolName, list[dict[str, Any]] | None] = {"tags": None, "tools": [SEARCH_TOOL]}
 TEMPLATE_TOKENS: dict[ProtocolName, int] = {"tags": 64, "tools": 1024}
 """More than a chat template adds around a message, and what it says of the tools."""
-_TAG: dict[ProtocolName, re.Pattern[str]] = {
-    "tags": re.compile(r"<(/?\s*(?:think|search|information|answer)\s*)>", re.IGNORECASE),
-    "tools": re.compile(
-        r"<(/?\s*(?:think|search|information|answer|tools|tool_call|tool_response)\s*)>", re.IGNORECASE
-    ),
+_TAGS: dict[ProtocolName, tuple[str, ...]] = {
+    "tags": ("think", "search", "information", "answer"),
+    "tools": ("think", "search", "information", "answer", "tools", "tool_call", "tool_response"),
 }
 _LOOKS_LIKE_A_TAG = re.compile(r"[<\[]\S+[>\]]")
 _CONTROL = re.compile(
@@ -70,11 +53,18 @@ def privileged_prompt(tokenizer, prompts: Prompts, question: str, reference: str
 
 
 def _instruction(tokenizer, prompts: Prompts, question: str) -> str:
-    return prompts.instruction.replace("{question}", neutralize(tokenizer, question, prompts.protocol))
+    tools = tools_of(prompts)
+    told = "".join(  # a chat template is told of them itself
+        f"You can also use <{tool.name}> {tool.parameter} </{tool.name}>. {tool.description} {tool.parameter_description}\n"
+        for tool in tools
+        if prompts.protocol == "tags" and tool is not SEARCH and f"<{tool.name}>" not in prompts.instruction
+    )
+    question = neutralize(tokenizer, question, prompts.protocol, tools=[tool.name for tool in tools])
+    return told + prompts.instruction.replace("{question}", question)
 
 
 def _encode_message(tokenizer, prompts: Prompts, message: str) -> tuple[int, ...]:
-    tools = _TOOLS[prompts.protocol]
+    tools = [tool.schema for tool in tools_of(prompts)] if prompts.protocol == "tools" else None
     if tokenizer.chat_template:
         try:
             return tuple(
@@ -99,21 +89,29 @@ NO_TEMPLATE = (
 )
 
 
-def neutralize(tokenizer, text: str, protocol: ProtocolName = "tags", markup: Sequence[str] = ()) -> str:
-    """``text`` with protocol tags, control tokens of chat templates, the tokenizer's special tokens and ``markup`` made
-    harmless: ``<search>`` becomes ``(search)``.
+def neutralize(
+    tokenizer, text: str, protocol: ProtocolName = "tags", markup: Sequence[str] = (), tools: Sequence[str] = ()
+) -> str:
+    """``text`` with protocol tags, those of ``tools``, control tokens of chat templates, the tokenizer's special tokens and
+    ``markup`` made harmless: ``<search>`` becomes ``(search)``.
 
     So are all added tokens that look like tags: chat models have ``<tool_call>`` among them, not marked as special. Halves of
     characters, which no tokenizer takes, become ``?``.
     """
     if not text.isascii():
         text = text.encode("utf-8", "replace").decode()
+    tag = _tag_pattern((*_TAGS[protocol], *tools))
 
     def harmless(text: str) -> str:
         text = _CONTROL.sub(lambda match: f"({match[match.lastindex or 0].strip('|<>')})", text)
-        return _break((*_tag_tokens(tokenizer), *markup), _TAG[protocol].sub(r"(\1)", text))
+        return _break((*_tag_tokens(tokenizer), *markup), tag.sub(r"(\1)", text))
 
     return _as_read(tokenizer, harmless, text)
+
+
+@lru_cache(maxsize=16)
+def _tag_pattern(names: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(rf"<(/?\s*(?:{'|'.join(names)})\s*)>", re.IGNORECASE)
 
 
 def _as_read(tokenizer, harmless: Callable[[str], str], text: str) -> str:
@@ -155,18 +153,22 @@ def _tag_tokens(tokenizer) -> tuple[str, ...]:
     return tuple(sorted({*special_tokens(tokenizer), *tags}, key=len, reverse=True))
 
 
-def listed(passages: Sequence[Passage], clean: Callable[[str], str]) -> str:
-    """Passages as they are shown, a line each; ``clean`` neutralises titles and texts."""
+def listed(answer: Sequence[Passage] | str, clean: Callable[[str], str]) -> str:
+    """Passages as they are shown, a line each, or a tool's text; ``clean`` neutralises what is not ours."""
+    if isinstance(answer, str):
+        return clean(answer)
 
     def line(text: str) -> str:
         return " ".join(clean(" ".join(text.split())).split())
 
-    return "".join(f"Doc {i}(Title: {line(p.title)}) {line(p.text)}\n" for i, p in enumerate(passages, 1))
+    return "".join(f"Doc {i}(Title: {line(p.title)}) {line(p.text)}\n" for i, p in enumerate(answer, 1))
 
 
-def observation(tokenizer, passages: Sequence[Passage], max_tokens: int) -> tuple[str, tuple[int, ...]]:
-    """Text and ids of what a search is answered with under ``tags``; see ``enclosed``."""
-    body = listed(passages, lambda text: neutralize(tokenizer, text))
+def observation(
+    tokenizer, answer: Sequence[Passage] | str, max_tokens: int, tools: Sequence[str] = ()
+) -> tuple[str, tuple[int, ...]]:
+    """Text and ids of what a call is answered with under ``tags``; see ``enclosed``. ``tools``: names of all tools."""
+    body = listed(answer, lambda text: neutralize(tokenizer, text, tools=tools))
     return enclosed(tokenizer, INFORMATION_OPEN, body, INFORMATION_CLOSE, max_tokens)
 
 

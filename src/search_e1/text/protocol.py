@@ -1,34 +1,32 @@
 """The environment speaks words: it reads an action's text and says what to answer it with.
 
 A ``Protocol`` is all that differs between ways of writing searches and answers. ``Tags``, Search-R1's, is here;
-``tools.ToolCalls`` is the chat template's own.
+``tool_calls.ToolCalls`` is the chat template's own.
 """
 
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from search_e1.config import Prompts
-from search_e1.text.prompts import (
-    STOP_STRINGS,
-    observation,
-    passages_of,
-    with_passages,
-)
+from search_e1.text.prompts import observation, passages_of, with_passages
+from search_e1.text.tools import SEARCH, tools_of
 from search_e1.types import ActionKind, Passage
-
-# The inner guards make a match start at the *last* opening tag before its closing one, and end at the first closing one.
-ACTION = re.compile(r"<(search|answer)>((?:(?!<\1>|</(?:search|answer)>).)*)</\1>", re.DOTALL)
-_TAG = re.compile(r"</?(?:think|search|answer)>")
-_ARGUMENT = re.compile(r"<(search|answer)>(.*?)(?:</\1>|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
     kind: ActionKind
     argument: str | None
+    tool: str = ""
+    """Name of the tool that is called, if it is another than search."""
+
+    @classmethod
+    def calling(cls, tool: str, argument: str) -> "Action":
+        return cls(ActionKind.SEARCH, argument) if tool == SEARCH.name else cls(ActionKind.TOOL, argument, tool)
 
 
 MALFORMED = Action(ActionKind.MALFORMED, None)
@@ -53,8 +51,8 @@ class Protocol(ABC):
         """What the text of one generation says."""
 
     @abstractmethod
-    def observe(self, action: str, passages: Sequence[Passage], max_tokens: int) -> tuple[str, tuple[int, ...]]:
-        """Text and ids, at most ``max_tokens``, of what a search is answered with; ``action`` is the text sampled before it.
+    def observe(self, action: str, answer: Sequence[Passage] | str, max_tokens: int) -> tuple[str, tuple[int, ...]]:
+        """Text and ids, at most ``max_tokens``, of what a call is answered with; ``action`` is the text sampled before it.
 
         Raises:
             ConfigError: ``max_tokens`` has no room for an observation without passages.
@@ -70,7 +68,7 @@ class Protocol(ABC):
 
     @abstractmethod
     def begins(self, text: str) -> int | None:
-        """Where the search or answer in an action begins; ``None`` if there is none."""
+        """Where the call or answer in an action begins; ``None`` if there is none."""
 
     @abstractmethod
     def passages(self, observation: str) -> list[str] | None:
@@ -82,31 +80,31 @@ class Protocol(ABC):
 
 
 class Tags(Protocol):
-    """Search-R1's: ``<search>``, ``<information>`` and ``<answer>`` in one long assistant turn."""
-
-    stop = STOP_STRINGS
+    """Search-R1's: ``<search>``, ``<information>`` and ``<answer>`` in one long assistant turn; other tools have other tags."""
 
     def __init__(self, tokenizer: Any, prompts: Prompts) -> None:
-        self._tokenizer = tokenizer
-        self._correction = prompts.correction
+        self._tokenizer, self._correction = tokenizer, prompts.correction
+        self._tools = tuple(tool.name for tool in tools_of(prompts))
+        self.stop = tuple(f"</{name}>" for name in (*self._tools, "answer"))
+        self._action, self._argument, self._tag = _patterns(self._tools)
 
     def parse(self, text: str) -> Action:
-        return parse_action(text)
+        return parse_action(text, self._tools)
 
-    def observe(self, action: str, passages: Sequence[Passage], max_tokens: int) -> tuple[str, tuple[int, ...]]:
-        return observation(self._tokenizer, passages, max_tokens)
+    def observe(self, action: str, answer: Sequence[Passage] | str, max_tokens: int) -> tuple[str, tuple[int, ...]]:
+        return observation(self._tokenizer, answer, max_tokens, self._tools)
 
     def correct(self, action: str) -> tuple[str, tuple[int, ...]]:
         return self._correction, tuple(self._tokenizer.encode(self._correction, add_special_tokens=False))
 
     def spans(self, text: str) -> Iterator[Span]:
-        for match in _ARGUMENT.finditer(text):
-            yield Span(*match.span(2), "search" if match[1] == "search" else "answer")
-        for match in _TAG.finditer(text):
+        for match in self._argument.finditer(text):
+            yield Span(*match.span(2), "answer" if match[1] == "answer" else "search")
+        for match in self._tag.finditer(text):
             yield Span(*match.span(), "tag")
 
     def begins(self, text: str) -> int | None:
-        match = ACTION.search(text)
+        match = self._action.search(text)
         return match.start() if match else None
 
     def passages(self, observation: str) -> list[str] | None:
@@ -116,15 +114,27 @@ class Tags(Protocol):
         return with_passages(passages)
 
 
-def parse_action(text: str) -> Action:
-    """The first complete search or answer in the text of one generation.
+def parse_action(text: str, tools: tuple[str, ...] = (SEARCH.name,)) -> Action:
+    """The first complete call or answer in the text of one generation.
 
-    Text after the closing tag is ignored. A search without a query is malformed; an empty answer is an answer.
+    Text after the closing tag is ignored. A call without an argument is malformed; an empty answer is an answer.
     """
-    match = ACTION.search(text)
+    match = _patterns(tools)[0].search(text)
     if match is None:
         return MALFORMED
-    kind, argument = ActionKind(match[1]), match[2].strip()
-    if kind is ActionKind.SEARCH and not argument:
-        return MALFORMED
-    return Action(kind, argument)
+    name, argument = match[1], match[2].strip()
+    if name == "answer":
+        return Action(ActionKind.ANSWER, argument)
+    return Action.calling(name, argument) if argument else MALFORMED
+
+
+@lru_cache(maxsize=16)
+def _patterns(tools: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
+    """A whole action, an action that may be cut off, and a tag."""
+    name = "|".join((*tools, "answer"))
+    return (
+        # The guards make a match start at the last opening tag before a closing one, and end at the first closing one.
+        re.compile(rf"<({name})>((?:(?!<\1>|</(?:{name})>).)*)</\1>", re.DOTALL),
+        re.compile(rf"<({name})>(.*?)(?:</\1>|\Z)", re.DOTALL),
+        re.compile(rf"</?(?:think|{name})>"),
+    )

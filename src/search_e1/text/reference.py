@@ -15,8 +15,8 @@ from search_e1.text.protocols import protocol_of
 from search_e1.types import ActionKind, Trajectory
 
 _ACTIONS = {
-    "searches": (ActionKind.SEARCH,),
-    "searches_and_answer": (ActionKind.SEARCH, ActionKind.ANSWER),
+    "searches": (ActionKind.SEARCH, ActionKind.TOOL),
+    "searches_and_answer": (ActionKind.SEARCH, ActionKind.TOOL, ActionKind.ANSWER),
     "answer": (ActionKind.ANSWER,),
     "none": (),
 }

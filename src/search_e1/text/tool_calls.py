@@ -1,4 +1,4 @@
-"""The second protocol: calls of a ``search`` tool in the format of the policy's own chat template.
+"""The second protocol: calls of tools in the format of the policy's own chat template.
 
 What the template writes between a call and the next assistant turn is found by rendering conversations with and without a
 tool message, once; from then on a trajectory is ids that are only ever appended to. So nothing that was sampled is rendered
@@ -17,22 +17,21 @@ from search_e1.config import Prompts
 from search_e1.errors import ModelError
 from search_e1.text.prompts import (
     NO_TEMPLATE,
-    SEARCH_TOOL,
     enclosed,
     listed,
     neutralize,
     passages_of,
     special_tokens,
     with_passages,
-)
+)  # fmt: skip
 from search_e1.text.protocol import MALFORMED, Action, Protocol, Span
+from search_e1.text.tools import SEARCH, Tool, tools_of
 from search_e1.types import ActionKind, Passage
 
 CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _CALL_TAG = re.compile(r"</?tool_call>")
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>|</answer>).)*)</answer>", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|tool_call|answer)>")
-_QUERY = re.compile(r'"query"\s*:\s*"((?:[^"\\]|\\.)*)"', re.DOTALL)
 _THINK = re.compile(r"<(/?)think>")
 _OWN = re.compile(r"</?(?:think|tool_call|tool_response|answer)>")
 _MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
@@ -51,8 +50,10 @@ class ToolCalls(Protocol):
         """
         if not getattr(tokenizer, "chat_template", None):
             raise ModelError(NO_TEMPLATE)
-        self._tokenizer = tokenizer
-        self._correction = prompts.correction
+        self._tokenizer, self._correction = tokenizer, prompts.correction
+        self._tools = tools_of(prompts)
+        names = "|".join(tool.parameter for tool in self._tools)
+        self._argument = re.compile(rf'"(?:{names})"\s*:\s*"((?:[^"\\]|\\.)*)"', re.DOTALL)
         pieces = getattr(tokenizer, "tool_pieces", None) or _pieces(tokenizer)
         self._thinking = pieces.thinking
         self._end = pieces.closing.strip()
@@ -70,20 +71,19 @@ class ToolCalls(Protocol):
         """The one call outside thinking; without any, the final answer.
 
         The final answer is the inside of the last complete ``<answer>``; without one, all of a message that the policy
-        ended itself. Several calls, a call that is not closed, is no JSON, names another tool or has no query: malformed.
+        ended itself. Several calls, a call that is not closed, is no JSON, names an unknown tool or has no argument: malformed.
         """
         said, ended = self._said(text)
         if _CALL_TAG.search(said):
-            query = _query(said)
-            return MALFORMED if query is None else Action(ActionKind.SEARCH, query)
+            return _call(said, self._tools)
         answers = _ANSWER.findall(said)
         if answers:
             return Action(ActionKind.ANSWER, answers[-1].strip())
         message = said.strip()
         return Action(ActionKind.ANSWER, message) if ended and message else MALFORMED
 
-    def observe(self, action: str, passages: Sequence[Passage], max_tokens: int) -> tuple[str, tuple[int, ...]]:
-        return enclosed(self._tokenizer, self._open(action), listed(passages, self._clean), self._closing, max_tokens)
+    def observe(self, action: str, answer: Sequence[Passage] | str, max_tokens: int) -> tuple[str, tuple[int, ...]]:
+        return enclosed(self._tokenizer, self._open(action), listed(answer, self._clean), self._closing, max_tokens)
 
     def correct(self, action: str) -> tuple[str, tuple[int, ...]]:
         text = self._open(action) + self._correction.rstrip("\n") + "\n" + self._closing
@@ -99,8 +99,8 @@ class ToolCalls(Protocol):
             yield Span(*match.span(1), "answer")
         for match in calls:
             yield Span(*match.span(1), "tag")  # names, braces and quotes are the decision, as tags are
-            for query in _QUERY.finditer(said, *match.span(1)):
-                yield Span(*query.span(1), "search")
+            for argument in self._argument.finditer(said, *match.span(1)):
+                yield Span(*argument.span(1), "search")
         for match in _TAG.finditer(text):
             yield Span(*match.span(), "tag")
         if self._end and (at := text.find(self._end)) >= 0:
@@ -133,18 +133,19 @@ class ToolCalls(Protocol):
         return _without_thinking(text[: min(found, default=len(text))], self._thinking), bool(found)
 
 
-def _query(said: str) -> str | None:
-    """The query of the one call in ``said``; ``None`` if there is not exactly one valid call."""
+def _call(said: str, tools: Sequence[Tool]) -> Action:
+    """The one call in ``said``; malformed if there is not exactly one valid call."""
     calls = CALL.findall(said)
     if len(calls) != 1 or len(_CALL_TAG.findall(said)) != 2:
-        return None
+        return MALFORMED
     try:
         call = json.loads(calls[0])
-        query = call["arguments"]["query"].strip()
-        query.encode()  # JSON can hold halves of characters, which no server and no file takes
+        [tool] = (tool for tool in tools if tool.name == call["name"])
+        argument = call["arguments"][tool.parameter].strip()
+        argument.encode()  # JSON can hold halves of characters, which no server and no file takes
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-    return query if query and call.get("name") == SEARCH_TOOL["function"]["name"] else None
+        return MALFORMED
+    return Action.calling(tool.name, argument) if argument else MALFORMED
 
 
 def _without_thinking(text: str, thinking: bool) -> str:
@@ -181,7 +182,7 @@ def _pieces(tokenizer: Any) -> Pieces:
 
     def render(*messages: dict[str, Any], go_on: bool = False) -> str:
         return tokenizer.apply_chat_template(
-            [user, *messages], tools=[SEARCH_TOOL], add_generation_prompt=go_on, tokenize=False
+            [user, *messages], tools=[SEARCH.schema], add_generation_prompt=go_on, tokenize=False
         )
 
     try:
@@ -194,7 +195,7 @@ def _pieces(tokenizer: Any) -> Pieces:
     if asked == told or _RESULT_MARK not in answered:
         raise ModelError(_refusal("knows no tools"))
     calls = called[called.rfind("<tool_call>") :]
-    if _query(calls[: calls.find("</tool_call>") + len("</tool_call>")]) != _QUERY_MARK:
+    if _call(calls[: calls.find("</tool_call>") + len("</tool_call>")], [SEARCH]).argument != _QUERY_MARK:
         raise ModelError(_refusal("writes calls otherwise than <tool_call>{JSON}</tool_call>"))
     closing = message.rpartition(_TEXT_MARK)[2]
     after_query, to_next = called.rpartition(_QUERY_MARK)[2], answered.rpartition(_QUERY_MARK)[2]

@@ -228,7 +228,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def show_turn(console: Console, turn: Turn) -> None:
     """A thought, a search, and the beginning of each passage."""
-    thought = re.split(r"<(?:search|answer|tool_call)>", turn.action_text)[0]
+    thought = re.split(r"<(?:search|open|answer|tool_call)>", turn.action_text)[0]
     thought = re.sub(r"</?think>", "", thought).strip()
     if thought:
         console.print(Text(printable(thought), style="dim"))
@@ -237,8 +237,8 @@ def show_turn(console: Console, turn: Turn) -> None:
 
 def show_reply(console: Console, turn: Turn) -> None:
     """A search, and the beginning of each passage."""
-    if turn.kind is ActionKind.SEARCH:
-        console.print(Text(f"search  {printable(turn.argument or '')}", style="bold cyan"))
+    if turn.kind.is_call:
+        console.print(Text(f"{turn.tool or 'search'}  {printable(turn.argument or '')}", style="bold cyan"))
         for line in seen_passages(turn.observation_text):
             console.print(Text("  " + printable(line)), overflow="ellipsis", no_wrap=True)
     elif turn.kind is ActionKind.MALFORMED:

@@ -20,9 +20,7 @@ from search_e1.errors import ConfigError
 from search_e1.rollout.engines.base import Generation, Request
 from search_e1.rollout.engines.remote import API_KEY, RemoteEngine
 from search_e1.rollout.engines.words import END, Words
-from search_e1.text.prompts import SEARCH_TOOL
-
-_OPEN = re.compile(r"<(search|answer)>(?!.*</?(?:search|answer)>)", re.DOTALL)
+from search_e1.text.tools import tools_of
 
 
 class _Function(BaseModel):
@@ -97,7 +95,10 @@ class EndpointEngine(RemoteEngine):
         """
         self.tokenizer = Words()
         self.endpoint = endpoint
-        self._tools = [SEARCH_TOOL] if prompts.protocol == "tools" else None
+        tools = tools_of(prompts)
+        self._tools = [tool.schema for tool in tools] if prompts.protocol == "tools" else None
+        names = "|".join((*(tool.name for tool in tools), "answer"))
+        self._unclosed = re.compile(rf"<({names})>(?!.*</?(?:{names})>)", re.DOTALL)
         super().__init__(
             endpoint.address,
             timeout=endpoint.timeout,
@@ -116,7 +117,7 @@ class EndpointEngine(RemoteEngine):
 
     def _read(self, content: bytes, payload: dict[str, Any]) -> Generation:
         completion = _Completion.model_validate_json(content)
-        text = _text(completion.choices[0], with_end=self._tools is not None)
+        text = _text(completion.choices[0], None if self._tools else self._unclosed)
         counted = completion.usage.completion_tokens if completion.usage else None
         return Generation(self.tokenizer.said(text, counted, payload["max_tokens"]))
 
@@ -125,8 +126,8 @@ class EndpointEngine(RemoteEngine):
         return Generation(self.tokenizer.said("", None, 1))
 
 
-def _text(choice: _Choice, *, with_end: bool) -> str:
-    """What a choice says, as a policy of ours would have said it."""
+def _text(choice: _Choice, unclosed: re.Pattern[str] | None) -> str:
+    """What a choice says, as a policy of ours would have said it. ``unclosed``: a tag that a stop string would close."""
     message, text = choice.message, choice.message.content or ""
     thought = message.reasoning_content or message.reasoning
     if thought:
@@ -135,7 +136,7 @@ def _text(choice: _Choice, *, with_end: bool) -> str:
         text += f'<tool_call>\n{{"name": "{call.function.name}", "arguments": {call.function.arguments}}}\n</tool_call>'
     if choice.finish_reason == "length":
         return text
-    if with_end:
+    if unclosed is None:
         return text + END
-    opened = _OPEN.search(text)  # servers leave the stop string out
+    opened = unclosed.search(text)  # servers leave the stop string out
     return f"{text}</{opened[1]}>" if opened else text

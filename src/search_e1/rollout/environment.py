@@ -1,0 +1,50 @@
+"""The environment: answers the calls of a rollout's actions, those of a tool together."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from search_e1.config import Prompts
+from search_e1.errors import RetrievalError
+from search_e1.retrieval.base import Retriever
+from search_e1.text.protocol import Protocol
+from search_e1.text.tools import Call, Handler, tools_of
+
+
+class ToolCall(NamedTuple):
+    """An action that calls a tool."""
+
+    tool: str
+    call: Call
+    action_text: str
+
+
+class Environment:
+    """Answers calls with observations."""
+
+    def __init__(
+        self, retriever: Retriever, protocol: Protocol, prompts: Prompts, *, topk: int, max_observation_tokens: int
+    ) -> None:
+        """
+        Raises:
+            ConfigError: there is no such tool, or the retriever cannot serve one.
+        """
+        self._protocol, self._most = protocol, max_observation_tokens
+        self._handlers: Mapping[str, Handler] = {t.name: t.open(retriever, topk) for t in tools_of(prompts)}
+
+    def answer(self, calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+        """The observation of each call, as fields of its turn.
+
+        Raises:
+            RetrievalError: from the retriever, or a tool did not answer each of its calls.
+        """
+        observations: dict[int, dict[str, Any]] = {}
+        for name, handler in self._handlers.items():
+            asked = [i for i, call in enumerate(calls) if call.tool == name]
+            answers = handler([calls[i].call for i in asked]) if asked else ()
+            if len(answers) != len(asked):
+                raise RetrievalError(f"tool {name!r}: {len(answers)} answers to {len(asked)} calls")
+            for i, answer in zip(asked, answers, strict=True):
+                text, ids = self._protocol.observe(calls[i].action_text, answer, self._most)
+                seen = () if isinstance(answer, str) else tuple(passage.id for passage in answer)
+                observations[i] = dict(observation_text=text, observation_ids=ids, passage_ids=seen)
+        return [observations[i] for i in range(len(calls))]

@@ -1,0 +1,105 @@
+"""Tools that a policy can call, by name: what it is told of each, and what answers its calls.
+
+A tool of one's own is a ``Tool``, named ``module:attribute`` in ``prompts.tools``; it needs no registration.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from search_e1.config import Prompts
+from search_e1.errors import ConfigError
+from search_e1.retrieval.base import Retriever
+from search_e1.runs.registry import Registry
+from search_e1.types import Passage
+
+
+class Call(NamedTuple):
+    """One call of a tool."""
+
+    argument: str
+    seen: Sequence[str] = ()
+    """Ids of the passages that the trajectory's latest search has found: ``Doc 1`` is the first."""
+
+
+Handler = Callable[[Sequence[Call]], Sequence[Sequence[Passage] | str]]
+"""Answers calls with passages, or with a text; one answer for each call, in order. A failed part raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A tool with one argument."""
+
+    name: str
+    """Lower-case letters and underscores: its tag under ``tags``, its function under ``tools``."""
+    parameter: str
+    description: str
+    parameter_description: str
+    open: Callable[[Retriever, int], Handler]
+    """From the retriever and ``rollout.topk`` to what answers. Raises ConfigError where the retriever cannot."""
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """What a chat template and an endpoint are told."""
+        argument = {self.parameter: {"type": "string", "description": self.parameter_description}}
+        parameters = {"type": "object", "properties": argument, "required": [self.parameter]}
+        about = {"name": self.name, "description": self.description, "parameters": parameters}
+        return {"type": "function", "function": about}
+
+
+TOOLS: Registry[Tool] = Registry("tool")
+_RESERVED = ("think", "information", "answer", "tools", "tool_call", "tool_response")
+
+
+@lru_cache(maxsize=16)
+def tools_of(prompts: Prompts) -> tuple[Tool, ...]:
+    """The tools that ``prompts`` names, in its order.
+
+    Raises:
+        ConfigError: there is no such tool, or two of one name.
+    """
+    tools = tuple(TOOLS.get(name, "prompts.tools") for name in prompts.tools)
+    for name, tool in zip(prompts.tools, tools, strict=True):
+        if not isinstance(tool, Tool) or not re.fullmatch(r"[a-z][a-z_]*", tool.name) or tool.name in _RESERVED:
+            raise ConfigError(f"prompts.tools: {name!r} is not a Tool with a name of its own, in lower-case letters")
+    if not tools or len({tool.name for tool in tools}) < len(tools):
+        raise ConfigError(f"prompts.tools = {list(prompts.tools)}: name at least one tool, and each once")
+    return tools
+
+
+def _open_search(retriever: Retriever, topk: int) -> Handler:
+    return lambda calls: retriever.search([call.argument for call in calls], topk)
+
+
+def _open_passages(retriever: Retriever, topk: int) -> Handler:
+    passage = getattr(retriever, "passage", None)
+    if passage is None:
+        raise ConfigError(
+            f'prompts.tools: a {type(retriever).__name__} cannot open a passage; leave "open" out, or search a BM25 or dense '
+            "index in this process"
+        )
+
+    def answer(call: Call) -> Sequence[Passage] | str:
+        shown = re.fullmatch(r"doc (\d+)", call.argument.lower())
+        known = shown and 0 < int(shown[1]) <= len(call.seen)
+        found = passage(call.seen[int(shown[1]) - 1] if shown and known else call.argument)
+        return "No such passage." if found is None else [found]
+
+    return lambda calls: [answer(call) for call in calls]
+
+
+SEARCH = Tool(
+    "search", "query", "Searches for passages that help to answer the question.", "What to search for.", _open_search
+)
+TOOLS.register("search")(SEARCH)
+TOOLS.register("open")(
+    Tool(
+        "open",
+        "passage",
+        "Shows a whole passage.",
+        "Its number in the latest search (Doc 2), or its title.",
+        _open_passages,
+    )
+)
