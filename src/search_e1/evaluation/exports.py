@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from search_e1.errors import ConfigError
-from search_e1.evaluation.compare import Comparison, Figure, Row
+from search_e1.evaluation.compare import MACRO, Comparison, Figure, Row
 from search_e1.evaluation.published import Row as Published
 from search_e1.evaluation.results import FIGURES
 from search_e1.runs.safe import printable
 
 PUBLISHED = "published"
+_CHANGE = ("policy", "won", "benchmark", "id", "question", "answers", "before", "after", "failure")
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -51,6 +52,19 @@ def by_benchmark(comparison: Comparison) -> dict[str, list[Row]]:
     return parts
 
 
+def published_cells(row: Published, benchmarks: Sequence[str]) -> list[str]:
+    """EM x 100 on each benchmark and on average; empty if not published."""
+    figures = [*(row.em.get(name) for name in benchmarks), row.average]
+    return ["" if figure is None else f"{figure:.1f}" for figure in figures]
+
+
+def legend(comparison: Comparison) -> str:
+    return (
+        "EM x 100 with 95% bootstrap intervals over questions; "
+        f"differences from {comparison.policies[0]}, paired; p: McNemar, exact."
+    )
+
+
 def to_json(comparison: Comparison, questions: bool) -> str:
     return comparison.model_dump_json(indent=2, exclude=None if questions else {"changes"}) + "\n"
 
@@ -58,35 +72,27 @@ def to_json(comparison: Comparison, questions: bool) -> str:
 def to_csv(comparison: Comparison, questions: bool) -> str:
     """A line for each benchmark and policy, including published ones; with ``questions``, for each question won or lost."""
     if questions:
-        changes = [
-            change.model_dump(mode="json") | {"answers": " | ".join(change.answers)} for change in comparison.changes
-        ]
-        return _csv(changes, ("policy", "won", "benchmark", "id", "question", "answers", "before", "after", "failure"))
+        return _csv(
+            [c.model_dump(mode="json") | {"answers": " | ".join(c.answers)} for c in comparison.changes], _CHANGE
+        )
     rows = [_flat(row) for row in comparison.rows]
     for published in comparison.published:
-        figures = [
-            *published.em.items(),
-            *([("macro average", published.average)] if published.average is not None else []),
-        ]
+        figures = published.em | ({} if published.average is None else {MACRO: published.average})
         rows += [
             {"benchmark": name, "policy": published.method, "source": PUBLISHED, "em": round(em / 100, 6)}
-            for name, em in figures
+            for name, em in figures.items()
         ]
     return _csv(rows, tuple(dict.fromkeys(name for row in rows for name in row)))
 
 
 def _flat(row: Row) -> dict[str, Any]:
     flat: dict[str, Any] = {"benchmark": row.benchmark, "policy": row.policy, "source": "measured", "n": row.n}
-    for name in (*FIGURES, "em_sampled"):
-        flat |= _spread(name, getattr(row, name))
-    for name in FIGURES:
-        flat |= _spread(f"difference_{name}", getattr(row.difference, name, None))
+    figures = {name: getattr(row, name) for name in (*FIGURES, "em_sampled")}
+    figures |= {f"difference_{name}": getattr(row.difference, name, None) for name in FIGURES}
+    for name, figure in figures.items():
+        values = (figure.mean, *figure.interval) if figure else (None,) * 3
+        flat |= zip((name, f"{name}_low", f"{name}_high"), values, strict=True)
     return flat | {name: getattr(row.difference, name, None) for name in ("won", "lost", "p")}
-
-
-def _spread(name: str, figure: Figure | None) -> dict[str, float | None]:
-    low, high = figure.interval if figure else (None, None)
-    return {name: figure.mean if figure else None, f"{name}_low": low, f"{name}_high": high}
 
 
 def _csv(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
@@ -98,86 +104,73 @@ def _csv(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
 
 
 def to_markdown(comparison: Comparison, questions: bool) -> str:
-    headings = ("benchmark", "policy", "n", "EM", "difference", "p", "won", "lost", "F1", "searches", "tokens")
-    lines = _head(headings, left=2)
+    rows = []
     for row in comparison.rows:
         change = row.difference
         compared = (signed(change.em), p_value(change.p), str(change.won), str(change.lost)) if change else ("",) * 4
         costs = (f"{100 * row.f1.mean:.1f}", f"{row.searches.mean:.2f}", f"{row.tokens.mean:.0f}")
-        lines.append(_pipes((row.benchmark, row.policy, str(row.n), percent(row.em), *compared, *costs)))
+        rows.append((row.benchmark, row.policy, str(row.n), percent(row.em), *compared, *costs))
+    headings = ("benchmark", "policy", "n", "EM", "difference", "p", "won", "lost", "F1", "searches", "tokens")
+    lines = _pipes(headings, rows, left=2)
     if comparison.published:
         names = list(comparison.published[0].em)
-        lines += ["", *_head(("published EM, not measured here", *names, "average"), left=1)]
-        lines += [_pipes((row.method, *published_cells(row, names))) for row in comparison.published]
+        others = [(row.method, *published_cells(row, names)) for row in comparison.published]
+        lines += ["", *_pipes(("published EM, not measured here", *names, "average"), others, left=1)]
     lines += ["", legend(comparison), *(f"Note: {note}." for note in comparison.notes)]
     if questions:
-        fields = ("policy", "benchmark", "id", "question", "answers", "before", "after", "failure")
-        lines += ["", *_head(("", *fields), left=len(fields) + 1)]
-        for change in comparison.changes:
-            known = change.model_dump() | {"answers": ", ".join(change.answers)}
-            lines.append(_pipes(("won" if change.won else "lost", *(str(known[field] or "") for field in fields))))
+        changes = [
+            ["won" if c.won else "lost", *(str(known[name] or "") for name in _CHANGE if name != "won")]
+            for c in comparison.changes
+            for known in [c.model_dump() | {"answers": ", ".join(c.answers)}]
+        ]
+        lines += ["", *_pipes(["", *(name for name in _CHANGE if name != "won")], changes, left=len(_CHANGE))]
     return "\n".join(lines) + "\n"
 
 
-def legend(comparison: Comparison) -> str:
-    return (
-        "EM x 100 with 95% bootstrap intervals over questions; "
-        f"differences from {comparison.policies[0]}, paired; p: McNemar, exact."
-    )
-
-
-def _head(headings: Sequence[str], left: int) -> list[str]:
-    return [_pipes(headings), _pipes(["---"] * left + ["---:"] * (len(headings) - left))]
-
-
-def _pipes(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(_ACTIVE.sub(r"\\\g<0>", printable(" ".join(cell.split()))) for cell in cells) + " |"
-
-
-def published_cells(row: Published, benchmarks: Sequence[str]) -> list[str]:
-    """EM x 100 on each benchmark and on average; empty where none is published."""
-    cells = [f"{row.em[name]:.1f}" if name in row.em else "" for name in benchmarks]
-    return [*cells, "" if row.average is None else f"{row.average:.1f}"]
+def _pipes(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> list[str]:
+    """A Markdown table; the first ``left`` columns are text."""
+    rule = ["---"] * left + ["---:"] * (len(headings) - left)
+    cells = ([_ACTIVE.sub(r"\\\g<0>", printable(" ".join(cell.split()))) for cell in row] for row in (headings, *rows))
+    head, *body = [f"| {' | '.join(row)} |" for row in cells]
+    return [head, f"| {' | '.join(rule)} |", *body]
 
 
 def to_latex(comparison: Comparison, questions: bool) -> str:
     """A ``booktabs`` table: a line for each policy, a column for each benchmark; published rows below.
 
     Raises:
-        ConfigError: ``questions`` is asked for.
+        ConfigError: with ``questions``.
     """
     if questions:
         raise ConfigError("--questions is not available for LaTeX; give --format markdown, csv or json")
     parts = by_benchmark(comparison)
-    body = []
-    for i, policy in enumerate(comparison.policies):
-        cells = [_latex_cell(rows[i]) for rows in parts.values()]
-        body.append(" & ".join([_latex(policy), *cells]) + r" \\")
+    body = [
+        _latex_row(policy, (_latex_cell(rows[i]) for rows in parts.values()))
+        for i, policy in enumerate(comparison.policies)
+    ]
     if comparison.published:
         names = list(comparison.published[0].em)
         body += [r"\midrule", rf"\multicolumn{{{len(parts) + 1}}}{{l}}{{\emph{{published, not measured here}}}} \\"]
         for row in comparison.published:
-            known = dict(zip([*names, "macro average"], published_cells(row, names), strict=True))
-            cells = [known.get(name) or "--" for name in parts]
-            body.append(" & ".join([_latex(row.method), *cells]) + r" \\")
-    notes = [f"% {' '.join(note.split())}" for note in comparison.notes]
-    return (
-        "\n".join(
-            [
-                f"% EM x 100 with 95% bootstrap intervals over questions; * p < {_SIGNIFICANT} (McNemar, exact) against",
-                f"% {comparison.policies[0]}",
-                *notes,
-                r"\begin{tabular}{l" + "r" * len(parts) + "}",
-                r"\toprule",
-                " & ".join(["policy", *map(_latex, parts)]) + r" \\",
-                r"\midrule",
-                *body,
-                r"\bottomrule",
-                r"\end{tabular}",
-            ]
-        )
-        + "\n"
-    )
+            known = dict(zip([*names, MACRO], published_cells(row, names), strict=True))
+            body.append(_latex_row(row.method, (known.get(name) or "--" for name in parts)))
+    lines = [
+        f"% EM x 100 with 95% bootstrap intervals over questions; * p < {_SIGNIFICANT} (McNemar, exact) against",
+        f"% {comparison.policies[0]}",
+        *(f"% {' '.join(note.split())}" for note in comparison.notes),
+        r"\begin{tabular}{l" + "r" * len(parts) + "}",
+        r"\toprule",
+        _latex_row("policy", map(_latex, parts)),
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_row(name: str, cells: Iterable[str]) -> str:
+    return " & ".join([_latex(name), *cells]) + r" \\"
 
 
 def _latex_cell(row: Row) -> str:
