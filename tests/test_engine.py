@@ -3,27 +3,30 @@
 import random
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from chat import chat_tokenizer
 from conftest import PASSAGES, TinyRetriever, byte_tokenizer
 from search_e1.config import Prompts, RolloutConfig
-from search_e1.errors import ModelError
+from search_e1.errors import ConfigError, ModelError
 from search_e1.rollout.engines import torch as hf
 from search_e1.rollout.engines.base import Generation, Request, generate
 from search_e1.rollout.engines.continuous import ContinuousSession
+from search_e1.rollout.engines.registry import check_engine, open_engine
 from search_e1.rollout.engines.sampling import Ends, draw
 from search_e1.rollout.engines.torch import PlainEngine, TorchEngine
 from search_e1.rollout.loop import Spent, rollout, starts
 from search_e1.text.prompts import STOP_STRINGS
 from search_e1.training.policy import Policy
 from search_e1.types import Question, Trajectory
+from trained import config_of
 
 PROMPTS = Prompts(instruction="Answer this after searching. Question: {question}\n", correction="\nNo.\n")
 QUESTIONS = [
@@ -333,3 +336,39 @@ def test_a_row_ends_where_its_text_first_holds_a_stop_string(pieces, stop, token
     holding = [n for n, text in enumerate(texts, 1) if any(s in text for s in stop)]
     special = [n for n in range(1, len(sampled) + 1) if sampled[n - 1] == tokenizer.eos_token_id]
     assert ended[:1] == sorted(holding + special)[:1]
+
+
+# By name.
+
+
+@contextmanager
+def own_engine(config, policy, loaded, max_tokens):
+    """A user's engine."""
+    yield (policy, max_tokens, config.rollout.batch_size)
+
+
+def test_an_engine_of_ones_own_is_opened_by_its_name(tmp_path, tiny_policy) -> None:
+    tiny_policy.save(tmp_path / "policy")
+    config = config_of(tmp_path, rollout={"engine": "test_engine:own_engine", "batch_size": 7, "max_tokens": 99})
+    with open_engine(config, tmp_path / "policy") as (engine, prompts):
+        assert engine == (tmp_path / "policy", 99, 7)
+    assert prompts == tiny_policy.prompts
+    with open_engine(config, tmp_path / "policy", tiny_policy) as (engine, _):
+        assert engine == (tmp_path / "policy", None, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vlm", r"rollout\.engine = 'vlm': no such engine; did you mean 'vllm'\?"),
+        ("nowhere:engine", r"rollout\.engine = 'nowhere:engine': No module named 'nowhere'"),
+    ],
+)
+def test_an_unknown_engine_is_refused_before_the_work(tmp_path, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_engine(config_of(tmp_path, rollout={"engine": name}))
+
+
+def test_the_former_name_is_refused_with_the_new_one() -> None:
+    with pytest.raises(ValidationError, match=r'called "torch" now; write engine = "torch"'):
+        RolloutConfig(engine="transformers")

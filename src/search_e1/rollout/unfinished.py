@@ -1,4 +1,4 @@
-"""Rollouts that a signal interrupted: what they have sampled, on disk, for the same call to resume."""
+"""Rollouts interrupted by a signal: their rows on disk, for the same call to resume."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,10 @@ class UnfinishedRow(Record):
     stop: StopReason | None
     """Why it ended, if it has."""
     ids: tuple[int, ...] = ()
-    """The action at hand, as far as it was sampled."""
+    """The current action, as far as it was sampled."""
     logprobs: tuple[float, ...] | None = None
     complete: bool = False
-    """Whether the action at hand is whole, and was being answered."""
+    """Whether the current action is complete and was waiting for its observation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,11 @@ class Unfinished:
     """Where a call of ``rollout`` leaves its rows when ``stop`` is asked to stop."""
 
     path: Path | None
-    """Without one nothing is kept, and a signal ends the call all the same."""
+    """Without a path nothing is kept; a signal still ends the call."""
     stop: Stop
 
     def load(self, call: Sequence[object]) -> dict[int, UnfinishedRow]:
-        """The rows of a call with the same arguments, by their place; none, if another call or a damaged file is there."""
+        """The rows of the same call, by index; empty if the file is missing, damaged or of another call."""
         if self.path is None:
             return {}
         try:
@@ -45,13 +45,13 @@ class Unfinished:
         return {int(place): UnfinishedRow.model_validate(row) for place, row in saved["rows"].items()}
 
     def save(self, call: Sequence[object], rows: Mapping[int, UnfinishedRow]) -> None:
-        """Replace what is there by the rows of this call; on disk when this returns."""
+        """Write the rows of this call, durably."""
         if self.path:
             dumped = {place: row.model_dump(mode="json") for place, row in rows.items()}
             write_summed(self.path, json.dumps({"call": _key(call), "rows": dumped}))
 
     def discard(self) -> None:
-        """The call has ended: nothing of it is needed any more."""
+        """Remove the file: the call is complete."""
         if self.path:
             self.path.unlink(missing_ok=True)
 

@@ -1,8 +1,8 @@
-"""What an engine is. An extension point: anything with these members samples for rollouts.
+"""The protocol of engines, an extension point: anything with these members samples for rollouts.
 
-A rollout asks through a session: it submits rows, takes what is finished step by step, and submits a row again with its
-observation while others are still being sampled. An engine that can only sample a whole batch at a time subclasses
-``BatchEngine`` and gets its session from there.
+A rollout samples through a session: it submits rows, collects finished ones step by step, and submits a row again with its
+observation while others are still being sampled. An engine that samples whole batches subclasses ``BatchEngine``, which
+provides the session.
 """
 
 from abc import ABC, abstractmethod
@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What was sampled after one prompt.
+    """The tokens sampled after one prompt.
 
-    ``ids`` holds everything up to and including the token that completed a stop string or is an end token; padding never.
-    ``logprobs``, where the engine has them, belong to ``ids`` under the distribution that was sampled from.
+    ``ids`` ends with the token that completed a stop string or is an end token; it never holds padding. ``logprobs``, where
+    the engine has them, are those of ``ids`` under the distribution that was sampled from.
     """
 
     ids: tuple[int, ...]
@@ -26,50 +26,49 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A row to sample: what to continue, and how far."""
+    """A row to sample."""
 
     key: int
-    """Names the row in its session. A row that was finished is submitted again under its key, with a longer prompt."""
+    """Identifies the row in its session. A finished row is submitted again under its key, with a longer prompt."""
     prompt: Sequence[int]
     max_new_tokens: int
     seed: int
-    """Of this generation's randomness, which is its own: not that of the batch it happens to be sampled in."""
+    """Seed of this generation alone, whatever batch it is sampled in."""
     begun: Generation = Generation(())
-    """What an interrupted session had sampled of it, which counts among the new tokens. Engines that cannot continue it
-    sample the generation anew."""
+    """Tokens that an interrupted session had sampled already; they count as new tokens. An engine that cannot continue them
+    samples the generation again."""
 
 
 class Interrupted(BaseException):
-    """A step was given up because ``Session.interrupted`` says so; no row is lost. No ``Exception``: it is no error."""
+    """A step was abandoned because ``Session.interrupted`` is true; no row is lost. Not an ``Exception``: it is no error."""
 
 
 class Session(Protocol):
-    """Sampling under way, for many rows together."""
+    """Sampling of many rows together."""
 
     admission_interval: int
-    """Steps between two moments at which rows had best be submitted. More than 1 where rows join at a cost."""
+    """Submit rows every so many steps; more than 1 where admitting rows is expensive."""
 
     interrupted: Callable[[], bool]
-    """Asked within long steps: whether to give up and raise ``Interrupted``."""
+    """Checked within long steps, which then raise ``Interrupted``."""
 
     def submit(self, request: Request) -> None:
-        """Ask for a row; it waits until there is room for it."""
+        """Queue a row until there is room for it."""
         ...
 
     def step(self) -> list[tuple[int, Generation]]:
-        """Go on for a while; keys and generations of the rows that have finished since, perhaps none.
+        """Sample one or more tokens; keys and generations of the rows that finished, perhaps none.
 
-        A generation ends at the first of: an end token of the model, a token that completes a stop string,
-        ``max_new_tokens``.
+        A generation ends at an end token of the model, at a token that completes a stop string, or at ``max_new_tokens``.
         """
         ...
 
     def release(self, key: int) -> None:
-        """Say that a finished row is not submitted again."""
+        """Drop a finished row that will not be submitted again."""
         ...
 
     def begun(self) -> dict[int, Generation]:
-        """What was sampled so far of rows that are not finished; may leave out any."""
+        """The tokens sampled so far of unfinished rows; rows may be missing. Optional."""
         ...
 
 
@@ -78,19 +77,19 @@ class Engine(Protocol):
 
     tokenizer: Any
     context_length: int
-    """Most ids that a prompt and what is sampled after it may have together."""
+    """Most ids of a prompt and its generation together."""
 
     def session(self, *, temperature: float, stop: Sequence[str], max_tokens: int) -> AbstractContextManager["Session"]:
-        """Begin to sample. ``stop`` holds the strings that end a generation, beside the end tokens of the model.
+        """A session, for as long as the context lasts.
 
-        ``temperature`` 0 is greedy; otherwise the full distribution is sampled, without top-k or top-p. No prompt, with
-        what is sampled after it, will have more than ``max_tokens`` ids.
+        ``temperature`` 0 is greedy; otherwise the full distribution is sampled, without top-k or top-p. ``stop``: strings
+        that end a generation, besides the model's end tokens. ``max_tokens``: most ids of a prompt and its generation.
         """
         ...
 
 
 class BatchEngine(ABC):
-    """An engine that samples whole batches: every row is finished before the next step."""
+    """An engine that samples whole batches: every row finishes before the next step."""
 
     tokenizer: Any
     context_length: int
@@ -106,7 +105,7 @@ class BatchEngine(ABC):
 
 
 def never() -> bool:
-    """For ``Session.interrupted``: nothing interrupts."""
+    """A ``Session.interrupted`` that never interrupts."""
     return False
 
 
@@ -130,7 +129,7 @@ class _Batches:
         """Nothing is kept."""
 
     def begun(self) -> dict[int, Generation]:
-        """A batch is sampled whole."""
+        """None: a batch is sampled whole."""
         return {}
 
 

@@ -1,8 +1,8 @@
-"""Sampling where rows come and go: who is finished leaves the batch, who was answered joins it, nothing is computed twice.
+"""Continuous batching: finished rows leave the batch, answered rows join it, and nothing is computed twice.
 
-Rows hold slots of a ``RaggedCache``: first the active ones, which are sampled together, then those that wait to go on, then
-free slots. What a row's earlier turns left in its slot stays there until the row is released, siblings get a copy of their
-prompt's, and what all prompts begin with (the instruction) is computed once a session.
+Rows hold slots of a ``RaggedCache``: first the active rows, which are sampled together, then rows that wait for an
+observation, then free slots. A slot keeps its row's earlier turns until the row is released; siblings copy their prompt's
+cache; the common beginning of all prompts (the instruction) is computed once a session.
 """
 
 import gc
@@ -32,21 +32,21 @@ class _Row:
     key: int
     slot: int | None = None
     stored: int = 0
-    """The slot in which the cache has it. Another than ``slot`` while rows change places."""
+    """The slot where its cache lies; differs from ``slot`` while rows change places."""
     num_cached: int = 0
-    """So many of ``ids`` are in the cache."""
+    """How many of ``ids`` are in the cache."""
     ids: list[int] = field(default_factory=list)
-    """Prompt and what was sampled."""
+    """Prompt and sampled tokens."""
     prompt: int = 0
-    """So many of ``ids`` are the prompt."""
+    """How many of ``ids`` are the prompt."""
     end: int = 0
-    """As many ``ids`` there are when ``max_new_tokens`` are sampled."""
+    """Length of ``ids`` once ``max_new_tokens`` are sampled."""
     source: Random = field(init=False)
     logprobs: list[float] = field(default_factory=list)
     unfinished: bool = True
 
     def begin(self, request: Request) -> None:
-        """Go on with the request's prompt, or start over where it is not what the cache holds."""
+        """Continue with the request's prompt; starts over if it does not extend what is cached."""
         prompt = list(request.prompt)
         if self.ids[: self.num_cached] != prompt[: self.num_cached] or self.num_cached >= len(prompt):
             self.num_cached = 0
@@ -61,7 +61,7 @@ class _Row:
 
     @property
     def pending_ids(self) -> list[int]:
-        """What must go through the model before the last id does."""
+        """The ids to prefill: all that are not cached, except the last."""
         return self.ids[self.num_cached : -1]
 
 

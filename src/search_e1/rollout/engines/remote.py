@@ -1,4 +1,4 @@
-"""What every engine somewhere else needs: requests under way together, tried again, their answers told as they come."""
+"""Engines behind HTTP: concurrent requests with retries, answers as they arrive."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""The engine for CPUs and small GPUs: a transformers model that is already in memory, so that a trainer can lend its own."""
+"""The engine over a transformers model in memory: a trainer can lend its own."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,10 +27,10 @@ _MEMORY = 0.6
 
 
 class TorchEngine:
-    """Samples from a transformers model; rows come and go (``ContinuousSession``) where its layers allow it.
+    """Samples from a transformers model, with continuous batching (``ContinuousSession``) where its layers allow it.
 
-    Whether they do is tried on the model itself. Models with recurrent states or kernels of their own are sampled in whole
-    batches, turn by turn, by transformers' ``generate`` (``PlainEngine``).
+    This is tried on the model itself. Models with recurrent states or kernels of their own are sampled in whole batches, by
+    transformers' ``generate`` (``PlainEngine``).
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class TorchEngine:
         batch_size: int = 64,
         on_id: Callable[[int | None], None] | None = None,
     ) -> None:
-        """``batch_size``: most rows in memory together; fewer, where memory does not hold their cache.
+        """``batch_size``: most rows in memory together; fewer where their cache does not fit.
 
         ``on_id``, where one row is sampled alone: called with ``None`` when it begins, then with each id as it is sampled.
         """

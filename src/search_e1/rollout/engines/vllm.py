@@ -1,4 +1,4 @@
-"""The generator for GPUs: vLLM, in this process. An extra: ``pip install 'search-e1[vllm]'``.
+"""vLLM in this process. An extra: ``pip install 'search-e1[vllm]'``.
 
 vLLM lets rows join and leave with every step itself, and its prefix cache holds what they have in common: the instruction,
 siblings' prompts, earlier turns. Its engine runs in this process and not, as is vLLM's default, in one beside it: so weights
@@ -78,7 +78,7 @@ def check(policy: PolicyConfig, config: VllmConfig) -> None:
 
 @dataclass(frozen=True, slots=True)
 class VllmLaunch:
-    """An engine that is to be started."""
+    """What vLLM is started with."""
 
     model: str | Path
     """Directory of the policy, a Hub id, or ``small``."""
@@ -98,7 +98,7 @@ class VllmLaunch:
 
     @contextmanager
     def running(self, tokenizer: Any) -> Iterator["VllmEngine"]:
-        """A generator over an engine that is there for as long as the context is. Raises what ``start`` does."""
+        """An engine for as long as the context lasts. Raises what ``start`` does."""
         llm = self.start()
         try:
             yield VllmEngine(llm, tokenizer)
