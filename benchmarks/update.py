@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -80,6 +81,9 @@ def run(contestant: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, __file__, *sys.argv[1:], "--contestant", contestant], capture_output=True, text=True
     )
+    if done.returncode < 0:
+        why = signal.Signals(-done.returncode).name
+        return {"contestant": contestant, "failed": f"ended by {why}: out of memory?"}
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
         return {"contestant": contestant, "failed": reason}

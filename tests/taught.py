@@ -9,8 +9,7 @@ import torch
 
 from conftest import PASSAGES, TinyRetriever, make_tiny_policy
 from search_e1.config import RolloutConfig
-from search_e1.grpo import replay
-from search_e1.rollout.engines.base import BatchGenerator, Generation
+from search_e1.rollout.engines.base import BatchEngine, Generation
 from search_e1.rollout.loop import rollout, starts
 from search_e1.training.policy import Policy
 from search_e1.types import Question, Trajectory
@@ -30,7 +29,7 @@ HABITS = [
 ]
 
 
-class Script(BatchGenerator):
+class Script(BatchEngine):
     """A generator that takes each prompt for the next turn of the script it was given."""
 
     context_length = 1024
@@ -66,14 +65,16 @@ def _taught() -> Policy:
 
 
 def learn(policy: Policy, trajectories: Sequence[Trajectory], steps: int) -> None:
-    """Train on what was sampled in ``trajectories``."""
-    lines = [replay.Example(t.prompt_ids, t.response_ids, t.action_mask) for t in trajectories]
-    batch = replay.collate(lines, policy.tokenizer.pad_token_id, torch.device("cpu"))
-    labels = batch.input_ids.clone()
-    labels[:, : -batch.loss_mask.shape[1]] = -100
-    labels[:, -batch.loss_mask.shape[1] :][batch.loss_mask == 0] = -100
+    """Train on what was sampled in ``trajectories``, in plain torch."""
+    rows = [[*t.prompt_ids, *t.response_ids] for t in trajectories]
+    width = max(map(len, rows))
+    ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
+    for i, (row, t) in enumerate(zip(rows, trajectories, strict=True)):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask = torch.tensor([0] * len(t.prompt_ids) + list(t.action_mask)).bool()
+        labels[i, : len(row)][mask] = ids[i, : len(row)][mask]
     optimiser = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
     for _ in range(steps):
-        policy.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss.backward()
+        policy.model(input_ids=ids, labels=labels).loss.backward()
         optimiser.step()
         optimiser.zero_grad()

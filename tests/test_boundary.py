@@ -8,22 +8,24 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from conftest import PASSAGES, TINY_PROMPTS, TinyRetriever
-from scripted import ScriptedGenerator
+from scripted import ScriptedEngine
 from search_e1.config import PairsConfig, ReferenceConfig, RolloutConfig
-from search_e1.distill.collate import encode, fits, prompt_of_teacher
 from search_e1.errors import DataError
 from search_e1.rollout.loop import rollout, starts
 from search_e1.selfdistill.files import check_tokenizer
 from search_e1.selfdistill.pairs import select
+from search_e1.selfdistill.samples import classes_of, sample_of
 from search_e1.text.prompts import plain_prompt, privileged_prompt
-from search_e1.text.reference import room, show
+from search_e1.text.reference import prompt_budget, render_reference
 from search_e1.text.tokens import TokenClass
+from search_e1.training.batch import make_batch
 from search_e1.types import Group, Pair, Question
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+WHOLE = ReferenceConfig()
 QUESTION = Question(id="q", text="Mayor of Bel?", answers=("Cor Dun",))
 
 
@@ -74,7 +76,7 @@ FAMILIES = {
 }
 
 
-def mined(tokenizer, end: str) -> Pair:
+def mined(tokenizer, end: str, config: ReferenceConfig = WHOLE) -> Pair:
     """A correct and a wrong trajectory, each ending as a policy that knows its end token ends."""
     scripts = (
         [f"<think>a</think> <search> mayor Bel </search>{end}", f"So <answer> Cor Dun </answer>{end}"],
@@ -83,12 +85,17 @@ def mined(tokenizer, end: str) -> Pair:
     limits = RolloutConfig(max_action_tokens=80, max_tokens=900, topk=1)
     trajectories = [
         rollout(
-            ScriptedGenerator(tokenizer, {QUESTION.text: script}), TinyRetriever(PASSAGES),
+            ScriptedEngine(tokenizer, {QUESTION.text: script}), TinyRetriever(PASSAGES),
             starts(tokenizer, TINY_PROMPTS, [QUESTION]), limits, temperature=1.0, seed=0,
         )[0]
         for script in scripts
     ]  # fmt: skip
-    ((pair,), _) = select([Group(question=QUESTION, trajectories=tuple(trajectories))], PairsConfig())
+
+    def render(question, reference, student):
+        budget = prompt_budget(config, 10_000, len(student.response_ids))
+        return render_reference(tokenizer, TINY_PROMPTS, question.text, reference, config, budget)
+
+    ((pair,), _) = select([Group(question=QUESTION, trajectories=tuple(trajectories))], PairsConfig(), render)
     return pair
 
 
@@ -108,21 +115,24 @@ def test_the_families_are_what_they_are_said_to_be():
 def test_teacher_and_student_read_the_same_response(family):
     tokenizer, end, _ = family
     pair = mined(tokenizer, end)
-    row = encode(tokenizer, TINY_PROMPTS, pair)
-    response = list(pair.student.response_ids)
-    teacher, student = prompt_of_teacher(tokenizer, TINY_PROMPTS, pair), pair.student.prompt_ids
-    assert row["input_ids"] == [*teacher, *response]
-    assert row["student_ids"] == [*student, *response]
+    classes = classes_of(tokenizer, TINY_PROMPTS, pair.student)
+    sample = sample_of(pair, classes)
+    response, student = pair.student.response_ids, pair.student.prompt_ids
+    assert (sample.prompt_ids, sample.response_ids, sample.action_mask) == (student, response, pair.student.action_mask)
     assert student == plain_prompt(tokenizer, TINY_PROMPTS, QUESTION.text)
+    teacher = privileged_prompt(tokenizer, TINY_PROMPTS, QUESTION.text, pair.reference.text)
+    assert sample.teacher_prompt_ids == teacher
     # The end token is among what is learnt, in both rows, and is the last of each action.
     assert response[-1] == tokenizer.eos_token_id
-    assert row["input_ids"][row["teacher_positions"][-1] + 1] == tokenizer.eos_token_id
-    assert row["student_ids"][row["student_positions"][-1] + 1] == tokenizer.eos_token_id
-    assert row["classes"][-1] is TokenClass.TAG
     assert [turn.action_ids[-1] for turn in pair.student.turns] == [tokenizer.eos_token_id] * 2
+    assert classes[-1] is TokenClass.TAG
     sampled = [i for turn in pair.student.turns for i in turn.action_ids]
-    assert [row["input_ids"][p + 1] for p in row["teacher_positions"]] == sampled
-    assert [row["student_ids"][p + 1] for p in row["student_positions"]] == sampled
+    for packed in (False, True):
+        batch = make_batch([sample], [[1.0] * len(sampled)], packed=packed)
+        assert batch.targets.tolist() == sampled
+        for rows, prompt in ((batch.student, student), (batch.teacher, teacher)):
+            assert rows.input_ids[0].tolist() == [*prompt, *response]
+            assert rows.input_ids[0][rows.index + 1].tolist() == sampled
     # Nothing is inserted between prompt and response, and no text encoded twice: the teacher's prompt ends as a prompt does.
     tail = tuple(plain_prompt(tokenizer, TINY_PROMPTS, "x"))[-2:] if tokenizer.chat_template else ()
     assert teacher[len(teacher) - len(tail) :] == tail
@@ -132,41 +142,33 @@ def test_the_reference_is_shown_to_its_end(family):
     tokenizer, end, shown = family
     pair = mined(tokenizer, end)
     assert pair.reference.text.endswith(f"</answer>{end}")
-    prompt = tokenizer.decode(prompt_of_teacher(tokenizer, TINY_PROMPTS, pair))
+    prompt = tokenizer.decode(pair.teacher_prompt_ids)
     # An end token that stays special would end the message that shows it; its name stands there instead.
     assert f"So <answer> Cor Dun </answer>{shown}\nYou:" in prompt
     special = tokenizer.eos_token_id
     plain = plain_prompt(tokenizer, TINY_PROMPTS, QUESTION.text)
-    assert prompt_of_teacher(tokenizer, TINY_PROMPTS, pair).count(special) == plain.count(special)
+    assert pair.teacher_prompt_ids.count(special) == plain.count(special)
 
 
 @pytest.mark.parametrize("shows", ["searches", "searches_and_answer", "answer"])
 def test_a_part_of_the_reference_ends_as_that_part_did(family, shows):
     tokenizer, end, _ = family
-    reference = mined(tokenizer, end).reference
-    made = show(tokenizer, TINY_PROMPTS, QUESTION.text, reference, ReferenceConfig(shows=shows), 10_000)
-    assert made
-    assert made.text.endswith(f"</search>{end}" if shows == "searches" else f"</answer>{end}")
+    pair = mined(tokenizer, end, ReferenceConfig(shows=shows))
+    assert pair.reference_shown.endswith(f"</search>{end}" if shows == "searches" else f"</answer>{end}")
 
 
 @pytest.mark.parametrize("shorten", ["passages", "evenly"])
 def test_a_shortened_reference_fits_to_the_token_and_keeps_its_end(family, shorten):
     tokenizer, end, _ = family
     pair = mined(tokenizer, end)
-    length = len(encode(tokenizer, TINY_PROMPTS, pair)["input_ids"])
-    config = ReferenceConfig(shorten=shorten, max_tokens=length - 1)
-    left = room(config, 10_000, len(pair.student.response_ids))
-    made = show(tokenizer, TINY_PROMPTS, QUESTION.text, pair.reference, config, left)
-    assert made
-    assert made.shortened
-    assert made.text.endswith(f"</answer>{end}")
-    cut = pair.model_copy(update={"reference_shown": made.text, "shortened": True})
-    assert fits(tokenizer, TINY_PROMPTS, cut, length - 1)
-    assert not fits(tokenizer, TINY_PROMPTS, pair, length - 1)
-    # What was measured is what is read: the lead, the profile and distillation take the text from the pair.
-    assert prompt_of_teacher(tokenizer, TINY_PROMPTS, cut) == privileged_prompt(
-        tokenizer, TINY_PROMPTS, QUESTION.text, made.text
-    )
+    length = len(sample_of(pair, ()))
+    assert length == len(pair.teacher_prompt_ids) + len(pair.student.response_ids)
+    cut = mined(tokenizer, end, ReferenceConfig(shorten=shorten, max_tokens=length - 1))
+    assert cut.shortened
+    assert cut.reference_shown.endswith(f"</answer>{end}")
+    assert len(sample_of(cut, ())) <= length - 1
+    # What was measured is what is read: the lead, the profile and distillation take the prompt from the pair.
+    assert cut.teacher_prompt_ids == privileged_prompt(tokenizer, TINY_PROMPTS, QUESTION.text, cut.reference_shown)
 
 
 def test_each_familys_ids_are_refused_by_the_others():

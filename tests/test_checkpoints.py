@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from search_e1.runs.checkpoints import Lines, Work
+from search_e1.runs.checkpoints import Checkpointer, Lines
 from search_e1.runs.stopping import Stop, Stopped, on_signals
 
 
@@ -20,22 +20,22 @@ def writing(text: str):
 
 
 @pytest.fixture
-def work(tmp_path) -> Work:
+def work(tmp_path) -> Checkpointer:
     """Saves at every step."""
-    work = Work(tmp_path, every_seconds=0.0, share=1.0)
+    work = Checkpointer(tmp_path, every_seconds=0.0, share=1.0)
     work._cost = 0.0
     return work
 
 
-def save(work: Work, *steps: int) -> None:
+def save(work: Checkpointer, *steps: int) -> None:
     for step in steps:
-        work._save(work.directory, step, writing(f"state of {step}"))
+        work._save(step, writing(f"state of {step}"))
 
 
 def test_the_newest_checkpoint_is_given_and_only_two_are_kept(work, tmp_path):
     assert work.newest() is None
     save(work, 1, 2, 10)
-    newest = Work(tmp_path).newest()
+    newest = Checkpointer(tmp_path).newest()
     assert newest
     assert (newest / "state").read_text() == "state of 10"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000000002", "step-0000000010"]
@@ -53,7 +53,7 @@ def test_a_damaged_checkpoint_is_dropped_for_the_one_before(work, tmp_path, dama
         "sums": lambda: (newest / "sha256.json").write_text("{"),
         "no sums": lambda: (newest / "sha256.json").unlink(),
     }[damage]()
-    assert Work(tmp_path).newest() == tmp_path / "step-0000000001"
+    assert Checkpointer(tmp_path).newest() == tmp_path / "step-0000000001"
     assert not newest.exists()
 
 
@@ -69,7 +69,7 @@ def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed(work, tmp_path):
             if file.name == "sha256.json" and bytes(data).split() == sound[file].split():
                 continue  # white space for white space: the same sums
             file.write_bytes(data)
-            assert Work(tmp_path).newest() is None, (file, data)
+            assert Checkpointer(tmp_path).newest() is None, (file, data)
             file.parent.mkdir()
             for path, content in sound.items():
                 path.write_bytes(content)
@@ -83,10 +83,10 @@ def test_a_checkpoint_that_was_being_written_when_the_process_was_killed_does_no
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        work._save(tmp_path, 2, killed)
-    again = Work(tmp_path, every_seconds=0.0)
+        work._save(2, killed)
+    again = Checkpointer(tmp_path, every_seconds=0.0)
     assert again.newest() == tmp_path / "step-0000000001"
-    again.reached(2, writing("state of 2"))
+    again.on_step_end(2, writing("state of 2"))
     assert again.newest() == tmp_path / "step-0000000002"
 
 
@@ -97,19 +97,19 @@ def test_checkpoints_are_due_by_time_and_no_more_often_than_their_cost_allows(tm
     def slowly(directory: Path) -> None:
         now[0] += 5.0  # what saving takes
 
-    work, saved = Work(tmp_path, every_seconds=60.0, share=0.02), []
+    work, saved = Checkpointer(tmp_path, every_seconds=60.0, share=0.02), []
     for step in range(1, 101):
         now[0] += 10.0  # what a step takes
         before = now[0]
-        work.reached(step, slowly)
+        work.on_step_end(step, slowly)
         saved += [before] if now[0] > before else []
     # The first after 60 s; then 5 s / 0.02 = 250 s from the beginning of one to that of the next, at the next step's end.
     assert saved == [60.0, 315.0, 570.0, 825.0]
 
 
 def test_without_a_directory_nothing_is_kept():
-    work = Work()
-    work.reached(1, writing("anything"))
+    work = Checkpointer()
+    work.on_step_end(1, writing("anything"))
     assert work.newest() is None
 
 
@@ -200,17 +200,17 @@ def test_a_step_is_finished_and_saved_before_a_signal_ends_the_work(tmp_path, ca
     done = []
 
     def steps(stop: Stop) -> None:
-        work = Work(tmp_path, every_seconds=1e9, stop=stop)
+        work = Checkpointer(tmp_path, every_seconds=1e9, stop=stop)
         for step in range(1, 9):
             if step == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
             done.append(step)
-            work.reached(step, writing(f"state of {step}"))
+            work.on_step_end(step, writing(f"state of {step}"))
 
     assert stopped_while(steps).status == 75
     assert done == [1, 2, 3]
     assert "finishing the step" in capfd.readouterr().err
-    newest = Work(tmp_path).newest()
+    newest = Checkpointer(tmp_path).newest()
     assert newest
     assert newest.name == "step-0000000003"
 

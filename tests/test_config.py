@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from search_e1.config import Config, load, parse_overrides
+from search_e1.config import Config, TrainingConfig, load, migrate_fingerprint, parse_overrides
 from search_e1.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -69,13 +69,13 @@ def test_a_run_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
 def test_a_preset_lies_under_the_file_and_the_flags(tmp_path: Path) -> None:
     plain = load(written(tmp_path))
     assert (plain.ofsd, plain.pairs.students, plain.pairs.students_by) == ("every_round", 1, "wrong_first")
-    path = written(tmp_path, f'preset = "concise"\n{MINIMAL}[pairs]\nreferences = 2\n')
+    path = written(tmp_path, f'preset = "concise"\n{MINIMAL}[pool]\ngroup_size = 2\n')
     config = load(path, ["--pairs.students", "3"])
     assert (config.ofsd, config.pairs.students, config.pairs.students_by) == ("first_round", 3, "any")
-    assert config.pairs.references == 2
+    assert config.pool.group_size == 2
     assert Config.model_validate_json(config.model_dump_json()) == config
-    assert load(path, ["--preset", "search-e1", "--pairs.references", "1"]) == plain
-    assert load(written(tmp_path), ["--preset", "concise"]).binding() != plain.binding()
+    assert load(path, ["--preset", "search-e1", "--pool.group_size", "8"]) == plain
+    assert load(written(tmp_path), ["--preset", "concise"]).fingerprint() != plain.fingerprint()
     with pytest.raises(ConfigError, match=r"preset = 'fast': Input should be 'search-e1' or 'concise'"):
         load(path, ["--preset", "fast"])
     with pytest.raises(ConfigError, match=r"preset = \['concise'\]: "):
@@ -147,7 +147,7 @@ def test_broken_flags_are_refused(flags: list[str], says: str) -> None:
         ("--grpo.steps=-1", "grpo.steps = -1: Input should be greater than or equal to 0"),
         ("--grpo.group_size=1", "grpo.group_size = 1: Input should be greater than or equal to 2"),
         ("--distill.clip=some", "distill.clip = 'some': Input should be 'entry', 'token' or 'none'"),
-        ("--distill.logits_mib=0", "distill.logits_mib = 0: Input should be greater than 0"),
+        ("--distill.training.logits_mib=0", "distill.training.logits_mib = 0: Input should be greater than 0"),
         (
             "--distill.class_weights.tag=-1",
             "distill.class_weights.tag = -1: Input should be greater than or equal to 0",
@@ -197,11 +197,30 @@ def test_what_is_no_toml_is_refused(tmp_path: Path) -> None:
             load(path)
 
 
-def test_the_engines_own_arguments_pass_through(tmp_path: Path) -> None:
-    text = MINIMAL + '[grpo.trainer]\nepsilon = 0.3\nloss_type = "grpo"\n[distill.trainer]\nwarmup_steps = 3\n'
-    config = load(written(tmp_path, text), ["--grpo.trainer.beta", "0.01"])
-    assert config.grpo.trainer == {"epsilon": 0.3, "loss_type": "grpo", "beta": 0.01}
-    assert config.distill.trainer == {"warmup_steps": 3}
+def test_training_has_the_same_keys_in_every_stage_and_defaults_of_its_own(tmp_path: Path) -> None:
+    text = MINIMAL + "[grpo.training]\nbetas = [0.9, 0.95]\n[distill.training]\nwarmup = 0.1\n[warmstart]\n"
+    config = load(written(tmp_path, text), ["--grpo.training.micro_batch_tokens", "512"])
+    assert config.warmstart
+    sections = (config.grpo.training, config.distill.training, config.warmstart.training)
+    assert [set(type(section).model_fields) for section in sections] == [set(TrainingConfig.model_fields)] * 3
+    assert [section.schedule for section in sections] == ["constant", "linear", "linear"]
+    assert [section.optimizer for section in sections] == ["adamw", "adamw", "muon"]
+    assert [section.warmup for section in sections] == [0.0, 0.1, 0.05]
+    assert [section.betas for section in sections] == [(0.9, 0.95), (0.9, 0.999), (0.9, 0.95)]
+    assert [section.micro_batch_tokens for section in sections] == [512, None, None]
+    assert "grpo.training.max_grad_norm = 0.0: Input" in refusal(tmp_path, "--grpo.training.max_grad_norm=0.0")
+    assert load(written(tmp_path), ["--grpo.training.max_grad_norm=inf"]).grpo.training.max_grad_norm == float("inf")
+
+
+def test_what_changes_nothing_in_a_run_does_not_bind_it(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    plain = load(path).fingerprint()
+    flags = ["--run=other", "--tracking.project=x", "--checkpoints.share=1", "--parallel.sharding=fsdp2"]
+    assert load(path, flags).fingerprint() == plain
+    assert load(path, ["--distill.training.micro_batch_tokens=64"]).fingerprint() != plain
+    assert migrate_fingerprint(plain) == plain
+    assert migrate_fingerprint({**plain, "parallel": {"sharding": "none"}}) == plain
+    assert migrate_fingerprint({"unknown": 1}) == {"unknown": 1}
 
 
 def test_a_config_does_not_change_and_survives_json(tmp_path: Path) -> None:

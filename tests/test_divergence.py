@@ -6,26 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model
+from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 from torch import Tensor
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-)
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-from conftest import make_tiny_policy
-from search_e1.config import LoraConfig
-from search_e1.errors import ConfigError, ModelError
-from search_e1.training import divergence as loss_module
+from search_e1.errors import ConfigError
+from search_e1.training import projection
 from search_e1.training.divergence import fused_divergence
-from search_e1.training.head import Head, hidden_at, split_head
-from search_e1.training.policy import with_adapter
+from search_e1.training.head import Head
 
 
 def naive(
@@ -64,8 +52,8 @@ def naive(
     per_token = terms.sum(-1)
     if clip == "token" and tau is not None:
         per_token = per_token.clamp(max=tau)
-    weights = torch.ones(len(student), dtype=s.dtype) if weights is None else weights
-    return (weights * per_token).sum() / weights.sum().clamp(min=1e-30), per_token.detach()
+    weights = torch.full((len(student),), 1 / max(1, len(student)), dtype=s.dtype) if weights is None else weights
+    return (weights * per_token).sum(), per_token.detach()
 
 
 def tensors(seed, positions, width, vocabulary, scale=2.0, dtype=torch.float64):
@@ -117,9 +105,9 @@ def test_by_hand_with_weights_and_temperature():
     loss, per_token = fused_divergence(student, teacher, HEAD, weights=weights, clip="none", teacher_temperature=0.5)
     loss.backward()
     sharp = 0.9 * math.log(3.6) + 0.1 * math.log(2 / 15)
-    assert loss.item() == pytest.approx(sharp, abs=1e-12)
+    assert loss.item() == pytest.approx(4 * sharp, abs=1e-12)
     assert per_token[[0, 2]].tolist() == pytest.approx([sharp, sharp], abs=1e-12)
-    assert student.grad[:, 0].tolist() == pytest.approx([(0.25 - 0.9) / 4, 0.0, (0.25 - 0.9) * 3 / 4], abs=1e-12)
+    assert student.grad[:, 0].tolist() == pytest.approx([0.25 - 0.9, 0.0, (0.25 - 0.9) * 3], abs=1e-12)
 
 
 @st.composite
@@ -159,12 +147,12 @@ def run(function, student, teacher, head, options, upstream=2.5):
     return [loss.detach(), per_token, *(leaf.grad for leaf in leaves if leaf is not None)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(case=cases())
 def test_naive_autograd(case):
     student, teacher, head, options, (tile, budget) = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_module, "_CPU_TILE", tile)
+        patch.setattr(projection, "_CPU_TILE", tile)
         fused = run(fused_divergence, student, teacher, head, {**options, "logits_mib": budget})
         frozen = student.clone().requires_grad_()
         (2.5 * fused_divergence(frozen, teacher, head, **options, logits_mib=budget)[0]).backward()
@@ -174,7 +162,7 @@ def test_naive_autograd(case):
     assert torch.equal(frozen.grad, fused[2])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     case=cases(),
     hidden=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
@@ -204,7 +192,7 @@ def test_inputs_of_half_precision_are_summed_in_float32(case, hidden, weight):
     for gradient, wanted, kind in zip(gradients, expected, (hidden, weight, weight), strict=False):
         assert gradient.dtype is kind
         scale = wanted.abs().max().item() if wanted.numel() else 0.0
-        torch.testing.assert_close(gradient.double(), wanted, rtol=2e-2, atol=1e-3 * scale + 1e-5)
+        torch.testing.assert_close(gradient.double(), wanted, rtol=2e-2, atol=1e-3 * scale + 3e-5)
 
 
 def test_gradcheck():
@@ -225,7 +213,7 @@ def test_trl(beta, options):
     student, teacher, weight = tensors(2, 12, 6, 50, scale=1.0, dtype=torch.float32)
     mask = torch.tensor([1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1])
     ours, our_weight = student.clone().requires_grad_(), weight.clone().requires_grad_()
-    options = dict(weights=mask.float(), clip="none", student_temperature=0.8, teacher_temperature=0.8, **options)
+    options = dict(weights=mask / mask.sum(), clip="none", student_temperature=0.8, teacher_temperature=0.8, **options)
     loss, _ = fused_divergence(ours, teacher, Head(our_weight, scale=0.5, softcap=4.0), **options)
     loss.backward()
     theirs, their_weight = student.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -250,15 +238,14 @@ def test_trl(beta, options):
 
 @pytest.mark.parametrize(("beta", "options"), THEIRS)
 def test_liger(beta, options):
-    liger = pytest.importorskip("liger_kernel.chunked_loss")
     student, teacher, weight = tensors(2, 12, 6, 50, scale=1.0, dtype=torch.float32)
     labels = torch.tensor([1, 1, -100, 1, 1, 1, -100, -100, 1, 1, 1, 1])
     ours, our_weight = student.clone().requires_grad_(), weight.clone().requires_grad_()
-    options = dict(weights=(labels > 0).float(), student_temperature=0.8, teacher_temperature=0.8, **options)
+    options = dict(weights=(labels > 0) / 9, student_temperature=0.8, teacher_temperature=0.8, **options)
     loss, _ = fused_divergence(ours, teacher, Head(our_weight), **options)
     loss.backward()
     theirs, their_weight = student.clone().requires_grad_(), weight.clone().requires_grad_()
-    function = liger.LigerFusedLinearJSDLoss(
+    function = LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=0.8, compiled=False, chunk_size=5
     )
     expected = function(theirs, their_weight, teacher, weight, labels)
@@ -314,7 +301,7 @@ def test_the_memory_budget_holds(mib, monkeypatch):
         return made
 
     monkeypatch.setattr(Tensor, "new_empty", recording)
-    monkeypatch.setattr(loss_module, "_CPU_TILE", 2**13)
+    monkeypatch.setattr(projection, "_CPU_TILE", 2**13)
     student, teacher, weight = tensors(7, 300, 4, 20_000, dtype=torch.float32)
     fused_divergence(student, teacher, Head(weight), logits_mib=mib)
     assert 0.6 * mib * 2**20 < max(sizes) <= mib * 2**20
@@ -363,69 +350,3 @@ def test_what_does_not_agree_is_refused(change, message):
     student, teacher, weight = tensors(8, 2, 3, 4, dtype=torch.float32)
     with pytest.raises(ConfigError, match=message):
         fused_divergence(**{"student_hidden": student, "teacher_hidden": teacher, "head": Head(weight), **change})
-
-
-def test_hidden_states_times_head_are_the_logits(tiny_policy):
-    model = tiny_policy.model.eval()
-    decoder, head = split_head(model)
-    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    batch = {"student_input_ids": ids, "student_attention_mask": mask, "student_index": torch.tensor([2, 5])}
-    hidden = hidden_at(decoder, batch, "student")
-    logits = model(input_ids=ids, attention_mask=mask).logits
-    torch.testing.assert_close(head.logits(hidden), torch.stack([logits[0, 2], logits[1, 1]]))
-
-
-SMALL = dict(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-
-
-@pytest.mark.parametrize(
-    ("make", "scale", "softcap"),
-    [
-        (lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.0625)), 0.0625, None),
-        (lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0)), 0.125, None),
-        (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.5)), 1.0, 0.5),
-    ],
-)
-def test_families_that_change_their_logits(make, scale, softcap):
-    torch.manual_seed(0)
-    model = make().eval()
-    for parameter in model.parameters():
-        parameter.data *= 5 if parameter.ndim == 2 else 1  # so that the cap bends
-    decoder, head = split_head(model)
-    assert (head.scale, head.softcap) == (scale, softcap)
-    ids = torch.arange(3, 12)[None]
-    with torch.no_grad():
-        hidden = decoder(input_ids=ids).last_hidden_state
-        torch.testing.assert_close(head.logits(hidden), model(ids).logits)
-
-
-def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused(tiny_policy):
-    model = tiny_policy.model
-    forward = model.forward
-
-    def shifted(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        output.logits = 3 * output.logits
-        return output
-
-    model.forward = shifted
-    with pytest.raises(ModelError, match="makes its logits in a way"):
-        split_head(model)
-
-
-def test_an_adapter_on_the_head_is_refused():
-    assert split_head(with_adapter(make_tiny_policy().model, LoraConfig(rank=2)))  # ours leave it alone
-    adapted = get_peft_model(make_tiny_policy().model, PeftLoraConfig(target_modules=["lm_head"]))
-    with pytest.raises(ModelError, match=r"output head is a peft\..*; take adapters off the head \(lm_head\)"):
-        split_head(adapted)

@@ -4,13 +4,14 @@ import json
 
 import pytest
 
+from made_pairs import make_pair
 from search_e1.config import PairsConfig
 from search_e1.errors import DataError
 from search_e1.selfdistill.gold import Demonstrations
 from search_e1.selfdistill.pairs import select
 from search_e1.text.prompts import plain_prompt
+from search_e1.text.reference import RenderedReference
 from search_e1.types import ActionKind, Group, Question
-from test_collate import make_pair
 
 QUESTION = Question(id="q1", text="Mayor of Bel?", answers=("Cor Dun",))
 OTHER = Question(id="q2", text="Mayor of Fen?", answers=("Gil Hor",))
@@ -102,12 +103,11 @@ def test_demonstrations_are_the_references_and_questions_without_one_are_counted
         Group(question=QUESTION, trajectories=(first.student,)),
         Group(question=OTHER, trajectories=(second.student,)),
     ]
-    config = PairsConfig(references_by="gold", references=2)
-    pairs, health = select(groups, config, gold=gold)
-    assert [(p.reference.text, p.student) for p in pairs] == [
-        (ANSWER, first.student),
-        (SEARCH + SEEN + ANSWER, first.student),
-    ]
+    pairs, health = select(
+        groups,
+        PairsConfig(references_by="gold"),
+        lambda q, reference, s: RenderedReference(reference.text, (1,)),
+        gold=gold,
+    )
+    assert [(p.reference.text, p.student) for p in pairs] == [(ANSWER, first.student)]  # the file's first
     assert (health.questions, health.usable, health.no_demonstration, health.never_correct) == (2, 1, 1, 0)
-    pairs, _ = select(groups, PairsConfig(references_by="gold"), gold=gold)
-    assert [p.reference.text for p in pairs] == [ANSWER]

@@ -1,8 +1,8 @@
 """Groups that GRPO keeps: the newest of each question, whatever was left behind by a kill."""
 
-from search_e1.grpo.kept import Groups, keeping
 from search_e1.rollout import pool
-from search_e1.runs.checkpoints import Work
+from search_e1.runs.context import StageContext
+from search_e1.stages.kept import Groups, keeping
 from search_e1.types import Group, Question, StopReason, Trajectory
 
 
@@ -23,7 +23,7 @@ def sample(groups: Groups, *steps: int) -> None:
 
 
 def test_the_newest_group_of_each_question_comes_first(tmp_path):
-    groups = Groups(tmp_path / "groups", 0)
+    groups = Groups(tmp_path / "groups")
     sample(groups, 0, 1, 2)
     groups.write_newest(tmp_path / "newest")
     assert steps_of(tmp_path / "newest") == [("b", 2), ("a", 2), ("c\t", 1)]
@@ -31,24 +31,25 @@ def test_the_newest_group_of_each_question_comes_first(tmp_path):
 
 def test_after_a_kill_what_is_sampled_again_is_not_there_twice(tmp_path):
     """The checkpoint was of two steps; the third was sampled, and the fourth half written."""
-    sample(Groups(tmp_path / "groups", 0), 0, 1, 2)
+    sample(Groups(tmp_path / "groups"), 0, 1, 2)
     with (tmp_path / "groups").open("ab") as file:
         file.write(b'3\t"b"\t{"question')
-    groups = Groups(tmp_path / "groups", 2)
+    groups = Groups(tmp_path / "groups")
     sample(groups, 2)
-    whole = Groups(tmp_path / "whole", 0)
+    whole = Groups(tmp_path / "whole")
     sample(whole, 0, 1, 2)
     assert (tmp_path / "groups").read_bytes() == (tmp_path / "whole").read_bytes()
-    groups = Groups(tmp_path / "groups", 1)
+    groups = Groups(tmp_path / "groups")
+    sample(groups, 1)
     groups.write_newest(tmp_path / "newest")
-    assert steps_of(tmp_path / "newest") == [("b", 0), ("a", 0)]
+    assert steps_of(tmp_path / "newest") == [("c\t", 1), ("b", 1), ("a", 0)]
 
 
 def test_nothing_is_kept_unasked_and_nothing_but_the_newest_in_the_end(tmp_path):
-    with keeping(False, Work(), tmp_path, 0) as groups:
+    with keeping(False, StageContext(tmp_path)) as groups:
         assert groups is None
     assert not list(tmp_path.iterdir())
-    with keeping(True, Work(), tmp_path, 0) as groups:
+    with keeping(True, StageContext(tmp_path)) as groups:
         assert groups
         sample(groups, 0)
     assert [path.name for path in tmp_path.iterdir()] == [pool.FILE]

@@ -5,20 +5,20 @@ import torch
 
 from search_e1.config import LeadConfig, RolloutConfig
 from search_e1.errors import DataError, NoLeadError
-from search_e1.rollout.engines.base import BatchGenerator, Generation
+from search_e1.rollout.engines.base import BatchEngine, Generation
 from search_e1.selfdistill.lead import Lead, gate, hold_out, interval, measure
 from search_e1.selfdistill.profile import by_class, pair_kl, pieces
 from search_e1.text.prompts import plain_prompt, privileged_prompt
 from search_e1.text.tokens import TokenClass
 from search_e1.types import ActionKind, Question
-from test_collate import make_pair, make_turn
+from made_pairs import make_pair, make_turn
 
 CONFIG = LeadConfig(samples=2)
 ROLLOUT = RolloutConfig(max_action_tokens=60, max_tokens=900, topk=1)
 SPOILT = "{instruction}Solved by an expert, but not for you to see.{reference}"
 
 
-class Copier(BatchGenerator):
+class Copier(BatchEngine):
     """Answers what an expert in its prompt answered, right after a search if it is off track; else searches, then gives up."""
 
     context_length = 1024
@@ -76,8 +76,8 @@ def test_a_sound_privileged_prompt_leads_and_passes(tiny_policy, tiny_retriever)
 
 
 def test_a_spoilt_privileged_prompt_is_refused(tiny_policy, tiny_retriever):
-    pairs = pairs_of(tiny_policy)
     spoil(tiny_policy)
+    pairs = pairs_of(tiny_policy)
     lead = measured(tiny_policy, tiny_retriever, pairs)
     assert (lead.em_plain, lead.em_privileged, lead.lead) == (0.0, 0.0, 0.0)
     with pytest.raises(
@@ -166,13 +166,19 @@ def test_the_gate_on_the_lower_end(tiny_policy, tiny_retriever):
 def test_the_teacher_is_asked_with_what_is_shown(tiny_policy, tiny_retriever):
     """What may be seen of the reference reaches sampling and divergence alike; with nothing of it there is no teacher."""
     pair = make_pair(tiny_policy)
-    hidden = pair.model_copy(update={"reference_shown": ""})
+
+    def privileged(shown: str) -> tuple[int, ...]:
+        return privileged_prompt(tiny_policy.tokenizer, tiny_policy.prompts, pair.question.text, shown)
+
+    hidden = pair.model_copy(update={"teacher_prompt_ids": pair.student.prompt_ids})
     lead = measured(tiny_policy, tiny_retriever, [hidden])
     assert (lead.em_privileged, lead.searches_privileged) == (0.0, 1.0)
     assert max(part.mean for part in lead.kl.values()) < 1e-10
-    cut = pair.model_copy(update={"reference_shown": "<answer>Cor Dun</answer>", "shortened": True})
-    lead = measured(tiny_policy, tiny_retriever, [cut])
+    cut = {"teacher_prompt_ids": privileged("<answer>Cor Dun</answer>"), "shortened": True}
+    lead = measured(tiny_policy, tiny_retriever, [pair.model_copy(update=cut)])
     assert (lead.em_privileged, lead.shortened) == (1.0, 1)
+    wrong = pair.model_copy(update={"teacher_prompt_ids": privileged("<answer>Fen</answer>")})
+    assert measured(tiny_policy, tiny_retriever, [wrong]).em_privileged == 0.0
 
 
 def test_one_pair_of_a_question_is_measured(tiny_policy, tiny_retriever):
@@ -182,9 +188,9 @@ def test_one_pair_of_a_question_is_measured(tiny_policy, tiny_retriever):
     assert (lead.low, lead.high) == pytest.approx(interval([1.0]))
 
 
-def test_pairs_too_long_for_the_context_are_counted(tiny_policy, tiny_retriever):
+def test_pairs_too_long_for_the_context_are_counted(tiny_policy, tiny_retriever, monkeypatch):
     long = make_pair(tiny_policy, Question(id="long", text="x" * 700, answers=("Cor Dun",)))
-    tiny_policy.model.config.max_position_embeddings = 600
+    monkeypatch.setattr(Copier, "context_length", 600)
     lead = measured(tiny_policy, tiny_retriever, [long, *pairs_of(tiny_policy, 2)])
     assert (lead.pairs, lead.too_long) == (2, 1)
     with pytest.raises(DataError, match="all 1 are too long for the policy's context of 600"):
@@ -196,12 +202,8 @@ def test_pairs_too_long_for_the_context_are_counted(tiny_policy, tiny_retriever)
 def test_the_profile_is_zero_where_both_prompts_are_the_same(tiny_policy):
     """Any shift between the rows would show: the hidden states differ from one position to the next."""
     pair = make_pair(tiny_policy)
-    same = tiny_policy.prompts.model_copy(update={"privileged": "{instruction}{reference}"})
-    tiny_policy.prompts = same
-    blank = pair.reference.model_copy(
-        update={"turns": (pair.reference.turns[0].model_copy(update={"action_text": ""}),)}
-    )
-    profile = by_class(pair_kl(tiny_policy, [pair.model_copy(update={"reference": blank})]))
+    same = pair.model_copy(update={"teacher_prompt_ids": pair.student.prompt_ids})
+    profile = by_class(pair_kl(tiny_policy, [same]))
     assert max(part.mean for part in profile.values()) < 1e-10
     assert min(part.mean for part in by_class(pair_kl(tiny_policy, [pair])).values()) > 1e-6
 
@@ -222,7 +224,7 @@ def test_the_profile_adds_up(tiny_policy):
 def test_each_token_has_its_divergence_and_both_probabilities(tiny_policy):
     """Against whole logits, row by row, without batch or padding."""
     pairs = pairs_of(tiny_policy, 9)  # more than go through the model together
-    pairs[4] = pairs[4].model_copy(update={"question": Question(id="q4", text="x" * 40, answers=("Cor Dun",))})
+    pairs[4] = make_pair(tiny_policy, Question(id="q4", text="x" * 40, answers=("Cor Dun",)))
     found = pair_kl(tiny_policy, pairs)
     assert [row.question_id for row in found] == [pair.question.id for pair in pairs]
     for pair, row in [(pairs[0], found[0]), (pairs[4], found[4])]:

@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 from search_e1 import runs
-from search_e1.config import Config, bound_now, default_of
+from search_e1.config import Config, default_of, migrate_fingerprint
 from search_e1.errors import RunError
 from search_e1.runs import artifacts, disk, locks
 from search_e1.runs.drift import Change, changes, lines
@@ -72,7 +72,7 @@ def test_defaults_of_keys(path, default):
 
 
 @pytest.mark.parametrize(
-    "path", [("run",), ("policy", "model"), ("data", "eval", "nq"), ("grpo", "trainer", "x"), ("x",)]
+    "path", [("run",), ("policy", "model"), ("data", "eval", "nq"), ("data", "train"), ("x",)]
 )
 def test_what_has_no_default(path):
     with pytest.raises(LookupError):
@@ -84,7 +84,7 @@ def bound(**changes: Any) -> dict[str, Any]:
         "run": "r", "policy": {"model": "small"}, "data": {"corpus": "c", "train": ["t"], "eval": {"nq": "e"}},
         "grpo": {"lora": {"rank": 4}}, **changes,
     }  # fmt: skip
-    return Config.model_validate(raw).binding()
+    return Config.model_validate(raw).fingerprint()
 
 
 def test_a_run_of_an_earlier_version_goes_on_where_the_new_keys_stand_at_their_defaults(tmp_path):
@@ -95,11 +95,11 @@ def test_a_run_of_an_earlier_version_goes_on_where_the_new_keys_stand_at_their_d
     with opened(tmp_path, old) as root:
         stage(root, "grpo-1", {"grpo": old["grpo"]})
     calls: list[str] = []
-    with opened(tmp_path, now, bound_now=bound_now) as root:
+    with opened(tmp_path, now, migrate=migrate_fingerprint) as root:
         stage(root, "grpo-1", {"grpo": now["grpo"], "reference": now["reference"], "data.max_eval": None}, calls)
     assert not calls
     other = bound(grpo={"lora": {"rank": 4, "alpha": 8}}, data={"corpus": "c", "train": ["t"], "eval": {"pop": "e"}})
-    with pytest.raises(RunError) as caught, opened(tmp_path, other, bound_now=bound_now):
+    with pytest.raises(RunError) as caught, opened(tmp_path, other, migrate=migrate_fingerprint):
         pass
     assert str(caught.value).splitlines()[1:] == [
         '  data.eval.nq: "e" there, nothing given',
@@ -249,16 +249,16 @@ def test_where_there_are_no_locks_a_file_stands_in(tmp_path, no_locks):
 def test_what_the_disk_does_is_told_in_one_line(tmp_path, error, said):
     with (
         pytest.raises(RunError, match=f"^{tmp_path}: {said}; what was finished is kept") as caught,
-        disk.told(tmp_path),
+        disk.translate_disk_errors(tmp_path),
     ):
         raise error
     assert "\n" not in str(caught.value)
 
 
 def test_other_errors_are_not_the_disks(tmp_path):
-    with pytest.raises(ZeroDivisionError), disk.told(tmp_path):
+    with pytest.raises(ZeroDivisionError), disk.translate_disk_errors(tmp_path):
         _ = 1 / 0
-    with pytest.raises(FileNotFoundError), disk.told(tmp_path):
+    with pytest.raises(FileNotFoundError), disk.translate_disk_errors(tmp_path):
         (tmp_path / "x").read_text()
 
 

@@ -7,29 +7,55 @@ import pytest
 from pydantic import ValidationError
 
 from conftest import TinyRetriever, make_tiny_policy
+from made_pairs import make_pair
 from search_e1 import runs
 from search_e1.config import Config
 from search_e1.errors import DataError, NoLeadError, RunError
-from search_e1.rollout.engines import opening as generators
 from search_e1.runs import checksum
 from search_e1.selfdistill import files
-from search_e1.stages.all import Stages
+from search_e1.stages.distill import Distill
+from search_e1.stages.inputs import Inputs
+from search_e1.stages.lead import MeasureLead
+from search_e1.stages.pairs import Pairs
+from search_e1.stages.pool import pool_stage
+from search_e1.stages.runner import StageRunner
+from search_e1.text.prompts import privileged_prompt
 from search_e1.training.policy import load_reader
 from search_e1.types import Group
-from test_collate import make_pair
 from test_evolve import config, project  # noqa: F401
 
 MANY = 8
 
 
+class Made:
+    """A run, its stages one by one."""
+
+    def __init__(self, settings: Config, root: Path) -> None:
+        self.config, self.root = settings, root
+        self.run = Inputs(settings, root)
+        self._runner = StageRunner(self.run)
+
+    def pool(self, policy: str | Path, round: int) -> runs.Artifact:
+        return self._runner.make(pool_stage(self.config, policy, round))
+
+    def pairs(self, policy: str | Path, pool: Path, round: int, **other: bool) -> runs.Artifact:
+        return self._runner.make(Pairs(policy, pool, round, **other))
+
+    def lead(self, policy: str | Path, pairs: Path, round: int) -> runs.Artifact:
+        return self._runner.make(MeasureLead(policy, pairs, round))
+
+    def distill(self, policy: str | Path, pairs: Path, lead: Path, round: int, **other: bool) -> runs.Artifact:
+        return self._runner.make(Distill(policy, pairs, lead, round, **other))
+
+
 @pytest.fixture
-def stages(project, tmp_path) -> Stages:  # noqa: F811
-    return Stages(config(project, tmp_path / "run"), tmp_path / "run")
+def stages(project, tmp_path) -> Made:  # noqa: F811
+    return Made(config(project, tmp_path / "run"), tmp_path / "run")
 
 
-def pool(stages: Stages, policy: str | Path, questions: int = MANY) -> Path:
+def pool(stages: Made, policy: str | Path, questions: int = MANY) -> Path:
     """A pool of tiny pairs, as ``policy`` would have sampled them."""
-    loaded = generators.load(stages.config, policy)
+    loaded = stages.run.load(policy)
     pairs = [make_pair(loaded) for _ in range(questions)]
     groups = [
         Group(
@@ -43,13 +69,13 @@ def pool(stages: Stages, policy: str | Path, questions: int = MANY) -> Path:
         (out / "groups.jsonl").write_text("".join(group.model_dump_json() + "\n" for group in groups))
         return {}
 
-    inputs = {"policy": stages._checksum(policy)}
+    inputs = {"policy": stages.run.checksum(policy)}
     return runs.artifact(stages.root / "pool-1", stage="pool-1", settings={}, inputs=inputs, seed=0, make=make).path
 
 
-def changed(stages: Stages, **sections) -> Stages:
+def changed(stages: Made, **sections) -> Made:
     settings = Config.model_validate(stages.config.model_dump() | sections)
-    return Stages(settings, stages.root / "changed")
+    return Made(settings, stages.root / "changed")
 
 
 def test_pairs_remember_the_policy_that_sampled_them(stages):
@@ -66,7 +92,7 @@ def test_another_policy_is_refused_and_left_as_it_was(stages, tmp_path):
     before = checksum(other)
     sampled = pool(stages, policy)
     pairs = stages.pairs(policy, sampled, 1).path
-    stages.retriever = TinyRetriever([])
+    stages.run.retriever = TinyRetriever([])
     told = (
         rf"sampled by another policy than {other} \(checksum {checksum(Path(policy))[:12]} there, {before[:12]} given\)"
     )
@@ -117,38 +143,13 @@ def test_what_does_not_fit_is_counted_and_what_is_cut_too(stages):
 def test_the_choice_of_what_is_shown_is_in_the_pairs(stages):
     policy = stages.config.policy.model
     made = changed(stages, reference={"shows": "none"}).pairs(policy, pool(stages, policy), 1)
-    assert {pair.shown for pair in files.read(made.path / files.TRAIN)} == {""}
-    assert made.manifest.settings["reference"]["shows"] == "none"
-
-
-def test_held_out_pairs_are_mismatched_at_the_same_share(stages):
-    """All questions of this pool have the same answer, so another one's reference is a wrong one only where answers differ."""
-    policy = stages.config.policy.model
-    sampled = pool(stages, policy)
-    with pytest.raises(
-        DataError, match=r"pairs\.mismatched = 0\.5: no other question has a reference with another answer"
-    ):
-        changed(stages, pairs={"mismatched": 0.5}).pairs(policy, sampled, 1)
-    rows = [Group.model_validate_json(line) for line in (sampled / "groups.jsonl").read_text().splitlines()]
-    renamed = [
-        group.model_copy(
-            update={
-                "question": group.question.model_copy(update={"answers": (f"Cor {i}",)}),
-                "trajectories": tuple(
-                    t.model_copy(update={"answer": f"Cor {i}"}) if t.correct else t for t in group.trajectories
-                ),
-            }
+    prompts = stages.run.load_reader(policy).prompts
+    for pair in files.read(made.path / files.TRAIN):
+        assert pair.teacher_prompt_ids == privileged_prompt(
+            make_tiny_policy().tokenizer, prompts, pair.question.text, ""
         )
-        for i, group in enumerate(rows)
-    ]
-    (stages.root / "other").mkdir()
-    (stages.root / "other" / "groups.jsonl").write_text("".join(group.model_dump_json() + "\n" for group in renamed))
-    settings = {"pairs": {"mismatched": 0.5}, "lead": {"pairs": 2, "max_share": 0.25}}
-    made = changed(stages, **settings).pairs(policy, stages.root / "other", 2)
-    train, held_out = (files.read(made.path / name) for name in (files.TRAIN, files.HELD_OUT))
-    assert [sum(pair.mismatched for pair in part) for part in (train, held_out)] == [3, 1]
-    result = made.manifest.result
-    assert (result["mismatched"], result["train_pairs"], result["held_out_pairs"], result["pairs"]) == (4, 6, 2, 8)
+        assert pair.reference_shown == ""
+    assert made.manifest.settings["reference"]["shows"] == "none"
 
 
 def test_a_pool_of_groups_that_grpo_kept(stages, tmp_path):
@@ -158,7 +159,7 @@ def test_a_pool_of_groups_that_grpo_kept(stages, tmp_path):
     grpo = stages.config.grpo.model_dump() | {"keep_groups": True}
     taking = changed(stages, grpo=grpo, pool={"source": "grpo", "questions": 3})
     with pytest.raises(
-        RunError, match=r"grpo/groups\.jsonl: not there; give a policy that GRPO has trained"
+        RunError, match=r"grpo/groups\.jsonl: missing; give a policy that GRPO has trained"
     ) as refusal:
         taking.pool(policy, 1)
     assert "\n" not in str(refusal.value)
@@ -196,7 +197,7 @@ def test_demonstrations_are_part_of_what_pairs_are_made_of(stages, tmp_path):
     with pytest.raises(DataError, match=r"demonstrations\.jsonl: cannot be read"):
         by_gold.pairs(policy, stages.root / "pool-1", 1)
     with pytest.raises(DataError, match=r"demonstrations\.jsonl: cannot be read"):
-        by_gold.check(policy)
+        by_gold.run.check(policy)
     with pytest.raises(ValidationError, match=r'pairs\.references_by = "gold" needs data\.demonstrations'):
         changed(stages, pairs={"references_by": "gold"})
 
@@ -205,8 +206,8 @@ def test_without_pairs_there_is_nothing_to_measure_or_to_distil(stages, tmp_path
     policy = stages.config.policy.model
     before = checksum(Path(policy))
     pairs = changed(stages, reference={"max_tokens": 60}).pairs(policy, pool(stages, policy), 1).path
-    stages.retriever = TinyRetriever([])
-    stages.__dict__["retrieval_checksum"] = lambda: "none"
+    stages.run.retriever = TinyRetriever([])
+    stages.run.retrieval_checksum = lambda: "none"
     with pytest.raises(DataError, match="no pair to measure the teacher's lead on: there are none"):
         stages.lead(policy, pairs, 1)
     measured = json.loads(LEAD)
@@ -216,7 +217,8 @@ def test_without_pairs_there_is_nothing_to_measure_or_to_distil(stages, tmp_path
         stages.distill(policy, pairs, tmp_path / "lead", 1)
     measured |= {"em_privileged": 0.0}
     (tmp_path / "lead" / "lead.json").write_text(json.dumps(measured))
-    stages.config = stages.config.model_copy(update={"lead": stages.config.lead.model_copy(update={"enforce": True})})
+    enforced = stages.config.lead.model_copy(update={"enforce": True})
+    stages.run.config = stages.config.model_copy(update={"lead": enforced})
     with pytest.raises(NoLeadError):
         stages.distill(policy, pairs, tmp_path / "lead", 1)
     assert not (stages.root / "lead-1").exists()

@@ -270,10 +270,10 @@ def test_what_schemathesis_makes_of_the_schema(url: str) -> None:
 
 
 def test_kept_answers_are_bounded_in_bytes() -> None:
+    limits = Settings(batch=1, batch_wait=0.0, cache=4, cache_bytes=40)
+
     async def ask() -> list[str]:
-        async with Batcher(
-            lambda queries, topk: queries, size=1, wait=0.0, limit=9, threads=1, cached=4, cached_bytes=40, size_of=len
-        ) as batcher:
+        async with Batcher(lambda queries, topk: queries, limits, size_of=len) as batcher:
             for query in ("a", "b", "c" * 25, "d" * 41, "e"):  # a share of 10 bytes each at least; d is larger than all
                 await batcher.search([query], 1)
             return [query for query, _ in batcher.cache]

@@ -1,5 +1,6 @@
 """The outer loop: GRPO and self-distillation, round after round, each stage an artifact of the run."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,8 @@ def train(
         run = Inputs(config, root, watch)
         runner = StageRunner(run, stop)
         runner.check()
+        for stage in _first_stages(config):
+            stage.check(run)
         run.check(config.policy.model)
         summary = _Summary(runner)
         policy: str | Path = config.policy.model
@@ -129,6 +132,15 @@ def train(
             policy = distilled.path / "policy"
             summary.evaluate(distilled.manifest.stage, policy)
         return summary.write()
+
+
+def _first_stages(config: Config) -> Iterator[Stage]:
+    """One of each kind of stage that has something to check before the loop begins."""
+    policy = config.policy.model
+    if config.grpo.steps:
+        yield Grpo(policy, 1)
+    if config.distillations:
+        yield Distill(policy, Path(), None, 1)
 
 
 def _why_no_pairs(pairs: Artifact) -> str:

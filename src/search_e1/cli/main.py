@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,8 @@ app = typer.Typer(
     epilog="Errors are one line; --traceback before the verb shows where they came from.",
 )
 console = stages.console
+_AFTER_FIRST = 5.0
+"""Seconds after which a rank other than 0 tells an error of its own."""
 
 OVERRIDES = asking.OVERRIDES
 # Panels of `--help`; they come in the order of their first verbs.
@@ -189,7 +192,8 @@ def main() -> None:
         _record(error)
         sys.exit(2)
     except Stopped as stopped:
-        _say(str(stopped))
+        if ranks.is_first():
+            _say(str(stopped))
         sys.exit(stopped.status)
     except KeyboardInterrupt:
         _say("interrupted; run the same command again to go on")
@@ -200,11 +204,12 @@ def main() -> None:
 
 
 def _say(message: str) -> None:
-    """One line on standard error. What all ranks find before they join is said by rank 0 alone."""
+    """One line on standard error. What all ranks find is said by rank 0 alone, whose end ends those that wait."""
     if ranks.is_first():
         print(f"search-e1: {message}", file=sys.stderr)
-    elif ranks.is_joined():
-        print(f"search-e1, process {ranks.rank()}: {message}", file=sys.stderr)
+        return
+    time.sleep(_AFTER_FIRST)
+    print(f"search-e1, process {ranks.rank()}: {message}", file=sys.stderr)
 
 
 def _record(error: Exception) -> None:

@@ -24,6 +24,8 @@ from search_e1.types import Record
 
 _SUMS = "sha256.json"
 _KEPT = 2
+RANK = "rank-"
+"""Beginning of the names of files that are each rank's own."""
 _WAIT = 5.0
 """Seconds for the other ranks to stop too."""
 
@@ -83,15 +85,17 @@ class Checkpointer:
             self._save(step, write)
         self._leave(asked)
 
-    def between_passes(self, step: int, write: Callable[[Path], None]) -> None:
+    def between_passes(self, step: int, write: Callable[[Path], None], *, same: bool) -> None:
         """The step after ``step`` steps is half done: if a signal has asked to stop, save that and stop.
+
+        ``same``: what rank 0 writes for all is as it was at the end of ``step``.
 
         Raises:
             Stopped: that was asked for; what is done of the step is saved.
         """
         asked, _ = self._agree(False)
         if asked:
-            self._save(step, write, again=True)
+            self._save(step, write, again=True, same=same)
         self._leave(asked)
 
     @contextmanager
@@ -132,26 +136,28 @@ class Checkpointer:
         """The lines of ``path``, as far as they were written."""
         return Lines(path, self.directory and self.directory / f"{path.name}{JOURNAL}")
 
-    def _save(self, step: int, write: Callable[[Path], None], *, again: bool = False) -> None:
+    def _save(self, step: int, write: Callable[[Path], None], *, again: bool = False, same: bool = False) -> None:
         if self.directory is None or (self._saved == step and not again):
             return
         begun = time.monotonic()
         partial, path = self.directory / ".step", self.directory / f"step-{step:010d}"
+        known: dict[str, str] = {}
         if ranks.is_first():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
+            known = _link_shared(path, partial) if same and self._saved == step else {}
         ranks.barrier()
         write(partial)
         ranks.barrier()
         if ranks.is_first():
-            self._finish(partial, path)
+            self._finish(partial, path, known)
         self._saved, self._begun, self._cost = step, begun, time.monotonic() - begun
 
-    def _finish(self, partial: Path, path: Path) -> None:
+    def _finish(self, partial: Path, path: Path, known: Mapping[str, str]) -> None:
         directory = path.parent
         for file in partial.iterdir():
             _sync_file(file)
-        write_atomically(partial / _SUMS, json.dumps(_sums(partial)) + "\n")
+        write_atomically(partial / _SUMS, json.dumps(_sums(partial, known)) + "\n")
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
         sync(directory)
@@ -162,8 +168,19 @@ class Checkpointer:
         return self.directory.glob("step-*") if self.directory else iter(())
 
 
-def _sums(directory: Path) -> dict[str, str]:
-    return {file.name: sha256(file) for file in sorted(directory.iterdir()) if file.name != _SUMS}
+def _link_shared(path: Path, partial: Path) -> dict[str, str]:
+    """Take over from a checkpoint of the same step what rank 0 has written for all; a signal does not leave the time to
+    write it again. Returns the checksums of these files."""
+    sums: dict[str, str] = json.loads((path / _SUMS).read_bytes())
+    shared = {name: sum for name, sum in sums.items() if not name.startswith(RANK)}
+    for name in shared:
+        (partial / name).hardlink_to(path / name)
+    return shared
+
+
+def _sums(directory: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    names = sorted(file.name for file in directory.iterdir() if file.name != _SUMS)
+    return {name: (known or {}).get(name) or sha256(directory / name) for name in names}
 
 
 def _whole(directory: Path) -> bool:

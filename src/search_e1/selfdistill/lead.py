@@ -14,9 +14,9 @@ from search_e1.config import LeadConfig, RolloutConfig
 from search_e1.errors import DataError, NoLeadError
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout import loop
-from search_e1.rollout.chunks import unfinished_in
-from search_e1.rollout.engines.base import Generator
+from search_e1.rollout.engines.base import Engine
 from search_e1.rollout.sharing import Part, write_parts
+from search_e1.rollout.unfinished import unfinished_in
 from search_e1.runs import read_records
 from search_e1.runs.checkpoints import Checkpointer
 from search_e1.runs.progress import Progress, silent
@@ -88,7 +88,7 @@ def hold_out(pairs: Sequence[Pair], config: LeadConfig, seed: int) -> tuple[list
 
 def measure(
     policy: Policy,
-    generator: Generator,
+    generator: Engine,
     retriever: Retriever,
     pairs: Sequence[Pair],
     config: LeadConfig,
@@ -188,7 +188,7 @@ def _prefix(student: Trajectory, rollout: RolloutConfig) -> tuple[Turn, ...]:
 
 def _sample(
     policy: Policy,
-    generator: Generator,
+    generator: Engine,
     retriever: Retriever,
     pairs: Sequence[Pair],
     begins: Sequence[tuple[int, Sequence[Turn]]],

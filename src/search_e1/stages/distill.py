@@ -63,6 +63,13 @@ class Distill(Stage):
             gate(Lead.model_validate_json((self.lead / LEAD).read_text()), run.config.lead)
         return {"policy": run.checksum(self.policy), "pairs": runs.checksum(self.pairs / files.TRAIN)}
 
+    def check(self, run: Inputs) -> None:
+        """
+        Raises:
+            ConfigError: an unknown objective.
+        """
+        open_objective(run.config.distill.objective, "distill.objective", run.config)
+
     def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
         """
         Raises:

@@ -9,8 +9,8 @@ from typing import Any
 
 from search_e1.config import Config, GrpoConfig, default_of
 from search_e1.errors import ConfigError, DataError
-from search_e1.rollout.chunks import unfinished_in
 from search_e1.rollout.loop import Start, rollout, starts
+from search_e1.rollout.unfinished import unfinished_in
 from search_e1.runs import derived_seed, ranks
 from search_e1.runs.context import StageContext
 from search_e1.runs.stage_id import StageId
@@ -54,15 +54,21 @@ class Grpo(Stage):
     def inputs(self, run: Inputs) -> Mapping[str, str]:
         return run.sampled_on(self.policy)
 
+    def check(self, run: Inputs) -> None:
+        """
+        Raises:
+            ConfigError: an unknown objective, or sizes that do not fit together.
+            DataError: two questions with one id.
+        """
+        check(run.config.grpo, run.train_questions)
+        make_objectives(run.config)
+
     def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
         """
         Raises:
-            ConfigError: sizes that do not fit together.
-            DataError: two questions with one id.
             RetrievalError: from the retriever.
         """
         config = run.config.grpo
-        check(config, run.train_questions)
         policy = run.load(self.policy)
         steps: list[dict[str, float]] = []
         if config.steps:

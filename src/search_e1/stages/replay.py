@@ -84,15 +84,17 @@ def taught_samples(
             if rendered is None:
                 samples.append(None)
                 continue
-            kinds = iter(classes_of(policy.tokenizer, policy.prompts, trajectory) if classes else ())
-            weights = tuple(float(next(kinds) in classes) if mask else 0.0 for mask in trajectory.action_mask)
+            weights = None
+            if classes:
+                kinds = iter(classes_of(policy.tokenizer, policy.prompts, trajectory))
+                weights = tuple(float(next(kinds) in classes) if mask else 0.0 for mask in trajectory.action_mask)
             samples.append(
                 Sample(
                     question_id=trajectory.question_id,
                     prompt_ids=trajectory.prompt_ids,
                     response_ids=trajectory.response_ids,
                     action_mask=trajectory.action_mask,
-                    weights=weights if classes else None,
+                    weights=weights,
                     teacher_prompt_ids=rendered.prompt_ids,
                 )
             )

@@ -33,11 +33,12 @@ class StageRunner:
         self.stop = stop or Stop()
 
     def check(self) -> None:
-        """See that each rank has a device of its own.
+        """See that the trackers are there, and that each rank has a device of its own.
 
         Raises:
-            ConfigError: it has not.
+            ConfigError: they are not, or it has not.
         """
+        tracking.check(self.run.config.tracking)
         if ranks.count() == 1:
             return
         name = self.run.config.policy.device
@@ -60,6 +61,7 @@ class StageRunner:
             SearchE1Error: whatever the stage raises.
         """
         config = self.run.config
+        stage.check(self.run)
         if stage.parallel and ranks.count() > 1:
             assert self.run.retriever  # made by all ranks together, before rank 0 alone asks for its checksum
         devices = ranks.count() if stage.parallel else 1

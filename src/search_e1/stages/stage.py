@@ -28,6 +28,14 @@ class Stage(ABC):
     def inputs(self, run: Inputs) -> Mapping[str, str]:
         """Name of each input of the artifact -> its checksum."""
 
+    def check(self, run: Inputs) -> None:
+        """Find mistakes of config and data before any work. All ranks call it, and the outer loop before its first stage.
+
+        Raises:
+            SearchE1Error: the first mistake found.
+        """
+        return
+
     @abstractmethod
     def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
         """Make the artifact's files in ``context.out``; rank 0 writes. Returns its figures, the same on all ranks."""

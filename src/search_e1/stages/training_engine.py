@@ -9,9 +9,9 @@ from peft import PeftModel
 
 from search_e1.config import Config
 from search_e1.rollout.engines import vllm
-from search_e1.rollout.engines.base import Generator
-from search_e1.rollout.engines.opening import engine as vllm_engine
-from search_e1.rollout.engines.torch import HFGenerator
+from search_e1.rollout.engines.base import Engine
+from search_e1.rollout.engines.registry import vllm_launch
+from search_e1.rollout.engines.torch import TorchEngine
 from search_e1.training.trained import TrainedPolicy
 
 
@@ -35,7 +35,7 @@ def open_training_engine(
     if config.rollout.engine != "vllm":
         yield _OwnModel(trained, tokenizer, config.rollout.batch_size)
         return
-    llm = vllm_engine(config, path, config.rollout.max_tokens, shared=True).start()
+    llm = vllm_launch(config, path, config.rollout.max_tokens, shared=True).start()
     try:
         yield _Vllm(llm, trained, tokenizer)
     finally:
@@ -50,9 +50,9 @@ class _OwnModel:
         self._trained, self._tokenizer, self._rows = trained, tokenizer, rows
 
     @contextmanager
-    def updated(self) -> Iterator[Generator]:
+    def updated(self) -> Iterator[Engine]:
         with self._trained.sampled() as model:
-            yield HFGenerator(model, self._tokenizer, batch_size=self._rows)
+            yield TorchEngine(model, self._tokenizer, batch_size=self._rows)
 
 
 class _Vllm:
@@ -60,11 +60,11 @@ class _Vllm:
 
     def __init__(self, llm: Any, trained: TrainedPolicy, tokenizer: Any) -> None:
         self._llm, self._trained = llm, trained
-        self._generator = vllm.VLLMGenerator(llm, tokenizer)
+        self._generator = vllm.VllmEngine(llm, tokenizer)
         self.context_length = self._generator.context_length
 
     @contextmanager
-    def updated(self) -> Iterator[Generator]:
+    def updated(self) -> Iterator[Engine]:
         with self._trained.sampled() as model, _merged(self._trained.model):
             vllm.update_weights(self._llm, _plain_weights(model))
         yield self._generator

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from search_e1.runs import ranks
+from search_e1.runs.checkpoints import RANK
 from search_e1.training.sharding import full_state_dict, shard_like
 from search_e1.training.trained import TrainedPolicy
 from search_e1.types import Sample
@@ -31,6 +32,8 @@ class Unfinished:
     halvings: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     """The step's figures so far."""
+    sums_before: dict[str, float] = field(default_factory=dict)
+    """The same before the update at hand, which begins anew where memory runs out."""
     source_figures: dict[str, float] = field(default_factory=dict)
 
 
@@ -47,7 +50,9 @@ class TrainingState:
     schedules: Sequence[LRScheduler]
 
     def save(self, directory: Path, records: Sequence[dict[str, float]], unfinished: Unfinished | None) -> None:
-        torch.save(self._of_rank(unfinished), directory / f"rank-{ranks.rank()}.pt")
+        torch.save(self._of_rank(unfinished), directory / f"{RANK}{ranks.rank()}.pt")
+        if (directory / _STEPS).exists():
+            return  # taken over from the checkpoint of the step before; see `Checkpointer.between_passes`
         weights = full_state_dict(dict(self.policy.parameters), keep=ranks.is_first())
         states = full_state_dict([o.state_dict() for o in self.optimizers], keep=ranks.is_first())
         if not ranks.is_first():
@@ -71,6 +76,7 @@ class TrainingState:
                 "passes": unfinished.passes,
                 "halvings": unfinished.halvings,
                 "sums": unfinished.sums,
+                "sums_before": unfinished.sums_before,
                 "source_figures": unfinished.source_figures,
             }
             if unfinished.passes:
@@ -84,7 +90,8 @@ class TrainingState:
         if directory is None:
             return [], None
         saved, trained = load_file(directory / _WEIGHTS), self.policy.parameters
-        assert saved.keys() == trained.keys(), "the checkpoint is of another policy"
+        shapes = [{name: weight.shape for name, weight in weights.items()} for weights in (saved, trained)]
+        assert shapes[0] == shapes[1], "the checkpoint is of another policy"
         for name, weight in trained.items():
             weight.detach().copy_(shard_like(saved[name], weight))
         shared = torch.load(directory / _OPTIMIZERS, map_location="cpu", weights_only=True)
@@ -93,7 +100,7 @@ class TrainingState:
         for schedule, state in zip(self.schedules, shared["schedules"], strict=True):
             schedule.load_state_dict(state)
         records: list[dict[str, float]] = json.loads((directory / _STEPS).read_text(encoding="utf-8"))
-        own = directory / f"rank-{ranks.rank()}.pt"
+        own = directory / f"{RANK}{ranks.rank()}.pt"
         mine: dict[str, Any] = torch.load(own, map_location="cpu", weights_only=True) if own.exists() else {"ranks": 0}
         if any(n != ranks.count() for n in ranks.all_gather_object(mine["ranks"])):
             return records, None

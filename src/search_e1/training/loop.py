@@ -106,14 +106,14 @@ def train(
                     optimizer.zero_grad()
                     scheduler.step()
                 unfinished.update, unfinished.passes = update + 1, 0
-            log.add({**unfinished.source_figures, **current.figures(), "grad_norm": norm, "learning_rate": used})
+            log.add({**unfinished.source_figures, **current.figures(schedule.updates), "grad_norm": norm, "learning_rate": used})
             unfinished = None
             context.checkpointer.on_step_end(len(log.steps), lambda to: state.save(to, log.steps, None))
     return log.steps
 
 
 def _mini_batch(samples: Mapping[str, Sequence[Sample]], part: int, parts: int) -> dict[str, Sequence[Sample]]:
-    """One of ``parts`` equal parts of each objective's samples, in their order: groups stay together."""
+    """One of ``parts`` equal parts of each objective's samples, in their order, so that most groups stay together."""
     cut = {name: [len(own) * i // parts for i in (part, part + 1)] for name, own in samples.items()}
     return {name: own[slice(*cut[name])] for name, own in samples.items()}
 
@@ -137,7 +137,8 @@ class _Step:
         """Forward and backward passes of one update. Where memory runs out, the update begins anew with halved passes."""
         while True:
             size = self.policy.micro_batch_tokens >> self.unfinished.halvings
-            before = dict(self.unfinished.sums)
+            if not self.unfinished.passes:
+                self.unfinished.sums_before = dict(self.unfinished.sums)
             try:
                 self._passes(list(self._batches(samples, size)))
                 return
@@ -155,6 +156,7 @@ class _Step:
             while self.policy.micro_batch_tokens >> self.unfinished.halvings > longest:
                 self.unfinished.halvings += 1  # half of more than there is would be the same pass again
             self.unfinished.halvings += 1
+            before = self.unfinished.sums_before
             self.unfinished.sums, self.unfinished.passes = {**before, "halved": before.get("halved", 0.0) + 1}, 0
             self.pending.clear()
 
@@ -188,7 +190,7 @@ class _Step:
             self.pending += [(prefix + key, value) for key, value in figures.items()]
             self.unfinished.passes = i + 1
             if not last:
-                self.context.checkpointer.between_passes(self.number, self._save)
+                self.context.checkpointer.between_passes(self.number, self._save, same=not self.unfinished.update)
         for weight in () if batches else self.policy.parameters.values():
             weight.grad = torch.zeros_like(weight)  # nothing to learn from
         finite = torch.isfinite(torch.stack(losses)).tolist() if losses else []
@@ -202,9 +204,9 @@ class _Step:
             self.unfinished.sums[key] = self.unfinished.sums.get(key, 0.0) + float(value)
         self.pending.clear()
 
-    def figures(self) -> dict[str, float]:
-        """The step's figures over all ranks: losses and counts as sums, the objectives' figures as weighted means."""
-        sums: dict[str, float] = {}
+    def figures(self, updates: int) -> dict[str, float]:
+        """The step's figures over all ranks: the loss as the mean over its updates, the objectives' as weighted means."""
+        sums: dict[str, float] = {"loss": 0.0}
         for own in ranks.all_gather_object(self.unfinished.sums):
             for key, value in own.items():
                 sums[key] = sums.get(key, 0.0) + value
@@ -213,7 +215,7 @@ class _Step:
         for key, value in sums.items():
             prefix = max((p for p in totals if p and key.startswith(p)), key=len, default="")
             means[key] = value if key in ("loss", "halved") or not totals.get(prefix) else value / totals[prefix]
-        return means
+        return {**means, "loss": sums["loss"] / updates}
 
     def gradient_norm(self) -> float:
         """Clip the gradient; its norm before that.

@@ -98,7 +98,6 @@ class TrainedPolicy:
             self._roles.frozen_head = head._replace(weight=head.weight.detach().clone(), bias=bias)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
         self.replica = UnshardedReplica(model) if sharding != "none" and ranks.count() > 1 else None
         self._wrapped = self._wrap(sharding)
 
@@ -181,6 +180,7 @@ class TrainedPolicy:
         model = self.replica.fill(self.model) if self.replica else self.model
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_disable()
+            model.disable_input_require_grads()  # which enabling has put on the embeddings
         return (merge_adapter(model) if isinstance(model, PeftModel) else model).eval()
 
 
@@ -191,7 +191,8 @@ def _plain(model: Any) -> Any:
 
 def _filler(samples: Sequence[Sample]) -> Sample:
     """A sample to make a pass with where this rank has none: what comes of it is not used."""
-    sample = samples[0] if samples else Sample(question_id="", prompt_ids=(0,), response_ids=(0,), action_mask=(1,))
+    empty = Sample(question_id="", prompt_ids=(0,), response_ids=(0,), action_mask=(1,), teacher_prompt_ids=(0,))
+    sample = samples[0] if samples else empty
     return sample.model_copy(update={"action_mask": (1,) * len(sample.response_ids), "weights": None})
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from conftest import TINY_PROMPTS, byte_tokenizer
 from search_e1.config import ReferenceConfig, ReplayConfig
-from search_e1.grpo import replay
+from search_e1.stages.replay import replay_samples
 from search_e1.text.prompts import (
     observation,
     passages_of,
@@ -14,7 +14,8 @@ from search_e1.text.prompts import (
     with_passages,
 )
 from search_e1.text.protocols import protocol_of
-from search_e1.text.reference import Shown, room, show, view
+from search_e1.text.reference import RenderedReference, prompt_budget, render_reference, visible_part
+from search_e1.training.policy import Policy
 from search_e1.types import ActionKind, Group, Passage, Question, StopReason, Trajectory, Turn
 
 TOKENIZER = byte_tokenizer()
@@ -72,11 +73,20 @@ REFERENCE = reference(
 
 
 def tokens(text: str) -> int:
-    return len(privileged_prompt(TOKENIZER, TINY_PROMPTS, QUESTION, text))
+    return len(ids_of(text))
 
 
-def shown(room: int, **config) -> Shown | None:
-    return show(TOKENIZER, TINY_PROMPTS, QUESTION, REFERENCE, ReferenceConfig(**config), room)
+def ids_of(text: str) -> tuple[int, ...]:
+    return privileged_prompt(TOKENIZER, TINY_PROMPTS, QUESTION, text)
+
+
+def rendered(text: str, shortened: bool = False) -> RenderedReference:
+    """What is rendered where ``text`` is what the teacher sees."""
+    return RenderedReference(text, ids_of(text), shortened)
+
+
+def shown(budget: int, **config) -> RenderedReference | None:
+    return render_reference(TOKENIZER, TINY_PROMPTS, QUESTION, REFERENCE, ReferenceConfig(**config), budget)
 
 
 @pytest.mark.parametrize(
@@ -93,13 +103,16 @@ def shown(room: int, **config) -> Shown | None:
     ],
 )
 def test_what_is_shown(shows, expected):
-    assert view(REFERENCE, ReferenceConfig(shows=shows), TAGS) == expected
-    assert shown(PLENTY, shows=shows) == Shown(expected)
+    assert visible_part(REFERENCE, ReferenceConfig(shows=shows), TAGS) == expected
+    assert shown(PLENTY, shows=shows) == rendered(expected)
 
 
 def test_a_thought_that_mentions_a_tag_is_no_action():
     turn = searched("bel", thought="<think>I could <search> or not</think> ")
-    assert view(reference(turn, answered("x")), ReferenceConfig(shows="searches"), TAGS) == "<search> bel </search>"
+    assert (
+        visible_part(reference(turn, answered("x")), ReferenceConfig(shows="searches"), TAGS)
+        == "<search> bel </search>"
+    )
 
 
 def test_nothing_shown_is_the_plain_prompt():
@@ -128,25 +141,25 @@ def test_passages_are_cut_from_the_end_of_the_observation_that_holds_most():
     whole = REFERENCE.text
     by_hand = whole
     for gone in ("Doc 3(Title: Gil) a man\n", "Doc 2(Title: Arda) a land\n", "Doc 2(Title: Fen) of Eth\n"):
-        assert shown(tokens(by_hand) - 1) != Shown(by_hand)
+        assert shown(tokens(by_hand) - 1) != rendered(by_hand)
         by_hand = by_hand.replace(gone, "")
-        assert shown(tokens(by_hand)) == Shown(by_hand, shortened=True)
+        assert shown(tokens(by_hand)) == rendered(by_hand, shortened=True)
     # At last no passage is left; the actions, the correction and the tags of the observations are.
     bare = (
         "<think>so</think>\n<search> bel </search>\n\n<information>\n\n</information>\n\n<search></search>?\nNo.\n"
         "<think>so</think>\n<search> mayor bel </search>\n\n<information>\n\n</information>\n\n"
         "Hm. <answer>Cor Dun</answer><|end|>"
     )
-    assert shown(tokens(bare)) == Shown(bare, shortened=True)
+    assert shown(tokens(bare)) == rendered(bare, shortened=True)
     assert shown(tokens(bare) - 1) is None
 
 
 def test_passages_are_cut_evenly_to_as_many_words_as_fit():
     two_words = REFERENCE.text.replace("a city of the north", "a city").replace("the mayor of Bel", "the mayor")
-    assert shown(tokens(two_words), shorten="evenly") == Shown(two_words, shortened=True)
+    assert shown(tokens(two_words), shorten="evenly") == rendered(two_words, shortened=True)
     three_words = REFERENCE.text.replace("a city of the north", "a city of").replace("the mayor of Bel", "the mayor of")
-    assert shown(tokens(three_words), shorten="evenly") == Shown(three_words, shortened=True)
-    assert shown(tokens(three_words) - 1, shorten="evenly") == Shown(two_words, shortened=True)
+    assert shown(tokens(three_words), shorten="evenly") == rendered(three_words, shortened=True)
+    assert shown(tokens(three_words) - 1, shorten="evenly") == rendered(two_words, shortened=True)
     headings = shown(tokens(two_words) - 12, shorten="evenly")
     assert headings
     assert "Doc 1(Title: Bel)" in headings.text
@@ -160,7 +173,8 @@ def test_what_is_cut_fits_and_keeps_every_action(shorten, cut):
     made = shown(limit, shorten=shorten)
     assert made
     assert made.shortened
-    assert tokens(made.text) <= limit
+    assert made.prompt_ids == ids_of(made.text)
+    assert len(made.prompt_ids) <= limit
     at = 0
     for turn in REFERENCE.turns:
         at = made.text.index(turn.action_text, at) + len(turn.action_text)
@@ -169,17 +183,17 @@ def test_what_is_cut_fits_and_keeps_every_action(shorten, cut):
 
 
 def test_what_may_not_be_cut_does_not_fit():
-    assert shown(tokens(REFERENCE.text)) == Shown(REFERENCE.text)
+    assert shown(tokens(REFERENCE.text)) == rendered(REFERENCE.text)
     assert shown(tokens(REFERENCE.text) - 1, shorten="never") is None
-    answer = view(REFERENCE, ReferenceConfig(shows="answer"), TAGS)
-    assert shown(tokens(answer), shows="answer") == Shown(answer)
+    answer = visible_part(REFERENCE, ReferenceConfig(shows="answer"), TAGS)
+    assert shown(tokens(answer), shows="answer") == rendered(answer)
     assert shown(tokens(answer) - 1, shows="answer") is None
 
 
-def test_room_is_what_the_context_or_the_limit_leaves():
-    assert room(ReferenceConfig(), 1024, 100) == 924
-    assert room(ReferenceConfig(max_tokens=300), 1024, 100) == 200
-    assert room(ReferenceConfig(max_tokens=3000), 1024, 100) == 924
+def test_the_budget_is_what_the_context_or_the_limit_leaves():
+    assert prompt_budget(ReferenceConfig(), 1024, 100) == 924
+    assert prompt_budget(ReferenceConfig(max_tokens=300), 1024, 100) == 200
+    assert prompt_budget(ReferenceConfig(max_tokens=3000), 1024, 100) == 924
 
 
 def test_replay_shows_what_distillation_shows():
@@ -187,9 +201,11 @@ def test_replay_shows_what_distillation_shows():
     config = ReplayConfig(examples_per_step=1, detours=0)
 
     def prompts(context_length: int = PLENTY, **shown) -> list[str]:
-        made = replay.examples(TOKENIZER, TINY_PROMPTS, [group], config, context_length, ReferenceConfig(**shown))
-        assert all(example.response_ids == REFERENCE.response_ids for example in made)
-        return [TOKENIZER.decode(example.prompt_ids) for example in made]
+        made = replay_samples(
+            Policy(None, TOKENIZER, TINY_PROMPTS), [group], config, context_length, ReferenceConfig(**shown)
+        )
+        assert all(one.response_ids == REFERENCE.response_ids for one in made)
+        return [TOKENIZER.decode(one.prompt_ids) for one in made]
 
     def prompt(text: str) -> str:
         return TOKENIZER.decode(privileged_prompt(TOKENIZER, TINY_PROMPTS, QUESTION, text))

@@ -1,0 +1,109 @@
+"""How long a stage takes to stop on SIGTERM, and what it keeps.
+
+    python benchmarks/stops.py --config configs/quickstart.toml evaluate rollout grpo
+    python benchmarks/stops.py --config configs/quickstart.toml --delays 30 60 evaluate -- --policy.model DIR
+
+Each verb is started, sent SIGTERM after each of the delays (seconds of work, from the first file of its artifact on), and
+started again after each. A row tells how long it took to end, its exit status, and what lay on disk then: sampled ids of
+interrupted trajectories, whole trajectories, steps, and passes of the step at hand. What follows ``--`` goes to the command.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+STAGES = {"evaluate": "evaluation-base", "rollout": "pool-1", "grpo": "grpo-1"}
+_WAIT = 600.0
+"""Seconds that a stage may take to begin or to end."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verbs", nargs="+", choices=STAGES)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--delays", type=float, nargs="+", default=[3.0, 3.0])
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    own, more = (
+        (sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :])
+        if "--" in sys.argv
+        else (sys.argv[1:], [])
+    )
+    arguments = parser.parse_args(own)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as directory:
+        for verb in arguments.verbs:
+            run = Path(directory) / verb
+            for delay in arguments.delays:
+                rows.append(stop(verb, arguments.config, run, more, delay))
+                print(rows[-1], file=sys.stderr)
+            shutil.rmtree(run)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    table = Table(box=None, pad_edge=False)
+    for name in rows[0]:
+        table.add_column(name, justify="right" if name != "stage" else "left")
+    for row in rows:
+        table.add_row(*(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=100).print(f"{os.cpu_count()} cores, torch {torch.__version__}", table)
+
+
+def stop(verb: str, config: Path, run: Path, more: list[str], delay: float) -> dict[str, Any]:
+    """Start the verb's stage, send SIGTERM after ``delay`` seconds of work, and look at what is left."""
+    command = [str(Path(sys.executable).parent / "search-e1"), verb, "--config", str(config), "--run", str(run), *more]
+    if verb == "rollout":
+        command += ["--policy", value_of(more, "--policy.model") or "small"]
+    if verb == "rollout" or verb == "grpo":
+        command += ["--evaluation.recall", "false"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    partial = run / f".{STAGES[verb]}.partial"
+    wait_for(process, lambda: (partial / ".work" / "begun.json").exists())
+    time.sleep(delay)
+    clock = time.perf_counter()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=_WAIT)
+    seconds = time.perf_counter() - clock
+    if process.returncode != 75:
+        print(errors, file=sys.stderr)
+    return {"stage": verb, "after s": delay, "ended in s": seconds, "status": process.returncode, **kept(partial)}
+
+
+def value_of(words: list[str], flag: str) -> str | None:
+    return words[words.index(flag) + 1] if flag in words else None
+
+
+def wait_for(process: subprocess.Popen, ready: Any) -> None:
+    end = time.monotonic() + _WAIT
+    while not ready():
+        if process.poll() is not None or time.monotonic() > end:
+            raise SystemExit(f"the stage did not begin: {process.stderr.read() if process.stderr else ''}")
+        time.sleep(0.05)
+
+
+def kept(partial: Path) -> dict[str, int]:
+    """What the unfinished artifact holds."""
+    ids = whole = steps = passes = 0
+    for path in (partial / ".work").glob("unfinished-*.json"):
+        for row in json.loads(path.read_text())["rows"].values():
+            ids += len(row["ids"]) + sum(len(turn["action_ids"]) for turn in row["turns"])
+            whole += row["stop"] is not None
+    for path in sorted((partial / ".work").glob("step-*"))[-1:]:
+        steps = len(json.loads((path / "steps.json").read_text()))
+        state = torch.load(path / "rank-0.pt", weights_only=True)
+        passes = state["unfinished"]["passes"] if "unfinished" in state else 0
+    return {"sampled ids": ids, "ended rows": whole, "steps": steps, "passes": passes}
+
+
+if __name__ == "__main__":
+    main()
