@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import groupby
-from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from cachetools import LRUCache
+
+from search_e1.retrieval.settings import Settings
 
 Answer = TypeVar("Answer")
 Key = tuple[str, int]
@@ -33,31 +34,22 @@ class Batcher(Generic[Answer]):
     def __init__(
         self,
         answer: Callable[[list[str], int], Sequence[Answer]],
-        *,
-        size: int,
-        wait: float,
-        limit: int,
-        threads: int,
-        cached: int,
-        cached_bytes: int = 2**30,
+        limits: Settings,
         size_of: Callable[[Answer], int] = lambda answer: 0,
         count: Callable[[str, int], None] = lambda source, queries: None,
     ) -> None:
-        """``answer``: queries and topk -> one result each; called from ``threads`` threads.
+        """``answer``: queries and topk -> one result each; called from ``limits.threads`` threads.
 
-        ``size``: most queries of a call. ``wait``: seconds that a call which is not full waits for more queries.
-        ``limit``: most waiting queries. ``cached``, ``cached_bytes``: most cached results, and most bytes by ``size_of``.
-        ``count``: called with the source of results (``index``, ``cache``, or ``joined`` to one in flight) and their number.
+        ``size_of``: bytes of a cached result. ``count``: called with the source of results (``index``, ``cache``, or
+        ``joined`` to one in flight) and their number.
         """
-        self._answer = answer
-        self.size, self.wait, self.limit, self.threads = size, wait, limit, threads
-        # A result counts at least its share of the bytes, so that there are never more than ``cached``.
-        share = max(1, cached_bytes // max(1, cached))
-        self.cache: LRUCache[Key, Answer] = LRUCache(cached * share, lambda answer: max(share, size_of(answer)))
-        self._count = count
+        self._answer, self._limits, self._count = answer, limits, count
+        # A result counts at least its share of the bytes, so that there are never more than ``limits.cache``.
+        share = max(1, limits.cache_bytes // max(1, limits.cache))
+        self.cache: LRUCache[Key, Answer] = LRUCache(limits.cache * share, lambda answer: max(share, size_of(answer)))
         self._queue: asyncio.Queue[Key] = asyncio.Queue()
         self._in_flight: dict[Key, asyncio.Future[Answer]] = {}
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="index")
+        self._pool = ThreadPoolExecutor(limits.threads, thread_name_prefix="index")
         self._workers: list[asyncio.Task[None]] = []
 
     @property
@@ -66,12 +58,10 @@ class Batcher(Generic[Answer]):
         return self._queue.qsize()
 
     async def __aenter__(self) -> Self:
-        self._workers = [asyncio.create_task(self._work()) for _ in range(self.threads)]
+        self._workers = [asyncio.create_task(self._work()) for _ in range(self._limits.threads)]
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         for worker in self._workers:
             worker.cancel()
             with suppress(asyncio.CancelledError):
@@ -96,15 +86,14 @@ class Batcher(Generic[Answer]):
                 futures[key] = self._in_flight[key]
             else:
                 new.append(key)
-        if self.waiting + len(new) > self.limit:
+        if self.waiting + len(new) > self._limits.queue:
             raise QueueFullError
         for source, number in (("cache", len(results)), ("joined", len(futures)), ("index", len(new))):
             self._count(source, number)
         for key in new:
             futures[key] = self._in_flight[key] = asyncio.get_running_loop().create_future()
             self._queue.put_nowait(key)
-        if futures:
-            # Not gather: a cancelled request must not cancel what others wait for.
+        if futures:  # not gather: a cancelled request must not cancel what others wait for
             await asyncio.wait(futures.values())
         for failure in [future.exception() for future in futures.values()]:
             if failure:
@@ -115,9 +104,9 @@ class Batcher(Generic[Answer]):
     async def _work(self) -> None:
         while True:
             batch = [await self._queue.get()]
-            if self.wait and 1 + self.waiting < self.size:
-                await asyncio.sleep(self.wait)
-            while len(batch) < self.size and self.waiting:
+            if self._limits.batch_wait and 1 + self.waiting < self._limits.batch:
+                await asyncio.sleep(self._limits.batch_wait)
+            while len(batch) < self._limits.batch and self.waiting:
                 batch.append(self._queue.get_nowait())
             # Other values of topk are rare and get a call of their own.
             for topk, keys in groupby(sorted(batch, key=lambda key: key[1]), key=lambda key: key[1]):

@@ -1,11 +1,11 @@
 """Client of a retrieval server that speaks Search-R1's ``/retrieve``.
 
-A search returns passages for every query from a validated response, or raises ``RetrievalError``, within a stated time. An
-empty list of passages means that the server has no match, never that something failed.
+A search returns validated passages for every query, or raises ``RetrievalError``, within a stated time.
 """
 
 import asyncio
 import hashlib
+import json
 import logging
 import os
 import threading
@@ -18,31 +18,22 @@ from typing import Annotated, Any, Self, TypeVar
 import httpx
 from cachetools import LRUCache
 from pydantic import BaseModel, BeforeValidator, FiniteFloat, ValidationError
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception_type,
-    stop_after_attempt,
-    stop_before_delay,
-    wait_exponential_jitter,
-)
-from tenacity.stop import stop_base
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
+from tenacity.stop import stop_after_attempt, stop_base, stop_before_delay
+from tenacity.wait import wait_exponential_jitter
 
 from search_e1.errors import RetrievalError
 from search_e1.retrieval.base import Hit
 from search_e1.runs.safe import masked
 from search_e1.types import Passage
 
-CHECKSUM_HEADER = "Search-E1-Index"
-"""Response header of `search-e1 serve-retriever`: the checksum of its index."""
-MOST_QUERIES_HEADER = "Search-E1-Max-Queries"
-"""Response header of `search-e1 serve-retriever`: most queries of one request."""
+CHECKSUM_HEADER, MOST_QUERIES_HEADER = "Search-E1-Index", "Search-E1-Max-Queries"
+"""Response headers of `search-e1 serve-retriever`: the checksum of its index, and most queries of one request."""
 
 _REQUEST_QUERIES, _REQUEST_CHARS = 256, 2**20
 """Most queries, and characters of queries, in one request; more are split into several requests."""
 _RESPONSE_BYTES = 2**28
 """Size limit of one decompressed response, far above the passages of 256 queries."""
-_TRANSFER_HEADERS = ("content-encoding", "content-length", "transfer-encoding")
 _CONNECTIONS = 4
 _PROBE_ATTEMPTS = 4
 """Attempts before any work has begun: the address may be wrong."""
@@ -54,6 +45,7 @@ _MEMORY_QUERIES = 20_000
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
+Results = dict[str, list[Passage]]
 
 
 class _Document(BaseModel):
@@ -134,9 +126,8 @@ class HttpRetriever:
         Raises:
             RetrievalError: no response, or not a valid one.
         """
-        retrying = self._retrying.copy(
-            stop=_stop(min(self.attempts or _PROBE_ATTEMPTS, _PROBE_ATTEMPTS), self.time_limit)
-        )
+        attempts = min(self.attempts or _PROBE_ATTEMPTS, _PROBE_ATTEMPTS)
+        retrying = self._retrying.copy(stop=_stop(attempts, self.time_limit))
         self._run(self._search(["Who wrote Hamlet?"], topk, retrying))
 
     def close(self) -> None:
@@ -183,9 +174,7 @@ class HttpRetriever:
             task.cancel()
         await self._client.aclose()
 
-    async def _search(
-        self, queries: list[str], topk: int, retrying: AsyncRetrying | None = None
-    ) -> dict[str, list[Passage]]:
+    async def _search(self, queries: list[str], topk: int, retrying: AsyncRetrying | None = None) -> Results:
         futures: dict[str, asyncio.Future[list[Passage]]] = {}
         new = []
         for query in queries:
@@ -194,14 +183,11 @@ class HttpRetriever:
                 new.append(query)
                 future = self._memory[query, topk] = asyncio.get_running_loop().create_future()
             futures[query] = future
-        tasks = [
-            asyncio.create_task(self._fetch(part, topk, futures, retrying or self._retrying))
-            for part in self._split(new)
-        ]
+        fetches = (self._fetch(part, topk, futures, retrying or self._retrying) for part in self._split(new))
+        await asyncio.gather(*fetches)
+        # Not gather: a search that ends early must not cancel what others wait for.
         if futures:
             await asyncio.wait(futures.values())
-        if tasks:
-            await asyncio.wait(tasks)
         for failure in [future.exception() for future in futures.values()]:
             if failure:
                 raise RetrievalError(str(failure)) from failure
@@ -209,22 +195,16 @@ class HttpRetriever:
 
     def _split(self, queries: Sequence[str]) -> Iterator[list[str]]:
         part: list[str] = []
-        size = 0
         for query in queries:
-            if part and (len(part) == self._most_queries or size + len(query) > _REQUEST_CHARS):
+            if part and (len(part) == self._most_queries or sum(map(len, part)) + len(query) > _REQUEST_CHARS):
                 yield part
-                part, size = [], 0
+                part = []
             part.append(query)
-            size += len(query)
         if part:
             yield part
 
     async def _fetch(
-        self,
-        queries: list[str],
-        topk: int,
-        futures: dict[str, "asyncio.Future[list[Passage]]"],
-        retrying: AsyncRetrying,
+        self, queries: list[str], topk: int, futures: dict[str, asyncio.Future[list[Passage]]], retrying: AsyncRetrying
     ) -> None:
         """Send ``queries`` in one request and resolve their futures, whatever happens."""
         try:
@@ -245,41 +225,37 @@ class HttpRetriever:
         seconds = min(self.timeout, deadline - asyncio.get_running_loop().time())
         try:
             async with asyncio.timeout(seconds):
-                async with self._client.stream("POST", self.url, json=request) as stream:
-                    response = await self._read(stream)
+                async with self._client.stream("POST", self.url, json=request) as response:
+                    content = await self._read(response)
         except TimeoutError as error:
-            raise _TransientError(
-                f"no answer within {seconds:.3g} s; raise retrieval.timeout if that is too short"
-            ) from error
+            cause = f"no answer within {seconds:.3g} s; raise retrieval.timeout if that is too short"
+            raise _TransientError(cause) from error
         except (httpx.TransportError, httpx.DecodingError) as error:
             raise _TransientError(f"{type(error).__name__}: {error}; is the server running?") from error
-        status = f"status {response.status_code} {response.reason_phrase}".strip()
-        if response.status_code in (408, 425, 429) or response.is_server_error:
-            raise _TransientError(f"{status}{_detail(response)}", _retry_after(response))
         if not response.is_success:
-            raise self._failure(f"{status}{_detail(response)}; is it the address of a Search-R1 retrieval server?")
-        passages = _parse(response, len(queries), topk)
+            status = f"status {response.status_code} {response.reason_phrase}".strip() + _detail(response, content)
+            if response.status_code in (408, 425, 429) or response.is_server_error:
+                raise _TransientError(status, _retry_after(response))
+            raise self._failure(f"{status}; is it the address of a Search-R1 retrieval server?")
+        passages = _parse(content, len(queries), topk)
         self._read_headers(response)
         if self._is_down:
             self._is_down = False
             logger.warning("%s answers again", self.url)
         return passages
 
-    async def _read(self, stream: httpx.Response) -> httpx.Response:
-        """The decompressed response, up to the size limit.
+    async def _read(self, response: httpx.Response) -> bytes:
+        """The decompressed body.
 
         Raises:
-            RetrievalError: it is larger.
+            RetrievalError: it is larger than ``_RESPONSE_BYTES``.
         """
-        parts, size = [], 0
-        async for part in stream.aiter_bytes():
-            parts.append(part)
-            size += len(part)
-            if size > _RESPONSE_BYTES:
+        content = bytearray()
+        async for part in response.aiter_bytes():
+            content += part
+            if len(content) > _RESPONSE_BYTES:
                 raise self._failure(f"a response of more than {_RESPONSE_BYTES >> 20} MiB; is it a retrieval server?")
-        headers = [(k, value) for k, value in stream.headers.multi_items() if k.lower() not in _TRANSFER_HEADERS]
-        reason = {"reason_phrase": stream.reason_phrase.encode("ascii", "replace")}
-        return httpx.Response(stream.status_code, headers=headers, content=b"".join(parts), extensions=reason)
+        return bytes(content)
 
     def _read_headers(self, response: httpx.Response) -> None:
         """Store what the server says about itself.
@@ -289,9 +265,8 @@ class HttpRetriever:
         """
         checksum = response.headers.get(CHECKSUM_HEADER)
         if checksum and self._checksum and checksum != self._checksum:
-            raise self._failure(
-                f"the server's index changed while it was in use (from {self._checksum[:12]} to {checksum[:12]})"
-            )
+            change = f"from {self._checksum[:12]} to {checksum[:12]}"
+            raise self._failure(f"the server's index changed while it was in use ({change})")
         self._checksum = checksum or self._checksum
         limit = response.headers.get(MOST_QUERIES_HEADER, "")
         if limit.isdecimal() and int(limit):
@@ -335,16 +310,15 @@ def _retry_after(response: httpx.Response) -> float:
     if value.isdecimal():
         return float(value)
     try:
-        when = parsedate_to_datetime(value)
+        return (parsedate_to_datetime(value).astimezone(UTC) - datetime.now(UTC)).total_seconds()
     except ValueError:
         return 0.0
-    return max(0.0, (when.astimezone(UTC) - datetime.now(UTC)).total_seconds())
 
 
-def _detail(response: httpx.Response) -> str:
+def _detail(response: httpx.Response, content: bytes) -> str:
     """The reason that a refusal states in FastAPI's form; empty if it states none."""
     try:
-        detail = response.json()["detail"]
+        detail = json.loads(content)["detail"]
     except (ValueError, LookupError, TypeError):
         return ""
     if not isinstance(detail, str) or detail == response.reason_phrase:
@@ -352,14 +326,14 @@ def _detail(response: httpx.Response) -> str:
     return f" ({' '.join(detail.split())[:200]})"
 
 
-def _parse(response: httpx.Response, queries: int, topk: int) -> list[list[Passage]]:
+def _parse(content: bytes, queries: int, topk: int) -> list[list[Passage]]:
     """The validated passages of a response, at most ``topk`` a query: some servers ignore ``topk``.
 
     Raises:
         _TransientError: invalid. That may pass too: a response can be truncated, and one server of several be a bad one.
     """
     try:
-        result = _Response.model_validate_json(response.content).result
+        result = _Response.model_validate_json(content).result
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "the response"

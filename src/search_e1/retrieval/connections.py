@@ -6,30 +6,20 @@ does not read its response, and accepts any number of connections.
 
 from asyncio import TimerHandle, Transport
 from collections.abc import Callable
-from typing import NamedTuple
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from search_e1.retrieval.settings import Settings
 
 _SLOW = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
-class Limits(NamedTuple):
-    head_seconds: float
-    """From a new connection to its first byte, and from there to the end of the head."""
-    send_seconds: float
-    """For a client to read its response, once its buffers are full."""
-    connections: int
-
-
-def guarded(limits: Limits) -> type[H11Protocol]:
-    """Protocol class for ``uvicorn.Config(http=...)``.
-
-    A new connection beyond the limit replaces the oldest one whose request is incomplete; if all are being answered, it gets
-    503.
-    """
+def guarded(limits: Settings) -> type[H11Protocol]:
+    """Protocol class for ``uvicorn.Config(http=...)`` with the time-outs and the number of connections of ``limits``."""
 
     class Guarded(H11Protocol):
+        # A timer to the end of a head, one to a client that reads again, and when the connection last became idle.
         _head: TimerHandle | None = None
         _send: TimerHandle | None = None
         _since = 0.0
@@ -41,7 +31,7 @@ def guarded(limits: Limits) -> type[H11Protocol]:
                 transport.write(_FULL)
                 transport.close()
                 return
-            self._head = self._after(limits.head_seconds, self._slow)
+            self._head = self._after(limits.head_timeout, self._slow)
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
@@ -54,7 +44,7 @@ def guarded(limits: Limits) -> type[H11Protocol]:
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._send = self._send or self._after(limits.send_seconds, self.transport.abort)
+            self._send = self._send or self._after(limits.send_timeout, self.transport.abort)
 
         def resume_writing(self) -> None:
             super().resume_writing()
@@ -72,7 +62,7 @@ def guarded(limits: Limits) -> type[H11Protocol]:
                 _cancel(self._head)
                 self._head = None
             elif self._head is None and (self.conn.trailing_data[0] or not only_begun):
-                self._head = self._after(limits.head_seconds, self._slow)
+                self._head = self._after(limits.head_timeout, self._slow)
 
         def _answering(self) -> bool:
             return self.cycle is not None and not self.cycle.response_complete
@@ -86,13 +76,10 @@ def guarded(limits: Limits) -> type[H11Protocol]:
             self.transport.close()
 
         def _make_room(self) -> bool:
-            waiting = [
-                c
-                for c in self.connections
-                if isinstance(c, Guarded) and c is not self and not (c._answering() and not c.cycle.more_body)
-            ]
-            if waiting:
-                # First those without a complete head.
+            """Close the oldest connection whose request is incomplete; false if all are being answered."""
+            others = [c for c in self.connections if isinstance(c, Guarded) and c is not self]
+            waiting = [c for c in others if not c._answering() or c.cycle.more_body]
+            if waiting:  # first those without a complete head
                 min(waiting, key=lambda c: (c._answering(), c._since)).transport.abort()
             return bool(waiting)
 

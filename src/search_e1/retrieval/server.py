@@ -11,23 +11,25 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
+from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
 
 from search_e1.errors import ConfigError, RetrievalError
 from search_e1.retrieval.base import Index
 from search_e1.retrieval.batching import Batcher, IndexFailedError, QueueFullError
 from search_e1.retrieval.client import CHECKSUM_HEADER, MOST_QUERIES_HEADER
-from search_e1.retrieval.connections import Limits, guarded
+from search_e1.retrieval.connections import guarded
 from search_e1.retrieval.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -67,28 +69,20 @@ class Metrics:
     """Metrics of one server, in their own registry."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        self.requests = Counter("search_e1_requests", "Requests answered, by status.", ["status"], registry=registry)
-        self.queries = Counter(
-            "search_e1_queries", "Queries, by what answered them: index, cache, joined.", ["source"], registry=registry
-        )
-        self.request_seconds = Histogram(
-            "search_e1_request_seconds", "From the complete request to its response.", registry=registry
-        )
-        self.index_seconds = Histogram("search_e1_index_seconds", "Duration of an index call.", registry=registry)
-        self.batch_queries = Histogram(
-            "search_e1_batch_queries",
-            "Queries of an index call.",
-            buckets=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512],
-            registry=registry,
-        )
-        self.waiting = Gauge("search_e1_waiting_queries", "Queries waiting for the index.", registry=registry)
-        self.held = Gauge(
-            "search_e1_held_bytes", "Memory of requests and large responses in flight.", registry=registry
-        )
-        self.cached = Gauge("search_e1_cached_queries", "Queries with cached results.", registry=registry)
-        self.passages = Gauge("search_e1_index_passages", "Passages of the index.", ["checksum"], registry=registry)
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self.requests = counter("search_e1_requests", "Requests answered, by status.", ["status"])
+        self.queries = counter("search_e1_queries", "Queries by source: index, cache, joined.", ["source"])
+        self.request_seconds = histogram("search_e1_request_seconds", "From the complete request to its response.")
+        self.index_seconds = histogram("search_e1_index_seconds", "Duration of an index call.")
+        sizes = [2**i for i in range(10)]
+        self.batch_queries = histogram("search_e1_batch_queries", "Queries of an index call.", buckets=sizes)
+        self.waiting = gauge("search_e1_waiting_queries", "Queries waiting for the index.")
+        self.held = gauge("search_e1_held_bytes", "Memory of requests and large responses in flight.")
+        self.cached = gauge("search_e1_cached_queries", "Queries with cached results.")
+        self.passages = gauge("search_e1_index_passages", "Passages of the index.", ["checksum"])
 
 
 def make_app(index: Index, settings: Settings | None = None) -> FastAPI:
@@ -104,12 +98,7 @@ def make_app(index: Index, settings: Settings | None = None) -> FastAPI:
 
     batcher = Batcher(
         answer,
-        size=settings.batch,
-        wait=settings.batch_wait,
-        limit=settings.queue,
-        threads=settings.threads,
-        cached=settings.cache,
-        cached_bytes=settings.cache_bytes,
+        settings,
         size_of=_size,
         count=lambda source, queries: metrics.queries.labels(source).inc(queries),
     )
@@ -205,22 +194,6 @@ class Memory:
         self.held -= size
 
 
-class _LargeResponse(Response):
-    """A response that releases its memory when its client has read it, or is gone."""
-
-    def __init__(self, content: bytes, memory: Memory, size: int) -> None:
-        super().__init__(content, media_type="application/json")
-        self._memory, self._size = memory, size
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": self.body, "more_body": True})
-            await send({"type": "http.response.body"})  # waits until the body is on its way
-        finally:
-            self._memory.release(self._size)
-
-
 async def _retrieve(request: Request, batcher: Batcher[Hits], settings: Settings, memory: Memory) -> Response:
     taken: list[int] = []
     try:
@@ -232,26 +205,32 @@ async def _retrieve(request: Request, batcher: Batcher[Hits], settings: Settings
         raise _refusal(503, "too many queries wait; retry later", {"Retry-After": "1"}) from error
     finally:
         memory.release(sum(taken))
-    size = sum(map(_size, answers))
-    if size > _LARGE:
-        memory.take(size)
-    content = b'{"result":[' + b",".join((_with_scores if body.return_scores else _documents)(answers)) + b"]}"
-    return _LargeResponse(content, memory, size) if size > _LARGE else Response(content, media_type="application/json")
+    content = b'{"result":[' + b",".join(_encode(hits, body.return_scores) for hits in answers) + b"]}"
+    if len(content) <= _LARGE:
+        return Response(content, media_type="application/json")
+    memory.take(len(content))
+    # Streamed: the end of a stream waits until the client has read the rest of it, or is gone.
+    return StreamingResponse(
+        _once(content),
+        headers={"Content-Length": str(len(content))},
+        media_type="application/json",
+        background=BackgroundTask(memory.release, len(content)),
+    )
+
+
+async def _once(content: bytes) -> AsyncIterator[bytes]:
+    yield content
 
 
 def _size(hits: Hits) -> int:
     return sum(len(document) + len(score) + 32 for document, score in hits)
 
 
-def _with_scores(answers: Sequence[Hits]) -> list[bytes]:
-    return [
-        b"[" + b",".join(b'{"document":' + document + b',"score":' + score + b"}" for document, score in hits) + b"]"
-        for hits in answers
+def _encode(hits: Hits, scores: bool) -> bytes:
+    parts = [
+        b'{"document":' + document + b',"score":' + score + b"}" if scores else document for document, score in hits
     ]
-
-
-def _documents(answers: Sequence[Hits]) -> list[bytes]:
-    return [b"[" + b",".join(document for document, _ in hits) + b"]" for hits in answers]
+    return b"[" + b",".join(parts) + b"]"
 
 
 async def _body(request: Request, settings: Settings, memory: Memory, taken: list[int]) -> bytes:
@@ -271,9 +250,8 @@ async def _body(request: Request, settings: Settings, memory: Memory, taken: lis
                 elif size > 4 * most:
                     break
     except TimeoutError as error:
-        raise _refusal(
-            408, f"the request did not arrive within {settings.body_timeout:g} s", {"Connection": "close"}
-        ) from error
+        detail = f"the request did not arrive within {settings.body_timeout:g} s"
+        raise _refusal(408, detail, {"Connection": "close"}) from error
     if size > most:
         raise _refusal(413, f"the body has more than {most} bytes; send fewer queries at once", {"Connection": "close"})
     return b"".join(parts)
@@ -300,20 +278,21 @@ def _check(queries: Sequence[str], topk: int, settings: Settings) -> None:
 
 
 def _search(index: Index, queries: list[str], topk: int) -> list[Hits]:
-    """Search and encode. An invalid result of the index raises here."""
+    """Search and encode.
+
+    Raises:
+        RetrievalError: an invalid result of the index.
+    """
     results = index.search(queries, topk)
     if len(results) != len(queries):
         raise RetrievalError(f"{len(results)} results for {len(queries)} queries")
+    for hit in chain.from_iterable(results):
+        if not math.isfinite(hit.score):
+            raise RetrievalError(f"a score of {hit.score}")
     return [
-        tuple((to_json({"id": hit.id, "contents": hit.contents}), _score(hit.score)) for hit in hits)
+        tuple((to_json({"id": hit.id, "contents": hit.contents}), to_json(float(hit.score))) for hit in hits)
         for hits in results
     ]
-
-
-def _score(score: float) -> bytes:
-    if not math.isfinite(score):
-        raise RetrievalError(f"a score of {score}")
-    return to_json(float(score))
 
 
 def _refusal(status: int, detail: str, headers: dict[str, str] | None = None) -> HTTPException:
@@ -335,23 +314,16 @@ def bind(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         bound = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError, UnicodeError) as error:
-        raise ConfigError(f"{host}:{port}: no such address ({_reason(error)}); give --host and --port") from error
-    try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except OSError as error:
-        bound.close()
-        raise _bind_error(host, port, error) from error
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise _cannot_listen(host, port, error) from error
     return bound
 
 
-def _bind_error(host: str, port: int, error: OSError) -> ConfigError:
-    return ConfigError(f"{host}:{port}: cannot listen there ({_reason(error)}); give another --port or --host")
-
-
-def _reason(error: Exception) -> str:
-    return _one_line(str(getattr(error, "strerror", None) or error))
+def _cannot_listen(host: str, port: int, error: Exception) -> ConfigError:
+    reason = _one_line(str(getattr(error, "strerror", None) or error))
+    return ConfigError(f"{host}:{port}: cannot listen there ({reason}); give another --port or --host")
 
 
 def serve(
@@ -368,7 +340,7 @@ def serve(
     try:
         bound.listen(BACKLOG)
     except OSError as error:
-        raise _bind_error(host, port, error) from error
+        raise _cannot_listen(host, port, error) from error
     server = make_server(index, settings or Settings())
     if ready:
         ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
@@ -383,16 +355,14 @@ def serve(
 
 def make_server(index: Index, settings: Settings) -> uvicorn.Server:
     """The server that ``serve`` runs on a bound socket."""
-    return uvicorn.Server(
-        uvicorn.Config(
-            make_app(index, settings),
-            log_level="info" if settings.access_log else "warning",
-            access_log=settings.access_log,
-            ws="none",
-            server_header=False,
-            http=guarded(Limits(settings.head_timeout, settings.send_timeout, settings.connections)),
-            # Longer than clients keep idle connections, so that they close them.
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=settings.shutdown_timeout,
-        )
+    config = uvicorn.Config(
+        make_app(index, settings),
+        log_level="info" if settings.access_log else "warning",
+        access_log=settings.access_log,
+        ws="none",
+        server_header=False,
+        http=guarded(settings),
+        timeout_keep_alive=75,  # longer than clients keep idle connections, so that they close them
+        timeout_graceful_shutdown=settings.shutdown_timeout,
     )
+    return uvicorn.Server(config)
