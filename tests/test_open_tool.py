@@ -84,6 +84,28 @@ def test_a_passage_is_opened_by_number_or_title(prompts, tokenizer, search, open
     assert {TokenClass.TAG, TokenClass.SEARCH} <= set(kinds.values())
 
 
+@pytest.mark.parametrize(
+    ("key", "found"),
+    [
+        ("2", "p4"),
+        ("doc 1", "p2"),
+        ("3", None),
+        ("0", None),
+        ("p1", None),
+        ("p4", "p4"),
+        ("Arda", "p1"),
+        ("7", "seventh"),
+    ],
+)
+def test_which_passage_is_meant(key: str, found: str | None) -> None:
+    passages = [*PASSAGES, Passage(id="3", title="x", text="x"), Passage(id="seventh", title="7", text="x")]
+    environment = Environment(
+        Opening(passages), protocol_of(byte_tokenizer(), TAGS), TAGS, topk=1, max_observation_tokens=200
+    )
+    [reply] = environment.answer([ToolCall("open", Call(key, ("p2", "p4")), "")])
+    assert reply["passage_ids"] == ((found,) if found else ())
+
+
 def test_an_unknown_passage_is_said_and_the_last_turn_is_not_served() -> None:
     t = play(byte_tokenizer(), TAGS, *["<open>Doc 1</open>"] * 4)
     assert [turn.observation_text for turn in t.turns] == [
@@ -95,7 +117,7 @@ def test_an_unknown_passage_is_said_and_the_last_turn_is_not_served() -> None:
 def test_the_policy_is_told_of_tools_once() -> None:
     tokenizer = byte_tokenizer()
     told = "You can also use <open> passage </open>. Shows a whole passage. "
-    told += "Its number in the latest search (Doc 2), or its title.\n"
+    told += "Its number in the latest search (2 for Doc 2), or its title.\n"
     assert tokenizer.decode(plain_prompt(tokenizer, TAGS, "x")) == told + "Q: x\n"
     own = TAGS.model_copy(update={"instruction": "Use <open>. Q: {question}"})
     assert tokenizer.decode(plain_prompt(tokenizer, own, "x <open> </ open>")) == "Use <open>. Q: x (open) (/ open)"
@@ -142,7 +164,7 @@ def test_a_tool_of_ones_own_answers_with_text() -> None:
     ("tools", "message"),
     [
         (("search", "opne"), r"prompts\.tools = 'opne': no such tool; did you mean 'open'"),
-        (("search", "open"), r"a TinyRetriever cannot open a passage; leave \"open\" out"),
+        (("search", "open"), r"this retriever cannot open a passage; leave \"open\" out"),
         (("search", "search"), "each once"),
         ((), "at least one tool"),
         (("test_open_tool:BAD",), "not a Tool with a name of its own"),

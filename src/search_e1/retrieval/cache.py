@@ -85,7 +85,7 @@ class CachedRetriever:
     @property
     def passage(self) -> Callable[[str], Passage | None]:
         """The retriever's own; AttributeError if it has none."""
-        return self.retriever.passage  # type: ignore[attr-defined, no-any-return]
+        return self.retriever.passage  # type: ignore[attr-defined]
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
         """See ``Retriever``."""

@@ -116,20 +116,21 @@ class Passages(Sequence[Passage]):
         The first call reads all passages; from then on 32 bytes for each stay in memory.
         """
         if self._keys is None:
-            ids, titles = array("Q"), array("Q")
+            columns = array("Q"), array("Q")
             for record in self._records(0, None):
-                ids.append(_hashed(record["id"]))
-                titles.append(_hashed(_folded(record["title"])))
-            hashes = [np.frombuffer(column, dtype=np.uint64) for column in (ids, titles)]
-            orders = [np.argsort(column, kind="stable") for column in hashes]
-            self._keys = [(column[order], order) for column, order in zip(hashes, orders, strict=True)]
-        by_id, by_title = self._keys
-        for (hashes, order), wanted, of in ((by_id, key, _id), (by_title, _folded(key), _title)):
-            at = int(np.searchsorted(hashes, np.uint64(_hashed(wanted))))
-            while at < len(hashes) and int(hashes[at]) == _hashed(wanted):
-                if of(passage := self[int(order[at])]) == wanted:
-                    return passage
-                at += 1
+                for column, value in zip(columns, (record["id"], _folded(record["title"])), strict=True):
+                    column.append(_hashed(value))
+            self._keys = [
+                (values[order], order)
+                for values in (np.frombuffer(column, dtype=np.uint64) for column in columns)
+                for order in (np.argsort(values, kind="stable"),)
+            ]
+        for (values, order), wanted, of in zip(self._keys, (key, _folded(key)), (_id, _title), strict=True):
+            hashed = np.array([_hashed(wanted)], dtype=np.uint64)
+            [begin], [end] = values.searchsorted(hashed), values.searchsorted(hashed, "right")
+            same = (self[int(i)] for i in order[begin:end])
+            if found := next((passage for passage in same if of(passage) == wanted), None):
+                return found
         return None
 
     def hit(self, index: int, score: float) -> Hit:

@@ -77,15 +77,17 @@ def _open_passages(retriever: Retriever, topk: int) -> Handler:
     passage = getattr(retriever, "passage", None)
     if passage is None:
         raise ConfigError(
-            f'prompts.tools: a {type(retriever).__name__} cannot open a passage; leave "open" out, or search a BM25 or dense '
-            "index in this process"
+            'prompts.tools: this retriever cannot open a passage; leave "open" out, or search a BM25 or dense index in this '
+            "process"
         )
 
     def answer(call: Call) -> Sequence[Passage] | str:
-        shown = re.fullmatch(r"doc (\d+)", call.argument.lower())
-        known = shown and 0 < int(shown[1]) <= len(call.seen)
-        found = passage(call.seen[int(shown[1]) - 1] if shown and known else call.argument)
-        return "No such passage." if found is None else [found]
+        number = re.fullmatch(r"(?:doc )?(\d+)", call.argument.lower())
+        shown = number and 0 < int(number[1]) <= len(call.seen)
+        found = passage(call.seen[int(number[1]) - 1] if number and shown else call.argument)
+        # An id that was never shown (wiki-18's are numbers) would open a passage that nobody asked for.
+        meant = found and (found.id in call.seen or found.title.casefold() == call.argument.casefold())
+        return [found] if meant else "No such passage."
 
     return lambda calls: [answer(call) for call in calls]
 
@@ -93,13 +95,6 @@ def _open_passages(retriever: Retriever, topk: int) -> Handler:
 SEARCH = Tool(
     "search", "query", "Searches for passages that help to answer the question.", "What to search for.", _open_search
 )
+_IN_LATEST = "Its number in the latest search (2 for Doc 2), or its title."
 TOOLS.register("search")(SEARCH)
-TOOLS.register("open")(
-    Tool(
-        "open",
-        "passage",
-        "Shows a whole passage.",
-        "Its number in the latest search (Doc 2), or its title.",
-        _open_passages,
-    )
-)
+TOOLS.register("open")(Tool("open", "passage", "Shows a whole passage.", _IN_LATEST, _open_passages))
