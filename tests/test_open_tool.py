@@ -100,7 +100,7 @@ def test_a_passage_is_opened_by_number_or_title(prompts, tokenizer, search, open
 def test_which_passage_is_meant(key: str, found: str | None) -> None:
     passages = [*PASSAGES, Passage(id="3", title="x", text="x"), Passage(id="seventh", title="7", text="x")]
     environment = Environment(
-        Opening(passages), protocol_of(byte_tokenizer(), TAGS), TAGS, topk=1, max_observation_tokens=200
+        Opening(passages), protocol_of(byte_tokenizer(), TAGS), TAGS, LIMITS.model_copy(update={"topk": 1})
     )
     [reply] = environment.answer([ToolCall("open", Call(key, ("p2", "p4")), "")])
     assert reply["passage_ids"] == ((found,) if found else ())
@@ -180,7 +180,9 @@ def test_what_cannot_be_served_is_refused_in_one_line(tools: tuple[str, ...], me
 
 def test_calls_of_one_tool_are_answered_together_and_in_order() -> None:
     retriever = Opening(PASSAGES)
-    environment = Environment(retriever, protocol_of(byte_tokenizer(), TAGS), TAGS, topk=1, max_observation_tokens=200)
+    environment = Environment(
+        retriever, protocol_of(byte_tokenizer(), TAGS), TAGS, LIMITS.model_copy(update={"topk": 1})
+    )
     calls = [ToolCall(tool, Call(key), "") for tool, key in (("search", "arda"), ("open", "Fen"), ("search", "ion"))]
     assert [reply["passage_ids"] for reply in environment.answer(calls)] == [("p1",), ("p4",), ("p5",)]
     assert retriever.queries == ["arda", "ion"]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from search_e1.config import Prompts
+from search_e1.config import Prompts, RolloutConfig
 from search_e1.errors import RetrievalError
 from search_e1.retrieval.base import Retriever
 from search_e1.text.protocol import Protocol
@@ -21,15 +21,13 @@ class ToolCall(NamedTuple):
 class Environment:
     """Answers calls with observations."""
 
-    def __init__(
-        self, retriever: Retriever, protocol: Protocol, prompts: Prompts, *, topk: int, max_observation_tokens: int
-    ) -> None:
+    def __init__(self, retriever: Retriever, protocol: Protocol, prompts: Prompts, config: RolloutConfig) -> None:
         """
         Raises:
             ConfigError: there is no such tool, or the retriever cannot serve one.
         """
-        self._protocol, self._most = protocol, max_observation_tokens
-        self._handlers: Mapping[str, Handler] = {t.name: t.open(retriever, topk) for t in tools_of(prompts)}
+        self._protocol, self._most = protocol, config.max_observation_tokens
+        self._handlers: Mapping[str, Handler] = {t.name: t.open(retriever, config.topk) for t in tools_of(prompts)}
 
     def answer(self, calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
         """The observation of each call, as fields of its turn.

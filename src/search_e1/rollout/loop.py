@@ -70,17 +70,14 @@ class _Row:
     context: list[int] = field(default_factory=list)
     stop: StopReason | None = None
 
-    @classmethod
-    def begin(cls, start: Start, reward: Reward) -> "_Row":
-        row = cls(start, reward, context=list(start.prompt_ids))
-        for turn in start.turns:
-            row.append(turn)
-        return row
+    def __post_init__(self) -> None:
+        self.context += self.start.prompt_ids
+        for turn in self.start.turns:
+            self.append(turn)
 
     def append(self, turn: Turn) -> None:
         self.turns.append(turn)
-        self.context += turn.action_ids
-        self.context += turn.observation_ids
+        self.context += turn.action_ids + turn.observation_ids
 
     def finish(self) -> Trajectory:
         assert self.stop is not None
@@ -88,27 +85,17 @@ class _Row:
         if self.turns and self.turns[-1].observation_ids:
             last = self.turns[-1]
             self.turns[-1] = last.model_copy(update={"observation_ids": (), "observation_text": "", "passage_ids": ()})
-        answer = self.turns[-1].argument if self.stop is StopReason.ANSWERED else None
-        gold = self.start.question.answers
+        question, answer = self.start.question, self.turns[-1].argument if self.stop is StopReason.ANSWERED else None
         return Trajectory(
-            question_id=self.start.question.id,
-            prompt_ids=self.start.prompt_ids,
-            turns=tuple(self.turns),
-            stop_reason=self.stop,
-            answer=answer,
-            reward=self.reward(answer, gold),
-            f1=f1(answer, gold),
-        )
+            question_id=question.id, prompt_ids=self.start.prompt_ids, turns=tuple(self.turns), stop_reason=self.stop,
+            answer=answer, reward=self.reward(answer, question.answers), f1=f1(answer, question.answers),
+        )  # fmt: skip
 
 
 def starts(tokenizer, prompts: Prompts, questions: Sequence[Question], group_size: int = 1) -> list[Start]:
     """Plain starts, ``group_size`` for each question, siblings side by side."""
-    return [
-        Start(question, prompt_ids, sample=sample)
-        for question in questions
-        for prompt_ids in (plain_prompt(tokenizer, prompts, question.text),)
-        for sample in range(group_size)
-    ]
+    asked = ((question, plain_prompt(tokenizer, prompts, question.text)) for question in questions)
+    return [Start(question, ids, sample=sample) for question, ids in asked for sample in range(group_size)]
 
 
 def rollout(
@@ -146,12 +133,10 @@ def rollout(
     """
     prompts = prompts or Prompts()
     protocol = protocol_of(engine.tokenizer, prompts)
-    environment = Environment(
-        retriever, protocol, prompts, topk=config.topk, max_observation_tokens=config.max_observation_tokens
-    )
+    environment = Environment(retriever, protocol, prompts, config)
     limit = min(config.max_tokens, engine.context_length)
     reward = open_reward(config.reward)
-    rows = [_Row.begin(start, reward) for start in starts]
+    rows = [_Row(start, reward) for start in starts]
     for row in rows:
         if len(row.context) >= limit:
             raise ModelError(
@@ -159,7 +144,7 @@ def rollout(
                 "raise rollout.max_tokens, or use a policy with a longer context"
             )
     spent, unfinished = spent or Spent(), unfinished or Unfinished(None, Stop())
-    call = _call(engine.tokenizer, starts, config, temperature, seed)
+    call = _call(engine.tokenizer, starts, seed, temperature, config)
     clock, before = time.perf_counter(), spent.sampling + spent.retrieval
     begun = engine.session(temperature=temperature, stop=protocol.stop, max_tokens=limit)
     with unfinished.stop.finishing(), begun as session, _Calls(environment) as searches:
@@ -175,14 +160,12 @@ def rollout(
     return [row.finish() for row in rows]
 
 
-def _call(
-    tokenizer: Any, starts: Sequence[Start], config: RolloutConfig, temperature: float, seed: int
-) -> tuple[object, ...]:
+def _call(tokenizer: Any, starts: Sequence[Start], *arguments: object) -> tuple[object, ...]:
     """What tells one call from another. Ids of an endpoint's words are those of one process, their text is not."""
     as_text = getattr(tokenizer, "ids_of_process", False)
     prompts = (tokenizer.decode(s.prompt_ids) if as_text else s.prompt_ids for s in starts)
     rows = ((s.question.id, s.sample, len(s.turns), prompt) for s, prompt in zip(starts, prompts, strict=True))
-    return seed, temperature, config, *rows
+    return *arguments, *rows
 
 
 @dataclass(slots=True)
@@ -205,12 +188,9 @@ class _Rollout:
     """Actions that are being answered."""
 
     def run(self, spent: Spent, resumed: Mapping[int, UnfinishedRow]) -> None:
-        complete = []
         for i in range(len(self.rows)):
-            saved = resumed.get(i)
-            if saved and saved.complete:
-                complete.append((i, Generation(saved.ids, saved.logprobs)))
-            self._sample(i) if saved is None else self._resume(i, saved)
+            self._resume(i, resumed[i]) if i in resumed else self._sample(i)
+        complete = [(i, Generation(saved.ids, saved.logprobs)) for i, saved in resumed.items() if saved.complete]
         self.sampling += len(complete)
         self._answer(complete)
         steps = 0
@@ -242,16 +222,14 @@ class _Rollout:
     def rows_so_far(self) -> dict[int, UnfinishedRow]:
         """All rows as they are. Of ids that mean nothing to another process, those that have ended."""
         begun = getattr(self.session, "begun", dict)() | self.searching
-        rows = {}
-        for i, row in enumerate(self.rows):
-            if row.stop is None and getattr(self.tokenizer, "ids_of_process", False):
-                continue
-            at_hand = begun.get(i, Generation(()))
-            rows[i] = UnfinishedRow(
-                turns=tuple(row.turns), stop=row.stop, ids=at_hand.ids, logprobs=at_hand.logprobs,
-                complete=i in self.searching,
-            )  # fmt: skip
-        return rows
+        ended_alone, nothing = getattr(self.tokenizer, "ids_of_process", False), Generation(())
+        return {
+            i: UnfinishedRow(
+                turns=tuple(row.turns), stop=row.stop, ids=begun.get(i, nothing).ids,
+                logprobs=begun.get(i, nothing).logprobs, complete=i in self.searching,
+            )
+            for i, row in enumerate(self.rows) if row.stop or not ended_alone
+        }  # fmt: skip
 
     def _sample(self, i: int, begun: Generation = Generation(())) -> None:  # noqa: B008  it is frozen
         start, context = self.rows[i].start, self.rows[i].context
@@ -279,13 +257,9 @@ class _Rollout:
         text = self.tokenizer.decode(generation.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         action = self.protocol.parse(text)
         draft: _Draft = dict(
-            action_ids=generation.ids,
-            action_text=text,
-            kind=action.kind,
-            argument=action.argument,
-            tool=action.tool,
+            action_ids=generation.ids, action_text=text, kind=action.kind, argument=action.argument, tool=action.tool,
             sampling_logprobs=generation.logprobs,
-        )
+        )  # fmt: skip
         if action.kind is ActionKind.ANSWER:
             row.stop = StopReason.ANSWERED
         elif len(row.turns) >= self.config.max_searches:
