@@ -57,7 +57,7 @@ def counted(tokenizer: Any, protocol: str, texts: list[str], raw: bool) -> dict[
     return {kind: sum(kind in changed for changed in found) for kind in KINDS} | {"any": sum(map(bool, found))}
 
 
-def _raw(tokenizer: Any, text: str, *_: Any) -> str:
+def _raw(tokenizer: Any, text: str, *_: Any, **__: Any) -> str:
     return text.encode("utf-8", "replace").decode()  # without this no tokenizer takes halves of characters
 
 

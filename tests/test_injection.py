@@ -21,7 +21,7 @@ def test_a_thousand_hostile_texts_change_nothing(name: str, protocol: str) -> No
     assert [(text, changed) for text, changed in zip(TEXTS, found, strict=True) if changed] == []
 
 
-def raw(tokenizer, text: str, *_) -> str:
+def raw(tokenizer, text: str, *_, **__) -> str:
     return text.encode("utf-8", "replace").decode()
 
 

@@ -51,15 +51,10 @@ def ask(
         if isinstance(engine, VllmEngine):
             engine.on_id = _Stream(engine.tokenizer, on_text) if on_text else None
     (trajectory,) = rollout(
-        engine,
-        retriever,
-        starts(engine.tokenizer, prompts, [asked]),
-        limits or RolloutConfig(),
-        temperature=temperature,
-        seed=random.randrange(2**32) if seed is None else seed,
-        prompts=prompts,
+        engine, retriever, starts(engine.tokenizer, prompts, [asked]), limits or RolloutConfig(), temperature=temperature,
+        seed=random.randrange(2**32) if seed is None else seed, prompts=prompts,
         on_turn=(lambda _, turn: on_turn(turn)) if on_turn else None,
-    )
+    )  # fmt: skip
     return trajectory.model_copy(update={"reward": 0.0, "f1": 0.0})
 
 
@@ -67,10 +62,8 @@ class _Stream:
     """Turns ids, one at a time, into text: each character once, when it is whole."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        self._tokenizer = tokenizer
-        self._on_text = on_text
+        self._tokenizer, self._on_text, self._shown = tokenizer, on_text, 0
         self._ids: list[int] = []
-        self._shown = 0
 
     def __call__(self, id: int | None) -> None:
         """``None`` begins a generation."""

@@ -54,9 +54,8 @@ def sample(
 
     def make(chunk: Sequence[Question], before: Mapping[str, float]) -> tuple[Iterator[str], Mapping[str, float]]:
         spent = Spent()
-        groups = asking.groups(
-            chunk, size, temperature=config.temperature, seed=seed, on_trajectory=told.after(before), spent=spent
-        )
+        report, temperature = told.after(before), config.temperature
+        groups = asking.groups(chunk, size, temperature=temperature, seed=seed, on_trajectory=report, spent=spent)
         sums = tally((t for group in groups for t in group.trajectories), spent)
         return (group.model_dump_json() for group in groups), sums
 
@@ -103,7 +102,7 @@ def take(source: Path, out: Path, most: int | None) -> dict[str, Any]:
 
 
 class _Told:
-    """Tells progress of trajectories as they end; of several processes the first tells of its own."""
+    """Reports progress as trajectories end; of several processes the first reports its own."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self.progress, self.total = progress, total
@@ -115,18 +114,10 @@ class _Told:
 
         def on_trajectory(_: int, trajectory: Trajectory) -> None:
             sums.update(tally([trajectory], Spent()))
-            done = sums["trajectories"]
-            rate = sums["tokens"] / (seconds + time.perf_counter() - begun)
-            stops = (
-                f"{name.removeprefix('stop.')} {n:.0f}" for name, n in sums.most_common() if name.startswith("stop.")
-            )
-            figures = (
-                f"EM {sums['em'] / done:.3f}",
-                f"{rate:.0f} tok/s",
-                f"{sums['searches'] / done:.2f} searches",
-                *stops,
-            )
-            self.progress(int(done), self.total, ", ".join(figures))
+            done, rate = sums["trajectories"], sums["tokens"] / (seconds + time.perf_counter() - begun)
+            figures = [f"EM {sums['em'] / done:.3f}", f"{rate:.0f} tok/s", f"{sums['searches'] / done:.2f} searches"]
+            stops = ((name.partition("stop.")[2], n) for name, n in sums.most_common())
+            self.progress(int(done), self.total, ", ".join(figures + [f"{name} {n:.0f}" for name, n in stops if name]))
 
         return on_trajectory
 

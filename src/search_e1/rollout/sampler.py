@@ -35,47 +35,29 @@ class RolloutSampler:
         return (questions[at : at + at_once] for at in range(0, len(questions), at_once))
 
     def groups(
-        self,
-        chunk: Sequence[Question],
-        size: int,
-        *,
-        temperature: float,
-        seed: int,
-        on_trajectory: OnTrajectory | None = None,
-        spent: Spent | None = None,
-    ) -> list[Group]:
+        self, chunk: Sequence[Question], size: int, *, temperature: float, seed: int,
+        on_trajectory: OnTrajectory | None = None, spent: Spent | None = None,
+    ) -> list[Group]:  # fmt: skip
         """``size`` trajectories of each question.
 
         Raises:
             ModelError, RetrievalError, EndpointError: see ``rollout``.
         """
         trajectories = rollout(
-            self.engine,
-            self.retriever,
-            starts(self.engine.tokenizer, self.prompts, chunk, size),
-            self.limits,
-            temperature=temperature,
-            seed=seed,
-            prompts=self.prompts,
-            on_trajectory=on_trajectory,
-            spent=spent,
+            self.engine, self.retriever, starts(self.engine.tokenizer, self.prompts, chunk, size), self.limits,
+            temperature=temperature, seed=seed, prompts=self.prompts, on_trajectory=on_trajectory, spent=spent,
             unfinished=unfinished_in(self.checkpointer),
-        )
-        return [
-            Group(question=question, trajectories=tuple(trajectories[i * size : (i + 1) * size]))
-            for i, question in enumerate(chunk)
-        ]
+        )  # fmt: skip
+        siblings = (tuple(trajectories[at : at + size]) for at in range(0, len(trajectories), size))
+        return [Group(question=q, trajectories=group) for q, group in zip(chunk, siblings, strict=True)]
 
 
 def tally(trajectories: Iterable[Trajectory], spent: Spent) -> dict[str, float]:
     """Sums over ``trajectories``, which took ``spent``; figures over several chunks are made of them."""
-    sums = {"trajectories": 0.0, "em": 0.0, "searches": 0.0, "tokens": 0.0}
+    sums = dict.fromkeys(("trajectories", "em", "searches", "tokens"), 0.0)
     sums |= {f"seconds.{part}": getattr(spent, part) for part in PARTS}
     for t in trajectories:
-        stop = f"stop.{t.stop_reason}"
-        sums[stop] = sums.get(stop, 0.0) + 1
-        sums["trajectories"] += 1
-        sums["em"] += t.correct
-        sums["searches"] += t.searches
-        sums["tokens"] += t.sampled_tokens
+        own = dict(trajectories=1, em=t.correct, searches=t.searches, tokens=t.sampled_tokens)
+        for name, value in {**own, f"stop.{t.stop_reason}": 1}.items():
+            sums[name] = sums.get(name, 0.0) + value
     return sums

@@ -1,4 +1,4 @@
-"""Everything the policy is told: instruction, privileged prompt, observations, corrections.
+"""Everything a policy is told: instruction, privileged prompt, observations, corrections.
 
 Prompts are ids. They are made here and nowhere else, so that GRPO, pools, distillation and evaluation see the same ones.
 """
@@ -42,8 +42,7 @@ def plain_prompt(tokenizer, prompts: Prompts, question: str) -> tuple[int, ...]:
 
 
 def privileged_prompt(tokenizer, prompts: Prompts, question: str, reference: str) -> tuple[int, ...]:
-    """Ids of the teacher's prompt. ``reference`` is what ``privileged.show`` makes of the trajectory to show; if that is
-    nothing, the prompt is the plain one."""
+    """Ids of the teacher's prompt. ``reference``: see ``reference.render_reference``; without one, the plain prompt."""
     if not reference:
         return plain_prompt(tokenizer, prompts, question)
     # `str.replace`, not `str.format`: references and questions are full of braces.
@@ -66,16 +65,9 @@ def _instruction(tokenizer, prompts: Prompts, question: str) -> str:
 def _encode_message(tokenizer, prompts: Prompts, message: str) -> tuple[int, ...]:
     tools = [tool.schema for tool in tools_of(prompts)] if prompts.protocol == "tools" else None
     if tokenizer.chat_template:
+        options = dict(tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False)
         try:
-            return tuple(
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": message}],
-                    tools=tools,
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=False,
-                )
-            )
+            return tuple(tokenizer.apply_chat_template([{"role": "user", "content": message}], **options))
         except TemplateError as error:  # a template that reaches out of its sandbox too
             problem = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(f"the policy's chat template fails ({problem}); use another model, or mend it") from error
