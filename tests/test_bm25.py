@@ -13,7 +13,7 @@ from bm25s.tokenization import Tokenizer
 
 from forking import end, fork
 from search_e1.errors import DataError
-from search_e1.retrieval import bm25_build, directory, postings
+from search_e1.retrieval import bm25, bm25_build, directory
 from search_e1.retrieval.base import Hit, Retriever
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.retrieval.passages import Passages
@@ -103,7 +103,7 @@ def test_the_same_query_is_asked_once(tmp_path: Path, monkeypatch: pytest.Monkey
     index = Bm25Index.build(passages(20), tmp_path / "index")
     asked: list[str] = []
     search = index._search
-    monkeypatch.setattr(index, "_search", lambda query, topk: asked.append(query) or search(query, topk))
+    monkeypatch.setattr(index, "_search", lambda queries, topk: asked.extend(queries) or search(queries, topk))
     a, b, c = index.search(["river", "mayor", "river"], 3)
     assert asked == ["river", "mayor"]
     assert a == c != b
@@ -242,7 +242,7 @@ def test_scores_are_bm25s_own_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, lookup: int
 ) -> None:
     """Whatever is looked up or added up, rare and common words, repeated words, ties, more asked for than there is."""
-    monkeypatch.setattr(postings, "_LOOKUP", lookup)
+    monkeypatch.setattr(bm25, "_LOOKUP", lookup)
     rng = np.random.default_rng(seed)
     words = np.array([f"w{i}" for i in range(60)])
     chances = 1 / np.arange(1, 61) ** 1.5

@@ -10,8 +10,8 @@ import pytest
 
 from forking import end, fork
 from search_e1.errors import ConfigError, DataError, ModelError, RunError
-from search_e1.retrieval import vectors
-from search_e1.retrieval.convention import Overrides
+from search_e1.retrieval import dense
+from search_e1.retrieval.convention import EncoderSettings, Overrides
 from search_e1.retrieval.dense import DenseIndex, layout
 from search_e1.retrieval.directory import read
 from search_e1.retrieval.encoder import Encoder
@@ -128,7 +128,7 @@ def test_too_few_passages_for_an_index_keep_the_vectors(tmp_path: Path, encoder:
 def test_a_build_that_was_killed_goes_on_to_the_same_bytes(
     tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vectors, "CHUNK", 100)
+    monkeypatch.setattr(dense, "CHUNK", 100)
     encode = Encoder.passages
 
     def dies(self: Encoder, texts: list[str]) -> np.ndarray:
@@ -166,11 +166,11 @@ def test_another_encoder_is_refused(tmp_path: Path, encoder: Encoder) -> None:
     DenseIndex.build(passages(20), tmp_path / "index", encoder)
     other = make_tiny_encoder(tmp_path / "other", seed=1)
     with pytest.raises(DataError, match=r"made by .*, and this is another encoder \(.*other"):
-        DenseIndex.open(tmp_path / "index", other)
+        DenseIndex.open(tmp_path / "index", EncoderSettings(model=str(other)))
     with pytest.raises(DataError, match="another encoder"):
         DenseIndex.open(tmp_path / "index", Encoder.open(encoder.name, Overrides(query_prefix="q: ")))
     moved = make_tiny_encoder(tmp_path / "moved")
-    index = DenseIndex.open(tmp_path / "index", moved)
+    index = DenseIndex.open(tmp_path / "index", EncoderSettings(model=str(moved)))
     assert index.encoder.name == str(moved)
     assert index.search(["mayor"], 3) == DenseIndex.open(tmp_path / "index", encoder).search(["mayor"], 3)
 
@@ -181,7 +181,8 @@ def test_an_encoder_that_is_gone_can_be_named(tmp_path: Path) -> None:
     directory.rename(tmp_path / "elsewhere")
     with pytest.raises(ModelError, match=r"no such directory.* or give its present directory with --encoder"):
         open_index(tmp_path / "index")
-    assert len(DenseIndex.open(tmp_path / "index", tmp_path / "elsewhere")) == 20
+    named = EncoderSettings(model=str(tmp_path / "elsewhere"))
+    assert len(DenseIndex.open(tmp_path / "index", named)) == 20
 
 
 def test_an_encoder_s_overrides_are_kept(tmp_path: Path, encoder: Encoder) -> None:

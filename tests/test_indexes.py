@@ -7,7 +7,7 @@ import pytest
 
 from search_e1 import config as configs
 from search_e1.errors import ConfigError
-from search_e1.retrieval import vectors
+from search_e1.retrieval import dense as module
 from search_e1.retrieval.dense import DenseIndex
 from search_e1.retrieval.directory import read
 from search_e1.retrieval.encoder import Encoder
@@ -69,7 +69,7 @@ def test_a_run_builds_what_its_config_says(project, monkeypatch) -> None:
     encoder = make_tiny_encoder(project / "e")
     flags = ("--retrieval.kind", "hybrid", "--retrieval.encoder.model", encoder, "--retrieval.faiss", "graph")
     killed = load(project, *flags)
-    monkeypatch.setattr(vectors, "CHUNK", 1)
+    monkeypatch.setattr(module, "CHUNK", 1)
     encode, encoded = Encoder.passages, []
 
     def dies_on_the_second(self, texts):

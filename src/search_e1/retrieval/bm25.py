@@ -1,21 +1,20 @@
 """BM25 over memory-mapped files, which processes share and which open at once."""
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from search_e1.errors import DataError
 from search_e1.retrieval import directory as directories
 from search_e1.retrieval.base import Hit
-from search_e1.retrieval.bm25_build import MAX_SCORES, WORDS, build
+from search_e1.retrieval.bm25_build import MAX_SCORES, STEMMER, STOPWORDS, WORDS, Stems, build, digest, split
 from search_e1.retrieval.bm25s_import import bm25s
-from search_e1.retrieval.directory import IndexManifest
-from search_e1.retrieval.passages import Passages
-from search_e1.retrieval.postings import Postings
-from search_e1.retrieval.words import STEMMER, STOPWORDS, Stems, digest, split
+from search_e1.retrieval.directory import IndexManifest, StoredIndex
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Passage
 
@@ -24,24 +23,26 @@ K1, B = 0.9, 0.4  # Anserini's and Pyserini's defaults for passages, not bm25s's
 SETTINGS = {"k1": K1, "b": B, "stopwords": STOPWORDS, "stemmer": STEMMER}
 
 _SCORES = "bm25"
+_SLACK = 1e-4
+"""Relative tolerance: the sums that prune are rounded differently from the scores that are returned."""
+_LOOKUP = 16
+"""Entries of a list that are read in the time of one look-up in it."""
 
 
-class Bm25Index:
-    """An ``Index`` of titles and texts without English stop words, stemmed (Snowball)."""
+class Bm25Index(StoredIndex):
+    """An ``Index`` of titles and texts without English stop words, stemmed (Snowball).
+
+    Every hit shares a word with the query; ties are in corpus order. Each thread takes 4 bytes a passage.
+    """
 
     def __init__(self, directory: Path, manifest: IndexManifest) -> None:
         """Use ``open`` or ``build``."""
-        self.directory = directory
-        self.manifest = manifest
-        self.passages = Passages.open(directory)
+        super().__init__(directory, manifest)
         # Without the vocabulary, a dictionary of a gigabyte for 21 million passages; WORDS stays on disk.
-        model = bm25s.BM25.load(
-            directory / _SCORES, mmap=True, load_vocab=False, show_progress=False, allow_pickle=False
-        )
-        self._postings = Postings(
-            model.scores, np.load(directory / _SCORES / MAX_SCORES, mmap_mode="r", allow_pickle=False)
-        )
-        self._words = np.asarray(np.load(directory / _SCORES / WORDS, mmap_mode="r", allow_pickle=False))
+        files = directory / _SCORES
+        model = bm25s.BM25.load(files, mmap=True, load_vocab=False, show_progress=False, allow_pickle=False)
+        self._postings = Postings(model.scores, np.load(files / MAX_SCORES, mmap_mode="r", allow_pickle=False))
+        self._words = np.asarray(np.load(files / WORDS, mmap_mode="r", allow_pickle=False))
         self._thread = threading.local()
 
     @classmethod
@@ -83,35 +84,12 @@ class Bm25Index:
         try:
             return cls(directory, manifest)
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(
-                f"{directory}: a damaged BM25 index ({str(error).splitlines()[0]}); build it again with "
-                "`search-e1 index build`"
-            ) from error
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{directory}: a damaged BM25 index ({reason}); {directories.REBUILD}") from error
 
-    @property
-    def checksum(self) -> str:
-        """See ``Index``."""
-        return self.manifest.checksum
-
-    def __len__(self) -> int:
-        """Passages in the index."""
-        return len(self.passages)
-
-    def passage(self, key: str) -> Passage | None:
-        """See ``Index``."""
-        return self.passages.find(key)
-
-    def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
-        """See ``Retriever``. Every hit shares a word with the query; ties are in corpus order.
-
-        Thread-safe; each thread takes 4 bytes a passage.
-        """
-        # Siblings of a group often send the same query in the same turn.
-        hits = {query: self._search(query, topk) for query in dict.fromkeys(queries)}
-        return [list(hits[query]) for query in queries]
-
-    def _search(self, query: str, topk: int) -> list[Hit]:
-        return [self.passages.hit(i, score) for i, score in self._postings.best(self._ids(query), topk)]
+    def _search(self, queries: list[str], topk: int) -> list[list[Hit]]:
+        best = (self._postings.best(self._ids(query), topk) for query in queries)
+        return [[self.passages.hit(i, score) for i, score in found] for found in best]
 
     def _ids(self, query: str) -> list[int]:
         """Ids of the query's words that occur in a passage."""
@@ -121,3 +99,82 @@ class Bm25Index:
         digests = np.array([digest(stem) for stem in stems], dtype=np.uint64)
         at = np.minimum(np.searchsorted(self._words["digest"], digests), len(self._words) - 1)
         return self._words["id"][at[self._words["digest"][at] == digests]].tolist()
+
+
+class Postings:
+    """Memory-mapped passages and BM25 scores of each word.
+
+    bm25s sums the scores of all passages, so that the cost of a query grows with the corpus. Here only passages that can reach
+    the top are summed (MaxScore; Turtle and Flood, Query evaluation, 1995): rare words come first, and once the remaining
+    common words together cannot lift a new passage into the top, they are looked up for the remaining candidates only.
+    """
+
+    def __init__(self, scores: Mapping[str, Any], most: np.ndarray) -> None:
+        """``scores``: bm25s's CSC matrix (data float32, indices int32, indptr int64). ``most``: float32 [words], maxima."""
+        # Plain arrays: slicing numpy's memmap class takes a microsecond each time.
+        self._scores, self._passages, self._ends = (np.asarray(scores[k]) for k in ("data", "indices", "indptr"))
+        self._most, self._number = most, int(scores["num_docs"])
+        self._thread = threading.local()
+
+    def best(self, words: Sequence[int], topk: int) -> list[tuple[int, float]]:
+        """The ``topk`` passages with the highest scores above 0 and their scores, best first, ties in corpus order.
+
+        ``words``: ids of the query's words, with repetitions. Scores are float32 sums in the order of the words, as in bm25s.
+        """
+        passages = self._candidates(words, topk)
+        scores = np.zeros(len(passages), dtype=np.float32)
+        for word in words:
+            scores += self._of(word, passages)
+        order = np.lexsort((passages, -scores))[:topk]
+        return list(zip(passages[order].tolist(), scores[order].tolist(), strict=True))
+
+    def _candidates(self, words: Sequence[int], topk: int) -> np.ndarray:
+        """All passages that can be among the top ``topk``."""
+        times = Counter(words)
+        rare_first = sorted(times, key=lambda word: int(self._ends[word + 1] - self._ends[word]))
+        most = [times[word] * float(self._most[word]) for word in rare_first]
+        rest = list(accumulate(reversed(most), initial=0.0))[::-1]  # what the words from each one on can add at most
+        sums, touched = self._sums(), []
+        passages, closed, least = np.empty(0, dtype=np.int32), False, 0.0
+        try:
+            for word, more in zip(rare_first, rest, strict=False):
+                if len(passages) >= topk:
+                    least = _kth_largest(sums[passages], topk) * (1 - _SLACK)
+                    closed = closed or more < least
+                if closed:
+                    passages = passages[sums[passages] + more >= least]
+                listed, scores = self._list(word)
+                if closed and len(passages) * _LOOKUP < len(listed):
+                    sums[passages] += self._of(word, passages) * times[word]
+                    continue
+                if not closed:
+                    passages = np.concatenate((passages, listed[sums[listed] == 0]))
+                touched.append(listed)
+                sums[listed] += scores * times[word] if times[word] > 1 else scores
+            if len(passages) > topk:
+                reached = sums[passages]
+                passages = passages[reached >= _kth_largest(reached, topk) * (1 - _SLACK)]
+            return passages
+        finally:
+            for listed in touched:
+                sums[listed] = 0
+
+    def _list(self, word: int) -> tuple[np.ndarray, np.ndarray]:
+        start, end = self._ends[word], self._ends[word + 1]
+        return self._passages[start:end], self._scores[start:end]
+
+    def _of(self, word: int, passages: np.ndarray) -> np.ndarray:
+        """Scores of ``passages`` for ``word``, float32, 0 where it does not occur."""
+        listed, scores = self._list(word)
+        at = np.minimum(np.searchsorted(listed, passages), len(listed) - 1)
+        return np.where(listed[at] == passages, scores[at], np.float32(0))
+
+    def _sums(self) -> np.ndarray:
+        """Zeros, float32 [passages], of this thread; its user sets them back to 0."""
+        if not hasattr(self._thread, "sums"):
+            self._thread.sums = np.zeros(self._number, dtype=np.float32)
+        return self._thread.sums
+
+
+def _kth_largest(values: np.ndarray, k: int) -> float:
+    return float(np.partition(values, len(values) - k)[len(values) - k])

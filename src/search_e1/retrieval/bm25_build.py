@@ -6,10 +6,12 @@ its block of words; each block is sorted in memory and appended to the files, wh
 vocabulary and 16 bytes a passage grow with the corpus.
 """
 
+import hashlib
 import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from array import array
@@ -23,14 +25,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import Stemmer
 
 from search_e1.errors import DataError, RunError
-from search_e1.retrieval.bm25s_import import bm25s
+from search_e1.retrieval.bm25s_import import STOPWORDS_EN, bm25s
 from search_e1.retrieval.passages import Passages, npy_header
-from search_e1.retrieval.words import Stems, digest, split
 from search_e1.runs import write_atomically
 from search_e1.runs.progress import Progress
 
+STOPWORDS, STEMMER = "english", "english"
 WORDS, MAX_SCORES = "words.npy", "most.npy"
 """Files besides bm25s's: ``WORD`` [words], sorted by digest; float32 [words], the maximum score of each word id."""
 WORD = np.dtype([("digest", "<u8"), ("id", "<i4")])
@@ -45,6 +48,34 @@ _POSTING = np.dtype([("word", "<i4"), ("passage", "<i4"), ("score", "<f4")])
 _COUNTED, _STEMS = "counted.json", "stems.txt"
 _NUMBERS = ("lengths.i4", "distinct.i4", "words.i4", "counts.i4")
 """int32. Per passage: words, distinct words. Per posting, by passage: word id, count."""
+
+_CACHE_WORDS = 2**18  # about 40 MB; nearly all words of a passage are among the last that many
+_find_words = re.compile(r"\b\w\w+\b").findall
+
+
+def split(text: str) -> list[str]:
+    """The words of ``text`` in lower case, stop words included, as bm25s's tokenizer finds them."""
+    return _find_words(text.lower())
+
+
+def digest(stem: str) -> int:
+    """64-bit hash of a stem: two of ten million collide with a probability of 3e-6."""
+    return int.from_bytes(hashlib.blake2b(stem.encode(), digest_size=8).digest())
+
+
+class Stems(dict[str, str]):
+    """Lower-case word -> its stem, or "" for a stop word; filled on demand. Not thread-safe."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stemmer = Stemmer.Stemmer(STEMMER, 0)  # without a cache of its own
+        self._stopwords = frozenset(STOPWORDS_EN)
+
+    def __missing__(self, word: str) -> str:
+        if len(self) >= _CACHE_WORDS:
+            self.clear()
+        self[word] = stem = "" if word in self._stopwords else self._stemmer.stemWord(word)
+        return stem
 
 
 def build(
@@ -70,8 +101,7 @@ def build(
     numbers = {name: np.memmap(scratch / name, dtype=np.int32, mode="r") for name in _NUMBERS}
     frequencies = np.zeros(len(vocabulary), dtype=np.int64)
     for start in range(0, len(numbers["words.i4"]), postings):
-        part = numbers["words.i4"][start : start + postings]
-        frequencies += np.bincount(part, minlength=len(vocabulary))
+        frequencies += np.bincount(numbers["words.i4"][start : start + postings], minlength=len(vocabulary))
     ends = np.concatenate(([0], np.cumsum(frequencies)))
     # Parameters, vocabulary and the offset of each word; `_sort` writes the two arrays that are empty here.
     model = bm25s.BM25(k1=k1, b=b)
@@ -200,9 +230,8 @@ def _counted(passages: Passages, bounds: Sequence[int], processes: int) -> Itera
             while ahead:
                 yield ahead.popleft().result()
         except BrokenProcessPool as error:
-            raise RunError(
-                "a process that counts words was killed, perhaps out of memory; run the command again with fewer --processes"
-            ) from error
+            problem = "a process that counts words was killed, perhaps out of memory"
+            raise RunError(f"{problem}; run the command again with fewer --processes") from error
         finally:
             for future in ahead:
                 future.cancel()
@@ -273,10 +302,8 @@ def _scatter(
 def _sort(ends: np.ndarray, blocks: Sequence[int], scratch: Path, directory: Path, progress: Progress) -> np.ndarray:
     """Write bm25s's two large arrays; return the maximum score of each word, float32."""
     most = np.empty(len(ends) - 1, dtype=np.float32)
-    with (
-        (directory / "data.csc.index.npy").open("wb") as data,
-        (directory / "indices.csc.index.npy").open("wb") as indices,
-    ):
+    paths = directory / "data.csc.index.npy", directory / "indices.csc.index.npy"
+    with paths[0].open("wb") as data, paths[1].open("wb") as indices:
         data.write(npy_header(np.float32, int(ends[-1])))
         indices.write(npy_header(np.int32, int(ends[-1])))
         for number, (first, last) in enumerate(pairwise(blocks)):

@@ -1,8 +1,7 @@
-"""Encoder conventions: prefixes, pooling, normalisation and length, read from the encoder's own files where they state them.
+"""Encoder conventions: prefixes, pooling, normalisation and length.
 
-Most encoders are published with the files of sentence-transformers. Some families state their prefixes only in the model card
-(E5's "query: " and "passage: "); these are known here by name. What neither states must be given: a forgotten prefix raises no
-error, it only retrieves worse.
+They come from the encoder's files (those of sentence-transformers), or from what its family is known for: E5 states its
+prefixes only in the model card. What neither states must be given: a forgotten prefix raises no error, it only retrieves worse.
 """
 
 import json
@@ -93,9 +92,8 @@ def read_convention(directory: Path, name: str, longest: int, overrides: Overrid
     query, passage = _read_prefixes(directory, config, family, given)
     pooling = given.get("pooling") or _read_pooling(directory, modules) or (family and family[3])
     if not pooling:
-        raise ModelError(
-            f"{directory}: the encoder's files do not say how its hidden states are pooled; give --pooling mean, cls or last"
-        )
+        problem = "the encoder's files do not say how its hidden states are pooled"
+        raise ModelError(f"{directory}: {problem}; give --pooling mean, cls or last")
     length = given.get("max_length") or _read_json(directory / "sentence_bert_config.json").get("max_seq_length")
     if (length or 0) > longest:
         raise ModelError(f"{directory}: max_length {length}, but the encoder reads {longest} tokens; give at most that")
@@ -107,18 +105,14 @@ def read_convention(directory: Path, name: str, longest: int, overrides: Overrid
 
 def _read_modules(directory: Path) -> dict[str, str]:
     """Kind -> path of the modules that ``modules.json`` lists; empty without that file."""
-    modules = {}
-    for module in _read_json(directory / "modules.json", []):
+    modules, file = {}, directory / "modules.json"
+    for module in _read_json(file) or []:
         kind, path = module.get("type", "").rpartition(".")[2], module.get("path", "")
         if kind not in ("Transformer", "Pooling", "Normalize"):
-            raise ModelError(
-                f"{directory / 'modules.json'}: has a {kind or 'nameless'} module; only encoders of Transformer, Pooling "
-                "and Normalize are supported"
-            )
+            supported = "only encoders of Transformer, Pooling and Normalize are supported"
+            raise ModelError(f"{file}: has a {kind or 'nameless'} module; {supported}")
         if path and inside(directory, path) is None:
-            raise ModelError(
-                f"{directory / 'modules.json'}: names the module {path!r}, which is not in it; do not use this model"
-            )
+            raise ModelError(f"{file}: names the module {path!r}, which is not in it; do not use this model")
         modules[kind] = path
     return modules
 
@@ -179,10 +173,11 @@ def _find_family(directory: Path, name: str) -> tuple[str, str, str, Pooling] | 
     return None
 
 
-def _read_json(path: Path, missing: Any = None) -> Any:
+def _read_json(path: Path) -> Any:
+    """Contents of ``path``; empty if there is no such file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {} if missing is None else missing
+        return {}
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: not JSON ({error}); get the model again") from error

@@ -9,8 +9,8 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Mapping
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -19,12 +19,12 @@ import numpy as np
 
 from search_e1.errors import ConfigError, DataError, ModelError
 from search_e1.retrieval import directory as directories
-from search_e1.retrieval import vectors
 from search_e1.retrieval.base import Hit
 from search_e1.retrieval.convention import Convention, EncoderSettings
-from search_e1.retrieval.directory import Building, IndexManifest
+from search_e1.retrieval.directory import Building, IndexManifest, StoredIndex
 from search_e1.retrieval.encoder import Encoder
 from search_e1.retrieval.passages import Passages
+from search_e1.runs import write_atomically
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Passage
 
@@ -32,9 +32,14 @@ KIND = "dense"
 _VECTORS, _INDEX, _ENCODER = "vectors.faiss", "index.faiss", "encoder.json"
 _DTYPES: dict[str, type[np.floating]] = {"Flat": np.float32, "SQfp16": np.float16}
 _MAPPED = faiss.IO_FLAG_MMAP_IFC
+CHUNK = 4096
+"""Passages that are encoded together, then synced. It affects the last bits of a vector, so it is no setting."""
 _ADD_BATCH = 65_536  # vectors
 _MIN_TRAINING = 100_000  # vectors; FAISS requires 39 a centroid, and 8-bit codes need no more
 _PER_LIST = 50  # training vectors for each inverted list
+
+
+_PACKAGES = ("numpy", "torch", "transformers", "sentence-transformers", packages_distributions()["faiss"][0])
 
 
 class Layout(NamedTuple):
@@ -60,7 +65,7 @@ def layout(index: str, passages: int, dimension: int, parameters: str | None = N
     Raises:
         ConfigError: FAISS does not know the index or the parameters.
     """
-    factory = _PRESETS[index](passages, dimension) if index in _PRESETS else index
+    factory = _factory(index, passages, dimension)
     refined = re.fullmatch(r"(.+),(?:RFlat|Refine\((Flat|SQfp16)\))", factory)
     try:
         trial = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
@@ -68,7 +73,7 @@ def layout(index: str, passages: int, dimension: int, parameters: str | None = N
         _tune(trial, chosen)
     except RuntimeError as error:
         raise ConfigError(
-            f"index {index!r}, parameters {parameters or ''!r}: {_message(error)}; give {', '.join(_PRESETS)} or a FAISS "
+            f"index {index!r}, parameters {parameters or ''!r}: {_message(error)}; give exact, graph, compressed or a FAISS "
             "factory string, and parameters as nprobe=64,k_factor_rf=20"
         ) from error
     if refined:
@@ -76,22 +81,14 @@ def layout(index: str, passages: int, dimension: int, parameters: str | None = N
     return Layout(factory, None, factory, chosen) if factory in _DTYPES else Layout(factory, factory, None, chosen)
 
 
-def _exact(passages: int, dimension: int) -> str:
-    return "Flat"
-
-
-def _graph(passages: int, dimension: int) -> str:
-    return "HNSW32,SQ8,Refine(SQfp16)"
-
-
-def _compressed(passages: int, dimension: int) -> str:
-    """Two bits a dimension, 1/16 of float32, scanned as a whole: inverted lists miss passages beyond their borders."""
+def _factory(index: str, passages: int, dimension: int) -> str:
+    """FAISS's factory string of a preset; any other ``index`` is one itself."""
+    if index != "compressed":
+        return {"exact": "Flat", "graph": "HNSW32,SQ8,Refine(SQfp16)"}.get(index, index)
     if passages < 1000 or dimension % 2:  # 4-bit codes need 624 training vectors
         return "SQ8,Refine(SQfp16)"
+    # Two bits a dimension, 1/16 of float32, scanned as a whole: inverted lists miss passages beyond their borders.
     return f"PQ{dimension // 2}x4fs,Refine(SQfp16)"
-
-
-_PRESETS = {"exact": _exact, "graph": _graph, "compressed": _compressed}
 
 
 def _defaults(index: Any) -> str:
@@ -108,16 +105,13 @@ def _defaults(index: Any) -> str:
     return ",".join(chosen)
 
 
-class DenseIndex:
-    """An ``Index`` of vectors; its directory holds all but the encoder."""
+class DenseIndex(StoredIndex):
+    """An ``Index`` of vectors; its directory holds all but the encoder. A score is an inner product, mostly the cosine."""
 
     def __init__(self, directory: Path, manifest: IndexManifest, encoder: Encoder, parameters: str) -> None:
         """Use ``open`` or ``build``."""
-        self.directory = directory
-        self.manifest = manifest
-        self.encoder = encoder
-        self.passages = Passages.open(directory)
-        self.parameters = parameters
+        super().__init__(directory, manifest)
+        self.encoder, self.parameters = encoder, parameters
         self._index = _read(directory, manifest.settings)
         _tune(self._index, parameters)
 
@@ -145,9 +139,8 @@ class DenseIndex:
             ModelError: the encoder gives values that are not finite.
             RunError: ``directory`` exists, or cannot be written.
         """
-        stored = (
-            layout(index, 10**6, encoder.dimension, parameters).stored or "SQfp16"
-        )  # the same for any number of passages
+        # The same for any number of passages.
+        stored = layout(index, 10**6, encoder.dimension, parameters).stored or "SQfp16"
         encoded = {"encoder": encoder.checksum, "dtype": encoder.dtype, "stored": stored}
         # Without the layout: encoding takes hours, and its vectors serve any layout.
         started = source and {"kind": KIND, "format": directories.FORMAT, "source": source, **encoded}
@@ -162,14 +155,14 @@ class DenseIndex:
             about = {"model": encoder.name, "convention": encoder.convention.model_dump()}
             (work.path / _ENCODER).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             settings = {**encoded, **wanted._asdict(), "metric": "inner product", "dimension": encoder.dimension}
-            manifest = work.finish(KIND, passages, settings, _packages())
+            manifest = work.finish(KIND, passages, settings, _PACKAGES)
         return cls(directory, manifest, encoder, wanted.parameters)
 
     @classmethod
     def open(
         cls,
         directory: Path,
-        encoder: Encoder | EncoderSettings | str | Path | None = None,
+        encoder: Encoder | EncoderSettings | None = None,
         *,
         device: str = "auto",
         parameters: str | None = None,
@@ -189,7 +182,7 @@ class DenseIndex:
             about = json.loads((directory / _ENCODER).read_text(encoding="utf-8"))
             convention = Convention.model_validate(about["convention"])
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{directory / _ENCODER}: damaged; build the index again") from error
+            raise DataError(f"{directory / _ENCODER}: damaged; {directories.REBUILD}") from error
         if not isinstance(encoder, Encoder):
             encoder = _open_encoder(directory, encoder, about["model"], convention, device)
         if encoder.checksum != manifest.settings["encoder"]:
@@ -203,7 +196,7 @@ class DenseIndex:
         except RuntimeError as error:
             if parameters:
                 raise ConfigError(f"parameters {parameters!r} of {directory}: {_message(error)}") from error
-            raise DataError(f"{directory}: a damaged index ({_message(error)}); build it again") from error
+            raise DataError(f"{directory}: a damaged index ({_message(error)}); {directories.REBUILD}") from error
 
     @property
     def checksum(self) -> str:
@@ -212,42 +205,43 @@ class DenseIndex:
             return self.manifest.checksum
         return hashlib.sha256(f"{self.manifest.checksum} {self.parameters}".encode()).hexdigest()
 
-    def __len__(self) -> int:
-        """Passages in the index."""
-        return len(self.passages)
-
-    def passage(self, key: str) -> Passage | None:
-        """See ``Index``."""
-        return self.passages.find(key)
-
-    def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
-        """See ``Retriever``. The score is the inner product, for most encoders the cosine."""
-        unique = list(dict.fromkeys(queries))  # siblings of a group often send the same query in the same turn
-        if not unique:
-            return []
-        scores, rows = self._index.search(self.encoder.queries(unique), min(topk, len(self)))
-        hits = dict(zip(unique, map(self._hits, rows.tolist(), scores.tolist()), strict=True))
-        return [list(hits[query]) for query in queries]
-
-    def _hits(self, rows: list[int], scores: list[float]) -> list[Hit]:
-        """Hits of one query; FAISS pads short results with -1."""
-        return [self.passages.hit(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0]
+    def _search(self, queries: list[str], topk: int) -> list[list[Hit]]:
+        scores, rows = self._index.search(self.encoder.queries(queries), min(topk, len(self)))
+        return [
+            [self.passages.hit(row, score) for row, score in zip(*found, strict=True) if row >= 0]  # padded with -1
+            for found in zip(rows.tolist(), scores.tolist(), strict=True)
+        ]
 
 
 def _encode(work: Building, passages: Passages, encoder: Encoder, stored: str, progress: Progress) -> np.ndarray:
-    """Encode all passages; the memory-mapped vectors, [passages, dimension]."""
-    path, shape = work.path / _VECTORS, (len(passages), encoder.dimension)
+    """Encode all passages, resuming from an earlier run; the memory-mapped vectors, [passages, dimension]."""
+    path, shape, dtype = work.path / _VECTORS, (len(passages), encoder.dimension), _DTYPES[stored]
     header = _header(stored, *shape)
-
-    def encode(start: int, stop: int) -> np.ndarray:
-        return encoder.passages(list(passages.contents(start, stop)))
-
-    vectors.write(path, work.scratch / "vectors.rows", header, shape, _DTYPES[stored], encode, progress)
-    encoded = vectors.read(path, len(header), shape, _DTYPES[stored])
+    _write_vectors(path, work.scratch / "vectors.rows", header, passages, encoder, dtype, progress)
+    encoded = np.memmap(path, dtype=dtype, mode="r", offset=len(header), shape=shape)
     mapped = faiss.read_index(str(path), _MAPPED)
     if mapped.ntotal != len(encoded) or not np.array_equal(mapped.reconstruct(len(encoded) - 1), encoded[-1]):
         raise RuntimeError(f"FAISS {faiss.__version__} stores {stored} in an unknown format")
     return encoded
+
+
+def _write_vectors(
+    path: Path, mark: Path, header: bytes, passages: Passages, encoder: Encoder, dtype: type, progress: Progress
+) -> None:
+    """Write ``header`` and a row for each passage; the file ``mark`` holds the number of rows that are synced."""
+    total, row = len(passages), encoder.dimension * np.dtype(dtype).itemsize
+    with path.open("r+b" if path.exists() else "w+b") as file:
+        written = max(0, os.fstat(file.fileno()).st_size - len(header)) // row
+        done = min(written, int(mark.read_text())) if mark.exists() else 0
+        file.write(header)
+        file.truncate(file.seek(done * row, os.SEEK_CUR))
+        for start in range(done, total, CHUNK):
+            stop = min(start + CHUNK, total)
+            file.write(encoder.passages(list(passages.contents(start, stop))).astype(dtype).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+            write_atomically(mark, str(stop))
+            progress(stop, total, f"{stop:,} encoded")
 
 
 def _header(stored: str, passages: int, dimension: int) -> bytes:
@@ -276,9 +270,8 @@ def _add(factory: str, stored: np.ndarray, path: Path, progress: Progress) -> No
         try:
             index.train(stored[rows].astype(np.float32))
         except RuntimeError as error:
-            raise ConfigError(
-                f"index {factory!r} of {total:,} passages: {_message(error)}; give another index"
-            ) from error
+            problem = f"index {factory!r} of {total:,} passages: {_message(error)}"
+            raise ConfigError(f"{problem}; give another index") from error
     for start in range(0, total, _ADD_BATCH):
         index.add(stored[start : start + _ADD_BATCH].astype(np.float32))
         progress(index.ntotal, total, f"{index.ntotal:,} indexed")
@@ -306,33 +299,16 @@ def _tune(index: Any, parameters: str) -> None:
 
 
 def _open_encoder(
-    directory: Path, given: EncoderSettings | str | Path | None, built_with: str, convention: Convention, device: str
+    directory: Path, given: EncoderSettings | None, built_with: str, convention: Convention, device: str
 ) -> Encoder:
-    model: str | Path = built_with
-    if isinstance(given, EncoderSettings):  # they must equal those of the build; the checksum shows whether they do
+    if given:  # its overrides must equal those of the build; the checksum shows whether they do
         overrides = given.model_dump(include=set(Convention.model_fields), exclude_none=True)
-        model, device, convention = given.model, given.device, convention.model_copy(update=overrides)
-    elif given is not None:
-        model = given
+        return Encoder.open(given.model, convention.model_copy(update=overrides), device=given.device, dtype="float32")
     try:
-        return Encoder.open(model, convention, device=device, dtype="float32")
+        return Encoder.open(built_with, convention, device=device, dtype="float32")
     except ModelError as error:
-        if given is not None:
-            raise
-        raise ModelError(
-            f"{directory}: {error} (the encoder of the build); or give its present directory with --encoder"
-        ) from error
-
-
-def _packages() -> list[str]:
-    names = ["numpy", "torch", "transformers", "sentence-transformers"]
-    for name in ("faiss-cpu", "faiss-gpu"):  # whichever is installed
-        try:
-            version(name)
-        except PackageNotFoundError:
-            continue
-        names.append(name)
-    return names
+        hint = "(the encoder of the build); or give its present directory with --encoder"
+        raise ModelError(f"{directory}: {error} {hint}") from error
 
 
 def _message(error: RuntimeError) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from search_e1.errors import DataError, RunError
+from search_e1.retrieval.base import Hit
 from search_e1.retrieval.passages import Passages
 from search_e1.runs import disk, locks, read_summed, sha256, sync, write_atomically, write_summed
 from search_e1.runs.files import SUM
@@ -27,7 +28,7 @@ FORMAT = 2
 """Version of the layout, common to all kinds; a directory of another version is refused."""
 MANIFEST = "manifest.json"
 _SETTINGS, _SCRATCH = "build.json", "scratch"
-_REBUILD = "build it again with `search-e1 index build`"
+REBUILD = "build it again with `search-e1 index build`"
 
 
 class IndexManifest(Record):
@@ -52,6 +53,37 @@ class IndexManifest(Record):
     """Wall-clock time of the build; of a resumed one, of its last run."""
 
 
+class StoredIndex:
+    """What indexes of all kinds have in common; a kind adds ``build``, ``open`` and ``_search``."""
+
+    def __init__(self, directory: Path, manifest: IndexManifest) -> None:
+        """Use ``open`` or ``build``."""
+        self.directory, self.manifest = directory, manifest
+        self.passages = Passages.open(directory)
+
+    @property
+    def checksum(self) -> str:
+        """See ``Index``."""
+        return self.manifest.checksum
+
+    def __len__(self) -> int:
+        """Number of passages."""
+        return len(self.passages)
+
+    def passage(self, key: str) -> Passage | None:
+        """See ``Index``."""
+        return self.passages.find(key)
+
+    def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
+        """See ``Retriever``. Thread-safe. Siblings of a group often send the same query: it is searched once."""
+        unique = list(dict.fromkeys(queries))
+        hits = dict(zip(unique, self._search(unique, topk), strict=True)) if unique else {}
+        return [list(hits[query]) for query in queries]
+
+    def _search(self, queries: list[str], topk: int) -> list[list[Hit]]:
+        raise NotImplementedError
+
+
 class Building:
     """An index that is being built. All files in ``path`` are kept when an interrupted build runs again."""
 
@@ -64,11 +96,7 @@ class Building:
         self._clock = time.perf_counter()
 
     def passages(self, corpus: Iterable[Passage], progress: Progress = silent) -> Passages:
-        """Write the passages of ``corpus``, or open those of an earlier run; then ``corpus`` is not read.
-
-        Raises:
-            DataError: the corpus is empty, or raised it.
-        """
+        """Write the passages of ``corpus``, or open those of an earlier run; then ``corpus`` is not read."""
         try:
             return Passages.open(self.path)
         except DataError:
@@ -87,8 +115,7 @@ class Building:
             checksum=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
             files={name.as_posix(): (self.path / name).stat().st_size for name in names},
             checksums={name.as_posix(): sha256(self.path / name) for name in names},
-            versions={"python": platform.python_version()}
-            | {package: version(package) for package in ("search-e1", *packages)},
+            versions={"python": platform.python_version()} | {name: version(name) for name in ("search-e1", *packages)},
             seconds=round(time.perf_counter() - self._clock, 3),
         )
         for name in names:
@@ -164,30 +191,27 @@ def read(directory: Path, kind: str | None = None) -> IndexManifest:
         unfinished = directory.name and directory.with_name(f".{directory.name}.unfinished").exists()
         if unfinished and not directory.exists():
             raise DataError(f"{directory}: not finished; run its `search-e1 index build` again to resume it") from error
-        raise DataError(
-            f"{directory}: not an index (it has no manifest of one); build one with `search-e1 index build`"
-        ) from error
+        problem = "not an index (it has no manifest of one)"
+        raise DataError(f"{directory}: {problem}; build one with `search-e1 index build`") from error
     if format != FORMAT:
-        raise DataError(f"{directory}: an index of format {format}, and this version reads {FORMAT}; {_REBUILD}")
+        raise DataError(f"{directory}: an index of format {format}, and this version reads {FORMAT}; {REBUILD}")
     try:
         read_summed(directory / MANIFEST)
         manifest = IndexManifest.model_validate(content)
     except ValueError as error:
-        raise DataError(f"{directory / MANIFEST}: damaged; {_REBUILD}") from error
+        raise DataError(f"{directory / MANIFEST}: damaged; {REBUILD}") from error
     if kind is not None and manifest.kind != kind:
-        raise DataError(
-            f"{directory}: a {manifest.kind} index where a {kind} index is needed; give another, or {_REBUILD}"
-        )
+        kinds = f"a {manifest.kind} index where a {kind} index is needed"
+        raise DataError(f"{directory}: {kinds}; give another, or {REBUILD}")
     for name, size in manifest.files.items():
         file = inside(directory, name)
         if file is None:
-            raise DataError(
-                f"{directory}: its manifest names the file {name!r}, which is not in it; do not use this index"
-            )
+            problem = f"its manifest names the file {name!r}, which is not in it"
+            raise DataError(f"{directory}: {problem}; do not use this index")
         actual = file.stat().st_size if file.is_file() else None
         if actual != size:
             state = "missing" if actual is None else f"{actual:,} bytes long, not {size:,}"
-            raise DataError(f"{directory}: a damaged index ({name} is {state}); {_REBUILD}")
+            raise DataError(f"{directory}: a damaged index ({name} is {state}); {REBUILD}")
     return manifest
 
 
@@ -201,6 +225,6 @@ def verify(directory: Path, progress: Progress = silent) -> None:
     done, total = 0, sum(manifest.files.values())
     for name, checksum in manifest.checksums.items():
         if sha256(directory / name) != checksum:
-            raise DataError(f"{directory}: a damaged index ({name} is not as it was written); {_REBUILD}")
+            raise DataError(f"{directory}: a damaged index ({name} is not as it was written); {REBUILD}")
         done += manifest.files[name]
         progress(done // 2**20, total // 2**20, "MiB")

@@ -38,10 +38,7 @@ class Encoder:
         """Use ``open``."""
         self.name = name
         """What opens it again: a Hub id, or the absolute path of its directory."""
-        self.convention = convention
-        self.directory = directory
-        self.batch_tokens = batch_tokens
-        self._model = model
+        self.convention, self.directory, self.batch_tokens, self._model = convention, directory, batch_tokens, model
 
     @classmethod
     def open(

@@ -3,11 +3,10 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Protocol
 
 from search_e1.errors import ConfigError
-from search_e1.retrieval.base import Hit, Index
-from search_e1.retrieval.directory import IndexManifest
+from search_e1.retrieval.base import Hit
+from search_e1.retrieval.directory import StoredIndex
 from search_e1.types import Passage
 
 K = 60
@@ -15,13 +14,6 @@ K = 60
 Clarke and Buettcher, Reciprocal rank fusion outperforms Condorcet and individual rank learning methods, SIGIR 2009)."""
 DEPTH = 100
 """Hits of each ranking to fuse."""
-
-
-class StoredIndex(Index, Protocol):
-    """An index with a manifest."""
-
-    @property
-    def manifest(self) -> IndexManifest: ...
 
 
 class HybridIndex:

@@ -9,7 +9,8 @@ from search_e1.errors import ConfigError, DataError
 from search_e1.retrieval import directory as directories
 from search_e1.retrieval.base import Index
 from search_e1.retrieval.convention import EncoderSettings
-from search_e1.retrieval.hybrid import HybridIndex, StoredIndex
+from search_e1.retrieval.directory import StoredIndex
+from search_e1.retrieval.hybrid import HybridIndex
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Passage
 
@@ -44,9 +45,8 @@ def build_index(
         return _import_class("bm25", directory).build(corpus, directory, progress, source=source, processes=processes)
     index = _import_class("dense", directory)
     encoder = import_module("search_e1.retrieval.encoder").Encoder.of(dense.encoder)
-    return index.build(
-        corpus, directory, encoder, progress, index=dense.faiss, parameters=dense.parameters, source=source
-    )
+    settings = {"index": dense.faiss, "parameters": dense.parameters, "source": source}
+    return index.build(corpus, directory, encoder, progress, **settings)
 
 
 def open_index(
@@ -70,10 +70,7 @@ def open_index(
 
 
 def open_indexes(
-    indexes: Sequence[Path],
-    encoder: EncoderSettings | None = None,
-    parameters: str | None = None,
-    device: str = "auto",
+    indexes: Sequence[Path], encoder: EncoderSettings | None = None, parameters: str | None = None, device: str = "auto"
 ) -> Index:
     """Open one index, or several with fused rankings; see ``open_index`` and ``HybridIndex``."""
     opened = [open_index(directory, encoder, parameters, device) for directory in indexes]
@@ -87,6 +84,5 @@ def _import_class(kind: str, directory: Path) -> Any:
             import_module("sentence_transformers")
         return getattr(import_module(f"search_e1.retrieval.{module}"), name)
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{directory}: a {kind} index needs {error.name}; install it with `pip install 'search-e1[{kind}]'`"
-        ) from error
+        problem = f"{directory}: a {kind} index needs {error.name}"
+        raise ConfigError(f"{problem}; install it with `pip install 'search-e1[{kind}]'`") from error

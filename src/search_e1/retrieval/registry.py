@@ -5,37 +5,15 @@ config names it as ``kind = "module:attribute"``.
 """
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from search_e1.errors import ConfigError
 from search_e1.retrieval.base import Retriever
-from search_e1.retrieval.convention import EncoderSettings
 from search_e1.runs.registry import Registry
 
-
-class Section(Protocol):
-    """What kinds read of the section ``[retrieval]``; see ``search_e1.config.RetrievalConfig``."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def index(self) -> tuple[Path, ...]: ...
-    @property
-    def encoder(self) -> EncoderSettings | None: ...
-    @property
-    def parameters(self) -> str | None: ...
-    @property
-    def url(self) -> str | None: ...
-    @property
-    def timeout(self) -> float: ...
-    @property
-    def attempts(self) -> int | None: ...
-    @property
-    def time_limit(self) -> float: ...
-
-
-KINDS: Registry[Callable[[Any], Retriever]] = Registry("kind of retriever")
+Section = Any
+"""The section ``[retrieval]``, a ``search_e1.config.RetrievalConfig``, which imports this module."""
+KINDS: Registry[Callable[[Section], Retriever]] = Registry("kind of retriever")
 _INDEXES = {"bm25": ("bm25",), "dense": ("dense",), "hybrid": ("bm25", "dense")}
 """Kind of retriever -> kinds of index that a run builds from its corpus for it, where ``index`` names none."""
 
