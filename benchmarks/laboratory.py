@@ -85,6 +85,7 @@ def make_world() -> None:
     for name, hops in (("easy", 1), ("hard", 4)):
         kept = [line for line in lines if json.loads(line)["metadata"]["hops"] == hops]
         (WORLD / f"train-{name}.jsonl").write_text("".join(kept), encoding="utf-8")
+    subprocess.run([sys.executable, "scripts/world_demonstrations.py", str(WORLD)], check=True)
 
 
 def make_deaf() -> None:

@@ -1,7 +1,7 @@
 """How long a stage takes to stop on SIGTERM, and what it keeps.
 
-    python benchmarks/stops.py --config configs/quickstart.toml evaluate rollout grpo
-    python benchmarks/stops.py --config configs/quickstart.toml --delays 30 60 evaluate -- --policy.model DIR
+    python benchmarks/stops.py evaluate rollout grpo --config configs/quickstart.toml
+    python benchmarks/stops.py evaluate --config FILE --delays 30 60 -- --policy.model DIR
 
 Each verb is started, sent SIGTERM after each of the delays (seconds of work, from the first file of its artifact on), and
 started again after each. A row tells how long it took to end, its exit status, and what lay on disk then: sampled ids of
@@ -45,8 +45,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         for verb in arguments.verbs:
             run = Path(directory) / verb
-            for delay in arguments.delays:
-                rows.append(stop(verb, arguments.config, run, more, delay))
+            for attempt, delay in enumerate(arguments.delays, 1):
+                rows.append(stop(verb, arguments.config, run, more, delay, attempt))
                 print(rows[-1], file=sys.stderr)
             shutil.rmtree(run)
     if arguments.json:
@@ -59,8 +59,8 @@ def main() -> None:
     Console(width=100).print(f"{os.cpu_count()} cores, torch {torch.__version__}", table)
 
 
-def stop(verb: str, config: Path, run: Path, more: list[str], delay: float) -> dict[str, Any]:
-    """Start the verb's stage, send SIGTERM after ``delay`` seconds of work, and look at what is left."""
+def stop(verb: str, config: Path, run: Path, more: list[str], delay: float, attempt: int) -> dict[str, Any]:
+    """Start the verb's stage for the ``attempt``-th time, send SIGTERM after ``delay`` seconds, and look at what is left."""
     command = [str(Path(sys.executable).parent / "search-e1"), verb, "--config", str(config), "--run", str(run), *more]
     if verb == "rollout":
         command += ["--policy", value_of(more, "--policy.model") or "small"]
@@ -68,7 +68,8 @@ def stop(verb: str, config: Path, run: Path, more: list[str], delay: float) -> d
         command += ["--evaluation.recall", "false"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     partial = run / f".{STAGES[verb]}.partial"
-    wait_for(process, lambda: (partial / ".work" / "begun.json").exists())
+    begun = partial / ".work" / "begun.json"
+    wait_for(process, lambda: begun.exists() and json.loads(begun.read_text())["attempts"] == attempt)
     time.sleep(delay)
     clock = time.perf_counter()
     process.send_signal(signal.SIGTERM)

@@ -14,17 +14,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from search_e1.warmstart.trainer import train
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedTokenizerFast
 
 from search_e1.config import Prompts
 from search_e1.data.world import RELATIONS, World, make_world, name_halves
 from search_e1.retrieval.bm25 import Bm25Index
-from search_e1.rollout.world_demonstrations import HABITS, PHRASES, WORDY, DemonstrationWriter, Slips, batches
 from search_e1.text.prompts import INFORMATION_CLOSE, INFORMATION_OPEN
 from search_e1.training.policy import Policy
-from search_e1.warmstart.trainer import train
 from small_policy_figures import figures
+from world_demonstrations import HABITS, PHRASES, WORDY, DemonstrationWriter, Slips, batches
 
 PROMPTS = Prompts(
     instruction="{question}",

@@ -15,12 +15,12 @@ from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.rollout.engines.base import BatchEngine, Generation
 from search_e1.rollout.engines.torch import TorchEngine
 from search_e1.rollout.loop import Start, rollout, starts
-from search_e1.rollout.world_demonstrations import CLEAN, CONFUSED, HABITS, DemonstrationWriter, Slips, Walk, batches
 from search_e1.selfdistill.gold import Demonstrations
 from search_e1.text.prompts import observation, plain_prompt, privileged_prompt
 from search_e1.text.protocol import parse_action
 from search_e1.training.policy import Policy, load, resolve
 from search_e1.types import ActionKind, Sample
+from world_demonstrations import CLEAN, CONFUSED, HABITS, DemonstrationWriter, Slips, Walk, batches
 
 ROLLOUT = RolloutConfig(
     max_searches=5, topk=2, max_action_tokens=48, max_observation_tokens=128, max_tokens=1024, batch_size=128

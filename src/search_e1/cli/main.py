@@ -120,7 +120,7 @@ def report(
 @app.command(rich_help_panel=DATA)
 def world(
     directory: Annotated[
-        Path, typer.Argument(help="Where corpus.jsonl, train.jsonl, dev.jsonl, test.jsonl and demonstrations.jsonl go.")
+        Path, typer.Argument(help="Where corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl go.")
     ],
     train: Annotated[int, typer.Option(min=1, help="Training questions.")] = 800,
     dev: Annotated[int, typer.Option(min=1, help="Development questions.")] = 300,
@@ -129,22 +129,15 @@ def world(
     ] = 300,
     seed: Annotated[int, typer.Option(min=0, help="Of the questions; the world itself is always the same.")] = 0,
 ) -> None:
-    """Write the small world: a corpus, questions, and demonstrations for training ones; it needs no download."""
-    from search_e1.config import PolicyConfig
-    from search_e1.data.questions import load_questions
+    """Write the small world, a corpus and questions about it; it needs no download."""
     from search_e1.data.world import make_world, write
-    from search_e1.rollout.world_demonstrations import write_gold
-    from search_e1.training.policy import load_reader
 
     if (directory / "corpus.jsonl").exists():
         console.print(f"{directory} is there already", markup=False, highlight=False)
         return
-    small = make_world()
-    write(small, directory, train=train, dev=dev, test=test, seed=seed)
-    reader = load_reader("small", PolicyConfig(model="small"))
-    write_gold(directory / "demonstrations.jsonl", small, load_questions(directory / "train.jsonl"), reader)
+    write(make_world(), directory, train=train, dev=dev, test=test, seed=seed)
     console.print(
-        f"{directory}: corpus, {train} train, {dev} dev, {test} test questions, {train} demonstrations",
+        f"{directory}: corpus, {train} train, {dev} dev, {test} test questions",
         markup=False,
         highlight=False,
         soft_wrap=True,

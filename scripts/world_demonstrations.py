@@ -2,23 +2,30 @@
 
 A policy trained on them is to the small world what an instruct model is to the real one: it knows the protocol, wastes searches
 and words, is often wrong, and follows an example in its prompt, even from a bad start.
+
+    python scripts/world_demonstrations.py runs/laboratory-world
+
+writes the efficient trajectories of that world's training questions into its ``demonstrations.jsonl``, for
+``pairs.references_by = "gold"``.
 """
 
 import itertools
 import json
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from search_e1.config import Prompts
-from search_e1.data.world import RELATIONS, SPLITS, Entity, World
+from search_e1.config import PolicyConfig, Prompts
+from search_e1.data.questions import load_questions
+from search_e1.data.world import RELATIONS, SPLITS, Entity, World, make_world
 from search_e1.retrieval.base import Retriever
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.text.prompts import observation, plain_prompt, privileged_prompt
-from search_e1.training.policy import Reader
+from search_e1.training.policy import Reader, load_reader
 from search_e1.types import Question, Sample
 
 _SLIP = "|"  # prefix of a word whose choice is a slip; the words that follow from it are not marked
@@ -395,3 +402,9 @@ def batches(
                 else writer.plain(rng, question, slips)
                 for writer, question in rows
             ]
+
+
+if __name__ == "__main__":
+    world = Path(sys.argv[1])
+    reader = load_reader("small", PolicyConfig(model="small"))
+    write_gold(world / "demonstrations.jsonl", make_world(), load_questions(world / "train.jsonl"), reader)
