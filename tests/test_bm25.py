@@ -193,15 +193,13 @@ def test_a_kill_costs_the_last_chunks_only(tmp_path: Path, monkeypatch: pytest.M
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        bm25_build.build(stored, tmp_path / "bm25", tmp_path / "scratch", progress, k1=0.9, b=0.4)
+        bm25_build.build(stored, tmp_path / "bm25", tmp_path / "scratch", progress)
     again: list[tuple[int, str]] = []
     bm25_build.build(
         stored,
         tmp_path / "bm25",
         tmp_path / "scratch",
         lambda at, total, figure="": again.append((at, figure)),
-        k1=0.9,
-        b=0.4,
     )
     assert again[0][0] == done[4]
     Bm25Index.build(passages(300), tmp_path / "undisturbed")
@@ -224,7 +222,7 @@ def test_the_files_are_bm25s_own_to_the_bit(
     (tmp_path / "scratch").mkdir()
     bm25_build.build(
         Passages.write(corpus, tmp_path), tmp_path / "bm25", tmp_path / "scratch", silent,
-        k1=0.9, b=0.4, processes=processes, postings=most,
+        processes=processes, postings=most,
     )  # fmt: skip
     tokenizer = Tokenizer(stopwords="english", stemmer=Stemmer.Stemmer("english"))
     ids = list(tokenizer.streaming_tokenize([f"{p.title} {p.text}" for p in corpus], allow_empty=False))

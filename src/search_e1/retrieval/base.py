@@ -23,7 +23,6 @@ class Retriever(Protocol):
         Raises:
             RetrievalError: a query could not be answered. An empty list means that nothing matches.
         """
-        ...
 
 
 class Index(Retriever, Protocol):
@@ -32,16 +31,12 @@ class Index(Retriever, Protocol):
     @property
     def checksum(self) -> str:
         """sha256 of all that results depend on: passages, kind, settings, encoder."""
-        ...
 
     def __len__(self) -> int:
         """Number of passages."""
-        ...
 
     def passage(self, key: str) -> Passage | None:
         """The passage with this id, else the first one with this title in any case, if there is one."""
-        ...
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
         """See ``Retriever``."""
-        ...

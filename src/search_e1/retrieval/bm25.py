@@ -12,14 +12,14 @@ import numpy as np
 from search_e1.errors import DataError
 from search_e1.retrieval import directory as directories
 from search_e1.retrieval.base import Hit
-from search_e1.retrieval.bm25_build import MAX_SCORES, STEMMER, STOPWORDS, WORDS, Stems, build, digest, split
+from search_e1.retrieval.bm25_build import K1, MAX_SCORES, STEMMER, STOPWORDS, WORDS, B, build, split, stem
 from search_e1.retrieval.bm25s_import import bm25s
 from search_e1.retrieval.directory import IndexManifest, StoredIndex
+from search_e1.retrieval.passages import hash64
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Passage
 
 KIND = "bm25"
-K1, B = 0.9, 0.4  # Anserini's and Pyserini's defaults for passages, not bm25s's
 SETTINGS = {"k1": K1, "b": B, "stopwords": STOPWORDS, "stemmer": STEMMER}
 
 _SCORES = "bm25"
@@ -43,7 +43,6 @@ class Bm25Index(StoredIndex):
         model = bm25s.BM25.load(files, mmap=True, load_vocab=False, show_progress=False, allow_pickle=False)
         self._postings = Postings(model.scores, np.load(files / MAX_SCORES, mmap_mode="r", allow_pickle=False))
         self._words = np.asarray(np.load(files / WORDS, mmap_mode="r", allow_pickle=False))
-        self._thread = threading.local()
 
     @classmethod
     def build(
@@ -68,7 +67,7 @@ class Bm25Index(StoredIndex):
         settings = source and {"kind": KIND, "format": directories.FORMAT, "source": source, **SETTINGS}
         with directories.building(directory, settings or None) as work:
             passages = work.passages(corpus, progress)
-            build(passages, work.path / _SCORES, work.scratch, progress, k1=K1, b=B, processes=processes)
+            build(passages, work.path / _SCORES, work.scratch, progress, processes)
             manifest = work.finish(KIND, passages, SETTINGS, ("bm25s", "PyStemmer", "numpy"))
         return cls(directory, manifest)
 
@@ -93,10 +92,7 @@ class Bm25Index(StoredIndex):
 
     def _ids(self, query: str) -> list[int]:
         """Ids of the query's words that occur in a passage."""
-        if not hasattr(self._thread, "stems"):
-            self._thread.stems = Stems()  # not thread-safe
-        stems = [stem for word in split(query) if (stem := self._thread.stems[word])]
-        digests = np.array([digest(stem) for stem in stems], dtype=np.uint64)
+        digests = np.array([hash64(root) for word in split(query) if (root := stem(word))], dtype=np.uint64)
         at = np.minimum(np.searchsorted(self._words["digest"], digests), len(self._words) - 1)
         return self._words["id"][at[self._words["digest"][at] == digests]].tolist()
 

@@ -6,7 +6,6 @@ its block of words; each block is sorted in memory and appended to the files, wh
 vocabulary and 16 bytes a passage grow with the corpus.
 """
 
-import hashlib
 import json
 import math
 import multiprocessing
@@ -20,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -29,10 +29,11 @@ import Stemmer
 
 from search_e1.errors import DataError, RunError
 from search_e1.retrieval.bm25s_import import STOPWORDS_EN, bm25s
-from search_e1.retrieval.passages import Passages, npy_header
+from search_e1.retrieval.passages import Passages, hash64, npy_header
 from search_e1.runs import write_atomically
 from search_e1.runs.progress import Progress
 
+K1, B = 0.9, 0.4  # Anserini's and Pyserini's defaults for passages, not bm25s's
 STOPWORDS, STEMMER = "english", "english"
 WORDS, MAX_SCORES = "words.npy", "most.npy"
 """Files besides bm25s's: ``WORD`` [words], sorted by digest; float32 [words], the maximum score of each word id."""
@@ -49,8 +50,9 @@ _COUNTED, _STEMS = "counted.json", "stems.txt"
 _NUMBERS = ("lengths.i4", "distinct.i4", "words.i4", "counts.i4")
 """int32. Per passage: words, distinct words. Per posting, by passage: word id, count."""
 
-_CACHE_WORDS = 2**18  # about 40 MB; nearly all words of a passage are among the last that many
 _find_words = re.compile(r"\b\w\w+\b").findall
+_stop_words = frozenset(STOPWORDS_EN)
+_stemmer, _stemming = Stemmer.Stemmer(STEMMER, 0), threading.Lock()  # without a cache of its own; not thread-safe
 
 
 def split(text: str) -> list[str]:
@@ -58,36 +60,15 @@ def split(text: str) -> list[str]:
     return _find_words(text.lower())
 
 
-def digest(stem: str) -> int:
-    """64-bit hash of a stem: two of ten million collide with a probability of 3e-6."""
-    return int.from_bytes(hashlib.blake2b(stem.encode(), digest_size=8).digest())
-
-
-class Stems(dict[str, str]):
-    """Lower-case word -> its stem, or "" for a stop word; filled on demand. Not thread-safe."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._stemmer = Stemmer.Stemmer(STEMMER, 0)  # without a cache of its own
-        self._stopwords = frozenset(STOPWORDS_EN)
-
-    def __missing__(self, word: str) -> str:
-        if len(self) >= _CACHE_WORDS:
-            self.clear()
-        self[word] = stem = "" if word in self._stopwords else self._stemmer.stemWord(word)
-        return stem
+@lru_cache(2**18)  # about 40 MB; nearly all words of a passage are among the last that many
+def stem(word: str) -> str:
+    """The stem of a lower-case word, or "" for a stop word."""
+    with _stemming:
+        return "" if word in _stop_words else _stemmer.stemWord(word)
 
 
 def build(
-    passages: Passages,
-    directory: Path,
-    scratch: Path,
-    progress: Progress,
-    *,
-    k1: float,
-    b: float,
-    processes: int = 1,
-    postings: int = POSTINGS,
+    passages: Passages, directory: Path, scratch: Path, progress: Progress, processes: int = 1, postings: int = POSTINGS
 ) -> None:
     """Write bm25s's files of ``passages``, ``WORDS`` and ``MAX_SCORES`` into ``directory``, resuming from ``scratch``.
 
@@ -104,16 +85,16 @@ def build(
         frequencies += np.bincount(numbers["words.i4"][start : start + postings], minlength=len(vocabulary))
     ends = np.concatenate(([0], np.cumsum(frequencies)))
     # Parameters, vocabulary and the offset of each word; `_sort` writes the two arrays that are empty here.
-    model = bm25s.BM25(k1=k1, b=b)
+    model = bm25s.BM25(k1=K1, b=B)
     model.scores = {"data": np.empty(0), "indices": np.empty(0), "indptr": ends, "num_docs": len(passages)}
     model.nonoccurrence_array = None
     model.vocab_dict = vocabulary | {"": len(vocabulary)}
     model.save(directory, show_progress=False)
     blocks = _blocks(ends, postings)
-    _scatter(numbers, frequencies, blocks, scratch, progress, k1, b)
+    _scatter(numbers, frequencies, blocks, scratch, progress)
     _write_npy(directory / MAX_SCORES, _sort(ends, blocks, scratch, directory, progress))
     words = np.empty(len(vocabulary), dtype=WORD)
-    words["digest"] = np.fromiter(map(digest, vocabulary), dtype=np.uint64, count=len(vocabulary))
+    words["digest"] = np.fromiter(map(hash64, vocabulary), dtype=np.uint64, count=len(vocabulary))
     words["id"] = np.arange(len(vocabulary))
     _write_npy(directory / WORDS, words[np.argsort(words["digest"])])
 
@@ -136,17 +117,15 @@ class Counted(NamedTuple):
 
 
 class _Numbers(dict[str, int]):
-    """Word -> id of its stem, in order of appearance; -1 for a stop word."""
-
-    _stems = Stems()  # kept from chunk to chunk
+    """Word -> number of its stem in ``stems``, in order of appearance; -1 for a stop word."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stems: dict[str, int] = {}
 
     def __missing__(self, word: str) -> int:
-        stem = self._stems[word]
-        self[word] = number = self.stems.setdefault(stem, len(self.stems)) if stem else -1
+        root = stem(word)
+        self[word] = number = self.stems.setdefault(root, len(self.stems)) if root else -1
         return number
 
 
@@ -162,13 +141,8 @@ def count(directory: Path, start: int, stop: int) -> Counted:
     keys = passage * (len(numbers.stems) + 1) + words[words >= 0]
     postings, counts = np.unique(keys, return_counts=True)
     by_passage, word = np.divmod(postings, len(numbers.stems) + 1)
-    return Counted(
-        list(numbers.stems),
-        np.bincount(passage, minlength=stop - start).astype(np.int32),
-        np.bincount(by_passage, minlength=stop - start).astype(np.int32),
-        word.astype(np.int32),
-        counts.astype(np.int32),
-    )
+    per_passage = (np.bincount(column, minlength=stop - start) for column in (passage, by_passage))
+    return Counted(list(numbers.stems), *(column.astype(np.int32) for column in (*per_passage, word, counts)))
 
 
 def _count(passages: Passages, scratch: Path, progress: Progress, processes: int) -> dict[str, int]:
@@ -264,13 +238,7 @@ def _block(scratch: Path, number: int) -> Path:
 
 
 def _scatter(
-    numbers: Mapping[str, np.ndarray],
-    frequencies: np.ndarray,
-    blocks: Sequence[int],
-    scratch: Path,
-    progress: Progress,
-    k1: float,
-    b: float,
+    numbers: Mapping[str, np.ndarray], frequencies: np.ndarray, blocks: Sequence[int], scratch: Path, progress: Progress
 ) -> None:
     """Score each posting and append it to the file of its block.
 
@@ -290,7 +258,7 @@ def _scatter(
             records["word"] = words[here]
             records["passage"] = np.repeat(np.arange(start, stop, dtype=np.int32), distinct[start:stop])
             tf, length = counts[here].astype(np.float32), lengths[records["passage"]]
-            records["score"] = idf[records["word"]] * (tf / (k1 * ((1 - b) + b * length / average) + tf))
+            records["score"] = idf[records["word"]] * (tf / (K1 * ((1 - B) + B * length / average) + tf))
             block = (np.searchsorted(blocks, records["word"], side="right") - 1).astype(np.uint16)
             records = records[np.argsort(block, kind="stable")]
             bounds = np.concatenate(([0], np.cumsum(np.bincount(block, minlength=len(files)))))

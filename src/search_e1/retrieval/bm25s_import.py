@@ -1,28 +1,19 @@
-"""``bm25s``, imported without JAX.
+"""``bm25s``, imported without JAX; import it from this module only.
 
 bm25s imports JAX where it is installed and runs an operation with it, which allocates three quarters of a GPU's memory. Its
-JAX backend is never used here. Import bm25s from this module only.
+JAX backend is never used here.
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-
-@contextmanager
-def _hidden(name: str) -> Iterator[None]:
-    """Make ``import name`` fail; afterwards it works as before."""
-    before = {key: sys.modules[key] for key in (name,) if key in sys.modules}
-    sys.modules[name] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[name]
-        sys.modules.update(before)
-
-
-with _hidden("jax"):
+_jax = sys.modules.get("jax")
+sys.modules["jax"] = None  # type: ignore[assignment]  # makes ``import jax`` fail
+try:
     import bm25s
     from bm25s.stopwords import STOPWORDS_EN
+finally:
+    del sys.modules["jax"]
+    if _jax:
+        sys.modules["jax"] = _jax
 
 __all__ = ["STOPWORDS_EN", "bm25s"]

@@ -39,7 +39,7 @@ _MIN_TRAINING = 100_000  # vectors; FAISS requires 39 a centroid, and 8-bit code
 _PER_LIST = 50  # training vectors for each inverted list
 
 
-_PACKAGES = ("numpy", "torch", "transformers", "sentence-transformers", packages_distributions()["faiss"][0])
+_PACKAGES = ("numpy", "torch", "transformers", "sentence-transformers")
 
 
 class Layout(NamedTuple):
@@ -155,7 +155,7 @@ class DenseIndex(StoredIndex):
             about = {"model": encoder.name, "convention": encoder.convention.model_dump()}
             (work.path / _ENCODER).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             settings = {**encoded, **wanted._asdict(), "metric": "inner product", "dimension": encoder.dimension}
-            manifest = work.finish(KIND, passages, settings, _PACKAGES)
+            manifest = work.finish(KIND, passages, settings, (*_PACKAGES, *packages_distributions()["faiss"]))
         return cls(directory, manifest, encoder, wanted.parameters)
 
     @classmethod

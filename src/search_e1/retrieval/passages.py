@@ -6,9 +6,10 @@ import json
 import mmap
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sized
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self
 
 import numpy as np
 
@@ -30,7 +31,12 @@ def npy_header(dtype: Any, length: int) -> bytes:
     return header.getvalue()
 
 
-class Passages(Sequence[Passage]):
+def hash64(text: str) -> int:
+    """64-bit hash: two of ten million texts collide with a probability of 3e-6."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+class Passages:
     """Memory-mapped passages in a directory, which processes share.
 
     ``passages.jsonl`` holds one a line, ``offsets.npy`` (int64 [passages + 1]) the start of each, ``passages.json`` number,
@@ -45,8 +51,6 @@ class Passages(Sequence[Passage]):
         """sha256 of ``passages.jsonl``."""
         self.offsets = np.load(directory / _OFFSETS, mmap_mode="r", allow_pickle=False)
         """int64 [passages + 1]: start of each passage in ``path``, in bytes."""
-        self._keys: list[tuple[np.ndarray, np.ndarray]] | None = None
-        """Hashes of ids and of titles, sorted, and the passages that they belong to; ``None`` until one is looked for."""
         with self.path.open("rb") as file:
             self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if self.offsets.shape != (about["passages"] + 1,) or self.offsets[-1] != len(self._lines):
@@ -94,44 +98,36 @@ class Passages(Sequence[Passage]):
             return cls(directory)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{_ABOUT} is missing" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
-            raise DataError(
-                f"{directory}: unreadable passages ({reason}); build the index again with `search-e1 index build`"
-            ) from error
+            problem = f"{directory}: unreadable passages ({reason})"
+            raise DataError(f"{problem}; build the index again with `search-e1 index build`") from error
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> Passage: ...
-    @overload
-    def __getitem__(self, index: slice) -> "list[Passage]": ...
-    def __getitem__(self, index: int | slice) -> "Passage | list[Passage]":
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Passage:
         return Passage.model_validate_json(self._line(range(len(self))[index]))
+
+    def __iter__(self) -> Iterator[Passage]:
+        return map(self.__getitem__, range(len(self)))
 
     def find(self, key: str) -> Passage | None:
         """The passage with the id ``key``, else the first one whose title it is, but for case and space around it.
 
         The first call reads all passages; from then on 32 bytes for each stay in memory.
         """
-        if self._keys is None:
-            columns = array("Q"), array("Q")
-            for record in self._records(0, None):
-                for column, value in zip(columns, (record["id"], _folded(record["title"])), strict=True):
-                    column.append(_hashed(value))
-            self._keys = [
-                (values[order], order)
-                for values in (np.frombuffer(column, dtype=np.uint64) for column in columns)
-                for order in (np.argsort(values, kind="stable"),)
-            ]
-        for (values, order), wanted, of in zip(self._keys, (key, _folded(key)), (_id, _title), strict=True):
-            hashed = np.array([_hashed(wanted)], dtype=np.uint64)
-            [begin], [end] = values.searchsorted(hashed), values.searchsorted(hashed, "right")
-            same = (self[int(i)] for i in order[begin:end])
-            if found := next((passage for passage in same if of(passage) == wanted), None):
-                return found
+        for (hashes, order), wanted in zip(self._keys, (key, _folded(key)), strict=True):
+            begin, end = (hashes.searchsorted(np.uint64(hash64(wanted)), side) for side in ("left", "right"))
+            for passage in (self[int(i)] for i in order[begin:end]):
+                if wanted in (passage.id, _folded(passage.title)):
+                    return passage
         return None
+
+    @cached_property
+    def _keys(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Hashes of ids, and of titles, sorted, each with the passages that they belong to."""
+        pairs = ((hash64(record["id"]), hash64(_folded(record["title"]))) for record in self._records())
+        hashes = np.fromiter(pairs, dtype=np.dtype((np.uint64, 2)), count=len(self))
+        return [(column[order], order) for column in hashes.T for order in [np.argsort(column, kind="stable")]]
 
     def hit(self, index: int, score: float) -> Hit:
         """Passage ``index`` as a hit with ``score``.
@@ -152,7 +148,7 @@ class Passages(Sequence[Passage]):
         """``Passage.contents`` of passages ``start`` to ``stop``, which encoders read."""
         return (Passage.model_construct(None, **record).contents for record in self._records(start, stop))
 
-    def _records(self, start: int, stop: int | None) -> Iterator[dict[str, str]]:
+    def _records(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, str]]:
         """Read from the file, not the memory map, whose pages would count as this process's memory."""
         stop = len(self) if stop is None else stop
         with self.path.open("rb") as file:
@@ -164,17 +160,5 @@ class Passages(Sequence[Passage]):
         return self._lines[int(self.offsets[index]) : int(self.offsets[index + 1])]
 
 
-def _hashed(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
-
-
 def _folded(title: str) -> str:
     return " ".join(title.casefold().split())
-
-
-def _id(passage: Passage) -> str:
-    return passage.id
-
-
-def _title(passage: Passage) -> str:
-    return _folded(passage.title)

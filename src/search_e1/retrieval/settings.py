@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from search_e1.errors import ConfigError
 from search_e1.types import Record
@@ -11,44 +11,30 @@ from search_e1.types import Record
 class Settings(Record):
     """Limits of a server and its clients. Each field is an option of `search-e1 serve-retriever`."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    topk: int = Field(3, ge=1)
-    """Passages for a query where the request does not say."""
-    max_topk: int = Field(100, ge=1)
-    """Most passages for a query."""
-    max_queries: int = Field(1024, ge=1)
-    """Most queries of one request."""
-    max_query_chars: int = Field(100_000, ge=1)
-    """Most characters of one query. A generation of 500 tokens stays far below."""
-    max_body_bytes: int = Field(16 * 2**20, ge=1)
-    """Largest request."""
-    batch: int = Field(64, ge=1)
-    """Most queries of one call of the index."""
-    batch_wait: float = Field(0.002, ge=0)
-    """How long a call that is not full waits for more queries."""
-    queue: int = Field(8192, ge=1)
-    """Queries that may wait for the index; more are refused with 503."""
-    cache: int = Field(50_000, ge=0)
-    """Queries whose results stay in memory; 0 keeps none."""
-    cache_bytes: int = Field(2**30, ge=1)
-    """Most memory for these results; the least recently used are evicted first."""
-    memory_bytes: int = Field(2**29, ge=1)
-    """Most memory for requests and large responses in flight; more are refused with 503."""
-    threads: int = Field(1, ge=1)
-    """Concurrent calls of the index."""
-    head_timeout: float = Field(10.0, ge=0.1)
-    """Seconds for the head of a request to arrive, and for a new connection to begin one."""
-    body_timeout: float = Field(30.0, ge=0.1)
-    """Seconds for the body of a request to arrive."""
-    send_timeout: float = Field(60.0, ge=0.1)
-    """Seconds for a client to take its response."""
-    connections: int = Field(800, ge=1)
-    """Most open connections; beyond them the oldest without a complete request is closed, or the new one gets 503."""
-    shutdown_timeout: int = Field(30, ge=0)
-    """Seconds for requests in flight at Ctrl-C or SIGTERM."""
-    access_log: bool = False
-    """Log a line for each request."""
+    topk: int = Field(3, ge=1, description="Passages for a query where the request does not say.")
+    max_topk: int = Field(100, ge=1, description="Most passages for a query.")
+    max_queries: int = Field(1024, ge=1, description="Most queries of one request.")
+    max_query_chars: int = Field(100_000, ge=1, description="Most characters of one query.")
+    max_body_bytes: int = Field(16 * 2**20, ge=1, description="Largest request.")
+    batch: int = Field(64, ge=1, description="Most queries of one call of the index.")
+    batch_wait: float = Field(0.002, ge=0, description="How long a call that is not full waits for more queries.")
+    queue: int = Field(8192, ge=1, description="Queries that may wait for the index; more are refused with 503.")
+    cache: int = Field(50_000, ge=0, description="Queries whose results stay in memory; 0 keeps none.")
+    cache_bytes: int = Field(
+        2**30, ge=1, description="Most memory for these results; the least recently used go first."
+    )
+    memory_bytes: int = Field(2**29, ge=1, description="Most memory for requests and large responses in flight.")
+    threads: int = Field(1, ge=1, description="Concurrent calls of the index.")
+    head_timeout: float = Field(
+        10.0, ge=0.1, description="Seconds for a request's head, and until a new connection begins it."
+    )
+    body_timeout: float = Field(30.0, ge=0.1, description="Seconds for the body of a request to arrive.")
+    send_timeout: float = Field(60.0, ge=0.1, description="Seconds for a client to take its response.")
+    connections: int = Field(
+        800, ge=1, description="Most open connections; a new one replaces the oldest incomplete one."
+    )
+    shutdown_timeout: int = Field(30, ge=0, description="Seconds for requests in flight at Ctrl-C or SIGTERM.")
+    access_log: bool = Field(False, description="Log a line for each request.")
 
     def __init__(self, **values: Any) -> None:
         """Refuse combinations that cannot work.
@@ -60,12 +46,9 @@ class Settings(Record):
         if self.topk > self.max_topk:
             raise ConfigError(f"topk = {self.topk} is more than max_topk = {self.max_topk}; raise --max-topk")
         if self.queue < self.max_queries:
-            raise ConfigError(
-                f"a queue of {self.queue} queries never has room for a request of {self.max_queries}; "
-                "raise --queue or lower --max-queries"
-            )
+            problem = f"a queue of {self.queue} queries never has room for a request of {self.max_queries}"
+            raise ConfigError(f"{problem}; raise --queue or lower --max-queries")
         if self.memory_bytes < self.max_body_bytes:
-            raise ConfigError(
-                f"memory of {self.memory_bytes >> 20} MiB has no room for a request of {self.max_body_bytes >> 20} MiB; raise "
-                "--memory-mib or lower --max-body-mib"
-            )
+            most, body = self.memory_bytes >> 20, self.max_body_bytes >> 20
+            problem = f"memory of {most} MiB has no room for a request of {body} MiB"
+            raise ConfigError(f"{problem}; raise --memory-mib or lower --max-body-mib")
