@@ -108,8 +108,7 @@ def _write_npy(path: Path, values: np.ndarray) -> None:
 class Counted(NamedTuple):
     """Word counts of a range of passages."""
 
-    stems: list[str]
-    """In order of appearance; ``words`` index this list."""
+    stems: list[str]  # in order of appearance; ``words`` index this list
     lengths: np.ndarray
     distinct: np.ndarray
     words: np.ndarray

@@ -245,11 +245,7 @@ class HttpRetriever:
         return passages
 
     async def _read(self, response: httpx.Response) -> bytes:
-        """The decompressed body.
-
-        Raises:
-            RetrievalError: it is larger than ``_RESPONSE_BYTES``.
-        """
+        """The decompressed body; one larger than ``_RESPONSE_BYTES`` is refused."""
         content = bytearray()
         async for part in response.aiter_bytes():
             content += part
@@ -258,11 +254,7 @@ class HttpRetriever:
         return bytes(content)
 
     def _read_headers(self, response: httpx.Response) -> None:
-        """Store what the server says about itself.
-
-        Raises:
-            RetrievalError: its index has changed, and passages of two indexes must not be mixed.
-        """
+        """Store what the server says about itself. Passages of an index that has changed must not be mixed."""
         checksum = response.headers.get(CHECKSUM_HEADER)
         if checksum and self._checksum and checksum != self._checksum:
             change = f"from {self._checksum[:12]} to {checksum[:12]}"
@@ -327,10 +319,9 @@ def _detail(response: httpx.Response, content: bytes) -> str:
 
 
 def _parse(content: bytes, queries: int, topk: int) -> list[list[Passage]]:
-    """The validated passages of a response, at most ``topk`` a query: some servers ignore ``topk``.
+    """Validated passages, at most ``topk`` a query: some servers ignore ``topk``.
 
-    Raises:
-        _TransientError: invalid. That may pass too: a response can be truncated, and one server of several be a bad one.
+    An invalid response may pass too: it can be truncated, and one server of several be a bad one.
     """
     try:
         result = _Response.model_validate_json(content).result

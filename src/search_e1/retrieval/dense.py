@@ -45,14 +45,10 @@ _PACKAGES = ("numpy", "torch", "transformers", "sentence-transformers")
 class Layout(NamedTuple):
     """How FAISS lays an index out."""
 
-    factory: str
-    """The whole FAISS factory string."""
-    base: str | None
-    """Factory string of the index of candidates; None if the stored vectors are searched directly."""
-    stored: str | None
-    """Storage of the vectors, ``Flat`` (float32) or ``SQfp16``; None if they are not kept."""
-    parameters: str
-    """Search parameters for ``faiss.ParameterSpace``, e.g. ``nprobe=64``."""
+    factory: str  # the whole FAISS factory string
+    base: str | None  # of the index of candidates; None if the stored vectors are searched directly
+    stored: str | None  # storage of the vectors, ``Flat`` (float32) or ``SQfp16``; None if they are not kept
+    parameters: str  # for ``faiss.ParameterSpace``, e.g. ``nprobe=64``
 
 
 def layout(index: str, passages: int, dimension: int, parameters: str | None = None) -> Layout:
@@ -72,10 +68,9 @@ def layout(index: str, passages: int, dimension: int, parameters: str | None = N
         chosen = _defaults(trial) if parameters is None else parameters
         _tune(trial, chosen)
     except RuntimeError as error:
-        raise ConfigError(
-            f"index {index!r}, parameters {parameters or ''!r}: {_message(error)}; give exact, graph, compressed or a FAISS "
-            "factory string, and parameters as nprobe=64,k_factor_rf=20"
-        ) from error
+        problem = f"index {index!r}, parameters {parameters or ''!r}: {_message(error)}"
+        remedy = "give exact, graph, compressed or a FAISS factory string, and parameters as nprobe=64,k_factor_rf=20"
+        raise ConfigError(f"{problem}; {remedy}") from error
     if refined:
         return Layout(factory, refined[1], refined[2] or "Flat", chosen)
     return Layout(factory, None, factory, chosen) if factory in _DTYPES else Layout(factory, factory, None, chosen)
@@ -284,9 +279,6 @@ def _read(directory: Path, settings: Mapping[str, Any]) -> Any:
     if faiss.cvar.distance_compute_blas_threshold > 1000:
         faiss.cvar.distance_compute_blas_threshold = 4 * settings["dimension"]
     parts = [directory / name for name in (_INDEX, _VECTORS) if (directory / name).exists()]
-    if hasattr(os, "posix_fadvise"):  # read ahead what every query scans, but not the vectors that refine
-        with parts[0].open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
     # FAISS copies the lists of fast-scan codes anyway; mapped, they would take memory twice.
     copied = re.search(r"x4fs|RaBitQfs", settings["base"] or "") is not None
     read = [faiss.read_index(str(part), 0 if copied and part.name == _INDEX else _MAPPED) for part in parts]

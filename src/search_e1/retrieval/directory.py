@@ -34,23 +34,16 @@ REBUILD = "build it again with `search-e1 index build`"
 class IndexManifest(Record):
     """Contents of ``manifest.json``."""
 
-    kind: str
-    """``bm25`` or ``dense``."""
+    kind: str  # ``bm25`` or ``dense``
     format: int
     passages: int
-    corpus: str
-    """sha256 of the stored passages."""
-    settings: dict[str, Any]
-    """All that results depend on besides the passages; for an encoder, its checksum."""
-    checksum: str
-    """sha256 of kind, format, corpus and settings."""
-    files: dict[str, int]
-    """Path inside the directory -> bytes."""
-    checksums: dict[str, str] = {}
-    """Path inside the directory -> sha256; empty in indexes of an earlier version."""
+    corpus: str  # sha256 of the stored passages
+    settings: dict[str, Any]  # all that results depend on besides the passages; for an encoder, its checksum
+    checksum: str  # sha256 of kind, format, corpus and settings
+    files: dict[str, int]  # path inside the directory -> bytes
+    checksums: dict[str, str] = {}  # path inside the directory -> sha256; empty in indexes of an earlier version
     versions: dict[str, str]
-    seconds: float
-    """Wall-clock time of the build; of a resumed one, of its last run."""
+    seconds: float  # wall-clock time of the build; of a resumed one, of its last run
 
 
 class StoredIndex:

@@ -21,10 +21,8 @@ class DenseSettings(NamedTuple):
     """Settings of a dense index besides the corpus."""
 
     encoder: EncoderSettings
-    faiss: str = "exact"
-    """Preset or factory string; see ``dense.layout``."""
-    parameters: str | None = None
-    """FAISS search parameters."""
+    faiss: str = "exact"  # preset or factory string; see ``dense.layout``
+    parameters: str | None = None  # FAISS search parameters
 
 
 def build_index(

@@ -9,7 +9,7 @@ import math
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from itertools import chain
@@ -50,16 +50,6 @@ class Query(BaseModel):
     return_scores: bool = False
     """``[{"document": ..., "score": ...}]`` for each query, else ``[document]``."""
 
-    def all(self) -> list[str]:
-        """The queries.
-
-        Raises:
-            HTTPException: neither field is given, or both.
-        """
-        if (self.queries is None) == (self.query is None):
-            raise _refusal(422, 'give "queries", a list of strings')
-        return [self.query] if self.queries is None else self.queries  # type: ignore[list-item]
-
 
 Hits = tuple[tuple[bytes, bytes], ...]
 """Result of one query as it is cached: JSON of document and score, best first."""
@@ -96,12 +86,7 @@ def make_app(index: Index, settings: Settings | None = None) -> FastAPI:
         with metrics.index_seconds.time():
             return _search(index, queries, topk)
 
-    batcher = Batcher(
-        answer,
-        settings,
-        size_of=_size,
-        count=lambda source, queries: metrics.queries.labels(source).inc(queries),
-    )
+    batcher = Batcher(answer, settings, _size, lambda source, queries: metrics.queries.labels(source).inc(queries))
     memory = Memory(settings.memory_bytes)
     metrics.held.set_function(lambda: memory.held)
     metrics.waiting.set_function(lambda: batcher.waiting)
@@ -161,17 +146,15 @@ def _schema(settings: Settings) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": body}}}}
 
 
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    code: {"description": text}
-    for code, text in {
-        400: "Not JSON.",
-        408: "The request did not arrive in time.",
-        413: "The body is too large.",
-        422: "A field of the wrong type, or over a limit.",
-        500: "The index failed.",
-        503: "Too many queries or too much data in flight; retry after `Retry-After` seconds.",
-    }.items()
+_STATUSES = {
+    400: "Not JSON.",
+    408: "The request did not arrive in time.",
+    413: "The body is too large.",
+    422: "A field of the wrong type, or over a limit.",
+    500: "The index failed.",
+    503: "Too many queries or too much data in flight; retry after `Retry-After` seconds.",
 }
+_RESPONSES: dict[int | str, dict[str, Any]] = {code: {"description": text} for code, text in _STATUSES.items()}
 
 
 class Memory:
@@ -181,13 +164,11 @@ class Memory:
         self.most, self.held = most, 0
 
     def take(self, size: int) -> None:
-        """Reserve ``size`` bytes; a single request may exceed the budget.
-
-        Raises:
-            HTTPException: 503, over the budget.
-        """
+        """Reserve ``size`` bytes, or raise 503; a single request may exceed the budget."""
         if self.held and self.held + size > self.most:
-            raise _refusal(503, "too much data in flight; retry later", {"Retry-After": "1", "Connection": "close"})
+            raise HTTPException(
+                503, "too much data in flight; retry later", {"Retry-After": "1", "Connection": "close"}
+            )
         self.held += size
 
     def release(self, size: int) -> None:
@@ -198,24 +179,22 @@ async def _retrieve(request: Request, batcher: Batcher[Hits], settings: Settings
     taken: list[int] = []
     try:
         body = _parse(await _body(request, settings, memory, taken))
-        queries, topk = body.all(), body.topk or settings.topk
-        _check(queries, topk, settings)
-        answers = await batcher.search(queries, topk)
+        answers = await batcher.search(*_queries(body, settings))
     except QueueFullError as error:
-        raise _refusal(503, "too many queries wait; retry later", {"Retry-After": "1"}) from error
+        raise HTTPException(503, "too many queries wait; retry later", {"Retry-After": "1"}) from error
     finally:
         memory.release(sum(taken))
     content = b'{"result":[' + b",".join(_encode(hits, body.return_scores) for hits in answers) + b"]}"
     if len(content) <= _LARGE:
         return Response(content, media_type="application/json")
     memory.take(len(content))
+
+    async def release() -> None:
+        memory.release(len(content))
+
     # Streamed: the end of a stream waits until the client has read the rest of it, or is gone.
-    return StreamingResponse(
-        _once(content),
-        headers={"Content-Length": str(len(content))},
-        media_type="application/json",
-        background=BackgroundTask(memory.release, len(content)),
-    )
+    length = {"Content-Length": str(len(content))}
+    return StreamingResponse(_once(content), 200, length, "application/json", BackgroundTask(release))
 
 
 async def _once(content: bytes) -> AsyncIterator[bytes]:
@@ -227,10 +206,8 @@ def _size(hits: Hits) -> int:
 
 
 def _encode(hits: Hits, scores: bool) -> bytes:
-    parts = [
-        b'{"document":' + document + b',"score":' + score + b"}" if scores else document for document, score in hits
-    ]
-    return b"[" + b",".join(parts) + b"]"
+    scored = (b'{"document":' + document + b',"score":' + score + b"}" for document, score in hits)
+    return b"[" + b",".join(scored if scores else (document for document, _ in hits)) + b"]"
 
 
 async def _body(request: Request, settings: Settings, memory: Memory, taken: list[int]) -> bytes:
@@ -251,9 +228,11 @@ async def _body(request: Request, settings: Settings, memory: Memory, taken: lis
                     break
     except TimeoutError as error:
         detail = f"the request did not arrive within {settings.body_timeout:g} s"
-        raise _refusal(408, detail, {"Connection": "close"}) from error
+        raise HTTPException(408, detail, {"Connection": "close"}) from error
     if size > most:
-        raise _refusal(413, f"the body has more than {most} bytes; send fewer queries at once", {"Connection": "close"})
+        raise HTTPException(
+            413, f"the body has more than {most} bytes; send fewer queries at once", {"Connection": "close"}
+        )
     return b"".join(parts)
 
 
@@ -264,25 +243,27 @@ def _parse(body: bytes) -> Query:
         problem = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, problem["loc"]))
         message = _one_line(f"{where}: {problem['msg']}" if where else problem["msg"])
-        raise _refusal(400 if problem["type"] == "json_invalid" else 422, message) from error
+        raise HTTPException(400 if problem["type"] == "json_invalid" else 422, message) from error
 
 
-def _check(queries: Sequence[str], topk: int, settings: Settings) -> None:
+def _queries(body: Query, settings: Settings) -> tuple[list[str], int]:
+    """Queries and topk of a request, within the limits."""
+    if (body.queries is None) == (body.query is None):
+        raise HTTPException(422, 'give "queries", a list of strings')
+    queries = [body.query or ""] if body.queries is None else body.queries
+    topk = body.topk or settings.topk
     if topk > settings.max_topk:
-        raise _refusal(422, f"topk: {topk} is more than {settings.max_topk}")
+        raise HTTPException(422, f"topk: {topk} is more than {settings.max_topk}")
     if len(queries) > settings.max_queries:
-        raise _refusal(422, f"queries: {len(queries)} are more than {settings.max_queries}; send several requests")
+        raise HTTPException(422, f"queries: {len(queries)} are more than {settings.max_queries}; send several requests")
     for i, query in enumerate(queries):
         if len(query) > settings.max_query_chars:
-            raise _refusal(422, f"queries.{i}: {len(query)} characters are more than {settings.max_query_chars}")
+            raise HTTPException(422, f"queries.{i}: {len(query)} characters are more than {settings.max_query_chars}")
+    return queries, topk
 
 
 def _search(index: Index, queries: list[str], topk: int) -> list[Hits]:
-    """Search and encode.
-
-    Raises:
-        RetrievalError: an invalid result of the index.
-    """
+    """Search and encode; an invalid result of the index raises."""
     results = index.search(queries, topk)
     if len(results) != len(queries):
         raise RetrievalError(f"{len(results)} results for {len(queries)} queries")
@@ -293,10 +274,6 @@ def _search(index: Index, queries: list[str], topk: int) -> list[Hits]:
         tuple((to_json({"id": hit.id, "contents": hit.contents}), to_json(float(hit.score))) for hit in hits)
         for hits in results
     ]
-
-
-def _refusal(status: int, detail: str, headers: dict[str, str] | None = None) -> HTTPException:
-    return HTTPException(status, detail, headers)
 
 
 def _one_line(text: str) -> str:
@@ -310,9 +287,8 @@ def bind(host: str, port: int) -> socket.socket:
         ConfigError: the address is in use, not this machine's, or not permitted.
     """
     try:
-        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)

@@ -37,11 +37,7 @@ class Settings(Record):
     access_log: bool = Field(False, description="Log a line for each request.")
 
     def __init__(self, **values: Any) -> None:
-        """Refuse combinations that cannot work.
-
-        Raises:
-            ConfigError: names the setting.
-        """
+        """Raise ``ConfigError`` for a combination that cannot work."""
         super().__init__(**values)
         if self.topk > self.max_topk:
             raise ConfigError(f"topk = {self.topk} is more than max_topk = {self.max_topk}; raise --max-topk")
