@@ -11,7 +11,8 @@ from search_e1.config import EvaluationConfig, Prompts, RolloutConfig
 from search_e1.errors import ConfigError, EndpointError
 from search_e1.evaluation.evaluate import evaluate
 from search_e1.rollout.engines.base import generate
-from search_e1.rollout.engines.endpoint import API_KEY, Endpoint, EndpointEngine
+from search_e1.rollout.engines.endpoint import Endpoint, EndpointEngine
+from search_e1.rollout.engines.remote import API_KEY
 from search_e1.rollout.engines.words import Words
 from search_e1.rollout.loop import rollout, starts
 from search_e1.types import ActionKind, Question, StopReason, Trajectory

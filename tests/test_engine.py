@@ -16,6 +16,7 @@ from chat import chat_tokenizer
 from conftest import PASSAGES, TinyRetriever, byte_tokenizer
 from search_e1.config import Prompts, RolloutConfig
 from search_e1.errors import ConfigError, ModelError
+from search_e1.rollout.engines import continuous
 from search_e1.rollout.engines import torch as hf
 from search_e1.rollout.engines.base import Generation, Request, generate
 from search_e1.rollout.engines.continuous import ContinuousSession
@@ -336,6 +337,19 @@ def test_a_row_ends_where_its_text_first_holds_a_stop_string(pieces, stop, token
     holding = [n for n, text in enumerate(texts, 1) if any(s in text for s in stop)]
     special = [n for n in range(1, len(sampled) + 1) if sampled[n - 1] == tokenizer.eos_token_id]
     assert ended[:1] == sorted(holding + special)[:1]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "lfm2"])
+def test_prompts_longer_than_a_pass_are_computed_in_pieces(monkeypatch, family: str) -> None:
+    policy = random_policy(family)
+    prompts = [[(7 * i + j) % 200 for j in range(length)] for i, length in enumerate((60, 61, 9, 33, 2))]
+    given = dict(max_new_tokens=6, temperature=1.0, stop=())
+    whole = generate(TorchEngine(policy.model, policy.tokenizer), prompts, **given)
+    monkeypatch.setattr(continuous, "_CPU_PREFILL", 16)
+    pieces = generate(TorchEngine(policy.model, policy.tokenizer), prompts, **given)
+    assert [g.ids for g in pieces] == [g.ids for g in whole]
+    for ours, theirs in zip(pieces, whole, strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
 
 
 # By name.

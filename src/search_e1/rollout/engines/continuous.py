@@ -20,9 +20,9 @@ from search_e1.rollout.engines.base import Generation, Interrupted, Request, nev
 from search_e1.rollout.engines.ragged import RaggedCache
 from search_e1.rollout.engines.sampling import Ends, draw
 
-_PREFILL, _CPU_PREFILL = 8192, 2048
-"""Most tokens, padding included, of one forward pass over prompts or observations. On a CPU smaller passes cost nothing, and
-a signal waits less."""
+_PREFILL, _CPU_PREFILL = 8192, 1024
+"""Most tokens, padding included, of one forward pass over prompts or observations. A signal waits for one pass, and on a CPU
+larger ones are no faster."""
 _PREFIX = 16
 """A common beginning of prompts is computed apart if it has as many tokens."""
 
@@ -207,26 +207,21 @@ class ContinuousSession:
             row.num_cached = model.num_cached
 
     def _prefill(self, rows: Sequence[_Row]) -> None:
-        """Compute what ``rows``, those with most to compute first, have before their last ids."""
-        at = 0
+        """Fill the cache up to the last id of each row; ``rows`` are sorted, the longest prefill first."""
+        at, most = 0, self._prefill_tokens
         while at < len(rows) and rows[at].pending_ids:
-            width, end = len(rows[at].pending_ids), at + 1
+            width, end = min(len(rows[at].pending_ids), most), at + 1
             # Padding to twice a row's length costs more than another pass.
-            while (
-                end < len(rows)
-                and (end + 1 - at) * width <= self._prefill_tokens
-                and len(rows[end].pending_ids) * 2 > width
-            ):
+            while end < len(rows) and (end + 1 - at) * width <= most and len(rows[end].pending_ids) * 2 > width:
                 end += 1
             part = rows[at:end]
             if self.interrupted():
                 raise Interrupted
-            self._cache.forward(
-                [row.stored for row in part], [row.num_cached for row in part], [row.pending_ids for row in part]
-            )
-            for row in part:
-                row.num_cached = len(row.ids) - 1
-            at = end
+            pieces = [row.pending_ids[:width] for row in part]  # a row longer than a pass is alone
+            self._cache.forward([row.stored for row in part], [row.num_cached for row in part], pieces)
+            for row, piece in zip(part, pieces, strict=True):
+                row.num_cached += len(piece)
+            at = at if rows[at].pending_ids else end
 
     # Slots.
 

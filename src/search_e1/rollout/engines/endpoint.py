@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 from pydantic import BaseModel
 
 from search_e1.config import Prompts
-from search_e1.errors import ConfigError
 from search_e1.rollout.engines.base import Generation, Request
-from search_e1.rollout.engines.remote import API_KEY, RemoteEngine
+from search_e1.rollout.engines.remote import RemoteEngine, api_url
 from search_e1.rollout.engines.words import END, Words
 from search_e1.text.tools import tools_of
 
@@ -71,16 +69,7 @@ class Endpoint:
         Raises:
             ConfigError: ``url`` is not an http or https URL, or holds a password.
         """
-        try:
-            parsed = httpx.URL(self.url.strip())
-        except httpx.InvalidURL as error:
-            raise ConfigError(f"--endpoint {self.url!r}: {error}; write http://host:port/v1") from error
-        if parsed.userinfo:
-            raise ConfigError(f"--endpoint: a password in the URL would be stored; put the key into {API_KEY}")
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ConfigError(f"--endpoint {self.url!r}: not an http or https URL; write http://host:port/v1")
-        path = parsed.path.rstrip("/").removesuffix("/chat/completions")
-        return str(parsed.copy_with(path=(path or "/v1") + "/chat/completions", query=None, fragment=None))
+        return api_url(self.url, "--endpoint", "/chat/completions") + "/chat/completions"
 
 
 class EndpointEngine(RemoteEngine):

@@ -150,6 +150,25 @@ class _UnderWay:
             return request.key, await self._engine._answer(self._client, payload)
 
 
+def api_url(url: str, key: str, resource: str) -> str:
+    """The base of an OpenAI-compatible API, ``/v1`` where ``url`` has no path. ``key`` names ``url`` in messages; ``resource``
+    is dropped from its end.
+
+    Raises:
+        ConfigError: not an http or https URL, or one with a password.
+    """
+    try:
+        parsed = httpx.URL(url.strip())
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"{key} {url!r}: {error}; write http://host:port") from error
+    if parsed.userinfo:
+        raise ConfigError(f"{key}: a password in the URL would be stored; put the key into {API_KEY}")
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ConfigError(f"{key} {url!r}: not an http or https URL; write http://host:port")
+    path = parsed.path.rstrip("/").removesuffix(resource)
+    return str(parsed.copy_with(path=path or "/v1", query=None, fragment=None))
+
+
 def _detail(response: httpx.Response) -> str:
     """What the server says of its refusal, in one line of printable text."""
     try:

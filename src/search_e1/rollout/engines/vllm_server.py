@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from search_e1.config import VllmConfig
 from search_e1.errors import ConfigError, EndpointError
 from search_e1.rollout.engines.base import Generation, Request
-from search_e1.rollout.engines.remote import RemoteEngine
+from search_e1.rollout.engines.remote import RemoteEngine, api_url
 from search_e1.training.policy import resolve
 
 _ATTEMPTS = 4
@@ -52,7 +52,7 @@ class VllmServerEngine(RemoteEngine):
             ConfigError: ``config.url`` is none, or its server has another policy than ``policy``.
             EndpointError: the server does not answer, or is no vLLM.
         """
-        url = _base(str(config.url))
+        url = api_url(str(config.url), "vllm.url", "/completions")
         super().__init__(
             f"{url}/completions", timeout=config.timeout, attempts=_ATTEMPTS, concurrency=concurrency, check="vllm.url"
         )
@@ -110,21 +110,3 @@ class VllmServerEngine(RemoteEngine):
 
     def _too_long(self) -> Generation:
         raise EndpointError(f"{self.address}: the server has less context than it says; lower rollout.max_tokens")
-
-
-def _base(url: str) -> str:
-    """With ``/v1`` at its end, once.
-
-    Raises:
-        ConfigError: no http or https URL, or one with a password.
-    """
-    try:
-        parsed = httpx.URL(url.strip())
-    except httpx.InvalidURL as error:
-        raise ConfigError(f"vllm.url = {url!r}: {error}; write http://host:port") from error
-    if parsed.userinfo:
-        raise ConfigError("vllm.url: a password in the URL would be stored; put the key into SEARCH_E1_API_KEY")
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ConfigError(f"vllm.url = {url!r}: not an http or https URL; write http://host:port")
-    path = parsed.path.rstrip("/").removesuffix("/completions")
-    return str(parsed.copy_with(path=path or "/v1", query=None, fragment=None))
