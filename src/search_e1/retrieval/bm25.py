@@ -56,9 +56,8 @@ class Bm25Index(StoredIndex):
     ) -> Self:
         """Build an index of ``corpus`` in ``directory``, which gets its name only when it is complete.
 
-        The corpus is read once and its texts are not held in memory. ``source`` identifies it (the checksum of its file); with
-        it, an interrupted build is resumed when it runs again. ``processes`` count words in parallel; more than one requires a
-        main module that can be imported again (``multiprocessing``'s spawn).
+        The corpus is read once. ``source`` is its checksum; with it, an interrupted build is resumed. ``processes`` count words
+        in parallel; more than one requires a main module that can be imported again (``multiprocessing``'s spawn).
 
         Raises:
             DataError: the corpus is empty or has no word to search for.

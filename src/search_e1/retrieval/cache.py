@@ -53,10 +53,9 @@ class _Rows(diskcache.Disk):
 class CachedRetriever:
     """A ``Retriever`` that passes on only queries whose results no process has stored yet.
 
-    Threads, processes and indexes may share the directory: a result is returned only for the same index, query and topk. The
-    cache never does harm: each result is verified against its own digest, a damaged database is moved aside and replaced,
-    and one that cannot be read or written is skipped. Empty results are stored like any other; a failure of the retriever
-    is raised and never stored.
+    Threads, processes and indexes may share the directory. The cache never does harm: each result is verified against its own
+    digest, a damaged database is moved aside and replaced, and one that cannot be read or written is skipped. Empty results
+    are stored like any other; a failure of the retriever is raised and never stored.
     """
 
     def __init__(self, retriever: Retriever, path: Path, key: str) -> None:

@@ -5,7 +5,6 @@ does not read its response, and accepts any number of connections.
 """
 
 from asyncio import TimerHandle, Transport
-from collections.abc import Callable
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -31,7 +30,7 @@ def guarded(limits: Settings) -> type[H11Protocol]:
                 transport.write(_FULL)
                 transport.close()
                 return
-            self._head = self._after(limits.head_timeout, self._slow)
+            self._head = self.loop.call_later(limits.head_timeout, self._slow)
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
@@ -44,7 +43,7 @@ def guarded(limits: Settings) -> type[H11Protocol]:
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._send = self._send or self._after(limits.send_timeout, self.transport.abort)
+            self._send = self._send or self.loop.call_later(limits.send_timeout, self.transport.abort)
 
         def resume_writing(self) -> None:
             super().resume_writing()
@@ -62,13 +61,10 @@ def guarded(limits: Settings) -> type[H11Protocol]:
                 _cancel(self._head)
                 self._head = None
             elif self._head is None and (self.conn.trailing_data[0] or not only_begun):
-                self._head = self._after(limits.head_timeout, self._slow)
+                self._head = self.loop.call_later(limits.head_timeout, self._slow)
 
         def _answering(self) -> bool:
             return self.cycle is not None and not self.cycle.response_complete
-
-        def _after(self, seconds: float, act: Callable[[], None]) -> TimerHandle:
-            return self.loop.call_later(seconds, act)
 
         def _slow(self) -> None:
             if self.conn.trailing_data[0] and self.cycle is None:

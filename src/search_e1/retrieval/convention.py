@@ -20,8 +20,9 @@ Pooling = Literal["mean", "cls", "last"]
 _WEB_SEARCH = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: "
 _BGE_QUERY = "Represent this sentence for searching relevant passages: "
 _BGE_ZH_QUERY = "为这个句子生成表示以用于检索相关文章："
-# Name (lower case, "-" for "_") -> query prefix, passage prefix, pooling; from the model cards. The first match counts.
-_FAMILIES: tuple[tuple[str, str, str, Pooling], ...] = (
+Family = tuple[str, str, str, Pooling]
+"""Pattern of the name (lower case, "-" for "_"), query prefix, passage prefix, pooling; from the model cards."""
+_FAMILIES: tuple[Family, ...] = (
     (r"e5-mistral", _WEB_SEARCH, "", "last"),
     (r"multilingual-e5-large-instruct", _WEB_SEARCH, "", "mean"),
     (r"(^|-)e5-(small|base|large)", "query: ", "passage: ", "mean"),
@@ -134,9 +135,7 @@ def _read_pooling(directory: Path, modules: dict[str, str]) -> Pooling | None:
     return _POOLING[modes[0]]
 
 
-def _read_prefixes(
-    directory: Path, config: dict[str, Any], family: tuple[str, str, str, Pooling] | None, given: dict[str, Any]
-) -> tuple[str, str]:
+def _read_prefixes(directory: Path, config: Any, family: Family | None, given: dict[str, str]) -> tuple[str, str]:
     """Prefixes of queries and passages. Empty prompts count least: sentence-transformers saves them by default."""
     prompts = config.get("prompts") or {}
     default = prompts.get(config.get("default_prompt_name") or "", "")
@@ -146,10 +145,9 @@ def _read_prefixes(
         if family:
             query, passage = family[1:3]
         elif not prompts and not {"query_prefix", "passage_prefix"} <= set(given):
-            raise ModelError(
-                f"{directory}: neither the encoder's files nor its name say what goes before queries and passages; give "
-                "--query-prefix and --passage-prefix as its model card says ('' for nothing)"
-            )
+            problem = "neither the encoder's files nor its name say what goes before queries and passages"
+            remedy = "give --query-prefix and --passage-prefix as its model card says ('' for nothing)"
+            raise ModelError(f"{directory}: {problem}; {remedy}")
     return given.get("query_prefix", query), given.get("passage_prefix", passage)
 
 
@@ -161,7 +159,7 @@ def _read_normalize(directory: Path, modules: dict[str, str], config: dict[str, 
     return "Normalize" in modules or similarity == "cosine"
 
 
-def _find_family(directory: Path, name: str) -> tuple[str, str, str, Pooling] | None:
+def _find_family(directory: Path, name: str) -> Family | None:
     """The family by the given name, the innermost directories, or the name that the config was saved under."""
     saved = str(_read_json(directory / "config.json").get("_name_or_path", ""))
     parts = [*reversed(re.split(r"[/\\]|--", f"{directory.resolve()}")), *reversed(name.split("/"))]

@@ -124,9 +124,8 @@ class DenseIndex(StoredIndex):
     ) -> Self:
         """Encode ``corpus`` and index it in ``directory``, which gets its name only when it is complete.
 
-        ``index`` and ``parameters``: see ``layout``. ``source`` identifies the corpus (the checksum of its file); with it, an
-        interrupted build is resumed when it runs again, at the chunk that was being encoded. The FAISS index is always built as
-        a whole, and bounds the memory.
+        ``index`` and ``parameters``: see ``layout``. ``source`` is the checksum of the corpus; with it, an interrupted build is
+        resumed at the chunk that was being encoded. FAISS builds its index as a whole, which bounds the memory.
 
         Raises:
             DataError: the corpus is empty.
@@ -181,10 +180,9 @@ class DenseIndex(StoredIndex):
         if not isinstance(encoder, Encoder):
             encoder = _open_encoder(directory, encoder, about["model"], convention, device)
         if encoder.checksum != manifest.settings["encoder"]:
-            raise DataError(
-                f"{directory}: its vectors were made by {about['model']}, and this is another encoder ({encoder.directory}, or "
-                "its prefixes or pooling); give the encoder of the build, or build the index again"
-            )
+            problem = f"its vectors were made by {about['model']}, and this is another encoder"
+            other = f"({encoder.directory}, or its prefixes or pooling)"
+            raise DataError(f"{directory}: {problem} {other}; give the encoder of the build, or build the index again")
         chosen = ",".join(part for part in (manifest.settings["parameters"], parameters) if part)
         try:
             return cls(directory, manifest, encoder, chosen)

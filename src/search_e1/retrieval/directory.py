@@ -133,9 +133,8 @@ def refuse_existing(directory: Path) -> None:
 def building(directory: Path, settings: Mapping[str, Any] | None) -> Iterator[Building]:
     """Build the index ``directory`` in a hidden directory beside it; ``Building.finish`` renames that.
 
-    ``settings`` are all that determines the index, including the checksum of the corpus file. What an interrupted build with
-    the same settings wrote is kept to resume from; with others it is removed. With ``None`` (a corpus that cannot be
-    identified before it is read) every build starts afresh and leaves nothing if it fails.
+    ``settings`` determine the index, checksum of the corpus included: an interrupted build with the same settings is resumed,
+    one with others removed. With ``None`` every build starts afresh and leaves nothing if it fails.
 
     Raises:
         RunError: ``directory`` exists, another process builds it, or the disk is full or cannot be written to.

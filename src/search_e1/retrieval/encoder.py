@@ -57,7 +57,7 @@ class Encoder:
         """
         directory = _locate(str(model))
         place = devices.device(device)
-        known = Overrides.model_validate(overrides.model_dump()) if overrides else Overrides()
+        known = Overrides(**overrides.model_dump(include=set(Overrides.model_fields))) if overrides else Overrides()
         transformer, longest = _load_transformer(directory, str(model), place, dtype)
         convention = read_convention(directory, str(model), longest, known)
         # On a CPU small batches stay in the cache; an accelerator needs enough work to be busy.
@@ -68,9 +68,7 @@ class Encoder:
     @classmethod
     def of(cls, settings: EncoderSettings) -> Self:
         """Load the encoder that ``settings`` describe; see ``open``."""
-        overrides = Overrides(**settings.model_dump(include=set(Overrides.model_fields)))
-        rest = settings.model_dump(include={"device", "dtype", "batch_tokens"})
-        return cls.open(settings.model, overrides, **rest)
+        return cls.open(settings.model, settings, **settings.model_dump(include={"device", "dtype", "batch_tokens"}))
 
     @property
     def dimension(self) -> int:
