@@ -45,12 +45,8 @@ def judged(packages: Sequence[Mapping[str, Any]]) -> tuple[list[str], int]:
         for finding in package["vulns"]:
             fixes = ", ".join(finding["fix_versions"])
             status = 1 if fixes else status
-            named = " ".join(
-                (finding["id"], *(alias for alias in finding.get("aliases", ()) if alias.startswith("CVE-")))
-            )
-            lines.append(
-                f"{package['name']} {package['version']}: {named}; {f'fixed in {fixes}' if fixes else 'no fix yet'}"
-            )
+            named = " ".join((finding["id"], *(alias for alias in finding.get("aliases", ()) if alias.startswith("CVE-"))))
+            lines.append(f"{package['name']} {package['version']}: {named}; {f'fixed in {fixes}' if fixes else 'no fix yet'}")
     lines.append(f"{len(audited)} of {len(packages)} packages audited, {len(lines)} findings")
     if len(audited) < len(packages):
         lines.append(f"not audited, since no advisories could be had: {len(packages) - len(audited)}")

@@ -93,12 +93,8 @@ def _leads(
             rows[name][kind] = {
                 "em": _mean([t.reward for t in ended]),
                 "searches": _mean([t.searches for t in ended]),
-                "tokens": _mean(
-                    [sum(len(u.action_ids) for u in t.turns[n:]) for t, n in zip(ended, before, strict=True)]
-                ),
-                "searches next": _mean(
-                    [t.turns[n].kind is ActionKind.SEARCH for t, n in zip(ended, before, strict=True)]
-                ),
+                "tokens": _mean([sum(len(u.action_ids) for u in t.turns[n:]) for t, n in zip(ended, before, strict=True)]),
+                "searches next": _mean([t.turns[n].kind is ActionKind.SEARCH for t, n in zip(ended, before, strict=True)]),
             }
     return rows
 

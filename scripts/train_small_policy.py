@@ -14,15 +14,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from search_e1.warmstart.trainer import train
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedTokenizerFast
 
-from search_e1.config import Prompts
+from search_e1.config import Prompts, WarmstartConfig
 from search_e1.data.world import RELATIONS, World, make_world, name_halves
 from search_e1.retrieval.bm25 import Bm25Index
+from search_e1.runs.context import StageContext
+from search_e1.stages.warmstart import BatchSource
 from search_e1.text.prompts import INFORMATION_CLOSE, INFORMATION_OPEN
+from search_e1.training.loop import Schedule, train
+from search_e1.training.objectives.sft import Sft
 from search_e1.training.policy import Policy
+from search_e1.training.trained import TrainedPolicy
 from small_policy_figures import figures
 from world_demonstrations import HABITS, PHRASES, WORDY, DemonstrationWriter, Slips, batches
 
@@ -31,6 +35,7 @@ PROMPTS = Prompts(
     privileged="Example:\n{reference}\n{instruction}",
     correction="\nInvalid action. Search or answer.\n",
 )
+TRAINING = WarmstartConfig().training
 SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>", "additional_special_tokens": ["<|user|>", "<|assistant|>"]}
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
@@ -119,10 +124,12 @@ def make_policy(arguments: argparse.Namespace, directory: Path) -> Policy:
         (arguments.habit_steps, 0, HABITS, 0.75, arguments.learning_rate * 0.4, arguments.seed),
         (arguments.wordy_steps, 0, WORDY, 0.75, arguments.learning_rate * 0.4, arguments.seed + 1),
     ):
-        demonstrations = batches(
-            writers, size=arguments.batch, drills=drills, slips=slips, seed=seed, off_track=off_track
-        )
-        train(policy, demonstrations, steps=steps, learning_rate=rate, seed=seed, progress=report)
+        demonstrations = batches(writers, size=arguments.batch, drills=drills, slips=slips, seed=seed, off_track=off_track)
+        trained = TrainedPolicy(policy.model, TRAINING, frozen_start=False)
+        source = BatchSource(demonstrations, policy.model.config.max_position_embeddings)
+        context = StageContext(directory, seed, report)
+        train(trained, source, {"sft": Sft()}, TRAINING, Schedule(steps, rate), context)
+        policy.model = trained.finish()
     return policy
 
 

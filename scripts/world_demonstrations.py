@@ -272,9 +272,7 @@ class Walk:
             return False
         first, last = self.chain[at].name.split()
         other = rng.choice(list(self.entities.values())).name.split()
-        name = (
-            f"{first} {_SLIP}{other[1]}" if rng.random() < 0.6 else f"{_SLIP}{other[0]} {rng.choice((last, other[1]))}"
-        )
+        name = f"{first} {_SLIP}{other[1]}" if rng.random() < 0.6 else f"{_SLIP}{other[0]} {rng.choice((last, other[1]))}"
         thought = self._padded(self._stated(self.relations[at - 1], self.chain[at - 1].name, *name.split()))
         if at == self.hops:
             relation, name = self.relations[-1], self.chain[-2].name

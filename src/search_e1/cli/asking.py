@@ -23,20 +23,14 @@ if TYPE_CHECKING:
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 console = Console(markup=False, emoji=False)
 
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="Limits, and the run whose policy and index to use.")
-]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="Limits, and the run whose policy and index to use.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Policy directory, Hub id, or `small`.")]
-IndexOption = Annotated[
-    list[Path] | None, typer.Option("--index", help="Index directory; twice: their rankings are fused.")
-]
+IndexOption = Annotated[list[Path] | None, typer.Option("--index", help="Index directory; twice: their rankings are fused.")]
 UrlOption = Annotated[str | None, typer.Option("--url", help="Retrieval server, instead of --index.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")]
 EndpointOption = Annotated[
     str | None,
-    typer.Option(
-        "--endpoint", help="OpenAI-compatible server to ask instead of a policy, e.g. http://127.0.0.1:8000/v1."
-    ),
+    typer.Option("--endpoint", help="OpenAI-compatible server to ask instead of a policy, e.g. http://127.0.0.1:8000/v1."),
 ]
 EndpointModelOption = Annotated[str | None, typer.Option("--endpoint-model", help="Its name for the model.")]
 

@@ -42,9 +42,7 @@ def compare(
     ] = False,
     published: Annotated[bool, typer.Option("--published", help="Add published results at 3B parameters.")] = False,
     questions: Annotated[bool, typer.Option("--questions", help="List the questions won and lost.")] = False,
-    format: Annotated[
-        Format | None, typer.Option("--format", help="Default: by the ending of --out, else terminal.")
-    ] = None,
+    format: Annotated[Format | None, typer.Option("--format", help="Default: by the ending of --out, else terminal.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write, instead of the terminal.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
 ) -> None:

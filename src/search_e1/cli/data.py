@@ -57,12 +57,8 @@ def prepare(
     ] = None,
     separator: Annotated[str | None, typer.Option(help="Separates several answers in one cell, e.g. '|'.")] = None,
     duplicates: Annotated[Duplicates, typer.Option(help="What to do with duplicate questions.")] = Duplicates.KEEP,
-    drop_leaks: Annotated[
-        bool, typer.Option("--drop-leaks", help="Remove evaluation questions from training.")
-    ] = False,
-    dev_share: Annotated[
-        float | None, typer.Option(help="Share of your own training file set aside for evaluation.")
-    ] = None,
+    drop_leaks: Annotated[bool, typer.Option("--drop-leaks", help="Remove evaluation questions from training.")] = False,
+    dev_share: Annotated[float | None, typer.Option(help="Share of your own training file set aside for evaluation.")] = None,
     max: Annotated[int | None, typer.Option("--max", min=1, help="Maximum number of questions of each file.")] = None,
     max_train: Annotated[int | None, typer.Option(min=1, help="The same, for training files.")] = None,
     max_eval: Annotated[int | None, typer.Option(min=1, help="The same, for evaluation files.")] = None,

@@ -119,14 +119,10 @@ def report(
 
 @app.command(rich_help_panel=DATA)
 def world(
-    directory: Annotated[
-        Path, typer.Argument(help="Where corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl go.")
-    ],
+    directory: Annotated[Path, typer.Argument(help="Where corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl go.")],
     train: Annotated[int, typer.Option(min=1, help="Training questions.")] = 800,
     dev: Annotated[int, typer.Option(min=1, help="Development questions.")] = 300,
-    test: Annotated[
-        int, typer.Option(min=1, help="Test questions, over entities that no other question touches.")
-    ] = 300,
+    test: Annotated[int, typer.Option(min=1, help="Test questions, over entities that no other question touches.")] = 300,
     seed: Annotated[int, typer.Option(min=0, help="Of the questions; the world itself is always the same.")] = 0,
 ) -> None:
     """Write the small world, a corpus and questions about it; it needs no download."""

@@ -40,9 +40,7 @@ def show(
     place: Annotated[
         Path, typer.Argument(metavar="RUN_OR_ARTIFACT", help="A run (its newest pairs), or the directory of pairs.")
     ],
-    question: Annotated[
-        str | None, typer.Option("--question", help="Show the pairs of the question with this id.")
-    ] = None,
+    question: Annotated[str | None, typer.Option("--question", help="Show the pairs of the question with this id.")] = None,
     number: Annotated[
         int | None, typer.Option("--number", help="Show the pair with this number, from 1; held-out pairs come last.")
     ] = None,
@@ -82,9 +80,7 @@ def _newest(place: Path) -> Path:
         return place
     stages = [path for path in place.glob("pairs-*") if path.name.removeprefix("pairs-").isdigit()]
     if not stages:
-        raise DataError(
-            f"{place}: neither a run that has pairs nor pairs; make them with `search-e1 pairs --config FILE`"
-        )
+        raise DataError(f"{place}: neither a run that has pairs nor pairs; make them with `search-e1 pairs --config FILE`")
     return max(stages, key=lambda path: int(path.name.removeprefix("pairs-")))
 
 

@@ -54,9 +54,7 @@ def with_options(model: type[BaseModel], *, without: tuple[str, ...] = ()) -> Ca
             help = (info.description or "").replace("`", "").replace("\n", " ")
             option = typer.Option(help=help, min=bound, show_default=default is not None)
             annotation = Annotated[kind, option]  # type: ignore[valid-type]
-            parameters.append(
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-            )
+            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
         command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
         return command

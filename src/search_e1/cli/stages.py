@@ -29,9 +29,7 @@ PolicyOption = Annotated[
     str | None,
     typer.Option("--policy", help="Policy to start from. Default: what the stage before it in the run made."),
 ]
-OutOption = Annotated[
-    Path | None, typer.Option("--out", help="Where the artifact goes. Default: its place in the run.")
-]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Where the artifact goes. Default: its place in the run.")]
 OtherPolicyOption = Annotated[
     bool, typer.Option("--allow-other-policy", help="Take what another policy sampled, if the tokenizer is the same.")
 ]
@@ -85,9 +83,7 @@ def mine(
     config: ConfigOption,
     round: RoundOption = 1,
     policy: PolicyOption = None,
-    pool: Annotated[
-        Path | None, typer.Option("--pool", help="Pool to mine. Default: the run's, of this round.")
-    ] = None,
+    pool: Annotated[Path | None, typer.Option("--pool", help="Pool to mine. Default: the run's, of this round.")] = None,
     out: OutOption = None,
     other: OtherPolicyOption = False,
 ) -> None:
@@ -125,9 +121,7 @@ def distill(
     round: RoundOption = 1,
     policy: PolicyOption = None,
     pairs: Annotated[Path | None, typer.Option("--pairs", help="Pairs. Default: the run's, of this round.")] = None,
-    lead: Annotated[
-        Path | None, typer.Option("--lead", help="Measured lead. Default: the run's, else measured.")
-    ] = None,
+    lead: Annotated[Path | None, typer.Option("--lead", help="Measured lead. Default: the run's, else measured.")] = None,
     out: OutOption = None,
     other: OtherPolicyOption = False,
 ) -> None:
@@ -151,9 +145,7 @@ def evaluate(
     context: typer.Context,
     config: ConfigOption,
     policy: PolicyOption = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Name of the evaluation. Default: the policy's stage.")
-    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the evaluation. Default: the policy's stage.")] = None,
     benchmark: Annotated[
         list[str] | None, typer.Option("--benchmark", help="Only this benchmark of data.eval. May come again.")
     ] = None,

@@ -99,9 +99,7 @@ def _exit(sweep: "Sweep", outcomes: "Sequence[Outcome]", done: "Sequence[Run]") 
             line = f"{outcome.run.name}: {outcome.message} ({outcome.log})"
             console.print(Text(printable(line), style="red"), soft_wrap=True)
     if missing := len(sweep.runs) - len(done):
-        console.print(
-            f"{missing} of {len(sweep.runs)} runs are not finished; run the same command again to resume them"
-        )
+        console.print(f"{missing} of {len(sweep.runs)} runs are not finished; run the same command again to resume them")
         if not outcomes and not done:
             raise RunError(f"{sweep.directory}: nothing finished to report; run it without --report")
         raise typer.Exit(1)

@@ -121,7 +121,5 @@ class DistillConfig(Section):
     @model_validator(mode="after")
     def _beta_is_used(self) -> "DistillConfig":
         if self.beta != 0.5 and self.divergence != "js":
-            raise ValueError(
-                f'beta = {self.beta:g} belongs to divergence = "js", not to "{self.divergence}"; take it out'
-            )
+            raise ValueError(f'beta = {self.beta:g} belongs to divergence = "js", not to "{self.divergence}"; take it out')
         return self

@@ -65,9 +65,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _has_groups(self) -> "Config":
         if self.pool.source == "grpo" and not (self.grpo.keep_groups and self.grpo.steps):
-            raise ValueError(
-                'pool.source = "grpo" needs grpo.keep_groups = true and grpo.steps; set them, or source = "fresh"'
-            )
+            raise ValueError('pool.source = "grpo" needs grpo.keep_groups = true and grpo.steps; set them, or source = "fresh"')
         return self
 
     @model_validator(mode="after")

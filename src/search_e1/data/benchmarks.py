@@ -56,8 +56,7 @@ def find(name: str) -> str:
     close = [names[near] for near in containing or difflib.get_close_matches(plain, names, n=1, cutoff=0.4)]
     known = ", ".join(BENCHMARKS)
     raise ConfigError(
-        f"unknown benchmark {name!r}; "
-        + (f"did you mean {close[0]!r}? (known: {known})" if close else f"known: {known}")
+        f"unknown benchmark {name!r}; " + (f"did you mean {close[0]!r}? (known: {known})" if close else f"known: {known}")
     )
 
 
@@ -127,9 +126,7 @@ def _from_hub(benchmark: str, split: str, revision: str | None) -> Loaded:
         raise DataError(f"{REPOSITORY}/{file}: {hub.one_line(error)}; {instead}") from error
     found = Path(rows.cache_files[0]["filename"]).parent.name  # `datasets` names directories by commit
     if commit and found != commit:  # the Hub became unreachable in between, and the cache holds another commit
-        raise DataError(
-            f"{REPOSITORY}/{file}: revision {commit} is not available, only {found} in the cache; {instead}"
-        )
+        raise DataError(f"{REPOSITORY}/{file}: revision {commit} is not available, only {found} in the cache; {instead}")
     source = f"{REPOSITORY}/{file}"
     questions = [(f"{source}:{n}", _question(row, benchmark, f"{source}:{n}")) for n, row in enumerate(rows, 1)]
     return Loaded(questions, source, found, SIZES[benchmark][split])

@@ -77,9 +77,7 @@ class Prepared:
         }
         return {
             "files": files,
-            "leaks": [
-                {**asdict(leak), "examples": [again._asdict() for again in leak.examples]} for leak in self.leaks
-            ],
+            "leaks": [{**asdict(leak), "examples": [again._asdict() for again in leak.examples]} for leak in self.leaks],
             "warnings": self.warnings,
         }
 
@@ -207,14 +205,11 @@ def _resolve(text: str, role: Role, request: Request) -> list[Part]:
         chosen = benchmarks.find(name)
         return [_benchmark(chosen, split or _split(chosen, role, request.directory), role, request)]
     chosen_splits = {
-        benchmark: split or _split(benchmark, role, request.directory, needed=False)
-        for benchmark in benchmarks.BENCHMARKS
+        benchmark: split or _split(benchmark, role, request.directory, needed=False) for benchmark in benchmarks.BENCHMARKS
     }
     chosen_splits = {b: s for b, s in chosen_splits.items() if s and s in benchmarks.splits(b, request.directory)}
     if not chosen_splits:
-        raise DataError(
-            f"{request.directory or benchmarks.REPOSITORY}: no benchmark has {text!r}; give a split that it has"
-        )
+        raise DataError(f"{request.directory or benchmarks.REPOSITORY}: no benchmark has {text!r}; give a split that it has")
     return [_benchmark(benchmark, chosen, role, request) for benchmark, chosen in chosen_splits.items()]
 
 
@@ -246,12 +241,8 @@ def _part(name: str, split: str, role: Role, loaded: Loaded, *, users: bool = Fa
 def _warnings(part: Part) -> list[str]:
     expected, found, warnings = part.loaded.expected, len(part.loaded.questions), []
     if expected not in (None, found):
-        warnings.append(
-            f"{part.loaded.source} has {found} questions, and {expected} are known of it: figures may not compare"
-        )
-    empty = [
-        (row.where, answer) for row in part.rows for answer in row.question.answers if not normalize_answer(answer)
-    ]
+        warnings.append(f"{part.loaded.source} has {found} questions, and {expected} are known of it: figures may not compare")
+    empty = [(row.where, answer) for row in part.rows for answer in row.question.answers if not normalize_answer(answer)]
     if empty:
         where, answer = empty[0]
         warnings.append(

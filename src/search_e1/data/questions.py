@@ -83,9 +83,7 @@ def _unique(items: Iterable[tuple[str, Question]], files: str) -> list[Question]
     questions = []
     for where, question in items:
         if question.id in places:
-            raise DataError(
-                f"{where}: id {question.id!r} was used at {places[question.id]}; give every question its own"
-            )
+            raise DataError(f"{where}: id {question.id!r} was used at {places[question.id]}; give every question its own")
         places[question.id] = where
         questions.append(question)
     if not questions:

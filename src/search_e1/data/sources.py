@@ -136,9 +136,7 @@ def _hub_rows(place: str, asked: Mapping[str, Any]) -> Iterator[tuple[str, Recor
 
 def _only_split(place: str, splits: list[str]) -> str:
     if len(splits) > 1 and "train" not in splits:
-        raise DataError(
-            f"{place}: has the splits {', '.join(splits)}; name one, as in {place.split(':')[0]}::{splits[0]}"
-        )
+        raise DataError(f"{place}: has the splits {', '.join(splits)}; name one, as in {place.split(':')[0]}::{splits[0]}")
     return "train" if "train" in splits else splits[0]
 
 

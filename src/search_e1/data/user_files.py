@@ -139,9 +139,7 @@ def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if not any(row):
                     continue
                 if len(row) != len(names):
-                    raise DataError(
-                        f"{where}: {len(row)} cells under a header of {len(names)}; quote cells that hold commas"
-                    )
+                    raise DataError(f"{where}: {len(row)} cells under a header of {len(names)}; quote cells that hold commas")
                 yield where, dict(zip(names, row, strict=True))
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         problem = getattr(error, "strerror", None) or error
@@ -177,9 +175,7 @@ def _record(row: Mapping[str, Any], columns: Columns, where: str) -> dict[str, A
                 f"{where}: column {columns.metadata or 'metadata'!r} is no JSON ({error}); write an object"
             ) from error
     if metadata and not isinstance(metadata, dict):
-        raise DataError(
-            f"{where}: column {columns.metadata or 'metadata'!r} is {type(metadata).__name__}; write a JSON object"
-        )
+        raise DataError(f"{where}: column {columns.metadata or 'metadata'!r} is {type(metadata).__name__}; write a JSON object")
     metadata = {**(metadata or {}), **{key: _dig(row, column, where) for key, column in columns.more}}
     if columns.hops or "hops" in row:
         metadata["hops"] = _whole(_dig(row, columns.hops or "hops", where), columns.hops or "hops", where)

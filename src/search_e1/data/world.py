@@ -117,9 +117,7 @@ class World:
                 made[key] = _question(rng, f"world-{split}-{seed}-{len(made)}", entities, relations)
                 misses = 0
         if len(made) < n:
-            raise DataError(
-                f"the world holds only about {len(made)} questions in split {split!r}; ask for fewer than {n}"
-            )
+            raise DataError(f"the world holds only about {len(made)} questions in split {split!r}; ask for fewer than {n}")
         return list(made.values())
 
     def _chain(self, rng: random.Random, start: Entity, hops: int) -> tuple[list[Entity], list[str]] | None:
@@ -189,11 +187,7 @@ def name_halves() -> tuple[tuple[str, ...], tuple[str, ...]]:
     # The endings keep them from English stop words and from one another's stems.
     first = [a + b + c + d for a in "BDFGKLMNPRSTVZ" for b in "aeiou" for c in "bdgklmnrtvz" for d in "aiou"]
     last = [
-        a + b + c + d
-        for a in "BCDFGHJKLMNPRSTVWZ"
-        for b in "aeiou"
-        for c in "lmnrx"
-        for d in ("dak", "gorn", "tim", "vok")
+        a + b + c + d for a in "BCDFGHJKLMNPRSTVWZ" for b in "aeiou" for c in "lmnrx" for d in ("dak", "gorn", "tim", "vok")
     ]
     return tuple(sorted(rng.sample(first, 135))), tuple(sorted(rng.sample(last, 150)))
 

@@ -69,9 +69,7 @@ def evaluate(
     """
     empty = [name for name, questions in questions_by_benchmark.items() if not questions]
     if empty or not questions_by_benchmark:
-        raise DataError(
-            f"no questions to evaluate on in {empty or 'data.eval'}; give files that hold some in data.eval"
-        )
+        raise DataError(f"no questions to evaluate on in {empty or 'data.eval'}; give files that hold some in data.eval")
     checkpointer = checkpointer or Checkpointer()
     asking = RolloutSampler(generator, retriever, prompts, limits.model_copy(update={"reward": "em"}), checkpointer)
     count = sum(map(len, questions_by_benchmark.values()))
@@ -107,15 +105,11 @@ def _part(
     shown: tuple[Progress, int, int],
 ) -> Part:
     """The file of all groups of ``size`` trajectories. ``shown``: progress, trajectories of earlier parts, and of all parts."""
-    chunks = [
-        (name, chunk) for name, questions in questions_by_benchmark.items() for chunk in asking.chunks(questions, size)
-    ]
+    chunks = [(name, chunk) for name, questions in questions_by_benchmark.items() for chunk in asking.chunks(questions, size)]
     progress, before, total = shown
     kind = "sampled EM" if temperature else "EM"
 
-    def make(
-        chunk: tuple[str, Sequence[Question]], sums: Mapping[str, float]
-    ) -> tuple[Iterable[str], Mapping[str, float]]:
+    def make(chunk: tuple[str, Sequence[Question]], sums: Mapping[str, float]) -> tuple[Iterable[str], Mapping[str, float]]:
         name, questions = chunk
         done, right, clock = int(sums.get("trajectories", 0)), sums.get("em", 0.0), time.perf_counter()
 

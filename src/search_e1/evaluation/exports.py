@@ -72,9 +72,7 @@ def to_json(comparison: Comparison, questions: bool) -> str:
 def to_csv(comparison: Comparison, questions: bool) -> str:
     """A line for each benchmark and policy, including published ones; with ``questions``, for each question won or lost."""
     if questions:
-        return _csv(
-            [c.model_dump(mode="json") | {"answers": " | ".join(c.answers)} for c in comparison.changes], _CHANGE
-        )
+        return _csv([c.model_dump(mode="json") | {"answers": " | ".join(c.answers)} for c in comparison.changes], _CHANGE)
     rows = [_flat(row) for row in comparison.rows]
     for published in comparison.published:
         figures = published.em | ({} if published.average is None else {MACRO: published.average})
@@ -145,8 +143,7 @@ def to_latex(comparison: Comparison, questions: bool) -> str:
         raise ConfigError("--questions is not available for LaTeX; give --format markdown, csv or json")
     parts = by_benchmark(comparison)
     body = [
-        _latex_row(policy, (_latex_cell(rows[i]) for rows in parts.values()))
-        for i, policy in enumerate(comparison.policies)
+        _latex_row(policy, (_latex_cell(rows[i]) for rows in parts.values())) for i, policy in enumerate(comparison.policies)
     ]
     if comparison.published:
         names = list(comparison.published[0].em)

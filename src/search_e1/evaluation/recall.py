@@ -121,9 +121,7 @@ def in_corpus(texts: Iterable[str], answers: Sequence[Sequence[str]], progress: 
     return found
 
 
-def in_topk(
-    retriever: Retriever, questions: Sequence[Question], topk: int, progress: Progress = silent
-) -> list[bool | None]:
+def in_topk(retriever: Retriever, questions: Sequence[Question], topk: int, progress: Progress = silent) -> list[bool | None]:
     """For each question, whether its own first ``topk`` passages contain an answer; ``None`` for yes/no questions.
 
     Raises:

@@ -107,9 +107,7 @@ def evaluation(results: Sequence[Result], seed: int) -> Evaluation:
     by_benchmark = _by(results, lambda result: result.benchmark)
     by_hops = _by([result for result in results if result.hops is not None], lambda result: result.hops)
     em = [[result.em for result in part] for part in by_benchmark.values()]
-    sampled = [
-        [fmean(result.em_of_samples) for result in part if result.em_of_samples] for part in by_benchmark.values()
-    ]
+    sampled = [[fmean(result.em_of_samples) for result in part if result.em_of_samples] for part in by_benchmark.values()]
     return Evaluation(
         **_scores(results, seed),
         macro_em=fmean(map(fmean, em)),

@@ -49,9 +49,7 @@ def intervals_over_seeds(values: np.ndarray, *, seed: int, resamples: int = RESA
     if not values.size or not present.any(axis=(1, 2)).all():
         raise ValueError("no values to take an interval of")
     rng = np.random.default_rng(seed)
-    sums, counts = (
-        table.reshape(figures * seeds, questions).T for table in (np.nan_to_num(values), present.astype(float))
-    )
+    sums, counts = (table.reshape(figures * seeds, questions).T for table in (np.nan_to_num(values), present.astype(float)))
     whole, means = bool(present.all()), []
     for drawn in _counts_drawn(rng, questions, resamples):
         picked = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(drawn))[:, None, :]
@@ -79,10 +77,7 @@ def _resampled_means(values: Sequence[float], rng: np.random.Generator, resample
     """
     distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
     n, rows = len(values), max(1, _CELLS // len(distinct))
-    means = [
-        rng.multinomial(n, counts / n, size=min(rows, resamples - at)) @ distinct / n
-        for at in range(0, resamples, rows)
-    ]
+    means = [rng.multinomial(n, counts / n, size=min(rows, resamples - at)) @ distinct / n for at in range(0, resamples, rows)]
     return np.concatenate(means)
 
 

@@ -95,9 +95,7 @@ class Building:
         except DataError:
             return Passages.write(corpus, self.path, progress)
 
-    def finish(
-        self, kind: str, passages: Passages, settings: Mapping[str, Any], packages: Sequence[str] = ()
-    ) -> IndexManifest:
+    def finish(self, kind: str, passages: Passages, settings: Mapping[str, Any], packages: Sequence[str] = ()) -> IndexManifest:
         """Write the manifest, sync all files, and rename the directory. ``packages``: whose versions are recorded."""
         names = [file.relative_to(self.path) for file in sorted(self.path.rglob("*")) if file.is_file()]
         names = [name for name in names if not name.parts[0].startswith((".", _SCRATCH, _SETTINGS, MANIFEST))]

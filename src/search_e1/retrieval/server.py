@@ -166,9 +166,7 @@ class Memory:
     def take(self, size: int) -> None:
         """Reserve ``size`` bytes, or raise 503; a single request may exceed the budget."""
         if self.held and self.held + size > self.most:
-            raise HTTPException(
-                503, "too much data in flight; retry later", {"Retry-After": "1", "Connection": "close"}
-            )
+            raise HTTPException(503, "too much data in flight; retry later", {"Retry-After": "1", "Connection": "close"})
         self.held += size
 
     def release(self, size: int) -> None:
@@ -230,9 +228,7 @@ async def _body(request: Request, settings: Settings, memory: Memory, taken: lis
         detail = f"the request did not arrive within {settings.body_timeout:g} s"
         raise HTTPException(408, detail, {"Connection": "close"}) from error
     if size > most:
-        raise HTTPException(
-            413, f"the body has more than {most} bytes; send fewer queries at once", {"Connection": "close"}
-        )
+        raise HTTPException(413, f"the body has more than {most} bytes; send fewer queries at once", {"Connection": "close"})
     return b"".join(parts)
 
 

@@ -20,19 +20,13 @@ class Settings(Record):
     batch_wait: float = Field(0.002, ge=0, description="How long a call that is not full waits for more queries.")
     queue: int = Field(8192, ge=1, description="Queries that may wait for the index; more are refused with 503.")
     cache: int = Field(50_000, ge=0, description="Queries whose results stay in memory; 0 keeps none.")
-    cache_bytes: int = Field(
-        2**30, ge=1, description="Most memory for these results; the least recently used go first."
-    )
+    cache_bytes: int = Field(2**30, ge=1, description="Most memory for these results; the least recently used go first.")
     memory_bytes: int = Field(2**29, ge=1, description="Most memory for requests and large responses in flight.")
     threads: int = Field(1, ge=1, description="Concurrent calls of the index.")
-    head_timeout: float = Field(
-        10.0, ge=0.1, description="Seconds for a request's head, and until a new connection begins it."
-    )
+    head_timeout: float = Field(10.0, ge=0.1, description="Seconds for a request's head, and until a new connection begins it.")
     body_timeout: float = Field(30.0, ge=0.1, description="Seconds for the body of a request to arrive.")
     send_timeout: float = Field(60.0, ge=0.1, description="Seconds for a client to take its response.")
-    connections: int = Field(
-        800, ge=1, description="Most open connections; a new one replaces the oldest incomplete one."
-    )
+    connections: int = Field(800, ge=1, description="Most open connections; a new one replaces the oldest incomplete one.")
     shutdown_timeout: int = Field(30, ge=0, description="Seconds for requests in flight at Ctrl-C or SIGTERM.")
     access_log: bool = Field(False, description="Log a line for each request.")
 

@@ -198,9 +198,7 @@ def _sample(lesson: Lesson, prompt_ids: tuple[int, ...], turns: Sequence[Turn], 
     for number, turn in enumerate(turns):
         ids += turn.action_ids + turn.observation_ids
         mask += [int(number >= read_only)] * len(turn.action_ids) + [0] * len(turn.observation_ids)
-    return Sample(
-        question_id=lesson.question.id, prompt_ids=prompt_ids, response_ids=tuple(ids), action_mask=tuple(mask)
-    )
+    return Sample(question_id=lesson.question.id, prompt_ids=prompt_ids, response_ids=tuple(ids), action_mask=tuple(mask))
 
 
 def _premature_answer(tokenizer: Any, search: Turn) -> Turn:
@@ -358,9 +356,7 @@ class _Writer:
 
     def _answer(self, plan: Plan, read: str) -> str:
         """An answer as it was read; that of a comparison may occur in the question only."""
-        places = [p.text for hop in reversed(plan.hops) for p in hop.passages] + [
-            p.title for p in plan.hops[-1].passages
-        ]
+        places = [p.text for hop in reversed(plan.hops) for p in hop.passages] + [p.title for p in plan.hops[-1].passages]
         for text in places:
             for answer in plan.question.answers:
                 # Without its final parenthesis it may be a different answer.

@@ -32,9 +32,7 @@ def open_reward(name: str) -> Reward:
     def reward(answer: str | None, golds: Sequence[str]) -> float:
         value = 0.0 if answer is None else function(answer, golds)
         if not (isinstance(value, int | float) and 0 <= value <= 1):
-            raise ConfigError(
-                f"rollout.reward = {name!r}: returned {value!r} for {answer!r}; return a number from 0 to 1"
-            )
+            raise ConfigError(f"rollout.reward = {name!r}: returned {value!r} for {answer!r}; return a number from 0 to 1")
         return float(value)
 
     return reward

@@ -242,13 +242,9 @@ def read(path: Path) -> Artifact:
     for name, checksum in manifest.files.items():
         file = inside(path, name)
         if file is None:
-            raise RunError(
-                f"{path / MANIFEST}: names the file {name!r}, which is not in {path}; do not use this artifact"
-            )
+            raise RunError(f"{path / MANIFEST}: names the file {name!r}, which is not in {path}; do not use this artifact")
         if not file.is_file() or sha256(file) != checksum:
-            raise RunError(
-                f"{file}: {'damaged' if file.exists() else 'missing'}; remove {path} and run the stage again"
-            )
+            raise RunError(f"{file}: {'damaged' if file.exists() else 'missing'}; remove {path} and run the stage again")
     return Artifact(path, manifest)
 
 
@@ -328,9 +324,7 @@ def checksum(path: Path) -> str:
 def _verified(path: Path) -> str:
     """The checksum of a directory in an artifact, whose files are read once to compare them and to compute it."""
     name = f"{path.name}/"
-    found = {
-        file.removeprefix(name): sum for file, sum in read(path.parent).manifest.files.items() if file.startswith(name)
-    }
+    found = {file.removeprefix(name): sum for file, sum in read(path.parent).manifest.files.items() if file.startswith(name)}
     return sha256_text(json.dumps({file: sum for file, sum in found.items() if not file.endswith(".md")}))
 
 

@@ -38,9 +38,7 @@ def held(directory: Path) -> Iterator[None]:
             f"{_stale(Path(error.lock_file))}"
         ) from error
     except OSError as error:
-        raise RunError(
-            f"{directory}: {error.strerror or error}; give a run directory that can be written to"
-        ) from error
+        raise RunError(f"{directory}: {error.strerror or error}; give a run directory that can be written to") from error
     try:
         _sign(directory)
         yield

@@ -55,9 +55,7 @@ def opened(
 
 def _check_branch(directory: Path, origin: Path) -> None:
     if not (origin / CONFIG).exists():
-        raise RunError(
-            f"{origin}: no run to branch off there; give its directory with --run, the new one with --branch"
-        )
+        raise RunError(f"{origin}: no run to branch off there; give its directory with --run, the new one with --branch")
     if directory.resolve() == origin.resolve():
         raise RunError(f"{directory}: a run cannot branch into its own directory; give another with --branch")
     if not directory.exists() or all(file.name.startswith(".") for file in directory.iterdir()):
@@ -70,9 +68,7 @@ def _check_branch(directory: Path, origin: Path) -> None:
         raise RunError(f"{directory}: there already, and no branch of {origin}; give a new directory with --branch")
 
 
-def _check_config(
-    directory: Path, config: dict[str, Any], migrate: Callable[[Mapping[str, Any]], dict[str, Any]]
-) -> None:
+def _check_config(directory: Path, config: dict[str, Any], migrate: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
     path = directory / CONFIG
     if not path.exists() or not any(_stages(directory)):
         # Nothing was made yet, so that a mistake that was found on the way can be mended in the config.

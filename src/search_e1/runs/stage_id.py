@@ -24,9 +24,7 @@ class StageId:
         kind, dash, rest = name.partition("-")
         if not dash:
             return cls(kind)
-        return (
-            cls(kind, of=rest) if kind == "evaluation" else cls(kind, round=int(rest)) if rest.isdigit() else cls(name)
-        )
+        return cls(kind, of=rest) if kind == "evaluation" else cls(kind, round=int(rest)) if rest.isdigit() else cls(name)
 
     @property
     def subject(self) -> "StageId":

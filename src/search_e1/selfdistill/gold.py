@@ -95,9 +95,7 @@ class Demonstrations:
             last = number == len(steps)
             if action.kind is not (ActionKind.ANSWER if last else ActionKind.SEARCH):
                 needed = "an answer" if last else "a search"
-                raise DataError(
-                    f"{where}: turn {number} is not {needed} in the protocol's form; mend it, or drop the line"
-                )
+                raise DataError(f"{where}: turn {number} is not {needed} in the protocol's form; mend it, or drop the line")
             if bool(step.observation) is last:
                 found = "something follows the answer" if last else f"nothing was found in turn {number}"
                 raise DataError(f"{where}: {found}; mend it, or drop the line")

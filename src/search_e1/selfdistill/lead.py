@@ -117,9 +117,7 @@ def measure(
         raise DataError(f"no pair to measure the teacher's lead on: {why}; sample a larger pool (pool.questions)")
     off_track = [(i, prefix) for i, pair in enumerate(kept) if (prefix := _prefix(pair.student, rollout))]
     begins = [*((i, ()) for i in range(len(kept))), *off_track]
-    outcomes = _sample(
-        policy, generator, retriever, kept, begins, config, rollout, temperature, seed, progress, checkpointer
-    )
+    outcomes = _sample(policy, generator, retriever, kept, begins, config, rollout, temperature, seed, progress, checkpointer)
     plain, privileged = outcomes[0][: len(kept)], outcomes[1][: len(kept)]
     plain_off, privileged_off = outcomes[0][len(kept) :], outcomes[1][len(kept) :]
     low, high = interval([_em(b) - _em(a) for a, b in zip(plain, privileged, strict=True)])
@@ -231,9 +229,7 @@ def _sample(
 
     chunks: list[_Chunk] = []
     for prompts, limits in ((plain, rollout), (privileged, roomier)):
-        starts = [
-            loop.Start(pairs[i].question, prompts[i], turns, k) for i, turns in begins for k in range(config.samples)
-        ]
+        starts = [loop.Start(pairs[i].question, prompts[i], turns, k) for i, turns in begins for k in range(config.samples)]
         at_once = rollout.batch_size
         chunks += [(starts[at : at + at_once], limits) for at in range(0, len(starts), at_once)]
     with checkpointer.scratch() as scratch:

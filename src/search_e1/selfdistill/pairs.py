@@ -112,9 +112,7 @@ def select(
     return pairs, _health(sampled, pairs, counts)
 
 
-def _pairs(
-    group: Group, reference: Trajectory, config: PairsConfig, render: Render, seed: int
-) -> tuple[list[Pair], int]:
+def _pairs(group: Group, reference: Trajectory, config: PairsConfig, render: Render, seed: int) -> tuple[list[Pair], int]:
     """The pairs of a group, and how many were too long."""
     pairs: list[Pair] = []
     too_long = 0

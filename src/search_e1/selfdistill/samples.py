@@ -13,9 +13,7 @@ def classes_of(tokenizer: Any, prompts: Prompts, trajectory: Trajectory) -> list
     return [kind for turn in trajectory.turns for kind in token_classes(tokenizer, turn, prompts)]
 
 
-def weights_of(
-    trajectory: Trajectory, classes: Sequence[TokenClass], weights: Mapping[str, float]
-) -> tuple[float, ...]:
+def weights_of(trajectory: Trajectory, classes: Sequence[TokenClass], weights: Mapping[str, float]) -> tuple[float, ...]:
     """The weight of each response token by its class; 0 for what was inserted."""
     own = iter(classes)
     return tuple(weights[next(own)] if mask else 0.0 for mask in trajectory.action_mask)

@@ -109,9 +109,7 @@ def make_samples(policy: Policy, pairs: Sequence[Pair], config: DistillConfig) -
         DataError: no pairs, or none that fits the policy's context.
     """
     if not pairs:
-        raise DataError(
-            "no pairs to distil on; sample a larger pool (pool.questions, pool.group_size) or check its health"
-        )
+        raise DataError("no pairs to distil on; sample a larger pool (pool.questions, pool.group_size) or check its health")
     weights = config.class_weights.model_dump()
     if config.objective == "sft":
         make, learner = reference_sample_of, "reference"

@@ -9,6 +9,7 @@ from typing import Any
 
 from search_e1.config import Config, GrpoConfig, default_of
 from search_e1.errors import ConfigError, DataError
+from search_e1.rollout.engines.registry import vllm_launch
 from search_e1.rollout.loop import Start, rollout, starts
 from search_e1.rollout.unfinished import unfinished_in
 from search_e1.runs import derived_seed, ranks
@@ -57,11 +58,18 @@ class Grpo(Stage):
     def check(self, run: Inputs) -> None:
         """
         Raises:
-            ConfigError: an unknown objective, or sizes that do not fit together.
+            ConfigError: an unknown objective, sizes that do not fit together, or an engine that keeps the first policy.
             DataError: two questions with one id.
         """
         check(run.config.grpo, run.train_questions)
         make_objectives(run.config)
+        engine = run.config.rollout.engine
+        if engine == "vllm" and run.config.grpo.steps:
+            vllm_launch(run.config, self.policy, run.config.rollout.max_tokens, shared=True)
+        elif engine != "torch" and run.config.grpo.steps:
+            raise ConfigError(
+                f'rollout.engine = "{engine}": GRPO gives each step\'s weights to "torch" and "vllm" alone; set one of them'
+            )
 
     def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
         """

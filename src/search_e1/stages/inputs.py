@@ -62,8 +62,7 @@ class Inputs:
         """Benchmark -> its questions."""
         data = self.config.data
         return {
-            name: subsample(load_questions(path, name), data.max_eval, self.config.seed)
-            for name, path in data.eval.items()
+            name: subsample(load_questions(path, name), data.max_eval, self.config.seed) for name, path in data.eval.items()
         }
 
     @cached_property
@@ -129,9 +128,7 @@ class Inputs:
                 # Encoding can take hours, and what it has written outlives a kill here, unlike in the artifact's directory.
                 place = self.root / f".index-{kind}"
                 shutil.rmtree(place, ignore_errors=True)  # complete, but perhaps of other settings
-                dense = (
-                    DenseSettings(retrieval.encoder, retrieval.faiss) if kind == "dense" and retrieval.encoder else None
-                )
+                dense = DenseSettings(retrieval.encoder, retrieval.faiss) if kind == "dense" and retrieval.encoder else None
                 with self.watch("index") as progress:
                     build_index(read_corpus(corpus), place, progress, dense=dense, source=checksum)
                 place.rename(out / kind)

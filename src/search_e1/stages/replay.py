@@ -33,9 +33,7 @@ def replay_samples(
         off_track = tuple(i for turn in detour for i in turn.action_ids + turn.observation_ids)
         response = off_track + group.reference.response_ids
         budget = prompt_budget(shown, context_length, len(response))
-        rendered = render_reference(
-            policy.tokenizer, policy.prompts, group.question.text, group.reference, shown, budget
-        )
+        rendered = render_reference(policy.tokenizer, policy.prompts, group.question.text, group.reference, shown, budget)
         if rendered is None:
             continue
         samples.append(

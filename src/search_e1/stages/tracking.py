@@ -46,9 +46,7 @@ def check(config: TrackingConfig) -> None:
 
 
 @contextmanager
-def tracked(
-    config: TrackingConfig, run: Path, name: str, settings: Mapping[str, Any], *, anew: bool = True
-) -> Iterator[Track]:
+def tracked(config: TrackingConfig, run: Path, name: str, settings: Mapping[str, Any], *, anew: bool = True) -> Iterator[Track]:
     """What tells the trackers a step's figures, as the tracker's run ``name`` in ``config.project``.
 
     TensorBoard's files go to ``run / "tracking" / name``. ``anew`` removes those of a stage that was killed.
@@ -68,9 +66,7 @@ def tracked(
     state, control = TrainerState(is_world_process_zero=True, is_local_process_zero=True), TrainerControl()
     trackers = [INTEGRATION_TO_CALLBACK[tracker]() for tracker in config.report_to]
     for tracker in trackers:
-        if hasattr(
-            tracker, "logging_dir"
-        ):  # TensorBoard's; its own default would be lost with an artifact in the making
+        if hasattr(tracker, "logging_dir"):  # TensorBoard's; its own default would be lost with an artifact in the making
             tracker.logging_dir = str(directory)
         tracker.on_train_begin(arguments, state, control, model=None)
 

@@ -28,9 +28,7 @@ class TrainingEngine(Protocol):
 
 
 @contextmanager
-def open_training_engine(
-    config: Config, path: str | Path, trained: TrainedPolicy, tokenizer: Any
-) -> Iterator[TrainingEngine]:
+def open_training_engine(config: Config, path: str | Path, trained: TrainedPolicy, tokenizer: Any) -> Iterator[TrainingEngine]:
     """What ``rollout.engine`` names. ``path``: the policy that an engine beside the trainer loads first."""
     if config.rollout.engine != "vllm":
         yield _OwnModel(trained, tokenizer, config.rollout.batch_size)

@@ -36,22 +36,30 @@ class Warmstart(Stage):
     def inputs(self, run: Inputs) -> Mapping[str, str]:
         return run.sampled_on(None)
 
-    def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
+    def check(self, run: Inputs) -> None:
         """
         Raises:
             ConfigError: the config lacks the section or the corpus, or asks for tools.
+        """
+        config = run.config
+        if config.warmstart is None:
+            raise ConfigError("section [warmstart] is missing; add it, it may be empty")
+        if config.data.corpus is None:
+            raise ConfigError("data.corpus is missing; a warm start reads the supporting passages there")
+        if config.prompts and config.prompts.protocol != "tags":
+            raise ConfigError(
+                'prompts.protocol = "tools": the demonstrations of a warm start are written in tags; leave it out'
+            )
+
+    def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
+        """
+        Raises:
             DataError: no question gives a demonstration, or one names a passage that the corpus lacks.
         """
         config = run.config
         warmstart, corpus, prompts = config.warmstart, config.data.corpus, config.prompts or Prompts()
-        if warmstart is None:
-            raise ConfigError("section [warmstart] is missing; add it, it may be empty")
-        if corpus is None:
-            raise ConfigError("data.corpus is missing; a warm start reads the supporting passages there")
-        if prompts.protocol != "tags":
-            raise ConfigError(
-                'prompts.protocol = "tools": the demonstrations of a warm start are written in tags; leave it out'
-            )
+        assert warmstart
+        assert corpus
         passages = {passage.id: passage for passage in read_corpus(corpus)}
         texts = _tokenizer_texts(run.train_questions, passages, prompts, warmstart, config.seed)
         policy = fresh.policy(texts, warmstart, prompts, config.seed)

@@ -76,9 +76,7 @@ def _encode_message(tokenizer, prompts: Prompts, message: str) -> tuple[int, ...
     return tuple(tokenizer.encode(message))
 
 
-NO_TEMPLATE = (
-    'prompts.protocol = "tools": the policy\'s tokenizer has no chat template; use a chat model, or protocol = "tags"'
-)
+NO_TEMPLATE = 'prompts.protocol = "tools": the policy\'s tokenizer has no chat template; use a chat model, or protocol = "tags"'
 
 
 def neutralize(
@@ -125,9 +123,7 @@ def _break(tokens: Sequence[str], text: str) -> str:
     for token in tokens:
         if token in text:
             bare = token.strip("<|>[]")
-            text = text.replace(
-                token, f"({bare})" if bare != token else f"{token[0]} {token[1:]}" if token[1:] else " "
-            )
+            text = text.replace(token, f"({bare})" if bare != token else f"{token[0]} {token[1:]}" if token[1:] else " ")
     return text
 
 
@@ -186,9 +182,7 @@ def enclosed(tokenizer, opening: str, body: str, closing: str, max_tokens: int) 
         room = max(0, min(room - 1, ends[-excess - 1] - len(opening) if len(ends) > excess else 0))
 
 
-def passages_of(
-    observation: str, opening: str = INFORMATION_OPEN, closing: str = INFORMATION_CLOSE
-) -> list[str] | None:
+def passages_of(observation: str, opening: str = INFORMATION_OPEN, closing: str = INFORMATION_CLOSE) -> list[str] | None:
     """The passages in the text of an observation, from ``Doc`` to the new line; ``None`` if it holds no information.
 
     The inverse is ``with_passages``.

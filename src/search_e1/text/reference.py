@@ -69,8 +69,7 @@ def visible_part(reference: Trajectory, config: ReferenceConfig, protocol: Proto
 
 def _render(protocol: Protocol, reference: Trajectory, passages: Sequence[Sequence[str] | None]) -> str:
     return "".join(
-        turn.action_text
-        + (turn.observation_text if kept is None else protocol.with_passages(turn.observation_text, kept))
+        turn.action_text + (turn.observation_text if kept is None else protocol.with_passages(turn.observation_text, kept))
         for turn, kept in zip(reference.turns, passages, strict=True)
     )
 
@@ -90,9 +89,7 @@ def _shorter_passages(protocol: Protocol, reference: Trajectory, fits: Callable[
     passages = [protocol.passages(turn.observation_text) for turn in reference.turns]
 
     def cut(words: int) -> str:
-        return _render(
-            protocol, reference, [kept and [_first_words(passage, words) for passage in kept] for kept in passages]
-        )
+        return _render(protocol, reference, [kept and [_first_words(passage, words) for passage in kept] for kept in passages])
 
     most = max((len(passage.split()) for kept in passages for passage in kept or ()), default=0)
     if not fits(cut(0)):

@@ -92,9 +92,7 @@ def _open_passages(retriever: Retriever, topk: int) -> Handler:
     return lambda calls: [answer(call) for call in calls]
 
 
-SEARCH = Tool(
-    "search", "query", "Searches for passages that help to answer the question.", "What to search for.", _open_search
-)
+SEARCH = Tool("search", "query", "Searches for passages that help to answer the question.", "What to search for.", _open_search)
 _IN_LATEST = "Its number in the latest search (2 for Doc 2), or its title."
 TOOLS.register("search")(SEARCH)
 TOOLS.register("open")(Tool("open", "passage", "Shows a whole passage.", _IN_LATEST, _open_passages))

@@ -58,9 +58,7 @@ class TrainingState:
         if not ranks.is_first():
             return
         save_file(weights, directory / _WEIGHTS)
-        torch.save(
-            {"optimizers": states, "schedules": [s.state_dict() for s in self.schedules]}, directory / _OPTIMIZERS
-        )
+        torch.save({"optimizers": states, "schedules": [s.state_dict() for s in self.schedules]}, directory / _OPTIMIZERS)
         (directory / _STEPS).write_text(json.dumps(list(records)), encoding="utf-8")
 
     def _of_rank(self, unfinished: Unfinished | None) -> dict[str, Any]:

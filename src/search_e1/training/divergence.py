@@ -107,9 +107,7 @@ def fused_divergence(
 def _check(student: Tensor, teacher: Tensor, head: Head, teacher_head: Head) -> None:
     if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher):
         shapes = f"{list(student.shape)} and {list(teacher.shape)}"
-        raise ConfigError(
-            f"hidden states of student and teacher must be [positions, width], as many each, not {shapes}"
-        )
+        raise ConfigError(f"hidden states of student and teacher must be [positions, width], as many each, not {shapes}")
     for role, hidden, of in (("student", student, head), ("teacher", teacher, teacher_head)):
         if of.weight.shape != (len(head.weight), hidden.shape[1]):
             raise ConfigError(

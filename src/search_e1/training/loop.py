@@ -96,9 +96,7 @@ def train(
                 unfinished = Unfinished(samples, source_figures=dict(source.figures))
             current = _Step(policy, objectives, config, state, log, context, step, unfinished)
             for update in range(unfinished.update, schedule.updates):
-                current.accumulate(
-                    _mini_batch(unfinished.samples, update % schedule.mini_batches, schedule.mini_batches)
-                )
+                current.accumulate(_mini_batch(unfinished.samples, update % schedule.mini_batches, schedule.mini_batches))
                 norm = current.gradient_norm()
                 for optimizer, scheduler in zip(optimizers, schedules, strict=True):
                     used = float(scheduler.get_last_lr()[0])
@@ -106,7 +104,9 @@ def train(
                     optimizer.zero_grad()
                     scheduler.step()
                 unfinished.update, unfinished.passes = update + 1, 0
-            log.add({**unfinished.source_figures, **current.figures(schedule.updates), "grad_norm": norm, "learning_rate": used})
+            log.add(
+                {**unfinished.source_figures, **current.figures(schedule.updates), "grad_norm": norm, "learning_rate": used}
+            )
             unfinished = None
             context.checkpointer.on_step_end(len(log.steps), lambda to: state.save(to, log.steps, None))
     return log.steps

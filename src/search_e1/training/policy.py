@@ -56,9 +56,7 @@ def resolve(model: str) -> Path | str:
     path = Path(model).expanduser()
     if not path.exists():
         if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-            raise ModelError(
-                f"policy.model = {model!r}: no such directory; give one, a Hub id (owner/name), or {SMALL!r}"
-            )
+            raise ModelError(f"policy.model = {model!r}: no such directory; give one, a Hub id (owner/name), or {SMALL!r}")
         return model
     for needed in ("config.json", "tokenizer_config.json"):
         if not (path / needed).is_file():

@@ -17,9 +17,7 @@ STEPS = "steps.jsonl"
 class StepLog:
     """Keeps each step's figures, writes them as a JSON line, and passes them to progress and trackers."""
 
-    def __init__(
-        self, context: StageContext, earlier: Sequence[dict[str, float]], total: int, headline: str = "loss"
-    ) -> None:
+    def __init__(self, context: StageContext, earlier: Sequence[dict[str, float]], total: int, headline: str = "loss") -> None:
         """``earlier``: the steps before the first, which are written and tracked once more."""
         self.steps = list(earlier)
         self._context, self._total, self._headline = context, total, headline

@@ -40,9 +40,7 @@ def watch(console: Console, rounds: int) -> Callable[[str], AbstractContextManag
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             # The rest of the line; its most important part comes first.
-            TextColumn(
-                "{task.fields[figure]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
-            ),
+            TextColumn("{task.fields[figure]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             console=console,
             expand=True,
         )

@@ -57,9 +57,7 @@ def _costs(comparison: Comparison) -> Table:
 def _published(comparison: Comparison) -> Table:
     names = list(comparison.published[0].em)
     headings = (name.removesuffix("multihopqa").removesuffix("qa") for name in (*names, "average"))
-    table = plain_table(
-        "Published, not measured here: EM x 100, whole test sets, wiki-18, 3B parameters", "method", *headings
-    )
+    table = plain_table("Published, not measured here: EM x 100, whole test sets, wiki-18, 3B parameters", "method", *headings)
     for row in comparison.published:
         table.add_row(row.method, *published_cells(row, names))
     return table

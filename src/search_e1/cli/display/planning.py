@@ -26,9 +26,7 @@ def show_plan(console: Console, plan: Plan) -> None:
 
 
 def _memory(plan: Plan) -> Table:
-    table = plain_table(
-        f"GiB of a GPU at each stage's peak (of {plan.gpu.memory_gib:.1f}, {plan.usable / GIB:.1f} usable)"
-    )
+    table = plain_table(f"GiB of a GPU at each stage's peak (of {plan.gpu.memory_gib:.1f}, {plan.usable / GIB:.1f} usable)")
     table.add_column("stage")
     parts = ("weights", "gradients", "optimizer", "other", "activations", "logits", "cache", "total")
     for heading in (

@@ -86,9 +86,7 @@ def _table(title: str | None, *headings: str) -> Table:
 def _quality(rows: Sequence[VariantRow]) -> Table:
     table = _table(None, "variant", "EM x 100", "difference", "sampled, difference")
     for row in rows:
-        differences = (
-            signed(row.differences[name]) if name in row.differences else "" for name in ("em", "em_sampled")
-        )
+        differences = (signed(row.differences[name]) if name in row.differences else "" for name in ("em", "em_sampled"))
         table.add_row(printable(row.variant), percent(row.metrics["em"]), *differences)
     return table
 

@@ -80,9 +80,7 @@ def open_run(path: Path) -> Run:
     config = path / "config.json"
     manifests = sorted(path.glob(f"*/{MANIFEST}"))
     if not config.is_file() and not manifests:
-        raise RunError(
-            f"{path}: no run (neither config.json nor a stage in it); give the run directory of `search-e1 train`"
-        )
+        raise RunError(f"{path}: no run (neither config.json nor a stage in it); give the run directory of `search-e1 train`")
     stages = sorted((_stage(manifest) for manifest in manifests), key=lambda stage: stage.manifest.started)
     begun = tuple(sorted(part.name[1:].removesuffix(".partial") for part in path.glob(".*.partial") if part.is_dir()))
     return Run(path, read_json(config) if config.is_file() else {}, {stage.name: stage for stage in stages}, begun)

@@ -38,9 +38,7 @@ class Constants(Record):
         for gpu in self.gpus.values():
             if f"{gpu.name}-".startswith(f"{name.lower()}-"):
                 return gpu
-        raise ConfigError(
-            f"--gpu {name}: unknown (known: {', '.join(self.gpus)}; others by [gpus] in --constants FILE)"
-        )
+        raise ConfigError(f"--gpu {name}: unknown (known: {', '.join(self.gpus)}; others by [gpus] in --constants FILE)")
 
 
 def load_constants(path: Path | None = None) -> Constants:

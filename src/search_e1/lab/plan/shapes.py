@@ -50,9 +50,7 @@ def read_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
             raw = json.loads(path.read_text(encoding="utf-8"))
             return AutoConfig.for_model(raw.pop("model_type"), **raw)
         if model == SMALL or path.exists():
-            return AutoConfig.from_pretrained(
-                resolve(model), trust_remote_code=trust_remote_code, local_files_only=True
-            )
+            return AutoConfig.from_pretrained(resolve(model), trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"policy.model = {model!r}: not the config.json of a model ({reason})") from error
@@ -81,9 +79,7 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
     share = text.num_experts_per_tok / experts if experts else 1.0
-    matrices = [
-        (name, w) for name, w in model.named_parameters() if w.dim() > 1 and w is not head and w is not embedding
-    ]
+    matrices = [(name, w) for name, w in model.named_parameters() if w.dim() > 1 and w is not head and w is not embedding]
     layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=_size)
     outputs = {name: getattr(module, "out_features", 0) for name, module in model.named_modules()}
     query, cached = (

@@ -22,9 +22,7 @@ class Work(Record):
 class WorkModel:
     """Work of the stages of ``config``; ``side_by_side``: trajectories that one GPU samples together."""
 
-    def __init__(
-        self, shape: Shape, config: Config, gpu: Gpu, gpus: int, constants: Constants, side_by_side: int
-    ) -> None:
+    def __init__(self, shape: Shape, config: Config, gpu: Gpu, gpus: int, constants: Constants, side_by_side: int) -> None:
         self.shape, self.config, self.gpu, self.gpus, self.side_by_side = shape, config, gpu, gpus, side_by_side
         self.constants, lengths, limits = constants.hours, constants.lengths, config.rollout
         self.turns = 1 + min(lengths["searches"], limits.max_searches)
@@ -66,17 +64,13 @@ class WorkModel:
         width, sampled = width or self.total, trajectories * self.sampled
         halves = self.halves or self.config.rollout.engine == "vllm"
         prefill = forward_flops(self.shape, trajectories * width - sampled, width)  # earlier turns are in the cache
-        hours = self._hours(prefill, "forward", halves) + calls * self._decoding_hours(
-            trajectories / calls, width, halves
-        )
+        hours = self._hours(prefill, "forward", halves) + calls * self._decoding_hours(trajectories / calls, width, halves)
         return Work(stage=stage, trajectories=trajectories, sampled=sampled, hours=hours)
 
     def train(self, work: Work, job: Job, passes: int, *, anchored: bool = False) -> Work:
         """``work`` and updates in which ``passes`` trajectories go forward and backward; ``anchored``: a KL penalty's pass."""
         halves, scored = self.halves or job.training.autocast, passes * self.sampled
-        hours = self._hours(
-            training_flops(self.shape, passes * self.total, self.total, scored, job), "training", halves
-        )
+        hours = self._hours(training_flops(self.shape, passes * self.total, self.total, scored, job), "training", halves)
         for width in (self.total,) * anchored + (self.privileged,) * job.has_teacher:
             flops = forward_flops(self.shape, passes * width, width) + 2 * self.shape.head * scored
             hours += self._hours(flops, "forward", halves)

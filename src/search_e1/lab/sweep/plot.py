@@ -46,9 +46,7 @@ def _draw_curves(ax: "Axes", comparison: Comparison, names: Sequence[str]) -> No
             "linestyle": _LINES[i // len(_COLOURS) % len(_LINES)],
         }
         means, errors = _means_and_errors(policies, "em", "metrics")
-        ax.errorbar(
-            [_cpu_seconds(row) for row in policies], means, errors, label=name, marker="o", markersize=4, **style
-        )
+        ax.errorbar([_cpu_seconds(row) for row in policies], means, errors, label=name, marker="o", markersize=4, **style)
     ax.set_title("Greedy EM of each policy, 95% over seeds and questions", fontsize="medium")
     ax.set_xlabel("CPU seconds charged")
     ax.grid(alpha=0.3)
@@ -74,9 +72,7 @@ def _cpu_seconds(row: VariantRow) -> float:
     return row.cost["cpu_seconds"]
 
 
-def _means_and_errors(
-    rows: Sequence[VariantRow], name: str, of: str
-) -> tuple[list[float], tuple[list[float], list[float]]]:
+def _means_and_errors(rows: Sequence[VariantRow], name: str, of: str) -> tuple[list[float], tuple[list[float], list[float]]]:
     """Means, and how far below and above them their intervals reach."""
     figures = [getattr(row, of)[name] for row in rows]
     below = [max(0.0, figure.mean - figure.interval[0]) for figure in figures]

@@ -172,9 +172,7 @@ class ContinuousSession:
         if self._on_id and len(joining) == 1:
             self._on_id(None)
         leaders: dict[tuple[int, ...], _Row] = {}
-        followers = [
-            row for row in joining if not row.num_cached and leaders.setdefault(tuple(row.ids), row) is not row
-        ]
+        followers = [row for row in joining if not row.num_cached and leaders.setdefault(tuple(row.ids), row) is not row]
         followed = {row.key for row in followers}
         needy = [row for row in joining if row.key not in followed]
         self._begin(list(leaders.values()))
@@ -193,9 +191,7 @@ class ContinuousSession:
             if self._prefix:
                 self._cache.forward([self.rows], [0], [self._prefix])
         prefix = _Row(-1, stored=self.rows, ids=self._prefix or [], num_cached=len(self._prefix or []))
-        given = [
-            row for row in rows if row.ids[: prefix.num_cached] == prefix.ids and len(row.ids) > prefix.num_cached > 0
-        ]
+        given = [row for row in rows if row.ids[: prefix.num_cached] == prefix.ids and len(row.ids) > prefix.num_cached > 0]
         self._copy([prefix] * len(given), given)
 
     def _copy(self, models: Sequence[_Row], rows: Sequence[_Row]) -> None:

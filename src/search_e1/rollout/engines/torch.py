@@ -61,9 +61,7 @@ class TorchEngine:
                 with plain.session(temperature=temperature, stop=stop, max_tokens=max_tokens) as batches:
                     yield batches
                 return
-            rows = max(
-                1, min(self.batch_size, int(_MEMORY * _free_memory(self.model.device) / (size * max_tokens)) - 1)
-            )
+            rows = max(1, min(self.batch_size, int(_MEMORY * _free_memory(self.model.device) / (size * max_tokens)) - 1))
             ends = Ends(self.model, self.tokenizer, stop)
             session = ContinuousSession(self.model, ends, temperature=temperature, rows=rows, on_id=self.on_id)
             yield session
@@ -214,9 +212,7 @@ def _try(model: PreTrainedModel) -> int | None:
     except (NotImplementedError, TypeError, ValueError, LookupError, AttributeError, RuntimeError):
         return None
     whole = ([*b, *more, 12], [*a, 13])
-    alone = torch.cat(
-        [model(input_ids=torch.tensor([ids], device=model.device)).logits[:, -1] for ids in whole]
-    ).float()
+    alone = torch.cat([model(input_ids=torch.tensor([ids], device=model.device)).logits[:, -1] for ids in whole]).float()
     spread = (alone - alone.mean(-1, keepdim=True)).norm()
     close = (together - alone).norm() <= (1e-3 if model.dtype == torch.float32 else 0.05) * spread
     return cache.bytes_per_position() if close else None

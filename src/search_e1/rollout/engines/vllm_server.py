@@ -66,9 +66,7 @@ class VllmServerEngine(RemoteEngine):
             response.raise_for_status()
             models = _Models.model_validate_json(response.content).data
         except httpx.HTTPError as error:
-            raise EndpointError(
-                f"{address}: {error or type(error).__name__}; is `vllm serve` running there?"
-            ) from error
+            raise EndpointError(f"{address}: {error or type(error).__name__}; is `vllm serve` running there?") from error
         except ValidationError as error:
             raise EndpointError(f"{address}: not an answer of vLLM's; give the URL of a `vllm serve`") from error
         names = {policy, str(resolve(policy)), str(Path(resolve(policy)).resolve())}

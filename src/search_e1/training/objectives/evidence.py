@@ -13,9 +13,7 @@ from search_e1.training.trained import TrainedPolicy
 from search_e1.types import Sample
 
 
-def reweight_advantages(
-    advantages: Sequence[float], lead: Sequence[float], strength: float, bound: float
-) -> tuple[float, ...]:
+def reweight_advantages(advantages: Sequence[float], lead: Sequence[float], strength: float, bound: float) -> tuple[float, ...]:
     """Advantages A of tokens, corrected by the teacher's lead, ``log p(token | privileged) - log p(token | plain)``.
 
     ``A * (1 + strength * (clip(exp(sign(A) * lead), 1 - bound, 1 + bound) - 1))``: what speaks for a right trajectory or
@@ -43,11 +41,8 @@ class Evidence(Grpo):
         for sample, with_reference, without in zip(taught, teacher, student, strict=True):
             lead = [a - b for a, b in zip(with_reference, without, strict=True)]
             assert sample.advantages is not None
-            corrected[id(sample)] = reweight_advantages(
-                sample.advantages, lead, self.settings.strength, self.settings.bound
-            )
+            corrected[id(sample)] = reweight_advantages(sample.advantages, lead, self.settings.strength, self.settings.bound)
         samples = [
-            s.model_copy(update={"advantages": corrected.get(id(s), s.advantages), "teacher_prompt_ids": None})
-            for s in samples
+            s.model_copy(update={"advantages": corrected.get(id(s), s.advantages), "teacher_prompt_ids": None}) for s in samples
         ]
         return super().prepare(policy, samples)
