@@ -29,8 +29,10 @@ from search_e1 import config, evolve
 from search_e1.data.corpus import read_corpus
 from search_e1.errors import SearchE1Error
 from search_e1.retrieval.bm25 import Bm25Index
-from search_e1.runs.checkpoints import Work
-from search_e1.stages.all import Stages
+from search_e1.runs.checkpoints import Checkpointer
+from search_e1.stages.evaluate import Evaluate
+from search_e1.stages.inputs import Inputs
+from search_e1.stages.runner import StageRunner
 from small_run import prepare, search_e1
 
 
@@ -124,18 +126,18 @@ def train_again(settings: config.Config) -> str:
 
 def evaluate(settings: config.Config, run: Path) -> str:
     """Evaluate the run's last policy under another name."""
-    return said_by(lambda: Stages(settings, run).evaluate(run / "ofsd-1" / "policy", "again"))
+    return said_by(lambda: StageRunner(Inputs(settings, run)).make(Evaluate(run / "ofsd-1" / "policy", "again")))
 
 
 def checkpoints(directory: Path) -> None:
     """Two, each of weights and a state."""
-    work = Work(directory, every_seconds=0.0, share=float("inf"))  # after every step
+    checkpointer = Checkpointer(directory, every_seconds=0.0, share=float("inf"))  # after every step
     for step in (1, 2):
-        work.reached(step, lambda place: torch.save(torch.randn(64, 64), place / "weights.pt"))
+        checkpointer.on_step_end(step, lambda place: torch.save(torch.randn(64, 64), place / "weights.pt"))
 
 
 def newest(directory: Path) -> str:
-    found = Work(directory).newest()
+    found = Checkpointer(directory).newest()
     return f"step 2 removed, gone on from {found.name}" if found and found.name.endswith("1") else ""
 
 

@@ -90,9 +90,7 @@ def main() -> None:
         return
     rows = run(arguments)
     out = Console(width=None if sys.stdout.isatty() else 100)
-    device = (
-        torch.cuda.get_device_name() if arguments.device == "cuda" else f"{os.cpu_count()} cores {platform.machine()}"
-    )
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{os.cpu_count()} cores {platform.machine()}"
     out.print(
         f"{device}, {arguments.threads} thread(s); torch {torch.__version__}, trl {version('trl')}, liger-kernel "
         f"{version('liger-kernel')}; {arguments.positions} positions, vocabulary {arguments.vocabulary}, width "

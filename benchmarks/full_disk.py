@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 
 from search_e1 import evolve  # noqa: F401  loaded once, before processes are forked
-from search_e1.stages import all as stages  # noqa: F401  loaded once, before processes are forked
 from small_run import contents, prepare, search_e1
 
 ROOM = 2**20

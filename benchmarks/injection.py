@@ -35,8 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     texts = hostile_texts(arguments.texts, arguments.seed)
     rows = [
-        {"tokenizer": name, "protocol": protocol, "raw": raw, "texts": len(texts)}
-        | counted(tokenizer, protocol, texts, raw)
+        {"tokenizer": name, "protocol": protocol, "raw": raw, "texts": len(texts)} | counted(tokenizer, protocol, texts, raw)
         for name, tokenizer in tokenizers().items()
         for protocol in PROTOCOLS
         for raw in (True, False)

@@ -54,9 +54,7 @@ PERTURBATIONS: dict[str, Perturb] = {
     "other case": lambda text, rng: rng.choice([str.upper, str.lower, str.title, str.swapcase])(text),
     "an article": lambda text, rng: f"{rng.choice(['the', 'The', 'A', 'an'])} {text}",
     "ASCII punctuation": lambda text, rng: _somewhere(text, rng.choice("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"), rng),
-    "other punctuation": lambda text, rng: _somewhere(
-        text, rng.choice("\u2019\u2013\u2014\u201c\u00b7\u00bf\u3002"), rng
-    ),
+    "other punctuation": lambda text, rng: _somewhere(text, rng.choice("\u2019\u2013\u2014\u201c\u00b7\u00bf\u3002"), rng),
     "white space": lambda text, rng: _somewhere(text, rng.choice(["  ", "\t", "\n", "\u00a0", "\u2003"]), rng),
     "a word less": _without_a_word,
     "a word more": lambda text, rng: f"{text} {rng.choice(['city', '1', 'a', 'of', 'yes', 'U.S.'])}",

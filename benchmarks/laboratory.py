@@ -59,9 +59,7 @@ def main() -> None:
             sys.exit(status)
         finished = finished_runs(spec.read(file, CONFIG, Path("runs") / name))
         tables[name] = lead_table(finished) if name == "lead" else table(finished, every_stage=name in ALL_STAGES)
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, transformers {version('transformers')}"
-    )
+    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, transformers {version('transformers')}")
     for name, rows in tables.items():
         print(f"\n### {SWEEPS[name]}\n")
         print("\n".join(markdown(rows)))

@@ -31,9 +31,7 @@ class PeakMemory:
             self._before = _kib("VmRSS") / 1024
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._cuda:
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated() / 2**20

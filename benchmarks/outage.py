@@ -42,9 +42,7 @@ def main() -> None:
     with TemporaryDirectory() as scratch:
         result = measure(Path(scratch), arguments.seconds)
     out = Console(width=None if sys.stdout.isatty() else 100)
-    out.print(
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; outages of {arguments.seconds:g} s"
-    )
+    out.print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; outages of {arguments.seconds:g} s")
     for name, value in result.items():
         out.print(f"{name:<28} {value}", highlight=False)
     if arguments.json:
@@ -106,9 +104,7 @@ def measure(root: Path, seconds: float) -> dict[str, Any]:
         found = contents(root / "run")
     finally:
         server.kill()
-    said = [
-        line for line in (root / "log").read_text().splitlines() if "tried again" in line or "answers again" in line
-    ]
+    said = [line for line in (root / "log").read_text().splitlines() if "tried again" in line or "answers again" in line]
     return {
         "outages": ", ".join(outages), "completed": status == 0, "files": len(expected),
         "same files": sum(found.get(name) == checksum for name, checksum in expected.items()),

@@ -25,15 +25,16 @@ from rich.table import Table
 
 from search_e1 import config, evolve, runs
 from search_e1.cli.display import watch
-from search_e1.runs import checkpoints
+from search_e1.runs import artifacts, checkpoints
 
 # What is measured, and where it is done. Manifests: the checksums of all inputs and outputs as well.
 PARTS = (
-    ("checkpoints", checkpoints.Work, "_save"),
+    ("checkpoints", checkpoints.Checkpointer, "_save"),
     ("chunks", checkpoints.Lines, "append"),
-    ("manifests", runs, "sha256"),
-    ("manifests", runs, "_begin"),
-    ("manifests", runs, "write_atomically"),
+    ("manifests", runs, "checksum"),
+    ("manifests", artifacts, "sha256"),
+    ("manifests", artifacts, "_begin"),
+    ("manifests", artifacts, "write_summed"),
 )
 
 

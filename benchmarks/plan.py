@@ -209,9 +209,7 @@ def measure(stage: str, shape: str, arguments: argparse.Namespace) -> dict:
     job = training_jobs(config)[stage.partition("-")[0]]
     grpo = stage.startswith("grpo")
     objective = Grpo(config.grpo, arguments.tokens) if grpo else SelfDistillation(config.distill)
-    policy = TrainedPolicy(
-        with_adapter(model, job.lora) if job.lora else model, job.training, frozen_start=job.has_copy
-    )
+    policy = TrainedPolicy(with_adapter(model, job.lora) if job.lora else model, job.training, frozen_start=job.has_copy)
     policy.model.train()
     optimizers = make_optimizers(policy.model, job.training, 1e-5)
     samples = make_samples(MICRO_BATCHES * arguments.rows, arguments.tokens, has_teacher=job.has_teacher)

@@ -44,8 +44,8 @@ def main() -> None:
         rows += seed_rows(evolve.train(settings, watch(console, settings.rounds)))
     out = Console(width=None if sys.stdout.isatty() else 100)
     out.print(
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, transformers {version('transformers')}, "
-        f"trl {version('trl')}; {len(arguments.seeds)} seeds, one run each"
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, transformers {version('transformers')}; "
+        f"{len(arguments.seeds)} seeds, one run each"
     )
     out.print(table(rows, arguments.seeds))
     if arguments.json:

@@ -44,9 +44,7 @@ def main() -> None:
         runs = {"made": made} | ({arguments.run.name: arguments.run} if arguments.run else {})
         rows = [measure(name, run, Path(scratch), arguments.repeats) for name, run in runs.items()]
     version = subprocess.run([str(chromium.BROWSER), "--version"], capture_output=True, text=True).stdout.strip()
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {version}; median and greatest of {arguments.repeats} openings"
-    )
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {version}; median and greatest of {arguments.repeats} openings")
     Console(width=None if sys.stdout.isatty() else 100).print(table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")

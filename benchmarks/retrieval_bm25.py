@@ -161,8 +161,7 @@ def built(build: Callable[[], object], out: Path, number: int) -> dict:
     return {
         "seconds": time.perf_counter() - start,
         "cpu": sum(os.times()[:4]) - before,
-        "peak": sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        // 1024,
+        "peak": sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) // 1024,
         "disk": sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) // 2**20,
     }
 

@@ -51,12 +51,8 @@ def main() -> None:
     parser.add_argument("--index", type=Path, action="append", required=True, help="index directories")
     parser.add_argument("--questions", type=Path, nargs="+", required=True)
     parser.add_argument("--passages", type=int, default=1_000_000, help="kinds: vectors")
-    parser.add_argument(
-        "--kinds", nargs="+", default=["exact", "graph", "compressed"], help="presets or factory strings"
-    )
-    parser.add_argument(
-        "--parameters", nargs="*", default=[], help="kinds: further settings to search the last kind with"
-    )
+    parser.add_argument("--kinds", nargs="+", default=["exact", "graph", "compressed"], help="presets or factory strings")
+    parser.add_argument("--parameters", nargs="*", default=[], help="kinds: further settings to search the last kind with")
     parser.add_argument("--work", type=Path, default=Path("runs/retrieval-dense"), help="kinds: where indexes go")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path)
@@ -80,9 +76,7 @@ def table(rows: Sequence[dict]) -> Table:
     for name in rows[0]:
         made.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right", no_wrap=True)
     for row in rows:
-        made.add_row(
-            *(f"{v:.3f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for v in row.values())
-        )
+        made.add_row(*(f"{v:.3f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for v in row.values()))
     return made
 
 

@@ -171,8 +171,7 @@ def serve_naively(index: Index) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             found = index.search(asked["queries"], asked["topk"])
             result = [
-                [{"document": {"id": hit.id, "contents": hit.contents}, "score": hit.score} for hit in hits]
-                for hits in found
+                [{"document": {"id": hit.id, "contents": hit.contents}, "score": hit.score} for hit in hits] for hits in found
             ]
             body = json.dumps({"result": result}).encode()
             self.send_response(200)

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from search_e1.config import PolicyConfig, Prompts, RolloutConfig
 from search_e1.lab.plan.shapes import SHAPES
 from search_e1.rollout.engines.base import Engine, generate
-from search_e1.rollout.engines.torch import TorchEngine, PlainEngine
+from search_e1.rollout.engines.torch import PlainEngine, TorchEngine
 from search_e1.rollout.loop import Start, rollout
 from search_e1.text.protocol import Action, Tags
 from search_e1.training import policy as policies

@@ -36,9 +36,7 @@ def main() -> None:
     parser.add_argument("--delays", type=float, nargs="+", default=[3.0, 3.0])
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     own, more = (
-        (sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :])
-        if "--" in sys.argv
-        else (sys.argv[1:], [])
+        (sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]) if "--" in sys.argv else (sys.argv[1:], [])
     )
     arguments = parser.parse_args(own)
     rows: list[dict[str, Any]] = []

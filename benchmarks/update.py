@@ -59,9 +59,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--micro-batch-tokens", type=int, help="ours; default: the config's")
-    parser.add_argument(
-        "--micro-batch", type=int, default=8, help="TRL's per_device_train_batch_size; 8 is its default"
-    )
+    parser.add_argument("--micro-batch", type=int, default=8, help="TRL's per_device_train_batch_size; 8 is its default")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     parser.add_argument("--contestant", choices=["ours", "TRL"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -78,9 +76,7 @@ def main() -> None:
 
 def run(contestant: str) -> dict[str, Any]:
     """The measurement of one contestant in a process of its own. One that fails is a row, not a crash."""
-    done = subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], "--contestant", contestant], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--contestant", contestant], capture_output=True, text=True)
     if done.returncode < 0:
         why = signal.Signals(-done.returncode).name
         return {"contestant": contestant, "failed": f"ended by {why}: out of memory?"}

@@ -75,9 +75,7 @@ def unigram_tokenizer(*, normalized: bool = True) -> PreTrainedTokenizerFast:
         vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False,
         initial_alphabet=[chr(i) for i in range(32, 127)] + ["\n"],
     )  # fmt: skip
-    tokenizer.train_from_iterator(
-        ["Doc 1(Title: Bel) a city", "<think> Who is it? </think> <answer> x </answer>"], trainer
-    )
+    tokenizer.train_from_iterator(["Doc 1(Title: Bel) a city", "<think> Who is it? </think> <answer> x </answer>"], trainer)
     added = [t for t in TAGS if "tool_" in t]
     tokenizer.add_tokens([AddedToken(token, normalized=normalized) for token in added])
     control = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -133,9 +131,7 @@ class _Finds:
     def search(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
         found = [self.texts.get(query) for query in queries]  # none where an attack has made another search of it
         harmless = Passage(id="2", title="Fen", text="Fen is old.")
-        return [
-            [] if text is None else [Passage(id="1", title=text, text=f"A {text} city."), harmless] for text in found
-        ]
+        return [[] if text is None else [Passage(id="1", title=text, text=f"A {text} city."), harmless] for text in found]
 
 
 _LIMITS = RolloutConfig(max_searches=2, max_action_tokens=20_000, max_observation_tokens=8_000, max_tokens=90_000)

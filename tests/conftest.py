@@ -98,9 +98,7 @@ def tiny_retriever() -> TinyRetriever:
 
 
 @pytest.fixture
-def prepare_verb(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
+def prepare_verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Runs ``search-e1 data prepare WORDS`` in 80 columns: exit status, output, errors."""
 
     def run(*words: object) -> tuple[int, str, str]:

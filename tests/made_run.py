@@ -76,9 +76,7 @@ def _turn(text: str, kind: ActionKind, argument: str | None, seen: str = "", pas
 class _Maker:
     def __init__(self, root: Path, words: int, rng: random.Random, replace: dict[str, str]) -> None:
         self.root, self.words, self.rng, self.replace = root, words, rng, replace
-        self.vocabulary = [
-            "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(8_000)
-        ]
+        self.vocabulary = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(8_000)]
         # As words are spread in any language.
         self.weights = list(accumulate(1 / (rank + 2) for rank in range(len(self.vocabulary))))
         self.clock = 1_000.0
@@ -135,9 +133,7 @@ class _Maker:
 
     def trained(self, kind: str, round: int, asked: Sequence[Question]) -> None:
         if kind == "grpo":
-            self.artifact(
-                f"grpo-{round}", _steps("reward", "searches", "sampled_tokens", "mixed", "entropy", "grad_norm")
-            )
+            self.artifact(f"grpo-{round}", _steps("reward", "searches", "sampled_tokens", "mixed", "entropy", "grad_norm"))
             return
         figures = {"questions": 10, "em": 0.5, "tokens": 30.0}
         self.artifact(f"pool-{round}", lambda out: figures)
@@ -147,9 +143,7 @@ class _Maker:
         ]  # fmt: skip
         self.artifact(f"pairs-{round}", _pairs(pairs))
         self.artifact(f"lead-{round}", _lead(pairs))
-        self.artifact(
-            f"ofsd-{round}", _steps("loss", "grad_norm", result={"positions": 700, "kl_first": 0.4, "kl_last": 0.2})
-        )
+        self.artifact(f"ofsd-{round}", _steps("loss", "grad_norm", result={"positions": 700, "kl_first": 0.4, "kl_last": 0.2}))
 
     def artifact(self, name: str, make: runs.Make) -> None:
         runs.artifact(

@@ -44,9 +44,7 @@ class Script(BatchEngine):
         return [Generation(tuple(self.tokenizer.encode(turn))) for turn in turns]
 
 
-def scripted(
-    policy: Policy, question: Question, scripts: list[list[str]], limits: RolloutConfig = LIMITS
-) -> list[Trajectory]:
+def scripted(policy: Policy, question: Question, scripts: list[list[str]], limits: RolloutConfig = LIMITS) -> list[Trajectory]:
     begin = starts(policy.tokenizer, policy.prompts, [question], len(scripts))
     generator = Script(policy.tokenizer, scripts)
     return rollout(generator, TinyRetriever(PASSAGES), begin, limits, temperature=1.0, seed=0, prompts=policy.prompts)

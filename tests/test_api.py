@@ -11,9 +11,7 @@ def test_a_policy_and_an_index_answer_from_strings(tmp_path):
     config = search_e1.load_config(QUICKSTART, ["--rollout.topk", "1"])
     assert config.rollout.topk == 1
     passages = [
-        search_e1.Passage(
-            id=str(i), title=name, text=f"{name} is a film with director {director} and studio Buta Monvok."
-        )
+        search_e1.Passage(id=str(i), title=name, text=f"{name} is a film with director {director} and studio Buta Monvok.")
         for i, (name, director) in enumerate([("Talu Womgorn", "Fuki Zixtim"), ("Togi Bex", "Tira Tertim")])
     ]
     search_e1.Bm25Index.build(passages, tmp_path / "index")

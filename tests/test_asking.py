@@ -61,9 +61,7 @@ def test_ids_are_told_as_they_are_sampled(tiny_policy, tiny_retriever) -> None:
     special = tiny_policy.tokenizer.all_special_ids
     said = ([i for i in turn.action_ids if i not in special] for turn in t.turns)
     assert len(heard) > 3
-    assert "".join(heard) == "".join(
-        tiny_policy.tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}") for ids in said
-    )
+    assert "".join(heard) == "".join(tiny_policy.tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}") for ids in said)
 
 
 def verb(monkeypatch, capsys, *words: str, stdin: str = "", terminal: bool = False) -> tuple[int, str, str]:

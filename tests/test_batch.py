@@ -24,9 +24,7 @@ def by_hand(**fields) -> Sample:
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_batch_by_hand(packed):
     one = by_hand(advantages=(0.1, 0.2, 9.0, 0.4), teacher_prompt_ids=(1, 2, 3, 4, 5))
-    two = by_hand(
-        prompt_ids=(8,), response_ids=(31, 32), action_mask=(0, 1), advantages=(9.0, 0.6), teacher_prompt_ids=(9,)
-    )
+    two = by_hand(prompt_ids=(8,), response_ids=(31, 32), action_mask=(0, 1), advantages=(9.0, 0.6), teacher_prompt_ids=(9,))
     batch = make_batch([one, two], [[0.25, 0.25, 0.25], [0.5]], packed=packed)
     assert batch.targets.tolist() == [11, 12, 14, 32]
     assert batch.advantages.tolist() == pytest.approx([0.1, 0.2, 0.4, 0.6])

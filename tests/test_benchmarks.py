@@ -226,9 +226,7 @@ def test_the_hub_is_read_by_datasets_itself(collection: Path, tmp_path: Path) ->
             return json.loads(done.stdout.splitlines()[-1])
 
         no = ("--out", str(tmp_path / "no"), "--eval")
-        made, missing, no_revision = run(
-            ("--out", str(out), *sources), (*no, "triviaqa"), (*no, "nq", "--revision", "v9")
-        )
+        made, missing, no_revision = run(("--out", str(out), *sources), (*no, "triviaqa"), (*no, "nq", "--revision", "v9"))
         environment.update(HF_HUB_OFFLINE="1")
         offline = tmp_path / "offline"
         again, stale = run(("--out", str(offline), *sources), (*no, "nq", "--revision", "0" * 40))

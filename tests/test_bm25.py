@@ -40,9 +40,7 @@ WORDS = [
 def passages(n: int = 300, seed: int = 0) -> list[Passage]:
     rng = random.Random(seed)
     return [
-        Passage(
-            id=f"p{i}", title=" ".join(rng.choices(WORDS, k=2)), text=" ".join(rng.choices(WORDS, k=rng.randint(3, 30)))
-        )
+        Passage(id=f"p{i}", title=" ".join(rng.choices(WORDS, k=2)), text=" ".join(rng.choices(WORDS, k=rng.randint(3, 30))))
         for i in range(n)
     ]
 
@@ -165,9 +163,7 @@ def test_it_goes_on_after_a_kill_and_ends_the_same(tmp_path: Path, monkeypatch: 
 
     counted: list[tuple[int, int]] = []
     count = bm25_build.count
-    monkeypatch.setattr(
-        bm25_build, "count", lambda at, start, stop: counted.append((start, stop)) or count(at, start, stop)
-    )
+    monkeypatch.setattr(bm25_build, "count", lambda at, start, stop: counted.append((start, stop)) or count(at, start, stop))
     killed_at("passages")
     killed_at("words")
     killed_at("postings")
@@ -236,9 +232,7 @@ def test_the_files_are_bm25s_own_to_the_bit(
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("lookup", [0, 16, 10**6])
-def test_scores_are_bm25s_own_to_the_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, lookup: int
-) -> None:
+def test_scores_are_bm25s_own_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, lookup: int) -> None:
     """Whatever is looked up or added up, rare and common words, repeated words, ties, more asked for than there is."""
     monkeypatch.setattr(bm25, "_LOOKUP", lookup)
     rng = np.random.default_rng(seed)

@@ -116,9 +116,7 @@ def test_a_changed_answer_is_not_trusted(path: Path, caplog) -> None:
         cached.search(["a", "b"], 1)
     with sqlite3.connect(path / "cache.db") as file:
         stored = file.execute("SELECT rowid, value FROM Cache").fetchall()
-        file.executemany(
-            "UPDATE Cache SET value = ? WHERE rowid = ?", [(v.replace(b'"t"', b'"u"'), i) for i, v in stored]
-        )
+        file.executemany("UPDATE Cache SET value = ? WHERE rowid = ?", [(v.replace(b'"t"', b'"u"'), i) for i, v in stored])
     with caplog.at_level(logging.WARNING), CachedRetriever(retriever, path, "index") as cached:
         assert cached.search(["a", "b"], 1) == [retriever.found("a")[:1], retriever.found("b")[:1]]
         assert caplog.text.count("a damaged result in the query cache") == 1
@@ -202,9 +200,7 @@ def test_threads_share_one(path: Path) -> None:
     retriever = Counting()
     with CachedRetriever(retriever, path, "index") as cached, ThreadPoolExecutor(8) as pool:
         found = pool.map(lambda i: cached.search([f"q{i % 7}", f"q{i % 5}"], 1), range(100))
-        assert [[p[0].id for p in passages] for passages in found] == [
-            [f"q{i % 7}-0", f"q{i % 5}-0"] for i in range(100)
-        ]
+        assert [[p[0].id for p in passages] for passages in found] == [[f"q{i % 7}-0", f"q{i % 5}-0"] for i in range(100)]
 
 
 def test_processes_share_one(path: Path) -> None:

@@ -126,9 +126,21 @@ def test_a_duplicate_id_names_both_lines(project, monkeypatch, capsys):
 
 
 def test_a_stage_before_its_time_is_refused(project, monkeypatch, capsys):
-    status, _, err = run(monkeypatch, capsys, "pairs", "--config", project / "config.toml")
-    assert status == 2
-    assert "pool-1: not made yet" in err
+    for words, missing in (
+        (("pairs", "mine"), "grpo-1"),
+        (("pairs", "mine", "--policy", "small"), "pool-1"),
+        (("lead", "--policy", "small"), "pairs-1"),
+        (("distill", "--policy", "small"), "pairs-1"),
+    ):
+        status, _, err = run(monkeypatch, capsys, *words, "--config", project / "config.toml")
+        assert status == 2
+        assert f"{missing}: not made yet; run its stage first, or name another artifact\n" in err
+        assert len(err.splitlines()) == 1
+    for words in (("grpo", "--round", 2), ("rollout", "--round", 2, "--grpo.steps", 0)):
+        status, _, err = run(monkeypatch, capsys, *words, "--config", project / "config.toml")
+        assert status == 2
+        assert "round 1 is not made yet; run its stages first, or give --policy\n" in err
+    assert not [path for path in (project / "run").iterdir() if path.is_dir()]
 
 
 def test_a_missing_config_is_one_line(monkeypatch, capsys):
@@ -205,9 +217,7 @@ def test_an_endpoint_is_evaluated_and_marked(project, monkeypatch, capsys):
 
 
 def test_tools_that_a_chat_template_does_not_know_are_refused_before_the_work(project, monkeypatch, capsys):
-    status, _, err = run(
-        monkeypatch, capsys, "grpo", "--config", project / "config.toml", "--prompts.protocol", "tools"
-    )
+    status, _, err = run(monkeypatch, capsys, "grpo", "--config", project / "config.toml", "--prompts.protocol", "tools")
     assert status == 2
     assert err == (
         'search-e1: prompts.protocol = "tools": the policy\'s chat template knows no tools; use another model, or protocol = '

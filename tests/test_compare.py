@@ -155,9 +155,7 @@ def test_other_questions_are_named_and_refused(run, tmp_path):
 def test_mixed_protocols_are_named_and_refused(run, tmp_path):
     base = both(run)[0]
     other = load(made(tmp_path / "other", AFTER, limits={**LIMITS, "topk": 5}, retrieval="def"), "other")
-    with pytest.raises(
-        ConfigError, match=r"retrieval \(abc for base, def for other\), rollout.topk \(3 for base, 5 for"
-    ):
+    with pytest.raises(ConfigError, match=r"retrieval \(abc for base, def for other\), rollout.topk \(3 for base, 5 for"):
         compare([base, other], common=True)
     assert compare([base, other], allow_mixed=True).notes[0].startswith("mixed protocols: retrieval")
     batches = load(made(tmp_path / "batches", AFTER, limits={**LIMITS, "batch_size": 99}), "batches")
@@ -240,9 +238,7 @@ def test_latex_is_escaped_and_stars_what_is_significant(tmp_path):
     text = to_latex(compare([one, two]), False)
     assert r"a\_1 & 0.0 {\scriptsize [0.0, 0.0]} \\" in text
     assert r"b\&c & 100.0$^{*}$ {\scriptsize [100.0, 100.0]} \\" in text
-    assert (
-        to_csv(compare([one, two]), False).splitlines()[0].startswith("benchmark,policy,source,n,em,em_low,em_high,f1")
-    )
+    assert to_csv(compare([one, two]), False).splitlines()[0].startswith("benchmark,policy,source,n,em,em_low,em_high,f1")
 
 
 def test_numbers_are_written_plainly():

@@ -37,9 +37,7 @@ def refusal(path: Path) -> str:
 
 
 def test_both_forms_of_a_line(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "c.jsonl", GOOD, {"id": 1, "title": "Fen", "text": "A city."}, {"id": "2", "contents": "No title."}
-    )
+    path = write(tmp_path / "c.jsonl", GOOD, {"id": 1, "title": "Fen", "text": "A city."}, {"id": "2", "contents": "No title."})
     expected = [
         Passage(id="0", title="Bel", text="Bel is a city.\nIt is old."),
         Passage(id="1", title="Fen", text="A city."),
@@ -98,9 +96,7 @@ def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path).startswith(f"{tmp_path}: no passages in it")
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "README.md").write_text("x")
-    assert refusal(tmp_path / "only").startswith(
-        f"{tmp_path / 'only'}: no file in it that could be a corpus; give a file"
-    )
+    assert refusal(tmp_path / "only").startswith(f"{tmp_path / 'only'}: no file in it that could be a corpus; give a file")
 
 
 def test_the_checksum_is_of_the_bytes(tmp_path: Path) -> None:
@@ -146,9 +142,7 @@ def test_parquet(tmp_path: Path) -> None:
     none = table(tmp_path / "none.parquet", [{"id": "a", "contents": "x"}, {"id": "b", "contents": None}])
     assert refusal(none).startswith(f"{none}:2: field 'contents' is NoneType, not text;")
     other = table(tmp_path / "other.parquet", [{"docid": "a", "body": "x"}])
-    assert refusal(other).startswith(
-        f"{other}: its columns are docid, body; needed are id and contents, or id, title and text"
-    )
+    assert refusal(other).startswith(f"{other}: its columns are docid, body; needed are id and contents, or id, title and text")
     path.write_bytes(path.read_bytes()[:-9])
     assert refusal(path).startswith(f"{path}: cannot be read (")
     assert "no.parquet: cannot be read (" in refusal(tmp_path / "no.parquet")
@@ -205,9 +199,7 @@ def test_bad_lines_are_left_out_and_counted(tmp_path: Path) -> None:
         list(Corpus(write(tmp_path / "bad.jsonl", "{"), skip_bad_lines=True))
 
 
-@pytest.mark.parametrize(
-    ("text", "length"), [("x" * 10 * 2**20, "more than 6,356,992"), ("x" * 2**20 + "y", "1,048,577")]
-)
+@pytest.mark.parametrize(("text", "length"), [("x" * 10 * 2**20, "more than 6,356,992"), ("x" * 2**20 + "y", "1,048,577")])
 def test_a_passage_of_megabytes(tmp_path: Path, text: str, length: str) -> None:
     path = write(tmp_path / "c.jsonl", GOOD, {"id": "1", "contents": text}, {"id": "2", "contents": "x"})
     message = refusal(path)
@@ -261,9 +253,7 @@ def test_a_data_set_of_the_hub_is_streamed(tmp_path: Path) -> None:
         words = ["--corpus", "some/repository", "--out", str(tmp_path / "made")]
         done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert list(Passages.open(tmp_path / "made")) == [
-        Passage(id=str(i), title="", text=f"stone {i}") for i in range(500)
-    ]
+    assert list(Passages.open(tmp_path / "made")) == [Passage(id=str(i), title="", text=f"stone {i}") for i in range(500)]
     assert not list((tmp_path / "home").rglob("*.arrow"))  # nothing was copied first
     assert {path.name for path in tmp_path.iterdir()} == {"hub", "home", "made"}
 

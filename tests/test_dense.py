@@ -26,8 +26,7 @@ QUERIES = ["the capital of the river", "running mayor", "", "old bridges", "the 
 def passages(n: int = 300, seed: int = 0) -> list[Passage]:
     rng = random.Random(seed)
     return [
-        Passage(id=f"p{i}", title=rng.choice(WORDS), text=" ".join(rng.choices(WORDS, k=rng.randint(1, 6))))
-        for i in range(n)
+        Passage(id=f"p{i}", title=rng.choice(WORDS), text=" ".join(rng.choices(WORDS, k=rng.randint(1, 6)))) for i in range(n)
     ]
 
 

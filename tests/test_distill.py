@@ -70,9 +70,7 @@ def test_other_divergences_and_all_weights_fall_as_well(tiny_policy, tmp_path, s
     torch.manual_seed(1)
     figures = run_distill(tiny_policy, pairs_of(tiny_policy, 8), tmp_path, **{**DISTILL, **settings}, epochs=15)
     assert figures["kl_last"] < 0.7 * figures["kl_first"]
-    moved = not torch.equal(
-        tiny_policy.model.model.embed_tokens.weight, make_tiny_policy().model.model.embed_tokens.weight
-    )
+    moved = not torch.equal(tiny_policy.model.model.embed_tokens.weight, make_tiny_policy().model.model.embed_tokens.weight)
     assert moved == (settings.get("weights") == "all")
 
 

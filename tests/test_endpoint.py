@@ -186,7 +186,5 @@ def test_an_evaluation(tmp_path) -> None:
     with misbehaving(reply) as server:
         generator = EndpointEngine(Endpoint(server.url, "m"), TAGS)
         config = EvaluationConfig(samples=0, latency=0)
-        found = evaluate(
-            generator, TinyRetriever(PASSAGES), {"b": questions}, TAGS, config, LIMITS, seed=0, out=tmp_path
-        )
+        found = evaluate(generator, TinyRetriever(PASSAGES), {"b": questions}, TAGS, config, LIMITS, seed=0, out=tmp_path)
     assert (found.em, found.tokens) == (0.5, 7)

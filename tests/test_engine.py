@@ -30,9 +30,7 @@ from search_e1.types import Question, Trajectory
 from trained import config_of
 
 PROMPTS = Prompts(instruction="Answer this after searching. Question: {question}\n", correction="\nNo.\n")
-QUESTIONS = [
-    Question(id=name, text=f"{name}?" * (1 + i), answers=("Bel",)) for i, name in enumerate(("Arda", "x", "Fen"))
-]
+QUESTIONS = [Question(id=name, text=f"{name}?" * (1 + i), answers=("Bel",)) for i, name in enumerate(("Arda", "x", "Fen"))]
 LIMITS = RolloutConfig(max_searches=2, topk=1, max_action_tokens=10, max_observation_tokens=60, max_tokens=400)
 SHAPE = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 FAMILIES = {
@@ -317,9 +315,7 @@ STOPS = st.sampled_from([STOP_STRINGS, ("</tool_call>",), ("é>", "日"), (" x",
 @settings(max_examples=80, deadline=None)
 @given(
     st.lists(
-        st.sampled_from(
-            ["<", "/", "search", ">", "</search", "</answer>", "é", "é>", "日", " x", "a", "ch>", "tool_call>"]
-        )
+        st.sampled_from(["<", "/", "search", ">", "</search", "</answer>", "é", "é>", "日", " x", "a", "ch>", "tool_call>"])
     ),
     STOPS,
     st.sampled_from(TOKENIZERS),

@@ -45,10 +45,7 @@ class Flipping(ScriptedEngine):
     def generate(self, requests, *, temperature, stop):
         done = super().generate(requests, temperature=temperature, stop=stop)
         wrong = tuple(self.tokenizer.encode("<answer>wrong</answer>"))
-        return [
-            Generation(wrong) if temperature and request.key % 2 else g
-            for request, g in zip(requests, done, strict=True)
-        ]
+        return [Generation(wrong) if temperature and request.key % 2 else g for request, g in zip(requests, done, strict=True)]
 
 
 def test_scores_by_hand(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:
@@ -58,9 +55,7 @@ def test_scores_by_hand(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> 
         generator, tiny_retriever, QUESTIONS, PROMPTS, EvaluationConfig(samples=2, temperature=0.5), LIMITS,
         seed=0, out=tmp_path, progress=lambda done, total, figure="": shown.append((done, total, figure)),
     )  # fmt: skip
-    tokens = {
-        text: sum(len(tiny_policy.tokenizer.encode(action)) for action in actions) for text, actions in SCRIPT.items()
-    }
+    tokens = {text: sum(len(tiny_policy.tokenizer.encode(action)) for action in actions) for text, actions in SCRIPT.items()}
     assert (result.n, result.em, result.searches) == (4, 0.5, 0.25)
     assert result.f1 == pytest.approx((1 + 2 / 3 + 0 + 1) / 4)
     assert result.tokens == sum(tokens.values()) / 4
@@ -99,9 +94,7 @@ def test_groups_are_written_in_order(tiny_policy: Policy, tiny_retriever, tmp_pa
 
 def test_without_samples_there_are_none(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:
     generator = ScriptedEngine(tiny_policy.tokenizer, SCRIPT)
-    result = evaluate(
-        generator, tiny_retriever, QUESTIONS, PROMPTS, EvaluationConfig(samples=0), LIMITS, seed=0, out=tmp_path
-    )
+    result = evaluate(generator, tiny_retriever, QUESTIONS, PROMPTS, EvaluationConfig(samples=0), LIMITS, seed=0, out=tmp_path)
     assert result.em_sampled is None
     assert [row.em_sampled for row in result.by_benchmark.values()] == [None, None]
     assert not (tmp_path / SAMPLED).exists()
@@ -110,9 +103,7 @@ def test_without_samples_there_are_none(tiny_policy: Policy, tiny_retriever, tmp
 def test_many_batches_score_as_one(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:
     many = {"nq": [q.model_copy(update={"id": f"{q.id}{i}"}) for i in range(20) for q in QUESTIONS["nq"]]}
     generator = ScriptedEngine(tiny_policy.tokenizer, SCRIPT)
-    result = evaluate(
-        generator, tiny_retriever, many, PROMPTS, EvaluationConfig(samples=0), LIMITS, seed=0, out=tmp_path
-    )
+    result = evaluate(generator, tiny_retriever, many, PROMPTS, EvaluationConfig(samples=0), LIMITS, seed=0, out=tmp_path)
     assert max(len(call["prompts"]) for call in generator.calls) == 4
     assert (result.n, result.em, result.searches) == (60, pytest.approx(1 / 3), pytest.approx(1 / 3))
 

@@ -22,7 +22,8 @@ from search_e1 import evolve, runs
 from search_e1.cli import main as cli
 from search_e1.cli.display import summary_table
 from search_e1.config import CheckpointsConfig, Config
-from search_e1.errors import RunError
+from search_e1.errors import ConfigError, DataError, RunError, SearchE1Error
+from search_e1.stages import tracking
 from taught import QUESTIONS, teach
 from test_report import report
 
@@ -109,7 +110,7 @@ def test_one_round_makes_every_stage_and_says_so(finished):
     settings, watch, summary = finished
     assert watch.worked == STAGES
     assert [p.stage for p in summary.policies] == ["base", "grpo-1", "ofsd-1"]
-    assert set(summary.seconds) == set(STAGES) - {"index", "recall"}
+    assert set(summary.seconds) == set(STAGES) - {"index"}
     stored = json.loads((settings.run / "summary.json").read_text())
     assert [p["stage"] for p in stored["policies"]] == ["base", "grpo-1", "ofsd-1"]
     assert {"em", "em_sampled", "searches", "tokens", "by_hops"} <= set(stored["policies"][0])
@@ -127,9 +128,7 @@ def test_each_policy_is_another_one_and_loads_anywhere(finished, project):
         assert before.keys() == after.keys()
         assert any(not torch.equal(before[name], after[name]) for name in before)
     assert AutoModelForCausalLM.from_pretrained(files[-1]).num_parameters() > 0
-    assert all(
-        (path / "search_e1.json").read_text() == (project / "policy" / "search_e1.json").read_text() for path in files
-    )
+    assert all((path / "search_e1.json").read_text() == (project / "policy" / "search_e1.json").read_text() for path in files)
 
 
 def test_the_report_shows_what_the_run_made(finished, tmp_path):
@@ -142,9 +141,7 @@ def test_the_report_shows_what_the_run_made(finished, tmp_path):
     costs = {cost["stage"]: cost for cost in overview["costs"]}
     assert {name: costs[name]["seconds"] for name in summary.seconds} == summary.seconds
     assert all(cost["sampled_tokens"] for name, cost in costs.items() if name.split("-")[0] in ("grpo", "pool", "lead"))
-    groups = [
-        json.loads(line) for line in (settings.run / "evaluation-base" / "sampled.jsonl").read_text().splitlines()
-    ]
+    groups = [json.loads(line) for line in (settings.run / "evaluation-base" / "sampled.jsonl").read_text().splitlines()]
     sampled = sum(len(turn["action_ids"]) for g in groups for t in g["trajectories"] for turn in t["turns"])
     greedy = sum(t["tokens"] for t in records["trajectories"] if t["stage"] == "base")
     assert costs["evaluation-base"]["sampled_tokens"] == sampled + greedy
@@ -152,9 +149,7 @@ def test_the_report_shows_what_the_run_made(finished, tmp_path):
     assert measured
     divergences = [kl for pair in records["pairs"] for kl in pair["kl"]["kl"]]
     assert sum(divergences) == pytest.approx(sum(part.tokens * part.mean for part in measured.kl.values()), rel=1e-4)
-    assert all(
-        "".join(p["kl"]["pieces"]) == "".join(t["text"] for t in p["student"]["turns"]) for p in records["pairs"]
-    )
+    assert all("".join(p["kl"]["pieces"]) == "".join(t["text"] for t in p["student"]["turns"]) for p in records["pairs"])
 
 
 def test_without_distillation_a_round_is_grpo_alone(finished, tmp_path):
@@ -163,9 +158,7 @@ def test_without_distillation_a_round_is_grpo_alone(finished, tmp_path):
     watch, settings = Watch(), whole.model_copy(update={"run": tmp_path / "run", "ofsd": "never"})
     alone = evolve.train(settings, watch, branch_of=whole.run)
     assert watch.worked == []
-    assert [(p.stage, p.em, p.tokens) for p in alone.policies] == [
-        (p.stage, p.em, p.tokens) for p in summary.policies[:2]
-    ]
+    assert [(p.stage, p.em, p.tokens) for p in alone.policies] == [(p.stage, p.em, p.tokens) for p in summary.policies[:2]]
     assert alone.rounds == {}
     overview, _ = report(settings.run, tmp_path / "report.html")
     assert overview["finished"]
@@ -194,9 +187,7 @@ def test_a_second_call_does_no_work(finished):
     watch = Watch()
     assert evolve.train(settings, watch) == summary
     assert watch.worked == []
-    assert before == {
-        p: p.stat().st_mtime_ns for p in settings.run.rglob("*") if p.is_file() and p.parent != settings.run
-    }
+    assert before == {p: p.stat().st_mtime_ns for p in settings.run.rglob("*") if p.is_file() and p.parent != settings.run}
 
 
 def test_a_run_that_is_killed_again_and_again_ends_the_same_to_the_bit(finished, project, tmp_path):
@@ -206,7 +197,7 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same_to_the_bit(finished,
     settings = config(project, tmp_path / "run").model_copy(update={"checkpoints": CheckpointsConfig(**saving)})
     kills = [
         ("evaluation-base", 4), ("grpo-1", 2), ("evaluation-grpo-1", 0), ("pool-1", 20), ("lead-1", 2), ("ofsd-1", 1),
-        ("ofsd-1", 3), ("evaluation-ofsd-1", 6),
+        ("ofsd-1", 2), ("evaluation-ofsd-1", 6),
     ]  # fmt: skip
     for at in kills:
         watch = Watch(at, then=lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -214,9 +205,7 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same_to_the_bit(finished,
     evolve.train(settings)
     assert dict(kills_benchmark.content(settings.run)) == dict(kills_benchmark.content(whole.run))
     attempts = {
-        stage: runs.read(settings.run / stage).manifest.attempts
-        for stage in STAGES
-        if stage not in ("index", "recall")
+        stage: runs.read(settings.run / stage).manifest.attempts for stage in STAGES if stage not in ("index", "recall")
     }
     expected = dict.fromkeys(attempts, 1)
     for stage, _ in kills:
@@ -245,9 +234,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     assert told.endswith(f"search-e1: stopped by {signum.name}; run the same command again to go on\n")
     work = run / ".grpo-1.partial" / ".work"
     assert [path.name for path in work.glob("step-*")] == ["step-0000000001"]
-    monkeypatch.setattr(
-        "search_e1.cli.display.watch", lambda *_: Watch(("evaluation-grpo-1", 0), then=lambda: sys.exit(7))
-    )
+    monkeypatch.setattr("search_e1.cli.display.watch", lambda *_: Watch(("evaluation-grpo-1", 0), then=lambda: sys.exit(7)))
     assert end([fork(cli.main)]) == [7]
     weights = "grpo-1/policy/model.safetensors"
     assert (run / weights).read_bytes() == (whole.run / weights).read_bytes()
@@ -272,3 +259,105 @@ def test_a_run_directory_of_another_config_is_refused(finished, project):
     with pytest.raises(RunError, match=r"seed: 1 there, 2 given"):
         evolve.train(changed)
     assert sorted(settings.run.rglob("*")) == before
+
+
+def test_a_stage_says_what_it_was_made_of(finished, project):
+    """Names of settings and inputs: what decides whether an artifact may be used again."""
+    settings, _, _ = finished
+    manifests = {stage: runs.read(settings.run / stage).manifest for stage in STAGES}
+    always = {"policy", "prompts"}
+    assert {stage: set(made.settings) - always for stage, made in manifests.items()} == {
+        "index": set(),
+        "recall": {"rollout", "data.max_eval"},
+        **{f"evaluation-{name}": {"evaluation", "rollout", "data.max_eval"} for name in ("base", "grpo-1", "ofsd-1")},
+        "grpo-1": {"grpo", "rollout", "reference"},
+        "pool-1": {"pool", "rollout"},
+        "pairs-1": {"reference", "pairs", "lead"},
+        "lead-1": {"lead", "rollout"},
+        "ofsd-1": {"distill"},
+    }
+    assert all(always <= made.settings.keys() for stage, made in manifests.items() if stage != "index")
+    sampled = {"policy", "retrieval", "train.0", "max_train"}
+    evaluated = {"policy", "retrieval", "eval.tiny", "recall"}
+    assert {stage: set(made.inputs) for stage, made in manifests.items()} == {
+        "index": {"corpus"},
+        "recall": {"retrieval", "eval.tiny"},
+        "evaluation-base": evaluated,
+        "evaluation-grpo-1": evaluated,
+        "evaluation-ofsd-1": evaluated,
+        "grpo-1": sampled,
+        "pool-1": sampled,
+        "pairs-1": {"policy", "reader", "pool"},
+        "lead-1": sampled | {"pairs"},
+        "ofsd-1": {"policy", "pairs"},
+    }
+    trained = runs.checksum(settings.run / "grpo-1" / "policy")
+    assert {manifests[stage].inputs["policy"] for stage in ("pool-1", "pairs-1", "lead-1", "ofsd-1")} == {trained}
+    assert manifests["grpo-1"].inputs["policy"] == runs.checksum(project / "policy")
+    seeds = {stage: made.seed for stage, made in manifests.items() if stage != "index"}
+    assert seeds == {stage: runs.derived_seed(1, "evaluation" if stage.startswith("evaluation") else stage) for stage in seeds}
+
+
+def test_each_checksum_is_computed_once(finished, monkeypatch):
+    settings, _, _ = finished
+    asked: list[Path] = []
+    checksum = runs.checksum
+    monkeypatch.setattr(runs, "checksum", lambda path: asked.append(path) or checksum(path))
+    evolve.train(settings)
+    policies = [path for path in asked if path.name == "policy"]
+    assert len(policies) == len(set(policies)) == 3
+
+
+MISTAKES = {
+    "grpo.objective": ({"grpo": {"objective": "gropo"}}, "did you mean 'grpo'"),
+    "distill.objective": ({"distill": {"objective": "sff"}}, "did you mean 'sft'"),
+    "own objective": ({"distill": {"objective": "nowhere:Objective"}}, "distill.objective = 'nowhere:Objective'"),
+    "tracker": ({"tracking": {"report_to": ["tensorbord"]}}, "did you mean 'tensorboard'"),
+    "tracker not installed": ({"tracking": {"report_to": ["wandb"]}}, "pip install wandb"),
+    "too few questions": ({"grpo": {"questions_per_step": 99}}, r"questions_per_step = 99, but there are 3"),
+    "retriever": ({"retrieval": {"kind": "nowhere:Retriever"}}, "retrieval.kind = 'nowhere:Retriever'"),
+    "engine": ({"rollout": {"engine": "vlm"}}, r"^rollout\.engine = .vlm.: "),
+    "vLLM": ({"rollout": {"engine": "vllm"}}, "vLLM is not installed"),
+    "vLLM server": (
+        {"rollout": {"engine": "vllm"}, "vllm": {"url": "http://127.0.0.1:9"}},
+        r"^vllm\.url: GRPO changes",
+    ),
+    "model": ({"policy": {"model": "./nothing"}}, "no such directory"),
+    "context": ({"rollout": {"max_tokens": 8}}, "raise rollout.max_tokens"),
+    "demonstrations": (
+        {"pairs": {"references_by": "gold"}, "data": {"demonstrations": "nothing.jsonl"}},
+        "nothing.jsonl",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_of_any_stage_is_found_before_the_first(project, tmp_path, monkeypatch, mistake):
+    """No stage begins, and the directory belongs to nobody: the mended config may differ in all."""
+    changes, message = MISTAKES[mistake]
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    sound = config(project, tmp_path / "run")
+    whole = sound.model_dump()
+    wrong = Config.model_validate(whole | {"seed": 7} | {name: {**whole[name], **part} for name, part in changes.items()})
+    watch = Watch()
+    with pytest.raises(SearchE1Error, match=message) as error:
+        evolve.train(wrong, watch)
+    assert "\n" not in str(error.value)
+    assert set(watch.worked) <= {"index"}
+    assert {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()} <= {"index"}
+
+    def begins() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evolve.train(sound, Watch(("recall", 0), begins))
+
+
+def test_two_questions_with_one_id(project, tmp_path):
+    rows = (project / "questions.jsonl").read_text()
+    (tmp_path / "more.jsonl").write_text(rows)
+    settings = config(project, tmp_path / "run")
+    twice = settings.data.model_copy(update={"train": (*settings.data.train, tmp_path / "more.jsonl")})
+    with pytest.raises((ConfigError, DataError), match="id"):
+        evolve.train(settings.model_copy(update={"data": twice}))
+    assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir()]

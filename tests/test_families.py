@@ -67,9 +67,7 @@ def test_a_family_rolls_out_and_trains(family: str, protocol: str, tmp_path, mon
     assert sorted(turn.action_ids for t in done for turn in t.turns) == sorted(sampled)
     for t in done:
         with torch.no_grad():
-            logits = policy.model(torch.tensor([[*t.prompt_ids, *t.response_ids]])).logits[
-                0, len(t.prompt_ids) - 1 : -1
-            ]
+            logits = policy.model(torch.tensor([[*t.prompt_ids, *t.response_ids]])).logits[0, len(t.prompt_ids) - 1 : -1]
         logprobs = torch.log_softmax(logits, -1).gather(1, torch.tensor(t.response_ids)[:, None])[:, 0]
         recorded_logprobs = torch.tensor([x for turn in t.turns for x in turn.sampling_logprobs or ()])
         mask = torch.tensor(t.action_mask, dtype=torch.bool)

@@ -19,9 +19,7 @@ def test_the_first_token_of_a_broken_policy_raises(tiny_policy, kind, temperatur
     assert len(generate(engine, [prompt], **sampled)[0].ids) == 4
     with torch.no_grad():
         tiny_policy.model.model.norm.weight[3] = torch.nan
-    with pytest.raises(
-        ModelError, match=r"not finite while sampling with policy\.dtype = 'float32'; set it to bfloat16"
-    ):
+    with pytest.raises(ModelError, match=r"not finite while sampling with policy\.dtype = 'float32'; set it to bfloat16"):
         generate(engine, [prompt, prompt], **sampled)
     assert tiny_policy.model.training  # given back as it was
 

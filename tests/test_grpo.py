@@ -121,9 +121,7 @@ def test_the_first_step_is_the_gradient_of_the_groups_by_hand(policy, taught, tm
     assert record["searches"] == pytest.approx(sum(t.searches for t in trajectories) / 12)
     assert record["sampled_tokens"] == pytest.approx(sum(t.sampled_tokens for t in trajectories) / 12)
     assert record["answered"] == pytest.approx(sum(t.answer is not None for t in trajectories) / 12)
-    assert record["mixed"] == pytest.approx(
-        sum(len({t.reward for t in group.trajectories}) > 1 for group in spy.groups[0]) / 2
-    )
+    assert record["mixed"] == pytest.approx(sum(len({t.reward for t in group.trajectories}) > 1 for group in spy.groups[0]) / 2)
     assert "shaped_reward" not in record
     with torch.no_grad():
         replayed = torch.cat([-token_logprobs(taught.model, s)[list(s.positions)] for s in samples["replay"]]).mean()
@@ -132,9 +130,7 @@ def test_the_first_step_is_the_gradient_of_the_groups_by_hand(policy, taught, tm
             student = logprobs(taught.model, s.prompt_ids, s.response_ids)[list(s.positions)]
             teacher = logprobs(taught.model, s.teacher_prompt_ids, s.response_ids)[list(s.positions)]
             mixture = torch.log((student.exp() + teacher.exp()) / 2)
-            terms += (
-                0.5 * (teacher.exp() * (teacher - mixture) + student.exp() * (student - mixture)).sum(-1)
-            ).unbind()
+            terms += (0.5 * (teacher.exp() * (teacher - mixture) + student.exp() * (student - mixture)).sum(-1)).unbind()
         divergence = torch.stack(terms).mean().item()
     assert len(samples["replay"]) == 2
     assert len(terms) >= 6
@@ -152,10 +148,7 @@ def test_a_length_penalty_shapes_the_advantages_and_not_the_rewards(policy, tmp_
     run_grpo(policy, tmp_path, grpo={**GRPO, "steps": 1, "length_penalty": 0.5})
     (record,), (groups,) = lines(tmp_path), spy.groups
     shaped = [
-        [
-            t.reward + taken
-            for t, taken in zip(group.trajectories, length_penalties(group.trajectories, 0.5), strict=True)
-        ]
+        [t.reward + taken for t, taken in zip(group.trajectories, length_penalties(group.trajectories, 0.5), strict=True)]
         for group in groups
     ]
     assert {t.reward for group in groups for t in group.trajectories} == {0.0, 1.0}
@@ -269,9 +262,7 @@ def test_a_failing_retriever_stops_training(policy, tmp_path):
 
 
 def test_sizes_that_do_not_fit_are_refused(policy, tmp_path, monkeypatch):
-    with pytest.raises(
-        ConfigError, match=r"grpo\.questions_per_step = 4, but there are 3 training questions; lower it"
-    ):
+    with pytest.raises(ConfigError, match=r"grpo\.questions_per_step = 4, but there are 3 training questions; lower it"):
         run_grpo(policy, tmp_path, grpo={**GRPO, "questions_per_step": 4})
     with pytest.raises(DataError, match="same id"):
         check(GrpoConfig(questions_per_step=1), [*QUESTIONS, QUESTIONS[0]])
@@ -294,9 +285,7 @@ def test_an_engine_of_other_arithmetic_gives_its_log_probabilities():
     search = Turn(action_ids=(1, 2), action_text="s", kind=ActionKind.SEARCH, argument="s", observation_ids=(3, 3, 3),
                   sampling_logprobs=(-0.5, -0.25))  # fmt: skip
     answer = Turn(action_ids=(4,), action_text="a", kind=ActionKind.ANSWER, argument="a", sampling_logprobs=(-2.0,))
-    t = Trajectory(
-        question_id="q", prompt_ids=(9,), turns=(search, answer), stop_reason=StopReason.ANSWERED, answer="a"
-    )
+    t = Trajectory(question_id="q", prompt_ids=(9,), turns=(search, answer), stop_reason=StopReason.ANSWERED, answer="a")
     made = sample_of(t, 0.5, reweighed=True)
     assert made.sampling_logprobs == (-0.5, -0.25, 0.0, 0.0, 0.0, -2.0)
     assert made.advantages == (0.5,) * 6

@@ -102,9 +102,7 @@ def test_another_build_starts_over(tmp_path: Path, settings: dict | None) -> Non
         assert not (work.path / "part").exists()
 
 
-@pytest.mark.parametrize(
-    ("settings", "error"), [(SETTINGS, DataError("c.jsonl:3: not JSON")), (None, KeyboardInterrupt())]
-)
+@pytest.mark.parametrize(("settings", "error"), [(SETTINGS, DataError("c.jsonl:3: not JSON")), (None, KeyboardInterrupt())])
 def test_what_cannot_be_gone_on_with_is_removed(tmp_path: Path, settings: dict | None, error: BaseException) -> None:
     with pytest.raises(type(error)), building(tmp_path / "index", settings):
         raise error
@@ -172,9 +170,7 @@ def test_another_version_or_kind_and_damage_are_refused(tmp_path: Path) -> None:
     assert "an index of format 99, and this version reads 2" in refusal(made)
 
 
-@pytest.mark.parametrize(
-    "name", ["sub/scores", "passages.jsonl", "offsets.npy", "manifest.json", "manifest.json.sha256"]
-)
+@pytest.mark.parametrize("name", ["sub/scores", "passages.jsonl", "offsets.npy", "manifest.json", "manifest.json.sha256"])
 def test_a_flipped_bit_is_noticed_before_an_index_is_used(tmp_path: Path, name: str) -> None:
     finished(tmp_path / "index")
     verify(tmp_path / "index")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from made_pairs import make_pair, make_turn
 from search_e1.config import LeadConfig, RolloutConfig
 from search_e1.errors import DataError, NoLeadError
 from search_e1.rollout.engines.base import BatchEngine, Generation
@@ -11,7 +12,6 @@ from search_e1.selfdistill.profile import by_class, pair_kl, pieces
 from search_e1.text.prompts import plain_prompt, privileged_prompt
 from search_e1.text.tokens import TokenClass
 from search_e1.types import ActionKind, Question
-from made_pairs import make_pair, make_turn
 
 CONFIG = LeadConfig(samples=2)
 ROLLOUT = RolloutConfig(max_action_tokens=60, max_tokens=900, topk=1)
@@ -28,9 +28,7 @@ class Copier(BatchEngine):
 
     def generate(self, requests, *, temperature, stop):
         return [
-            Generation(
-                tuple(self.tokenizer.encode(self._act(self.tokenizer.decode(request.prompt)))[: request.max_new_tokens])
-            )
+            Generation(tuple(self.tokenizer.encode(self._act(self.tokenizer.decode(request.prompt)))[: request.max_new_tokens]))
             for request in requests
         ]
 
@@ -41,9 +39,7 @@ class Copier(BatchEngine):
 
 
 def pairs_of(policy, count=4):
-    return [
-        make_pair(policy, Question(id=f"q{i}", text=f"Mayor of Bel, {i}?", answers=("Cor Dun",))) for i in range(count)
-    ]
+    return [make_pair(policy, Question(id=f"q{i}", text=f"Mayor of Bel, {i}?", answers=("Cor Dun",))) for i in range(count)]
 
 
 def measured(policy, retriever, pairs, **kwargs) -> Lead:
@@ -216,9 +212,7 @@ def test_the_profile_adds_up(tiny_policy):
     assert profile[TokenClass.SEARCH].tokens == 3 * len("bel")
     assert sum(part.share for part in profile.values()) == pytest.approx(1)
     total = sum(part.tokens * part.mean for part in profile.values())
-    assert profile[TokenClass.TAG].share == pytest.approx(
-        profile[TokenClass.TAG].tokens * profile[TokenClass.TAG].mean / total
-    )
+    assert profile[TokenClass.TAG].share == pytest.approx(profile[TokenClass.TAG].tokens * profile[TokenClass.TAG].mean / total)
 
 
 def test_each_token_has_its_divergence_and_both_probabilities(tiny_policy):
@@ -281,10 +275,6 @@ def test_students_are_asked_with_their_own_prompt(tiny_policy, tiny_retriever):
     )
     pair = make_pair(tiny_policy)
     measure(tiny_policy, generator, tiny_retriever, [pair], CONFIG, ROLLOUT, temperature=1.0, seed=1)
-    assert (
-        seen[0]
-        == pair.student.prompt_ids
-        == plain_prompt(tiny_policy.tokenizer, tiny_policy.prompts, pair.question.text)
-    )
+    assert seen[0] == pair.student.prompt_ids == plain_prompt(tiny_policy.tokenizer, tiny_policy.prompts, pair.question.text)
     prefix = pair.student.turns[0]
     assert seen[2] == pair.student.prompt_ids + prefix.action_ids + prefix.observation_ids

@@ -131,9 +131,7 @@ def bring_code(model: Path, touched: Path, **config) -> None:
 
 def test_code_of_a_model_is_refused_and_the_key_that_allows_it_is_named(model: Path, touched: Path) -> None:
     bring_code(model, touched, model_type="evil")
-    assert refused(model).endswith(
-        "it brings code of its own; read that, and set policy.trust_remote_code = true to run it"
-    )
+    assert refused(model).endswith("it brings code of its own; read that, and set policy.trust_remote_code = true to run it")
     assert not touched.exists()
 
 

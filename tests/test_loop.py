@@ -158,9 +158,7 @@ def test_a_gradient_beyond_the_norm_is_cut_to_it(tiny, tmp_path, descent, share)
     _, gradient, _ = gradients(tiny, group(), grpo())
     norm = torch.stack([value.norm() for value in gradient.values()]).norm().item()
     config = TrainingConfig(max_grad_norm=share * norm)
-    (record,), model = run(
-        copy.deepcopy(tiny), [{"grpo": group()}], {"grpo": grpo()}, tmp_path, config, learning_rate=1.0
-    )
+    (record,), model = run(copy.deepcopy(tiny), [{"grpo": group()}], {"grpo": grpo()}, tmp_path, config, learning_rate=1.0)
     assert record["grad_norm"] == pytest.approx(norm, rel=1e-4)  # before the cut
     change = moved(model, weights(tiny))
     assert_near({n: change[n] for n in gradient}, {n: -min(1.0, share) * g for n, g in gradient.items()}, 1e-4)
@@ -215,9 +213,7 @@ def test_a_sample_without_advantage_makes_no_pass_and_counts_in_the_average(tiny
     idle = [sample(50 + i, 60, 40, advantage=0.0) for i in range(4)]
     config = TrainingConfig(max_grad_norm=float("inf"))
     rows = passes_of(monkeypatch)
-    _, model = run(
-        copy.deepcopy(tiny), [{"grpo": [*taught, *idle]}], {"grpo": grpo()}, tmp_path, config, learning_rate=1.0
-    )
+    _, model = run(copy.deepcopy(tiny), [{"grpo": [*taught, *idle]}], {"grpo": grpo()}, tmp_path, config, learning_rate=1.0)
     assert sum(rows) == len(taught) == 5
     _, gradient, _ = gradients(tiny, taught, grpo())
     change = moved(model, weights(tiny))
@@ -279,9 +275,7 @@ def room_for(model: Any, rows: int, backward: bool = False) -> Iterator[None]:
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("tokens", [16_384, 150])
-def test_where_memory_runs_out_the_update_is_the_same_in_halves(
-    tiny, tmp_path, descent, no_collection, backward, tokens
-):
+def test_where_memory_runs_out_the_update_is_the_same_in_halves(tiny, tmp_path, descent, no_collection, backward, tokens):
     """Also of the second of two updates, and where another objective's gradients were there already."""
     steps = [mixed_step(), mixed_step(100)]
     config = TrainingConfig(micro_batch_tokens=tokens)
@@ -290,9 +284,7 @@ def test_where_memory_runs_out_the_update_is_the_same_in_halves(
     )
     short = copy.deepcopy(tiny)
     with room_for(short, 1, backward):
-        halved, model = run(
-            short, steps, mixed(mini_batches=2), tmp_path / "short", config, mini_batches=2, learning_rate=0.1
-        )
+        halved, model = run(short, steps, mixed(mini_batches=2), tmp_path / "short", config, mini_batches=2, learning_rate=0.1)
     for record, expected in zip(halved, plain, strict=True):
         assert record.pop("halved") >= 1
         assert record == pytest.approx(expected, rel=1e-3, abs=1e-5)
@@ -353,15 +345,11 @@ class Spoiled(Sft):
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_batch(tiny, tmp_path):
     steps = [{"sft": [sample(1)]}, {"sft": [sample(2, 5, 31), sample(3, 5, 20), sample(4)]}]
     model = copy.deepcopy(tiny)
-    with pytest.raises(
-        TrainingError, match=r"step 2: the loss is nan; the batch is in .*bad_batch\.pt; lower the lear"
-    ):
+    with pytest.raises(TrainingError, match=r"step 2: the loss is nan; the batch is in .*bad_batch\.pt; lower the lear"):
         run(model, steps, {"sft": Spoiled()}, tmp_path, TrainingConfig(micro_batch_tokens=1))
     saved = torch.load(tmp_path / "bad_batch.pt", weights_only=False)
     assert saved["step"] == 1
-    assert saved["batch"].student.input_ids.tolist() == [
-        [*steps[1]["sft"][1].prompt_ids, *steps[1]["sft"][1].response_ids]
-    ]
+    assert saved["batch"].student.input_ids.tolist() == [[*steps[1]["sft"][1].prompt_ids, *steps[1]["sft"][1].response_ids]]
     assert [tuple(s["response_ids"]) for s in saved["samples"]["sft"]] == [s.response_ids for s in steps[1]["sft"]]
     _, once = run(copy.deepcopy(tiny), steps[:1], {"sft": Sft()}, tmp_path / "once")
     assert equal(weights(model), weights(once))  # the second step did nothing
@@ -411,9 +399,7 @@ def test_gradient_checkpointing_changes_nothing(tiny, tmp_path, adapters):
         config = TrainingConfig(gradient_checkpointing=checkpointing)
         model = spread(with_adapter(copy.deepcopy(tiny), LORA)) if adapters else copy.deepcopy(tiny)
         objectives = {"distill": SelfDistillation(DistillConfig())}
-        found.append(
-            run(model, [{"distill": group(4, teacher=9)}] * 2, objectives, tmp_path / str(checkpointing), config)
-        )
+        found.append(run(model, [{"distill": group(4, teacher=9)}] * 2, objectives, tmp_path / str(checkpointing), config))
     assert found[1][0][0] == pytest.approx(found[0][0][0], rel=1e-4)
     assert_near(weights(found[1][1]), weights(found[0][1]), 1e-4)
     finished = found[1][1]
@@ -421,9 +407,7 @@ def test_gradient_checkpointing_changes_nothing(tiny, tmp_path, adapters):
     assert not finished.get_input_embeddings()._forward_hooks
 
 
-@pytest.mark.parametrize(
-    "objective", [grpo(kl_coefficient=0.1), Sft(), Hindsight(1.0)], ids=lambda one: type(one).__name__
-)
+@pytest.mark.parametrize("objective", [grpo(kl_coefficient=0.1), Sft(), Hindsight(1.0)], ids=lambda one: type(one).__name__)
 def test_autocast_computes_in_bfloat16_and_trains_every_weight(tiny, objective):
     samples = group(4, teacher=9)
     exact = gradients(tiny, samples, objective)

@@ -204,9 +204,7 @@ def test_a_checkpoint_of_another_policy_is_refused(tmp_path):
     steps = [{"grpo": group()}] * 2
     objective = {"grpo": mixed()["grpo"]}
     with pytest.raises(Killed):
-        run(
-            model_of(False), steps, objective, tmp_path, checkpointer=saving(tmp_path / "kept"), source=Deadly(steps, 1)
-        )
+        run(model_of(False), steps, objective, tmp_path, checkpointer=saving(tmp_path / "kept"), source=Deadly(steps, 1))
     wider = opinionated(make_tiny_policy().model)
     wider.resize_token_embeddings(300)
     for other in (model_of(True), wider):

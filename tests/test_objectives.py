@@ -272,9 +272,9 @@ def test_figures_of_grpo_by_hand(tiny):
     assert figures["sampling_gap"] == pytest.approx(0.25, rel=1e-4)
     entropy = torch.cat(
         [
-            -(logprobs(tiny, s.prompt_ids, s.response_ids).exp() * logprobs(tiny, s.prompt_ids, s.response_ids)).sum(
-                -1
-            )[list(s.positions)]
+            -(logprobs(tiny, s.prompt_ids, s.response_ids).exp() * logprobs(tiny, s.prompt_ids, s.response_ids)).sum(-1)[
+                list(s.positions)
+            ]
             for s in samples
         ]
     )
@@ -297,9 +297,7 @@ def test_a_ratio_beyond_the_clip_has_no_gradient(tiny):
 
 def test_advantages_by_hand():
     # Mean 1/3; sample deviation sqrt((4/9 + 1/9 + 1/9) / 2) = 0.577350.
-    assert advantages([1.0, 0.0, 0.0]) == pytest.approx(
-        [2 / 3 / 0.577450, -1 / 3 / 0.577450, -1 / 3 / 0.577450], rel=1e-5
-    )
+    assert advantages([1.0, 0.0, 0.0]) == pytest.approx([2 / 3 / 0.577450, -1 / 3 / 0.577450, -1 / 3 / 0.577450], rel=1e-5)
     assert advantages([1.0, 0.0, 0.0], scaled=False) == pytest.approx([2 / 3, -1 / 3, -1 / 3])
     assert advantages([0.1] * 3) == [0.0] * 3
     assert advantages([1.0]) == [0.0]

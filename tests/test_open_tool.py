@@ -108,9 +108,7 @@ def test_which_passage_is_meant(key: str, found: str | None) -> None:
 
 def test_an_unknown_passage_is_said_and_the_last_turn_is_not_served() -> None:
     t = play(byte_tokenizer(), TAGS, *["<open>Doc 1</open>"] * 4)
-    assert [turn.observation_text for turn in t.turns] == [
-        "\n\n<information>\nNo such passage.\n</information>\n\n"
-    ] * 3 + [""]
+    assert [turn.observation_text for turn in t.turns] == ["\n\n<information>\nNo such passage.\n</information>\n\n"] * 3 + [""]
     assert t.stop_reason is StopReason.MAX_TURNS
 
 
@@ -180,9 +178,7 @@ def test_what_cannot_be_served_is_refused_in_one_line(tools: tuple[str, ...], me
 
 def test_calls_of_one_tool_are_answered_together_and_in_order() -> None:
     retriever = Opening(PASSAGES)
-    environment = Environment(
-        retriever, protocol_of(byte_tokenizer(), TAGS), TAGS, LIMITS.model_copy(update={"topk": 1})
-    )
+    environment = Environment(retriever, protocol_of(byte_tokenizer(), TAGS), TAGS, LIMITS.model_copy(update={"topk": 1}))
     calls = [ToolCall(tool, Call(key), "") for tool, key in (("search", "arda"), ("open", "Fen"), ("search", "ion"))]
     assert [reply["passage_ids"] for reply in environment.answer(calls)] == [("p1",), ("p4",), ("p5",)]
     assert retriever.queries == ["arda", "ion"]

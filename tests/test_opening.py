@@ -33,9 +33,7 @@ def stage(root: Path, name: str, settings: dict, calls: list[str] | None = None,
         (calls if calls is not None else []).append(name)
         return make(out)
 
-    return runs.artifact(
-        root / name, stage=name, settings=settings, inputs=inputs, seed=0, make=noted, defaults=default_of
-    )
+    return runs.artifact(root / name, stage=name, settings=settings, inputs=inputs, seed=0, make=noted, defaults=default_of)
 
 
 # What differs
@@ -71,9 +69,7 @@ def test_defaults_of_keys(path, default):
     assert default_of(path) == default
 
 
-@pytest.mark.parametrize(
-    "path", [("run",), ("policy", "model"), ("data", "eval", "nq"), ("data", "train"), ("x",)]
-)
+@pytest.mark.parametrize("path", [("run",), ("policy", "model"), ("data", "eval", "nq"), ("data", "train"), ("x",)])
 def test_what_has_no_default(path):
     with pytest.raises(LookupError):
         default_of(path)

@@ -19,9 +19,7 @@ def rates(steps=8, **config):
 def test_schedules_by_hand():
     assert rates() == [1.0] * 8
     assert rates(schedule="linear") == [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
-    assert rates(4, schedule="cosine") == pytest.approx(
-        [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2], abs=1e-6
-    )
+    assert rates(4, schedule="cosine") == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2], abs=1e-6)
     assert rates(warmup=0.5) == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
     assert rates(warmup=0.5, schedule="linear") == [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]
     assert rates(2, warmup=1.0) == [0.5, 1.0]

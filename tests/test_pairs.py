@@ -173,9 +173,7 @@ def test_a_sibling_that_does_not_fit_makes_room_for_the_next():
     def render(question, reference, student):
         if student == WRONG_FAR:
             return None
-        return (
-            RenderedReference("cut", (7,), True) if student == WRONG_NEAR else RenderedReference(reference.text, (8, 9))
-        )
+        return RenderedReference("cut", (7,), True) if student == WRONG_NEAR else RenderedReference(reference.text, (8, 9))
 
     fits, health = select([group(SHORT, LONG, WRONG_NEAR, WRONG_FAR)], PairsConfig(students=2), render)
     assert [(p.student, p.reference_shown, p.shortened, p.teacher_prompt_ids) for p in fits] == [
@@ -215,9 +213,7 @@ def test_ids_of_another_tokenizer_are_refused():
 
     check_tokenizer(Words(), [said(1, 2)], "pairs-1")
     for ids in ((2, 1), (1, 3)):
-        with pytest.raises(
-            DataError, match="pairs-1: sampled with another tokenizer: the ids of question 'q7'"
-        ) as refused:
+        with pytest.raises(DataError, match="pairs-1: sampled with another tokenizer: the ids of question 'q7'") as refused:
             check_tokenizer(Words(), [said(1, 2), said(*ids)], "pairs-1")
         assert "\n" not in str(refused.value)
 

@@ -93,9 +93,7 @@ def test_another_policy_is_refused_and_left_as_it_was(stages, tmp_path):
     sampled = pool(stages, policy)
     pairs = stages.pairs(policy, sampled, 1).path
     stages.run.retriever = TinyRetriever([])
-    told = (
-        rf"sampled by another policy than {other} \(checksum {checksum(Path(policy))[:12]} there, {before[:12]} given\)"
-    )
+    told = rf"sampled by another policy than {other} \(checksum {checksum(Path(policy))[:12]} there, {before[:12]} given\)"
     for refused in (
         lambda: stages.pairs(other, sampled, 2),
         lambda: stages.lead(other, pairs, 1),
@@ -145,9 +143,7 @@ def test_the_choice_of_what_is_shown_is_in_the_pairs(stages):
     made = changed(stages, reference={"shows": "none"}).pairs(policy, pool(stages, policy), 1)
     prompts = stages.run.load_reader(policy).prompts
     for pair in files.read(made.path / files.TRAIN):
-        assert pair.teacher_prompt_ids == privileged_prompt(
-            make_tiny_policy().tokenizer, prompts, pair.question.text, ""
-        )
+        assert pair.teacher_prompt_ids == privileged_prompt(make_tiny_policy().tokenizer, prompts, pair.question.text, "")
         assert pair.reference_shown == ""
     assert made.manifest.settings["reference"]["shows"] == "none"
 
@@ -158,9 +154,7 @@ def test_a_pool_of_groups_that_grpo_kept(stages, tmp_path):
     make_tiny_policy().save(policy)
     grpo = stages.config.grpo.model_dump() | {"keep_groups": True}
     taking = changed(stages, grpo=grpo, pool={"source": "grpo", "questions": 3})
-    with pytest.raises(
-        RunError, match=r"grpo/groups\.jsonl: missing; give a policy that GRPO has trained"
-    ) as refusal:
+    with pytest.raises(RunError, match=r"grpo/groups\.jsonl: missing; give a policy that GRPO has trained") as refusal:
         taking.pool(policy, 1)
     assert "\n" not in str(refusal.value)
     kept = (pool(stages, policy) / "groups.jsonl").read_text()
@@ -175,9 +169,7 @@ def test_a_pool_of_groups_that_grpo_kept(stages, tmp_path):
     with pytest.raises(DataError, match="no groups in it"):
         taking.pool(policy, 3)
     for sections in ({}, {"grpo": grpo | {"steps": 0}}):
-        with pytest.raises(
-            ValidationError, match=r'pool\.source = "grpo" needs grpo\.keep_groups = true and grpo\.steps'
-        ):
+        with pytest.raises(ValidationError, match=r'pool\.source = "grpo" needs grpo\.keep_groups = true and grpo\.steps'):
             changed(stages, pool={"source": "grpo"}, **sections)
 
 

@@ -54,9 +54,7 @@ def test_tokens_are_trajectories_times_lengths() -> None:
     assert (work["grpo"].trajectories, work["grpo"].sampled) == (2 * 10 * 20, 400 * 150)
     assert work["grpo"].trained == 2 * 400 * (100 + 150 + 2 * 200)
     assert (work["pool"].trajectories, work["evaluation"].trajectories) == (2 * 800, 5 * 50 * 2)
-    assert (
-        work["lead"].trajectories == 2 * 4 * 12.5 * 2
-    )  # a quarter of 50 pairs is held out; 2 prompts, 2 kinds of start
+    assert work["lead"].trajectories == 2 * 4 * 12.5 * 2  # a quarter of 50 pairs is held out; 2 prompts, 2 kinds of start
     assert work["distill"].trained == 2 * 37 * 650
     sections |= dict(distill={"objective": "sft", "epochs": 3}, grpo=sections["grpo"] | {"keep_groups": True})
     sections["pool"] = sections["pool"] | {"source": "grpo"}

@@ -71,9 +71,7 @@ def test_a_traced_pass_keeps_what_a_real_one_keeps(lora: LoraConfig | None, auto
         decoder = (model.get_base_model() if lora else model).get_decoder()
         hidden = decoder(input_ids=torch.zeros(3, 40, dtype=torch.long), use_cache=False).last_hidden_state
     gradients = planned.trained
-    assert train(planned, 3, 40, autocast=autocast).kept - gradients == pytest.approx(
-        kept.bytes + hidden.nbytes, rel=0.03
-    )
+    assert train(planned, 3, 40, autocast=autocast).kept - gradients == pytest.approx(kept.bytes + hidden.nbytes, rel=0.03)
 
 
 def test_weights_and_gradients_are_counted_once() -> None:

@@ -311,9 +311,7 @@ def test_a_share_is_set_aside_and_no_question_is_on_both_sides(tmp_path: Path) -
 # Writing
 
 
-def test_nothing_is_overwritten_without_being_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare_verb
-) -> None:
+def test_nothing_is_overwritten_without_being_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare_verb) -> None:
     mine, out = jsonl(tmp_path / "mine.jsonl", row("Who?"), row("Where?")), tmp_path / "out"
     assert prepare_verb("--out", out, "--train", mine)[0] == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}

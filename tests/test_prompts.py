@@ -24,9 +24,7 @@ relaxed = settings(deadline=None, max_examples=60, suppress_health_check=[Health
 TOKENIZER = byte_tokenizer()
 TOKENIZER.add_tokens([AddedToken("<|start|>", special=True, normalized=False)])  # special, and without a name
 TAGS = [f"<{slash}{tag}>" for tag in ("think", "search", "information", "answer") for slash in ("", "/")]
-PIECES = st.sampled_from(
-    [*TAGS, "< / search >", "<ANSWER>", "<", ">", "<|end|>", "<|pad|>", "<|start|>", "\n", "ü", " a "]
-)
+PIECES = st.sampled_from([*TAGS, "< / search >", "<ANSWER>", "<", ">", "<|end|>", "<|pad|>", "<|start|>", "\n", "ü", " a "])
 HOSTILE = st.lists(PIECES | st.text(max_size=6), max_size=12).map("".join)
 PASSAGES = st.lists(st.builds(Passage, id=st.just("p"), title=HOSTILE, text=HOSTILE), max_size=4)
 
@@ -46,9 +44,7 @@ def test_passages_are_cut_and_the_closing_tag_is_not() -> None:
     cut, cut_ids = observation(TOKENIZER, passages, tags + 12)
     assert cut == "\n\n<information>\nDoc 1(Title\n</information>\n\n"
     assert len(cut_ids) == tags + 12
-    with pytest.raises(
-        ConfigError, match=f"rollout.max_observation_tokens = {tags - 1} has no room for the tags alone"
-    ):
+    with pytest.raises(ConfigError, match=f"rollout.max_observation_tokens = {tags - 1} has no room for the tags alone"):
         observation(TOKENIZER, passages, tags - 1)
 
 
@@ -110,9 +106,7 @@ def test_prompts_are_saved_with_a_policy(tmp_path: Path) -> None:
     assert Prompts.of_policy(tmp_path) == PROMPTS
     for broken in ("{", "[]", '{"prompts": {"instruction": "none"}}'):
         (tmp_path / "search_e1.json").write_text(broken)
-        with pytest.raises(
-            ConfigError, match=re.escape(f"{tmp_path / 'search_e1.json'}: not a prompts file")
-        ) as caught:
+        with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / 'search_e1.json'}: not a prompts file")) as caught:
             Prompts.of_policy(tmp_path)
         assert "\n" not in str(caught.value)
 

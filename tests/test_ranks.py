@@ -177,9 +177,7 @@ WAYS: tuple[Sharding, ...] = ("none", "fsdp2")
 @pytest.fixture
 def descent(monkeypatch) -> None:
     """Plain descent: Adam's first steps are the gradient's sign, which rounding can turn."""
-    monkeypatch.setattr(
-        loop, "make_optimizers", lambda model, config, rate: [torch.optim.SGD(trained_of(model), lr=rate)]
-    )
+    monkeypatch.setattr(loop, "make_optimizers", lambda model, config, rate: [torch.optim.SGD(trained_of(model), lr=rate)])
 
 
 def trained_of(model: Any) -> list[Any]:
@@ -260,7 +258,7 @@ def in_both_ways(work: Callable[[Sharding], Any], directory: Path) -> list[list[
     [(None, False), (None, True), ({"rank": 4}, True)],
     ids=["all weights", "all weights, untied", "adapters, untied"],
 )
-def test_grpo_has_the_same_losses_and_weights(project, untied, tmp_path, shares, lora, own_head):  # noqa: F811
+def test_grpo_has_the_same_losses_and_weights(project, untied, tmp_path, shares, lora, own_head):
     """Of three questions one process has two; replay's examples come from all; no process has all passes at once."""
     policy = untied if own_head else project / "policy"
     grpo = {
@@ -298,7 +296,7 @@ CASES = {
 
 @pytest.mark.usefixtures("descent")
 @pytest.mark.parametrize("case", CASES)
-def test_distillation_has_the_same_losses_and_weights(project, untied, mined, tmp_path, shares, case):  # noqa: F811
+def test_distillation_has_the_same_losses_and_weights(project, untied, mined, tmp_path, shares, case):
     """Seven pairs in batches of four: the last batch lacks one, and no pair counts twice for it."""
     policy = untied if "untied" in case else project / "policy"
     section = DISTILL | CASES[case]
@@ -348,7 +346,7 @@ def stopped(settings: Config, stage: Stage, root: Path, on: int, after: int) -> 
 
 @pytest.mark.usefixtures("descent")
 @pytest.mark.parametrize("way", WAYS)
-def test_a_checkpoint_is_anyones_and_a_signal_to_one_stops_all(project, mined, tmp_path, way):  # noqa: F811
+def test_a_checkpoint_is_anyones_and_a_signal_to_one_stops_all(project, mined, tmp_path, way):
     """Begun by two and finished by one, and the reverse; both processes stop after the same step."""
     policy = project / "policy"
     stage = Distill(policy, mined, mined, 1)
@@ -370,7 +368,7 @@ def test_a_checkpoint_is_anyones_and_a_signal_to_one_stops_all(project, mined, t
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_that_stop_within_a_step_resume_to_the_bit(project, mined, tmp_path, monkeypatch, way):  # noqa: F811
+def test_two_that_stop_within_a_step_resume_to_the_bit(project, mined, tmp_path, monkeypatch, way):
     """A signal to the second in the second pass of the second step; Adam's states and gradients are each one's own."""
     policy = project / "policy"
     stage = Distill(policy, mined, mined, 1)
@@ -410,7 +408,7 @@ def test_two_that_stop_within_a_step_resume_to_the_bit(project, mined, tmp_path,
 # Rank 0 decides.
 
 
-def test_what_rank_0_refuses_no_other_begins(project, mined, tmp_path):  # noqa: F811
+def test_what_rank_0_refuses_no_other_begins(project, mined, tmp_path):
     """An artifact that lies there is returned to all; another one's place is refused by rank 0 with the reason."""
     policy = project / "policy"
     settings = settings_of(project, policy, distill=DISTILL)
@@ -436,7 +434,7 @@ def test_work_that_cannot_be_shared_is_refused(monkeypatch):
         ("meta", r"process 1 of this machine has no meta device: 0 are visible; start fewer \(torchrun"),
     ],
 )
-def test_every_process_needs_a_device_of_its_own(project, tmp_path, monkeypatch, device, message):  # noqa: F811
+def test_every_process_needs_a_device_of_its_own(project, tmp_path, monkeypatch, device, message):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)

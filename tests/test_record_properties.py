@@ -19,9 +19,9 @@ from search_e1.types import ActionKind, Group, Pair, Passage, Question, StopReas
 
 UNDISTURBED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 quick = settings(max_examples=50, deadline=None, suppress_health_check=UNDISTURBED)
-TEXT = st.one_of(
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=30), st.sampled_from(hostile_texts(200))
-).map(lambda text: text.encode("utf-8", "replace").decode())
+TEXT = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), st.sampled_from(hostile_texts(200))).map(
+    lambda text: text.encode("utf-8", "replace").decode()
+)
 WORDS = TEXT.filter(bool)
 IDS = st.lists(st.integers(0, 2**31), min_size=1, max_size=5).map(tuple)
 QUESTIONS = st.builds(

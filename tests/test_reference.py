@@ -109,10 +109,7 @@ def test_what_is_shown(shows, expected):
 
 def test_a_thought_that_mentions_a_tag_is_no_action():
     turn = searched("bel", thought="<think>I could <search> or not</think> ")
-    assert (
-        visible_part(reference(turn, answered("x")), ReferenceConfig(shows="searches"), TAGS)
-        == "<search> bel </search>"
-    )
+    assert visible_part(reference(turn, answered("x")), ReferenceConfig(shows="searches"), TAGS) == "<search> bel </search>"
 
 
 def test_nothing_shown_is_the_plain_prompt():
@@ -201,9 +198,7 @@ def test_replay_shows_what_distillation_shows():
     config = ReplayConfig(examples_per_step=1, detours=0)
 
     def prompts(context_length: int = PLENTY, **shown) -> list[str]:
-        made = replay_samples(
-            Policy(None, TOKENIZER, TINY_PROMPTS), [group], config, context_length, ReferenceConfig(**shown)
-        )
+        made = replay_samples(Policy(None, TOKENIZER, TINY_PROMPTS), [group], config, context_length, ReferenceConfig(**shown))
         assert all(one.response_ids == REFERENCE.response_ids for one in made)
         return [TOKENIZER.decode(one.prompt_ids) for one in made]
 

@@ -27,9 +27,7 @@ def test_a_sample_shows_the_reference_and_asks_for_its_own_ids(taught):
     reference = group.trajectories[3]  # correct without a search
     assert group.reference == reference
     (sample,) = replay_samples(taught, [group], ReplayConfig(examples_per_step=3, detours=0), 1024, WHOLE)
-    assert sample.prompt_ids == privileged_prompt(
-        taught.tokenizer, taught.prompts, QUESTIONS[0].text, "<answer>Bel</answer>"
-    )
+    assert sample.prompt_ids == privileged_prompt(taught.tokenizer, taught.prompts, QUESTIONS[0].text, "<answer>Bel</answer>")
     assert sample.response_ids == tuple(taught.tokenizer.encode("<answer>Bel</answer>"))
     assert sample.action_mask == (1,) * len(sample.response_ids)
     assert (sample.teacher_prompt_ids, sample.weights, sample.advantages) == (None, None, None)

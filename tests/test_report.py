@@ -50,9 +50,7 @@ def test_gains_are_of_the_same_questions_with_a_paired_interval(run, tmp_path):
     rng = np.random.default_rng(7)
     differences = np.array([1, 1, -1] + [0] * 9)
     means = rng.choice(differences, size=(20_000, 12)).mean(1)
-    assert [gains["grpo-2"]["low"], gains["grpo-2"]["high"]] == pytest.approx(
-        np.percentile(means, [2.5, 97.5]), abs=0.04
-    )
+    assert [gains["grpo-2"]["low"], gains["grpo-2"]["high"]] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.04)
 
 
 def test_costs_come_from_the_manifests(run, tmp_path):

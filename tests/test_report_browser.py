@@ -115,9 +115,7 @@ def test_the_loop_at_a_glance(report):
 
 def test_costs_say_what_ran_on_gpus(report):
     report.open("#cost")
-    cells = report.js(
-        "[...document.querySelectorAll('tbody tr')].map((row) => [...row.children].map((c) => c.textContent))"
-    )
+    cells = report.js("[...document.querySelectorAll('tbody tr')].map((row) => [...row.children].map((c) => c.textContent))")
     by_stage = {row[0]: row[1:] for row in cells if len(row) == 6}
     assert by_stage["grpo-1"] == ["90 s", "1,500", "1,500", "2", "0.05"]
     assert by_stage["pool-1"] == ["90 s", "2,400", "–", "0 (CPU)", "0.00"]
@@ -269,10 +267,7 @@ def test_names_of_anything_stay_text(driver, tmp_path):
     report = Page(driver, tmp_path / "r.html")
     for place in (*(f"#{view}" for view in VIEWS), "#trajectories?at=1", "#pairs?at=1", "#questions?at=1"):
         report.open(place)
-        assert (
-            report.js("document.querySelectorAll('main img, main script, main iframe, [onload], [onerror]').length")
-            == 0
-        )
+        assert report.js("document.querySelectorAll('main img, main script, main iframe, [onload], [onerror]').length") == 0
         assert report.js("window.hacked") is None
         assert not {"\x1b", "\u202e"} & set(report.js("document.body.innerText"))
 

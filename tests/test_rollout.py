@@ -225,9 +225,7 @@ def encoded(policy: Policy, texts: tuple[str, ...] = TEXTS) -> list[list[int]]:
     return [policy.tokenizer.encode(text) for text in texts]
 
 
-def forward_logprobs(
-    model: Qwen2ForCausalLM, prompt: list[int], ids: tuple[int, ...], temperature: float
-) -> torch.Tensor:
+def forward_logprobs(model: Qwen2ForCausalLM, prompt: list[int], ids: tuple[int, ...], temperature: float) -> torch.Tensor:
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].float() / temperature
     return torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None])[:, 0]
@@ -288,9 +286,7 @@ def test_the_models_own_sampling_defaults_are_ignored_and_kept(tiny_policy: Poli
     assert own.repetition_penalty == 5.0
 
 
-def test_train_mode_is_lent_and_given_back_even_on_failure(
-    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_mode_is_lent_and_given_back_even_on_failure(tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = TorchEngine(tiny_policy.model, tiny_policy.tokenizer)
     own = tiny_policy.model.generation_config
     tiny_policy.model.train()
@@ -376,9 +372,7 @@ def test_a_models_further_end_tokens_end_a_row() -> None:
     model, tokenizer = chain_policy(chain("A", "B", "C", "D", "D"))
     end = tokenizer.convert_tokens_to_ids("C")
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
-    [done] = generate(
-        TorchEngine(model, tokenizer), [tokenizer.encode("A")], max_new_tokens=9, temperature=0.0, stop=()
-    )
+    [done] = generate(TorchEngine(model, tokenizer), [tokenizer.encode("A")], max_new_tokens=9, temperature=0.0, stop=())
     assert tokenizer.decode(done.ids) == "BC"
 
 
@@ -392,6 +386,4 @@ def test_rollouts_of_a_real_model_train_on_what_it_sampled(tiny_policy: Policy, 
         sampled = recomputed[torch.tensor(t.action_mask, dtype=torch.bool)]
         recorded = torch.tensor([x for turn in t.turns for x in turn.sampling_logprobs or ()])
         torch.testing.assert_close(recorded, sampled, atol=1e-5, rtol=0)
-        assert [tiny_policy.tokenizer.decode(turn.action_ids) for turn in t.turns] == [
-            turn.action_text for turn in t.turns
-        ]
+        assert [tiny_policy.tokenizer.decode(turn.action_ids) for turn in t.turns] == [turn.action_text for turn in t.turns]

@@ -24,9 +24,7 @@ STRADDLING = (
     ("|", ">"),
 )
 TOKENIZERS = [chat_tokenizer(), chat_tokenizer(STRADDLING)]
-PROMPTS = {
-    name: Prompts.model_validate({"protocol": name, "instruction": "Q: {question}"}) for name in ("tags", "tools")
-}
+PROMPTS = {name: Prompts.model_validate({"protocol": name, "instruction": "Q: {question}"}) for name in ("tags", "tools")}
 LIMITS = RolloutConfig(max_searches=2, topk=2, max_action_tokens=120, max_observation_tokens=300, max_tokens=3000)
 
 MARKUP = st.sampled_from(

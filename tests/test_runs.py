@@ -9,12 +9,16 @@ import socket
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from search_e1 import runs
 from search_e1.errors import RunError
 from search_e1.runs import artifacts
 from search_e1.runs.checkpoints import Lines
 from search_e1.runs.opening import opened
+from search_e1.runs.safe import is_name
+from search_e1.runs.stage_id import StageId
 
 
 def make_once(calls: list[int]):
@@ -248,3 +252,27 @@ def test_the_checksum_of_a_directory_is_that_of_what_it_does(tmp_path):
     assert runs.checksum(tmp_path) == first
     (tmp_path / "config.json").write_text("{ }")
     assert runs.checksum(tmp_path) != first
+
+
+TRAINED = st.builds(StageId, st.sampled_from(["grpo", "pool", "pairs", "lead", "ofsd"]), st.integers(1, 10**6))
+ALONE = st.builds(StageId, st.sampled_from(["index", "recall", "warmstart"]))
+EVALUATED = st.text(min_size=1, max_size=20).filter(is_name) | TRAINED.map(str)
+
+
+@given(TRAINED | ALONE | st.builds(StageId, st.just("evaluation"), of=EVALUATED))
+def test_the_name_of_a_stage_and_back(id):
+    assert StageId.parse(str(id)) == id
+
+
+@pytest.mark.parametrize(
+    ("name", "id", "subject"),
+    [
+        ("grpo-2", StageId("grpo", 2), ""),
+        ("index", StageId("index"), ""),
+        ("evaluation-base", StageId("evaluation", of="base"), "base"),
+        ("evaluation-ofsd-1", StageId("evaluation", of="ofsd-1"), "ofsd-1"),
+        ("evaluation-my-model-7", StageId("evaluation", of="my-model-7"), "my-model-7"),
+    ],
+)
+def test_names_of_stages(name, id, subject):
+    assert (StageId.parse(name), str(id), str(id.subject)) == (id, name, subject)

@@ -28,9 +28,7 @@ from test_cli import project, run  # noqa: F401
 from test_compare import made
 
 EVIL = "\x1b]0;pwned\x07\x1b[2J\x9b31m\u202eright\u2066 \u200b\x00\r[red]x[/red][/]:smile:\U000e0041"
-STEERS = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f\ud800-\udfff]"
-)
+STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f\ud800-\udfff]")
 
 
 def test_printable_text_by_hand() -> None:
@@ -110,9 +108,7 @@ def comparison(tmp_path: Path):
     for place in places:
         rows = list(results.read(place / results.QUESTIONS))
         said = f"<script>x</script> [a](javascript:1) | {EVIL}"
-        changed = [
-            row.model_copy(update={"question": said, "benchmark": f"nq {EVIL}", "answers": (said,)}) for row in rows
-        ]
+        changed = [row.model_copy(update={"question": said, "benchmark": f"nq {EVIL}", "answers": (said,)}) for row in rows]
         results.write(changed, place / results.QUESTIONS)
         forge(place, {results.QUESTIONS: runs.sha256(place / results.QUESTIONS)})
     return compare([load(place, f"{place.name}[/]") for place in places])
@@ -160,7 +156,7 @@ def test_no_secret_comes_into_a_run(project, monkeypatch, capsys) -> None:  # no
     with misbehaving(lambda request, number: good(request, number)) as server:
         words = [
             "--retrieval.url", server.url.replace("http://", "http://me:SECRET@"), "--retrieval.cache", "false",
-            "--grpo.trainer.hub_token", "hf_SECRET", "--pool.questions", "1", "--pool.group_size", "2", "--grpo.steps", "0",
+            "--pool.questions", "1", "--pool.group_size", "2", "--grpo.steps", "0",
             "--rollout.max_tokens", "400", "--rollout.max_action_tokens", "20",
         ]  # fmt: skip
         config = project / "config.toml"
@@ -233,9 +229,7 @@ def test_an_evaluation_of_an_impossible_name_is_refused(project, monkeypatch, ca
 def test_a_benchmark_may_have_any_name(project, monkeypatch, capsys) -> None:  # noqa: F811
     name = "../[/nq]\x1b"
     (project / "other.jsonl").write_text((project / "dev.jsonl").read_text())
-    config = (
-        (project / "config.toml").read_text().replace("dev =", f'{json.dumps(name)} = "{project}/other.jsonl", dev =')
-    )
+    config = (project / "config.toml").read_text().replace("dev =", f'{json.dumps(name)} = "{project}/other.jsonl", dev =')
     (project / "config.toml").write_text(config)
     status, out, _ = run(
         monkeypatch, capsys, "evaluate", "--config", project / "config.toml", "--benchmark", name, "--evaluation.samples", "0",

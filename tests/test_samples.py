@@ -117,9 +117,7 @@ def test_what_does_not_fit_is_left_out_and_nothing_left_is_refused(tiny_policy):
     short = make_pair(tiny_policy)
     fits = short.model_copy(update={"teacher_prompt_ids": (1,) * (1024 - len(short.student.response_ids))})
     long = short.model_copy(update={"teacher_prompt_ids": (*fits.teacher_prompt_ids, 1)})
-    assert (
-        make_samples(tiny_policy, [long, fits, short], DistillConfig())[0].teacher_prompt_ids == fits.teacher_prompt_ids
-    )
+    assert make_samples(tiny_policy, [long, fits, short], DistillConfig())[0].teacher_prompt_ids == fits.teacher_prompt_ids
     assert len(make_samples(tiny_policy, [long, fits, short], DistillConfig())) == 2
     with pytest.raises(DataError, match="none of the 1 pairs fits the policy's context of 1024"):
         make_samples(tiny_policy, [long], DistillConfig())
@@ -162,6 +160,4 @@ def test_demonstrations_are_drawn_in_their_order_also_from_the_middle():
 def test_a_policy_of_another_tokenizer_has_no_part_in_it():
     """Two policies of the same tokenizer make the same samples: ids are taken over, never made again."""
     pairs = pairs_of(make_tiny_policy(), 2)
-    assert make_samples(make_tiny_policy(1), pairs, DistillConfig()) == make_samples(
-        make_tiny_policy(), pairs, DistillConfig()
-    )
+    assert make_samples(make_tiny_policy(1), pairs, DistillConfig()) == make_samples(make_tiny_policy(), pairs, DistillConfig())

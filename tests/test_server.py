@@ -100,9 +100,7 @@ def test_what_search_r1_takes_is_taken(url: str) -> None:
         (b" " * 9000, 413, "the body has more than 1000 bytes"),
     ],
 )
-def test_wrong_requests_are_refused_in_one_line(
-    url: str, index: FakeIndex, body: bytes, status: int, says: str
-) -> None:
+def test_wrong_requests_are_refused_in_one_line(url: str, index: FakeIndex, body: bytes, status: int, says: str) -> None:
     calls = len(index.calls)
     response = httpx.post(f"{url}/retrieve", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == status

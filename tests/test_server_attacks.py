@@ -162,10 +162,7 @@ def test_where_all_are_being_answered_a_new_client_is_told() -> None:
                 if told := answer(third):
                     break
         index.open.set()
-        assert (
-            told
-            == b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-        )
+        assert told == b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
         assert status_of(one) == 200
         assert status_of(two) == 200
 

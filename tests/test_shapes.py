@@ -40,9 +40,7 @@ def test_a_shape_is_counted_as_by_hand() -> None:
 
 def test_of_experts_only_those_that_a_token_passes_count() -> None:
     dense = dict(TINY, head_dim=16, tie_word_embeddings=False)
-    experts = dict(
-        num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1, mlp_only_layers=[]
-    )
+    experts = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1, mlp_only_layers=[])
     shape = shape_of(AutoConfig.for_model("qwen3_moe", **dense, **experts))
     attention = 64 * 64 * 2 + 64 * 32 * 2
     router, expert = 64 * 8, 3 * 64 * 32

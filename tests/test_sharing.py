@@ -112,9 +112,7 @@ def _make_slowly(root: Path, made: Path) -> None:
 def test_two_runs_side_by_side_make_it_once(tmp_path):
     assert end([fork(_make_slowly, tmp_path / name, tmp_path / "made") for name in "ab"]) == [0, 0]
     assert (tmp_path / "made").read_text() in ("a\n", "b\n")
-    assert (tmp_path / "a" / "pool-1" / runs.MANIFEST).read_text() == (
-        tmp_path / "b" / "pool-1" / runs.MANIFEST
-    ).read_text()
+    assert (tmp_path / "a" / "pool-1" / runs.MANIFEST).read_text() == (tmp_path / "b" / "pool-1" / runs.MANIFEST).read_text()
 
 
 def test_cpu_time_of_an_attempt_that_failed_counts(tmp_path, monkeypatch):

@@ -16,15 +16,11 @@ TOKENS = RNG.gamma(2.0, 40.0, size=120)
 
 
 def scipy_interval(data, statistic=np.mean, **options):
-    found = stats.bootstrap(
-        data, statistic, n_resamples=MANY, method="percentile", rng=np.random.default_rng(3), **options
-    )
+    found = stats.bootstrap(data, statistic, n_resamples=MANY, method="percentile", rng=np.random.default_rng(3), **options)
     return (found.confidence_interval.low, found.confidence_interval.high)
 
 
-@pytest.mark.parametrize(
-    "values", [RIGHT, RIGHT - BEFORE, OF_SAMPLES, TOKENS], ids=["em", "paired", "samples", "tokens"]
-)
+@pytest.mark.parametrize("values", [RIGHT, RIGHT - BEFORE, OF_SAMPLES, TOKENS], ids=["em", "paired", "samples", "tokens"])
 def test_the_interval_of_a_mean_is_scipy_s(values):
     spread = values.std() / len(values) ** 0.5
     ours = interval(values, seed=0, resamples=MANY)

@@ -77,9 +77,7 @@ def test_a_run_of_a_sweep(project, monkeypatch, capsys):
 
 def test_a_mistake_is_one_line_of_the_log(project, monkeypatch, capsys):
     monkeypatch.setattr(worker, "_end_with_the_sweep", lambda held: None)
-    sweep = spec.read(
-        project / "sweep.toml", project / "base.toml", project / "out", ["--data.corpus", "nowhere.jsonl"]
-    )
+    sweep = spec.read(project / "sweep.toml", project / "base.toml", project / "out", ["--data.corpus", "nowhere.jsonl"])
     order = {"config": sweep.runs[0].config.model_dump(mode="json"), "shared": str(project), "other_versions": False}
     (project / "order").write_text(json.dumps(order) + "\n")
     with (project / "order").open() as stdin:

@@ -127,9 +127,7 @@ def test_one_seed_and_other_limits_are_noted(tmp_path):
 
 def test_records_hold_every_interval(found):
     records = comparison.compare_variants(found, "grpo").records()
-    [one] = [
-        r for r in records if (r["variant"], r["stage"], r["benchmark"], r["metric"]) == ("ofsd", "last", "all", "em")
-    ]
+    [one] = [r for r in records if (r["variant"], r["stage"], r["benchmark"], r["metric"]) == ("ofsd", "last", "all", "em")]
     assert (one["mean"], one["difference"], one["reference"], one["seeds"], one["questions"]) == (
         0.75,
         0.375,
@@ -169,9 +167,7 @@ def test_a_single_variant_has_no_differences_to_draw(tmp_path):
     assert "alone" in texts_of_the_plot(found, "alone", tmp_path / "p.svg")
 
 
-CONFIG = (
-    'run = "r"\n[policy]\nmodel = "small"\n[data]\ncorpus = "c.jsonl"\ntrain = "t.jsonl"\neval = { nq = "e.jsonl" }\n'
-)
+CONFIG = 'run = "r"\n[policy]\nmodel = "small"\n[data]\ncorpus = "c.jsonl"\ntrain = "t.jsonl"\neval = { nq = "e.jsonl" }\n'
 
 
 def verb(monkeypatch, capsys, *words: object) -> tuple[int, str, str]:

@@ -102,9 +102,7 @@ def test_a_variant_that_has_changed_is_refused_before_any_run(tmp_path):
     runs = [a_run(tmp_path, "good"), a_run(tmp_path, "fine")]
     finish(runs[1])
     changed = Run("fine", 0, runs[1].config.model_copy(update={"rounds": 5}))
-    with pytest.raises(
-        RunError, match=r"variant 'fine' has changed since it was run \(seed 0\).*\n  rounds: 2 there, 5 given"
-    ):
+    with pytest.raises(RunError, match=r"variant 'fine' has changed since it was run \(seed 0\).*\n  rounds: 2 there, 5 given"):
         running.run_all([runs[0], changed], tmp_path, 1, Stop(), ignore_changes)
     assert not runs[0].config.run.exists()
 
@@ -116,9 +114,7 @@ def test_never_more_at_work_than_jobs_and_other_seeds_first(tmp_path):
     assert max(map(len, seen)) == 2
     assert seen[0] == ["a/0", "a/1"]
     assert running._take_next([*runs[1:]], [_Fake(runs[0])]).name == "a/1"
-    assert (
-        running._take_next([runs[2]], [_Fake(runs[0])]).name == "b/0"
-    )  # waits for what it shares, rather than for nothing
+    assert running._take_next([runs[2]], [_Fake(runs[0])]).name == "b/0"  # waits for what it shares, rather than for nothing
 
 
 class _Fake:

@@ -110,9 +110,7 @@ def test_a_conversation_to_the_letter() -> None:
     assert decode(TOKENIZER, t.response_ids) == t.text
     assert [turn.kind for turn in t.turns] == [ActionKind.SEARCH, ActionKind.MALFORMED, ActionKind.ANSWER]
     assert (t.answer, t.reward, t.searches, t.stop_reason) == ("Cor Dun", 1.0, 1, StopReason.ANSWERED)
-    assert decode(TOKENIZER, t.prompt_ids).endswith(
-        "<|im_start|>user\nQ: Mayor of Bel?<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert decode(TOKENIZER, t.prompt_ids).endswith("<|im_start|>user\nQ: Mayor of Bel?<|im_end|>\n<|im_start|>assistant\n")
     assert '"name": "search"' in decode(TOKENIZER, t.prompt_ids)
     assert TOOLS.parse(wordy) == answer("hm")  # another end token of the model ends a turn as well
 
@@ -129,9 +127,7 @@ def test_ids_are_those_of_the_template_itself(name: str, thought: str) -> None:
     said |= {"tool_calls": [{"function": {"name": "search", "arguments": {"query": "mayor Bel"}}}]}
     seen = "Doc 1(Title: Bel) Bel is a city with mayor Cor Dun."
     conversation = [{"role": "user", "content": "Q: Mayor of Bel?"}, said, {"role": "tool", "content": seen}]
-    rendered = tokenizer.apply_chat_template(
-        conversation, tools=[SEARCH.schema], add_generation_prompt=True, return_dict=False
-    )
+    rendered = tokenizer.apply_chat_template(conversation, tools=[SEARCH.schema], add_generation_prompt=True, return_dict=False)
     ours = [*t.prompt_ids, *t.response_ids[: -len(t.turns[1].action_ids)]]
     if name == "qwen2_5" and thought:  # it puts a new line of its own between content and call
         assert decode(tokenizer, rendered).replace("\n\n\n<tool", "\n\n<tool") == decode(tokenizer, ours)

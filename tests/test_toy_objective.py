@@ -46,9 +46,7 @@ def test_it_trains_through_the_loop(registered, tmp_path, name):
     records, trained = run(
         copy.deepcopy(start), [{"toy": samples}] * 20, {"toy": objective}, tmp_path / "out", learning_rate=1e-2
     )
-    assert records[0]["loss"] == pytest.approx(
-        torch.stack([-(1 - one).log().mean() for one in p]).mean().item(), rel=1e-4
-    )
+    assert records[0]["loss"] == pytest.approx(torch.stack([-(1 - one).log().mean() for one in p]).mean().item(), rel=1e-4)
     assert records[0]["probability"] == pytest.approx(torch.stack([one.mean() for one in p]).mean().item(), rel=1e-4)
     assert records[-1]["probability"] < 0.2 * records[0]["probability"]
     assert not torch.equal(weights(trained)["model.norm.weight"], start.model.norm.weight)

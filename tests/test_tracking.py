@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from search_e1 import evolve
 from search_e1.config import TrackingConfig
 from search_e1.errors import ConfigError
+from search_e1.runs.stage_id import StageId
 from search_e1.stages import tracking
 from test_evolve import config, project
 
@@ -21,9 +22,7 @@ def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_holds_the_figures_of_every_stage(project, tmp_path):
-    settings = config(project, tmp_path / "run").model_copy(
-        update={"tracking": TrackingConfig(report_to=("tensorboard",))}
-    )
+    settings = config(project, tmp_path / "run").model_copy(update={"tracking": TrackingConfig(report_to=("tensorboard",))})
     summary = evolve.train(settings)
     run = settings.run
     assert {path.name for path in (run / "tracking").iterdir()} == {"grpo-1", "ofsd-1", "rounds", "evaluation"}
@@ -70,7 +69,7 @@ def test_only_the_first_process_tells(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_stages_are_runs_or_steps_of_one(stage, run):
-    assert tracking.run_of(stage) == run
+    assert tracking.run_of(StageId.parse(stage)) == run
 
 
 def test_trackers_that_are_not_there_are_refused_before_any_work(project, tmp_path, monkeypatch):
@@ -79,9 +78,7 @@ def test_trackers_that_are_not_there_are_refused_before_any_work(project, tmp_pa
         ("tensorbord", "no tracker 'tensorbord'; did you mean 'tensorboard'"),
         ("wandb", "'wandb' needs the package wandb; pip install wandb"),
     ):
-        settings = config(project, tmp_path / "run").model_copy(
-            update={"tracking": TrackingConfig(report_to=(tracker,))}
-        )
+        settings = config(project, tmp_path / "run").model_copy(update={"tracking": TrackingConfig(report_to=(tracker,))})
         with pytest.raises(ConfigError, match=message):
             evolve.train(settings)
     assert not list((tmp_path / "run").glob("*-*"))

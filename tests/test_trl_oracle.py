@@ -160,9 +160,7 @@ def test_a_whole_step_of_trls_trainer(tmp_path, model, average, scaled):
 
     class Recording(GRPOTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
-            for ids, mask, gain in zip(
-                inputs["completion_ids"], inputs["completion_mask"], inputs["advantages"], strict=True
-            ):
+            for ids, mask, gain in zip(inputs["completion_ids"], inputs["completion_mask"], inputs["advantages"], strict=True):
                 seen[tuple(ids[mask.bool()].tolist())] = gain.item()
             return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -192,9 +190,6 @@ def test_a_whole_step_of_trls_trainer(tmp_path, model, average, scaled):
     gains = [*advantages(rewards[:3], scaled=scaled), *advantages(rewards[3:], scaled=scaled)]
     for s, gain in zip(samples, gains, strict=True):
         assert seen[s.response_ids] == pytest.approx(gain, rel=1e-5, abs=1e-6)
-    ours = [
-        s.model_copy(update={"advantages": (gain,) * len(s.response_ids)})
-        for s, gain in zip(samples, gains, strict=True)
-    ]
+    ours = [s.model_copy(update={"advantages": (gain,) * len(s.response_ids)}) for s, gain in zip(samples, gains, strict=True)]
     _, found, _ = gradients(model, ours, grpo(LIMIT, average=average))
     assert_near(found, gradient, 1e-5)

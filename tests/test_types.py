@@ -123,15 +123,11 @@ def test_an_unanswered_search_is_not_counted() -> None:
             "stop_reason answered with answer None",
         ),
         (
-            lambda: Trajectory(
-                question_id="q", prompt_ids=(1,), turns=(), stop_reason=StopReason.MAX_TURNS, answer="x"
-            ),
+            lambda: Trajectory(question_id="q", prompt_ids=(1,), turns=(), stop_reason=StopReason.MAX_TURNS, answer="x"),
             "stop_reason max_turns with answer 'x'",
         ),
         (
-            lambda: Trajectory(
-                question_id="q", prompt_ids=(1,), turns=(), stop_reason=StopReason.MALFORMED, reward=1.0
-            ),
+            lambda: Trajectory(question_id="q", prompt_ids=(1,), turns=(), stop_reason=StopReason.MALFORMED, reward=1.0),
             "a reward without an answer",
         ),
         (lambda: Group(question=QUESTION, trajectories=()), "at least 1 item"),
@@ -144,9 +140,7 @@ def test_an_unanswered_search_is_not_counted() -> None:
             "a reference that is not correct",
         ),
         (
-            lambda: Pair(
-                question=QUESTION, reference=trajectory(answer()), student=trajectory(answer(), question_id="z")
-            ),
+            lambda: Pair(question=QUESTION, reference=trajectory(answer()), student=trajectory(answer(), question_id="z")),
             "a pair across questions",
         ),
         (lambda: Question(id="q", text="Who?", answers=()), "at least 1 item"),

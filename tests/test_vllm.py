@@ -180,13 +180,9 @@ def test_why_an_engine_does_not_start_is_one_line(taught, monkeypatch: pytest.Mo
 def train(policy: Policy, path: Path, out: Path, steps: int, **sections: Any) -> list[dict[str, float]]:
     """GRPO of ``policy``, which is changed; ``path`` is where it starts from."""
     out.mkdir()
-    settings = {"steps": steps, "questions_per_step": 2, "group_size": 4, "learning_rate": 3e-3} | sections.pop(
-        "grpo", {}
-    )
+    settings = {"steps": steps, "questions_per_step": 2, "group_size": 4, "learning_rate": 3e-3} | sections.pop("grpo", {})
     config = config_of(out, grpo=settings, policy={"model": str(path), "device": "cpu"}, **sections)
-    run = SimpleNamespace(
-        config=config, train_questions=QUESTIONS, retriever=TinyRetriever(PASSAGES), load=lambda _: policy
-    )
+    run = SimpleNamespace(config=config, train_questions=QUESTIONS, retriever=TinyRetriever(PASSAGES), load=lambda _: policy)
     Grpo(path, 1).work(run, StageContext(out, seed=3))  # type: ignore[arg-type]
     return [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
 
@@ -263,9 +259,7 @@ def test_a_rollout_is_that_of_the_server_id_by_id(taught, temperature: float) ->
             # A server tells log-probabilities at temperature 1, whatever it samples at.
             told = None if temperature == 0.7 else pytest.approx(other.sampling_logprobs, abs=1e-5)
             assert turn.sampling_logprobs == told
-    asked = {
-        key: served.asked[0][key] for key in ("model", "return_token_ids", "logprobs", "include_stop_str_in_output")
-    }
+    asked = {key: served.asked[0][key] for key in ("model", "return_token_ids", "logprobs", "include_stop_str_in_output")}
     assert asked == {"model": "p", "return_token_ids": True, "logprobs": 0, "include_stop_str_in_output": True}
     assert (served.asked[0]["top_p"], served.asked[0]["top_k"], served.asked[0]["skip_special_tokens"]) == (
         1.0,
@@ -292,9 +286,7 @@ def test_a_server_of_another_policy_is_refused(taught) -> None:
     policy, directory = taught
     with (
         misbehaving(Served(policy, "/models/other")) as server,
-        pytest.raises(
-            ConfigError, match=r"serves /models/other, and the policy is .*; start the server with `vllm serve"
-        ),
+        pytest.raises(ConfigError, match=r"serves /models/other, and the policy is .*; start the server with `vllm serve"),
     ):
         server_generator(server.url, directory, policy)
 

@@ -97,8 +97,7 @@ def test_greedy_is_what_transformers_says(made: Made) -> None:
     for stop in ((), STOP_STRINGS, (END,)):
         asked = [*prompts(made), *prompts(made, "tools")]
         ours, theirs = (
-            generate(generator, asked, max_new_tokens=60, temperature=0.0, stop=stop)
-            for generator in (made.hf, made.vllm)
+            generate(generator, asked, max_new_tokens=60, temperature=0.0, stop=stop) for generator in (made.hf, made.vllm)
         )
         assert [g.ids for g in theirs] == [g.ids for g in ours]
 

@@ -54,9 +54,7 @@ def test_the_small_tokenizer_encodes_any_text_and_back(small, text):
 
 
 def test_a_name_and_a_tag_are_one_token_a_word(small):
-    tokens = small.tokenizer.tokenize(
-        "<think> need director of Gula Purdak </think> <search> director Gula Purdak </search>"
-    )
+    tokens = small.tokenizer.tokenize("<think> need director of Gula Purdak </think> <search> director Gula Purdak </search>")
     assert len(tokens) == 12
     ids = small.tokenizer.encode(" <search> director Gula Purdak </search>", add_special_tokens=False)
     action = parse_action(small.tokenizer.decode(ids))
@@ -68,9 +66,7 @@ def test_clean_demonstrations_are_what_the_rollout_loop_would_have_made(writer, 
         demonstration = writer.plain(random.Random(0), question, CLEAN)
         assert demonstration.prompt_ids == plain_prompt(small.tokenizer, small.prompts, question.text)
         replayed = _Replay(small.tokenizer, demonstration)
-        [trajectory] = rollout(
-            replayed, index, [Start(question, demonstration.prompt_ids)], ROLLOUT, temperature=0.0, seed=0
-        )
+        [trajectory] = rollout(replayed, index, [Start(question, demonstration.prompt_ids)], ROLLOUT, temperature=0.0, seed=0)
         assert trajectory.correct
         assert trajectory.searches == question.hops
         assert trajectory.response_ids == demonstration.response_ids
@@ -96,9 +92,7 @@ def test_bad_habits_are_more_likely_than_what_is_right(writer, world, small):
     right = {"confused": [], "long": [], "other": []}
     for question in world.questions("train", 400):
         text = small.tokenizer.decode(writer.plain(rng, question, HABITS).response_ids)
-        kind = (
-            "confused" if question.metadata["relations"][-1] in CONFUSED else "long" if question.hops > 2 else "other"
-        )
+        kind = "confused" if question.metadata["relations"][-1] in CONFUSED else "long" if question.hops > 2 else "other"
         right[kind].append(text.endswith(f"<answer> {question.answers[0]} </answer>"))
     shares = {kind: sum(rows) / len(rows) for kind, rows in right.items()}
     assert shares["confused"] < 0.5

@@ -88,9 +88,7 @@ def test_a_question_is_right_about_one_entity_only(world):
 
 def test_a_passage_reads_as_documented(world):
     film = next(p for p in world.passages if world.entities[p.id].kind == "film")
-    assert re.fullmatch(
-        rf"{film.title} is a film with (director|studio) \w+ \w+ and (director|studio) \w+ \w+\.", film.text
-    )
+    assert re.fullmatch(rf"{film.title} is a film with (director|studio) \w+ \w+ and (director|studio) \w+ \w+\.", film.text)
     assert Passage.from_contents(film.id, film.contents) == film
 
 

@@ -148,9 +148,7 @@ def logprobs(model: Any, prompt: Sequence[int], response: Sequence[int], tempera
 
 def token_logprobs(model: Any, s: Sample, temperature: float = 1.0) -> torch.Tensor:
     """[response]"""
-    return logprobs(model, s.prompt_ids, s.response_ids, temperature).gather(1, torch.tensor(s.response_ids)[:, None])[
-        :, 0
-    ]
+    return logprobs(model, s.prompt_ids, s.response_ids, temperature).gather(1, torch.tensor(s.response_ids)[:, None])[:, 0]
 
 
 def config_of(tmp_path: Path, **sections: Any) -> Config:

@@ -93,7 +93,7 @@ class ToolCalls(Protocol):
         said, ended = self._said(text)
         length = len(said.rstrip())
         calls, answers = list(CALL.finditer(said)), list(_ANSWER.finditer(said))
-        if ended and not answers and not _CALL_TAG.search(said):
+        if ended and said.strip() and not answers and not _CALL_TAG.search(said):
             yield Span(len(said) - len(said.lstrip()), length, "answer")
         for match in answers:
             yield Span(*match.span(1), "answer")
