@@ -233,7 +233,9 @@ def test_impossible_sections_are_refused(section):
 def warm_start(config: Config, out: Path) -> Mapping[str, Any]:
     run = Inputs(config, out)
     run.__dict__["retriever"] = TinyRetriever(PASSAGES)
-    return Warmstart().work(run, StageContext(out))
+    stage = Warmstart()
+    stage.check(run)
+    return stage.work(run, StageContext(out))
 
 
 def test_warm_start_makes_a_policy_that_loads(tmp_path: Path):
