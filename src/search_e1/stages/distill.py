@@ -1,10 +1,12 @@
 """Distillation, or fine-tuning on the same references: the policy learns from stored pairs."""
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from search_e1 import runs
 from search_e1.config import Config, DistillConfig
@@ -132,7 +134,10 @@ def _examples(pairs: Sequence[Pair], config: DistillConfig) -> int:
 
 
 class EpochSource:
-    """All samples once an epoch, in an order that follows from seed and epoch; this rank's share of each batch."""
+    """All samples once an epoch, in an order that follows from seed and epoch; this rank's share of each batch.
+
+    Batches are of like lengths (transformers' length-grouped order), so that little is padded.
+    """
 
     def __init__(self, samples: Sequence[Sample], batch_size: int, seed: int) -> None:
         self.figures: Mapping[str, float] = {}
@@ -142,7 +147,7 @@ class EpochSource:
 
     def next(self, step: int) -> Mapping[str, Sequence[Sample]]:
         epoch, at = divmod(step, self.steps)
-        order = list(range(len(self._samples)))
-        random.Random(derived_seed(self._seed, "epoch", epoch)).shuffle(order)
+        generator = torch.Generator().manual_seed(derived_seed(self._seed, "epoch", epoch))
+        order = get_length_grouped_indices([len(s) for s in self._samples], self._size, generator=generator)
         batch = [self._samples[i] for i in order[at * self._size : (at + 1) * self._size]]
         return {"distill": batch[ranks.rank() :: ranks.count()]}
