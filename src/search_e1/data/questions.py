@@ -28,7 +28,7 @@ class Loaded:
     """Number of questions that the collection has in this split; ``None`` for other files."""
 
 
-def load_questions(path: Path, benchmark: str = "") -> list[Question]:
+def load_questions(path: str | Path, benchmark: str = "") -> list[Question]:
     """The questions of one file, in its order.
 
     Each line (plain, ``.gz`` or ``.zst``) holds ``id``, ``question``, ``golden_answers`` (a list; any of them is right) and
@@ -39,7 +39,7 @@ def load_questions(path: Path, benchmark: str = "") -> list[Question]:
         DataError: the file cannot be read or is empty, a line is no question, a question has no answers or an empty one,
             or an id is used twice; names file and line.
     """
-    return _unique(read_questions(path, benchmark), f"{path}")
+    return _unique(read_questions(Path(path), benchmark), f"{path}")
 
 
 def load_many(paths: Iterable[Path], benchmark: str = "") -> list[Question]:
