@@ -165,7 +165,9 @@ def test_a_run_that_is_stopped_and_killed_ends_the_same(project, together, alone
     monkeypatch.setattr("search_e1.cli.display.watch", at_step("ofsd-1", 2, 1, kill))
     assert torchrun(path) == 1
     assert time.time() - float(times.read_text()) < WITHIN
-    assert "Signal 9 (SIGKILL) received by PID" in capfd.readouterr().err
+    # Whichever torchrun notices first: the rank that was killed, or the one that lost its peer.
+    said = capfd.readouterr().err
+    assert "Signal 9 (SIGKILL) received by PID" in said or "by peer" in said
     assert (run / "grpo-1").exists()
     assert not (run / "ofsd-1").exists()
     command = [BIN / "torchrun", *TWO, "--no-python", "--", BIN / "search-e1", "train", "--config", path]
