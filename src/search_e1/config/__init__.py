@@ -19,7 +19,7 @@ from search_e1.config.files import (
     read_toml,
     with_overrides,
 )
-from search_e1.config.grpo import EvidenceConfig, GrpoConfig, HindsightConfig, ReplayConfig
+from search_e1.config.grpo import EvidenceConfig, GrpoConfig, GuardConfig, HindsightConfig, ReplayConfig
 from search_e1.config.inputs import DataConfig, PolicyConfig, RetrievalConfig
 from search_e1.config.prompts import Prompts
 from search_e1.config.rollout import EvaluationConfig, RolloutConfig, VllmConfig
@@ -38,6 +38,7 @@ __all__ = [
     "EvaluationConfig",
     "EvidenceConfig",
     "GrpoConfig",
+    "GuardConfig",
     "HindsightConfig",
     "LeadConfig",
     "LoraConfig",

@@ -47,6 +47,16 @@ class EvidenceConfig(Section):
     """Farthest that a factor may be from 1."""
 
 
+class GuardConfig(Section):
+    """Ends the stage where training has collapsed, with the policy that did best as its result (docs/grpo.md)."""
+
+    drop: Share = 0.5
+    """Share of the mean reward, or of the share of answered trajectories, that has to be lost since its best window. 0 turns
+    the guard off."""
+    window: Positive = 8
+    """Steps that are averaged. With fewer questions a step, chance explains more, and it takes more steps to tell."""
+
+
 class GrpoConfig(Section):
     steps: NonNegative = 200
     """Sampling steps a round. 0 leaves GRPO out."""
@@ -86,6 +96,7 @@ class GrpoConfig(Section):
     """Keep the newest group of each question beside the policy, for `pool.source = "grpo"`."""
     hindsight: HindsightConfig = HindsightConfig()
     evidence: EvidenceConfig = EvidenceConfig()
+    guard: GuardConfig = GuardConfig()
     training: TrainingConfig = TrainingConfig()
 
     @property

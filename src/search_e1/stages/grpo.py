@@ -1,5 +1,6 @@
 """GRPO: each step samples groups from the current policy and learns from their rewards."""
 
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from search_e1.stages.kept import Groups, keeping
 from search_e1.stages.replay import replay_samples, taught_samples
 from search_e1.stages.stage import Stage, sections
 from search_e1.stages.training_engine import open_training_engine
+from search_e1.training.guard import Collapse, Guard
 from search_e1.training.loop import Schedule, train
 from search_e1.training.objectives import open_objective
 from search_e1.training.objectives.base import Objective
@@ -31,6 +33,8 @@ from search_e1.training.record import ends, mean
 from search_e1.training.trained import TrainedPolicy
 from search_e1.types import Group, Question, Sample, Trajectory
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Grpo(Stage):
@@ -39,6 +43,7 @@ class Grpo(Stage):
     Writes ``policy/``, ``steps.jsonl`` and, with ``grpo.keep_groups``, ``groups.jsonl``. Figures: steps, seconds, mean reward
     of the first and of the last quarter of the steps, the share of groups with mixed rewards (the others teach nothing),
     searches and sampled tokens of a trajectory in the last quarter, and how often a pass was halved for lack of memory.
+    ``stopped_early``, only where the guard ended the stage: a ``Collapse``; the policy is the best one before it.
     """
 
     policy: str | Path
@@ -79,6 +84,7 @@ class Grpo(Stage):
         config = run.config.grpo
         policy = run.load(self.policy)
         steps: list[dict[str, float]] = []
+        collapse: Collapse | None = None
         if config.steps:
             model = with_adapter(policy.model, config.lora) if config.lora else policy.model
             objectives = make_objectives(run.config)
@@ -89,11 +95,17 @@ class Grpo(Stage):
             with ExitStack() as stack:
                 kept = stack.enter_context(keeping(config.keep_groups, context))
                 source = GroupSource(run, policy, trained, context, self.policy, kept, stack)
-                steps = train(trained, source, objectives, config.training, schedule, context, headline="reward")
+                guard = Guard(config.guard, config.questions_per_step)
+                steps = train(trained, source, objectives, config.training, schedule, context, headline="reward", guard=guard)
+                collapse = guard.collapsed(steps)
+                if kept and collapse:
+                    kept.add(collapse.kept, [])  # drops what was sampled since
             policy.model = trained.finish()
         if ranks.is_first():
             policy.save(context.out / "policy")
-        return summarize(steps)
+            if collapse:
+                logger.warning("%s", describe_collapse(str(self.id), collapse, config))
+        return {**summarize(steps), **({"stopped_early": collapse.model_dump()} if collapse else {})}
 
 
 def check(config: GrpoConfig, questions: Sequence[Question]) -> None:
@@ -263,6 +275,18 @@ def _figures(groups: Sequence[Group], rewards: Sequence[Sequence[float]], config
     if not config.length_penalty:
         del figures["shaped_reward"]
     return figures
+
+
+def describe_collapse(stage: str, collapse: Collapse, config: GrpoConfig) -> str:
+    """One line: steps, figures, what the stage's policy is, and the remedy."""
+    what = {"reward": "the mean reward", "answered": "the share of answered trajectories"}[collapse.figure]
+    before = f"step {collapse.kept - 1}" if collapse.kept > 1 else "the beginning of the stage"
+    return (
+        f"{stage}: training collapsed and was ended after step {collapse.step} of {config.steps}: {what} fell from "
+        f"{collapse.best:.3f} (until step {collapse.best_step}) to {collapse.now:.3f}; the policy of {before} is kept as the "
+        f"stage's result; lower grpo.learning_rate (now {config.learning_rate:g}) or set grpo.kl_coefficient, and raise "
+        "grpo.questions_per_step if steps are noisy"
+    )
 
 
 def summarize(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

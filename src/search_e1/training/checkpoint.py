@@ -13,11 +13,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from search_e1.runs import ranks
 from search_e1.runs.checkpoints import RANK
+from search_e1.training.guard import Guard
 from search_e1.training.sharding import full_state_dict, shard_like
 from search_e1.training.trained import TrainedPolicy
 from search_e1.types import Sample
 
 _WEIGHTS, _OPTIMIZERS, _STEPS = "trained.safetensors", "optimizers.pt", "steps.json"
+_BEST = "best.safetensors"
 
 
 @dataclass(slots=True)
@@ -48,6 +50,7 @@ class TrainingState:
     policy: TrainedPolicy
     optimizers: Sequence[Optimizer]
     schedules: Sequence[LRScheduler]
+    guard: Guard | None = None
 
     def save(self, directory: Path, records: Sequence[dict[str, float]], unfinished: Unfinished | None) -> None:
         torch.save(self._of_rank(unfinished), directory / f"{RANK}{ranks.rank()}.pt")
@@ -58,6 +61,8 @@ class TrainingState:
         if not ranks.is_first():
             return
         save_file(weights, directory / _WEIGHTS)
+        if self.guard and self.guard.weights:
+            save_file(self.guard.weights, directory / _BEST)
         torch.save({"optimizers": states, "schedules": [s.state_dict() for s in self.schedules]}, directory / _OPTIMIZERS)
         (directory / _STEPS).write_text(json.dumps(list(records)), encoding="utf-8")
 
@@ -92,6 +97,8 @@ class TrainingState:
         assert shapes[0] == shapes[1], "the checkpoint is of another policy"
         for name, weight in trained.items():
             weight.detach().copy_(shard_like(saved[name], weight))
+        if self.guard and (directory / _BEST).exists() and ranks.is_first():
+            self.guard.weights = load_file(directory / _BEST)
         shared = torch.load(directory / _OPTIMIZERS, map_location="cpu", weights_only=True)
         for optimizer, state in zip(self.optimizers, shared["optimizers"], strict=True):
             _load_optimizer(optimizer, state)

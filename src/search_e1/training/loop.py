@@ -21,6 +21,7 @@ from search_e1.runs.context import StageContext
 from search_e1.training import memory
 from search_e1.training.batch import Batch, make_batch, micro_batches, normalised_weights
 from search_e1.training.checkpoint import TrainingState, Unfinished
+from search_e1.training.guard import Guard
 from search_e1.training.objectives.base import Objective
 from search_e1.training.optimizer import make_optimizers, rate
 from search_e1.training.record import StepLog
@@ -67,10 +68,11 @@ def train(
     context: StageContext,
     *,
     headline: str = "loss",
+    guard: Guard | None = None,
 ) -> list[dict[str, float]]:
     """Train ``policy`` in place; one line a step in ``steps.jsonl``. Resumes from the newest checkpoint, to the bit.
 
-    ``headline``: the figure that progress shows.
+    ``headline``: the figure that progress shows. ``guard``: ends training after a collapse, with the weights that did best.
 
     Returns:
         The records of all steps.
@@ -83,17 +85,21 @@ def train(
     optimizers = make_optimizers(policy.model, config, schedule.learning_rate)
     updates = schedule.steps * schedule.updates
     schedules = [LambdaLR(o, lambda update: rate(update, updates, config)) for o in optimizers]
-    state = TrainingState(policy, optimizers, schedules)
+    state = TrainingState(policy, optimizers, schedules, guard)
     records, unfinished = state.restore(context.checkpointer.newest())
     log = StepLog(context, records, schedule.steps, headline)
     policy.model.train()
     with context.checkpointer.finishing():
         for step in range(len(log.steps), schedule.steps):
+            if guard and guard.collapsed(log.steps):
+                break
             if unfinished is None:
                 with context.checkpointer.saving_on_stop(step, lambda to: state.save(to, log.steps, None)):
                     samples = {name: list(part) for name, part in source.next(step).items()}
                     samples = {name: list(objectives[name].prepare(policy, part)) for name, part in samples.items()}
                 unfinished = Unfinished(samples, source_figures=dict(source.figures))
+            if guard and not unfinished.update:  # also of a step that was interrupted: a checkpoint may be older than that
+                guard.before_update(policy, [*log.steps, unfinished.source_figures])
             current = _Step(policy, objectives, config, state, log, context, step, unfinished)
             for update in range(unfinished.update, schedule.updates):
                 current.accumulate(_mini_batch(unfinished.samples, update % schedule.mini_batches, schedule.mini_batches))
@@ -109,6 +115,8 @@ def train(
             )
             unfinished = None
             context.checkpointer.on_step_end(len(log.steps), lambda to: state.save(to, log.steps, None))
+    if guard and guard.collapsed(log.steps):
+        guard.restore(policy)
     return log.steps
 
 
