@@ -17,7 +17,6 @@ from search_e1.config import PolicyConfig
 from search_e1.errors import DataError, ModelError
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.retrieval.encoder import Encoder
-from search_e1.text.prompts import plain_prompt
 from search_e1.training import policy as policies
 from search_e1.types import Passage
 from tiny_encoder import make_tiny_encoder
@@ -151,9 +150,7 @@ def test_code_of_an_encoder_is_never_run(tmp_path: Path, touched: Path) -> None:
 
 def test_a_chat_template_that_reaches_out_is_one_line(model: Path) -> None:
     (model / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
-    loaded = policies.load(model, PolicyConfig(model=str(model)))
-    with pytest.raises(ModelError, match=r"the policy's chat template fails \(access to attribute '__class__'"):
-        plain_prompt(loaded.tokenizer, loaded.prompts, "Who?")
+    assert "the policy's chat template fails (access to attribute '__class__'" in refused(model)
 
 
 def test_arrays_of_objects_in_an_index_are_refused(tmp_path: Path, touched: Path) -> None:

@@ -18,7 +18,8 @@ from search_e1.rollout.loop import Start, rollout, starts
 from search_e1.selfdistill.gold import Demonstrations
 from search_e1.text.prompts import observation, plain_prompt, privileged_prompt
 from search_e1.text.protocol import parse_action
-from search_e1.training.policy import Policy, load, resolve
+from search_e1.training.policy import Policy, load
+from search_e1.training.sources import resolve
 from search_e1.types import ActionKind, Sample
 from world_demonstrations import CLEAN, CONFUSED, HABITS, DemonstrationWriter, Slips, Walk, batches
 

@@ -20,7 +20,7 @@ from search_e1.stages.pairs import Pairs
 from search_e1.stages.pool import pool_stage
 from search_e1.stages.runner import StageRunner
 from search_e1.stages.stage import Stage
-from search_e1.training import policy as policies
+from search_e1.training.sources import resolve
 from search_e1.types import Record
 
 SUMMARY = "summary.json"
@@ -169,7 +169,7 @@ class _Summary:
         self.policies.append(
             PolicySummary(
                 stage=name,
-                path=str(policies.resolve(str(policy))),
+                path=str(resolve(str(policy))),
                 em=result.em,
                 em_sampled=result.em_sampled,
                 f1=result.f1,

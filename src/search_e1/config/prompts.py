@@ -89,6 +89,11 @@ class Prompts(BaseModel):
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: not a prompts file ({str(error).splitlines()[0]})") from error
 
+    @staticmethod
+    def saved_in(directory: Path) -> bool:
+        """Whether ``directory`` holds the prompts of a policy."""
+        return (directory / _FILE).exists()
+
     def save(self, directory: Path) -> None:
         (directory / _FILE).write_text(json.dumps({"prompts": self.model_dump()}, indent=2) + "\n")
 

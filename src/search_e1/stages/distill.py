@@ -22,7 +22,7 @@ from search_e1.stages.lead import FILE as LEAD
 from search_e1.stages.stage import Stage, sections
 from search_e1.training.loop import Schedule, train
 from search_e1.training.objectives import open_objective
-from search_e1.training.policy import Policy, with_adapter
+from search_e1.training.policy import Policy, context_length, with_adapter
 from search_e1.training.record import ends
 from search_e1.training.trained import TrainedPolicy
 from search_e1.types import Pair, Sample
@@ -119,7 +119,7 @@ def make_samples(policy: Policy, pairs: Sequence[Pair], config: DistillConfig) -
     else:
         make, learner = sample_of, "student"
     samples = [make(p, classes_of(policy.tokenizer, policy.prompts, getattr(p, learner)), weights) for p in pairs]
-    length = policy.model.config.get_text_config().max_position_embeddings
+    length = context_length(policy.model.config)
     fitting = [sample for sample in samples if len(sample) <= length and sample.positions]
     if not fitting:
         raise DataError(

@@ -31,6 +31,7 @@ from search_e1.text.protocols import protocol_of
 from search_e1.text.tools import tools_of
 from search_e1.training import policy as policies
 from search_e1.training.policy import Policy, Reader
+from search_e1.training.sources import base_of, resolve
 from search_e1.types import Question
 
 Watch = Callable[[str], AbstractContextManager[Progress]]
@@ -219,11 +220,13 @@ class Inputs:
         return open_engine(self.config, policy, loaded)
 
     def checksum(self, policy: str | Path) -> str:
-        """Checksum of a policy's directory, or of a file, computed once; a Hub id as it is."""
+        """Checksum of a policy's directory, or of a file, computed once; a Hub id as it is. Of an adapter, its base's too."""
         key = str(policy)
         if key not in self._checksums:
-            source = policies.resolve(key) if not Path(key).is_file() else Path(key)
-            self._checksums[key] = runs.checksum(source) if isinstance(source, Path) else source
+            source = resolve(key) if not Path(key).is_file() else Path(key)
+            found = runs.checksum(source) if isinstance(source, Path) else source
+            base = base_of(key) if not Path(key).is_file() else None
+            self._checksums[key] = runs.sha256_text(found + self.checksum(base)) if base else found
         return self._checksums[key]
 
     def sampled_on(self, policy: str | Path | None) -> dict[str, str]:

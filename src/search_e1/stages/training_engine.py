@@ -12,6 +12,7 @@ from search_e1.rollout.engines import vllm
 from search_e1.rollout.engines.base import Engine
 from search_e1.rollout.engines.registry import vllm_launch
 from search_e1.rollout.engines.torch import TorchEngine
+from search_e1.training.policy import context_length
 from search_e1.training.trained import TrainedPolicy
 
 
@@ -44,7 +45,7 @@ class _OwnModel:
     reweighed = False
 
     def __init__(self, trained: TrainedPolicy, tokenizer: Any, rows: int) -> None:
-        self.context_length: int = trained.model.config.get_text_config().max_position_embeddings
+        self.context_length = context_length(trained.model.config)
         self._trained, self._tokenizer, self._rows = trained, tokenizer, rows
 
     @contextmanager

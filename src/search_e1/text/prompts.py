@@ -63,17 +63,37 @@ def _instruction(tokenizer, prompts: Prompts, question: str) -> str:
 
 
 def _encode_message(tokenizer, prompts: Prompts, message: str) -> tuple[int, ...]:
-    tools = [tool.schema for tool in tools_of(prompts)] if prompts.protocol == "tools" else None
     if tokenizer.chat_template:
-        options = dict(tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False)
-        try:
-            return tuple(tokenizer.apply_chat_template([{"role": "user", "content": message}], **options))
-        except TemplateError as error:  # a template that reaches out of its sandbox too
-            problem = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"the policy's chat template fails ({problem}); use another model, or mend it") from error
-    if tools:
+        return tuple(_apply_template(tokenizer, prompts, message, tokenize=True, return_dict=False))
+    if prompts.protocol == "tools":
         raise ModelError(NO_TEMPLATE)
     return tuple(tokenizer.encode(message))
+
+
+def _apply_template(tokenizer, prompts: Prompts, message: str, **options):
+    tools = [tool.schema for tool in tools_of(prompts)] if prompts.protocol == "tools" else None
+    messages = [{"role": "user", "content": message}]
+    try:
+        return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, **options)
+    except TemplateError as error:  # a template that reaches out of its sandbox too
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the policy's chat template fails ({problem}); use another model, or mend it") from error
+
+
+def check_template(tokenizer, prompts: Prompts) -> None:
+    """
+    Raises:
+        ModelError: the chat template fails, or what it makes of a question does not hold the question.
+    """
+    question = "In which year did the Zambezi flood Kazungula?"
+    if not tokenizer.chat_template:
+        return
+    text = _apply_template(tokenizer, prompts, prompts.instruction.replace("{question}", question), tokenize=False)
+    if question not in text:
+        raise ModelError(
+            "the policy's chat template drops the question (what it writes lacks the user's message); mend "
+            "chat_template.jinja in its directory, or use another model"
+        )
 
 
 NO_TEMPLATE = 'prompts.protocol = "tools": the policy\'s tokenizer has no chat template; use a chat model, or protocol = "tags"'

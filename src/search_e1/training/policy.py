@@ -1,7 +1,6 @@
 """A policy on disk and in memory: a plain Hugging Face directory plus the prompts it works under."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,13 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from search_e1.config import LoraConfig, PolicyConfig, Prompts
-from search_e1.errors import ModelError
 from search_e1.runs.devices import device, no_bars
-
-SMALL = "small"
-_SMALL_DIRECTORY = Path(__file__).parent.parent / "data" / "small_policy"
+from search_e1.text.prompts import check_template
+from search_e1.training.loading import check_quantization, check_tokenizer, load_weights
+from search_e1.training.sources import opened
 
 
 @dataclass(slots=True)
@@ -45,31 +42,6 @@ class Reader:
     context_length: int
 
 
-def resolve(model: str) -> Path | str:
-    """The directory of ``model``, or a Hub id as it is. ``small`` is the policy of the package.
-
-    Raises:
-        ModelError: it looks like a directory and is none, or the directory holds no model.
-    """
-    if model == SMALL:
-        return _SMALL_DIRECTORY
-    path = Path(model).expanduser()
-    if not path.exists():
-        if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-            raise ModelError(f"policy.model = {model!r}: no such directory; give one, a Hub id (owner/name), or {SMALL!r}")
-        return model
-    for needed in ("config.json", "tokenizer_config.json"):
-        if not (path / needed).is_file():
-            raise ModelError(f"policy.model = {model!r}: no {needed} in it; give the directory of a Hugging Face model")
-    pickled = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern)]
-    if pickled and not any(path.glob("*.safetensors")):
-        raise ModelError(
-            f"policy.model = {model!r}: weights only as pickles ({pickled[0]}), which can run code; save them as safetensors, "
-            "where you trust them"
-        )
-    return path
-
-
 def load(model: str | Path, config: PolicyConfig, prompts: Prompts | None = None) -> Policy:
     """Load weights (safetensors only), tokenizer and prompts; ``config.model`` is not looked at, ``model`` is.
 
@@ -77,14 +49,10 @@ def load(model: str | Path, config: PolicyConfig, prompts: Prompts | None = None
         ModelError: the directory is none, or what is in it does not load.
     """
     reader = load_reader(model, config, prompts)
-    with _loading(model) as source:
-        weights = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=getattr(torch, config.dtype),
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-        )
-    weights.to(device(config.device))  # type: ignore[arg-type]
+    dtype = getattr(torch, config.dtype)
+    with opened(model) as source:
+        weights: Any = load_weights(source, config.trust_remote_code, dtype)
+    weights.to(device=device(config.device), dtype=dtype)
     return Policy(weights, reader.tokenizer, reader.prompts)
 
 
@@ -94,27 +62,29 @@ def load_reader(model: str | Path, config: PolicyConfig, prompts: Prompts | None
     Raises:
         ModelError: as ``load``.
     """
-    with _loading(model) as source:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-        settings = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    trust_remote_code = config.trust_remote_code
+    with opened(model) as source:
+        settings = AutoConfig.from_pretrained(source.weights, trust_remote_code=trust_remote_code, **source.options)
+        check_quantization(source.model, settings)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.tokenizer, trust_remote_code=trust_remote_code, **source.tokenizer_options
+        )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        check_tokenizer(source.model, tokenizer, settings)
+        limit = context_length(settings)
     if prompts is None:
-        prompts = Prompts.of_policy(source) if isinstance(source, Path) else Prompts()
-    return Reader(tokenizer, prompts, settings.get_text_config().max_position_embeddings)
+        prompts = next((Prompts.of_policy(place) for place in source.prompts if Prompts.saved_in(place)), Prompts())
+    check_template(tokenizer, prompts)
+    return Reader(tokenizer, prompts, limit)
 
 
-@contextmanager
-def _loading(model: str | Path) -> Iterator[Path | str]:
-    source = resolve(str(model))
-    try:
-        with no_bars():
-            yield source
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        problem = str(error).strip().splitlines()[0]
-        if "custom code" in problem:
-            problem = "it brings code of its own; read that, and set policy.trust_remote_code = true to run it"
-        raise ModelError(f"policy.model = {str(model)!r} does not load: {problem}") from error
+def context_length(config: PreTrainedConfig) -> int:
+    """Most ids that a model of ``config`` takes: ``sys.maxsize`` where its architecture has no limit (Mamba, Bloom)."""
+    text = config.get_text_config()
+    # The first is an alias of most others (``n_positions``, ...); MPT and old configurations of Bloom have their own.
+    found = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len", "seq_length"))
+    return next((length for length in found if length and length > 0), sys.maxsize)
 
 
 def accelerators(config: PolicyConfig, processes: int = 1) -> int:

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from search_e1.errors import ModelError
 from search_e1.lab.plan.constants import load_constants
 from search_e1.runs.devices import no_bars
-from search_e1.training.policy import SMALL, resolve
+from search_e1.training.policy import context_length
+from search_e1.training.sources import SMALL, base_of, is_gguf, opened
 from search_e1.types import Record
 
 _KEYS = (
@@ -39,18 +40,26 @@ class Shape(Record):
 
 
 def read_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration of ``model``: a name in ``constants.toml``, a Hub id that begins like one, a directory, a config.json.
+    """The configuration of ``model``: a name in ``constants.toml``, a Hub id that begins like one, a directory, a GGUF file,
+    an adapter's base, a config.json.
 
     Raises:
         ModelError: it is none of these, or cannot be read.
     """
     path = Path(model).expanduser()
     try:
-        if path.is_file():
+        if path.is_file() and not is_gguf(path):
             raw = json.loads(path.read_text(encoding="utf-8"))
             return AutoConfig.for_model(raw.pop("model_type"), **raw)
         if model == SMALL or path.exists():
-            return AutoConfig.from_pretrained(resolve(model), trust_remote_code=trust_remote_code, local_files_only=True)
+            if base := base_of(model):
+                return read_config(base, trust_remote_code=trust_remote_code)
+            with opened(model) as source:
+                return AutoConfig.from_pretrained(
+                    source.weights, trust_remote_code=trust_remote_code, local_files_only=True, **source.options
+                )
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"policy.model = {model!r}: not the config.json of a model ({reason})") from error
@@ -89,7 +98,7 @@ def shape_of(config: PreTrainedConfig) -> Shape:
         parameters=_size(model), head=head.numel(), embeddings=sum(w.numel() for w in {head, embedding}),
         active=round(sum(w.numel() * (share if ".experts." in name else 1) for name, w in matrices)),
         layers=len(layers), largest_layer=max(map(_size, layers)), hidden_size=text.hidden_size, vocabulary=len(head),
-        context_length=text.max_position_embeddings, attention_width=query or len(layers) * text.hidden_size,
+        context_length=context_length(config), attention_width=query or len(layers) * text.hidden_size,
         cached=cached or 2 * len(layers) * text.hidden_size,
     )  # fmt: skip
 

@@ -9,6 +9,8 @@ import torch
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from search_e1.training.policy import context_length
+
 _ROUND = 64
 """Capacity grows in steps of this many positions."""
 _LAYERS = {"full_attention", "sliding_attention", "conv"}
@@ -33,7 +35,7 @@ class RaggedCache(Cache):
         self._types = types
         self._windows = {k["sliding_window"] for k, t in zip(kwargs, types, strict=True) if t == "sliding_attention"}
         self._additive = config._attn_implementation == "eager"
-        self._longest = config.max_position_embeddings
+        self._longest = context_length(config)
         self.slots = slots
         self._capacity = 0
         self._attention: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

@@ -21,6 +21,7 @@ from search_e1.rollout.engines.base import BatchEngine, Generation, Request, Ses
 from search_e1.rollout.engines.continuous import ContinuousSession
 from search_e1.rollout.engines.ragged import RaggedCache
 from search_e1.rollout.engines.sampling import Ends, draw
+from search_e1.training.policy import context_length
 
 _MEMORY = 0.6
 """Share of free memory that the cache may take. The rest is for what a forward pass needs."""
@@ -49,7 +50,7 @@ class TorchEngine:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.on_id = on_id
-        self.context_length = model.config.get_text_config().max_position_embeddings
+        self.context_length = context_length(model.config)
 
     @contextmanager
     def session(self, *, temperature: float, stop: Sequence[str], max_tokens: int) -> Iterator[Session]:
@@ -85,7 +86,7 @@ class PlainEngine(BatchEngine):
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.on_id = on_id
-        self.context_length = model.config.get_text_config().max_position_embeddings
+        self.context_length = context_length(model.config)
         self._pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)  # masked
 
     def generate(self, requests: Sequence[Request], *, temperature: float, stop: Sequence[str]) -> list[Generation]:

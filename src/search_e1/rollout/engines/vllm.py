@@ -24,7 +24,7 @@ from search_e1.config import PolicyConfig, VllmConfig
 from search_e1.errors import ConfigError, ModelError
 from search_e1.rollout.engines.base import Generation, Request, never
 from search_e1.runs.devices import device
-from search_e1.training.policy import resolve
+from search_e1.training.sources import plain_directory
 
 SERIES = "0.30."
 """Of vLLM: the newest whose pins fit TRL's."""
@@ -113,6 +113,7 @@ class VllmLaunch:
             ModelError: vLLM runs on another device, or cannot run this policy.
         """
         check(self.policy, self.config)
+        model = plain_directory(str(self.model), "vLLM")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nobody is told
         if "VLLM_LOGGING_LEVEL" not in os.environ:
@@ -130,7 +131,7 @@ class VllmLaunch:
             )
         try:
             return LLM(
-                model=str(resolve(str(self.model))),
+                model=str(model),
                 dtype=self.policy.dtype,
                 trust_remote_code=self.policy.trust_remote_code,
                 max_model_len=self.max_tokens,

@@ -14,7 +14,7 @@ from search_e1.config import VllmConfig
 from search_e1.errors import ConfigError, EndpointError
 from search_e1.rollout.engines.base import Generation, Request
 from search_e1.rollout.engines.remote import RemoteEngine, api_url
-from search_e1.training.policy import resolve
+from search_e1.training.sources import resolve
 
 _ATTEMPTS = 4
 

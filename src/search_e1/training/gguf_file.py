@@ -1,0 +1,75 @@
+"""What can be found out about a GGUF file before it is loaded: that it is whole, and that its kinds can be dequantised."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, dequantize
+from transformers import GgufConfig
+from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
+
+from search_e1.errors import ModelError
+
+
+def check_gguf(model: str, path: Path) -> None:
+    """
+    Raises:
+        ModelError: ``path`` is no GGUF file, is truncated, one part of several, or of a kind that cannot be dequantised.
+    """
+    if problem := _problem(path, *_identity(path)):
+        raise ModelError(f"policy.model = {model!r}: {path.name} {problem}")
+
+
+def tensor_sizes(path: Path) -> dict[str, int]:
+    """Numbers in each tensor of a file that ``check_gguf`` has passed."""
+    return {name: size for name, (size, _) in _read(path, *_identity(path))[0].items()}
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+@lru_cache(maxsize=8)
+def _read(path: Path, size: int, changed: int) -> tuple[dict[str, tuple[int, GGMLQuantizationType]], int]:
+    """Size and kind of each tensor, and the number of files; cached, as a large vocabulary takes seconds to read."""
+    reader = GGUFReader(path)
+    parts = reader.get_field("split.count")
+    tensors = {tensor.name: (int(tensor.n_elements), tensor.tensor_type) for tensor in reader.tensors}
+    return tensors, int(parts.contents()) if parts else 1
+
+
+def _problem(path: Path, size: int, changed: int) -> str | None:
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            return "is no GGUF file (it does not begin with GGUF); download it again, or give a Hugging Face directory"
+    try:
+        tensors, parts = _read(path, size, changed)
+    # What reading beyond the end of the file, or a length made of other bytes, leads to.
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, AttributeError):
+        return "is truncated or damaged; download it again"
+    if parts > 1:
+        return f"is one of {parts} parts; join them with `llama-gguf-split --merge` and give the whole"
+    kinds = {kind: name for name, (_, kind) in tensors.items()}
+    for kind, name in kinds.items():
+        if not _dequantises(kind):
+            return f"holds {name} as {kind.name}, which cannot be dequantised; {_REMEDY}"
+    try:
+        GgufHfQuantizer(GgufConfig(dequantize=True)).read_header(str(path))  # some architectures take fewer kinds
+    except ValueError as error:
+        return f"cannot be dequantised ({str(error).removeprefix(str(path)).strip()}); {_REMEDY}"
+    return None
+
+
+_REMEDY = "give a file of another kind, Q8_0 or F16 say, or the model's Hugging Face directory"
+
+
+def _dequantises(kind: GGMLQuantizationType) -> bool:
+    """Tried on one block."""
+    _, size = GGML_QUANT_SIZES[kind]
+    plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
+    try:
+        dequantize(np.zeros(1, plain[kind]) if kind in plain else np.zeros((1, size), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True

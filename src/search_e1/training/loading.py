@@ -1,0 +1,166 @@
+"""Loading weights, and refusing what transformers and PEFT load with a warning: a policy never begins from random numbers."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
+
+from search_e1.errors import ModelError
+from search_e1.training.gguf_file import tensor_sizes
+from search_e1.training.sources import ADAPTER_WEIGHTS, Source
+
+_ADAPTER = "policy"
+
+
+def load_weights(source: Source, trust_remote_code: bool, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The weights of ``source``: GGUF dequantised, adapters merged (in float32, so that no difference is rounded away).
+
+    Raises:
+        ModelError: weights are missing, left over, or of other shapes.
+        OSError, ValueError, RuntimeError, ...: transformers cannot read them; ``sources.opened`` makes one line of it.
+    """
+    options: dict[str, Any] = dict(source.options)
+    if source.gguf:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source.weights,
+        dtype=torch.float32 if source.adapter else dtype,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are in the report, and refused below
+        output_loading_info=True,
+        **options,
+    )
+    model, report = loaded
+    _check_report(source.model, report)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"policy.model = {source.model!r}: an adapter on the Hub; download it with "
+            f"`hf download {source.model} --local-dir DIRECTORY` and give the directory"
+        )
+    if source.gguf:
+        _check_all_used(source.model, source.gguf, model)
+    return _merged(source, model) if source.adapter else model
+
+
+def _check_report(model: str, report: dict[str, Any]) -> None:
+    shapes = (f"{name} {tuple(found)} for {tuple(wanted)}" for name, found, wanted in report["mismatched_keys"])
+    for what, names in (
+        ("of other shapes than its config.json says", shapes),
+        ("missing", report["missing_keys"]),
+        ("left over, for which this architecture has no place", report["unexpected_keys"]),
+    ):
+        if names := sorted(names):
+            raise ModelError(
+                f"policy.model = {model!r}: weights are {what}: {_listed(names)}; give the whole directory of a causal "
+                "language model"
+            )
+
+
+def _check_all_used(model: str, file: Path, loaded: PreTrainedModel) -> None:
+    """Transformers passes over tensors of a GGUF file that it does not know: factors of a rope scaling, for instance."""
+    sizes, places = tensor_sizes(file), sum(weight.numel() for weight in _distinct(loaded.state_dict().values()))
+    if loaded.config.get_text_config().tie_word_embeddings:
+        sizes.pop("output.weight", None)  # the embedding once more
+    excess = sum(sizes.values()) - places
+    if excess:
+        names = [name for name, size in sizes.items() if size == excess]
+        raise ModelError(
+            f"policy.model = {model!r}: {file.name} holds {sum(sizes.values())} weights, and a {loaded.config.model_type} of "
+            f"its shape has {places}{f' (left over: {names[0]})' if len(names) == 1 else ''}; transformers does not read all "
+            "of it, so give the model's Hugging Face directory"
+        )
+
+
+def _distinct(weights: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return list({weight.data_ptr(): weight for weight in weights}.values())
+
+
+def _merged(source: Source, base: PreTrainedModel) -> PreTrainedModel:
+    assert source.adapter
+    config = PeftConfig.from_pretrained(str(source.adapter))
+    if config.is_prompt_learning:
+        raise ModelError(
+            f"policy.model = {source.model!r}: a {config.peft_type.value} adapter, which cannot be merged into weights; give "
+            "one that can, LoRA say"
+        )
+    try:
+        wrapped = PeftModel(base, config, _ADAPTER)
+        given = load_file(source.adapter / ADAPTER_WEIGHTS)
+        result: Any = set_peft_model_state_dict(wrapped, given, _ADAPTER)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise _of_another_base(source, _reason(error)) from error
+    # The base's weights are "missing" too.
+    missing = sorted(name for name in result.missing_keys if _ADAPTER in name.split("."))
+    if missing or result.unexpected_keys:
+        what, names = ("missing", missing) if missing else ("left over", result.unexpected_keys)
+        raise _of_another_base(source, f"weights are {what}: {_listed(names)}")
+    merged: Any = wrapped.merge_and_unload(safe_merge=True)
+    merged.requires_grad_(True)
+    return merged
+
+
+def _reason(error: BaseException) -> str:
+    """PEFT's, in one line: of a list of weights that do not fit, the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    found = next((line for line in lines if line.startswith("size mismatch")), lines[0] if lines else type(error).__name__)
+    return re.sub(r"torch\.Size\((.*?)\)", r"\1", found.rstrip("."))
+
+
+def _of_another_base(source: Source, reason: str) -> ModelError:
+    return ModelError(
+        f"policy.model = {source.model!r}: the adapter does not fit its base ({reason}); it was trained on another model, so "
+        "write that one in adapter_config.json as base_model_name_or_path"
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+
+
+def check_quantization(model: str, config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        ModelError: the weights are quantised in a way that transformers does not know, or whose library or device is missing.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    given = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = str(given.get("quant_method", "unknown"))
+    try:
+        AutoHfQuantizer.from_config(quantization, pre_quantized=True).validate_environment(device_map=None)
+    except (ImportError, ValueError, RuntimeError, TypeError) as error:
+        raise ModelError(
+            f"policy.model = {model!r}: quantised with {method}, which cannot be loaded here ({_reason(error)}); install what "
+            "is missing, or give the model's unquantised directory"
+        ) from error
+
+
+def check_tokenizer(model: str, tokenizer: Any, config: PreTrainedConfig) -> None:
+    """Every id that can come up has a row of the embedding.
+
+    Special tokens that neither the chat template nor generation uses cannot: what is read is neutralised
+    (``prompts.neutralize``). Text models cut out of multimodal ones have such, for images; and transformers adds an unknown
+    token to byte-level tokenizers, which know everything.
+
+    Raises:
+        ModelError: one has not.
+    """
+    rows = config.get_text_config().vocab_size
+    beyond = {id: token for token, id in tokenizer.get_vocab().items() if id >= rows}
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for id, token in sorted(beyond.items()):
+        if id not in special or id in used or token in str(tokenizer.chat_template or ""):
+            raise ModelError(
+                f"policy.model = {model!r}: the tokenizer has {max(beyond) + 1} ids and the embedding {rows} rows (no row for "
+                f"{token!r}); call resize_token_embeddings before saving the model, or give the tokenizer it was trained with"
+            )

@@ -1,0 +1,188 @@
+"""What ``policy.model`` names, and where its parts are: a directory, a Hub id, a GGUF file, a PEFT adapter, or ``small``."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from safetensors import SafetensorError
+
+from search_e1.errors import ModelError, SearchE1Error
+from search_e1.runs.devices import no_bars
+from search_e1.training.gguf_file import check_gguf
+
+SMALL = "small"
+_SMALL_DIRECTORY = Path(__file__).parent.parent / "data" / "small_policy"
+_ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_AS_DIRECTORY = (
+    "from pathlib import Path; from search_e1.config import PolicyConfig; from search_e1.training.policy import load; "
+    "load({0!r}, PolicyConfig(model={0!r})).save(Path('DIRECTORY'))"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where ``from_pretrained`` finds the parts of a policy."""
+
+    model: str
+    """As the user wrote it; every error begins with it."""
+    weights: Path | str
+    """Directory or Hub id of configuration and weights; an adapter's base."""
+    tokenizer: Path | str
+    prompts: tuple[Path, ...] = ()
+    """Directories that may hold the policy's prompts; the first that does counts."""
+    adapter: Path | None = None
+    gguf: Path | None = None
+    """The file that ``weights`` was opened for."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Further arguments of ``from_pretrained`` for ``weights``."""
+    tokenizer_options: dict[str, str] = field(default_factory=dict)
+
+
+def resolve(model: str) -> Path | str:
+    """The directory or GGUF file of ``model``, or a Hub id as it is. ``small`` is the policy of the package.
+
+    Raises:
+        ModelError: it looks like a path and nothing is there, or what is there is no model.
+    """
+    if model == SMALL:
+        return _SMALL_DIRECTORY
+    path = Path(model).expanduser()
+    if not path.exists():
+        if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1 or is_gguf(path):
+            raise ModelError(
+                f"policy.model = {model!r}: no such directory or file; give a directory, a GGUF file, a Hub id (owner/name), "
+                f"or {SMALL!r}"
+            )
+        return model
+    if path.is_file():
+        if not is_gguf(path):
+            raise ModelError(f"policy.model = {model!r}: a file that is no .gguf; give the directory of a Hugging Face model")
+        return path
+    _check_directory(model, path)
+    return path
+
+
+def is_gguf(path: Path | str) -> bool:
+    return str(path).endswith(".gguf")
+
+
+def base_of(model: str) -> str | None:
+    """The base of an adapter, to be resolved as a ``policy.model`` is; ``None`` if ``model`` is no adapter.
+
+    A directory is looked for beside the adapter's own files first, then from here.
+
+    Raises:
+        ModelError: the adapter does not tell its base, or it is not there, or is itself an adapter.
+    """
+    path = resolve(model)
+    if not isinstance(path, Path) or not (path / _ADAPTER_CONFIG).is_file():
+        return None
+    where = f"policy.model = {model!r}: {_ADAPTER_CONFIG}"
+    try:
+        base = json.loads((path / _ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{where} cannot be read ({error}); save the adapter again") from error
+    if not base or not isinstance(base, str):
+        raise ModelError(f"{where} does not name the base; write it there as base_model_name_or_path")
+    base = str(path / base) if (path / base).exists() else base
+    try:
+        resolved = resolve(base)
+    except ModelError as error:
+        raise ModelError(
+            f"{where} names the base {base!r}, which is not there or is no model; write its directory, GGUF file or Hub id "
+            "there as base_model_name_or_path"
+        ) from error
+    if isinstance(resolved, Path) and (resolved / _ADAPTER_CONFIG).is_file():
+        raise ModelError(f"{where} names the base {base!r}, an adapter too; merge that one first")
+    return base
+
+
+def plain_directory(model: str, reader: str) -> Path | str:
+    """``resolve(model)`` for a ``reader`` that knows Hugging Face directories alone.
+
+    Raises:
+        ModelError: it is a GGUF file or an adapter; or as ``resolve``.
+    """
+    path = resolve(model)
+    kind = "a GGUF file" if is_gguf(path) else "an adapter" if base_of(model) else None
+    if kind:
+        raise ModelError(
+            f'policy.model = {model!r}: {kind}, which {reader} does not read here; set rollout.engine = "torch", or write a '
+            f'plain directory with `python -c "{_AS_DIRECTORY.format(model)}"` and give that'
+        )
+    return path
+
+
+@contextmanager
+def opened(model: str | Path) -> Iterator[Source]:
+    """The parts of ``model``, for as long as the context lasts; what fails to load within it becomes one line.
+
+    Raises:
+        ModelError: there is no such model, or it does not load.
+    """
+    model = str(model)
+    path, base = resolve(model), base_of(model)
+    weights = resolve(base) if base else path
+    if is_gguf(weights):
+        check_gguf(model, Path(weights))
+    try:
+        empty = TemporaryDirectory(prefix="search-e1-gguf-") if is_gguf(weights) else nullcontext("")
+        with empty as directory, no_bars():
+            yield _source(model, path, weights, Path(directory))
+    except SearchE1Error:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        its = f"its base {base!r}" if base else "it"
+        raise ModelError(f"policy.model = {model!r}: {its} does not load: {_problem(error, weights)}") from error
+
+
+def _source(model: str, path: Path | str, weights: Path | str, empty: Path) -> Source:
+    options: dict[str, str] = {}
+    adapter = path if weights is not path and isinstance(path, Path) else None
+    gguf = Path(weights) if is_gguf(weights) else None
+    prompts = tuple(place for place in (adapter, weights) if isinstance(place, Path) and place.is_dir())
+    if gguf:
+        # Alone in a directory: transformers would mix in the tokenizer or adapter of other models that lie beside it.
+        (empty / "model.gguf").symlink_to(gguf.resolve())
+        weights, options = empty, {"gguf_file": "model.gguf"}
+    if adapter and (adapter / "tokenizer_config.json").is_file():
+        return Source(model, weights, adapter, prompts, adapter, gguf, options)
+    return Source(model, weights, weights, prompts, adapter, gguf, options, options)
+
+
+def _check_directory(model: str, path: Path) -> None:
+    where = f"policy.model = {model!r}"
+    weights = [file for file in path.glob("*.safetensors") if not file.name.startswith("adapter_")]
+    adapter = (path / _ADAPTER_CONFIG).is_file()
+    if adapter and weights and (path / "config.json").is_file():
+        raise ModelError(f"{where}: holds a model and an adapter; move one of them to a directory of its own")
+    for needed in () if adapter else ("config.json", "tokenizer_config.json"):
+        if not (path / needed).is_file():
+            files = sorted(path.glob("*.gguf"))
+            remedy = f"give the GGUF file itself: {files[0]}" if files else "give the directory of a Hugging Face model"
+            raise ModelError(f"{where}: no {needed} in it; {remedy}")
+    needed = ADAPTER_WEIGHTS if adapter else "*.safetensors"
+    if any(path.glob(needed)):
+        return
+    pickled = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern)]
+    if pickled:
+        raise ModelError(
+            f"{where}: weights only as pickles ({pickled[0]}), which can run code; save them as safetensors, "
+            "where you trust them"
+        )
+    if adapter:
+        raise ModelError(f"{where}: no {ADAPTER_WEIGHTS} in it; give the directory of a whole PEFT adapter")
+
+
+def _problem(error: BaseException, weights: Path | str) -> str:
+    problem = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if "custom code" in problem:
+        return "it brings code of its own; read that, and set policy.trust_remote_code = true to run it"
+    if is_gguf(weights):
+        return f"{problem}; give another GGUF file of this model, or its Hugging Face directory"
+    if isinstance(weights, str) and "config.json" in problem:
+        return f"{problem}; if it is an adapter or a GGUF file, download it and give its path"
+    return problem
