@@ -28,7 +28,7 @@ from taught import QUESTIONS, teach
 from test_report import report
 
 STAGES = [
-    "index", "recall", "evaluation-base", "grpo-1", "evaluation-grpo-1", "pool-1", "pairs-1", "lead-1", "ofsd-1",
+    "index", "recall", "evaluation-base", "preflight", "grpo-1", "evaluation-grpo-1", "pool-1", "pairs-1", "lead-1", "ofsd-1",
     "evaluation-ofsd-1",
 ]  # fmt: skip
 
@@ -270,6 +270,7 @@ def test_a_stage_says_what_it_was_made_of(finished, project):
         "index": set(),
         "recall": {"rollout", "data.max_eval"},
         **{f"evaluation-{name}": {"evaluation", "rollout", "data.max_eval"} for name in ("base", "grpo-1", "ofsd-1")},
+        "preflight": {"rollout", "grpo.group_size", "grpo.temperature", "data.max_train", "data.max_eval"},
         "grpo-1": {"grpo", "rollout", "reference"},
         "pool-1": {"pool", "rollout"},
         "pairs-1": {"reference", "pairs", "lead"},
@@ -285,6 +286,7 @@ def test_a_stage_says_what_it_was_made_of(finished, project):
         "evaluation-base": evaluated,
         "evaluation-grpo-1": evaluated,
         "evaluation-ofsd-1": evaluated,
+        "preflight": sampled | {"eval.tiny", "evaluation"},
         "grpo-1": sampled,
         "pool-1": sampled,
         "pairs-1": {"policy", "reader", "pool"},

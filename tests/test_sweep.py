@@ -61,7 +61,7 @@ def test_a_run_of_a_sweep(project, monkeypatch, capsys):
     assert "grpo/4 finished" in shown
     run = out / "runs" / "grpo" / "4"
     shared = {path.name.rpartition("-")[0] for path in (out / "shared").iterdir() if not path.name.startswith(".")}
-    assert shared == {"index", "recall", "evaluation-base", "grpo-1", "evaluation-grpo-1"}
+    assert shared == {"index", "recall", "evaluation-base", "preflight", "grpo-1", "evaluation-grpo-1"}
     rows = parquet.read_table(out / "results.parquet").to_pylist()
     [row] = [row for row in rows if row["stage"] == "grpo-1" and row["benchmark"] == "all"]
     manifest = runs.read(run / "grpo-1").manifest

@@ -10,6 +10,7 @@
     ├── EndpointError    (RuntimeError)  a model's endpoint did not answer, or answered rubbish
     ├── RunError         (RuntimeError)  a run directory: locked, drifted, incomplete
     ├── NoLeadError      (RuntimeError)  the teacher does not lead; distilling would not help
+    ├── PreflightError   (RuntimeError)  the policy, or the corpus, leaves the run nothing to learn from
     └── TrainingError    (RuntimeError)  training cannot go on (a loss that is not finite)
 
 A bad output of a model is not an error but data: see ``types.StopReason``. Messages are one line and say what was found,
@@ -47,6 +48,10 @@ class RunError(SearchE1Error, RuntimeError):
 
 class NoLeadError(SearchE1Error, RuntimeError):
     """The privileged prompt does not make the policy better, so there is nothing to distil."""
+
+
+class PreflightError(SearchE1Error, RuntimeError):
+    """What the policy does, or what the corpus holds, leaves the run nothing to learn from."""
 
 
 class TrainingError(SearchE1Error, RuntimeError):

@@ -1,16 +1,19 @@
 """The outer loop: GRPO and self-distillation, round after round, each stage an artifact of the run."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from search_e1 import runs
 from search_e1.config import Config, migrate_fingerprint
+from search_e1.evaluation.preflight import Finding, Level
 from search_e1.evaluation.results import Evaluation
 from search_e1.runs import Artifact, ranks
 from search_e1.runs.opening import opened
 from search_e1.runs.stopping import Stop
 from search_e1.selfdistill.lead import Lead, refused
+from search_e1.stages import preflight
 from search_e1.stages.distill import Distill
 from search_e1.stages.evaluate import Evaluate, Recall
 from search_e1.stages.grpo import Grpo
@@ -20,9 +23,11 @@ from search_e1.stages.pairs import Pairs
 from search_e1.stages.pool import pool_stage
 from search_e1.stages.runner import StageRunner
 from search_e1.stages.stage import Stage
+from search_e1.training.guard import Collapse
 from search_e1.training.sources import resolve
 from search_e1.types import Record
 
+logger = logging.getLogger(__name__)
 SUMMARY = "summary.json"
 
 
@@ -66,6 +71,10 @@ class Summary(Record):
     """Round -> the teacher's lead in EM."""
     seconds: dict[str, float]
     """Wall-clock time by stage."""
+    preflight: tuple[Finding, ...] = ()
+    """What the policy that the first round begins from, and the data, promise."""
+    stopped_early: dict[str, Collapse] = {}
+    """GRPO stages that the guard ended, and why."""
 
     @property
     def policy(self) -> Path:
@@ -111,6 +120,8 @@ def train(
         summary = _Summary(runner)
         policy: str | Path = config.policy.model
         summary.evaluate("base", policy)
+        if config.preflight != "off":
+            summary.judge(policy)
         for round in range(1, config.rounds + 1):
             if config.grpo.steps:
                 trained = summary.make(Grpo(policy, round))
@@ -157,15 +168,20 @@ class _Summary:
         self.policies: list[PolicySummary] = []
         self.rounds: dict[str, RoundSummary] = {}
         self.seconds: dict[str, float] = {}
+        self.findings: tuple[Finding, ...] = ()
+        self.stopped: dict[str, Collapse] = {}
 
     def make(self, stage: Stage) -> Artifact:
         artifact = self.runner.make(stage)
         self.seconds[artifact.manifest.stage] = artifact.manifest.seconds
+        if collapse := artifact.manifest.result.get("stopped_early"):
+            self.stopped[artifact.manifest.stage] = Collapse.model_validate(collapse)
         return artifact
 
     def evaluate(self, name: str, policy: str | Path) -> None:
         recall = self.make(Recall()) if self.config.evaluation.recall else None
-        result = Evaluation.model_validate(self.make(Evaluate(policy, name, recall)).manifest.result)
+        self.evaluation = self.make(Evaluate(policy, name, recall))
+        result = Evaluation.model_validate(self.evaluation.manifest.result)
         self.policies.append(
             PolicySummary(
                 stage=name,
@@ -181,6 +197,20 @@ class _Summary:
         )
         self.write()
 
+    def judge(self, policy: str | Path) -> None:
+        """Say what the newest evaluation, which is of ``policy``, and the data promise.
+
+        Raises:
+            PreflightError: the run cannot learn, and ``preflight`` asks to stop then.
+        """
+        self.findings = tuple(preflight.read(self.make(preflight.Preflight(policy, self.evaluation)), self.config))
+        self.write()
+        if self.config.preflight == "stop":
+            preflight.refuse(self.findings)
+        for finding in self.findings if ranks.is_first() else ():
+            level = logging.INFO if finding.level is Level.OK else logging.WARNING
+            logger.log(level, "preflight, %s: %s", finding.check, f"{finding.text} {finding.remedy}".strip())
+
     def end_round(self, round: int, pairs: Artifact, lead: Artifact | None, refused: str | None = None) -> None:
         measured = Lead.model_validate(lead.manifest.result) if lead else None
         self.rounds[str(round)] = RoundSummary(pairs=pairs.manifest.result, lead=measured, refused=refused)
@@ -193,6 +223,8 @@ class _Summary:
             rounds=self.rounds,
             lead={name: round.lead.lead if round.lead else None for name, round in self.rounds.items()},
             seconds=self.seconds,
+            preflight=self.findings,
+            stopped_early=self.stopped,
         )
         if ranks.is_first():
             runs.write_atomically(self.runner.run.root / SUMMARY, summary.model_dump_json(indent=2) + "\n")

@@ -74,6 +74,7 @@ def train(
     from search_e1.cli.display import summary_table, watch
     from search_e1.config import load
     from search_e1.lab.plan import check_memory
+    from search_e1.stages.grpo import describe_collapse
 
     loaded = load(config, context.args)
     origin = loaded.run if branch else None
@@ -87,6 +88,8 @@ def train(
             branch_of=origin,
             other_versions=context.obj["other_versions"],
         )
+    for stage, collapse in summary.stopped_early.items():
+        console.print(describe_collapse(stage, collapse, loaded.grpo), style="yellow", markup=False)
     for number, round in summary.rounds.items():
         if round.refused:
             console.print(f"round {number}: not distilled: {round.refused}", style="yellow", markup=False)

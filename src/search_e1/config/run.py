@@ -31,6 +31,9 @@ class Config(Section):
     """Rounds of GRPO and OFSD."""
     ofsd: Literal["every_round", "first_round", "last_round", "never"] = "every_round"
     """After the GRPO of which rounds to distil; the others sample no pool and measure no lead. `never`: GRPO alone."""
+    preflight: Literal["stop", "warn", "off"] = "stop"
+    """Before the first round: end a run that certainly cannot learn, with the remedy; only warn; or look for nothing
+    (docs/doctor.md). It changes nothing in a run, and may change while a run goes on."""
     policy: PolicyConfig
     prompts: Prompts | None = None
     """Templates. Without them the policy's own (`search_e1.json` in its directory), else Search-R1's."""
@@ -99,6 +102,7 @@ class Config(Section):
             exclude={
                 "run": True,
                 "preset": True,
+                "preflight": True,
                 "tracking": True,
                 "checkpoints": True,
                 "parallel": True,

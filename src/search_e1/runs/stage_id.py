@@ -9,7 +9,8 @@ class StageId:
     """A stage of a run: its kind, and the round that it belongs to or what it evaluates."""
 
     kind: str
-    """``index``, ``warmstart``, ``grpo``, ``pool``, ``pairs``, ``lead``, ``ofsd``, ``recall`` or ``evaluation``."""
+    """``index``, ``warmstart``, ``preflight``, ``grpo``, ``pool``, ``pairs``, ``lead``, ``ofsd``, ``recall`` or
+    ``evaluation``."""
     round: int | None = None
     of: str | None = None
     """Name of the evaluated policy: the stage that made it, ``base``, or what a user calls it."""

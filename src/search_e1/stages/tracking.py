@@ -92,7 +92,7 @@ def run_of(stage: StageId) -> tuple[str, int]:
     """
     if stage.kind in ("pool", "pairs", "lead"):
         return "rounds", stage.round or 0
-    if stage.kind == "recall" or str(stage) == "evaluation-base":
+    if stage.kind in ("recall", "preflight") or str(stage) == "evaluation-base":
         return "evaluation", 0
     subject = stage.subject
     if stage.kind == "evaluation" and subject.kind in ("grpo", "ofsd") and subject.round:

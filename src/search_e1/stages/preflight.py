@@ -1,0 +1,129 @@
+"""Preflight: what the first evaluation, and a few groups where it leaves a doubt, say of whether the run can learn."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from search_e1 import runs
+from search_e1.config import Config, PoolConfig
+from search_e1.errors import PreflightError
+from search_e1.evaluation import preflight, recall, results
+from search_e1.evaluation.evaluate import TIMINGS
+from search_e1.evaluation.preflight import Finding, Level, Observed
+from search_e1.rollout import pool
+from search_e1.runs import Artifact, ranks
+from search_e1.runs.context import StageContext
+from search_e1.runs.stage_id import StageId
+from search_e1.stages.inputs import Inputs, subsample
+from search_e1.stages.stage import Stage, sections
+
+_QUESTIONS, _SEARCHED = 16, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight(Stage):
+    """Findings about ``policy``, from which the loop begins, in ``preflight.json``.
+
+    They come from its evaluation. Where no trajectory has a reward there, groups of training questions are sampled as GRPO
+    would, into ``groups.jsonl``, and the passages are searched for the answers of training questions: only these say that
+    nothing can be learned.
+    """
+
+    policy: str | Path
+    evaluation: Artifact
+
+    @property
+    def id(self) -> StageId:
+        return StageId("preflight")
+
+    def settings(self, config: Config) -> Mapping[str, Any]:
+        return sections(config, "rollout", "grpo.group_size", "grpo.temperature", "data.max_train", "data.max_eval")
+
+    def inputs(self, run: Inputs) -> Mapping[str, str]:
+        judged = runs.checksum(self.evaluation.path / results.QUESTIONS)
+        return {**run.sampled_on(self.policy), **run.evaluated_on(), "evaluation": judged}
+
+    def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
+        judged = list(results.read(self.evaluation.path / results.QUESTIONS)) if ranks.is_first() else []
+        seen, rows = ranks.broadcast_object((preflight.observe_results(judged), _recalls(judged)))
+        if not seen.rewarded:
+            sampled = self._probe(run, context)
+            seen += sampled
+            if not sampled.rewarded:
+                rows = train_recall(run, context.seed)
+        found = findings(run, seen, rows)
+        if ranks.is_first():
+            lines = json.dumps([finding.model_dump(mode="json") for finding in found], indent=2)
+            (context.out / preflight.FILE).write_text(lines + "\n", encoding="utf-8")
+        levels = [finding.level for finding in found]
+        shown = ", ".join(f"{levels.count(level)} {level}" for level in Level if level in levels)
+        context.progress(1, 1, f"{shown}; {duration(run, self.evaluation).text}")
+        return {"worst": preflight.worst(found), "observed": seen.model_dump()}
+
+    def _probe(self, run: Inputs, context: StageContext) -> Observed:
+        """Groups of training questions, by all ranks."""
+        config = run.config
+        questions = subsample(run.train_questions, _QUESTIONS, context.seed)
+        size = max(config.grpo.group_size, -(-preflight.CERTAIN_TRAJECTORIES // len(questions)))
+        settings = PoolConfig(group_size=size, temperature=config.grpo.temperature)
+        with run.engine(self.policy) as (engine, prompts):
+            pool.sample(
+                engine, run.retriever, questions, prompts, settings, config.rollout,
+                seed=context.seed, out=context.out, progress=context.progress, checkpointer=context.checkpointer,
+            )  # fmt: skip
+        groups = preflight.observe(pool.read(context.out / pool.FILE)) if ranks.is_first() else Observed()
+        return ranks.broadcast_object(groups)
+
+
+def findings(run: Inputs, seen: Observed, rows: Sequence[recall.Recall]) -> list[Finding]:
+    """What ``seen`` and the recall of some questions come to, and the overlap of the question files."""
+    found = [preflight.form(seen), preflight.search(seen)]
+    found += [preflight.groups(seen)] if seen.groups else []
+    found += filter(None, [preflight.answers(rows, run.config.rollout.topk, seen)])
+    return [*found, preflight.overlap(run.train_questions, run.eval_questions)]
+
+
+def train_recall(run: Inputs, seed: int, most: int = _SEARCHED) -> list[recall.Recall]:
+    """The recall of some training questions. The whole corpus is read only where few are answered by what they find."""
+    questions = {"train": subsample(run.train_questions, most, seed)}
+    rows = recall.measure(run.retriever, None, questions, run.config.rollout.topk)
+    if any(row.in_topk for row in rows):
+        return rows
+    return recall.measure(run.retriever, run.passage_texts(), questions, run.config.rollout.topk)
+
+
+def _recalls(judged: Iterable[results.Result]) -> list[recall.Recall]:
+    known = (r for r in judged if r.in_topk is not None)
+    return [recall.Recall(benchmark=r.benchmark, id=r.id, in_topk=r.in_topk, in_corpus=r.in_corpus) for r in known]
+
+
+def read(artifact: Artifact, config: Config) -> list[Finding]:
+    """The findings of a preflight's artifact. One that learns from ``data.demonstrations`` may learn all the same."""
+    rows = json.loads((artifact.path / preflight.FILE).read_text(encoding="utf-8"))
+    found = [Finding.model_validate(row) for row in rows]
+    demonstrated = config.pairs.references_by == "gold" and config.distillations
+    return [finding.warning() for finding in found] if demonstrated else found
+
+
+def duration(run: Inputs, evaluation: Artifact) -> Finding:
+    """How long sampling will take, at the speed of an evaluation's greedy trajectories."""
+    timings = json.loads((evaluation.path / TIMINGS).read_text(encoding="utf-8"))
+    by_benchmark = evaluation.manifest.result["by_benchmark"]
+    count = sum(by_benchmark[name]["n"] for name in timings)
+    seconds = sum(timings[name]["seconds_a_question"] * by_benchmark[name]["n"] for name in timings) / ranks.count()
+    sampled = preflight.amounts(run.config, len(run.train_questions), count)
+    return preflight.time(sampled, count / seconds, evaluation.manifest.result["tokens"])
+
+
+def refuse(found: Sequence[Finding]) -> None:
+    """
+    Raises:
+        PreflightError: one of the findings says that the run cannot learn.
+    """
+    for finding in found:
+        if finding.level is Level.STOP:
+            raise PreflightError(
+                f'the run cannot learn: {finding.text} {finding.remedy} To train all the same, set preflight = "warn".'
+            )
