@@ -1,6 +1,8 @@
-"""Random models of five families go through a rollout, a GRPO step and a distillation step, under both protocols."""
+"""Families that docs/policies.md names are loaded and sampled, take a GRPO step and a distillation step, in both protocols."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from chat import call, chat_tokenizer
 from conftest import PASSAGES, TinyRetriever
-from search_e1.config import Prompts, RolloutConfig
+from search_e1.config import PolicyConfig, Prompts, RolloutConfig
 from search_e1.rollout.engines.continuous import ContinuousSession
-from search_e1.rollout.engines.torch import TorchEngine
+from search_e1.rollout.engines.torch import PlainEngine, TorchEngine
 from search_e1.rollout.loop import rollout, starts
-from search_e1.training.policy import Policy
+from search_e1.training.policy import Policy, load
 from search_e1.types import Pair, Question
 from stages_run import run_distill, run_grpo
 from taught import Script
@@ -21,9 +23,19 @@ FAMILIES = {
     "qwen2": {},
     "qwen3": {"head_dim": 8},
     "llama": {},
+    "mistral": {},
     "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8},
+    "gemma3_text": {"head_dim": 8},
+    "phi3": {},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "gpt2": {"n_inner": 32},
+    # Without max_position_embeddings:
+    "bloom": {},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 1024, "expansion_ratio": 1},
+    "mamba": {"state_size": 4},
 }
+"""Name of a family in transformers -> what its tiny model takes beside the common sizes."""
 QUESTIONS = [Question(id=name, text=f"capital of {name}?", answers=("Bel",)) for name in ("Arda", "Eth")]
 LIMITS = RolloutConfig(max_searches=1, topk=1, max_action_tokens=8, max_observation_tokens=130, max_tokens=900)
 RIGHT = {
@@ -33,7 +45,8 @@ RIGHT = {
 WRONG = {"tags": ["<answer>Fen</answer>"], "tools": ["Fen<|im_end|>"]}
 
 
-def random_policy(family: str, protocol: str) -> Policy:
+def random_policy(family: str, protocol: str, directory: Path) -> Policy:
+    """Made, saved in ``directory`` and loaded again."""
     tokenizer = chat_tokenizer()
     shape = dict(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -44,25 +57,38 @@ def random_policy(family: str, protocol: str) -> Policy:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape | FAMILIES[family]))
     given = {"instruction": "Q: {question}", "correction": "\nNo.\n"}
-    return Policy(model, tokenizer, Prompts.model_validate({"protocol": protocol} | given))
+    Policy(model, tokenizer, Prompts.model_validate({"protocol": protocol} | given)).save(directory)
+    return load(directory, PolicyConfig(model=str(directory), dtype="float32", device="cpu"))
+
+
+def test_the_docs_name_these_families() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "policies.md").read_text()
+    [line] = [line for line in text.splitlines() if line.startswith("Families tested: ")]
+    assert re.findall(r"`(\w+)`", line) == list(FAMILIES)
 
 
 @pytest.mark.parametrize("protocol", ["tags", "tools"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_rolls_out_and_trains(family: str, protocol: str, tmp_path, monkeypatch) -> None:
-    policy, retriever = random_policy(family, protocol), TinyRetriever(PASSAGES)
+    policy, retriever = random_policy(family, protocol, tmp_path / "start"), TinyRetriever(PASSAGES)
     begun = starts(policy.tokenizer, policy.prompts, QUESTIONS)
     torch.manual_seed(0)
     generator = TorchEngine(policy.model, policy.tokenizer)
     sampled: list[tuple[int, ...]] = []
-    step = ContinuousSession.step
+    step, generate = ContinuousSession.step, PlainEngine.generate
 
-    def recorded(session):
+    def recorded_step(session):
         made = step(session)
         sampled.extend(generation.ids for _, generation in made)
         return made
 
-    monkeypatch.setattr(ContinuousSession, "step", recorded)
+    def recorded_generate(engine, requests, **options):
+        made = generate(engine, requests, **options)
+        sampled.extend(generation.ids for generation in made)
+        return made
+
+    monkeypatch.setattr(ContinuousSession, "step", recorded_step)
+    monkeypatch.setattr(PlainEngine, "generate", recorded_generate)
     done = rollout(generator, retriever, begun, LIMITS, temperature=1.0, seed=0, prompts=policy.prompts)
     assert sorted(turn.action_ids for t in done for turn in t.turns) == sorted(sampled)
     for t in done:

@@ -19,10 +19,13 @@ from chat import chat_tokenizer
 from conftest import TINY_PROMPTS
 from search_e1.config import PolicyConfig, Prompts
 from search_e1.errors import ModelError
+from search_e1.lab.plan.shapes import read_config, shape_of
+from search_e1.stages.inputs import Inputs
 from search_e1.training import policy as policies
 from search_e1.training.policy import Policy, context_length
 from search_e1.training.sources import base_of, plain_directory, resolve
 from tiny_gguf import MERGES, Kind, write_gguf
+from trained import config_of
 
 IDS = torch.tensor([[5, 9, 77, 130, 9, 2, 61]])
 
@@ -426,3 +429,30 @@ def test_base_of(model: Path, tmp_path: Path) -> None:
     assert base_of(str(tmp_path / "adapter")) == str(model)
     assert base_of(str(model)) is base_of("small") is base_of("owner/name") is None
     assert resolve(str(tmp_path / "adapter")) == tmp_path / "adapter"
+
+
+def test_a_checksum_covers_a_gguf_file_and_an_adapters_base(model: Path, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_model())
+    make_adapter(model, tmp_path / "adapter")
+    paths = (tmp_path / "tiny.gguf", tmp_path / "adapter", model)
+
+    def checksums() -> list[str]:
+        inputs = Inputs(config_of(tmp_path), tmp_path)
+        return [inputs.checksum(path) for path in paths]
+
+    before = checksums()
+    assert before == checksums()
+    assert len(set(before)) == 3
+    change_weights(model, lambda weights: weights[NORM].add_(1))
+    write_gguf(tmp_path / "tiny.gguf", tiny_model(1))
+    assert all(old != new for old, new in zip(before, checksums(), strict=True))
+
+
+def test_a_plan_reads_the_shape_of_a_gguf_file_and_of_an_adapters_base(model: Path, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_model())
+    make_adapter(model, tmp_path / "adapter")
+    for path in (tmp_path / "tiny.gguf", tmp_path / "adapter"):
+        shape = shape_of(read_config(str(path)))
+        assert (shape.parameters, shape.context_length, shape.layers) == (tiny_model().num_parameters(), 512, 2)
+    shutil.rmtree(model)
+    assert "is not there or is no model" in refused(tmp_path / "adapter", lambda path: read_config(str(path)))

@@ -12,7 +12,8 @@ from search_e1.retrieval.registry import check_kind, index_kinds
 
 class PolicyConfig(Section):
     model: str
-    """Directory of a Hugging Face causal language model, a Hub id, or `small`: the policy that comes with the package."""
+    """A Hugging Face directory, a Hub id, a GGUF file (dequantised), the directory of a PEFT adapter (merged onto its base;
+    docs/policies.md), or `small`: the policy that comes with the package."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights while they are sampled from and trained."""
     device: str = "auto"

@@ -16,6 +16,9 @@ from search_e1.text.prompts import check_template
 from search_e1.training.loading import check_quantization, check_tokenizer, load_weights
 from search_e1.training.sources import opened
 
+_MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+"""Whose output projections PEFT takes no adapter for: their kernels read the weight itself."""
+
 
 @dataclass(slots=True)
 class Policy:
@@ -99,6 +102,7 @@ def with_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules="all-linear",
+        exclude_modules=["out_proj"] if model.config.model_type in _MAMBA else None,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, adapter)
