@@ -20,7 +20,7 @@ from search_e1.config import PolicyConfig, TrainingConfig
 from search_e1.evolve import SUMMARY, Summary
 from search_e1.rollout import pool
 from search_e1.runs.context import StageContext
-from search_e1.stages.warmstart import BatchSource
+from search_e1.stages.coldstart import BatchSource
 from search_e1.text.prompts import privileged_prompt
 from search_e1.training.loop import Schedule, train
 from search_e1.training.objectives.sft import Sft

@@ -2,7 +2,7 @@
 
     python benchmarks/kills.py --kills 60 --json results.json
 
-A small run in the generated world: a warm start, then a round of all stages from the policy that comes with the package. Each
+A small run in the generated world: a cold start, then a round of all stages from the policy that comes with the package. Each
 process is killed with SIGKILL at a random time within the stage that it has come to, and the run is started again, until it is
 complete; then the next run begins. Every file is compared to the bit, but for times and what holds nothing else. Processes are
 forked from one that has loaded the libraries, so that they are at work at once.
@@ -74,15 +74,15 @@ latency = 1
 [checkpoints]  # after every step, however long that takes: kills are to find them being written
 every_seconds = 0
 share = 1
-[warmstart]
-hidden_size = 48
-layers = 2
-vocabulary = 1024
+[coldstart]
+new_policy = {{ hidden_size = 48, layers = 2, vocabulary = 1024 }}
+learning_rate = 3e-3
+privileged = 0.4
 steps = 16
 drills = 4
 batch_size = 4
 """
-VERBS = ("warmstart", "train")
+VERBS = ("coldstart", "train")
 TIMES = {"started", "seconds", "cpu_seconds", "attempts", "trajectories_per_second", "tokens_per_second"}
 """Keys, at any depth, whose values are times (or, as the number of attempts, what a kill is meant to change)."""
 UNCOMPARED = {"timings.json", ".sha256"}
@@ -159,7 +159,7 @@ class Run:
         A stage is aimed at once in a run, so that the next process comes to the next.
         """
         for verb in VERBS:
-            if (self.path / verb).exists():  # the warm start is complete
+            if (self.path / verb).exists():  # the cold start is complete
                 continue
             process = multiprocessing.get_context("fork").Process(target=self._verb, args=(verb,))
             process.start()
@@ -202,7 +202,7 @@ class Run:
 
 
 def add_evidence(questions: Path) -> None:
-    """Say which passages a question needs, which a warm start goes by: those of all entities but the answer."""
+    """Say which passages a question needs, which a cold start goes by: those of all entities but the answer."""
     rows = [json.loads(line) for line in questions.read_text().splitlines()]
     for row in rows:
         row["metadata"]["gold_passage_ids"] = row["metadata"]["entities"][:-1]

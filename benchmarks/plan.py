@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32"])
-    parser.add_argument("--autocast", action="store_true")
+    parser.add_argument("--mixed", action="store_true", help="keep trained weights in float32 beside --dtype bfloat16")
     parser.add_argument("--rows", type=int, default=2, help="of a micro-batch")
     parser.add_argument("--tokens", type=int, default=256, help="of a trajectory; the teacher's rows are twice as long")
     parser.add_argument("--checkpointing", action="store_true")
@@ -130,7 +130,7 @@ def compare(arguments: argparse.Namespace) -> list[dict]:
 def in_a_process(stage: str, shape: str, arguments: argparse.Namespace) -> dict:
     command = [sys.executable, __file__, "--measure", stage, "--shapes", shape, "--device", arguments.device]
     command += ["--dtype", arguments.dtype, "--rows", str(arguments.rows), "--tokens", str(arguments.tokens)]
-    command += ["--checkpointing"] * arguments.checkpointing + ["--autocast"] * arguments.autocast
+    command += ["--checkpointing"] * arguments.checkpointing + ["--mixed"] * arguments.mixed
     # Freed memory goes back at once, so that the resident size is what is alive.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_TRIM_THRESHOLD_": str(2**18)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -143,7 +143,7 @@ def product_flops(arguments: argparse.Namespace) -> float:
     """Operations a second: of the GPU's data sheet if it is named, else of the best of ten large matrix products."""
     if arguments.gpu:
         return CONSTANTS.gpu(arguments.gpu).tflops * 1e12
-    dtype = torch.bfloat16 if arguments.autocast else getattr(torch, arguments.dtype)
+    dtype = getattr(torch, arguments.dtype)
     size = 8192 if arguments.device != "cpu" else 1024
     left, right = (torch.randn(size, size, device=arguments.device, dtype=dtype) for _ in range(2))
     seconds = []
@@ -167,7 +167,7 @@ def stage_config(stage: str, arguments: argparse.Namespace) -> Config:
     training = {
         "micro_batch_tokens": rows * arguments.tokens,
         "gradient_checkpointing": arguments.checkpointing,
-        "autocast": arguments.autocast,
+        "master_weights": arguments.mixed or arguments.dtype == "float32",
     }
     return Config.model_validate({
         "run": "unused",
@@ -207,9 +207,13 @@ def measure(stage: str, shape: str, arguments: argparse.Namespace) -> dict:
         model = AutoModelForCausalLM.from_config(model_config(shape), dtype=getattr(torch, arguments.dtype))
     config = stage_config(stage, arguments)
     job = training_jobs(config)[stage.partition("-")[0]]
+    if job.training.master_weights and not job.lora:
+        model = model.float()
     grpo = stage.startswith("grpo")
     objective = Grpo(config.grpo, arguments.tokens) if grpo else SelfDistillation(config.distill)
-    policy = TrainedPolicy(with_adapter(model, job.lora) if job.lora else model, job.training, frozen_start=job.has_copy)
+    adapted = with_adapter(model, job.lora) if job.lora else model
+    dtype = getattr(torch, arguments.dtype)
+    policy = TrainedPolicy(adapted, job.training, frozen_start=job.has_copy, dtype=dtype)
     policy.model.train()
     optimizers = make_optimizers(policy.model, job.training, 1e-5)
     samples = make_samples(MICRO_BATCHES * arguments.rows, arguments.tokens, has_teacher=job.has_teacher)

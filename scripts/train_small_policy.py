@@ -17,11 +17,11 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedTokenizerFast
 
-from search_e1.config import Prompts, WarmstartConfig
+from search_e1.config import Prompts, TrainingConfig
 from search_e1.data.world import RELATIONS, World, make_world, name_halves
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.runs.context import StageContext
-from search_e1.stages.warmstart import BatchSource
+from search_e1.stages.coldstart import BatchSource
 from search_e1.text.prompts import INFORMATION_CLOSE, INFORMATION_OPEN
 from search_e1.training.loop import Schedule, train
 from search_e1.training.objectives.sft import Sft
@@ -35,7 +35,7 @@ PROMPTS = Prompts(
     privileged="Example:\n{reference}\n{instruction}",
     correction="\nInvalid action. Search or answer.\n",
 )
-TRAINING = WarmstartConfig().training
+TRAINING = TrainingConfig(optimizer="muon", betas=(0.9, 0.95), schedule="linear", warmup=0.05)
 SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>", "additional_special_tokens": ["<|user|>", "<|assistant|>"]}
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"

@@ -226,12 +226,12 @@ def test_tools_that_a_chat_template_does_not_know_are_refused_before_the_work(pr
     assert not (project / "run" / "index").exists()
 
 
-def test_a_warm_start_teaches_tags_only(project, monkeypatch, capsys):
-    options = ("--prompts.protocol", "tools", "--warmstart.steps", 1, "--warmstart.drills", 0)
-    status, _, err = run(monkeypatch, capsys, "warmstart", "--config", project / "config.toml", *options)
+def test_a_cold_start_teaches_tags_only(project, monkeypatch, capsys):
+    options = ("--prompts.protocol", "tools", "--coldstart.steps", 1, "--coldstart.drills", 0)
+    status, _, err = run(monkeypatch, capsys, "coldstart", "--config", project / "config.toml", *options)
     assert (status, err) == (
         2,
-        'search-e1: prompts.protocol = "tools": the demonstrations of a warm start are written in tags; leave it out\n',
+        'search-e1: prompts.protocol = "tools": the demonstrations of a cold start are written in tags; leave it out\n',
     )
 
 

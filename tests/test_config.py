@@ -198,13 +198,13 @@ def test_what_is_no_toml_is_refused(tmp_path: Path) -> None:
 
 
 def test_training_has_the_same_keys_in_every_stage_and_defaults_of_its_own(tmp_path: Path) -> None:
-    text = MINIMAL + "[grpo.training]\nbetas = [0.9, 0.95]\n[distill.training]\nwarmup = 0.1\n[warmstart]\n"
+    text = MINIMAL + "[grpo.training]\nbetas = [0.9, 0.95]\n[distill.training]\nwarmup = 0.1\n[coldstart]\n"
     config = load(written(tmp_path, text), ["--grpo.training.micro_batch_tokens", "512"])
-    assert config.warmstart
-    sections = (config.grpo.training, config.distill.training, config.warmstart.training)
+    assert config.coldstart
+    sections = (config.grpo.training, config.distill.training, config.coldstart.training)
     assert [set(type(section).model_fields) for section in sections] == [set(TrainingConfig.model_fields)] * 3
     assert [section.schedule for section in sections] == ["constant", "linear", "linear"]
-    assert [section.optimizer for section in sections] == ["adamw", "adamw", "muon"]
+    assert [section.optimizer for section in sections] == ["adamw", "adamw", "adamw"]
     assert [section.warmup for section in sections] == [0.0, 0.1, 0.05]
     assert [section.betas for section in sections] == [(0.9, 0.95), (0.9, 0.999), (0.9, 0.95)]
     assert [section.micro_batch_tokens for section in sections] == [512, None, None]

@@ -1,4 +1,4 @@
-"""Demonstrations from supporting passages, and the warm start that is made of them."""
+"""Demonstrations from supporting passages, and the cold start that is made of them."""
 
 import itertools
 import json
@@ -12,14 +12,14 @@ import pytest
 
 from conftest import PASSAGES, TinyRetriever
 from search_e1 import config as configs
-from search_e1.config import Config, Prompts, RolloutConfig, WarmstartConfig
+from search_e1.config import ColdstartConfig, Config, Prompts, RolloutConfig
 from search_e1.errors import ConfigError, DataError
 from search_e1.rollout.demonstrations import Lesson, batches, demonstration, find_name, lessons, plan
 from search_e1.runs.context import StageContext
+from search_e1.stages.coldstart import Coldstart
 from search_e1.stages.inputs import Inputs
-from search_e1.stages.warmstart import Warmstart
 from search_e1.text.prompts import plain_prompt, privileged_prompt
-from search_e1.training import fresh
+from search_e1.training import new_policy
 from search_e1.training import policy as policies
 from search_e1.types import ActionKind, Question, StopReason, Turn
 
@@ -139,7 +139,7 @@ def test_find_name(name, text, found):
 
 
 def draw(tiny_policy, lesson, **shares) -> tuple:
-    config = WarmstartConfig(**{"privileged": 0, "off_track": 0, "irrelevant": 0, "duplicate": 0, "early": 0} | shares)
+    config = ColdstartConfig(**{"privileged": 0, "off_track": 0, "irrelevant": 0, "duplicate": 0, "early": 0} | shares)
     made = demonstration(lesson, config, random.Random(0))
     ids = zip(made.response_ids, made.action_mask, strict=True)
     imitated = tiny_policy.tokenizer.decode([id for id, one in ids if one])
@@ -188,8 +188,8 @@ def test_a_privileged_demonstration_follows_the_reference_also_from_off_its_trac
 
 def test_batches_go_through_all_lessons_and_are_the_same_for_a_seed(tiny_policy):
     taught = learn(tiny_policy, CHAIN, SINGLE, COMPARISON)
-    config = WarmstartConfig(batch_size=3, drills=0)
-    plain = WarmstartConfig(batch_size=3, privileged=0, drills=0)
+    config = ColdstartConfig(batch_size=3, privileged=0.4)
+    plain = ColdstartConfig(batch_size=3)
     [batch] = itertools.islice(batches(taught, plain), 1)
     assert {made.prompt_ids for made in batch} == {lesson.clean.prompt_ids for lesson in taught}
     first, again, other = (list(itertools.islice(batches(taught, config, seed=seed), 4)) for seed in (1, 1, 2))
@@ -199,7 +199,7 @@ def test_batches_go_through_all_lessons_and_are_the_same_for_a_seed(tiny_policy)
 
 def test_drills_come_first_and_teach_the_first_search(tiny_policy):
     taught = learn(tiny_policy, CHAIN)
-    config = WarmstartConfig(batch_size=2, drills=1)
+    config = ColdstartConfig(batch_size=2, drills=1)
     drills, whole = itertools.islice(batches(taught, config), 2)
     assert (len(drills), len(whole)) == (12, 2)
     action = taught[0].clean.turns[0].action_ids
@@ -208,37 +208,39 @@ def test_drills_come_first_and_teach_the_first_search(tiny_policy):
 
 def test_no_lesson_is_refused():
     with pytest.raises(DataError, match="no question gives a demonstration"):
-        next(batches([], WarmstartConfig()))
+        next(batches([], ColdstartConfig()))
 
 
-def test_fresh_tokenizer_keeps_any_text_and_has_one_id_for_a_tag():
-    tokenizer = fresh.tokenizer(["the cat sat on the mat"] * 10, 300)
+def test_the_new_tokenizer_keeps_any_text_and_has_one_id_for_a_tag():
+    tokenizer = new_policy.tokenizer(["the cat sat on the mat"] * 10, 300)
     assert len(tokenizer) <= 300
     text = "<think> Ωcat\n</think><search> the mat</search>"
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
-    assert all(len(tokenizer.encode(tag)) == 1 for tag in fresh.TAGS)
+    assert all(len(tokenizer.encode(tag)) == 1 for tag in new_policy.TAGS)
     assert len(tokenizer.encode(" the")) == 1
     prompt = plain_prompt(tokenizer, Prompts(instruction="{question}?"), "why")
     assert tokenizer.decode(prompt) == "<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"
-    with pytest.raises(ConfigError, match=r"warmstart.vocabulary = 200 has no room"):
-        fresh.tokenizer(["a"], 200)
+    with pytest.raises(ConfigError, match=r"coldstart.new_policy.vocabulary = 200 has no room"):
+        new_policy.tokenizer(["a"], 200)
 
 
-@pytest.mark.parametrize("section", [{"heads": 5}, {"heads": 64}, {"early": 0.8, "duplicate": 0.3}, {"drills": 500}])
+@pytest.mark.parametrize(
+    "section", [{"new_policy": {"heads": 5}}, {"new_policy": {"heads": 64}}, {"early": 0.8, "duplicate": 0.3}, {"drills": 500}]
+)
 def test_impossible_sections_are_refused(section):
-    with pytest.raises(ValueError, match=r"hidden_size 192 does not split|exceed 1|drills = 500 of 400"):
-        WarmstartConfig(**section)
+    with pytest.raises(ValueError, match=r"hidden_size 192 does not split|exceed 1|drills = 500 of 100"):
+        ColdstartConfig(**section)
 
 
-def warm_start(config: Config, out: Path) -> Mapping[str, Any]:
+def cold_start(config: Config, out: Path) -> Mapping[str, Any]:
     run = Inputs(config, out)
     run.__dict__["retriever"] = TinyRetriever(PASSAGES)
-    stage = Warmstart()
+    stage = Coldstart()
     stage.check(run)
     return stage.work(run, StageContext(out))
 
 
-def test_warm_start_makes_a_policy_that_loads(tmp_path: Path):
+def test_cold_start_makes_a_policy_that_loads(tmp_path: Path):
     corpus, train = tmp_path / "corpus.jsonl", tmp_path / "train.jsonl"
     corpus.write_text("".join(json.dumps({"id": p.id, "contents": p.contents}) + "\n" for p in PASSAGES))
     rows = [
@@ -249,36 +251,35 @@ def test_warm_start_makes_a_policy_that_loads(tmp_path: Path):
     config = Config.model_validate(
         {
             "run": tmp_path / "run",
-            "policy": {"model": "small", "device": "cpu"},
+            "policy": {"model": "new", "device": "cpu"},
             "data": {"corpus": corpus, "train": [train], "eval": {"x": train}},
             "rollout": {"topk": 2},
-            "warmstart": {
-                "hidden_size": 32,
-                "heads": 2,
-                "layers": 2,
-                "vocabulary": 400,
+            "coldstart": {
+                "new_policy": {"hidden_size": 32, "heads": 2, "layers": 2, "vocabulary": 400},
+                "training": {"optimizer": "muon"},
+                "learning_rate": 3e-3,
                 "steps": 8,
                 "drills": 2,
                 "batch_size": 4,
             },
         }
     )
-    result = warm_start(config, tmp_path)
+    result = cold_start(config, tmp_path)
     assert result["taught"] == {"q": 3}
     assert result["last_loss"] < result["first_loss"]
     policy = policies.load(tmp_path / "policy", config.policy)
     assert policy.model.num_parameters() == result["parameters"]
     assert policy.prompts == Prompts()
-    without = config.model_copy(update={"warmstart": None})
-    with pytest.raises(ConfigError, match=r"section \[warmstart\] is missing"):
-        warm_start(without, tmp_path)
+    without = config.model_copy(update={"coldstart": None})
+    with pytest.raises(ConfigError, match=r"section \[coldstart\] is missing"):
+        cold_start(without, tmp_path)
 
 
 def test_the_checked_in_config_loads():
     config = configs.load(Path(__file__).parent.parent / "configs" / "real.toml")
-    assert config.warmstart is not None
+    assert config.coldstart is not None
     assert len(config.data.eval) == 7
-    assert config.warmstart.context_length >= config.rollout.max_tokens
+    assert config.coldstart.new_policy.context_length >= config.rollout.max_tokens
 
 
 def test_a_first_title_is_guessed_only_after_a_search(tiny_policy):

@@ -95,10 +95,10 @@ def test_what_does_not_fit_says_what_to_change() -> None:
     ("sections", "says"),
     [
         (
-            {"policy": {"model": "small", "dtype": "bfloat16"}},
+            {"policy": {"model": "small", "dtype": "bfloat16"}, "grpo": {"training": {"master_weights": False}}},
             "grpo trains all weights in bfloat16, and steps of 1e-06",
         ),
-        ({}, "grpo computes in float32, many times slower than bfloat16 on a GPU; set grpo.training.autocast = true"),
+        ({"policy": {"dtype": "float32"}}, "products in float32 are many times slower than in bfloat16 on a GPU"),
     ],
 )
 def test_settings_that_defeat_their_purpose_are_named(tmp_path: Path, sections: dict, says: str) -> None:

@@ -21,6 +21,7 @@ from search_e1.runs.context import StageContext
 from search_e1.runs.progress import Progress
 from search_e1.runs.stopping import Stop, Stopped, on_signals
 from search_e1.selfdistill import files
+from search_e1.stages.coldstart import BatchSource
 from search_e1.stages.distill import Distill, EpochSource
 from search_e1.stages.evaluate import Evaluate
 from search_e1.stages.grpo import Grpo
@@ -29,7 +30,6 @@ from search_e1.stages.lead import MeasureLead
 from search_e1.stages.pool import Pool
 from search_e1.stages.runner import StageRunner
 from search_e1.stages.stage import Stage
-from search_e1.stages.warmstart import BatchSource
 from search_e1.training.loop import Schedule, train
 from search_e1.training.objectives.sft import Sft
 from search_e1.training.trained import TrainedPolicy

@@ -255,7 +255,7 @@ def test_the_checksum_of_a_directory_is_that_of_what_it_does(tmp_path):
 
 
 TRAINED = st.builds(StageId, st.sampled_from(["grpo", "pool", "pairs", "lead", "ofsd"]), st.integers(1, 10**6))
-ALONE = st.builds(StageId, st.sampled_from(["index", "recall", "warmstart"]))
+ALONE = st.builds(StageId, st.sampled_from(["index", "recall", "coldstart"]))
 EVALUATED = st.text(min_size=1, max_size=20).filter(is_name) | TRAINED.map(str)
 
 

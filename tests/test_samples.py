@@ -7,8 +7,8 @@ from made_pairs import ANSWER_TEXT, make_pair, make_turn, pairs_of
 from search_e1.config import DistillConfig
 from search_e1.errors import DataError
 from search_e1.selfdistill.samples import classes_of, reference_sample_of, sample_of, weights_of
+from search_e1.stages.coldstart import BatchSource
 from search_e1.stages.distill import EpochSource, make_samples
-from search_e1.stages.warmstart import BatchSource
 from search_e1.text.tokens import TokenClass, token_classes
 from search_e1.types import ActionKind, Turn
 from trained import sample

@@ -63,7 +63,7 @@ def test_only_the_first_process_tells(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("stage", "run"),
     [
-        ("grpo-2", ("grpo-2", 0)), ("warmstart", ("warmstart", 0)), ("lead-3", ("rounds", 3)),
+        ("grpo-2", ("grpo-2", 0)), ("coldstart", ("coldstart", 0)), ("lead-3", ("rounds", 3)),
         ("evaluation-base", ("evaluation", 0)), ("evaluation-grpo-2", ("evaluation", 3)),
         ("evaluation-ofsd-2", ("evaluation", 4)), ("evaluation-mine", ("evaluation-mine", 0)),
     ],

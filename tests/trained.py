@@ -103,12 +103,13 @@ def gradients(
     *,
     packed: bool = False,
     prepared: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[float, dict[str, torch.Tensor], dict[str, float]]:
     """Loss, gradients by name and figures of one pass over ``samples`` with a copy of ``model``, without the loop.
 
     ``prepared``: the samples have all that the objective needs.
     """
-    policy = TrainedPolicy(copy.deepcopy(model), config, frozen_start=objective.needs_start)
+    policy = TrainedPolicy(copy.deepcopy(model), config, frozen_start=objective.needs_start, dtype=dtype)
     if not prepared:
         samples = list(objective.prepare(policy, samples))
     policy.model.train()

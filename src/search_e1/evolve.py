@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from search_e1 import runs
-from search_e1.config import Config, migrate_fingerprint
+from search_e1.config import NEW, Config, migrate_fingerprint
 from search_e1.evaluation.preflight import Finding, Level
 from search_e1.evaluation.results import Evaluation
 from search_e1.runs import Artifact, ranks
@@ -14,6 +14,7 @@ from search_e1.runs.opening import opened
 from search_e1.runs.stopping import Stop
 from search_e1.selfdistill.lead import Lead, refused
 from search_e1.stages import preflight
+from search_e1.stages.coldstart import Coldstart
 from search_e1.stages.distill import Distill
 from search_e1.stages.evaluate import Evaluate, Recall
 from search_e1.stages.grpo import Grpo
@@ -35,7 +36,7 @@ class PolicySummary(Record):
     """One evaluated policy."""
 
     stage: str
-    """``base``, ``grpo-1``, ``ofsd-1``, ``grpo-2``, ..."""
+    """``base``, ``coldstart``, ``grpo-1``, ``ofsd-1``, ``grpo-2``, ..."""
     path: str
     em: float
     """Greedy, mean over all questions."""
@@ -119,7 +120,11 @@ def train(
         run.check(config.policy.model)
         summary = _Summary(runner)
         policy: str | Path = config.policy.model
-        summary.evaluate("base", policy)
+        if policy != NEW:
+            summary.evaluate("base", policy)
+        if config.coldstart:
+            policy = summary.make(Coldstart()).path / "policy"
+            summary.evaluate("coldstart", policy)
         if config.preflight != "off":
             summary.judge(policy)
         for round in range(1, config.rounds + 1):
@@ -148,6 +153,8 @@ def train(
 def _first_stages(config: Config) -> Iterator[Stage]:
     """One of each kind of stage that has something to check before the loop begins."""
     policy = config.policy.model
+    if config.coldstart:
+        yield Coldstart()
     if config.grpo.steps:
         yield Grpo(policy, 1)
     if config.distillations:

@@ -95,7 +95,8 @@ def newest(stages: "Inputs") -> str:
         for name in (f"ofsd-{round}", f"grpo-{round}"):
             if (stages.root / name).exists():
                 return str(stages.root / name / "policy")
-    return stages.config.policy.model
+    made = stages.root / "coldstart"
+    return str(made / "policy") if made.exists() else stages.config.policy.model
 
 
 def _asker(

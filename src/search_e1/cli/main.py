@@ -151,7 +151,7 @@ def config() -> None:
     print(describe(), end="")
 
 
-for verb in (stages.warmstart, stages.grpo, stages.rollout, stages.lead, stages.distill, stages.evaluate):
+for verb in (stages.coldstart, stages.grpo, stages.rollout, stages.lead, stages.distill, stages.evaluate):
     app.command(context_settings=OVERRIDES, rich_help_panel=STAGES)(verb)
 pairs.app.command("mine", context_settings=OVERRIDES)(stages.mine)
 app.add_typer(pairs.app, name="pairs", rich_help_panel=STAGES)

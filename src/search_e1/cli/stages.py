@@ -35,13 +35,14 @@ OtherPolicyOption = Annotated[
 ]
 
 
-def warmstart(context: typer.Context, config: ConfigOption, out: OutOption = None) -> None:
-    """Train a first policy on demonstrations built from the questions' supporting passages."""
-    from search_e1.stages.warmstart import Warmstart
+def coldstart(context: typer.Context, config: ConfigOption, out: OutOption = None) -> None:
+    """Fine-tune the policy, or one from nothing, on demonstrations of how to search and answer."""
+    from search_e1.stages.coldstart import Coldstart
 
     with open_runner(config, context) as runner:
-        artifact = runner.make(Warmstart(), out)
-    console.print(f"{artifact.path / 'policy'}", highlight=False)
+        Coldstart().check(runner.run)
+        runner.run.check(runner.run.config.policy.model)
+        _report(runner.make(Coldstart(), out))
 
 
 def grpo(
@@ -229,7 +230,8 @@ def _complete(runner: "StageRunner", name: str) -> Path:
 
 def _before_grpo(runner: "StageRunner", round: int) -> str:
     if round == 1:
-        return runner.run.config.policy.model
+        config = runner.run.config
+        return str(_complete(runner, "coldstart") / "policy") if config.coldstart else config.policy.model
     for name in (f"ofsd-{round - 1}", f"grpo-{round - 1}"):
         if (runner.run.root / name).exists():
             return str(_complete(runner, name) / "policy")

@@ -1,6 +1,7 @@
 """The configuration: one frozen section per stage, from TOML and dotted flags; unknown keys are refused."""
 
 from search_e1.config.base import LoraConfig, Section
+from search_e1.config.coldstart import ColdstartConfig, NewPolicyConfig
 from search_e1.config.distill import (
     WHOLE,
     ClassWeights,
@@ -20,18 +21,19 @@ from search_e1.config.files import (
     with_overrides,
 )
 from search_e1.config.grpo import EvidenceConfig, GrpoConfig, GuardConfig, HindsightConfig, ReplayConfig
-from search_e1.config.inputs import DataConfig, PolicyConfig, RetrievalConfig
+from search_e1.config.inputs import NEW, DataConfig, PolicyConfig, RetrievalConfig
 from search_e1.config.prompts import Prompts
 from search_e1.config.rollout import EvaluationConfig, RolloutConfig, VllmConfig
 from search_e1.config.run import Config
 from search_e1.config.running import CheckpointsConfig, ParallelConfig, Sharding, TrackingConfig
 from search_e1.config.training import TrainingConfig
-from search_e1.config.warmstart import WarmstartConfig
 
 __all__ = [
+    "NEW",
     "WHOLE",
     "CheckpointsConfig",
     "ClassWeights",
+    "ColdstartConfig",
     "Config",
     "DataConfig",
     "DistillConfig",
@@ -42,6 +44,7 @@ __all__ = [
     "HindsightConfig",
     "LeadConfig",
     "LoraConfig",
+    "NewPolicyConfig",
     "PairsConfig",
     "ParallelConfig",
     "PolicyConfig",
@@ -56,7 +59,6 @@ __all__ = [
     "TrackingConfig",
     "TrainingConfig",
     "VllmConfig",
-    "WarmstartConfig",
     "default_of",
     "describe",
     "load",

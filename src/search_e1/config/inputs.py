@@ -9,13 +9,17 @@ from search_e1.config.base import Paths, Positive, Section
 from search_e1.retrieval.convention import EncoderSettings
 from search_e1.retrieval.registry import check_kind, index_kinds
 
+NEW = "new"
+
 
 class PolicyConfig(Section):
     model: str
     """A Hugging Face directory, a Hub id, a GGUF file (dequantised), the directory of a PEFT adapter (merged onto its base;
-    docs/policies.md), or `small`: the policy that comes with the package."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights while they are sampled from and trained."""
+    docs/policies.md), `small`: the policy that comes with the package, or `new`: one that the cold start makes from nothing
+    (`coldstart.new_policy`)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number type of products in sampling and training, and of weights that are not trained. `auto`: bfloat16 on a GPU or CPU
+    that multiplies it and for 10 million weights or more, else float32."""
     device: str = "auto"
     """`auto` (an accelerator if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     trust_remote_code: bool = False

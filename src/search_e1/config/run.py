@@ -7,14 +7,14 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from search_e1.config.base import NonNegative, Positive, Section
+from search_e1.config.coldstart import ColdstartConfig
 from search_e1.config.distill import DistillConfig, LeadConfig, PairsConfig, PoolConfig, ReferenceConfig
 from search_e1.config.grpo import GrpoConfig
-from search_e1.config.inputs import DataConfig, PolicyConfig, RetrievalConfig
+from search_e1.config.inputs import NEW, DataConfig, PolicyConfig, RetrievalConfig
 from search_e1.config.presets import Preset, apply_preset
 from search_e1.config.prompts import Prompts
 from search_e1.config.rollout import EvaluationConfig, RolloutConfig, VllmConfig
 from search_e1.config.running import CheckpointsConfig, ParallelConfig, TrackingConfig
-from search_e1.config.warmstart import WarmstartConfig
 
 
 class Config(Section):
@@ -51,8 +51,8 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     parallel: ParallelConfig = ParallelConfig()
-    warmstart: WarmstartConfig | None = None
-    """Only for `search-e1 warmstart`, which makes a policy to start from."""
+    coldstart: ColdstartConfig | None = None
+    """Fine-tuning on demonstrations before the first round; left out without this section."""
 
     @model_validator(mode="before")
     @classmethod
@@ -75,6 +75,12 @@ class Config(Section):
     def _has_demonstrations(self) -> "Config":
         if self.pairs.references_by == "gold" and not self.data.demonstrations:
             raise ValueError('pairs.references_by = "gold" needs data.demonstrations; give the path of that file')
+        return self
+
+    @model_validator(mode="after")
+    def _starts(self) -> "Config":
+        if self.policy.model == NEW and not self.coldstart:
+            raise ValueError(f'policy.model = "{NEW}" needs the section [coldstart], which teaches it; add it')
         return self
 
     @model_validator(mode="after")

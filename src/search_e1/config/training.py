@@ -28,8 +28,9 @@ class TrainingConfig(Section):
     elsewhere."""
     gradient_checkpointing: bool = False
     """Keep only the layers' inputs and compute the rest again in the backward pass: less memory, a third more time."""
-    autocast: bool = False
-    """Compute products in bfloat16 while the weights keep `policy.dtype`."""
+    master_weights: bool = True
+    """Keep the weights that are trained in float32, whatever `policy.dtype`. Without it they are in `policy.dtype`, in which
+    small steps round away."""
     logits_mib: Positive | None = None
     """MiB of logits in memory at a time. Default: 64 on a CPU, 1024 elsewhere."""
 
@@ -39,9 +40,7 @@ class DistillTrainingConfig(TrainingConfig):
     """What the learning rate does after the warm-up: stays, or falls to 0 at the last step."""
 
 
-class WarmstartTrainingConfig(TrainingConfig):
-    optimizer: Literal["adamw", "muon"] = "muon"
-    """AdamW for all weights, or Muon for the matrices inside the layers and AdamW for the rest, at one learning rate."""
+class ColdstartTrainingConfig(TrainingConfig):
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     """AdamW's decay rates of the first and the second moment."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"

@@ -14,7 +14,7 @@ from functools import cached_property
 from threading import Lock
 from typing import Any
 
-from search_e1.config import Prompts, RolloutConfig, WarmstartConfig
+from search_e1.config import ColdstartConfig, Prompts, RolloutConfig
 from search_e1.data.answers import exact_match, f1
 from search_e1.errors import DataError
 from search_e1.retrieval.base import Retriever
@@ -138,7 +138,7 @@ def lessons(
         return [lesson for lesson in pool.map(writer.lesson, plans) if lesson]
 
 
-def batches(taught: Sequence[Lesson], config: WarmstartConfig, *, seed: int = 0) -> Iterator[list[Sample]]:
+def batches(taught: Sequence[Lesson], config: ColdstartConfig, *, seed: int = 0) -> Iterator[list[Sample]]:
     """Endless batches: first ``config.drills`` of first searches only, then whole demonstrations.
 
     Every pass over the lessons has a new order, and draws the form of each anew.
@@ -168,7 +168,7 @@ def batches(taught: Sequence[Lesson], config: WarmstartConfig, *, seed: int = 0)
                 batch = []
 
 
-def demonstration(lesson: Lesson, config: WarmstartConfig, rng: random.Random) -> Sample:
+def demonstration(lesson: Lesson, config: ColdstartConfig, rng: random.Random) -> Sample:
     """``lesson`` in a form drawn by the shares of ``config``: following a reference, direct, or sloppy."""
     clean, tokenizer, rollout = lesson.clean, lesson.writer.tokenizer, lesson.writer.rollout
     may_search = clean.searches < rollout.max_searches

@@ -9,7 +9,7 @@ class StageId:
     """A stage of a run: its kind, and the round that it belongs to or what it evaluates."""
 
     kind: str
-    """``index``, ``warmstart``, ``preflight``, ``grpo``, ``pool``, ``pairs``, ``lead``, ``ofsd``, ``recall`` or
+    """``index``, ``coldstart``, ``preflight``, ``grpo``, ``pool``, ``pairs``, ``lead``, ``ofsd``, ``recall`` or
     ``evaluation``."""
     round: int | None = None
     of: str | None = None

@@ -78,13 +78,15 @@ class Distill(Stage):
             DataError: no pairs, none that fits, or pairs of another tokenizer.
         """
         config = run.config.distill
-        policy = run.load(self.policy)
+        policy = run.load_to_train(self.policy, config.training, adapters=config.weights == "lora")
         pairs = files.read(self.pairs / files.TRAIN, policy.tokenizer)
         samples = make_samples(policy, pairs, config)
         model = with_adapter(policy.model, config.lora) if config.weights == "lora" else policy.model
         objective = open_objective(config.objective, "distill.objective", run.config)
         sharding = run.config.parallel.sharding
-        trained = TrainedPolicy(model, config.training, frozen_start=objective.needs_start, sharding=sharding)
+        trained = TrainedPolicy(
+            model, config.training, frozen_start=objective.needs_start, sharding=sharding, dtype=policy.dtype
+        )
         source = EpochSource(samples, config.batch_size, context.seed)
         schedule = Schedule(source.steps * config.epochs, config.learning_rate)
         steps = train(trained, source, {"distill": objective}, config.training, schedule, context)

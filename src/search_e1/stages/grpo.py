@@ -82,7 +82,7 @@ class Grpo(Stage):
             RetrievalError: from the retriever.
         """
         config = run.config.grpo
-        policy = run.load(self.policy)
+        policy = run.load_to_train(self.policy, config.training, adapters=config.lora is not None)
         steps: list[dict[str, float]] = []
         collapse: Collapse | None = None
         if config.steps:
@@ -90,7 +90,7 @@ class Grpo(Stage):
             objectives = make_objectives(run.config)
             needs_start = any(objective.needs_start for objective in objectives.values())
             sharding = run.config.parallel.sharding
-            trained = TrainedPolicy(model, config.training, frozen_start=needs_start, sharding=sharding)
+            trained = TrainedPolicy(model, config.training, frozen_start=needs_start, sharding=sharding, dtype=policy.dtype)
             schedule = Schedule(config.steps, config.learning_rate, config.mini_batches, config.epochs)
             with ExitStack() as stack:
                 kept = stack.enter_context(keeping(config.keep_groups, context))

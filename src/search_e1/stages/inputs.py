@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from search_e1 import runs
-from search_e1.config import Config, Prompts, default_of
+from search_e1.config import NEW, Config, Prompts, TrainingConfig, default_of
 from search_e1.data.corpus import read_corpus
 from search_e1.data.questions import load_many, load_questions, subset
 from search_e1.errors import ConfigError, DataError, ModelError, RunError
@@ -179,6 +179,8 @@ class Inputs:
             with self.engine(policy):
                 assert self.retriever
             return
+        if policy == NEW:
+            return
         reader = self.load_reader(policy)  # before an index is built
         for tool in tools_of(reader.prompts):
             tool.open(self.retriever, config.rollout.topk)
@@ -197,15 +199,23 @@ class Inputs:
                     "shorten prompts.instruction, or use a policy with a longer context"
                 )
 
-    def load(self, policy: str | Path) -> Policy:
-        """``policy`` on this rank's device.
+    def load(self, policy: str | Path, *, master_weights: bool = False) -> Policy:
+        """``policy`` on this rank's device; ``master_weights``: in float32, to be trained.
 
         Raises:
             ModelError: it cannot be loaded, or its tokenizer does not fit the protocol.
         """
-        loaded = policies.load(policy, self.config.policy, self.config.prompts)
+        loaded = policies.load(policy, self.config.policy, self.config.prompts, master_weights=master_weights)
         protocol_of(loaded.tokenizer, loaded.prompts)
         return loaded
+
+    def load_to_train(self, policy: str | Path, training: TrainingConfig, *, adapters: bool) -> Policy:
+        """The same, in the types that training takes: float32 master weights; what is frozen under adapters as it computes.
+
+        FSDP2 shards weights of one type only, and so all are float32 there.
+        """
+        frozen = adapters and self.config.parallel.sharding == "none"
+        return self.load(policy, master_weights=training.master_weights and not frozen)
 
     def load_reader(self, policy: str | Path) -> Reader:
         """``policy`` without its weights; raises as ``load``."""

@@ -14,6 +14,7 @@ from search_e1.config import LoraConfig, PolicyConfig, Prompts
 from search_e1.runs.devices import device, no_bars
 from search_e1.text.prompts import check_template
 from search_e1.training.loading import check_quantization, check_tokenizer, load_weights
+from search_e1.training.precision import compute_dtype, multiplies_bfloat16
 from search_e1.training.sources import opened
 
 _MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
@@ -27,6 +28,8 @@ class Policy:
     model: PreTrainedModel
     tokenizer: Any
     prompts: Prompts
+    dtype: torch.dtype = torch.float32
+    """In which it computes; weights that are to be trained may be float32 all the same."""
 
     def save(self, directory: Path) -> None:
         """Write what ``load`` reads; anything that reads Hugging Face directories reads it too."""
@@ -45,18 +48,21 @@ class Reader:
     context_length: int
 
 
-def load(model: str | Path, config: PolicyConfig, prompts: Prompts | None = None) -> Policy:
+def load(model: str | Path, config: PolicyConfig, prompts: Prompts | None = None, *, master_weights: bool = False) -> Policy:
     """Load weights (safetensors only), tokenizer and prompts; ``config.model`` is not looked at, ``model`` is.
+
+    ``master_weights``: in float32, to be trained; otherwise in the type that ``config.dtype`` stands for.
 
     Raises:
         ModelError: the directory is none, or what is in it does not load.
     """
     reader = load_reader(model, config, prompts)
-    dtype = getattr(torch, config.dtype)
     with opened(model) as source:
-        weights: Any = load_weights(source, config.trust_remote_code, dtype)
-    weights.to(device=device(config.device), dtype=dtype)
-    return Policy(weights, reader.tokenizer, reader.prompts)
+        weights: Any = load_weights(source, config.trust_remote_code)
+    place = device(config.device)
+    dtype = compute_dtype(config.dtype, weights.num_parameters(), multiplies_bfloat16(place))
+    weights.to(device=place, dtype=torch.float32 if master_weights else dtype)
+    return Policy(weights, reader.tokenizer, reader.prompts, dtype)
 
 
 def load_reader(model: str | Path, config: PolicyConfig, prompts: Prompts | None = None) -> Reader:

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
+from search_e1.config import NEW
 from search_e1.errors import ModelError, SearchE1Error
 from search_e1.runs.devices import no_bars
 from search_e1.training.gguf_file import check_gguf
@@ -49,6 +50,8 @@ def resolve(model: str) -> Path | str:
     """
     if model == SMALL:
         return _SMALL_DIRECTORY
+    if model == NEW:
+        raise ModelError(f"policy.model = {NEW!r}: made by the cold start; run `search-e1 coldstart`, and give what it makes")
     path = Path(model).expanduser()
     if not path.exists():
         if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1 or is_gguf(path):

@@ -43,9 +43,9 @@ Loss = Callable[[States, Batch], tuple[Tensor, dict[str, Tensor]]]
 class _Roles(nn.Module):
     """Student and teacher in one module."""
 
-    def __init__(self, model: Any, decoder: nn.Module, frozen: nn.Module | None, autocast: bool) -> None:
+    def __init__(self, model: Any, decoder: nn.Module, frozen: nn.Module | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.model, self.decoder, self.frozen, self.autocast = model, decoder, frozen, autocast
+        self.model, self.decoder, self.frozen, self.dtype = model, decoder, frozen, dtype
         self.frozen_head: Head | None = None
         self.transform: tuple[float, float | None] = (1.0, None)
 
@@ -53,11 +53,15 @@ class _Roles(nn.Module):
     def head(self) -> Head:
         """The student's, with weights as they are now."""
         layer = self.model.get_output_embeddings()
-        return Head(layer.weight, layer.bias, *self.transform)
+        weight = layer.weight
+        if weight.dtype != self.dtype and weight.device.type != "cpu":  # on a CPU the head computes in float32
+            weight = weight.to(self.dtype)
+        return Head(weight, layer.bias, *self.transform)
 
     def forward(self, batch: Batch, loss: Loss, teacher: Teacher | None) -> tuple[Tensor, dict[str, Tensor]]:
         # Without a cache of its own: a weight that autocast casts first in the teacher's pass would have no gradient.
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False):
+        half = self.dtype != torch.float32
+        with torch.autocast(self.model.device.type, self.dtype if half else None, enabled=half, cache_enabled=False):
             taught = self._teach(batch, teacher) if teacher and batch.teacher else ()
             return loss(States(batch.student.hidden(self.decoder), self.head, *taught), batch)
 
@@ -78,27 +82,39 @@ class _Roles(nn.Module):
 class TrainedPolicy:
     """A causal language model, with adapters or without, and what it takes to train it."""
 
-    def __init__(self, model: Any, config: TrainingConfig, *, frozen_start: bool, sharding: Sharding = "none") -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: TrainingConfig,
+        *,
+        frozen_start: bool,
+        sharding: Sharding = "none",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         """``frozen_start``: keep a copy of the weights where the start is asked for and no adapter can be switched off.
+
+        ``dtype``: in which the model computes; its weights may be float32 all the same.
 
         Raises:
             ModelError: from ``split_head``.
         """
-        self.model, self.config = model, config
+        self.model, self.config, self.dtype = model, config, dtype
         decoder, head = split_head(model)
         on_cpu = model.device.type == "cpu"
         self.micro_batch_tokens = config.micro_batch_tokens or (2048 if on_cpu else 16_384)
         self.packed = not on_cpu and packs(model)
         frozen = frozen_start and not isinstance(model, PeftModel)
         copied = copy.deepcopy(decoder).requires_grad_(False).eval() if frozen else None
-        self._roles = _Roles(model, decoder, copied, config.autocast)
+        self._roles = _Roles(model, decoder, copied, dtype)
         self._roles.transform = head.scale, head.softcap
         if frozen:
             bias = None if head.bias is None else head.bias.detach().clone()
             self._roles.frozen_head = head._replace(weight=head.weight.detach().clone(), bias=bias)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.replica = UnshardedReplica(model) if sharding != "none" and ranks.count() > 1 else None
+        self._sharded = sharding != "none" and ranks.count() > 1
+        converts = dtype != model.dtype and not isinstance(model, PeftModel)
+        self._replica = UnshardedReplica(model) if self._sharded or converts else None
         self._wrapped = self._wrap(sharding)
 
     def _wrap(self, sharding: Sharding) -> Callable[..., Any]:
@@ -107,8 +123,8 @@ class TrainedPolicy:
         if sharding == "none":
             # Nothing changes the buffers, and ranks make as many passes as each other.
             return DistributedDataParallel(self._roles, broadcast_buffers=False)
-        mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        policy = mixed if self.config.autocast else MixedPrecisionPolicy(cast_forward_inputs=False)
+        mixed = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False) if self.dtype == torch.float32 else mixed
         for layers in [module for module in self._roles.modules() if isinstance(module, nn.ModuleList)]:
             for layer in layers:
                 fully_shard(layer, mp_policy=policy)
@@ -167,20 +183,24 @@ class TrainedPolicy:
 
     @contextmanager
     def sampled(self) -> Iterator[Any]:
-        """The plain model with the weights as they are now, to sample from."""
-        if self.replica:  # each rank samples at its own pace, and so with all weights
-            dtype = torch.bfloat16 if self.config.autocast else None
-            with self.replica.filled(self.model, dtype) as model:
+        """The plain model with the weights as they are now, to sample from, in the type in which it computes."""
+        if self._replica:  # each rank samples at its own pace, and so with all weights
+            with self._replica.filled(self.model, self.dtype) as model:
                 yield _plain(model)
         else:
             yield _plain(self.model)
 
     def finish(self) -> Any:
-        """The plain trained model: whole on each rank, adapters merged, in evaluation mode."""
-        model = self.replica.fill(self.model) if self.replica else self.model
+        """The plain trained model: whole on each rank, adapters merged, in evaluation mode.
+
+        In float32 where the weights that were trained are, so that neither saving nor merging rounds steps away.
+        """
+        model = self._replica.fill(self.model) if self._replica and self._sharded else self.model
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_disable()
             model.disable_input_require_grads()  # which enabling has put on the embeddings
+        if self.config.master_weights:
+            model = model.float()
         return (merge_adapter(model) if isinstance(model, PeftModel) else model).eval()
 
 

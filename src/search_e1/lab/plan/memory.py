@@ -10,6 +10,7 @@ from search_e1.config import Config, LoraConfig, TrainingConfig
 from search_e1.lab.plan.constants import GIB, Constants, Gpu
 from search_e1.lab.plan.shapes import Shape
 from search_e1.lab.plan.trace import TracedModel
+from search_e1.training.precision import compute_dtype
 from search_e1.types import Record
 
 
@@ -67,7 +68,7 @@ class MemoryModel:
         self.size = int(gpu.memory_gib * GIB)
         self.usable = int(self.size * self.constants["usable"])
         self.sharded = config.parallel.sharding != "none" and gpus > 1
-        self.dtype: torch.dtype = getattr(torch, config.policy.dtype)
+        self.dtype = compute_dtype(config.policy.dtype, shape.parameters, has_bfloat16=True)
         self.longest = min(config.rollout.max_tokens, shape.context_length)
         limit = min(shape.context_length, config.reference.max_tokens or shape.context_length)
         self.longest_privileged = min(2 * self.longest, limit)  # a trajectory after as long a reference
@@ -78,19 +79,21 @@ class MemoryModel:
         training, sharded = job.training, self.sharded
         longest = self.longest_privileged if job.has_teacher else self.longest
         rows = max(1, (tokens or training.micro_batch_tokens or 16_384) // longest)
-        stored = self._traced(self.dtype, job.lora, training.gradient_checkpointing)
-        # FSDP2 gathers layers in bfloat16 under autocast, so that autocast has nothing to convert.
-        used = torch.bfloat16 if sharded and training.autocast else self.dtype
+        kept = self._kept(job)
+        stored = self._traced(kept, job.lora, training.gradient_checkpointing)
+        # FSDP2 gathers layers in the type they compute in, so that autocast has nothing to convert.
+        used = self.dtype if sharded else kept
         traced = self._traced(used, job.lora, training.gradient_checkpointing)
-        student = traced.train(rows, self.longest, autocast=training.autocast and not sharded, streamed=sharded)
+        autocast = self.dtype != torch.float32 and not sharded
+        student = traced.train(rows, self.longest, autocast=autocast, streamed=sharded)
         teacher = traced.forward(rows, longest) if job.has_teacher else 0
         gradients = self._share(stored.trained)
         counted = 0 if sharded else gradients  # by the trace
         # The peak is in the teacher's pass, in the loss, or in the backward pass through the decoder.
-        head = self._head(rows, job, 2 if training.autocast else self.dtype.itemsize)
+        head = self._head(rows, job, self.dtype.itemsize)
         peaks = [(teacher, 0), (student.kept - counted, head), (student.peak - counted, 0)]
         activations, logits = max(peaks, key=sum)
-        copy = self._share(self.shape.parameters * self.dtype.itemsize) if job.has_copy else 0
+        copy = self._share(self.shape.parameters * kept.itemsize) if job.has_copy else 0
         # Two layers (the one at work and the next), the gradients of one, and embeddings.
         layers = ((2 if job.lora else 3) * self.shape.largest_layer + self.shape.embeddings) if sharded else 0
         return Memory(
@@ -105,8 +108,10 @@ class MemoryModel:
         traced, vllm = self._traced(self.dtype, during and during.lora, False), self.config.vllm
         item, weights, optimizer, other = self.dtype.itemsize, traced.weights, 0, 0
         if during:
-            weights, optimizer = self._share(weights), self._share(2 * traced.trained)
-            other = self._share(self.shape.parameters * item) if during.has_copy else 0
+            kept = self._kept(during)
+            stored = self._traced(kept, during.lora, False)
+            weights, optimizer = self._share(stored.weights), self._share(2 * stored.trained)
+            other = self._share(self.shape.parameters * kept.itemsize) if during.has_copy else 0
         memory = Memory(stage=stage, rows=rows, tokens=tokens, weights=weights, optimizer=optimizer, other=other)
         if self.config.rollout.engine == "vllm":
             share = vllm.shared_gpu_memory_utilization if during else vllm.gpu_memory_utilization
@@ -115,9 +120,8 @@ class MemoryModel:
             rows = min(rows, free // (2 * tokens * self.shape.cached))
             update = dict(rows=rows, weights=weights if during else 0, other=other + size - free, cache=free)
             return memory.model_copy(update=update)
-        if during and self.sharded:  # whole weights are gathered beside the shares
-            item = 2 if during.training.autocast else item
-            other += self.shape.parameters * item
+        if during and (self.sharded or (kept != self.dtype and not during.lora)):
+            other += self.shape.parameters * item  # whole weights, as they compute, beside those that are trained
         row = tokens * self.shape.cached * item
         free = max(0, self.usable - weights - optimizer - other)
         rows = max(1, min(rows, int(self.constants["cache_share"] * free / row) - 1))
@@ -126,6 +130,11 @@ class MemoryModel:
         # One row more for what all prompts begin with.
         update = dict(rows=rows, other=other, activations=prefill, logits=logits, cache=(rows + 1) * row)
         return memory.model_copy(update=update)
+
+    def _kept(self, job: Job) -> torch.dtype:
+        """The type of the weights in memory while a stage trains; see ``Inputs.load_to_train``."""
+        frozen = job.lora and not self.sharded
+        return torch.float32 if job.training.master_weights and not frozen else self.dtype
 
     def _share(self, size: int) -> int:
         return -(-size // self.gpus) if self.sharded else size

@@ -51,7 +51,8 @@ def make_plan(config: Config, gpu: Gpu, gpus: int, constants: Constants) -> Plan
     train, evaluated, assumed = _questions(config, constants)
     work_model = WorkModel(shape, config, gpu, gpus, constants, sampling.rows)
     work = work_model.stages(train, evaluated)
-    size, policies = memory_model.dtype.itemsize * shape.parameters, config.distillations
+    kept = [memory_model.dtype, *(torch.float32 for job in training_jobs(config).values() if job.training.master_weights)]
+    size, policies = max(dtype.itemsize for dtype in kept) * shape.parameters, config.distillations
     policies += config.rounds if config.grpo.steps else 0
     stored = sum(w.trajectories for w in work if w.stage in ("pool", "evaluation")) * work_model.total
     disk = {"policies": policies * size, "trajectories": round(stored * constants.data["bytes_per_token"])}
@@ -139,14 +140,13 @@ def _warnings(config: Config) -> Iterator[str]:
     dtype = config.policy.dtype
     for stage, job in training_jobs(config).items():
         rate = config.grpo.learning_rate if stage == "grpo" else config.distill.learning_rate
-        autocast = f"{stage}.training.autocast = true"
-        if dtype != "float32" and not job.lora and rate < _ROUNDED_AWAY:
+        if dtype != "float32" and not job.training.master_weights and not job.lora and rate < _ROUNDED_AWAY:
             yield (
-                f"{stage} trains all weights in {dtype}, and steps of {rate:g} round away; set policy.dtype = "
-                f'"float32" and {autocast}, or train adapters'
+                f"{stage} trains all weights in {dtype}, and steps of {rate:g} round away; set "
+                f"{stage}.training.master_weights = true, or train adapters"
             )
-        if dtype == "float32" and not job.training.autocast:
-            yield f"{stage} computes in float32, many times slower than bfloat16 on a GPU; set {autocast}"
+    if dtype == "float32":
+        yield 'products in float32 are many times slower than in bfloat16 on a GPU; set policy.dtype = "auto"'
 
 
 def _questions(config: Config, constants: Constants) -> tuple[int, int, list[str]]:

@@ -2,10 +2,13 @@
 
 import math
 
+import torch
+
 from search_e1.config import Config
 from search_e1.lab.plan.constants import Constants, Gpu
 from search_e1.lab.plan.memory import Job, training_jobs
 from search_e1.lab.plan.shapes import Shape
+from search_e1.training.precision import compute_dtype
 from search_e1.types import Record
 
 
@@ -33,7 +36,7 @@ class WorkModel:
         self.privileged = 2 * self.total - lengths["prompt"] + lengths["privileged"]  # a trajectory after a reference
         self.longest_action = min(lengths["longest_action"] * action, limits.max_action_tokens)
         self.pair_yield = lengths["pair_yield"]
-        self.halves = config.policy.dtype != "float32"
+        self.halves = compute_dtype(config.policy.dtype, shape.parameters, has_bfloat16=True) != torch.float32
 
     def stages(self, train_questions: int, eval_questions: int) -> list[Work]:
         """In the order of the loop."""
@@ -69,7 +72,7 @@ class WorkModel:
 
     def train(self, work: Work, job: Job, passes: int, *, anchored: bool = False) -> Work:
         """``work`` and updates in which ``passes`` trajectories go forward and backward; ``anchored``: a KL penalty's pass."""
-        halves, scored = self.halves or job.training.autocast, passes * self.sampled
+        halves, scored = self.halves, passes * self.sampled
         hours = self._hours(training_flops(self.shape, passes * self.total, self.total, scored, job), "training", halves)
         for width in (self.total,) * anchored + (self.privileged,) * job.has_teacher:
             flops = forward_flops(self.shape, passes * width, width) + 2 * self.shape.head * scored

@@ -8,6 +8,7 @@ can be handed to it, and a step is a step, so that the same call gives the same 
 import difflib
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from search_e1.config import PolicyConfig, VllmConfig
 from search_e1.errors import ConfigError, ModelError
 from search_e1.rollout.engines.base import Generation, Request, never
 from search_e1.runs.devices import device
+from search_e1.training.precision import compute_dtype, multiplies_bfloat16
 from search_e1.training.sources import plain_directory
 
 SERIES = "0.30."
@@ -45,6 +47,12 @@ _RESERVED = {
     "generation_config": "the full distribution is sampled; leave it out",
     "speculative_config": "its log-probabilities are not those of what was sampled from; leave it out",
 }
+
+
+def _dtype(policy: PolicyConfig) -> str:
+    """In which the policy computes; vLLM's own ``auto`` goes by the file, and takes float16 for float32."""
+    dtype = compute_dtype(policy.dtype, sys.maxsize, multiplies_bfloat16(device(policy.device)))
+    return str(dtype).removeprefix("torch.")
 
 
 def check(policy: PolicyConfig, config: VllmConfig) -> None:
@@ -132,7 +140,7 @@ class VllmLaunch:
         try:
             return LLM(
                 model=str(model),
-                dtype=self.policy.dtype,
+                dtype=_dtype(self.policy),
                 trust_remote_code=self.policy.trust_remote_code,
                 max_model_len=self.max_tokens,
                 max_num_seqs=self.rows,

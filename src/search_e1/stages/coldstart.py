@@ -1,4 +1,4 @@
-"""The warm start: a policy from nothing, taught the protocol by demonstrations built of supporting passages."""
+"""The cold start: a pretrained policy, or one from nothing, is fine-tuned on demonstrations of the protocol."""
 
 import itertools
 import random
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from search_e1.config import Config, Prompts, WarmstartConfig
+from search_e1.config import NEW, Config, Prompts
 from search_e1.data.corpus import read_corpus
 from search_e1.errors import ConfigError, DataError
 from search_e1.rollout import demonstrations
@@ -15,9 +15,10 @@ from search_e1.runs.context import StageContext
 from search_e1.runs.stage_id import StageId
 from search_e1.stages.inputs import Inputs
 from search_e1.stages.stage import Stage, sections
-from search_e1.training import fresh
+from search_e1.training import new_policy
 from search_e1.training.loop import Schedule, train
 from search_e1.training.objectives.sft import Sft
+from search_e1.training.policy import Policy, with_adapter
 from search_e1.training.record import mean
 from search_e1.training.trained import TrainedPolicy
 from search_e1.types import Passage, Question, Sample
@@ -25,16 +26,18 @@ from search_e1.types import Passage, Question, Sample
 _LAST = 20  # steps whose mean loss is reported
 
 
-class Warmstart(Stage):
-    """Writes ``policy/``. Figures: questions that gave a demonstration, weights, first and last loss in nats."""
+class Coldstart(Stage):
+    """Writes ``policy/`` and ``steps.jsonl``. Figures: questions that gave a demonstration, first and last loss in nats a
+    token, trained tokens a second."""
 
-    id = StageId("warmstart")
+    id = StageId("coldstart")
 
     def settings(self, config: Config) -> Mapping[str, Any]:
-        return sections(config, "warmstart", "rollout", "seed")
+        return sections(config, "coldstart", "rollout", "seed")
 
     def inputs(self, run: Inputs) -> Mapping[str, str]:
-        return run.sampled_on(None)
+        model = run.config.policy.model
+        return run.sampled_on(None if model == NEW else model)
 
     def check(self, run: Inputs) -> None:
         """
@@ -42,13 +45,13 @@ class Warmstart(Stage):
             ConfigError: the config lacks the section or the corpus, or asks for tools.
         """
         config = run.config
-        if config.warmstart is None:
-            raise ConfigError("section [warmstart] is missing; add it, it may be empty")
+        if config.coldstart is None:
+            raise ConfigError("section [coldstart] is missing; add it, it may be empty")
         if config.data.corpus is None:
-            raise ConfigError("data.corpus is missing; a warm start reads the supporting passages there")
+            raise ConfigError("data.corpus is missing; a cold start reads the supporting passages there")
         if config.prompts and config.prompts.protocol != "tags":
             raise ConfigError(
-                'prompts.protocol = "tools": the demonstrations of a warm start are written in tags; leave it out'
+                'prompts.protocol = "tools": the demonstrations of a cold start are written in tags; leave it out'
             )
 
     def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
@@ -56,34 +59,52 @@ class Warmstart(Stage):
         Raises:
             DataError: no question gives a demonstration, or one names a passage that the corpus lacks.
         """
-        config = run.config
-        warmstart, corpus, prompts = config.warmstart, config.data.corpus, config.prompts or Prompts()
-        assert warmstart
+        coldstart, corpus = run.config.coldstart, run.config.data.corpus
+        assert coldstart
         assert corpus
         passages = {passage.id: passage for passage in read_corpus(corpus)}
-        texts = _tokenizer_texts(run.train_questions, passages, prompts, warmstart, config.seed)
-        policy = fresh.policy(texts, warmstart, prompts, config.seed)
+        policy = _start(run, passages)
         lessons = demonstrations.lessons(
-            run.train_questions, passages, run.retriever, policy.tokenizer, prompts, config.rollout,
-            seed=config.seed, progress=context.progress,
+            run.train_questions, passages, run.retriever, policy.tokenizer, policy.prompts, run.config.rollout,
+            seed=run.config.seed, progress=context.progress,
         )  # fmt: skip
-        batches = demonstrations.batches(lessons, warmstart, seed=config.seed)
-        trained = TrainedPolicy(policy.model, warmstart.training, frozen_start=False, sharding=config.parallel.sharding)
-        schedule = Schedule(warmstart.steps, warmstart.learning_rate)
-        objective = Sft(logits_mib=warmstart.training.logits_mib)
+        batches = demonstrations.batches(lessons, coldstart, seed=run.config.seed)
+        model = with_adapter(policy.model, coldstart.lora) if coldstart.lora else policy.model
+        sharding = run.config.parallel.sharding
+        trained = TrainedPolicy(model, coldstart.training, frozen_start=False, sharding=sharding, dtype=policy.dtype)
+        schedule = Schedule(coldstart.steps, coldstart.learning_rate)
+        objective = Sft(logits_mib=coldstart.training.logits_mib)
         source = BatchSource(batches, policy.model.config.get_text_config().max_position_embeddings)
-        steps = train(trained, source, {"sft": objective}, warmstart.training, schedule, context)
+        steps = train(trained, source, {"sft": objective}, coldstart.training, schedule, context)
         policy.model = trained.finish()
         if ranks.is_first():
             policy.save(context.out / "policy")
+        seconds = sum(step["seconds"] for step in steps)
         return {
             "questions": len(run.train_questions),
             "taught": dict(Counter(lesson.question.id.rpartition("_")[0] for lesson in lessons)),
             "parameters": policy.model.num_parameters(),
+            "steps": len(steps),
             "first_loss": steps[0]["loss"],
             "last_loss": mean(steps[-_LAST:], "loss"),
+            "tokens_per_second": sum(step["tokens"] for step in steps) / seconds,
+            "seconds": seconds,
             "halved": sum(step.get("halved", 0) for step in steps),
         }
+
+
+def _start(run: Inputs, passages: Mapping[str, Passage]) -> Policy:
+    """The policy of the config, or one from nothing."""
+    config = run.config
+    assert config.coldstart
+    if config.policy.model != NEW:
+        training = config.coldstart.training
+        return run.load_to_train(config.policy.model, training, adapters=config.coldstart.lora is not None)
+    prompts = config.prompts or Prompts()
+    texts = _tokenizer_texts(
+        run.train_questions, passages, prompts, config.coldstart.new_policy.tokenizer_passages, config.seed
+    )
+    return new_policy.policy(texts, config.coldstart.new_policy, prompts, config.seed)
 
 
 class BatchSource:
@@ -102,6 +123,7 @@ class BatchSource:
         if not batch:
             raise DataError(f"demonstrations ran out after {step} steps; give more, or train fewer steps")
         self._drawn = step + 1
+        self.figures = {"tokens": float(sum(map(len, batch)))}
         if (longest := max(map(len, batch))) > self._context_length:
             raise DataError(
                 f"a demonstration of {longest} tokens does not fit into the context of {self._context_length}; shorten it"
@@ -110,10 +132,10 @@ class BatchSource:
 
 
 def _tokenizer_texts(
-    questions: Sequence[Question], passages: dict[str, Passage], prompts: Prompts, config: WarmstartConfig, seed: int
+    questions: Sequence[Question], passages: Mapping[str, Passage], prompts: Prompts, count: int, seed: int
 ) -> list[str]:
     """What the tokenizer is trained on: questions, a sample of the passages, and the words around them."""
-    sample = random.Random(seed).sample(list(passages), min(config.tokenizer_passages, len(passages)))
+    sample = random.Random(seed).sample(list(passages), min(count, len(passages)))
     phrases = (
         "I need to find",
         "So the answer is",

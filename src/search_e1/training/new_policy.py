@@ -6,7 +6,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedTokenizerFast
 
-from search_e1.config import Prompts, WarmstartConfig
+from search_e1.config import NewPolicyConfig, Prompts
 from search_e1.errors import ConfigError
 from search_e1.training.policy import Policy
 
@@ -28,7 +28,9 @@ def tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocabulary < (least := len(alphabet) + len(TAGS) + 3):
-        raise ConfigError(f"warmstart.vocabulary = {vocabulary} has no room for bytes and tags; give at least {least}")
+        raise ConfigError(
+            f"coldstart.new_policy.vocabulary = {vocabulary} has no room for bytes and tags; give at least {least}"
+        )
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -47,7 +49,7 @@ def tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def policy(texts: Iterable[str], config: WarmstartConfig, prompts: Prompts, seed: int) -> Policy:
+def policy(texts: Iterable[str], config: NewPolicyConfig, prompts: Prompts, seed: int) -> Policy:
     """An untrained policy of the sizes in ``config``, whose tokenizer knows ``texts``.
 
     The architecture is LFM2's, convolutions with attention in every second layer: at this size it learns to copy unseen names
