@@ -95,8 +95,10 @@ SOME = Observed(trajectories=64, in_form=64, rewarded=1)
         (rows(19, 0, 0), NOTHING, WARNING, "0% of 19 questions"),
         (rows(20, 0, 1), NOTHING, WARNING, "the corpus of 5%."),
         (rows(20, 0, None), NOTHING, WARNING, "0% of 20 questions."),
-        (rows(20, 5, 15), NOTHING, WARNING, "25% of 20 questions, the corpus of 75%."),
-        (rows(20, 6, 15, yes_no=3), NOTHING, OK, "30% of 20 questions"),
+        (rows(20, 4, 5), NOTHING, WARNING, "20% of 20 questions, the corpus of 25%."),
+        (rows(20, 1, 15), NOTHING, WARNING, "5% of 20 questions, the corpus of 75%."),
+        (rows(20, 2, 15, yes_no=3), NOTHING, OK, "10% of 20 questions"),
+        (rows(20, 2, None), NOTHING, OK, "10% of 20 questions."),
     ],
 )
 def test_answers(found, seen, level, words):

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from search_e1.cli import asking, compare, data, index, pairs, plan, serve, stages, sweep
+from search_e1.cli import asking, compare, data, doctor, index, pairs, plan, serve, stages, sweep
 from search_e1.errors import SearchE1Error
 from search_e1.runs import ranks
 from search_e1.runs.allocation import keep_freed_memory
@@ -158,6 +158,7 @@ app.add_typer(pairs.app, name="pairs", rich_help_panel=STAGES)
 app.add_typer(data.app, name="data", rich_help_panel=DATA)
 app.add_typer(index.app, name="index", rich_help_panel=DATA)
 app.command("serve-retriever", rich_help_panel=DATA)(serve.serve_retriever)
+app.command("doctor", context_settings=OVERRIDES, rich_help_panel=RUN)(doctor.doctor)
 app.command("plan", context_settings=OVERRIDES, rich_help_panel=RUN)(plan.plan)
 app.command("compare", rich_help_panel=RUNS)(compare.compare)
 app.command("sweep", context_settings=OVERRIDES, rich_help_panel=RUNS)(sweep.sweep)

@@ -13,7 +13,7 @@ FILE = "preflight.json"
 CERTAIN_TRAJECTORIES = 64
 """With fewer, that none is in form may be chance; with so many, at most 5% are in form, at 95% confidence."""
 CERTAIN_QUESTIONS = 20
-_RARE, _OFTEN_MALFORMED, _SELDOM_FOUND = 0.1, 0.2, 0.3
+_RARE, _OFTEN_MALFORMED, _FEW_ANSWERS = 0.1, 0.2, 0.3
 
 
 class Level(StrEnum):
@@ -105,7 +105,7 @@ def form(seen: Observed) -> Finding:
             check="form", level=Level.STOP,
             text=f"None of {seen.trajectories} trajectories made a search or gave an answer, and so none has a reward to learn "
             "from.",
-            remedy="Add a [coldstart] section, which teaches the protocol first, or start from a policy that knows it.",
+            remedy="Add a [coldstart] section (or demonstrations to it), or take a policy that knows the protocol.",
         )  # fmt: skip
     text = f"{share:.0%} of {seen.trajectories} trajectories are malformed."
     if share <= _OFTEN_MALFORMED:
@@ -150,9 +150,10 @@ def answers(rows: Sequence[Recall], topk: int, seen: Observed) -> Finding | None
     if in_corpus == 0 and count >= CERTAIN_QUESTIONS and seen.trajectories >= CERTAIN_TRAJECTORIES and not seen.rewarded:
         text = f"No passage holds an answer to any of {count} questions, and no trajectory has a reward."
         return Finding(check="answers", level=Level.STOP, text=text, remedy=remedy)
-    if in_topk >= _SELDOM_FOUND:
+    held = in_corpus is None or in_corpus >= _FEW_ANSWERS
+    if held and in_topk >= _RARE:  # of multi-hop questions few are answered by what the question itself finds
         return Finding(check="answers", level=Level.OK, text=text)
-    if in_corpus is None or in_corpus >= _SELDOM_FOUND:
+    if held:
         remedy = "Raise rollout.topk, or try another retrieval.kind."
     return Finding(check="answers", level=Level.WARNING, text=text, remedy=remedy)
 
@@ -182,7 +183,7 @@ def overlap(train: Sequence[Question], evaluated: Mapping[str, Sequence[Question
 def amounts(config: Config, train_questions: int, eval_questions: int) -> dict[str, int]:
     """Trajectories that a run samples, at most, by stage."""
     rounds, grpo, distillations = config.rounds, config.grpo, config.distillations
-    policies = 1 + distillations + (rounds if grpo.steps else 0)
+    policies = 1 + bool(config.coldstart) + distillations + (rounds if grpo.steps else 0)
     found = {"evaluation": policies * eval_questions * (1 + config.evaluation.samples)}
     found["grpo"] = rounds * grpo.steps * grpo.questions_per_step * grpo.group_size
     if config.pool.source == "fresh":

@@ -112,11 +112,22 @@ def misfit(model: MemoryModel, memory: Memory) -> str | None:
 def check_memory(config: Config, model: str, stages: Sequence[str], ranks: int, size: int | None = None) -> None:
     """Refuse, before any work, what cannot fit this machine's GPU; warn of what fits short trajectories only.
 
-    ``model``: what ``stages`` (``grpo``, ``distill``) start from; if its shape is not known, nothing is checked. ``size``:
-    bytes of the GPU; if not given, of this machine's. Does nothing on a CPU.
-
     Raises:
         ConfigError: weights, gradients and optimizer states alone exceed the GPU's memory; says what to change.
+    """
+    for problem, at_all in misfits(config, model, stages, ranks, size):
+        if at_all:
+            raise ConfigError(problem)
+        logger.warning("with the longest trajectories, %s", problem)
+
+
+def misfits(
+    config: Config, model: str, stages: Sequence[str], ranks: int, size: int | None = None
+) -> Iterator[tuple[str, bool]]:
+    """What does not fit this machine's GPU, with what to change, and whether not even short trajectories do.
+
+    ``model``: what ``stages`` (``grpo``, ``distill``) start from; if its shape is not known, nothing is checked. ``size``:
+    bytes of the GPU; if not given, of this machine's. Nothing on a CPU.
     """
     place = device(config.policy.device)
     if size is None and place.type != "cuda":
@@ -129,11 +140,9 @@ def check_memory(config: Config, model: str, stages: Sequence[str], ranks: int, 
     gpu = Gpu(name="this GPU", memory_gib=size / GIB)
     planner = MemoryModel(settings, shape_of(settings), config, gpu, ranks, load_constants())
     for stage, job in training_jobs(config).items():
-        if stage in stages and (problem := misfit(planner, memory := planner.update(stage, job))):
-            if memory.fixed > size:
-                raise ConfigError(problem)
-            if memory.total > size:
-                logger.warning("with the longest trajectories, %s", problem)
+        problem = misfit(planner, memory := planner.update(stage, job)) if stage in stages else None
+        if problem and memory.total > size:
+            yield problem, memory.fixed > size
 
 
 def _warnings(config: Config) -> Iterator[str]:
