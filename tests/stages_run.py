@@ -28,7 +28,10 @@ def run_grpo(
     out.mkdir(exist_ok=True)
     config = config_of(out, **{"rollout": LIMITS.model_dump(), **sections})
     run = SimpleNamespace(
-        config=config, train_questions=questions, retriever=retriever or TinyRetriever(PASSAGES), load=lambda _: policy
+        config=config,
+        train_questions=questions,
+        retriever=retriever or TinyRetriever(PASSAGES),
+        load_to_train=lambda *_, **__: policy,
     )
     stage = Grpo("start", 1)
     stage.check(run)
@@ -41,7 +44,7 @@ def run_distill(
     """Distillation of ``policy``, which is changed, on ``pairs``; its figures."""
     (out / "pairs").mkdir(parents=True, exist_ok=True)
     (out / "pairs" / "train.jsonl").write_text("".join(pair.model_dump_json() + "\n" for pair in pairs))
-    run = SimpleNamespace(config=config_of(out, distill=distill), load=lambda _: policy)
+    run = SimpleNamespace(config=config_of(out, distill=distill), load_to_train=lambda *_, **__: policy)
     stage = Distill("start", out / "pairs", None, 1)
     stage.check(run)
     return dict(stage.work(run, context or StageContext(out, seed=seed)))

@@ -46,7 +46,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def engine(directory: Path, config: VllmConfig | None = None, **changes: Any) -> VllmLaunch:
-    policy = PolicyConfig(model=str(directory), device="cpu", **changes)
+    policy = PolicyConfig(model=str(directory), **{"device": "cpu", "dtype": "float32", **changes})
     return VllmLaunch(directory, policy, config or VllmConfig(), rows=4, max_tokens=500)
 
 
@@ -181,8 +181,10 @@ def train(policy: Policy, path: Path, out: Path, steps: int, **sections: Any) ->
     """GRPO of ``policy``, which is changed; ``path`` is where it starts from."""
     out.mkdir()
     settings = {"steps": steps, "questions_per_step": 2, "group_size": 4, "learning_rate": 3e-3} | sections.pop("grpo", {})
-    config = config_of(out, grpo=settings, policy={"model": str(path), "device": "cpu"}, **sections)
-    run = SimpleNamespace(config=config, train_questions=QUESTIONS, retriever=TinyRetriever(PASSAGES), load=lambda _: policy)
+    config = config_of(out, grpo=settings, policy={"model": str(path), "device": "cpu", "dtype": "float32"}, **sections)
+    run = SimpleNamespace(
+        config=config, train_questions=QUESTIONS, retriever=TinyRetriever(PASSAGES), load_to_train=lambda *_, **__: policy
+    )
     Grpo(path, 1).work(run, StageContext(out, seed=3))  # type: ignore[arg-type]
     return [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
 
