@@ -102,9 +102,10 @@ NORM = "model.layers.1.input_layernorm.weight"
         (lambda w: w.update({NORM: torch.ones(16)}), f"of other shapes than its config.json says: {NORM} (16,) for (32,)"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(model: Path, change, said: str) -> None:
+def test_weights_that_do_not_fit_are_refused(model: Path, change, said: str, capfd) -> None:
     change_weights(model, change)
     assert said in refused(model)
+    assert capfd.readouterr() == ("", "")  # nothing beside that line
 
 
 def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:

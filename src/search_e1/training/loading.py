@@ -1,7 +1,9 @@
 """Loading weights, and refusing what transformers and PEFT load with a warning: a policy never begins from random numbers."""
 
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +31,16 @@ def load_weights(source: Source, trust_remote_code: bool, dtype: torch.dtype | s
     options: dict[str, Any] = dict(source.options)
     if source.gguf:
         options["quantization_config"] = GgufConfig(dequantize=True)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source.weights,
-        dtype=torch.float32 if source.adapter else dtype,
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # they are in the report, and refused below
-        output_loading_info=True,
-        **options,
-    )
+    with _without_table():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.weights,
+            dtype=torch.float32 if source.adapter else dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are in the report, and refused below
+            output_loading_info=True,
+            **options,
+        )
     model, report = loaded
     _check_report(source.model, report)
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -48,6 +51,22 @@ def load_weights(source: Source, trust_remote_code: bool, dtype: torch.dtype | s
     if source.gguf:
         _check_all_used(source.model, source.gguf, model)
     return _merged(source, model) if source.adapter else model
+
+
+@contextmanager
+def _without_table() -> Iterator[None]:
+    """Without transformers' warning of weights that do not fit, a table of many lines: ``_check_report`` raises instead."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        # An error in converting is in the table alone.
+        return record.funcName != "log_state_dict_report" or "CONVERSION" in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def _check_report(model: str, report: dict[str, Any]) -> None:
