@@ -226,13 +226,19 @@ def test_tools_that_a_chat_template_does_not_know_are_refused_before_the_work(pr
     assert not (project / "run" / "index").exists()
 
 
-def test_a_cold_start_teaches_tags_only(project, monkeypatch, capsys):
-    options = ("--prompts.protocol", "tools", "--coldstart.steps", 1, "--coldstart.drills", 0)
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("file", 'coldstart.demonstrations = "file": data.demonstrations is missing; give the path of that file'),
+        ("endpoint", 'demonstrations = "endpoint" needs [coldstart.endpoint]; give its url and model'),
+    ],
+)
+def test_a_cold_start_says_what_its_demonstrations_lack(project, monkeypatch, capsys, source, says):
+    options = ("--coldstart.demonstrations", source, "--coldstart.steps", 1)
     status, _, err = run(monkeypatch, capsys, "coldstart", "--config", project / "config.toml", *options)
-    assert (status, err) == (
-        2,
-        'search-e1: prompts.protocol = "tools": the demonstrations of a cold start are written in tags; leave it out\n',
-    )
+    assert status == 2
+    assert err.endswith(f"{says}\n")
+    assert err.count("\n") == 1
 
 
 def test_the_docs_list_every_key(monkeypatch, capsys):

@@ -14,7 +14,11 @@ from conftest import PASSAGES, TinyRetriever
 from search_e1 import config as configs
 from search_e1.config import ColdstartConfig, Config, Prompts, RolloutConfig
 from search_e1.errors import ConfigError, DataError
-from search_e1.rollout.demonstrations import Lesson, batches, demonstration, find_name, lessons, plan
+from search_e1.rollout.demonstrations import hops
+from search_e1.rollout.demonstrations.forms import Lesson, batches, demonstration
+from search_e1.rollout.demonstrations.hops import find_name
+from search_e1.rollout.demonstrations.passages import plan, plans
+from search_e1.rollout.demonstrations.writer import Writer
 from search_e1.runs.context import StageContext
 from search_e1.stages.coldstart import Coldstart
 from search_e1.stages.inputs import Inputs
@@ -40,8 +44,9 @@ COMPARISON = Question(
 ROLLOUT = RolloutConfig(topk=2)
 
 
-def learn(tiny_policy, *questions: Question, rollout: RolloutConfig = ROLLOUT) -> list[Lesson]:
-    return lessons(questions, CORPUS, TinyRetriever(PASSAGES), tiny_policy.tokenizer, tiny_policy.prompts, rollout)
+def learn(tiny_policy, *questions: Question, rollout: RolloutConfig = ROLLOUT, seed: int = 0) -> list[Lesson]:
+    writer = Writer(tiny_policy.tokenizer, tiny_policy.prompts, rollout, TinyRetriever(PASSAGES))
+    return hops.lessons(plans(questions, CORPUS, seed=seed), writer)
 
 
 def actions(lesson: Lesson) -> list[str]:
@@ -119,9 +124,7 @@ def test_a_passage_that_the_corpus_lacks_is_refused():
 
 def test_detours_never_find_what_is_needed(tiny_policy):
     for seed in range(20):
-        [lesson] = lessons(
-            [CHAIN], CORPUS, TinyRetriever(PASSAGES), tiny_policy.tokenizer, tiny_policy.prompts, ROLLOUT, seed=seed
-        )
+        [lesson] = learn(tiny_policy, CHAIN, seed=seed)
         assert all({"p1", "p2"}.isdisjoint(turn.passage_ids) for turn in lesson.detours)
 
 

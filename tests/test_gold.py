@@ -7,7 +7,7 @@ import pytest
 from made_pairs import make_pair
 from search_e1.config import PairsConfig
 from search_e1.errors import DataError
-from search_e1.selfdistill.gold import Demonstrations
+from search_e1.rollout.demonstrations.file import Demonstrations
 from search_e1.selfdistill.pairs import select
 from search_e1.text.prompts import plain_prompt
 from search_e1.text.reference import RenderedReference
@@ -88,7 +88,7 @@ def test_what_is_no_demonstration_is_one_line_that_names_the_place(tiny_policy, 
 
 
 def test_text_is_for_tags_alone(tiny_policy, written, monkeypatch):
-    monkeypatch.setattr("search_e1.selfdistill.gold.protocol_of", lambda *_: None)
+    monkeypatch.setattr("search_e1.rollout.demonstrations.file.protocol_of", lambda *_: None)
     tools = tiny_policy.prompts.model_copy(update={"protocol": "tools"})
     with pytest.raises(DataError, match=r'"text" is for prompts.protocol = "tags"; give "turns" instead'):
         Demonstrations(written({"id": "q1", "text": ANSWER}), tiny_policy.tokenizer, tools)

@@ -1,7 +1,7 @@
 """The configuration: one frozen section per stage, from TOML and dotted flags; unknown keys are refused."""
 
 from search_e1.config.base import LoraConfig, Section
-from search_e1.config.coldstart import ColdstartConfig, NewPolicyConfig
+from search_e1.config.coldstart import ColdstartConfig, EndpointConfig, NewPolicyConfig
 from search_e1.config.distill import (
     WHOLE,
     ClassWeights,
@@ -37,6 +37,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DistillConfig",
+    "EndpointConfig",
     "EvaluationConfig",
     "EvidenceConfig",
     "GrpoConfig",

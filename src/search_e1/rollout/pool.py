@@ -2,12 +2,12 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from search_e1.config import PoolConfig, Prompts, RolloutConfig
+from search_e1.config import EndpointConfig, PoolConfig, Prompts, RolloutConfig
 from search_e1.errors import DataError
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.engines.base import Engine
@@ -27,15 +27,18 @@ def sample(
     retriever: Retriever,
     questions: Sequence[Question],
     prompts: Prompts,
-    config: PoolConfig,
+    config: PoolConfig | EndpointConfig,
     limits: RolloutConfig,
     *,
     seed: int,
     out: Path,
     progress: Progress = silent,
     checkpointer: Checkpointer | None = None,
+    check: Callable[[Mapping[str, float]], None] = lambda sums: None,
 ) -> dict[str, Any]:
     """Sample a group for each question into ``out / FILE``, one JSON line each, on disk chunk by chunk.
+
+    ``check`` is called before each chunk with the sums of ``sampler.tally`` so far, and raises where going on is useless.
 
     With the same arguments and a ``checkpointer`` that was begun, what lies there whole is kept and the rest is sampled.
 
@@ -53,6 +56,7 @@ def sample(
     told = _Told(progress, len(questions) * size)
 
     def make(chunk: Sequence[Question], before: Mapping[str, float]) -> tuple[Iterator[str], Mapping[str, float]]:
+        check(before)
         spent = Spent()
         report, temperature = told.after(before), config.temperature
         groups = asking.groups(chunk, size, temperature=temperature, seed=seed, on_trajectory=report, spent=spent)

@@ -7,9 +7,9 @@ from typing import Any
 from search_e1.config import Config
 from search_e1.errors import DataError
 from search_e1.rollout import pool
+from search_e1.rollout.demonstrations.file import Demonstrations
 from search_e1.runs import read_records
 from search_e1.selfdistill import pairs as mining
-from search_e1.selfdistill.gold import Demonstrations
 from search_e1.selfdistill.lead import hold_out
 from search_e1.text.reference import RenderedReference, prompt_budget, render_reference
 from search_e1.training.policy import Reader

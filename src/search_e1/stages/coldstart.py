@@ -9,16 +9,18 @@ from typing import Any
 from search_e1.config import NEW, Config, Prompts
 from search_e1.data.corpus import read_corpus
 from search_e1.errors import ConfigError, DataError
-from search_e1.rollout import demonstrations
+from search_e1.rollout.demonstrations.forms import batches
+from search_e1.rollout.demonstrations.writer import Writer
 from search_e1.runs import ranks
 from search_e1.runs.context import StageContext
 from search_e1.runs.stage_id import StageId
+from search_e1.stages import demonstrations, probe
 from search_e1.stages.inputs import Inputs
 from search_e1.stages.stage import Stage, sections
 from search_e1.training import new_policy
 from search_e1.training.loop import Schedule, train
 from search_e1.training.objectives.sft import Sft
-from search_e1.training.policy import Policy, with_adapter
+from search_e1.training.policy import Policy, context_length, with_adapter
 from search_e1.training.record import mean
 from search_e1.training.trained import TrainedPolicy
 from search_e1.types import Passage, Question, Sample
@@ -37,51 +39,56 @@ class Coldstart(Stage):
 
     def inputs(self, run: Inputs) -> Mapping[str, str]:
         model = run.config.policy.model
-        return run.sampled_on(None if model == NEW else model)
+        return {**run.sampled_on(None if model == NEW else model), **demonstrations.inputs(run)}
 
     def check(self, run: Inputs) -> None:
         """
         Raises:
-            ConfigError: the config lacks the section or the corpus, or asks for tools.
+            ConfigError: the config lacks the section, or what demonstrations or a policy from nothing are made of.
         """
         config = run.config
         if config.coldstart is None:
             raise ConfigError("section [coldstart] is missing; add it, it may be empty")
-        if config.data.corpus is None:
-            raise ConfigError("data.corpus is missing; a cold start reads the supporting passages there")
-        if config.prompts and config.prompts.protocol != "tags":
-            raise ConfigError(
-                'prompts.protocol = "tools": the demonstrations of a cold start are written in tags; leave it out'
-            )
+        if config.policy.model == NEW and config.data.corpus is None:
+            raise ConfigError(f'policy.model = "{NEW}": data.corpus is missing; its tokenizer is trained on the passages')
+        demonstrations.check(config)
 
     def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
         """
         Raises:
-            DataError: no question gives a demonstration, or one names a passage that the corpus lacks.
+            DataError: no question gives a demonstration, or one names a passage that the corpus lacks; see
+                ``demonstrations.gather``.
         """
         coldstart, corpus = run.config.coldstart, run.config.data.corpus
         assert coldstart
-        assert corpus
-        passages = {passage.id: passage for passage in read_corpus(corpus)}
+        passages = {passage.id: passage for passage in read_corpus(corpus)} if corpus else {}
         policy = _start(run, passages)
-        lessons = demonstrations.lessons(
-            run.train_questions, passages, run.retriever, policy.tokenizer, policy.prompts, run.config.rollout,
-            seed=run.config.seed, progress=context.progress,
-        )  # fmt: skip
-        batches = demonstrations.batches(lessons, coldstart, seed=run.config.seed)
+        longest = min(run.config.rollout.max_tokens, context_length(policy.model.config))
+        limits = run.config.rollout.model_copy(update={"max_tokens": longest})
+        writer = Writer(policy.tokenizer, policy.prompts, limits, run.retriever)
+        lessons, sources = demonstrations.gather(run, writer, passages, context)
+        drawn = batches(lessons, coldstart, seed=run.config.seed)
         model = with_adapter(policy.model, coldstart.lora) if coldstart.lora else policy.model
         sharding = run.config.parallel.sharding
         trained = TrainedPolicy(model, coldstart.training, frozen_start=False, sharding=sharding, dtype=policy.dtype)
         schedule = Schedule(coldstart.steps, coldstart.learning_rate)
         objective = Sft(logits_mib=coldstart.training.logits_mib)
-        source = BatchSource(batches, policy.model.config.get_text_config().max_position_embeddings)
+        source = BatchSource(drawn, context_length(policy.model.config))
+        asked = probe.questions_of(run.train_questions, lessons, coldstart.probe, run.config.seed)
+        probed = {}
+        if asked and run.config.policy.model != NEW:
+            probed["before"] = probe.measure(run, trained, policy, asked, "before.jsonl", context)
         steps = train(trained, source, {"sft": objective}, coldstart.training, schedule, context)
+        if asked:
+            probed["after"] = probe.measure(run, trained, policy, asked, "after.jsonl", context)
         policy.model = trained.finish()
         if ranks.is_first():
             policy.save(context.out / "policy")
         seconds = sum(step["seconds"] for step in steps)
         return {
             "questions": len(run.train_questions),
+            "demonstrations": sources,
+            "untaught": len(run.train_questions) - len({lesson.question.id for lesson in lessons}),
             "taught": dict(Counter(lesson.question.id.rpartition("_")[0] for lesson in lessons)),
             "parameters": policy.model.num_parameters(),
             "steps": len(steps),
@@ -90,6 +97,7 @@ class Coldstart(Stage):
             "tokens_per_second": sum(step["tokens"] for step in steps) / seconds,
             "seconds": seconds,
             "halved": sum(step.get("halved", 0) for step in steps),
+            **probed,
         }
 
 

@@ -19,13 +19,13 @@ from search_e1.retrieval.cache import CachedRetriever
 from search_e1.retrieval.indexes import DenseSettings, build_index
 from search_e1.retrieval.passages import Passages
 from search_e1.retrieval.registry import index_kinds, open_retriever
+from search_e1.rollout.demonstrations.file import Demonstrations
 from search_e1.rollout.engines.base import Engine
 from search_e1.rollout.engines.endpoint import Endpoint
 from search_e1.rollout.engines.registry import check_engine, open_engine
 from search_e1.rollout.rewards import open_reward
 from search_e1.runs import Artifact
 from search_e1.runs.progress import Progress, silent
-from search_e1.selfdistill.gold import Demonstrations
 from search_e1.text.prompts import TEMPLATE_TOKENS, plain_prompt
 from search_e1.text.protocols import protocol_of
 from search_e1.text.tools import tools_of

@@ -190,16 +190,20 @@ def enclosed(tokenizer, opening: str, body: str, closing: str, max_tokens: int) 
     """
     room = min(len(body), _MOST_CHARS * max_tokens)
     while True:
-        text = opening + body[:room] + ("" if body[:room].endswith("\n") else "\n") + closing
+        own_line = body[:room].endswith("\n")
+        text = opening + body[:room] + ("" if own_line else "\n") + closing
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         excess = len(encoded["input_ids"]) - max_tokens
         if excess <= 0:
             return text, tuple(encoded["input_ids"])
         if room == 0:
             raise ConfigError(f"rollout.max_observation_tokens = {max_tokens} has no room for the tags alone; raise it")
-        # Give back as many characters of the body as its last `excess` tokens cover, and look again.
+        # Give back as many characters of the body as its last `excess` tokens cover, and look again. Most often the cut is
+        # within a line, and the new line that it then needs takes the place of another token.
         ends = [end for _, end in encoded["offset_mapping"] if end - len(opening) <= room]
         room = max(0, min(room - 1, ends[-excess - 1] - len(opening) if len(ends) > excess else 0))
+        if own_line and room and body[room - 1] != "\n" and len(ends) > excess + 1:
+            room = max(0, min(room - 1, ends[-excess - 2] - len(opening)))
 
 
 def passages_of(observation: str, opening: str = INFORMATION_OPEN, closing: str = INFORMATION_CLOSE) -> list[str] | None:

@@ -51,6 +51,10 @@ class Protocol(ABC):
         """What the text of one generation says."""
 
     @abstractmethod
+    def write(self, thought: str, action: Action) -> str:
+        """The text of a generation that thinks ``thought`` and does ``action``, which is not malformed: ``parse`` reads it."""
+
+    @abstractmethod
     def observe(self, action: str, answer: Sequence[Passage] | str, max_tokens: int) -> tuple[str, tuple[int, ...]]:
         """Text and ids, at most ``max_tokens``, of what a call is answered with; ``action`` is the text sampled before it.
 
@@ -90,6 +94,10 @@ class Tags(Protocol):
 
     def parse(self, text: str) -> Action:
         return parse_action(text, self._tools)
+
+    def write(self, thought: str, action: Action) -> str:
+        name = action.tool or action.kind
+        return f"<think> {thought}</think><{name}> {action.argument}</{name}>"
 
     def observe(self, action: str, answer: Sequence[Passage] | str, max_tokens: int) -> tuple[str, tuple[int, ...]]:
         return observation(self._tokenizer, answer, max_tokens, self._tools)

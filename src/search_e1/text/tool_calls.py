@@ -82,6 +82,16 @@ class ToolCalls(Protocol):
         message = said.strip()
         return Action(ActionKind.ANSWER, message) if ended and message else MALFORMED
 
+    def write(self, thought: str, action: Action) -> str:
+        if action.kind is ActionKind.ANSWER:
+            said = f"<answer> {action.argument} </answer>"
+        else:
+            [tool] = (tool for tool in self._tools if tool.name == (action.tool or SEARCH.name))
+            call = {"name": tool.name, "arguments": {tool.parameter: action.argument}}
+            said = f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
+        begin = "" if self._thinking else "<think>\n"
+        return f"{begin}{thought}\n</think>\n\n{said}{self._end}"
+
     def observe(self, action: str, answer: Sequence[Passage] | str, max_tokens: int) -> tuple[str, tuple[int, ...]]:
         return enclosed(self._tokenizer, self._open(action), listed(answer, self._clean), self._closing, max_tokens)
 

@@ -62,6 +62,8 @@ class Endpoint:
     attempts: int = 4
     concurrency: int = 8
     """Requests under way together."""
+    keys: str = "--endpoint, --endpoint-model"
+    """Where the user gave `url` and `model`: for messages."""
 
     @property
     def address(self) -> str:
@@ -69,7 +71,7 @@ class Endpoint:
         Raises:
             ConfigError: ``url`` is not an http or https URL, or holds a password.
         """
-        return api_url(self.url, "--endpoint", "/chat/completions") + "/chat/completions"
+        return api_url(self.url, self.keys.split(",")[0], "/chat/completions") + "/chat/completions"
 
 
 class EndpointEngine(RemoteEngine):
@@ -93,7 +95,7 @@ class EndpointEngine(RemoteEngine):
             timeout=endpoint.timeout,
             attempts=endpoint.attempts,
             concurrency=endpoint.concurrency,
-            check="--endpoint, --endpoint-model",
+            check=endpoint.keys,
         )
 
     def _payload(self, request: Request, temperature: float, stop: Sequence[str]) -> dict[str, Any]:

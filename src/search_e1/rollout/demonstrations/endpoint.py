@@ -1,0 +1,118 @@
+"""Demonstrations by a model behind an endpoint, which acts under the policy's protocol: its correct trajectories.
+
+What it says is text, and its trajectories hold words where others hold ids. So what is taken over is the thoughts, the queries
+and the answer; they are written in the policy's own form and ids, and the retriever answers the queries again.
+"""
+
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from search_e1.config import EndpointConfig, Prompts, RolloutConfig
+from search_e1.errors import EndpointError
+from search_e1.retrieval.base import Retriever
+from search_e1.rollout import pool
+from search_e1.rollout.demonstrations.forms import Lesson
+from search_e1.rollout.demonstrations.writer import Writer, detours, seen
+from search_e1.rollout.engines.endpoint import Endpoint, EndpointEngine
+from search_e1.rollout.engines.words import Words
+from search_e1.runs.checkpoints import Checkpointer
+from search_e1.runs.progress import Progress, silent
+from search_e1.text.prompts import neutralize
+from search_e1.text.protocol import Protocol
+from search_e1.text.protocols import protocol_of
+from search_e1.types import ActionKind, Group, Question, Trajectory, Turn
+
+_THINK = re.compile(r"</?think>")
+_AT_ONCE = 4  # trajectories for each request under way; what is on disk is not asked for again
+_ENOUGH = 64  # trajectories without a single right answer, after which there will hardly be one
+
+
+def endpoint_of(config: EndpointConfig) -> Endpoint:
+    keys = "coldstart.endpoint.url, coldstart.endpoint.model"
+    return Endpoint(config.url, config.model, timeout=config.timeout, concurrency=config.concurrency, keys=keys)
+
+
+def sample(
+    config: EndpointConfig,
+    questions: Sequence[Question],
+    retriever: Retriever,
+    prompts: Prompts,
+    limits: RolloutConfig,
+    *,
+    seed: int,
+    out: Path,
+    progress: Progress = silent,
+    checkpointer: Checkpointer | None = None,
+) -> dict[str, Any]:
+    """Let the endpoint answer ``questions``, several times each, into ``out / pool.FILE``; interrupted and resumed as a pool.
+
+    Returns:
+        See ``pool.sample``.
+
+    Raises:
+        ConfigError: the endpoint's URL is none.
+        EndpointError: the endpoint fails, or never answers correctly.
+        RetrievalError: from the retriever.
+    """
+    engine = EndpointEngine(endpoint_of(config), prompts)
+
+    def check(sums: Mapping[str, float]) -> None:
+        if sums["trajectories"] >= _ENOUGH and not sums["em"]:
+            raise EndpointError(_never_correct(config, sums["trajectories"], sums.get("stop.malformed", 0)))
+
+    figures = pool.sample(
+        engine, retriever, questions, prompts,
+        config, limits.model_copy(update={"batch_size": _AT_ONCE * config.concurrency}),
+        seed=seed, out=out, progress=progress, checkpointer=checkpointer, check=check,
+    )  # fmt: skip
+    if not figures["em"]:
+        count = sum(figures["stop_reasons"].values())
+        raise EndpointError(_never_correct(config, count, figures["stop_reasons"].get("malformed", 0)))
+    return figures
+
+
+def _never_correct(config: EndpointConfig, trajectories: float, malformed: float) -> str:
+    return (
+        f"{config.model} at {config.url}: none of {trajectories:.0f} trajectories is correct ({malformed / trajectories:.0%} "
+        "malformed); name a stronger model in coldstart.endpoint, or see that the questions' answers are in the corpus"
+    )
+
+
+def lessons(groups: Iterable[Group], writer: Writer, *, seed: int = 0) -> list[Lesson]:
+    """A lesson of each group with a correct trajectory in which nothing is malformed: of the one with the fewest searches
+    (ties: fewest sampled tokens, then the first). Without those that exceed the limits in the policy's tokens.
+
+    Raises:
+        RetrievalError: from the retriever.
+    """
+    rng = random.Random(seed)
+    best = [(group.question, found) for group in groups if (found := _best(group))]
+    writer.retrieve(turn.argument or "" for _, found in best for turn in found.turns if turn.kind is ActionKind.SEARCH)
+
+    said = protocol_of(Words(), writer.prompts)
+
+    def write(row: tuple[Question, Trajectory]) -> Trajectory | None:
+        question, found = row
+        clean = writer.trajectory(question, [_rewritten(turn, said, writer) for turn in found.turns])
+        return clean if clean.correct and writer.fits(clean) else None
+
+    questions = {question.id: question for question, _ in best}
+    made = ((questions[clean.question_id], clean) for clean in writer.map(write, best))
+    return [Lesson(q, clean, writer, detours(q.text, rng), seen(clean)) for q, clean in made]
+
+
+def _best(group: Group) -> Trajectory | None:
+    """Only searches and an answer can be written again: what other tools have shown cannot be had from the retriever."""
+    kinds = {ActionKind.SEARCH, ActionKind.ANSWER}
+    correct = [t for t in group.trajectories if t.correct and {turn.kind for turn in t.turns} <= kinds]
+    return min(correct, key=lambda t: (t.searches, t.sampled_tokens), default=None)
+
+
+def _rewritten(turn: Turn, said: Protocol, writer: Writer) -> Turn:
+    """A turn in the policy's form and ids; ``said`` is the protocol as the endpoint writes it."""
+    thought = " ".join(_THINK.sub(" ", turn.action_text[: said.begins(turn.action_text)]).split())
+    thought, argument = (neutralize(writer.tokenizer, text, writer.prompts.protocol) for text in (thought, turn.argument or ""))
+    return writer.search(thought, argument) if turn.kind is ActionKind.SEARCH else writer.answer(thought, argument)

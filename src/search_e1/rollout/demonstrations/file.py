@@ -1,0 +1,194 @@
+"""Demonstrations that a user gives: what an expert did for a question, in words.
+
+A line of the file holds a question's ``id`` and either ``text``, the whole response in Search-R1's tags with what came back
+between ``<information>`` and ``</information>``, or ``turns``, a list of ``action_text`` and ``observation_text`` as a pool's
+trajectories have them, which does for every protocol. Ids are the policy's own: nothing is taken over from another tokenizer.
+
+They are references of the teacher (called as a function) and teach a cold start (``lessons``), for which what a search came
+back with may be left out: the retriever says.
+"""
+
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from search_e1.config import Prompts
+from search_e1.data.answers import exact_match
+from search_e1.data.lines import read_lines
+from search_e1.errors import DataError
+from search_e1.rollout.demonstrations.forms import Lesson
+from search_e1.rollout.demonstrations.writer import Writer, detours, seen, trajectory
+from search_e1.text.prompts import INFORMATION_CLOSE, INFORMATION_OPEN, neutralize
+from search_e1.text.protocols import protocol_of
+from search_e1.types import ActionKind, Question, Trajectory, Turn
+
+_INFORMATION = re.compile(r"\s*<information>(.*?)</information>\s*", re.DOTALL)
+_SEARCH_END = re.compile(r"(?<=</search>)(?!\s*\Z)")
+_HOLDS = 'each line holds {"id", "text"} or {"id", "turns": [{"action_text", "observation_text"}, ...]}'
+_Action = tuple[ActionKind, str | None]
+"""What an action is, and its query or answer."""
+
+
+class _Step(NamedTuple):
+    action: str
+    observation: str
+
+
+class Demonstrations:
+    """The demonstrations of a file; called with a question it gives the question's own, as trajectories."""
+
+    def __init__(self, path: Path, tokenizer: Any, prompts: Prompts) -> None:
+        """
+        Raises:
+            DataError: the file cannot be read, or a line is no demonstration; names it.
+        """
+        self.path, self._tokenizer, self._prompts = path, tokenizer, prompts
+        self._protocol = protocol_of(tokenizer, prompts)
+        self._found: dict[str, list[tuple[str, list[_Step]]]] = {}
+        for number, record in read_lines(path):
+            where = f"{path}:{number}"
+            id = record.get("id")
+            if type(id) not in (int, str) or ("text" in record) == ("turns" in record):
+                raise DataError(f"{where}: not a demonstration; {_HOLDS}")
+            self._found.setdefault(str(id), []).append((where, self._steps(record, where)))
+
+    def __call__(self, question: Question) -> list[Trajectory]:
+        """In the order of the file; none if it has none.
+
+        Raises:
+            DataError: a demonstration does not search and then answer rightly; names the line.
+        """
+        return [self._trajectory(question, steps, where) for where, steps in self._found.get(question.id, ())]
+
+    def check(self, questions: Iterable[Question]) -> None:
+        """Find every mistake in the demonstrations of ``questions``, without tokenising them.
+
+        Raises:
+            DataError: see ``__call__``; or none of the questions has one.
+        """
+        for question in self._shown(questions):
+            for where, steps in self._found[question.id]:
+                self._actions(question, steps, where)
+
+    def lessons(self, questions: Sequence[Question], writer: Writer, *, seed: int = 0) -> tuple[list[Lesson], int]:
+        """A lesson of each demonstration of ``questions`` that answers rightly and fits the limits, and how many do not.
+
+        Raises:
+            DataError: a demonstration does not search and then answer in the protocol's form (names the line); none of the
+                questions has one; or none that it has is correct.
+            RetrievalError: from the retriever.
+        """
+        given = [(question, *one) for question in self._shown(questions) for one in self._found[question.id]]
+        actions = [self._searches(steps, where, executed=False) for _, where, steps in given]
+        writer.retrieve(
+            query or ""
+            for (_, _, steps), made in zip(given, actions, strict=True)
+            for step, (kind, query) in zip(steps, made, strict=True)
+            if kind is ActionKind.SEARCH and not step.observation
+        )
+
+        def write(at: int) -> Trajectory:
+            question, _, steps = given[at]
+            return writer.trajectory(question, [self._executed(*turn, writer) for turn in zip(steps, actions[at], strict=True)])
+
+        rng = random.Random(seed)
+        written = writer.map(write, range(len(given)))
+        lessons = [
+            Lesson(question, clean, writer, detours(question.text, rng), seen(clean))
+            for (question, *_), clean in zip(given, written, strict=True)
+            if clean.correct and writer.fits(clean)
+        ]
+        if not lessons:
+            question, where, _ = given[0]
+            raise DataError(
+                f"{self.path}: none of {len(given)} demonstrations of training questions is correct and within the limits of "
+                f"[rollout]; {where} answers {written[0].answer!r}, and question {question.id!r} has "
+                f"{list(question.answers)}; mend them"
+            )
+        return lessons, len(given) - len(lessons)
+
+    def _executed(self, step: _Step, action: _Action, writer: Writer) -> Turn:
+        kind, query = action
+        unanswered = kind is ActionKind.SEARCH and not step.observation
+        return writer.searched(step.action, query or "") if unanswered else self._turn(step, kind, query)
+
+    def _shown(self, questions: Iterable[Question]) -> list[Question]:
+        known = [question for question in questions if question.id in self._found]
+        if not known:
+            raise DataError(
+                f"{self.path}: no demonstration of any training question; give one whose ids are those of data.train"
+            )
+        return known
+
+    def _steps(self, record: Mapping[str, Any], where: str) -> list[_Step]:
+        if "turns" in record:
+            try:
+                steps = [_Step(turn["action_text"], turn.get("observation_text", "")) for turn in record["turns"]]
+            except (AttributeError, KeyError, TypeError) as error:
+                raise DataError(f"{where}: not a demonstration; {_HOLDS}") from error
+        elif self._prompts.protocol != "tags":
+            raise DataError(f'{where}: "text" is for prompts.protocol = "tags"; give "turns" instead')
+        else:
+            steps = self._split(record["text"].rstrip()) if isinstance(record["text"], str) else []
+        if not steps or not all(isinstance(text, str) for step in steps for text in step):
+            raise DataError(f"{where}: not a demonstration; {_HOLDS}")
+        return steps
+
+    def _split(self, text: str) -> list[_Step]:
+        """A response in tags as its actions, each with what follows it; nothing where a search was not executed."""
+        parts = _INFORMATION.split(text)
+        seen = [*map(self._observed, parts[1::2]), ""]
+        steps: list[_Step] = []
+        for part, found in zip(parts[::2], seen, strict=False):
+            *before, last = _SEARCH_END.split(part)
+            steps += [*(_Step(action, "") for action in before), _Step(last, found)]
+        return steps
+
+    def _observed(self, passages: str) -> str:
+        """As the environment would have written it: the blank lines are its own."""
+        return INFORMATION_OPEN + neutralize(self._tokenizer, passages.strip("\n")) + "\n" + INFORMATION_CLOSE
+
+    def _actions(self, question: Question, steps: list[_Step], where: str) -> list[_Action]:
+        """What the actions are: searches with what they found, and the right answer at the end."""
+        actions = self._searches(steps, where)
+        answer = actions[-1][1]
+        if not exact_match(answer, question.answers):
+            raise DataError(
+                f"{where}: answers {answer!r}, and question {question.id!r} has {list(question.answers)}; mend it, or drop the "
+                "line"
+            )
+        return actions
+
+    def _searches(self, steps: list[_Step], where: str, *, executed: bool = True) -> list[_Action]:
+        """What the actions are: searches, with what they found if they have to be ``executed``, and an answer at the end."""
+        actions = [self._protocol.parse(step.action) for step in steps]
+        for number, (action, step) in enumerate(zip(actions, steps, strict=True), 1):
+            last = number == len(steps)
+            if action.kind is not (ActionKind.ANSWER if last else ActionKind.SEARCH):
+                needed = "an answer" if last else "a search"
+                raise DataError(f"{where}: turn {number} is not {needed} in the protocol's form; mend it, or drop the line")
+            if last and step.observation:
+                raise DataError(f"{where}: something follows the answer; mend it, or drop the line")
+            if executed and not last and not step.observation:
+                raise DataError(f"{where}: nothing was found in turn {number}; mend it, or drop the line")
+        return [(action.kind, action.argument) for action in actions]
+
+    def _trajectory(self, question: Question, steps: list[_Step], where: str) -> Trajectory:
+        actions = self._actions(question, steps, where)
+        turns = [self._turn(step, *action) for step, action in zip(steps, actions, strict=True)]
+        return trajectory(self._tokenizer, self._prompts, question, turns, exact_match)
+
+    def _turn(self, step: _Step, kind: ActionKind, argument: str | None) -> Turn:
+        return Turn(
+            action_ids=self._ids(step.action),
+            action_text=step.action,
+            kind=kind,
+            argument=argument,
+            observation_ids=self._ids(step.observation),
+            observation_text=step.observation,
+        )
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False)) if text else ()
