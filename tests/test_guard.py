@@ -108,12 +108,13 @@ FALL = steps([0.2, 0.4, 0.5, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
 STOPPED = 8  # windows of 4 after the fall: 0.375, 0.25, 0.125
 
 
-def guarded(out, figures=FALL, model=None, checkpointer=None, count=None, mini_batches=1):
+def guarded(out, figures=FALL, checkpointer=None, mini_batches=1, sharding="none"):
     out.mkdir(parents=True, exist_ok=True)
-    policy = TrainedPolicy(model or copy.deepcopy(make_tiny_policy().model), TrainingConfig(), frozen_start=False)
+    model = copy.deepcopy(make_tiny_policy().model)
+    policy = TrainedPolicy(model, TrainingConfig(), frozen_start=False, sharding=sharding)
     source, guard = Scripted(figures), Guard(GUARD, 64)
     context = StageContext(out, checkpointer=checkpointer or Checkpointer())
-    schedule = Schedule(count or len(figures), 1e-3, mini_batches)
+    schedule = Schedule(len(figures), 1e-3, mini_batches)
     records = train(policy, source, {"sft": Sft()}, TrainingConfig(), schedule, context, guard=guard)
     return records, weights(policy.finish()), source
 
@@ -192,14 +193,17 @@ def test_stopped_in_the_pass_after_a_new_best_it_ends_the_same(tmp_path):
     assert equal(results["whole"], results["stopped"])
 
 
-def test_two_ranks_stop_at_the_same_step_with_the_same_weights(tmp_path):
-    def rank():
-        records, found, _ = guarded(tmp_path / "out", model=copy.deepcopy(make_tiny_policy().model))
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_two_ranks_stop_at_the_same_step_with_the_same_weights(tmp_path, sharding):
+    def rank(figures=FALL):
+        records, found, _ = guarded(tmp_path / "out", figures, sharding=sharding)
         return len(records), found
 
     (first, ours), (second, theirs) = in_ranks(2, rank, tmp_path / "ranks")
     assert first == second == STOPPED
     assert equal(ours, theirs)
+    (_, four), _ = in_ranks(2, lambda: rank(FALL[:4]), tmp_path / "four")
+    assert equal(ours, four)
 
 
 def test_grpo_at_an_absurd_learning_rate_keeps_the_policy_it_began_with(tmp_path, caplog):
