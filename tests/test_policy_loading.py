@@ -20,6 +20,7 @@ from conftest import TINY_PROMPTS
 from search_e1.config import PolicyConfig, Prompts
 from search_e1.errors import ModelError
 from search_e1.lab.plan.shapes import read_config, shape_of
+from search_e1.rollout.engines.registry import check_engine
 from search_e1.stages.inputs import Inputs
 from search_e1.training import policy as policies
 from search_e1.training.policy import Policy, context_length
@@ -423,6 +424,16 @@ def test_what_reads_plain_directories_alone_refuses_the_others(model: Path, tmp_
         code = said.split('python -c "')[1].split('"`')[0].replace("'DIRECTORY'", repr(str(tmp_path / kind[-4:])))
         exec(code)  # noqa: S102 - the remedy works
         torch.testing.assert_close(logits(load(tmp_path / kind[-4:]).model), logits(load(path).model), rtol=0, atol=1e-6)
+
+
+def test_vllm_refuses_a_gguf_file_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search_e1.rollout.engines.vllm.version", lambda _: "0.30.0")
+    write_gguf(tmp_path / "tiny.gguf", tiny_model())
+    config = config_of(tmp_path, rollout={"engine": "vllm"})
+    check_engine(config, "small")
+    assert "which vLLM does not read here" in refused(tmp_path / "tiny.gguf", lambda path: check_engine(config, path))
+    served = config_of(tmp_path, rollout={"engine": "vllm"}, vllm={"url": "http://127.0.0.1:1"})
+    check_engine(served, tmp_path / "tiny.gguf")  # a server may have been started with it
 
 
 def test_base_of(model: Path, tmp_path: Path) -> None:

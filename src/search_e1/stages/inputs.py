@@ -174,7 +174,7 @@ class Inputs:
                 raise DataError("no questions; give data.train and data.eval files that hold some")
         open_reward(config.rollout.reward)
         if not isinstance(policy, Endpoint):
-            check_engine(config)
+            check_engine(config, None if policy == NEW else policy)
         if isinstance(policy, Endpoint):
             with self.engine(policy):
                 assert self.retriever

@@ -19,20 +19,24 @@ from search_e1.runs.registry import Registry
 from search_e1.text.protocols import protocol_of
 from search_e1.training import policy as policies
 from search_e1.training.policy import Policy, Reader
+from search_e1.training.sources import plain_directory
 
 OpenEngine = Callable[[Config, str | Path, Policy | None, int | None], AbstractContextManager[Engine]]
 ENGINES: Registry[OpenEngine] = Registry("engine")
 
 
-def check_engine(config: Config) -> None:
-    """Find what can be found before a policy is loaded.
+def check_engine(config: Config, policy: str | Path | None = None) -> None:
+    """Find what can be found before ``policy`` is loaded.
 
     Raises:
         ConfigError: there is no such engine, or what it needs is not installed.
+        ModelError: the engine does not read ``policy``.
     """
     ENGINES.get(config.rollout.engine, "rollout.engine")
     if config.rollout.engine == "vllm":
         vllm.check(config.policy, config.vllm)
+        if policy and not config.vllm.url:
+            plain_directory(str(policy), "vLLM")
 
 
 @contextmanager
