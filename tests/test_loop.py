@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -252,15 +252,15 @@ FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
 @contextmanager
-def room_for(model: Any, rows: int, backward: bool = False) -> Iterator[None]:
-    """While training, a pass over more rows fails: forward, or when its gradients are made in part."""
+def room_for(model: Any, rows: int, backward: bool = False, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """While training, a pass over more rows fails, ``unless`` that holds: forward, or when its gradients are made in part."""
 
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError(FULL)
 
     def look(layer: Any, args: tuple, kwargs: dict, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        if not layer.training or not torch.is_grad_enabled() or len(hidden) <= rows:
+        if not layer.training or not torch.is_grad_enabled() or len(hidden) <= rows or unless():
             return
         if not backward:
             fail()
@@ -306,6 +306,20 @@ def test_what_does_not_fit_alone_stops_with_a_message(tiny, tmp_path, no_collect
     with room_for(model, 0), pytest.raises(TrainingError, match="step 1: out of memory for a single sequence; lower"):
         run(model, [{"grpo": group()}], {"grpo": grpo()}, tmp_path)
     assert equal(weights(model), weights(tiny))
+
+
+def test_a_sequence_that_does_not_fit_alone_is_checkpointed(tiny, tmp_path, descent, no_collection):
+    """Unless the config says otherwise; the update is the same."""
+    plain, whole = run(copy.deepcopy(tiny), [{"grpo": group()}], {"grpo": grpo()}, tmp_path / "plain", learning_rate=0.1)
+    model = copy.deepcopy(tiny)
+    with room_for(model, 0, unless=lambda: model.is_gradient_checkpointing):
+        (record,), trained = run(model, [{"grpo": group()}], {"grpo": grpo()}, tmp_path / "short", learning_rate=0.1)
+    assert record.pop("halved") >= 1
+    assert record == pytest.approx(plain[0], rel=1e-3, abs=1e-5)
+    assert_near(moved(trained, weights(tiny)), moved(whole, weights(tiny)), 1e-4)
+    assert not trained.is_gradient_checkpointing
+    with room_for(tiny, 0), pytest.raises(TrainingError, match="step 1: out of memory for a single sequence; lower"):
+        run(tiny, [{"grpo": group()}], {"grpo": grpo()}, tmp_path / "off", TrainingConfig(gradient_checkpointing=False))
 
 
 def test_another_error_is_not_taken_for_memory(tiny, tmp_path, monkeypatch):

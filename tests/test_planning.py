@@ -165,7 +165,7 @@ def test_a_plan_of_the_quickstart(tmp_path: Path) -> None:
     assert plan.problems == ()
     assert plan.hours == sum(work.hours for work in plan.work)
     update = plan.memory[1]
-    assert (update.rows, update.tokens) == (16_384 // 64, 64)
+    assert (update.rows, update.tokens) == (65_536 // 64, 64)
     size = 4 * shape_of(tiny()).parameters
     assert (plan.disk["policies"], plan.disk["checkpoints"]) == (3 * size, 6 * size)
     small = Gpu(name="small", memory_gib=0.01)

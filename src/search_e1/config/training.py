@@ -24,10 +24,11 @@ class TrainingConfig(Section):
     """Share of the steps over which the learning rate rises linearly from 0."""
     micro_batch_tokens: Positive | None = None
     """Most tokens, padding included, of one forward and backward pass; a longer sequence goes alone. It bounds memory and
-    changes nothing but rounding; halved when memory runs out. Default: 2048 on a CPU, where small passes are faster, 16384
-    elsewhere."""
-    gradient_checkpointing: bool = False
-    """Keep only the layers' inputs and compute the rest again in the backward pass: less memory, a third more time."""
+    changes nothing but rounding; halved when memory runs out. Default: 2048 on a CPU, where small passes are faster; elsewhere
+    what fits, by two passes measured before the first step."""
+    gradient_checkpointing: bool | None = None
+    """Keep only the layers' inputs and compute the rest again in the backward pass: less memory, a third more time. Default:
+    only where a single sequence does not fit without it."""
     master_weights: bool = True
     """Keep the weights that are trained in float32, whatever `policy.dtype`. Without it they are in `policy.dtype`, in which
     small steps round away."""

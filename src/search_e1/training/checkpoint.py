@@ -69,6 +69,7 @@ class TrainingState:
     def _of_rank(self, unfinished: Unfinished | None) -> dict[str, Any]:
         state: dict[str, Any] = {
             "ranks": ranks.count(),
+            "passes": (self.policy.fitted, self.policy.micro_batch_tokens, self.policy.checkpointing),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -110,6 +111,9 @@ class TrainingState:
         if any(n != ranks.count() for n in ranks.all_gather_object(mine["ranks"])):
             return records, None
         torch.set_rng_state(mine["random"])
+        self.policy.fitted, self.policy.micro_batch_tokens, checkpointing = mine["passes"]
+        if checkpointing and not self.policy.checkpointing:
+            self.policy.enable_checkpointing()
         if mine["random_cuda"]:
             torch.cuda.set_rng_state_all(mine["random_cuda"])
         return records, self._unfinished(mine)

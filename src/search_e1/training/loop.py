@@ -21,6 +21,7 @@ from search_e1.runs.context import StageContext
 from search_e1.training import memory
 from search_e1.training.batch import Batch, make_batch, micro_batches, normalised_weights
 from search_e1.training.checkpoint import TrainingState, Unfinished
+from search_e1.training.fit import fit_passes
 from search_e1.training.guard import Guard
 from search_e1.training.objectives.base import Objective
 from search_e1.training.optimizer import make_optimizers, rate
@@ -96,6 +97,7 @@ def train(
             if unfinished is None:
                 with context.checkpointer.saving_on_stop(step, lambda to: state.save(to, log.steps, None)):
                     samples = {name: list(part) for name, part in source.next(step).items()}
+                    fit_passes(policy, samples)
                     samples = {name: list(objectives[name].prepare(policy, part)) for name, part in samples.items()}
                 unfinished = Unfinished(samples, source_figures=dict(source.figures))
             if guard and not unfinished.update:  # also of a step that was interrupted: a checkpoint may be older than that
@@ -156,6 +158,10 @@ class _Step:
             memory.release()
             self.policy.model.zero_grad()
             if size < min(len(s) for part in samples.values() for s in part):
+                if self.config.gradient_checkpointing is None and not self.policy.checkpointing:
+                    self.policy.enable_checkpointing()
+                    self._begin_again(0)
+                    continue
                 raise TrainingError(
                     f"step {self.number + 1}: out of memory for a single sequence; lower rollout.max_tokens, set "
                     "training.gradient_checkpointing, or use a smaller policy"
@@ -163,10 +169,12 @@ class _Step:
             longest = max(len(s) for part in samples.values() for s in part) * max(map(len, samples.values()))
             while self.policy.micro_batch_tokens >> self.unfinished.halvings > longest:
                 self.unfinished.halvings += 1  # half of more than there is would be the same pass again
-            self.unfinished.halvings += 1
-            before = self.unfinished.sums_before
-            self.unfinished.sums, self.unfinished.passes = {**before, "halved": before.get("halved", 0.0) + 1}, 0
-            self.pending.clear()
+            self._begin_again(self.unfinished.halvings + 1)
+
+    def _begin_again(self, halvings: int) -> None:
+        self.unfinished.halvings, before = halvings, self.unfinished.sums_before
+        self.unfinished.sums, self.unfinished.passes = {**before, "halved": before.get("halved", 0.0) + 1}, 0
+        self.pending.clear()
 
     def _batches(self, samples: Mapping[str, Sequence[Sample]], size: int) -> Iterator[tuple[str, Batch]]:
         """The micro-batches of an update. Ranks get equally many: those that lack one repeat another without weight."""

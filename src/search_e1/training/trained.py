@@ -110,8 +110,9 @@ class TrainedPolicy:
         if frozen:
             bias = None if head.bias is None else head.bias.detach().clone()
             self._roles.frozen_head = head._replace(weight=head.weight.detach().clone(), bias=bias)
+        self.fitted = self.checkpointing = False
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.enable_checkpointing()
         self._sharded = sharding != "none" and ranks.count() > 1
         converts = dtype != model.dtype and not isinstance(model, PeftModel)
         self._replica = UnshardedReplica(model) if self._sharded or converts else None
@@ -131,6 +132,11 @@ class TrainedPolicy:
         # Embeddings, head and norms: whole from the forward to the backward pass.
         fully_shard(self._roles, mp_policy=policy)
         return self._roles
+
+    def enable_checkpointing(self) -> None:
+        """From now on layers keep their inputs alone, and compute the rest again in the backward pass."""
+        self.checkpointing = True
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property
     def device(self) -> torch.device:
@@ -196,7 +202,7 @@ class TrainedPolicy:
         In float32 where the weights that were trained are, so that neither saving nor merging rounds steps away.
         """
         model = self._replica.fill(self.model) if self._replica and self._sharded else self.model
-        if self.config.gradient_checkpointing:
+        if self.checkpointing:
             model.gradient_checkpointing_disable()
             model.disable_input_require_grads()  # which enabling has put on the embeddings
         if self.config.master_weights:

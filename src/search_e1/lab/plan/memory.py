@@ -1,5 +1,6 @@
 """Memory of one GPU in each stage, at its peak."""
 
+import itertools
 from functools import cache
 from typing import NamedTuple
 
@@ -75,15 +76,27 @@ class MemoryModel:
         self._traced = cache(lambda dtype, lora, recompute: TracedModel(model, dtype, lora, recompute))
 
     def update(self, stage: str, job: Job, tokens: int | None = None) -> Memory:
-        """An optimizer step in passes of ``tokens`` tokens; if not given, as configured."""
-        training, sharded = job.training, self.sharded
+        """An optimizer step in passes of ``tokens`` tokens; if not given, as configured, or as training would choose it."""
+        training = job.training
+        tokens = tokens or training.micro_batch_tokens
         longest = self.longest_privileged if job.has_teacher else self.longest
-        rows = max(1, (tokens or training.micro_batch_tokens or 16_384) // longest)
+        sizes = [tokens] if tokens else [1 << n for n in range(16, 9, -1) if 1 << n >= longest] or [longest]
+        recomputes = (False, True) if training.gradient_checkpointing is None else (training.gradient_checkpointing,)
+        for recompute, size in itertools.product(recomputes, sizes):
+            memory = self._update(stage, job, size, recompute)
+            if memory.total <= self.usable:
+                break
+        return memory
+
+    def _update(self, stage: str, job: Job, tokens: int, recompute: bool) -> Memory:
+        sharded = self.sharded
+        longest = self.longest_privileged if job.has_teacher else self.longest
+        rows = max(1, tokens // longest)
         kept = self._kept(job)
-        stored = self._traced(kept, job.lora, training.gradient_checkpointing)
+        stored = self._traced(kept, job.lora, recompute)
         # FSDP2 gathers layers in the type they compute in, so that autocast has nothing to convert.
         used = self.dtype if sharded else kept
-        traced = self._traced(used, job.lora, training.gradient_checkpointing)
+        traced = self._traced(used, job.lora, recompute)
         autocast = self.dtype != torch.float32 and not sharded
         student = traced.train(rows, self.longest, autocast=autocast, streamed=sharded)
         teacher = traced.forward(rows, longest) if job.has_teacher else 0

@@ -108,6 +108,6 @@ def training_flops(shape: Shape, tokens: float, width: float, positions: float, 
     Gradients of activations cost a forward pass, those of weights another (frozen weights have none); attention's backward
     costs two. Checkpointing passes forward once more.
     """
-    again, passes = job.training.gradient_checkpointing, 2 if job.lora else 3
+    again, passes = bool(job.training.gradient_checkpointing), 2 if job.lora else 3
     weights, attention = 2 * shape.active * tokens, 2 * shape.attention_width * width * tokens
     return (passes + again) * weights + (3 + again) * attention + passes * 2 * shape.head * positions

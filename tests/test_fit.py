@@ -1,0 +1,98 @@
+"""The size of a pass by what passes take: a meter counts tokens instead of an accelerator's bytes."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from conftest import make_tiny_policy
+from search_e1.config import TrainingConfig
+from search_e1.training import fit
+from search_e1.training.fit import fit_passes
+from search_e1.training.objectives.sft import Sft
+from search_e1.training.trained import TrainedPolicy
+from test_loop import FULL
+from trained import equal, run, sample, weights
+
+A_TOKEN, FIXED = 1000, 50_000
+
+
+class Meter:
+    """A pass takes ``A_TOKEN`` bytes a token (an eighth with checkpointing) beside ``FIXED``; ``size`` bytes are free."""
+
+    def __init__(self, policy: TrainedPolicy, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.policy, self.size, self.passes, self.tokens = policy, size, 0, 0
+        honest = fit._pass
+
+        def counted(policy: TrainedPolicy, tokens: int) -> None:
+            self.passes, self.tokens = self.passes + 1, tokens
+            if FIXED + self.a_token * tokens > self.size:
+                raise torch.OutOfMemoryError(FULL)
+            honest(policy, 8)
+
+        monkeypatch.setattr(fit, "_pass", counted)
+
+    @property
+    def a_token(self) -> float:
+        return A_TOKEN / (8 if self.policy.checkpointing else 1)
+
+    def free(self) -> int:
+        return int(self.size)
+
+    def rise(self, measured: Callable[[], None]) -> int:
+        measured()
+        return int(FIXED + self.a_token * self.tokens)
+
+
+@pytest.fixture
+def policy() -> TrainedPolicy:
+    return TrainedPolicy(make_tiny_policy().model, TrainingConfig(), frozen_start=False)
+
+
+def size_for(policy: TrainedPolicy, tokens: float) -> float:
+    """Bytes of which ``tokens`` fit: 85% are used, and AdamW's states are 8 bytes a weight."""
+    return (FIXED + A_TOKEN * tokens + 8 * sum(w.numel() for w in policy.parameters.values())) / 0.85
+
+
+@pytest.mark.parametrize(
+    ("fitting", "longest", "tokens", "checkpointing"),
+    [
+        (9000, 500, 8192, False),
+        (8192.1, 8192, 8192, False),
+        (1e9, 500, 65_536, False),  # no faster
+        (9000, 9001, 65_536, True),  # a sequence does not fit: eight times as many do with checkpointing
+    ],
+)
+def test_the_largest_power_of_two_that_fits(policy, monkeypatch, fitting, longest, tokens, checkpointing) -> None:
+    meter = Meter(policy, size_for(policy, fitting), monkeypatch)
+    before, state = copy.deepcopy(weights(policy.model)), torch.get_rng_state()
+    fit_passes(policy, {"sft": [sample(0, 5, longest - 5)], "other": []}, meter)
+    assert (policy.micro_batch_tokens, policy.checkpointing) == (tokens, checkpointing)
+    assert all(weight.grad is None for weight in policy.parameters.values())
+    assert equal(weights(policy.model), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    passes = meter.passes
+    fit_passes(policy, {"sft": [sample(0, 5, 20_000)]}, meter)
+    assert meter.passes == passes  # once
+
+
+def test_memory_that_runs_out_while_measuring_leads_to_checkpointing(policy, monkeypatch) -> None:
+    meter = Meter(policy, FIXED + 0.5 * A_TOKEN * 2048, monkeypatch)
+    monkeypatch.setattr(fit, "_USABLE", 1.0)
+    monkeypatch.setattr(meter, "free", lambda: int(meter.size + 8 * sum(w.numel() for w in policy.parameters.values())))
+    fit_passes(policy, {"sft": [sample(0, 5, 2000)]}, meter)
+    assert (policy.micro_batch_tokens, policy.checkpointing) == (8192, True)
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch_tokens": 300}, {"micro_batch_tokens": 300, "gradient_checkpointing": False}])
+def test_what_the_config_says_is_not_measured(monkeypatch, changes) -> None:
+    policy = TrainedPolicy(make_tiny_policy().model, TrainingConfig(**changes), frozen_start=False)
+    meter = Meter(policy, 1e9, monkeypatch)
+    fit_passes(policy, {"sft": [sample(0, 5, 8)]}, meter)
+    assert (meter.passes, policy.micro_batch_tokens, policy.checkpointing) == (0, 300, False)
+
+
+def test_on_a_cpu_passes_stay_small(tmp_path) -> None:
+    _, model = run(make_tiny_policy().model, [{"sft": [sample(0, 5, 8)]}], {"sft": Sft()}, tmp_path)
+    assert not model.is_gradient_checkpointing
