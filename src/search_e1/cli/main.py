@@ -175,6 +175,7 @@ def main() -> None:
     # What libraries say to their developers; errors still come through.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars, between ours
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         app()

@@ -15,7 +15,7 @@ from search_e1.runs.devices import device, no_bars
 from search_e1.text.prompts import check_template
 from search_e1.training.loading import check_quantization, check_tokenizer, load_weights
 from search_e1.training.precision import compute_dtype, multiplies_bfloat16
-from search_e1.training.sources import opened
+from search_e1.training.sources import Source, opened
 
 _MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
 """Whose output projections PEFT takes no adapter for: their kernels read the weight itself."""
@@ -73,11 +73,8 @@ def load_reader(model: str | Path, config: PolicyConfig, prompts: Prompts | None
     """
     trust_remote_code = config.trust_remote_code
     with opened(model) as source:
-        settings = AutoConfig.from_pretrained(source.weights, trust_remote_code=trust_remote_code, **source.options)
+        settings, tokenizer = _read(source, trust_remote_code)
         check_quantization(source.model, settings)
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.tokenizer, trust_remote_code=trust_remote_code, **source.tokenizer_options
-        )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         check_tokenizer(source.model, tokenizer, settings)
@@ -86,6 +83,23 @@ def load_reader(model: str | Path, config: PolicyConfig, prompts: Prompts | None
         prompts = next((Prompts.of_policy(place) for place in source.prompts if Prompts.saved_in(place)), Prompts())
     check_template(tokenizer, prompts)
     return Reader(tokenizer, prompts, limit)
+
+
+def _read(source: Source, trust_remote_code: bool) -> tuple[PreTrainedConfig, Any]:
+    key = source.gguf and (source.gguf, source.gguf.stat().st_mtime_ns)
+    if key and key in _gguf:
+        return _gguf[key]
+    options = {"trust_remote_code": trust_remote_code}
+    settings = AutoConfig.from_pretrained(source.weights, **options, **source.options)
+    tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, **options, **source.tokenizer_options)
+    if key:
+        _gguf.clear()
+        _gguf[key] = settings, tokenizer
+    return settings, tokenizer
+
+
+_gguf: dict[object, tuple[PreTrainedConfig, Any]] = {}
+"""What was read last of a GGUF file: transformers takes 10 s to make a tokenizer of one."""
 
 
 def context_length(config: PreTrainedConfig) -> int:
