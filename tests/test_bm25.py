@@ -91,6 +91,13 @@ def test_what_shares_no_word_is_never_found(tmp_path: Path) -> None:
     assert {p.id for p in index.search(["the river"], 100)[0]} == {p.id for p in corpus if "river" in p.contents}
 
 
+def test_an_accent_is_found_however_it_is_encoded(tmp_path: Path) -> None:
+    corpus = [Passage(id="nfc", title="K\u00f6ln", text="Rhein"), Passage(id="nfd", title="Mu\u0308nchen", text="Isar")]
+    index = Bm25Index.build(corpus, tmp_path / "index")
+    found = index.search(["Ko\u0308ln", "K\u00f6ln", "M\u00fcnchen", "Mu\u0308nchen"], 1)
+    assert [hit.id for hits in found for hit in hits] == ["nfc", "nfc", "nfd", "nfd"]
+
+
 def test_ties_keep_the_order_of_the_corpus(tmp_path: Path) -> None:
     corpus = [Passage(id=str(i), title="Bel", text="stone") for i in range(50)]
     index = Bm25Index.build(corpus, tmp_path / "index")

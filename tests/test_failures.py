@@ -114,6 +114,8 @@ def test_what_was_read_is_what_was_left_of_the_passages():
         ("the capital city", "Capital of the city", False),
         ("ŁÓDŹ, Poland", "Łódź", True),
         ("Lodz", "Łódź", False),
+        ("Ko\u0308ln", "K\u00f6ln", True),  # composed or not
+        ("K\u00f6ln", "Ko\u0308ln", True),
         ("U.S.", "US", False),
         ("snake_case", "case", True),
     ],

@@ -5,32 +5,37 @@ import string
 from collections import Counter
 from collections.abc import Iterable
 
+from search_e1.runs.nfc import nfc
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize_answer(text: str) -> str:
-    """Lower-case, strip ASCII punctuation, drop a/an/the, collapse white space, in this order."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+    """Lower-case, strip ASCII punctuation, drop a/an/the, collapse white space, in this order.
+
+    Beyond SQuAD's definition the result is in NFC, so that an accent counts the same however it is encoded.
+    """
+    plain = nfc(text.lower().translate(_NO_PUNCTUATION))
+    return " ".join(_ARTICLES.sub(" ", plain).split())
 
 
 def exact_match(answer: str | None, gold: Iterable[str]) -> float:
-    """1.0 if ``answer`` equals any gold answer after normalisation, else 0.0; no answer scores 0.0."""
-    if answer is None:
-        return 0.0
-    normalized = normalize_answer(answer)
-    return float(any(normalized == normalize_answer(g) for g in gold))
+    """1.0 if ``answer`` equals any gold answer after normalisation, else 0.0; no answer scores 0.0.
+
+    Where nothing is left of an answer after normalisation, nothing equals it: else an empty answer would match ``!!!``.
+    """
+    normalized = normalize_answer(answer or "")
+    return float(bool(normalized) and any(normalized == normalize_answer(g) for g in gold))
 
 
 def cover_match(answer: str | None, gold: Iterable[str]) -> float:
     """1.0 if ``answer`` holds any gold answer, both normalised, as whole words, else 0.0; no answer scores 0.0.
 
-    Gold answers of which nothing is left after normalisation are held by no answer but an equal one.
+    Gold answers of which nothing is left after normalisation are held by no answer.
     """
-    if answer is None:
-        return 0.0
-    words = normalize_answer(answer)
-    return float(any(words == g or (g and f" {g} " in f" {words} ") for g in map(normalize_answer, gold)))
+    words = normalize_answer(answer or "")
+    return float(any(g and f" {g} " in f" {words} " for g in map(normalize_answer, gold)))
 
 
 def f1(answer: str | None, gold: Iterable[str]) -> float:

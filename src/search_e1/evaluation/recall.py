@@ -13,6 +13,7 @@ from statistics import fmean
 
 from search_e1.retrieval.base import Retriever
 from search_e1.runs import read_records
+from search_e1.runs.nfc import nfc
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Question, Record
 
@@ -38,7 +39,8 @@ Recalls = Mapping[tuple[str, str], Recall]
 
 
 def _words(text: str) -> str:
-    return " ".join(word for word in _WORD.findall(text.lower()) if word not in _ARTICLES)
+    plain = nfc(text.lower())  # a combining accent is no letter
+    return " ".join(word for word in _WORD.findall(plain) if word not in _ARTICLES)
 
 
 def measure(

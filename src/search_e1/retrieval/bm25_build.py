@@ -31,6 +31,7 @@ from search_e1.errors import DataError, RunError
 from search_e1.retrieval.bm25s_import import STOPWORDS_EN, bm25s
 from search_e1.retrieval.passages import Passages, hash64, npy_header
 from search_e1.runs import write_atomically
+from search_e1.runs.nfc import nfc
 from search_e1.runs.progress import Progress
 
 K1, B = 0.9, 0.4  # Anserini's and Pyserini's defaults for passages, not bm25s's
@@ -56,8 +57,8 @@ _stemmer, _stemming = Stemmer.Stemmer(STEMMER, 0), threading.Lock()  # without a
 
 
 def split(text: str) -> list[str]:
-    """The words of ``text`` in lower case, stop words included, as bm25s's tokenizer finds them."""
-    return _find_words(text.lower())
+    """The words of ``text`` in lower case and NFC, stop words included, as bm25s's tokenizer finds them."""
+    return _find_words(nfc(text.lower()))  # a combining accent would end a word
 
 
 @lru_cache(2**18)  # about 40 MB; nearly all words of a passage are among the last that many
