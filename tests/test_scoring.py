@@ -1,9 +1,11 @@
+import re
+import sys
 import unicodedata
 
 import pytest
 
 from search_e1.data.answers import cover_match, exact_match, f1, normalize_answer
-from search_e1.runs.nfc import nfc
+from search_e1.runs.nfc import _PERHAPS, nfc
 
 
 @pytest.mark.parametrize(
@@ -89,3 +91,8 @@ def test_composing_is_unicodes_and_takes_linear_time() -> None:
     assert [nfc(text) for text in texts] == [unicodedata.normalize("NFC", text) for text in texts]
     many = "a" + "\u0301\u0327" * 100_000  # minutes, composed as a whole
     assert len(nfc(many)) > 100_000
+
+
+def test_every_mark_is_looked_for() -> None:
+    one = re.compile(_PERHAPS.pattern.removesuffix("{30}"))
+    assert all(one.match(chr(i)) for i in range(sys.maxunicode + 1) if unicodedata.combining(chr(i)))

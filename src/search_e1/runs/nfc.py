@@ -6,7 +6,7 @@ from functools import cache
 
 # What may be a run of marks, found fast: 30 characters of blocks that have marks, which Latin, Han and Hangul have not.
 _PERHAPS = re.compile(
-    "[\u0300-\u1fff\u20d0-\u20ff\u302a-\u302f\u3099\u309a\ua66f-\uabff\ufb1e\ufe20-\ufe2f\U000101fd-\U0001efff]{30}"
+    "[\u0300-\u1fff\u20d0-\u2dff\u302a-\u302f\u3099\u309a\ua66f-\uabff\ufb1e\ufe20-\ufe2f\U000101fd-\U0001efff]{30}"
 )
 
 
