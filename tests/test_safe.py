@@ -21,7 +21,7 @@ from search_e1.retrieval import directory as directories
 from search_e1.retrieval.client import HttpRetriever
 from search_e1.retrieval.convention import Overrides, read_convention
 from search_e1.retrieval.directory import IndexManifest
-from search_e1.runs.safe import inside, is_name, masked, plain, printable
+from search_e1.runs.safe import inside, is_name, masked, masked_url, plain, printable
 from search_e1.types import ActionKind, Passage, Turn
 from serving import good, misbehaving
 from test_cli import project, run  # noqa: F401
@@ -142,6 +142,10 @@ def test_an_error_steers_nothing_and_tells_no_password(project, monkeypatch, cap
         ({"max_tokens": 5, "pad_token": "<pad>", "eos_token": "</s>", "tokens": "sampled", "token": ""}, ...),
         ({"model": "a@b/c", "mail": "me@host", "url": "http://host/a@b"}, ...),
         ("a http://x@h and https://u:p%40@g/", "a http://***@h and https://***@g/"),
+        ("at http://h/x?api_key=K&topk=3&sig=S down", "at http://h/x?api_key=***&topk=3&sig=*** down"),
+        ({"url": "me:pw@host:8000"}, {"url": "***@host:8000"}),  # refused, and stored before that
+        ({"url": "http://me:p/w@host"}, {"url": "***@host"}),
+        ({"url": "host:8000?token=T"}, {"url": "host:8000?token=***"}),
     ],
 )
 def test_what_is_masked(value, kept) -> None:
@@ -149,6 +153,21 @@ def test_what_is_masked(value, kept) -> None:
         assert masked(value) == {"a": [dict.fromkeys(("hub_token", "api_key", "WANDB_API_KEY", "password"), "***")]}
     else:
         assert masked(value) == (value if kept is ... else kept)
+
+
+def test_a_key_in_a_path_is_masked_and_two_paths_stay_apart() -> None:
+    first, second = masked("http://h/sk-4f9a8b7c6d5e/retrieve"), masked("http://h/sk-00aa8b7c6d5e/retrieve")
+    assert re.fullmatch(r"http://h/\*\*\*[0-9a-f]{6}/retrieve", first)
+    assert first != second
+    assert masked(first) == first
+    plain_path = "http://127.0.0.1:8000/indexes/wiki-18-e5-base-v2/Qwen2.5-72B-Instruct/retrieve"
+    assert masked(plain_path) == plain_path
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_what_is_masked_stays_masked(text: str) -> None:
+    assert masked(masked(text)) == masked(text)
+    assert masked_url(masked_url(text)) == masked_url(text)
 
 
 def test_no_secret_comes_into_a_run(project, monkeypatch, capsys) -> None:  # noqa: F811

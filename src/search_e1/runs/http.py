@@ -1,0 +1,342 @@
+"""The one HTTP client, of retrieval servers and of models' endpoints. What a server sends is never trusted.
+
+One attempt has bounded time, from connecting to the last byte, and its body bounded size, as it comes and unpacked. Text is
+UTF-8, whatever a charset says. Retries wait as the server asks, within the time of the request. What a server says is
+shown in one line, without the secrets that were sent to it.
+"""
+
+import asyncio
+import base64
+import logging
+import math
+import os
+import re
+import threading
+import zlib
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, Self, TypeVar
+from urllib.parse import quote
+
+import httpx
+from pydantic_core import from_json
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
+from tenacity.stop import stop_after_attempt, stop_base, stop_before_delay
+from tenacity.wait import wait_exponential_jitter
+
+from search_e1.errors import ConfigError, SearchE1Error
+from search_e1.runs.safe import HIDDEN, masked, masked_url, plain, secrets_of
+
+_EARLY_ATTEMPTS = 4
+"""Attempts before any work has begun: the address may be wrong."""
+_CONNECT_SECONDS = 10.0
+_LONG_WAIT = 10.0
+"""A wait of so many seconds is announced."""
+_WORDS = 200
+"""Most characters of a server's words in a message."""
+_SHORTEST_SECRET = 4
+_UNMISTAKABLE = 12
+"""A secret of so many characters is also masked in answers; a shorter one may be a word of them."""
+_PASSING = (408, 409, 425, 429)
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+class TransientError(Exception):
+    """A failure that may pass: no connection, a time-out, an overloaded or restarting server, one bad server of several."""
+
+    def __init__(self, cause: str, retry_after: float = 0.0) -> None:
+        super().__init__(cause)
+        self.retry_after = retry_after
+        """Seconds that the server asks to wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole response."""
+
+    status: int
+    headers: httpx.Headers
+    content: bytes
+    words: str
+    """Status and, of a refusal, the server's reason: one line without secrets."""
+
+    @property
+    def ok(self) -> bool:
+        return 200 <= self.status < 300
+
+
+def server_url(url: str, key: str, resource: str, base: str = "") -> httpx.URL:
+    """The URL of ``resource`` at ``url``, which may end in it already, and has the path ``base`` if it has none.
+
+    Raises:
+        ConfigError: not an http or https URL; ``key`` names it.
+    """
+    problem = "not an http or https URL"
+    try:
+        parsed = httpx.URL(url.strip())
+    except (httpx.InvalidURL, UnicodeError) as error:
+        parsed, problem = httpx.URL(), plain(str(error))
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ConfigError(f"{key} = {masked_url(url)!r}: {problem}; write http://host:port")
+    path = parsed.path.rstrip("/").removesuffix(resource).rstrip("/")
+    return parsed.copy_with(path=(path or base) + resource, fragment=None)
+
+
+def read_json(content: bytes | str) -> Any:
+    """
+    Raises:
+        ValueError: not JSON in UTF-8, or nested deeper than anything that is meant to be read.
+    """
+    return from_json(content)
+
+
+class Server:
+    """A server to ask; thread-safe, but for its loop, on which all requests run.
+
+    Only on one loop can a whole request have a deadline, whatever its server does, and shared state needs no lock. The loop
+    has a thread of its own, so that requests go on while their sender does something else.
+    """
+
+    def __init__(
+        self,
+        url: httpx.URL,
+        error: type[SearchE1Error],
+        *,
+        what: str,
+        timeout: float,
+        time_limit: float,
+        most_bytes: int,
+        concurrency: int,
+        attempts: int | None = None,
+        headers: Mapping[str, str] | None = None,
+        remedy: str = "",
+    ) -> None:
+        """``what``: what is missing where a request fails, which raises ``error``. ``remedy``: said after a time-out.
+
+        ``timeout``: seconds for one attempt. ``time_limit``: seconds for all attempts of a request, waits included.
+        ``attempts``: most of them; default: as many as the time allows. ``concurrency``: requests in flight together.
+        """
+        self.shown = masked(str(url))
+        """The URL without secrets."""
+        self.answered = False
+        """Whether any request was answered as it should be."""
+        self._auth = (url.username, url.password) if url.userinfo else None
+        self._url = url.copy_with(username=None, password=None)  # httpx logs it
+        self._error, self._what, self._remedy = error, what, remedy
+        self._timeout, self._time_limit, self._most_bytes = timeout, time_limit, most_bytes
+        self._concurrency, self._headers = concurrency, dict(headers or {})
+        self._secrets = _secrets(url, self._headers)
+        self._stop: stop_base = stop_before_delay(time_limit)
+        if attempts:
+            self._stop |= stop_after_attempt(attempts)
+        self.retrying = AsyncRetrying(
+            retry=retry_if_exception_type(TransientError),
+            stop=self._stop,
+            wait=_wait_seconds,
+            before_sleep=self._report,
+            retry_error_callback=self._give_up,
+        )
+        self._is_down = self._is_limited = False
+        self._lock = threading.Lock()
+        self._process: int | None = None
+
+    def submit(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
+        """Run ``work`` on the loop, which is started if need be."""
+        with self._lock:
+            if self._process != os.getpid():  # new, closed, or forked: a child has none of its parent's threads
+                self._start()
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def close(self) -> None:
+        """Cancel what is in flight and close the connections; later work opens new ones."""
+        with self._lock:
+            if self._process == os.getpid():
+                asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result()
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+                self._loop.close()
+            self._process = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    async def ask(self, read: Callable[[Reply], Result], payload: Any = None, *, early: bool = False) -> Result:
+        """What ``read`` makes of the response to ``payload`` (JSON; without one, GET). On the loop alone.
+
+        ``read`` gets successes and refusals, and raises what is to be raised; TransientError: the request is sent again.
+        ``early``: give up after a few attempts, unless the server asks to wait.
+
+        Raises:
+            SearchE1Error: the constructor's ``error``: no answer within attempts and time.
+        """
+        # A copy: tenacity keeps the state of a call in the object.
+        retrying = self.retrying.copy(stop=self._stop | _Early()) if early else self.retrying.copy()
+        async with self._turns:
+            deadline = self._loop.time() + self._time_limit
+            result: Result = await retrying(self._ask_once, read, payload, deadline)
+            return result
+
+    def failure(self, cause: str, attempts: int = 1) -> SearchE1Error:
+        tries = "1 attempt" if attempts == 1 else f"{attempts} attempts"
+        return self._error(f"{self.shown}: no {self._what} after {tries}: {self.hide(cause)}")
+
+    def hide(self, text: str) -> str:
+        """``text`` of the server's in one printable line, without the secrets that were sent to it."""
+        line = " ".join(plain("".join(c if c.isprintable() else " " for c in text)).split())
+        for secret in self._secrets:
+            line = line.replace(secret, HIDDEN)
+        return line
+
+    def _start(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._turns = asyncio.Semaphore(self._concurrency)
+        self._client = httpx.AsyncClient(
+            auth=self._auth,
+            headers={"Accept-Encoding": "gzip"} | self._headers,
+            timeout=httpx.Timeout(None, connect=min(self._timeout, _CONNECT_SECONDS)),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=self._concurrency, keepalive_expiry=30.0),
+            # Proxies from the environment do not apply to this machine itself.
+            trust_env=self._url.host not in ("localhost", "127.0.0.1", "::1"),
+        )
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"client of {self._url.host}", daemon=True)
+        self._thread.start()
+        self._process = os.getpid()
+
+    async def _shut_down(self) -> None:
+        for task in (tasks := asyncio.all_tasks() - {asyncio.current_task()}):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._client.aclose()
+
+    async def _ask_once(self, read: Callable[[Reply], Result], payload: Any, deadline: float) -> Result:
+        reply = await self._send(payload, min(self._timeout, deadline - self._loop.time()))
+        result = read(reply)
+        self.answered = self.answered or reply.ok
+        if self._is_down:
+            self._is_down = False
+            logger.warning("%s answers again", self.shown)
+        return result
+
+    async def _send(self, payload: Any, seconds: float) -> Reply:
+        method, body = ("GET", {}) if payload is None else ("POST", {"json": payload})
+        try:
+            # Of httpx's own limits each is for one read: a server that drips would never reach it.
+            async with asyncio.timeout(seconds), self._client.stream(method, self._url, **body) as response:
+                content = await self._body(response)
+        except TimeoutError as error:
+            raise TransientError(f"no answer within {seconds:.3g} s{self._remedy}") from error
+        except zlib.error as error:
+            raise TransientError(f"a body that cannot be unpacked: {error}") from error
+        except httpx.HTTPError as error:
+            raise TransientError(self.hide(f"{type(error).__name__}: {error}") + "; is the server running?") from error
+        for secret in self._secrets:
+            if len(secret) >= _UNMISTAKABLE:
+                content = content.replace(secret.encode(), HIDDEN.encode())
+        words = f"status {response.status_code} {httpx.codes.get_reason_phrase(response.status_code)}".strip()
+        if not response.is_success and (reason := self.hide(_reason(content))) and not words.endswith(reason):
+            words += f" ({reason[:_WORDS]})"
+        return Reply(response.status_code, response.headers, content, words)
+
+    async def _body(self, response: httpx.Response) -> bytes:
+        """The unpacked body. httpx unpacks a piece whole, however large it gets; here both sizes are bounded."""
+        coding = response.headers.get("Content-Encoding", "").strip().lower()
+        unpack = zlib.decompressobj(wbits=47) if coding in ("gzip", "x-gzip", "deflate") else None  # 47: gzip or zlib
+        content, received = bytearray(), 0
+        async for part in response.aiter_raw():
+            received += len(part)
+            if not unpack:
+                content += part
+            elif not unpack.eof:
+                content += unpack.decompress(part, self._most_bytes + 1 - len(content))
+            if max(received, len(content)) > self._most_bytes:
+                raise self.failure(f"a response of more than {self._most_bytes >> 20} MiB; is it the right server?")
+        if unpack and received and not unpack.eof:
+            raise zlib.error("the compressed body is cut short")
+        return bytes(content)
+
+    def _report(self, state: RetryCallState) -> None:
+        """Warn once an outage, after a few attempts or before a long wait: a stage that waits looks like one that hangs."""
+        error = state.outcome.exception() if state.outcome else None
+        seconds = state.next_action.sleep if state.next_action else 0.0
+        if getattr(error, "retry_after", 0.0):  # it is not down, and one of several requests may be answered meanwhile
+            if seconds >= _LONG_WAIT and not self._is_limited:
+                self._is_limited = True
+                logger.warning("%s: %s; waiting %.0f s, as it asks, now and whenever it does", self.shown, error, seconds)
+        elif (state.attempt_number >= _EARLY_ATTEMPTS or seconds >= _LONG_WAIT) and not self._is_down:
+            self._is_down = True
+            logger.warning("%s: %s; retrying for up to %g s", self.shown, error, self._time_limit)
+
+    def _give_up(self, state: RetryCallState) -> Any:
+        error = state.outcome.exception() if state.outcome else None
+        asked = getattr(error, "retry_after", 0.0)
+        late = asked > self._time_limit - (state.seconds_since_start or 0.0)
+        wait = f"; it asks to wait {asked:.0f} s, and {self._time_limit:g} s are allowed" if late else ""
+        raise self.failure(f"{error}{wait}", state.attempt_number) from error
+
+
+def check_status(reply: Reply) -> None:
+    """
+    Raises:
+        TransientError: a status that may pass.
+    """
+    if reply.status in _PASSING or reply.status >= 500:
+        raise TransientError(reply.words, _retry_after(reply.headers))
+
+
+class _Early(stop_base):
+    """After a few attempts, but for a server that is there and asks to wait."""
+
+    def __call__(self, state: RetryCallState) -> bool:
+        error = state.outcome.exception() if state.outcome else None
+        return state.attempt_number >= _EARLY_ATTEMPTS and not getattr(error, "retry_after", 0.0)
+
+
+_backoff = wait_exponential_jitter(initial=0.2, max=10.0, jitter=0.2)
+
+
+def _wait_seconds(state: RetryCallState) -> float:
+    """Seconds to wait, growing with each attempt and at least what the server asks for."""
+    error = state.outcome.exception() if state.outcome else None
+    return max(_backoff(state), getattr(error, "retry_after", 0.0))
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds of the header ``Retry-After``, a number or a date; 0 without it."""
+    value = headers.get("Retry-After", "").strip()
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(value).astimezone(UTC) - datetime.now(UTC)).total_seconds()
+        except (ValueError, OverflowError):
+            return 0.0
+    return 0.0 if math.isnan(seconds) else max(0.0, seconds)
+
+
+def _reason(content: bytes) -> str:
+    """The reason that a refusal states: text, or JSON in the forms of OpenAI, vLLM and FastAPI; empty if it states none."""
+    try:
+        told = read_json(content)
+    except ValueError:
+        text = content.decode("utf-8", "replace").strip()
+        return "" if re.match(r"[<{\[]", text) else text[: 10 * _WORDS]
+    for name in ("error", "message", "detail"):
+        told = told.get(name, told) if isinstance(told, dict) else told
+    return told if isinstance(told, str) else ""
+
+
+def _secrets(url: httpx.URL, headers: Mapping[str, str]) -> list[str]:
+    """What must not be shown of ``url`` and ``headers``, the longest first, in every form that a server can send back."""
+    plain_text = {*secrets_of(str(url)), *(value.removeprefix("Bearer ") for value in headers.values())}
+    if url.userinfo:
+        plain_text |= {url.password or url.username, base64.b64encode(f"{url.username}:{url.password}".encode()).decode()}
+    forms = {form for text in plain_text for form in (text, quote(text, safe=""), quote(text))}
+    return sorted((form for form in forms if len(form) >= _SHORTEST_SECRET), key=len, reverse=True)
