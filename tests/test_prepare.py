@@ -135,6 +135,15 @@ GOLDS = {
     "1969.0": ("1969",),
     "[sic]": ("[sic]",),
     "[1] and ['x']": ("[1] and ['x']",),
+    "('Oslo', 'Kristiania')": ("Oslo", "Kristiania"),
+    "{'Oslo'}": ("Oslo",),
+    "array(['Oslo', 'Bergen'], dtype=object)": ("Oslo", "Bergen"),
+    "['x', True]": ("x", "yes"),
+    "[false]": ("no",),
+    "true": ("true",),
+    "(1969)": ("(1969)",),
+    "(I Can't Get No) Satisfaction": ("(I Can't Get No) Satisfaction",),
+    "['2.0']": ("2.0",),
     "Web 2.0": ("Web 2.0",),
 }
 
@@ -154,11 +163,97 @@ def test_whole_floats_of_parquet_are_integers(tmp_path: Path) -> None:
     assert [(row.question.id, row.question.answers) for row in part.rows] == [("1", ("1969", "1.5")), ("2", ("7",))]
 
 
+def test_true_and_false_are_yes_and_no(tmp_path: Path) -> None:
+    lines = jsonl(tmp_path / "a.jsonl", {"question": "Is it?", "answer": True}, {"question": "Was it?", "answers": [False]})
+    [part] = prepared(train=(str(lines),)).parts
+    assert [row.question.answers for row in part.rows] == [("yes",), ("no",)]
+
+
+def test_a_text_of_json_stays_as_it_is(tmp_path: Path) -> None:
+    lines = jsonl(tmp_path / "a.jsonl", row("Which version?", "2.0"), {"question": "Which?", "answer": "2.0"})
+    [part] = prepared(train=(str(lines),)).parts
+    assert [row.question.answers for row in part.rows] == [("2.0",), ("2.0",)]
+
+
+def test_aliases_are_answers(tmp_path: Path) -> None:
+    """MuSiQue's own file."""
+    official = {"paragraphs": [], "question_decomposition": [], "answerable": True}
+    lines = jsonl(
+        tmp_path / "musique.jsonl",
+        {"id": "2hop__1", **official, "question": "Where?", "answer": "Oslo", "answer_aliases": ["Kristiania", "Christiania"]},
+        {"id": "2hop__2", **official, "question": "Who?", "answer": "Ann", "answer_aliases": []},
+    )
+    made = prepared(eval=(str(lines),))
+    assert [row.question.answers for row in made.parts[0].rows] == [("Oslo", "Kristiania", "Christiania"), ("Ann",)]
+    assert made.warnings == [
+        "musique.test.jsonl: the answers are those of the columns answer, answer_aliases; --column answers=COLUMN chooses"
+    ]
+    chosen = prepared(eval=(str(lines),), columns=Columns.parse(["answers=answer"]))
+    assert [row.question.answers for row in chosen.parts[0].rows] == [("Oslo",), ("Ann",)]
+
+
+def test_several_answer_columns_can_be_given(tmp_path: Path) -> None:
+    lines = jsonl(
+        tmp_path / "a.jsonl",
+        {"question": "Where?", "answer": {"value": "Oslo", "aliases": ["Kristiania"]}, "o_aliases": ["Oslo city"]},
+    )
+    columns = Columns.parse(["answers=answer.value", "answers=answer.aliases"])
+    made = prepared(train=(str(lines),), columns=columns)
+    assert made.parts[0].rows[0].question.answers == ("Oslo", "Kristiania")
+    assert made.warnings == [
+        "a.train.jsonl: not read: o_aliases; if right answers are there, give all columns that hold some with "
+        "--column answers=COLUMN"
+    ]
+
+
+def test_what_a_cell_could_also_mean_is_said(tmp_path: Path) -> None:
+    table = tmp_path / "a.csv"
+    table.write_text('question,answers\nWhen?,1969.0\nWhich?,[sic]\nWhere?,"[Oslo, Bergen]"\n')
+    made = prepared(train=(str(table),))
+    assert [row.question.answers for row in made.parts[0].rows] == [("1969",), ("[sic]",), ("[Oslo, Bergen]",)]
+    assert made.warnings == [
+        f"a.train.jsonl: 1 answers are read as whole numbers ({table}:2: '1969.0')",
+        f"a.train.jsonl: 2 answers in brackets are read as they are, not as lists ({table}:3: '[sic]')",
+    ]
+
+
+TSV = {
+    "quoted as in CSV": ('q\ta\n"Who?"\t"Ann ""A"" B"\n', [("Who?", 'Ann "A" B')]),
+    "quotes as characters": ('q\ta\nWho?\t"Weird Al" Yankovic\n', [("Who?", '"Weird Al" Yankovic')]),
+    "a quote in two lines": ('q\ta\nWho?\t"Ann\nWhere?\tOslo"\n', [("Who?", '"Ann'), ("Where?", 'Oslo"')]),
+    "a tab and a new line in quotes": (
+        'q\ta\n"Who\tis?"\tAnn\n"Where\nis?"\tOslo\n',
+        [("Who\tis?", "Ann"), ("Where\nis?", "Oslo")],
+    ),
+    "ends of lines of Windows": ("q\ta\r\nWho?\tAnn\r\n\r\n", [("Who?", "Ann")]),
+}
+
+
+@pytest.mark.parametrize("case", TSV)
+def test_quotes_in_a_tsv(tmp_path: Path, case: str) -> None:
+    content, rows = TSV[case]
+    (tmp_path / "a.tsv").write_text(content, newline="")
+    [part] = prepared(train=(str(tmp_path / "a.tsv"),), columns=Columns.parse(["question=q", "answers=a"])).parts
+    assert [(row.question.text, row.question.answers[0]) for row in part.rows] == rows
+
+
+@pytest.mark.parametrize("name", ["A.JSONL.GZ", "a.Jsonl.gz", "A.JSONL", "A.CSV", "A.Csv.GZ", "A.PARQUET"])
+def test_a_suffix_in_any_case(tmp_path: Path, name: str) -> None:
+    kind = name.lower()
+    if kind.endswith(".parquet"):
+        parquet.write_table(pyarrow.Table.from_pylist([row("Who?", "Ann")]), tmp_path / name)
+    else:
+        content = b"question,answers\nWho?,Ann\n" if ".csv" in kind else json.dumps(row("Who?", "Ann")).encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
+    [part] = prepared(train=(str(tmp_path / name),)).parts
+    assert part.rows[0].question.answers == ("Ann",)
+
+
 def test_golds_that_normalise_to_nothing_are_a_warning(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", row("Which article?", "the", "The."), row("Who?", "The Who"))
     assert prepared(train=(str(file),)).warnings == [
         f"a.train.jsonl: 2 answers are only punctuation and articles ({file}:1: 'the'), of which exact match keeps nothing: "
-        "any such answer counts as right"
+        "no answer matches them"
     ]
 
 
@@ -198,17 +293,27 @@ BAD_FILES = {
         (),
         "a.jsonl:1: column 'answers' holds an",
     ),
-    "answers a boolean": (
+    "an object in a cell": ("a.csv", "question,answers\nW?,{'text': 'x'}\n", (), "which is no list of texts; write ["),
+    "a list with an object": ("a.csv", """question,answers\nW?,"['x', {'a': 1}]"\n""", (), "which is no list of texts"),
+    "NaN in a cell": ("a.csv", "question,answers\nW?,nan\n", (), "a.csv:2: column 'answers' holds 'nan', not texts; write"),
+    "a key twice": (
         "a.jsonl",
-        '{"question": "W?", "answers": true}',
+        '{"question": "W?", "answer": "x", "answer": "y"}',
         (),
-        "a.jsonl:1: column 'answers' holds True",
+        "a.jsonl:1: key 'answer' is there twice",
+    ),
+    "an id that is a list": (
+        "a.jsonl",
+        '{"id": ["1"], "question": "W?", "answers": "x"}',
+        (),
+        "a.jsonl:1: column 'id' holds ['1']",
     ),
     "question no text": ("a.jsonl", '{"question": 3, "answers": "x"}', (), "a.jsonl:1: question = 3"),
     "empty question": ("a.jsonl", '{"question": " ", "answers": "x"}', (), "a.jsonl:1: question = ''"),
     "unknown field": ("a.csv", "q,a\n", ("anwsers=a",), "unknown field 'anwsers'; did you mean 'answers'?"),
     "half a mapping": ("a.csv", "q,a\n", ("answers",), "--column answers: write FIELD=COLUMN"),
-    "mapped twice": ("a.csv", "q,a\n", ("answers=a", "answers=b"), "'answers' is given twice"),
+    "mapped twice": ("a.csv", "q,a\n", ("question=a", "question=b"), "'question' is given twice"),
+    "one column twice": ("a.csv", "q,a\n", ("answers=a", "answers=a"), "'answers' is given twice"),
 }
 
 

@@ -39,6 +39,12 @@ def test_a_question_carries_all_that_its_line_says(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("hops", [2, 2.0, "2", " 2.0 "])
+def test_hops_as_tables_write_them(tmp_path: Path, hops: object) -> None:
+    [question] = load_questions(write(tmp_path / "q.jsonl", {**GOOD, "metadata": {"hops": hops}}))
+    assert question.hops == 2
+
+
 def test_gz_and_plain_hold_the_same(tmp_path: Path) -> None:
     plain = write(tmp_path / "q.jsonl", GOOD)
     packed = tmp_path / "q.jsonl.gz"
@@ -69,6 +75,16 @@ def test_gz_and_plain_hold_the_same(tmp_path: Path) -> None:
             "metadata.hops = 'two'",
         ),
         ({"id": "a", "question": "Who?", "golden_answers": ["x"], "metadata": [1]}, "metadata is list"),
+        ({"id": "a", "question": " ", "golden_answers": ["x"]}, "question = ' ': an empty question"),
+        ({"id": "a", "question": "Who?", "golden_answers": [True]}, "golden_answers = [True] is not a list of texts"),
+        *(
+            ({"id": "a", "question": "Who?", "golden_answers": ["x"], "metadata": {"hops": hops}}, f"metadata.hops = {hops!r}")
+            for hops in (True, 0, -1, 1.5, float("inf"), float("nan"), [1])
+        ),
+        (
+            '{"id": "a", "question": "Who?", "golden_answers": ["x"], "golden_answers": ["y"]}',
+            "key 'golden_answers' is there twice",
+        ),
     ],
 )
 def test_a_bad_line_is_refused_by_file_and_line(tmp_path: Path, line: object, says: str) -> None:

@@ -64,8 +64,8 @@ def splits(benchmark: str, directory: Path | None = None) -> tuple[str, ...]:
     """The splits that the collection has of a benchmark, or that ``directory`` has files of."""
     if directory is None:
         return tuple(SIZES[benchmark])
-    nested = {p.name.split(".")[0] for p in (directory / benchmark).glob("*.jsonl*") if p.name.endswith(_SUFFIXES)}
-    flat = {p.name.split(".")[1] for p in directory.glob(f"{benchmark}.*.jsonl*") if p.name.endswith(_SUFFIXES)}
+    nested = {p.name.split(".")[0] for p in (directory / benchmark).glob("*") if p.name.lower().endswith(_SUFFIXES)}
+    flat = {p.name.split(".")[1] for p in directory.glob(f"{benchmark}.*.*") if p.name.lower().endswith(_SUFFIXES)}
     return tuple(sorted(nested | flat))
 
 
@@ -92,11 +92,11 @@ def load(benchmark: str, split: str, directory: Path | None = None, revision: st
 
 
 def _local(benchmark: str, split: str, directory: Path) -> Path:
-    for stem in (directory / benchmark / split, directory / f"{benchmark}.{split}"):
+    for folder, stem in ((directory / benchmark, split), (directory, f"{benchmark}.{split}")):
+        files = {p.name.removeprefix(stem).lower(): p for p in folder.glob("*") if p.name.startswith(stem) and p.is_file()}
         for suffix in _SUFFIXES:
-            path = stem.with_name(stem.name + suffix)
-            if path.is_file():
-                return path
+            if suffix in files:
+                return files[suffix]
     present = splits(benchmark, directory)
     raise DataError(
         f"{directory}: neither {benchmark}/{split}.jsonl nor {benchmark}.{split}.jsonl[.gz|.zst] is in it; "

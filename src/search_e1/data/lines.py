@@ -29,12 +29,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers, from 1, and the JSON objects of a plain, ``.gz`` or ``.zst`` file; blank lines are left out.
 
     Raises:
-        DataError: the file cannot be read, or a line is not a JSON object or far too long; names file and line.
+        DataError: the file cannot be read, or a line is not a JSON object, has a key twice or is far too long; names file and
+            line.
     """
     for number, line in raw_lines(path, _MOST_BYTES):
         if len(line) > _MOST_BYTES:
             raise DataError(f"{path}:{number}: more than {_MOST_BYTES >> 20} MiB in one line; write one object a line")
-        yield number, parse(line, f"{path}:{number}")
+        yield number, parse(line, f"{path}:{number}", unique=True)
 
 
 def raw_lines(path: Path, most: int = -1) -> Iterator[tuple[int, bytes]]:
@@ -63,9 +64,10 @@ def raw_lines(path: Path, most: int = -1) -> Iterator[tuple[int, bytes]]:
 
 def open_binary(path: Path) -> BinaryIO:
     """The uncompressed content of the file."""
-    if path.suffix == ".gz":
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
-    if path.suffix == ".zst":
+    if suffix == ".zst":
         import pyarrow
 
         # Not `zstandard`, whose reader takes a file that is cut short for one that ends there.
@@ -86,14 +88,26 @@ def checksum(path: Path) -> str:
         raise DataError(f"{path}: cannot be read ({os.strerror(error.errno or 0)}); give the path of a file") from error
 
 
-def parse(line: bytes, where: str, nan: float | None = math.nan) -> dict[str, Any]:
+def parse(line: bytes, where: str, nan: float | None = math.nan, *, unique: bool = False) -> dict[str, Any]:
     """The JSON object in ``line``; ``nan`` stands for NaN, which Python writes and JSON lacks.
 
     Raises:
-        BadRecordError: there is none; says ``where``.
+        BadRecordError: there is none, or, if keys are to be ``unique``, one comes twice; says ``where``.
     """
+
+    def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise BadRecordError("a key twice", f"{where}: key {twice!r} is there twice; give each its own name")
+        return found
+
+    hook = no_key_twice if unique else None
     try:
-        record = json.loads(line, parse_constant=lambda name: nan if name == "NaN" else float(name))
+        record = json.loads(line, parse_constant=lambda name: nan if name == "NaN" else float(name), object_pairs_hook=hook)
+    except BadRecordError:
+        raise
     except UnicodeDecodeError as error:
         raise BadRecordError("not UTF-8", f"{where}: not UTF-8 ({error}); write the file in UTF-8") from error
     except (ValueError, RecursionError) as error:

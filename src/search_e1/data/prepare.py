@@ -239,7 +239,8 @@ def _part(name: str, split: str, role: Role, loaded: Loaded, *, users: bool = Fa
 
 
 def _warnings(part: Part) -> list[str]:
-    expected, found, warnings = part.loaded.expected, len(part.loaded.questions), []
+    expected, found = part.loaded.expected, len(part.loaded.questions)
+    warnings = [f"{part.file}: {note}" for note in part.loaded.notes]
     if expected not in (None, found):
         warnings.append(f"{part.loaded.source} has {found} questions, and {expected} are known of it: figures may not compare")
     empty = [(row.where, answer) for row in part.rows for answer in row.question.answers if not normalize_answer(answer)]
@@ -247,7 +248,7 @@ def _warnings(part: Part) -> list[str]:
         where, answer = empty[0]
         warnings.append(
             f"{part.file}: {len(empty)} answers are only punctuation and articles ({where}: {answer!r}), of which exact match "
-            "keeps nothing: any such answer counts as right"
+            "keeps nothing: no answer matches them"
         )
     return warnings
 

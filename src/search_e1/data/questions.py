@@ -1,6 +1,7 @@
 """Questions from JSON lines."""
 
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,10 @@ from search_e1.data.lines import read_lines
 from search_e1.errors import DataError
 from search_e1.types import Question
 
-_HOLDS = 'each line holds {"id", "question", "golden_answers"} and perhaps "metadata"'
+_HOLDS = (
+    'each line holds {"id", "question", "golden_answers"} and perhaps "metadata"; `search-e1 data prepare` makes such files of '
+    "others"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,8 @@ class Loaded:
     """sha256 of a file, commit of a Hub repository."""
     expected: int | None = None
     """Number of questions that the collection has in this split; ``None`` for other files."""
+    notes: tuple[str, ...] = ()
+    """How the file was read where it could be read otherwise, a line each."""
 
 
 def load_questions(path: str | Path, benchmark: str = "") -> list[Question]:
@@ -91,6 +97,15 @@ def _unique(items: Iterable[tuple[str, Question]], files: str) -> list[Question]
     return questions
 
 
+def whole_number(value: Any) -> int | None:
+    """The whole number from 1 that ``value`` is, or says (``"2"``; ``"2.0"``, as tables write it); ``None`` if it is none."""
+    if isinstance(value, str):
+        said = re.fullmatch(r"\s*(\d{1,18})(?:\.0+)?\s*", value)
+        value = int(said[1]) if said else None
+    whole = type(value) in (int, float) and value >= 1 and value % 1 == 0
+    return int(value) if whole else None
+
+
 def to_record(question: Question) -> dict[str, Any]:
     """The record of ``question`` in a question file; ``to_question`` is the inverse."""
     metadata = question.metadata if question.hops is None else {"hops": question.hops, **question.metadata}
@@ -109,24 +124,30 @@ def to_question(record: Mapping[str, Any], benchmark: str, where: str) -> Questi
             raise DataError(f"{where}: field {field!r} is missing; {_HOLDS}")
     answers, metadata = record["golden_answers"], record.get("metadata") or {}
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise DataError(f'{where}: golden_answers = {answers!r} is not a list of texts; write ["..."]')
+        raise DataError(
+            f'{where}: golden_answers = {answers!r} is not a list of texts; write ["..."], as `search-e1 data prepare` does'
+        )
     if not any(map(str.strip, answers)):
         raise DataError(f"{where}: a question without answers (golden_answers = {answers!r}); give at least one")
     if not all(map(str.strip, answers)):
         raise DataError(f"{where}: an empty answer (golden_answers = {answers!r}); remove it")
     if not isinstance(metadata, dict):
         raise DataError(f"{where}: metadata is {type(metadata).__name__}, not an object; write {{...}} or leave it out")
-    id = record["id"]
+    id, hops, text = record["id"], metadata.get("hops"), record["question"]
+    if hops is not None and not whole_number(hops):
+        raise DataError(f"{where}: metadata.hops = {hops!r}: hops are a whole number from 1")
+    if isinstance(text, str) and not text.strip():
+        raise DataError(f"{where}: question = {text!r}: an empty question; remove it")
     try:
         return Question(
             id=str(id) if type(id) is int else id,
-            text=record["question"],
+            text=text,
             answers=tuple(answers),
             benchmark=benchmark,
-            hops=metadata.get("hops"),
+            hops=whole_number(hops),
             metadata=metadata,
         )
     except ValidationError as error:
         problem = error.errors()[0]
-        field = {"text": "question", "hops": "metadata.hops"}.get(str(problem["loc"][0]), str(problem["loc"][0]))
+        field = {"text": "question"}.get(str(problem["loc"][0]), str(problem["loc"][0]))
         raise DataError(f"{where}: {field} = {problem['input']!r}: {problem['msg']}") from error

@@ -30,7 +30,7 @@ def records(place: str | Path, most: int) -> Iterator[tuple[str, Record]]:
         yield from _hub_rows(str(place), asked)
         return
     for file in files(Path(place)):
-        if file.suffix == _PARQUET:
+        if file.suffix.lower() == _PARQUET:
             yield from parquet_rows(file, _FIELDS)
         else:
             for number, line in lines.raw_lines(file, most):
@@ -61,7 +61,7 @@ def files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     below = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-    found = sorted(p for p in below if p.name.endswith((*_LINES, _PARQUET)) and p.is_file())
+    found = sorted(p for p in below if p.name.lower().endswith((*_LINES, _PARQUET)) and p.is_file())
     if not found:
         raise DataError(f"{path}: no file in it that could be a corpus; {INSTEAD}")
     return found
@@ -112,7 +112,7 @@ def _hub(place: str | Path) -> dict[str, Any] | None:
     if Path(place).is_absolute() or Path(place).exists():
         return None
     asked = _HUB.fullmatch(str(place))
-    return asked.groupdict() if asked and not asked["name"].endswith((*_LINES, _PARQUET, ".gz", ".zst")) else None
+    return asked.groupdict() if asked and not asked["name"].lower().endswith((*_LINES, _PARQUET, ".gz", ".zst")) else None
 
 
 def _hub_rows(place: str, asked: Mapping[str, Any]) -> Iterator[tuple[str, Record]]:

@@ -2,22 +2,21 @@
 
 import ast
 import contextlib
-import csv
 import difflib
-import gzip
 import hashlib
 import json
 import math
 import re
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from search_e1.data import sources
 from search_e1.data.lines import checksum, parse, read_lines
-from search_e1.data.questions import Loaded, to_question
+from search_e1.data.questions import Loaded, to_question, whole_number
+from search_e1.data.tables import Cell, table_rows
 from search_e1.errors import ConfigError, DataError
 from search_e1.types import Question
 
@@ -27,9 +26,15 @@ PARQUET = (".parquet",)
 SUFFIXES = (*JSON_LINES, *TABLES, *PARQUET)
 
 _FIELDS = ("question", "answers", "id", "hops", "metadata")
-_ANSWERS = ("golden_answers", "answers", "answer")
-_ITEM = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?|nan|None"""
-_LIST = re.compile(rf"\[\s*(?:{_ITEM})(?:(?:\s*,\s*|\s+)(?:{_ITEM}))*\s*,?\s*\]", re.DOTALL)
+_ANSWERS = ("golden_answers", "answers", "answer", "answer_aliases", "possible_answers")
+_LIKE_ANSWERS = re.compile(r"(?:^|[\W_])(?:answers?|alias|aliases|gold|golden)(?:$|[\W_])", re.IGNORECASE)
+_QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+_ITEM = rf"{_QUOTED}|-?\d+(?:\.\d+)?|nan|None|True|False"
+_SERIES = r"\s*(?:{0})(?:(?:\s*,\s*|\s+)(?:{0}))*\s*,?\s*"
+_LIST = re.compile(rf"\[{_SERIES.format(_ITEM)}\]|\({_SERIES.format(_QUOTED)}\)|\{{{_SERIES.format(_QUOTED)}\}}", re.DOTALL)
+_ARRAY = re.compile(r"(?:np\.|numpy\.)?array\((\[.*\])(?:,\s*dtype=[^)]*)?\)", re.DOTALL)
+_BRACKETED = re.compile(r"""[\[({]\s*['"{\[(].*[\])}]|(?:np\.|numpy\.)?array\(.*\)""", re.DOTALL)
+"""What only a program writes: a list, an object, an array."""
 _WHOLE_FLOAT = re.compile(r"\A\s*(-?\d+)\.0\s*\Z")
 
 
@@ -38,8 +43,9 @@ class Columns:
     """The column of each field. A dotted path leads into nested values, and into each item of a list."""
 
     question: str = "question"
-    answers: str | None = None
-    """``None``: whichever of golden_answers, answers, answer the file has."""
+    answers: tuple[str, ...] = ()
+    """The right answers of a question are those of all these. Empty: of all of golden_answers, answers, answer,
+    answer_aliases, possible_answers that the file has."""
     id: str | None = None
     """``None``: ``id`` if the file has it. Empty: none. Missing ids are generated."""
     hops: str | None = None
@@ -54,10 +60,13 @@ class Columns:
     def parse(cls, mappings: Sequence[str], separator: str | None = None) -> "Columns":
         """From ``["question=Frage", "answers=Antwort", "id=", "metadata.topic=Thema"]``; ``id=`` generates ids.
 
+        ``answers`` may be given several times.
+
         Raises:
             ConfigError: a mapping has another form, or occurs twice.
         """
         chosen: dict[str, Any] = {}
+        answers: list[str] = []
         more: dict[str, str] = {}
         for mapping in mappings:
             field, equals, column = mapping.partition("=")
@@ -71,12 +80,15 @@ class Columns:
                 raise ConfigError(
                     f"--column {mapping}: unknown field {field!r}; {hint}(known: {', '.join(_FIELDS)}, metadata.KEY)"
                 )
-            if key in where:
+            if key in where or column in answers:
                 raise ConfigError(f"--column {mapping}: {field!r} is given twice; give one column for it")
-            where[key] = column
+            if field == "answers":
+                answers.append(column)
+            else:
+                where[key] = column
         if separator == "":
             raise ConfigError("--separator is empty; give what stands between the answers, e.g. --separator '|'")
-        return cls(**chosen, more=tuple(more.items()), separator=separator)
+        return cls(**chosen, answers=tuple(answers), more=tuple(more.items()), separator=separator)
 
 
 def load(path: Path, name: str, columns: Columns) -> Loaded:
@@ -89,8 +101,10 @@ def load(path: Path, name: str, columns: Columns) -> Loaded:
     """
     questions: list[tuple[str, Question]] = []
     made: dict[str, int] = {}
+    read = _Notes(columns)
     for where, row in _rows(path):
         record = _record(row, columns, where)
+        read.add(row, where)
         if not record["id"]:
             text = json.dumps([record["question"], record["golden_answers"]], ensure_ascii=False)
             id = f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -99,7 +113,48 @@ def load(path: Path, name: str, columns: Columns) -> Loaded:
         questions.append((where, to_question(record, name, where)))
     if not questions:
         raise DataError(f"{path}: no questions in it; give a file with a question a line")
-    return Loaded(questions, str(path), checksum(path))
+    return Loaded(questions, str(path), checksum(path), notes=tuple(read.lines()))
+
+
+class _Notes:
+    """What a file could also mean, by the rows that were read."""
+
+    def __init__(self, columns: Columns) -> None:
+        self.columns = columns
+        self.used: Counter[tuple[str, ...]] = Counter()
+        self.unused: dict[str, None] = {}
+        self.seen: dict[str, tuple[int, str, str]] = {}
+
+    def add(self, row: Mapping[str, Any], where: str) -> None:
+        used = _answer_columns(row, self.columns)
+        self.used[used] += 1
+        mapped = {column.partition(".")[0] for column in (*used, self.columns.question, *(c for _, c in self.columns.more))}
+        self.unused |= {name: None for name in row if _LIKE_ANSWERS.search(name) and name not in mapped}
+        for cell in (cell for column in used if isinstance(cell := row.get(column), str)):
+            kinds = {
+                "whole": isinstance(cell, Cell) and _WHOLE_FLOAT.match(cell),
+                "list": cell[:1] == "[" and _list_in(cell) is cell,
+            }
+            for kind in (kind for kind, holds in kinds.items() if holds and self.columns.separator is None):
+                count, first, place = self.seen.get(kind, (0, cell, where))
+                self.seen[kind] = count + 1, first, place
+
+    def lines(self) -> Iterable[str]:
+        several = max(self.used, key=len, default=())
+        if len(several) > 1 and not self.columns.answers:
+            yield f"the answers are those of the columns {', '.join(several)}; --column answers=COLUMN chooses"
+        if self.unused:
+            yield (
+                f"not read: {', '.join(self.unused)}; if right answers are there, give all columns that hold some with "
+                "--column answers=COLUMN"
+            )
+        for kind, said in (
+            ("whole", "{0} answers are read as whole numbers ({2}: {1!r})"),
+            ("list", "{0} answers in brackets are read as they are, not as lists ({2}: {1!r})"),
+        ):
+            if kind in self.seen:
+                count, first, place = self.seen[kind]
+                yield said.format(count, first, place)
 
 
 def benchmark_name(path: Path) -> str:
@@ -111,7 +166,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and content of each row."""
     name = path.name.lower()
     if name.endswith(TABLES):
-        yield from _table_rows(path)
+        yield from table_rows(path)
     elif name.endswith(PARQUET):
         yield from _parquet_rows(path)
     elif name.endswith(JSON_LINES):
@@ -119,41 +174,6 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{path}:{number}", row
     else:
         raise DataError(f"{path}: what kind of file is it? known: {', '.join(SUFFIXES)}")
-
-
-def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a CSV file with a header; the delimiter is the one of ``, ; | tab`` that is most frequent in the header."""
-    line = 0
-    try:
-        with _open_text(path) as file:
-            header = file.readline()
-            file.seek(0)
-            reader = csv.reader(file, delimiter=max(",;\t|", key=header.count), strict=True)
-            names = [name.strip() for name in next(reader, [])]
-            line = reader.line_num
-            twice = next((name for name in names if names.count(name) > 1), None)
-            if twice is not None:
-                raise DataError(f"{path}:1: column {twice!r} is there twice; give each its own name")
-            for row in reader:
-                where, line = f"{path}:{line + 1}", reader.line_num  # a row may span lines; its first one is reported
-                if not any(row):
-                    continue
-                if len(row) != len(names):
-                    raise DataError(f"{where}: {len(row)} cells under a header of {len(names)}; quote cells that hold commas")
-                yield where, dict(zip(names, row, strict=True))
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        problem = getattr(error, "strerror", None) or error
-        raise DataError(
-            f"{path}{f':{line + 1}' if line else ''}: cannot be read ({problem}); give a CSV file in UTF-8, plain or .gz"
-        ) from error
-    except csv.Error as error:
-        raise DataError(f"{path}:{line + 1}: not CSV ({error}); close every quote that is opened") from error
-
-
-def _open_text(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -166,6 +186,11 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _record(row: Mapping[str, Any], columns: Columns, where: str) -> dict[str, Any]:
     """The row under the product's own names."""
     id = row.get("id") if columns.id is None else _dig(row, columns.id, where) if columns.id else None
+    if isinstance(id, bool) or not isinstance(id, str | int | float | None) or _text(id) is None:
+        raise DataError(
+            f"{where}: column {columns.id or 'id'!r} holds {id!r}, no id; give another with --column id=COLUMN, or "
+            "have ids generated with --column id="
+        )
     metadata = _dig(row, columns.metadata, where) if columns.metadata else row.get("metadata")
     if isinstance(metadata, str) and metadata.strip():
         try:
@@ -181,49 +206,66 @@ def _record(row: Mapping[str, Any], columns: Columns, where: str) -> dict[str, A
         metadata["hops"] = _whole(_dig(row, columns.hops or "hops", where), columns.hops or "hops", where)
     question = _dig(row, columns.question, where)
     return {
-        "id": _text(id) or "",
+        "id": (_text(id) or "").strip(),
         "question": question.strip() if isinstance(question, str) else question,
         "golden_answers": _answers(row, columns, where),
         "metadata": {key: value for key, value in metadata.items() if value is not None},
     }
 
 
+def _answer_columns(row: Mapping[str, Any], columns: Columns) -> tuple[str, ...]:
+    return columns.answers or tuple(name for name in _ANSWERS if name in row) or _ANSWERS[:1]
+
+
 def _answers(row: Mapping[str, Any], columns: Columns, where: str) -> list[str]:
-    column = columns.answers or next((name for name in _ANSWERS if name in row), _ANSWERS[0])
-    found = _dig(row, column, where)
-    if isinstance(found, str) and columns.separator is None:
+    texts = []
+    for column in _answer_columns(row, columns):
+        texts += _answers_in(_dig(row, column, where), column, columns.separator, where)
+    return texts
+
+
+def _answers_in(found: Any, column: str, separator: str | None, where: str) -> list[str]:
+    """The answers in one value; none in an empty one."""
+    if isinstance(found, str) and separator is None:
         found = _list_in(found)
+        if isinstance(found, str) and _BRACKETED.fullmatch(found):
+            raise DataError(f'{where}: column {column!r} holds {found!r}, which is no list of texts; write ["...", "..."]')
     items = [_text(item) for item in found] if isinstance(found, list) else [_text(found)]
     if None in items:
-        raise DataError(
-            f"{where}: column {column!r} holds {found!r}, not texts; give a path into it, e.g. --column answers={column}.text"
-        )
+        nested = any(isinstance(item, dict) for item in (found if isinstance(found, list) else [found]))
+        remedy = f"give a path into it, e.g. --column answers={column}.text" if nested else "write the answers as texts"
+        raise DataError(f"{where}: column {column!r} holds {found!r}, not texts; {remedy}")
     texts = [text.strip() for text in items if text is not None]
     if len(texts) > 1 and not all(texts):
         raise DataError(f"{where}: column {column!r} holds an empty answer ({found!r}); remove it")
-    parts = (part for text in texts for part in (text.split(columns.separator) if columns.separator else [text]))
+    parts = (part for text in texts for part in (text.split(separator) if separator else [text]))
     return [part.strip() for part in parts if part.strip()]
 
 
 def _list_in(cell: str) -> Any:
     """The list in a cell, written as JSON, Python or numpy do; any other text as it is (``[sic]`` is an answer)."""
-    cell = cell.strip()
-    if cell.startswith("["):
-        with contextlib.suppress(ValueError):
-            return json.loads(cell)
-        with contextlib.suppress(ValueError, SyntaxError):
-            if _LIST.fullmatch(cell):
-                return [None if item in ("nan", "None") else ast.literal_eval(item) for item in re.findall(_ITEM, cell)]
+    text = cell.strip()
+    text = array[1] if (array := _ARRAY.fullmatch(text)) else text
+    if text.startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(text)
+    with contextlib.suppress(ValueError, SyntaxError):
+        if _LIST.fullmatch(text):
+            return [None if item in ("nan", "None") else ast.literal_eval(item) for item in re.findall(_ITEM, text)]
     return cell
 
 
 def _text(item: Any) -> str | None:
-    """An answer as text, whole floats as integers; empty for null, ``None`` for what is neither a text nor a number."""
-    if isinstance(item, bool) or not isinstance(item, str | int | float | None) or item in (math.inf, -math.inf):
-        return None
-    if isinstance(item, float) and math.isnan(item):
-        return None
-    return "" if item is None else _WHOLE_FLOAT.sub(r"\1", str(item))
+    """An answer as text: whole floats as integers, true as yes; empty for null, ``None`` for what is no text."""
+    if item is None:
+        return ""
+    if isinstance(item, bool):
+        return "yes" if item else "no"
+    if isinstance(item, float):
+        return (str(int(item)) if item.is_integer() else str(item)) if math.isfinite(item) else None
+    if isinstance(item, Cell):
+        return None if item.strip() in ("nan", "NaN") else _WHOLE_FLOAT.sub(r"\1", item)
+    return str(item) if isinstance(item, str | int) else None
 
 
 def _dig(value: Any, path: str, where: str) -> Any:
@@ -247,10 +289,7 @@ def _dig(value: Any, path: str, where: str) -> Any:
 def _whole(value: Any, column: str, where: str) -> int | None:
     if value is None or value == "":
         return None
-    try:
-        number = int(value)
-    except (TypeError, ValueError, OverflowError):
-        number = 0
-    if isinstance(value, bool) or number < 1 or (isinstance(value, float) and value != number):
+    number = whole_number(value)
+    if number is None:
         raise DataError(f"{where}: column {column!r} holds {value!r}; hops are a whole number from 1")
     return number
