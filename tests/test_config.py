@@ -1,7 +1,9 @@
+import sys
 from pathlib import Path
 
 import pytest
 
+from search_e1.cli import main as cli
 from search_e1.config import Config, TrainingConfig, load, migrate_fingerprint, parse_overrides
 from search_e1.errors import ConfigError
 
@@ -155,12 +157,34 @@ def test_broken_flags_are_refused(flags: list[str], says: str) -> None:
         ("--distill.beta=1", "distill.beta = 1: Input should be less than 1"),
         ("--data.train=[]", "data.train = []: "),
         ("--lead.max_share=2", "lead.max_share = 2: Input should be less than or equal to 1"),
+        ("--grpo.steps=true", "grpo.steps = True: true or false, where something else is needed"),
+        ("--retrieval.encoder={model = 'e', max_length = true}", "retrieval.encoder.max_length = True: true or false"),
+        ("--run=", "run = '': an empty path, which would be the working directory"),
+        ("--data.eval.nq.x=1", "--data.eval.nq.x: data.eval.nq is a value, not a section"),
+        ("--data.eval={a = {b = 1}}", "data.eval.a = {'b': 1}: "),
+        (
+            "--coldstart.training.optimiser=adamw",
+            "unknown key 'coldstart.training.optimiser'; did you mean 'coldstart.training.",
+        ),
+        ("--grpo.trainer.steps=1", "unknown key 'grpo.trainer'; "),
         ("--run.x=2", "--run.x: run is a value, not a section"),
         ('--prompts.instruction="no field"', "prompts.instruction = 'no field': the template lacks {question}"),
     ],
 )
 def test_a_bad_key_or_value_is_named(tmp_path: Path, override: str, says: str) -> None:
     assert refusal(tmp_path, override).startswith(says)
+
+
+@pytest.mark.parametrize("key", ["grpo.training.optimiser", "grpo.trainer.adam_beta2", "distill.training.warmpu"])
+@pytest.mark.parametrize("verb", ["train", "grpo", "evaluate", "doctor"])
+def test_a_misspelt_key_is_refused_before_any_work(tmp_path: Path, monkeypatch, capsys, verb: str, key: str) -> None:
+    path = written(tmp_path, MINIMAL.replace("runs/x", str(tmp_path / "run")))
+    monkeypatch.setattr(sys, "argv", ["search-e1", verb, "--config", str(path), f"--{key}", "1"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    [line] = capsys.readouterr().err.splitlines()
+    assert (left.value.code, line.startswith(f"search-e1: {path}: unknown key '{key.rpartition('.')[0]}")) == (2, True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_some_class_has_a_weight(tmp_path: Path) -> None:
@@ -192,9 +216,33 @@ def test_what_is_no_toml_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_bytes(b"run = '\xff'")
     with pytest.raises(ConfigError, match="not TOML"):
         load(tmp_path / "c.toml")
+    assert refusal(tmp_path, text="a = " + "[" * 5000) == "not TOML: nested too deep"
+    assert refusal(tmp_path, text="a = " + "1" * 5000).startswith("not TOML: ")
     for path in (tmp_path / "none.toml", tmp_path):
         with pytest.raises(ConfigError, match="give the path of a TOML file with --config"):
             load(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    assert load(written(tmp_path, f"\ufeff{MINIMAL}")) == load(written(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["2025-11-28", "2025-11-28T10:00:00", "10:00:00", "1e5", "0x10", "7", "true", "nan", "1 # 2"])
+def test_a_flag_is_text_where_its_key_takes_texts(tmp_path: Path, text: str) -> None:
+    flags = ["--run", text, f"--policy.model={text}", f"--data.eval.nq={text}", f"--data.train={text}"]
+    config = load(written(tmp_path), [*flags, "--grpo.steps", "0x10"])
+    assert (config.run, config.policy.model, config.data.eval["nq"]) == (Path(text), text, Path(text))
+    assert config.data.train == (Path(text),)
+    assert config.grpo.steps == 16
+
+
+def test_text_of_several_lines_is_one_value(tmp_path: Path) -> None:
+    assert load(written(tmp_path), ["--policy.model", "1\nrun = 2"]).policy.model == "1\nrun = 2"
+
+
+def test_in_a_file_a_text_has_quotes(tmp_path: Path) -> None:
+    said = refusal(tmp_path, text=MINIMAL.replace('"runs/x"', "2025-11-28"))
+    assert said == "run = datetime.date(2025, 11, 28): Input is not a valid path for <class 'pathlib.Path'>; write it in quotes"
 
 
 def test_training_has_the_same_keys_in_every_stage_and_defaults_of_its_own(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """From a TOML file and dotted flags to a configuration, and from its sections to the table of all keys."""
 
+import datetime
 import difflib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +16,51 @@ from pydantic_core import to_jsonable_python
 from search_e1.config.run import Config
 from search_e1.errors import ConfigError
 
+_SCALARS = (bool, int, float, datetime.date, datetime.time)
+_OF_TEXTS = ("string_type", "path_type")
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in the TOML file ``path``, with dotted flags laid over it.
 
     ``overrides`` is what stands on a command line: ``["--grpo.steps", "8", "--data.eval.nq=nq.jsonl"]``. Values are read
-    as TOML where they are TOML, and as text otherwise. Relative paths in the file are relative to the working directory.
+    as TOML where they are TOML, and as text otherwise, or where the key takes no such value but a text (``--run 2025-11-28``).
+    Relative paths in the file are relative to the working directory.
 
     Raises:
         ConfigError: the file cannot be read, or a key is unknown, missing or has an impossible value; names it.
     """
-    return with_overrides(path, parse_overrides(overrides))
+    flags = list(_words(overrides))
+    read = [(key, _toml_value(text)) for key, text in flags]
+    texts = {tuple(key): text for key, text in flags}
+    try:
+        return _validated(path, read)
+    except ValidationError as error:
+        no_texts = {(*key,) for problem in error.errors() for key, value in read if _needs_text(problem, key, value)}
+        with suppress(ValidationError):
+            if no_texts:
+                return _validated(path, [(key, texts[(*key,)] if (*key,) in no_texts else value) for key, value in read])
+        raise ConfigError(f"{path}: {_first_problem(error)}") from error
 
 
 def with_overrides(path: str | Path, pairs: Iterable[tuple[list[str], Any]]) -> Config:
     """The configuration in the TOML file ``path`` with keys set to other values, in order; raises as ``load``."""
-    path = Path(path)
-    raw = read_toml(path, "--config")
-    for key, value in pairs:
-        _set(raw, key, value)
     try:
-        return Config.model_validate(raw)
+        return _validated(path, pairs)
     except ValidationError as error:
         raise ConfigError(f"{path}: {_first_problem(error)}") from error
+
+
+def _validated(path: str | Path, pairs: Iterable[tuple[list[str], Any]]) -> Config:
+    raw = read_toml(Path(path), "--config")
+    for key, value in pairs:
+        _set(raw, key, value)
+    return Config.model_validate(raw)
+
+
+def _needs_text(problem: Mapping[str, Any], key: Sequence[str], value: Any) -> bool:
+    """Whether ``value``, a flag's, was refused for its kind alone."""
+    return isinstance(value, _SCALARS) and tuple(map(str, problem["loc"][: len(key)])) == tuple(key)
 
 
 def read_toml(path: Path, flag: str) -> dict[str, Any]:
@@ -46,10 +70,12 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
         ConfigError: it cannot be read.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors begin with a byte-order mark
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}; give the path of a TOML file with {flag}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not TOML: nested too deep") from error
+    except ValueError as error:  # of TOML, of UTF-8, or a number of too many digits
         raise ConfigError(f"{path}: not TOML: {error}") from error
 
 
@@ -59,7 +85,10 @@ def parse_overrides(flags: Sequence[str]) -> list[tuple[list[str], Any]]:
     Raises:
         ConfigError: a word that is no flag, or a flag without a value.
     """
-    pairs: list[tuple[list[str], Any]] = []
+    return [(key, _toml_value(text)) for key, text in _words(flags)]
+
+
+def _words(flags: Sequence[str]) -> Iterator[tuple[list[str], str]]:
     words = list(flags)
     while words:
         word = words.pop(0)
@@ -70,15 +99,15 @@ def parse_overrides(flags: Sequence[str]) -> list[tuple[list[str], Any]]:
             if not words or words[0].startswith("--"):
                 raise ConfigError(f"--{name}: a value is missing; write --{name} VALUE")
             value = words.pop(0)
-        pairs.append((name.split("."), _toml_value(value)))
-    return pairs
+        yield name.split("."), value
 
 
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        read = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text
+    return read["value"] if len(read) == 1 else text  # of several lines, which would be keys of their own
 
 
 def _set(tree: dict[str, Any], key: list[str], value: Any) -> None:
@@ -102,13 +131,15 @@ def _first_problem(error: ValidationError) -> str:
         hint = f"did you mean {'.'.join([*parts[:-1], close[0]])!r}?" if close else f"known: {_keys_at(parts[:-1])}"
         return f"unknown key {key!r}; {hint}{more}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key} = {problem['input']!r}: {message}{more}" if key else f"{message}{more}"
+    quotes = "; write it in quotes" if isinstance(problem["input"], _SCALARS) and problem["type"] in _OF_TEXTS else ""
+    return f"{key} = {_shorten(repr(problem['input']), 200)}: {message}{quotes}{more}" if key else f"{message}{more}"
 
 
 def _keys_at(path: Sequence[str]) -> list[str]:
     section: type[BaseModel] = Config
     for part in path:
-        section = _nested(section.model_fields[part].annotation) or section
+        field = section.model_fields.get(part)
+        section = (_nested(field.annotation) if field else None) or section
     return list(section.model_fields)
 
 
@@ -179,5 +210,5 @@ def _shown_default(field: FieldInfo) -> str:
     return "none" if field.default is None else f"`{_shorten(json.dumps(field.default))}`"
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= 48 else f"{text[:45]}..."
+def _shorten(text: str, most: int = 48) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."

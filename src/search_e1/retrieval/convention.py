@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field
 
 from search_e1.errors import ModelError
 from search_e1.runs.safe import inside
+from search_e1.runs.values import as_written
 from search_e1.types import Record
 
 Pooling = Literal["mean", "cls", "last"]
@@ -42,6 +43,7 @@ class Overrides(Record):
     """Settings that replace what the encoder's files state; None leaves it to the files."""
 
     model_config = ConfigDict(use_attribute_docstrings=True, protected_namespaces=())
+    _as_written = as_written
 
     query_prefix: str | None = None
     """Put before every query, trailing space included. Default: from the encoder's files, or known for its family."""
