@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from search_e1.config.base import LoraConfig, NonNegativeFloat, Positive, Section, Share
 from search_e1.config.training import DistillTrainingConfig
 
+Mask = Literal["none", "answers", "turns"]
+
 
 class PoolConfig(Section):
     """Trajectories that pairs are mined from, sampled from the policy after GRPO."""
@@ -111,6 +113,9 @@ class DistillConfig(Section):
     teacher_temperature: Annotated[float, Field(gt=0)] = 1.0
     """Below 1 sharpens the teacher."""
     class_weights: ClassWeights = ClassWeights()
+    mask: Mask = "none"
+    """Leave out what the student could not know: its `answers`, or whole `turns`, where the reference's action after as many
+    searches has words that occur neither in the question nor in what the student has read so far."""
     training: DistillTrainingConfig = DistillTrainingConfig()
 
     @property

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from search_e1.config import Prompts
+from search_e1.config import Mask, Prompts
+from search_e1.selfdistill.knowable import knowable_tokens
 from search_e1.text.tokens import TokenClass, token_classes
 from search_e1.types import Pair, Sample, Trajectory
 
@@ -19,14 +20,26 @@ def weights_of(trajectory: Trajectory, classes: Sequence[TokenClass], weights: M
     return tuple(weights[next(own)] if mask else 0.0 for mask in trajectory.action_mask)
 
 
-def sample_of(pair: Pair, classes: Sequence[TokenClass], weights: Mapping[str, float] | None = None) -> Sample:
-    """The student's response under the plain prompt and, for the teacher, under the privileged one."""
+def sample_of(
+    pair: Pair, classes: Sequence[TokenClass], weights: Mapping[str, float] | None = None, mask: Mask = "none"
+) -> Sample:
+    """The student's response under the plain prompt and, for the teacher, under the privileged one.
+
+    ``mask``: which tokens have no weight where the student could not know better; see ``knowable_tokens``.
+    """
+    given = weights_of(pair.student, classes, weights) if weights else None
+    if mask != "none":
+        taught = iter(knowable_tokens(pair, classes, mask))
+        given = tuple(
+            weight * next(taught) if sampled else 0.0
+            for weight, sampled in zip(given or pair.student.action_mask, pair.student.action_mask, strict=True)
+        )
     return Sample(
         question_id=pair.question.id,
         prompt_ids=pair.student.prompt_ids,
         response_ids=pair.student.response_ids,
         action_mask=pair.student.action_mask,
-        weights=weights_of(pair.student, classes, weights) if weights else None,
+        weights=given,
         teacher_prompt_ids=pair.teacher_prompt_ids,
     )
 

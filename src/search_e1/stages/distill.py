@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ class Distill(Stage):
     """``policy`` distilled on the pairs; an adapter is merged. Writes ``policy/`` and ``steps.jsonl``.
 
     Figures: pairs (for ``sft`` distinct references), pairs_too_long, pairs_shortened (whose reference lacks passages, so that
-    it fits), positions (tokens in the loss, an epoch), steps, halved, the loss (kl or cross_entropy, nats a token) over the
-    first and the last tenth of the steps, seconds.
+    it fits), positions (tokens in the loss, an epoch), masked (share of sampled tokens without weight), steps, halved, the
+    loss (kl or cross_entropy, nats a token) over the first and the last tenth of the steps, seconds.
     """
 
     policy: str | Path
@@ -99,6 +100,7 @@ class Distill(Stage):
             "pairs_too_long": _examples(pairs, config) - len(samples),
             "pairs_shortened": 0 if imitates else sum(pair.shortened for pair in pairs),
             "positions": sum(len(sample.positions) for sample in samples),
+            "masked": 0.0 if imitates else masked_share(samples),
             "steps": len(steps),
             "halved": sum(step.get("halved", 0) for step in steps),
             **ends(steps, "loss", 0.1, name="cross_entropy" if imitates else "kl"),
@@ -115,12 +117,12 @@ def make_samples(policy: Policy, pairs: Sequence[Pair], config: DistillConfig) -
     if not pairs:
         raise DataError("no pairs to distil on; sample a larger pool (pool.questions, pool.group_size) or check its health")
     weights = config.class_weights.model_dump()
+    classes = partial(classes_of, policy.tokenizer, policy.prompts)
     if config.objective == "sft":
-        make, learner = reference_sample_of, "reference"
         pairs = list({(p.question.id, p.reference.response_ids): p for p in reversed(pairs)}.values())[::-1]
+        samples = [reference_sample_of(p, classes(p.reference), weights) for p in pairs]
     else:
-        make, learner = sample_of, "student"
-    samples = [make(p, classes_of(policy.tokenizer, policy.prompts, getattr(p, learner)), weights) for p in pairs]
+        samples = [sample_of(p, classes(p.student), weights, config.mask) for p in pairs]
     length = context_length(policy.model.config)
     fitting = [sample for sample in samples if len(sample) <= length and sample.positions]
     if not fitting:
@@ -129,6 +131,12 @@ def make_samples(policy: Policy, pairs: Sequence[Pair], config: DistillConfig) -
             "context, or lower rollout.max_tokens"
         )
     return fitting
+
+
+def masked_share(samples: Sequence[Sample]) -> float:
+    """Of the students' sampled tokens, the share that has no weight in the loss."""
+    sampled = sum(sum(sample.action_mask) for sample in samples)
+    return 1 - sum(len(sample.positions) for sample in samples) / sampled
 
 
 def _examples(pairs: Sequence[Pair], config: DistillConfig) -> int:
