@@ -39,12 +39,24 @@ def run_grpo(
 
 
 def run_distill(
-    policy: Policy, pairs: list[Pair], out: Path, *, seed: int = 1, context: Any = None, **distill: Any
+    policy: Policy,
+    pairs: list[Pair],
+    out: Path,
+    *,
+    seed: int = 1,
+    context: Any = None,
+    train_questions: Any = QUESTIONS,
+    **distill: Any,
 ) -> dict[str, Any]:
     """Distillation of ``policy``, which is changed, on ``pairs``; its figures."""
     (out / "pairs").mkdir(parents=True, exist_ok=True)
     (out / "pairs" / "train.jsonl").write_text("".join(pair.model_dump_json() + "\n" for pair in pairs))
-    run = SimpleNamespace(config=config_of(out, distill=distill), load_to_train=lambda *_, **__: policy)
+    run = SimpleNamespace(
+        config=config_of(out, distill=distill, rollout=LIMITS.model_dump()),
+        train_questions=train_questions,
+        retriever=TinyRetriever(PASSAGES),
+        load_to_train=lambda *_, **__: policy,
+    )
     stage = Distill("start", out / "pairs", None, 1)
     stage.check(run)
     return dict(stage.work(run, context or StageContext(out, seed=seed)))

@@ -89,6 +89,22 @@ class ClassWeights(Section):
         return self
 
 
+class MergeConfig(Section):
+    """How much of the adapter is merged when distillation ends."""
+
+    strengths: Annotated[tuple[Share, ...], Field(min_length=1)] = (1.0,)
+    """Shares of the adapter: 1 merges all of it (as published), 0 is the policy before. Of several the one is merged that
+    answers `questions` with the fewest tokens among those as good as the best, by one standard error."""
+    questions: Annotated[int, Field(ge=2)] = 64
+    """Training questions that each of several strengths answers, greedily: first those that are not distilled on."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "MergeConfig":
+        if len(set(self.strengths)) < len(self.strengths):
+            raise ValueError(f"strengths = {list(self.strengths)}: one of them twice")
+        return self
+
+
 class DistillConfig(Section):
     objective: str = "self_distillation"
     """Name of a registered objective, or `module:attribute` of one's own. `self_distillation` (as published), or `sft`:
@@ -116,6 +132,7 @@ class DistillConfig(Section):
     mask: Mask = "none"
     """Leave out what the student could not know: its `answers`, or whole `turns`, where the reference's action after as many
     searches has words that occur neither in the question nor in what the student has read so far."""
+    merge: MergeConfig = MergeConfig()
     training: DistillTrainingConfig = DistillTrainingConfig()
 
     @property
@@ -124,7 +141,9 @@ class DistillConfig(Section):
         return self.objective != "sft"
 
     @model_validator(mode="after")
-    def _beta_is_used(self) -> "DistillConfig":
+    def _is_used(self) -> "DistillConfig":
         if self.beta != 0.5 and self.divergence != "js":
             raise ValueError(f'beta = {self.beta:g} belongs to divergence = "js", not to "{self.divergence}"; take it out')
+        if self.weights != "lora" and self.merge.strengths != (1.0,):
+            raise ValueError('merge.strengths need weights = "lora": there is no adapter to merge a share of')
         return self

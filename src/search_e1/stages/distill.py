@@ -20,6 +20,7 @@ from search_e1.selfdistill.lead import Lead, gate
 from search_e1.selfdistill.samples import classes_of, reference_sample_of, sample_of
 from search_e1.stages.inputs import Inputs
 from search_e1.stages.lead import FILE as LEAD
+from search_e1.stages.merge import choose_strength
 from search_e1.stages.stage import Stage, sections
 from search_e1.training.loop import Schedule, train
 from search_e1.training.objectives import open_objective
@@ -35,7 +36,8 @@ class Distill(Stage):
 
     Figures: pairs (for ``sft`` distinct references), pairs_too_long, pairs_shortened (whose reference lacks passages, so that
     it fits), positions (tokens in the loss, an epoch), masked (share of sampled tokens without weight), steps, halved, the
-    loss (kl or cross_entropy, nats a token) over the first and the last tenth of the steps, seconds.
+    loss (kl or cross_entropy, nats a token) over the first and the last tenth of the steps, seconds; with adapters the merged
+    strength, and EM and tokens at each that was tried.
     """
 
     policy: str | Path
@@ -91,6 +93,7 @@ class Distill(Stage):
         source = EpochSource(samples, config.batch_size, context.seed)
         schedule = Schedule(source.steps * config.epochs, config.learning_rate)
         steps = train(trained, source, {"distill": objective}, config.training, schedule, context)
+        strength = choose_strength(run, trained, policy, pairs, context) if config.weights == "lora" else {}
         policy.model = trained.finish()
         if ranks.is_first():
             policy.save(context.out / "policy")
@@ -104,6 +107,7 @@ class Distill(Stage):
             "steps": len(steps),
             "halved": sum(step.get("halved", 0) for step in steps),
             **ends(steps, "loss", 0.1, name="cross_entropy" if imitates else "kl"),
+            **strength,
             "seconds": sum(step["seconds"] for step in steps),
         }
 

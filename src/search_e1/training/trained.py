@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -195,6 +196,14 @@ class TrainedPolicy:
                 yield _plain(model)
         else:
             yield _plain(self.model)
+
+    def scale_adapter(self, strength: float) -> None:
+        """From now on the adapters add ``strength`` times what they were trained to add."""
+        for model in (self.model, self._replica.model) if self._replica else (self.model,):
+            for module in model.modules():
+                if isinstance(module, LoraLayer):
+                    for name in module.active_adapters:
+                        module.set_scale(name, strength)
 
     def finish(self) -> Any:
         """The plain trained model: whole on each rank, adapters merged, in evaluation mode.
