@@ -129,6 +129,9 @@ class DistillConfig(Section):
     teacher_temperature: Annotated[float, Field(gt=0)] = 1.0
     """Below 1 sharpens the teacher."""
     class_weights: ClassWeights = ClassWeights()
+    students: Literal["stored", "fresh"] = "stored"
+    """Whose tokens are taught: the pairs' stored students (as published, offline), or one sampled afresh for each reference
+    from the policy as it is at that step (on-policy), at `pool.temperature`."""
     mask: Mask = "none"
     """Leave out what the student could not know: its `answers`, or whole `turns`, where the reference's action after as many
     searches has words that occur neither in the question nor in what the student has read so far."""
@@ -144,6 +147,10 @@ class DistillConfig(Section):
     def _is_used(self) -> "DistillConfig":
         if self.beta != 0.5 and self.divergence != "js":
             raise ValueError(f'beta = {self.beta:g} belongs to divergence = "js", not to "{self.divergence}"; take it out')
+        if self.students == "fresh" and not self.has_teacher:
+            raise ValueError(
+                f'students = "fresh" need a teacher, and objective = "{self.objective}" has none; take one of them out'
+            )
         if self.weights != "lora" and self.merge.strengths != (1.0,):
             raise ValueError('merge.strengths need weights = "lora": there is no adapter to merge a share of')
         return self

@@ -1,6 +1,7 @@
 """Distillation, or fine-tuning on the same references: the policy learns from stored pairs."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,12 @@ from search_e1.runs.stage_id import StageId
 from search_e1.selfdistill import files
 from search_e1.selfdistill.lead import Lead, gate
 from search_e1.selfdistill.samples import classes_of, reference_sample_of, sample_of
+from search_e1.stages.fresh_students import FreshStudents
 from search_e1.stages.inputs import Inputs
 from search_e1.stages.lead import FILE as LEAD
 from search_e1.stages.merge import choose_strength
 from search_e1.stages.stage import Stage, sections
+from search_e1.stages.training_engine import check_training_engine
 from search_e1.training.loop import Schedule, train
 from search_e1.training.objectives import open_objective
 from search_e1.training.policy import Policy, context_length, with_adapter
@@ -54,7 +57,7 @@ class Distill(Stage):
         return StageId("ofsd", self.round)
 
     def settings(self, config: Config) -> Mapping[str, Any]:
-        return sections(config, "distill")
+        return sections(config, "distill", *(("rollout", "pool") if _samples(config) else ()))
 
     def inputs(self, run: Inputs) -> Mapping[str, str]:
         """
@@ -66,7 +69,8 @@ class Distill(Stage):
         if run.config.distill.has_teacher:
             assert self.lead, "nothing is distilled unmeasured"
             gate(Lead.model_validate_json((self.lead / LEAD).read_text()), run.config.lead)
-        return {"policy": run.checksum(self.policy), "pairs": runs.checksum(self.pairs / files.TRAIN)}
+        sampled = run.sampled_on(self.policy) if _samples(run.config) else {"policy": run.checksum(self.policy)}
+        return {**sampled, "pairs": runs.checksum(self.pairs / files.TRAIN)}
 
     def check(self, run: Inputs) -> None:
         """
@@ -74,6 +78,8 @@ class Distill(Stage):
             ConfigError: an unknown objective.
         """
         open_objective(run.config.distill.objective, "distill.objective", run.config)
+        if run.config.distill.students == "fresh":
+            check_training_engine(run.config, self.policy, "distillation with fresh students")
 
     def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
         """
@@ -90,9 +96,14 @@ class Distill(Stage):
         trained = TrainedPolicy(
             model, config.training, frozen_start=objective.needs_start, sharding=sharding, dtype=policy.dtype
         )
-        source = EpochSource(samples, config.batch_size, context.seed)
-        schedule = Schedule(source.steps * config.epochs, config.learning_rate)
-        steps = train(trained, source, {"distill": objective}, config.training, schedule, context)
+        source: EpochSource | FreshStudents
+        with ExitStack() as stack:
+            if config.students == "fresh":
+                source = FreshStudents(run, policy, trained, pairs, context, self.policy, stack)
+            else:
+                source = EpochSource(samples, config.batch_size, context.seed)
+            schedule = Schedule(source.steps * config.epochs, config.learning_rate)
+            steps = train(trained, source, {"distill": objective}, config.training, schedule, context)
         strength = choose_strength(run, trained, policy, pairs, context) if config.weights == "lora" else {}
         policy.model = trained.finish()
         if ranks.is_first():
@@ -110,6 +121,11 @@ class Distill(Stage):
             **strength,
             "seconds": sum(step["seconds"] for step in steps),
         }
+
+
+def _samples(config: Config) -> bool:
+    """Whether the stage samples from the policy, so that more than its pairs decides about the result."""
+    return config.distill.students == "fresh" or len(config.distill.merge.strengths) > 1
 
 
 def make_samples(policy: Policy, pairs: Sequence[Pair], config: DistillConfig) -> list[Sample]:

@@ -10,7 +10,6 @@ from typing import Any
 
 from search_e1.config import Config, GrpoConfig, default_of
 from search_e1.errors import ConfigError, DataError
-from search_e1.rollout.engines.registry import vllm_launch
 from search_e1.rollout.loop import Start, rollout, starts
 from search_e1.rollout.unfinished import unfinished_in
 from search_e1.runs import derived_seed, ranks
@@ -20,7 +19,7 @@ from search_e1.stages.inputs import Inputs
 from search_e1.stages.kept import Groups, keeping
 from search_e1.stages.replay import replay_samples, taught_samples
 from search_e1.stages.stage import Stage, sections
-from search_e1.stages.training_engine import open_training_engine
+from search_e1.stages.training_engine import check_training_engine, open_training_engine
 from search_e1.training.guard import Collapse, Guard
 from search_e1.training.loop import Schedule, train
 from search_e1.training.objectives import open_objective
@@ -68,13 +67,8 @@ class Grpo(Stage):
         """
         check(run.config.grpo, run.train_questions)
         make_objectives(run.config)
-        engine = run.config.rollout.engine
-        if engine == "vllm" and run.config.grpo.steps:
-            vllm_launch(run.config, self.policy, run.config.rollout.max_tokens, shared=True)
-        elif engine != "torch" and run.config.grpo.steps:
-            raise ConfigError(
-                f'rollout.engine = "{engine}": GRPO gives each step\'s weights to "torch" and "vllm" alone; set one of them'
-            )
+        if run.config.grpo.steps:
+            check_training_engine(run.config, self.policy, "GRPO")
 
     def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
         """

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from peft import PeftModel
 
 from search_e1.config import Config
+from search_e1.errors import ConfigError
 from search_e1.rollout.engines import vllm
 from search_e1.rollout.engines.base import Engine
 from search_e1.rollout.engines.registry import vllm_launch
@@ -26,6 +27,21 @@ class TrainingEngine(Protocol):
     def updated(self) -> Any:
         """A context with an engine that samples from the weights as they are now."""
         ...
+
+
+def check_training_engine(config: Config, policy: str | Path, stage: str) -> None:
+    """See that ``rollout.engine`` can sample from a policy that changes.
+
+    Raises:
+        ConfigError: it keeps the first policy.
+    """
+    engine = config.rollout.engine
+    if engine == "vllm":
+        vllm_launch(config, policy, config.rollout.max_tokens, shared=True)
+    elif engine != "torch":
+        raise ConfigError(
+            f'rollout.engine = "{engine}": {stage} gives each step\'s weights to "torch" and "vllm" alone; set one of them'
+        )
 
 
 @contextmanager

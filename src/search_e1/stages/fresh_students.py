@@ -1,0 +1,89 @@
+"""On-policy self-distillation: the students of a step are sampled from the policy as it is in that step.
+
+Stored students are off-policy as soon as the policy moves: it is then taught in states that it no longer visits. On-policy
+forms are SDFT (arXiv:2601.19897) and OPSD (arXiv:2601.18734); version 2 of Search-E1 (arXiv:2605.22511) names its method so.
+The teacher is the same as offline: the policy as the stage began, with the reference in its prompt.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.unfinished import unfinished_in
+from search_e1.runs import derived_seed, ranks
+from search_e1.runs.context import StageContext
+from search_e1.selfdistill.samples import classes_of, sample_of
+from search_e1.stages.inputs import Inputs
+from search_e1.stages.training_engine import open_training_engine
+from search_e1.training.policy import Policy
+from search_e1.training.trained import TrainedPolicy
+from search_e1.types import Pair, Sample
+
+
+class FreshStudents:
+    """One new trajectory a step for each of ``distill.batch_size`` references, all references once an epoch, shuffled."""
+
+    def __init__(
+        self,
+        run: Inputs,
+        policy: Policy,
+        trained: TrainedPolicy,
+        pairs: Sequence[Pair],
+        context: StageContext,
+        path: str | Path,
+        stack: ExitStack,
+    ) -> None:
+        """``path``: what an engine beside the policy loads first; ``stack`` closes it."""
+        self.figures: Mapping[str, float] = {}
+        self._run, self._policy, self._context = run, policy, context
+        self._pairs = list({(p.question.id, p.reference.response_ids): p for p in reversed(pairs)}.values())[::-1]
+        self._size = run.config.distill.batch_size
+        self.steps = -(-len(self._pairs) // self._size)
+        """An epoch."""
+        self._engine = stack.enter_context(open_training_engine(run.config, path, trained, policy.tokenizer))
+
+    def next(self, step: int) -> Mapping[str, Sequence[Sample]]:
+        epoch, at = divmod(step, self.steps)
+        order = random.Random(derived_seed(self._context.seed, "epoch", epoch)).sample(self._pairs, len(self._pairs))
+        places = range(at * self._size, min((at + 1) * self._size, len(order)))[ranks.rank() :: ranks.count()]
+        pairs = self._sampled(step, places, [order[place] for place in places])
+        config, policy = self._run.config.distill, self._policy
+        weights = config.class_weights.model_dump()
+        samples = [
+            sample_of(pair, classes_of(policy.tokenizer, policy.prompts, pair.student), weights, config.mask) for pair in pairs
+        ]
+        fitting = [s for s in samples if len(s) <= self._engine.context_length and s.positions]
+        self.figures = _figures(pairs, samples, fitting)
+        return {"distill": fitting}
+
+    def _sampled(self, step: int, places: Sequence[int], pairs: Sequence[Pair]) -> list[Pair]:
+        """``pairs`` with students of the policy as it is now."""
+        config, prompts = self._run.config, self._policy.prompts
+        plain = starts(self._policy.tokenizer, prompts, [pair.question for pair in pairs])
+        begun = [replace(start, sample=place) for start, place in zip(plain, places, strict=True)]
+        with self._engine.updated() as engine:
+            trajectories = rollout(
+                engine, self._run.retriever, begun, config.rollout,
+                temperature=config.pool.temperature, seed=derived_seed(self._context.seed, step), prompts=prompts,
+                unfinished=unfinished_in(self._context.checkpointer),
+            )  # fmt: skip
+        return [pair.model_copy(update={"student": t}) for pair, t in zip(pairs, trajectories, strict=True)]
+
+
+def _figures(pairs: Sequence[Pair], samples: Sequence[Sample], fitting: Sequence[Sample]) -> dict[str, float]:
+    """Means over the step's students, of all ranks; ``masked``: the share of their sampled tokens without weight."""
+    sums = {
+        "students": float(len(pairs)),
+        "reward": sum(pair.student.reward for pair in pairs),
+        "searches": float(sum(pair.student.searches for pair in pairs)),
+        "sampled_tokens": float(sum(pair.student.sampled_tokens for pair in pairs)),
+        "too_long": float(len(samples) - len(fitting)),
+        "positions": float(sum(len(sample.positions) for sample in samples)),
+    }
+    parts = ranks.all_gather_object(sums)
+    totals = {name: sum(part[name] for part in parts) for name in sums}
+    count, positions = totals.pop("students"), totals.pop("positions")
+    return {name: value / count for name, value in totals.items()} | {"masked": 1 - positions / totals["sampled_tokens"]}
