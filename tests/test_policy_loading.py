@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from chat import chat_tokenizer
 from conftest import TINY_PROMPTS
 from search_e1.config import PolicyConfig, Prompts
-from search_e1.errors import ModelError
+from search_e1.errors import ModelError, SearchE1Error
 from search_e1.lab.plan.shapes import read_config, shape_of
 from search_e1.rollout.engines.registry import check_engine
 from search_e1.stages.inputs import Inputs
@@ -155,6 +155,73 @@ def test_a_quantised_directory_whose_library_is_missing_is_refused(model: Path, 
     assert f"quantised with {method}, which cannot be loaded here (" in said
     assert said.endswith("; install what is missing, or give the model's unquantised directory")
     assert said == refused(model, read)
+
+
+def one_line(path: Path) -> str:
+    with pytest.raises(SearchE1Error) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def _tokenizer_with(pattern: str) -> Callable[[dict], dict]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return lambda held: {**held, "pre_tokenizer": split}
+
+
+DAMAGED = {
+    "settings that are a list": (
+        "tokenizer_config.json",
+        lambda held: [held],
+        "tokenizer_config.json holds list, not an object",
+    ),
+    "settings that are a text": ("special_tokens_map.json", lambda _: "x", "special_tokens_map.json holds str, not an object"),
+    "a config that is nothing": ("config.json", lambda _: None, "config.json holds NoneType, not an object"),
+    "a tokenizer that is a list": ("tokenizer.json", lambda _: [1], "tokenizer.json holds list, not an object"),
+    "a pattern that is none": (
+        "tokenizer.json",
+        _tokenizer_with("("),
+        "tokenizer.json, tokenizer_config.json) does not load: Onig",
+    ),
+    "a size that is a text": (
+        "config.json",
+        lambda held: {**held, "vocab_size": "x"},
+        "'vocab_size': TypeError: Field 'vocab_size'",
+    ),
+    "a length that is a text": (
+        "tokenizer_config.json",
+        lambda held: {**held, "model_max_length": "x"},
+        "not supported between",
+    ),
+    "a template that divides by zero": (
+        "tokenizer_config.json",
+        lambda held: {**held, "chat_template": "{{ messages[0]['content'] }}{{ 1 / 0 }}"},
+        "chat template fails (division by zero)",
+    ),
+    "a template that calls itself": (
+        "tokenizer_config.json",
+        lambda held: {**held, "chat_template": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"},
+        "chat template fails (maximum recursion depth exceeded",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_file_is_one_line_that_names_it(model: Path, case: str) -> None:
+    name, change, said = DAMAGED[case]
+    file = model / name
+    held = json.loads(file.read_text()) if file.exists() else {}
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    file.write_text(json.dumps(change(held)))
+    assert said in one_line(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["search_e1.json", "config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json"]
+)
+def test_json_nested_too_deep_is_one_line_that_names_the_file(model: Path, name: str) -> None:
+    (model / name).write_text("[" * 100_000)
+    assert name in one_line(model)
 
 
 @pytest.mark.parametrize(

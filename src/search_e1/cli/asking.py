@@ -114,6 +114,7 @@ def _asker(
     from search_e1.retrieval.indexes import open_indexes
     from search_e1.rollout.ask import ask as answer
     from search_e1.rollout.engines.registry import open_engine
+    from search_e1.runs import day
     from search_e1.stages.inputs import Inputs
     from search_e1.training import policy as policies
 
@@ -121,6 +122,7 @@ def _asker(
     if config:
         loaded = load(config, context.args)
         stages = Inputs(loaded, loaded.run)
+        context.with_resource(day.pin(day.recorded(loaded.run)))
     elif context.args:
         raise ConfigError(f"unexpected argument {context.args[0]!r}; overrides need --config")
     if model is None and stages is None and endpoint is None:

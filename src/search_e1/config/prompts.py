@@ -1,5 +1,6 @@
 """The templates a policy works under: its instruction, its teacher's prompt, and its correction."""
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -58,6 +59,16 @@ class Prompts(BaseModel):
     """The teacher's user message; ``{instruction}`` (with its question) and ``{reference}`` are replaced."""
     correction: str = CORRECTION
     """What a malformed action is answered with."""
+    date: datetime.date | None = None
+    """The day that a chat template which tells the date is given, e.g. `2025-11-28`. Default: the day on which the run was
+    begun; the policies that it makes keep that."""
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _is_date(cls, value: Any) -> Any:
+        if not isinstance(value, str | datetime.date | None) or isinstance(value, datetime.datetime):
+            raise ValueError("no date; write YYYY-MM-DD")  # a number would count seconds
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -85,9 +96,11 @@ class Prompts(BaseModel):
         if not path.exists():
             return cls()
         try:
-            return cls.model_validate(json.loads(path.read_text())["prompts"])
-        except (ValueError, KeyError, TypeError) as error:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8-sig"))["prompts"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(f"{path}: not a prompts file ({str(error).splitlines()[0]})") from error
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from error
 
     @staticmethod
     def saved_in(directory: Path) -> bool:
@@ -95,7 +108,8 @@ class Prompts(BaseModel):
         return (directory / _FILE).exists()
 
     def save(self, directory: Path) -> None:
-        (directory / _FILE).write_text(json.dumps({"prompts": self.model_dump()}, indent=2) + "\n")
+        dumped = self.model_dump(mode="json", exclude_none=True)
+        (directory / _FILE).write_text(json.dumps({"prompts": dumped}, indent=2) + "\n")
 
 
 def _require(template: str, field: str) -> str:

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from search_e1.errors import RunError
-from search_e1.runs import artifacts, disk, locks, ranks
+from search_e1.runs import artifacts, day, disk, locks, ranks
 from search_e1.runs.drift import changes, lines
 from search_e1.runs.files import write_atomically
 from search_e1.runs.safe import masked
@@ -26,7 +27,7 @@ def opened(
     shared: Path | None = None,
     other_versions: bool = False,
 ) -> Iterator[Path]:
-    """Hold the run directory for this process; make it if it is new.
+    """Hold the run directory for this process; make it if it is new. Within the context the day is the run's (``runs.day``).
 
     ``migrate`` makes of the config that an earlier version left what this one would have left. ``branch_of``: the run that
     this one branches off, whose finished artifacts it takes over where they would be made the same. ``shared``: a directory
@@ -38,7 +39,7 @@ def opened(
             cannot be written to, or its disk is full.
     """
     if not ranks.is_first():  # rank 0 holds the directory for all
-        with disk.translate_disk_errors(directory):
+        with disk.translate_disk_errors(directory), day.pin(ranks.broadcast_object(None) if ranks.is_joined() else None):
             yield directory
         return
     if branch_of:
@@ -50,7 +51,9 @@ def opened(
             write_atomically(directory / artifacts.SHARED, json.dumps({"in": str(shared.resolve())}) + "\n")
         _check_config(directory, masked(json.loads(json.dumps(config, default=str))), migrate)
         _check_versions(directory, other_versions)
-        yield directory
+        begun = _begun_on(directory, branch_of, shared)
+        with day.pin(ranks.broadcast_object(begun) if ranks.is_joined() else begun):
+            yield directory
 
 
 def _check_branch(directory: Path, origin: Path) -> None:
@@ -62,7 +65,7 @@ def _check_branch(directory: Path, origin: Path) -> None:
         return  # new, or killed before it began
     try:
         known = json.loads((directory / artifacts.ORIGIN).read_text(encoding="utf-8"))["of"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         known = None
     if known != str(origin.resolve()):
         raise RunError(f"{directory}: there already, and no branch of {origin}; give a new directory with --branch")
@@ -76,7 +79,7 @@ def _check_config(directory: Path, config: dict[str, Any], migrate: Callable[[Ma
         return
     try:
         there = migrate(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: damaged; use another run directory") from error
     if found := changes(there, config):
         raise RunError(
@@ -97,6 +100,17 @@ def _check_versions(directory: Path, allowed: bool) -> None:
         )
     if found or not there:
         write_atomically(directory / _VERSIONS, json.dumps(here, indent=2) + "\n")
+
+
+def _begun_on(directory: Path, branch_of: Path | None, shared: Path | None) -> date:
+    """The day on which the run was begun: it, the run that it branches off, or the first of those that share artifacts."""
+    places = [place for place in (directory, shared, branch_of) if place]
+    begun = next((found for place in places if (found := day.recorded(place))), None) or date.today()
+    for place in filter(None, (directory, shared)):
+        if day.recorded(place) is None:
+            place.mkdir(parents=True, exist_ok=True)
+            day.record(place, begun)
+    return begun
 
 
 def _begun_with(directory: Path) -> dict[str, str]:

@@ -4,14 +4,15 @@ Prompts are ids. They are made here and nowhere else, so that GRPO, pools, disti
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date
 from functools import lru_cache
-
-from jinja2 import TemplateError
+from pathlib import Path
 
 from search_e1.config import Prompts
 from search_e1.config.prompts import ProtocolName
-from search_e1.errors import ConfigError, ModelError
+from search_e1.errors import ConfigError, ModelError, SearchE1Error
 from search_e1.text.tools import SEARCH, tools_of
 from search_e1.types import Passage
 
@@ -67,25 +68,61 @@ def _encode_message(tokenizer, prompts: Prompts, message: str) -> tuple[int, ...
         return tuple(_apply_template(tokenizer, prompts, message, tokenize=True, return_dict=False))
     if prompts.protocol == "tools":
         raise ModelError(NO_TEMPLATE)
-    return tuple(tokenizer.encode(message))
+    with _tokenizing(tokenizer):
+        return tuple(tokenizer.encode(message))
+
+
+@contextmanager
+def _tokenizing(tokenizer) -> Iterator[None]:
+    """
+    Raises:
+        ModelError: the tokenizer's pattern gives up on the text.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust; no subclass of Exception
+            raise
+        file = Path(str(tokenizer.name_or_path)) / "tokenizer.json"
+        raise ModelError(f"{file}: its pattern does not come to an end ({error}); use another tokenizer") from error
 
 
 def _apply_template(tokenizer, prompts: Prompts, message: str, **options):
     tools = [tool.schema for tool in tools_of(prompts)] if prompts.protocol == "tools" else None
     messages = [{"role": "user", "content": message}]
     try:
-        return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, **options)
-    except TemplateError as error:  # a template that reaches out of its sandbox too
+        if prompts.date and tells_date(tokenizer):  # else it would be another prompt tomorrow
+            options["chat_template"] = _clock(prompts.date) + tokenizer.get_chat_template(tools=tools)
+        with _tokenizing(tokenizer):
+            return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, **options)
+    except SearchE1Error:
+        raise
+    except Exception as error:  # a template is a program: it reaches out of its sandbox, divides by zero, calls itself
         problem = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"the policy's chat template fails ({problem}); use another model, or mend it") from error
+
+
+@lru_cache(maxsize=16)
+def _clock(day: date) -> str:
+    """Jinja's definition of a ``strftime_now`` of which it is always ``day``; transformers lets no function of ours in."""
+    codes = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBcdDeFGhHIjmMpSTuUVwWxXyYzZ"]
+    filled = "".join(f" | replace({code!r}, {day.strftime(code)!r})" for code in codes)
+    return f"{{%- macro strftime_now(format) -%}}{{{{- format{filled} -}}}}{{%- endmacro -%}}"
+
+
+def tells_date(tokenizer) -> bool:
+    """Whether the chat template tells the policy which day it is."""
+    return "strftime_now" in str(tokenizer.chat_template or "")
 
 
 def check_template(tokenizer, prompts: Prompts) -> None:
     """
     Raises:
-        ModelError: the chat template fails, or what it makes of a question does not hold the question.
+        ModelError: the chat template fails, what it makes of a question does not hold the question, or it cannot be tokenized.
     """
     question = "In which year did the Zambezi flood Kazungula?"
+    with _tokenizing(tokenizer):
+        tokenizer.encode(prompts.instruction.replace("{question}", question))
     if not tokenizer.chat_template:
         return
     text = _apply_template(tokenizer, prompts, prompts.instruction.replace("{question}", question), tokenize=False)
@@ -192,7 +229,8 @@ def enclosed(tokenizer, opening: str, body: str, closing: str, max_tokens: int) 
     while True:
         own_line = body[:room].endswith("\n")
         text = opening + body[:room] + ("" if own_line else "\n") + closing
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        with _tokenizing(tokenizer):
+            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         excess = len(encoded["input_ids"]) - max_tokens
         if excess <= 0:
             return text, tuple(encoded["input_ids"])

@@ -1,7 +1,9 @@
 """A policy on disk and in memory: a plain Hugging Face directory plus the prompts it works under."""
 
+import logging
 import sys
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from search_e1.config import LoraConfig, PolicyConfig, Prompts
+from search_e1.errors import ModelError
+from search_e1.runs import day
 from search_e1.runs.devices import device, no_bars
-from search_e1.text.prompts import check_template
+from search_e1.text.prompts import check_template, tells_date
 from search_e1.training.loading import check_quantization, check_tokenizer, load_weights
 from search_e1.training.precision import compute_dtype, multiplies_bfloat16
-from search_e1.training.sources import Source, opened
+from search_e1.training.sources import Source, opened, problem_of
 
+logger = logging.getLogger(__name__)
 _MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
 """Whose output projections PEFT takes no adapter for: their kernels read the weight itself."""
 
@@ -79,10 +84,23 @@ def load_reader(model: str | Path, config: PolicyConfig, prompts: Prompts | None
             tokenizer.pad_token = tokenizer.eos_token
         check_tokenizer(source.model, tokenizer, settings)
         limit = context_length(settings)
-    if prompts is None:
-        prompts = next((Prompts.of_policy(place) for place in source.prompts if Prompts.saved_in(place)), Prompts())
-    check_template(tokenizer, prompts)
+        if prompts is None:
+            prompts = next((Prompts.of_policy(place) for place in source.prompts if Prompts.saved_in(place)), Prompts())
+        if prompts.date is None and tells_date(tokenizer):
+            prompts = prompts.model_copy(update={"date": day.pinned() or _today(str(model))})
+        check_template(tokenizer, prompts)
     return Reader(tokenizer, prompts, limit)
+
+
+def _today(model: str) -> date:
+    """The day for the prompts of a policy that is in no run."""
+    if model not in _told:
+        _told.add(model)
+        logger.warning("%s: its chat template tells the date, today's here; prompts.date sets another", model)
+    return date.today()
+
+
+_told: set[str] = set()
 
 
 def _read(source: Source, trust_remote_code: bool) -> tuple[PreTrainedConfig, Any]:
@@ -91,7 +109,12 @@ def _read(source: Source, trust_remote_code: bool) -> tuple[PreTrainedConfig, An
         return _gguf[key]
     options = {"trust_remote_code": trust_remote_code}
     settings = AutoConfig.from_pretrained(source.weights, **options, **source.options)
-    tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, **options, **source.tokenizer_options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, **options, **source.tokenizer_options)
+    except Exception as error:  # see ``opened``
+        files = "tokenizer.json, tokenizer_config.json"
+        problem = problem_of(error, source.tokenizer)
+        raise ModelError(f"policy.model = {source.model!r}: its tokenizer ({files}) does not load: {problem}") from error
     if key:
         _gguf.clear()
         _gguf[key] = settings, tokenizer

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from safetensors import SafetensorError
-
 from search_e1.config import NEW
 from search_e1.errors import ModelError, SearchE1Error
 from search_e1.runs.devices import no_bars
@@ -86,7 +84,7 @@ def base_of(model: str) -> str | None:
     where = f"policy.model = {model!r}: {_ADAPTER_CONFIG}"
     try:
         base = json.loads((path / _ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{where} cannot be read ({error}); save the adapter again") from error
     if not base or not isinstance(base, str):
         raise ModelError(f"{where} does not name the base; write it there as base_model_name_or_path")
@@ -137,9 +135,9 @@ def opened(model: str | Path) -> Iterator[Source]:
             yield _source(model, path, weights, Path(directory))
     except SearchE1Error:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # by what is damaged, anything: tokenizers raise plain ``Exception``
         its = f"its base {base!r}" if base else "it"
-        raise ModelError(f"policy.model = {model!r}: {its} does not load: {_problem(error, weights)}") from error
+        raise ModelError(f"policy.model = {model!r}: {its} does not load: {problem_of(error, weights)}") from error
 
 
 def _source(model: str, path: Path | str, weights: Path | str, empty: Path) -> Source:
@@ -180,8 +178,12 @@ def _check_directory(model: str, path: Path) -> None:
         raise ModelError(f"{where}: no {ADAPTER_WEIGHTS} in it; give the directory of a whole PEFT adapter")
 
 
-def _problem(error: BaseException, weights: Path | str) -> str:
-    problem = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def problem_of(error: BaseException, weights: Path | str) -> str:
+    """What a library says of ``weights``, in one line that names the file where it is one of JSON."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    problem = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    if broken := _broken_json(weights):
+        return broken
     if "custom code" in problem:
         return "it brings code of its own; read that, and set policy.trust_remote_code = true to run it"
     if is_gguf(weights):
@@ -189,3 +191,17 @@ def _problem(error: BaseException, weights: Path | str) -> str:
     if isinstance(weights, str) and "config.json" in problem:
         return f"{problem}; if it is an adapter or a GGUF file, download it and give its path"
     return problem
+
+
+def _broken_json(directory: Path | str) -> str:
+    """The first JSON file of a model's directory that holds no object, and why; empty if all do."""
+    for file in sorted(directory.glob("*.json")) if isinstance(directory, Path) else ():
+        try:
+            held = json.loads(file.read_text(encoding="utf-8"))
+        except RecursionError:
+            return f"{file.name} is nested too deep"
+        except (OSError, ValueError) as error:
+            return f"{file.name} is no JSON ({error})"
+        if not isinstance(held, dict):
+            return f"{file.name} holds {type(held).__name__}, not an object"
+    return ""
