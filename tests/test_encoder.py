@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, T5Config, T5EncoderModel
 
 from search_e1.errors import ModelError
@@ -154,6 +155,56 @@ def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:
     (directory / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ModelError, match="pickles, which can run code"):
         Encoder.open(directory)
+
+
+LAYER = "encoder.layer.0.output.dense.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w.pop(LAYER), f"weights are missing: {LAYER}; give the directory of a whole encoder"),
+        (
+            lambda w: [w.update({f"_orig_mod.{key}": w.pop(key)}) for key in list(w)],
+            "weights are missing: embeddings.LayerNorm.bias and 20 more; its files hold _orig_mod.embeddings.LayerNorm.bias",
+        ),
+        (
+            lambda w: w.update({LAYER.replace("0", "1"): w[LAYER] + 1}),
+            f"weights are left over: {LAYER.replace('0', '1')}; give",
+        ),
+        (lambda w: w.update({LAYER: w[LAYER][:3] + 1}), "does not load"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, change, said: str) -> None:
+    directory = make_tiny_encoder(tmp_path / "e")
+    weights = load_file(directory / "model.safetensors")
+    change(weights)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError) as caught:
+        Encoder.open(directory)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pooler_may_be_missing_and_a_head_left_over(tmp_path: Path) -> None:
+    """Neither has a say in the vectors."""
+    directory = make_tiny_encoder(tmp_path / "e")
+    expected = Encoder.open(directory, dtype="float32").queries(TEXTS)
+    weights = load_file(directory / "model.safetensors")
+    weights = {key: value for key, value in weights.items() if "pooler" not in key} | {"cls.predictions.bias": torch.ones(3)}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    np.testing.assert_array_equal(Encoder.open(directory, dtype="float32").queries(TEXTS), expected)
+
+
+@pytest.mark.parametrize("name", ["modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"])
+@pytest.mark.parametrize("content", ["[" * 100_000, '"x"', "[1]", "7", "null"])
+def test_files_of_another_kind_are_one_line_that_names_them(tmp_path: Path, name: str, content: str) -> None:
+    directory = make_tiny_encoder(tmp_path / "e")
+    (directory / name).write_text(content)
+    with pytest.raises(ModelError) as caught:
+        Encoder.open(directory)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_encoder_half_of_a_t5(tmp_path: Path) -> None:

@@ -109,7 +109,9 @@ def read_convention(directory: Path, name: str, longest: int, overrides: Overrid
 def _read_modules(directory: Path) -> dict[str, str]:
     """Kind -> path of the modules that ``modules.json`` lists; empty without that file."""
     modules, file = {}, directory / "modules.json"
-    for module in _read_json(file) or []:
+    for module in _read_json(file, list):
+        if not (isinstance(module, dict) and all(isinstance(module.get(key, ""), str) for key in ("type", "path"))):
+            raise ModelError(f"{file}: a module that is none ({module!r}); use the encoder's own file")
         kind, path = module.get("type", "").rpartition(".")[2], module.get("path", "")
         if kind not in ("Transformer", "Pooling", "Normalize"):
             supported = "only encoders of Transformer, Pooling and Normalize are supported"
@@ -173,11 +175,20 @@ def _find_family(directory: Path, name: str) -> Family | None:
     return None
 
 
-def _read_json(path: Path) -> Any:
-    """Contents of ``path``; empty if there is no such file."""
+def _read_json(path: Path, kind: type = dict) -> Any:
+    """Contents of ``path``, which are a ``kind``; empty if there is no such file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(held, kind):
+            raise ModelError(
+                f"{path}: holds {type(held).__name__}, where {kind.__name__} is needed; use the encoder's own file"
+            )
+        return held
     except FileNotFoundError:
-        return {}
+        return kind()
+    except RecursionError as error:
+        raise ModelError(f"{path}: nested too deep; use the encoder's own file") from error
+    except ModelError:
+        raise
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: not JSON ({error}); get the model again") from error

@@ -1,7 +1,8 @@
 """Text encoders through sentence-transformers. The only file that imports it."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -132,21 +133,55 @@ def _load_transformer(directory: Path, name: str, place: torch.device, dtype: st
     """The transformer module in ``directory``, and how many tokens it can read."""
     from sentence_transformers.sentence_transformer.modules import Transformer
 
+    reports: list[dict[str, Any]] = []
+
+    class Reporting(Transformer):
+        def _load_model(self, *arguments: Any, **options: Any) -> Any:
+            loaded: Any = super()._load_model(*arguments, output_loading_info=True, **options)
+            model, report = loaded
+            reports.append(report)
+            return model
+
     load = {"trust_remote_code": False, "local_files_only": True}
     weights = {**load, "dtype": _resolve_dtype(dtype, place), "use_safetensors": True}
     try:
         with devices.no_bars():
-            module = Transformer(str(directory), model_kwargs=weights, processor_kwargs=load, config_kwargs=load)
+            module = Reporting(str(directory), model_kwargs=weights, processor_kwargs=load, config_kwargs=load)
     except Exception as error:  # of transformers, tokenizers, safetensors or torch, by what is damaged
         problem = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "custom code" in problem or "trust_remote_code" in str(error):
             problem = "it brings code of its own, which is never run here; give another encoder"
         raise ModelError(f"encoder {name!r} does not load: {problem}") from error
+    [report] = reports
+    _check_weights(name, report, module.auto_model.state_dict())
     config = module.config
     positions = getattr(config, "max_position_embeddings", None) or 512
     if config.model_type in _OFFSET_POSITIONS:
         positions -= (config.pad_token_id or 0) + 1
     return module, min(positions, module.tokenizer.model_max_length)
+
+
+def _check_weights(name: str, report: Mapping[str, Any], held: Iterable[str]) -> None:
+    """A weight that is missing would be a random one. The pooler's may be: it is not asked. A head may be left over.
+
+    Raises:
+        ModelError: weights are missing, or left over from layers like those that the model has.
+    """
+
+    def layer(key: str) -> str:
+        return re.sub(r"\d+", "#", key)
+
+    layers = {layer(key) for key in held}
+    left_over = sorted(key for key in report["unexpected_keys"] if any(layer(key).endswith(known) for known in layers))
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key.split("."))
+    for what, keys in (("missing", missing), ("left over", left_over)):
+        if keys:
+            others = ", ".join(sorted(report["unexpected_keys"])[:1])
+            also = f"; its files hold {others} instead" if what == "missing" and others else ""
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ModelError(
+                f"encoder {name!r}: weights are {what}: {keys[0]}{more}{also}; give the directory of a whole encoder"
+            )
 
 
 def _assemble(transformer: Any, convention: Convention, place: torch.device) -> "SentenceTransformer":
