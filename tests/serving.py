@@ -104,6 +104,7 @@ def misbehaving(reply: Reply) -> Iterator[Misbehaving]:
 
     class Quiet(ThreadingHTTPServer):
         daemon_threads = True
+        request_queue_size = 128
 
         def handle_error(self, *args: object) -> None:
             """A client that has gone away is part of the tests."""

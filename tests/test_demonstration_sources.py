@@ -10,7 +10,6 @@ from search_e1.rollout import pool
 from search_e1.rollout.demonstrations import endpoint, hops, passages, questions
 from search_e1.rollout.demonstrations.questions import names_in
 from search_e1.rollout.demonstrations.writer import Writer
-from search_e1.rollout.engines.remote import RemoteEngine
 from search_e1.runs.checkpoints import Checkpointer
 from search_e1.text.protocol import Action
 from search_e1.text.protocols import protocol_of
@@ -178,11 +177,10 @@ def test_an_endpoint_that_never_answers_correctly_is_one_line_at_once(tiny_polic
         sampled(tiny_policy, server, tmp_path)
 
 
-def test_an_endpoint_that_is_down_or_no_endpoint_is_named(tiny_policy, tmp_path, monkeypatch):
-    monkeypatch.setattr(RemoteEngine, "_wait", 0, raising=False)
+def test_an_endpoint_that_is_down_or_no_endpoint_is_named(tiny_policy, tmp_path):
     with (
         misbehaving(lambda *_: (404, b"")) as server,
-        pytest.raises(EndpointError, match=r"404; check coldstart\.endpoint\.url"),
+        pytest.raises(EndpointError, match=r"404 Not Found; check coldstart\.endpoint\.url"),
     ):
         sampled(tiny_policy, server, tmp_path)
     with pytest.raises(ConfigError, match=r"coldstart\.endpoint\.url"):
@@ -202,7 +200,7 @@ def test_an_interrupted_endpoint_is_asked_only_what_is_missing(tiny_policy, tmp_
     with answering(ANSWER) as server:
         figures = sampled(tiny_policy, server, tmp_path, Checkpointer(work), many)
     assert (figures["questions"], figures["em"]) == (40, 1.0)
-    assert len(server.requests) == 80 - 64  # two chunks were whole
+    assert 80 - 71 <= len(server.requests) < 80 - 64  # two chunks were whole, and of the third each answer is kept
     assert [group.question.id for group in pool.read(tmp_path / pool.FILE)] == [q.id for q in many]
 
 

@@ -12,7 +12,7 @@ from search_e1.errors import ConfigError, EndpointError
 from search_e1.evaluation.evaluate import evaluate
 from search_e1.rollout.engines.base import generate
 from search_e1.rollout.engines.endpoint import Endpoint, EndpointEngine
-from search_e1.rollout.engines.remote import API_KEY
+from search_e1.rollout.engines.remote import API_KEY, key_headers
 from search_e1.rollout.engines.words import Words
 from search_e1.rollout.loop import rollout, starts
 from search_e1.types import ActionKind, Question, StopReason, Trajectory
@@ -32,10 +32,13 @@ def completion(content: str | None, *, calls=(), tokens: int | None = 7, finish:
     return 200, json.dumps({"choices": [{"message": message, "finish_reason": finish}], **usage}).encode()
 
 
+OVERFLOW = (400, b'{"error": {"message": "This model\'s maximum context length is 10 tokens."}}')
+
+
 def play(prompts: Prompts, *replies, limits: RolloutConfig = LIMITS, **settings) -> tuple[Trajectory, Misbehaving]:
     with misbehaving(lambda request, number: replies[min(number, len(replies) - 1)]) as server:
         generator = EndpointEngine(Endpoint(server.url, "m", **settings), prompts)
-        generator._retrying.wait = wait_none()
+        generator.server.retrying.wait = wait_none()
         begun = starts(generator.tokenizer, prompts, [QUESTION])
         [done] = rollout(generator, TinyRetriever(PASSAGES), begun, limits, temperature=0.5, seed=0, prompts=prompts)
         return done, server
@@ -89,7 +92,7 @@ def test_tools_are_the_endpoints_own() -> None:
         ([completion(None)], StopReason.MALFORMED, 3),
         ([completion("", calls=[("browse", "{}")])], StopReason.MALFORMED, 3),
         ([completion("", calls=[("search", "{rubbish")])], StopReason.MALFORMED, 3),
-        ([(400, b'{"error": {"message": "maximum context length is 10"}}')], StopReason.MALFORMED, 3),
+        ([completion("", calls=[("search", '{"query": "x"}')]), OVERFLOW], StopReason.MAX_TOKENS, 2),
         ([completion("", calls=[("search", '{"query": "mayor Bel"}')])], StopReason.MAX_TURNS, 3),
         ([completion("x " * 900, tokens=None)], StopReason.ANSWERED, 1),
     ],
@@ -110,10 +113,10 @@ def test_a_bad_output_is_data(replies, reason: StopReason, turns: int) -> None:
         ((None, b""), "no answer after 3 attempts: .*; is the server running", 3),
         (
             (401, b'{"error": {"message": "bad\\nkey \\u001b[31m"}}'),
-            r"status 401 \(bad key \[31m\); check --endpoint",
+            r"status 401 Unauthorized \(bad key \[31m\); check --endpoint",
             1,
         ),
-        ((404, b""), "status 404; check", 1),
+        ((404, b""), "status 404 Not Found; check", 1),
         ((200, b"{", {"Content-Length": "50"}), "no answer after 3 attempts", 3),
     ],
 )
@@ -126,7 +129,7 @@ def test_an_endpoint_that_fails_is_one_line(reply, message: str, requests: int) 
 
     with misbehaving(replying) as server:
         generator = EndpointEngine(Endpoint(server.url, "m", timeout=0.5, attempts=3), TAGS)
-        generator._retrying.wait = wait_none()
+        generator.server.retrying.wait = wait_none()
         with pytest.raises(EndpointError, match=message) as caught:
             generate(generator, [generator.tokenizer.encode("x")], max_new_tokens=5, temperature=0.0, stop=())
     assert "\n" not in str(caught.value)
@@ -160,9 +163,9 @@ def test_what_is_no_address_is_refused(url: str) -> None:
 
 def test_the_key_is_sent_and_nothing_else_is(monkeypatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-other")
-    assert EndpointEngine(Endpoint("http://x", "m"), TAGS)._headers == {}
+    assert key_headers() == {}
     monkeypatch.setenv(API_KEY, " sk-1 ")
-    assert EndpointEngine(Endpoint("http://x", "m"), TAGS)._headers == {"Authorization": "Bearer sk-1"}
+    assert key_headers() == {"Authorization": "Bearer sk-1"}
     monkeypatch.setenv(API_KEY, "sk\n1")
     with pytest.raises(ConfigError, match=API_KEY):
         EndpointEngine(Endpoint("http://x", "m"), TAGS)

@@ -25,7 +25,12 @@ def answer(text: str) -> Turn:
 
 BAD = Turn(action_ids=(1,), action_text="hm", kind=ActionKind.MALFORMED, observation_ids=(3,), observation_text="No.")
 LAST_BAD = Turn(action_ids=(1,), action_text="hm", kind=ActionKind.MALFORMED)
-STOPS = {"tokens": StopReason.MAX_TOKENS, "turns": StopReason.MAX_TURNS, "bad": StopReason.MALFORMED}
+STOPS = {
+    "tokens": StopReason.MAX_TOKENS,
+    "turns": StopReason.MAX_TURNS,
+    "bad": StopReason.MALFORMED,
+    "refused": StopReason.REFUSED,
+}
 
 
 def judged(*turns: Turn, gold=("Oslo",), stop: str | None = None, corpus: bool | None = True):
@@ -50,6 +55,7 @@ CASES = {
     "nowhere comes before format": (judged(LAST_BAD, stop="bad", corpus=False), Failure.NOT_IN_CORPUS),
     "nowhere comes before wording": (judged(answer("in Oslo"), corpus=False), Failure.NOT_IN_CORPUS),
     "read, so it is somewhere": (judged(search("a", OSLO), answer("Rome"), corpus=False), Failure.NOT_READ_OUT),
+    "refused by an endpoint": (judged(search("a", OSLO), LAST_BAD, stop="refused"), Failure.REFUSED),
     "no action at the end": (judged(search("a", OSLO), LAST_BAD, stop="bad"), Failure.FORMAT),
     "format comes before repeated": (
         judged(search("a", ROME), search("a", ROME), LAST_BAD, stop="bad"),

@@ -12,14 +12,16 @@ import pytest
 from conftest import PASSAGES, TinyRetriever
 from scripted import ScriptedEngine
 from search_e1.config import Prompts, RolloutConfig
-from search_e1.rollout.engines.base import BatchEngine, Generation, Request
+from search_e1.errors import RetrievalError
 from search_e1.rollout.engines.continuous import ContinuousSession
+from search_e1.rollout.engines.endpoint import Endpoint, EndpointEngine
 from search_e1.rollout.engines.torch import TorchEngine
-from search_e1.rollout.engines.words import Words
 from search_e1.rollout.loop import rollout, starts
 from search_e1.rollout.unfinished import Unfinished
 from search_e1.runs.stopping import Stop, Stopped
 from search_e1.types import Question, Trajectory
+from serving import misbehaving
+from test_endpoint import completion
 
 PROMPTS = Prompts(instruction="Q: {question}\n", correction="\nNo.\n")
 LIMITS = RolloutConfig(max_searches=2, topk=1, max_action_tokens=24, max_observation_tokens=100, max_tokens=512)
@@ -144,37 +146,50 @@ def test_a_retriever_that_hangs_is_not_waited_for(tiny_policy, tmp_path) -> None
     assert [t.answer for t in done] == ["a", "a", "b", "b", "c", "c"]
 
 
-class Server(BatchEngine):
-    """Says what an endpoint would, in words of this process."""
-
-    context_length = 4096
-
-    def __init__(self) -> None:
-        self.tokenizer, self.asked = Words(), 0
-
-    def generate(self, requests: Sequence[Request], **_: Any) -> list[Generation]:
-        generations = []
-        for request in requests:
-            self.asked += 1
-            text = self.tokenizer.decode(request.prompt)
-            [question] = [q for q in SCRIPT if q in text]
-            action = SCRIPT[question][text.count("</information>")]
-            generations.append(Generation(self.tokenizer.said(action, None, request.max_new_tokens)))
-        return generations
+def endpoint_reply(request: dict[str, Any], number: int) -> tuple[int, bytes]:
+    """What ``SCRIPT`` says, over HTTP."""
+    told = [message["content"] for message in request["messages"]]
+    [question] = [q for q in SCRIPT if q in told[0]]
+    return completion(SCRIPT[question][sum("<information>" in text for text in told)])
 
 
-def test_an_endpoint_keeps_what_has_ended(tmp_path) -> None:
+def test_answers_of_an_endpoint_are_kept_as_they_arrive(tmp_path) -> None:
+    """Whatever ends the call: no answer is asked for again, of unfinished trajectories neither."""
     place = lasting(tmp_path)()
-    with pytest.raises(Stopped):
-        play(Server(), Interrupting(place.stop, 1), place)
-    again = Server()
-    again.tokenizer.encode("words that shift all others")
-    assert [t.answer for t in play(again, TinyRetriever(PASSAGES), lasting(tmp_path)())] == [
-        "a",
-        "a",
-        "b",
-        "b",
-        "c",
-        "c",
-    ]
-    assert again.asked == 10
+    with misbehaving(endpoint_reply) as server:
+        with pytest.raises(Stopped):
+            play(EndpointEngine(Endpoint(server.url, "m"), PROMPTS), Interrupting(place.stop, 1), place)
+        asked = len(server.requests)
+        assert asked < 12
+
+    class Broken(TinyRetriever):
+        def search(self, queries: Sequence[str], topk: int) -> Any:
+            raise RetrievalError("down")
+
+    with misbehaving(endpoint_reply) as server:
+        with pytest.raises(RetrievalError):
+            play(EndpointEngine(Endpoint(server.url, "m"), PROMPTS), Broken(PASSAGES), lasting(tmp_path)())
+        asked += len(server.requests)
+    with misbehaving(endpoint_reply) as server:
+        again = EndpointEngine(Endpoint(server.url, "m"), PROMPTS)
+        again.tokenizer.encode("words that shift all others")
+        done = play(again, TinyRetriever(PASSAGES), lasting(tmp_path)())
+        assert [t.answer for t in done] == ["a", "a", "b", "b", "c", "c"]
+        # Those in flight when a call ended were never read.
+        assert 12 <= asked + len(server.requests) <= 12 + 2 * 8
+        before = len(server.requests)
+        assert play(again, TinyRetriever(PASSAGES), lasting(tmp_path)()) == done
+        assert len(server.requests) == before  # the call was whole: nothing is asked
+        play(again, TinyRetriever(PASSAGES), lasting(tmp_path)(), seed=4)
+        assert len(server.requests) == before + 12  # another call
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: b"</anwser>".join(data.rsplit(b"</answer>", 1))])
+def test_of_damaged_answers_the_rest_is_asked_again(tmp_path, damage) -> None:
+    with misbehaving(endpoint_reply) as server:
+        engine = EndpointEngine(Endpoint(server.url, "m", concurrency=1), PROMPTS)
+        expected = play(engine, TinyRetriever(PASSAGES), lasting(tmp_path)())
+        [kept] = tmp_path.glob("*-answers.jsonl")
+        kept.write_bytes(damage(kept.read_bytes()))
+        assert play(engine, TinyRetriever(PASSAGES), lasting(tmp_path)()) == expected
+        assert 12 < len(server.requests) < 24

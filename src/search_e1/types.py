@@ -66,6 +66,7 @@ class StopReason(StrEnum):
     MAX_TURNS = "max_turns"  # the last generation asked for one more search
     MAX_TOKENS = "max_tokens"  # no room for another token
     MALFORMED = "malformed"  # the last generation was neither a search nor an answer
+    REFUSED = "refused"  # an endpoint's content filter refused it
 
 
 class Turn(Record):

@@ -15,6 +15,8 @@ class Failure(StrEnum):
 
     NOT_IN_CORPUS = "not_in_corpus"
     """No passage of the corpus contains an answer."""
+    REFUSED = "refused"
+    """No answer: an endpoint's content filter refused the question, or what was found."""
     FORMAT = "format"
     """No answer: the last generation was neither a search nor an answer."""
     REPEATED_SEARCH = "repeated_search"
@@ -49,6 +51,8 @@ def classify(
     # A server may hold passages that the corpus file lacks, so what was read decides.
     if in_corpus is False and not read:
         return Failure.NOT_IN_CORPUS
+    if trajectory.stop_reason is StopReason.REFUSED:
+        return Failure.REFUSED
     if trajectory.stop_reason is StopReason.MALFORMED:
         return Failure.FORMAT
     answered = trajectory.stop_reason is StopReason.ANSWERED

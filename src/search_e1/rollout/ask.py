@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from search_e1.config import Prompts, RolloutConfig
@@ -39,9 +40,11 @@ def ask(
     # A question without gold answers is refused by its type; the empty one matches nothing but an empty answer.
     asked = Question(id="asked", text=question, answers=("",))
     engine: Engine
+    opened: AbstractContextManager[object] = nullcontext()
     if isinstance(policy, Endpoint):
         prompts = prompts or Prompts()
         engine = EndpointEngine(policy, prompts)
+        opened = engine.server
     elif isinstance(policy, Policy):
         prompts = policy.prompts
         stream = _Stream(policy.tokenizer, on_text) if on_text else None
@@ -50,11 +53,12 @@ def ask(
         engine, prompts = policy, prompts or Prompts()
         if isinstance(engine, VllmEngine):
             engine.on_id = _Stream(engine.tokenizer, on_text) if on_text else None
-    (trajectory,) = rollout(
-        engine, retriever, starts(engine.tokenizer, prompts, [asked]), limits or RolloutConfig(), temperature=temperature,
-        seed=random.randrange(2**32) if seed is None else seed, prompts=prompts,
-        on_turn=(lambda _, turn: on_turn(turn)) if on_turn else None,
-    )  # fmt: skip
+    with opened:
+        (trajectory,) = rollout(
+            engine, retriever, starts(engine.tokenizer, prompts, [asked]), limits or RolloutConfig(), temperature=temperature,
+            seed=random.randrange(2**32) if seed is None else seed, prompts=prompts,
+            on_turn=(lambda _, turn: on_turn(turn)) if on_turn else None,
+        )  # fmt: skip
     return trajectory.model_copy(update={"reward": 0.0, "f1": 0.0})
 
 

@@ -4,6 +4,7 @@ It is the only one: GRPO, pools, the teacher's lead, evaluation and ``ask`` all 
 for one another: while some are being sampled, the retriever answers others.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -24,11 +25,12 @@ from search_e1.rollout.unfinished import Unfinished, UnfinishedRow
 from search_e1.runs import derived_seed
 from search_e1.runs.stopping import Stop
 from search_e1.text.prompts import plain_prompt
-from search_e1.text.protocol import Protocol
+from search_e1.text.protocol import MALFORMED, Protocol
 from search_e1.text.protocols import protocol_of
 from search_e1.text.tools import SEARCH, Call
 from search_e1.types import ActionKind, Question, StopReason, Trajectory, Turn
 
+logger = logging.getLogger(__name__)
 OnTurn = Callable[[int, Turn], None]
 OnTrajectory = Callable[[int, Trajectory], None]
 
@@ -149,6 +151,8 @@ def rollout(
     begun = engine.session(temperature=temperature, stop=protocol.stop, max_tokens=limit)
     with unfinished.stop.finishing(), begun as session, _Calls(environment) as searches:
         session.interrupted = searches.interrupted = lambda: unfinished.stop.asked is not None
+        if keep := getattr(session, "keep", None):
+            keep(unfinished.answers(call))
         run = _Rollout(rows, session, searches, engine.tokenizer, protocol, config, limit, seed, on_turn, on_trajectory)
         with suppress(Interrupted):
             run.run(spent, unfinished.load(call))
@@ -220,15 +224,16 @@ class _Rollout:
             self.on_trajectory(i, row.finish())
 
     def rows_so_far(self) -> dict[int, UnfinishedRow]:
-        """All rows as they are. Of ids that mean nothing to another process, those that have ended."""
-        begun = getattr(self.session, "begun", dict)() | self.searching
-        ended_alone, nothing = getattr(self.tokenizer, "ids_of_process", False), Generation(())
+        """All rows as they are; none of ids that mean nothing to another process, whose session keeps answers instead."""
+        if getattr(self.tokenizer, "ids_of_process", False):
+            return {}
+        begun, nothing = getattr(self.session, "begun", dict)() | self.searching, Generation(())
         return {
             i: UnfinishedRow(
                 turns=tuple(row.turns), stop=row.stop, ids=begun.get(i, nothing).ids,
                 logprobs=begun.get(i, nothing).logprobs, complete=i in self.searching,
             )
-            for i, row in enumerate(self.rows) if row.stop or not ended_alone
+            for i, row in enumerate(self.rows)
         }  # fmt: skip
 
     def _sample(self, i: int, begun: Generation = Generation(())) -> None:  # noqa: B008  it is frozen
@@ -255,12 +260,17 @@ class _Rollout:
     def _draft(self, row: _Row, generation: Generation) -> "_Draft":
         """What a generation says, with the correction that a malformed one gets; sets ``stop`` on a row that ends with it."""
         text = self.tokenizer.decode(generation.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        action = self.protocol.parse(text)
+        action = MALFORMED if generation.stop else self.protocol.parse(text)
         draft: _Draft = dict(
             action_ids=generation.ids, action_text=text, kind=action.kind, argument=action.argument, tool=action.tool,
             sampling_logprobs=generation.logprobs,
         )  # fmt: skip
-        if action.kind is ActionKind.ANSWER:
+        if generation.stop:
+            row.stop = generation.stop
+            if row.stop is StopReason.REFUSED:
+                asked = row.start.question.id
+                logger.warning("question %r: refused by the endpoint (%s); scored as no answer", asked, generation.words)
+        elif action.kind is ActionKind.ANSWER:
             row.stop = StopReason.ANSWERED
         elif len(row.turns) >= self.config.max_searches:
             row.stop = StopReason.MAX_TURNS if action.kind.is_call else StopReason.MALFORMED

@@ -1,12 +1,13 @@
-"""Rollouts interrupted by a signal: their rows on disk, for the same call to resume."""
+"""Interrupted rollouts, for the same call to resume: rows at a signal, and a server's answers as they arrive."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from search_e1.runs import ranks, read_summed, sha256_text, write_summed
+from search_e1.runs import ranks, read_summed, sha256_text, write_atomically, write_summed
 from search_e1.runs.checkpoints import Checkpointer
+from search_e1.runs.files import append, summed_entries, summed_line
 from search_e1.runs.stopping import Stop
 from search_e1.types import Record, StopReason, Turn
 
@@ -50,10 +51,39 @@ class Unfinished:
             dumped = {place: row.model_dump(mode="json") for place, row in rows.items()}
             write_summed(self.path, json.dumps({"call": _key(call), "rows": dumped}))
 
+    def answers(self, call: Sequence[object]) -> "Answers":
+        """The answers of this call's server; those of other calls are removed."""
+        return Answers(self.path and self.path.with_name(self.path.stem + "-answers.jsonl"), _key(call))
+
     def discard(self) -> None:
         """Remove the file: the call is complete."""
         if self.path:
             self.path.unlink(missing_ok=True)
+
+
+class Answers:
+    """A server's answers under what was asked, each on disk before anything is made of it: none is paid for twice."""
+
+    def __init__(self, path: Path | None, call: str = "") -> None:
+        """Without a path nothing is kept. Lines from the first on that is damaged, or of another ``call``, are dropped."""
+        self._path = path
+        self._known: dict[str, str] = {}
+        entries = [json.loads(entry) for entry in summed_entries(path)] if path else []
+        self.begun = any(answer for _, answer in entries)
+        """Whether the server has answered before, this call or another of the same stage."""
+        if path and entries and entries[0][0] == call:
+            self._known = dict(entries[1:])
+        if path:
+            kept = [[call, "begun" if self.begun else ""], *self._known.items()]
+            write_atomically(path, "".join(summed_line(json.dumps(entry)) for entry in kept))
+
+    def get(self, asked: str) -> bytes | None:
+        answer = self._known.get(asked)
+        return None if answer is None else answer.encode()
+
+    def put(self, asked: str, answer: bytes) -> None:
+        if self._path:
+            append(self._path, summed_line(json.dumps([asked, answer.decode()])).encode())
 
 
 def unfinished_in(checkpointer: Checkpointer) -> Unfinished:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from search_e1.runs import ranks
 from search_e1.runs.artifacts import JOURNAL
-from search_e1.runs.files import sha256, sync, write_atomically
+from search_e1.runs.files import append, sha256, summed_entries, summed_line, sync, write_atomically
 from search_e1.runs.stopping import Stop, Stopped
 from search_e1.types import Record
 
@@ -251,9 +251,9 @@ class Lines:
         assert self._at == len(self._chunks), "the chunks that are there come first"
         data = "".join(f"{line}\n" for line in lines).encode()
         chunk = _Chunk(end=self._end + len(data), sha256=hashlib.sha256(data).hexdigest(), tally=dict(tally or {}))
-        _append(self.path, data)
+        append(self.path, data)
         if self._journal:
-            _append(self._journal, _entry(chunk).encode())
+            append(self._journal, _entry(chunk).encode())
         self._chunks.append(chunk)
         self.skip()
 
@@ -262,24 +262,13 @@ class Lines:
         return self._chunks[self._at - 1].end if self._at else 0
 
 
-def _append(path: Path, data: bytes) -> None:
-    with path.open("ab") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 def _whole_chunks(path: Path, journal: Path) -> list[_Chunk]:
     """Up to the first that is not in the file as it was written."""
     found: list[_Chunk] = []
-    if not (path.is_file() and journal.is_file()):
+    if not path.is_file():
         return found
     with path.open("rb") as stream:
-        for line in journal.read_bytes().splitlines():
-            checksum, _, entry = line.partition(b" ")
-            if hashlib.sha256(entry).hexdigest().encode() != checksum:
-                break
-            chunk = _Chunk.model_validate_json(entry)
+        for chunk in map(_Chunk.model_validate_json, summed_entries(journal)):
             data = stream.read(chunk.end - (found[-1].end if found else 0))
             if hashlib.sha256(data).hexdigest() != chunk.sha256:
                 break
@@ -288,6 +277,4 @@ def _whole_chunks(path: Path, journal: Path) -> list[_Chunk]:
 
 
 def _entry(chunk: _Chunk) -> str:
-    """A line of a journal, behind its own checksum."""
-    entry = chunk.model_dump_json()
-    return f"{hashlib.sha256(entry.encode()).hexdigest()} {entry}\n"
+    return summed_line(chunk.model_dump_json())

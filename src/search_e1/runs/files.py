@@ -33,6 +33,30 @@ def write_atomically(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def append(path: Path, data: bytes) -> None:
+    """Add ``data`` to the end of ``path``; on disk when this returns."""
+    with path.open("ab") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def summed_line(entry: str) -> str:
+    """A line of a journal: ``entry``, which has no new line, behind its own checksum."""
+    return f"{sha256_text(entry)} {entry}\n"
+
+
+def summed_entries(journal: Path) -> list[str]:
+    """The entries of ``journal`` up to the first that is not as it was written; none without a file."""
+    entries: list[str] = []
+    for line in journal.read_bytes().splitlines() if journal.is_file() else ():
+        checksum, _, entry = line.partition(b" ")
+        if hashlib.sha256(entry).hexdigest().encode() != checksum:
+            break
+        entries.append(entry.decode())
+    return entries
+
+
 def write_summed(path: Path, text: str) -> None:
     """Write ``path`` as a whole, with a file beside it that tells its checksum."""
     write_atomically(path.with_name(path.name + SUM), _sum_of(path, text.encode()).decode())

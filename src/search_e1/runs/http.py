@@ -63,7 +63,7 @@ class Reply:
     headers: httpx.Headers
     content: bytes
     words: str
-    """Status and, of a refusal, the server's reason: one line without secrets."""
+    """Status and, where it states one, the reason of an error: one line without secrets."""
 
     @property
     def ok(self) -> bool:
@@ -76,13 +76,12 @@ def server_url(url: str, key: str, resource: str, base: str = "") -> httpx.URL:
     Raises:
         ConfigError: not an http or https URL; ``key`` names it.
     """
-    problem = "not an http or https URL"
     try:
         parsed = httpx.URL(url.strip())
-    except (httpx.InvalidURL, UnicodeError) as error:
-        parsed, problem = httpx.URL(), plain(str(error))
+    except (httpx.InvalidURL, UnicodeError):
+        parsed = httpx.URL()
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ConfigError(f"{key} = {masked_url(url)!r}: {problem}; write http://host:port")
+        raise ConfigError(f"{key} = {masked_url(url)!r}: not an http or https URL; write http://host:port")
     path = parsed.path.rstrip("/").removesuffix(resource).rstrip("/")
     return parsed.copy_with(path=(path or base) + resource, fragment=None)
 
@@ -123,8 +122,6 @@ class Server:
         """
         self.shown = masked(str(url))
         """The URL without secrets."""
-        self.answered = False
-        """Whether any request was answered as it should be."""
         self._auth = (url.username, url.password) if url.userinfo else None
         self._url = url.copy_with(username=None, password=None)  # httpx logs it
         self._error, self._what, self._remedy = error, what, remedy
@@ -219,7 +216,6 @@ class Server:
     async def _ask_once(self, read: Callable[[Reply], Result], payload: Any, deadline: float) -> Result:
         reply = await self._send(payload, min(self._timeout, deadline - self._loop.time()))
         result = read(reply)
-        self.answered = self.answered or reply.ok
         if self._is_down:
             self._is_down = False
             logger.warning("%s answers again", self.shown)
@@ -240,10 +236,12 @@ class Server:
         for secret in self._secrets:
             if len(secret) >= _UNMISTAKABLE:
                 content = content.replace(secret.encode(), HIDDEN.encode())
-        words = f"status {response.status_code} {httpx.codes.get_reason_phrase(response.status_code)}".strip()
-        if not response.is_success and (reason := self.hide(_reason(content))) and not words.endswith(reason):
-            words += f" ({reason[:_WORDS]})"
-        return Reply(response.status_code, response.headers, content, words)
+        return Reply(response.status_code, response.headers, content, self._words(response.status_code, content))
+
+    def _words(self, status: int, content: bytes) -> str:
+        words = f"status {status} {httpx.codes.get_reason_phrase(status)}".strip()
+        reason = self.hide(_reason(content, error=not 200 <= status < 300))
+        return words if not reason or words.endswith(reason) else f"{words} ({reason[:_WORDS]})"
 
     async def _body(self, response: httpx.Response) -> bytes:
         """The unpacked body. httpx unpacks a piece whole, however large it gets; here both sizes are bounded."""
@@ -321,13 +319,18 @@ def _retry_after(headers: Mapping[str, str]) -> float:
     return 0.0 if math.isnan(seconds) else max(0.0, seconds)
 
 
-def _reason(content: bytes) -> str:
-    """The reason that a refusal states: text, or JSON in the forms of OpenAI, vLLM and FastAPI; empty if it states none."""
+def _reason(content: bytes, error: bool) -> str:
+    """The reason that a refusal states: text, or JSON in the forms of OpenAI, vLLM and FastAPI; empty if it states none.
+
+    Some servers send an error with status 200; without ``error`` the content is looked into only where it begins as one.
+    """
+    if not error and not re.match(rb'\s*\{\s*"error"', content):
+        return ""
     try:
         told = read_json(content)
     except ValueError:
-        text = content.decode("utf-8", "replace").strip()
-        return "" if re.match(r"[<{\[]", text) else text[: 10 * _WORDS]
+        text = content[: 10 * _WORDS].decode("utf-8", "replace").strip()
+        return "" if text.startswith(("<", "{", "[")) else text
     for name in ("error", "message", "detail"):
         told = told.get(name, told) if isinstance(told, dict) else told
     return told if isinstance(told, str) else ""

@@ -14,7 +14,9 @@ _UNPRINTABLE = re.compile(
     "\ud800-\udfff]"  # halves of characters, which no terminal takes
 )
 _URL = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]{0,20}://\S+")
-_WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}://([^/?#\s]*@)?(\[[^\]]*\]|[^:/?#@\s]+)(:\d*)?([/?#].*)?", re.DOTALL)
+_WELL_FORMED = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]{0,20}://([^/?#\s]*@)?(\[[0-9A-Fa-f:.%]+\]|[^:/?#@\[\]\s]+)(:\d*)?([/?#].*)?", re.DOTALL
+)
 _CREDENTIALS = re.compile(r"(://)([^/?#\s]*)@")
 _HIDDEN_START = re.compile(r".*@", re.DOTALL)
 _PARAMETER = re.compile(r"(?<=[?&;#])([^=&;#]*)=([^&;#]*)")
@@ -53,7 +55,9 @@ def masked_url(url: str) -> str:
     A piece of the path that looks like a key leaves a digest behind: it may as well say what is served, and two such URLs are
     not the same.
     """
-    url = _CREDENTIALS.sub(rf"\1{HIDDEN}@", url) if _WELL_FORMED.fullmatch(url) else _HIDDEN_START.sub(HIDDEN + "@", url)
+    if not _WELL_FORMED.fullmatch(url):
+        url = _KEY.sub(HIDDEN, _HIDDEN_START.sub(HIDDEN + "@", url))
+    url = _CREDENTIALS.sub(rf"\1{HIDDEN}@", url)
     head, slashes, rest = url.rpartition("://") if "://" in url.split("?")[0] else ("", "", url)
     rest = _PARAMETER.sub(lambda m: f"{m[1]}={HIDDEN}" if m[2] and _PARAMETER_NAME.search(m[1]) else m[0], rest)
     return head + slashes + _PIECE.sub(lambda m: _digested(m[0]) if _KEY.search(m[0]) else m[0], rest)

@@ -20,6 +20,7 @@ from search_e1.rollout.engines.endpoint import Endpoint, EndpointEngine
 from search_e1.rollout.engines.words import Words
 from search_e1.runs.checkpoints import Checkpointer
 from search_e1.runs.progress import Progress, silent
+from search_e1.runs.safe import masked_url
 from search_e1.text.prompts import neutralize
 from search_e1.text.protocol import Protocol
 from search_e1.text.protocols import protocol_of
@@ -63,11 +64,12 @@ def sample(
         if sums["trajectories"] >= _ENOUGH and not sums["em"]:
             raise EndpointError(_never_correct(config, sums["trajectories"], sums.get("stop.malformed", 0)))
 
-    figures = pool.sample(
-        engine, retriever, questions, prompts,
-        config, limits.model_copy(update={"batch_size": _AT_ONCE * config.concurrency}),
-        seed=seed, out=out, progress=progress, checkpointer=checkpointer, check=check,
-    )  # fmt: skip
+    with engine.server:
+        figures = pool.sample(
+            engine, retriever, questions, prompts,
+            config, limits.model_copy(update={"batch_size": _AT_ONCE * config.concurrency}),
+            seed=seed, out=out, progress=progress, checkpointer=checkpointer, check=check,
+        )  # fmt: skip
     if not figures["em"]:
         count = sum(figures["stop_reasons"].values())
         raise EndpointError(_never_correct(config, count, figures["stop_reasons"].get("malformed", 0)))
@@ -76,8 +78,9 @@ def sample(
 
 def _never_correct(config: EndpointConfig, trajectories: float, malformed: float) -> str:
     return (
-        f"{config.model} at {config.url}: none of {trajectories:.0f} trajectories is correct ({malformed / trajectories:.0%} "
-        "malformed); name a stronger model in coldstart.endpoint, or see that the questions' answers are in the corpus"
+        f"{config.model} at {masked_url(config.url)}: none of {trajectories:.0f} trajectories is correct "
+        f"({malformed / trajectories:.0%} malformed); name a stronger model in coldstart.endpoint, or see that the questions' "
+        "answers are in the corpus"
     )
 
 

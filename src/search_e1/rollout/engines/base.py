@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from search_e1.types import StopReason
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:
@@ -22,6 +24,10 @@ class Generation:
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None = None
+    stop: StopReason | None = None
+    """Why the engine ends the trajectory here, if it does; ``ids`` say nothing then."""
+    words: str = ""
+    """What a server said of that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,7 @@ class Interrupted(BaseException):
 
 
 class Session(Protocol):
-    """Sampling of many rows together."""
+    """Sampling of many rows together. One whose generations cost money may have ``keep``: see ``remote``."""
 
     admission_interval: int
     """Submit rows every so many steps; more than 1 where admitting rows is expensive."""

@@ -6,35 +6,46 @@ list of words (``words.Words``). Observations are messages of their own: the use
 chat template (``/v1/completions``), are not.
 """
 
+import json
 import re
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+import httpx
+from pydantic import BaseModel, Field
 
 from search_e1.config import Prompts
 from search_e1.rollout.engines.base import Generation, Request
 from search_e1.rollout.engines.remote import RemoteEngine, api_url
 from search_e1.rollout.engines.words import END, Words
+from search_e1.runs.http import read_json
+from search_e1.text.prompts import neutralize
 from search_e1.text.tools import tools_of
+from search_e1.types import StopReason
+
+_CHARS = 64  # a token of an action; what is beyond it is cut, as the rest of an observation is
+_MOST_CALLS = 16  # of one message; more than one is malformed anyway
 
 
 class _Function(BaseModel):
     name: str
-    arguments: str
+    arguments: str | dict[str, Any]  # some servers send the object itself
 
 
 class _Call(BaseModel):
+    id: str | None = None
     function: _Function
 
 
 class _Message(BaseModel):
     content: str | None = None
+    refusal: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: list[_Call] | None = None
+    tool_calls: list[Any] | None = None
 
 
 class _Choice(BaseModel):
@@ -47,7 +58,7 @@ class _Usage(BaseModel):
 
 
 class _Completion(BaseModel):
-    choices: list[_Choice]
+    choices: Annotated[list[_Choice], Field(min_length=1, max_length=16)]
     usage: _Usage | None = None
 
 
@@ -58,8 +69,11 @@ class Endpoint:
     model: str
     """As the server names it."""
     timeout: float = 300.0
-    """Seconds for one try of a request, to the last byte of its answer."""
-    attempts: int = 4
+    """Seconds for one attempt of a request, to the last byte of its answer."""
+    attempts: int | None = None
+    """Most attempts of a request; default: as many as its time allows."""
+    time_limit: float = 600.0
+    """Seconds for all attempts of a request, waits included."""
     concurrency: int = 8
     """Requests under way together."""
     keys: str = "--endpoint, --endpoint-model"
@@ -71,13 +85,13 @@ class Endpoint:
         Raises:
             ConfigError: ``url`` is not an http or https URL, or holds a password.
         """
-        return api_url(self.url, self.keys.split(",")[0], "/chat/completions") + "/chat/completions"
+        return str(api_url(self.url, self.keys.split(",")[0], "/chat/completions"))
 
 
 class EndpointEngine(RemoteEngine):
     """Samples from what an endpoint serves. A ``Engine`` of words, without log-probabilities; seeds are not sent."""
 
-    context_length = sys.maxsize  # not known; a conversation that is too long for it ends as malformed
+    context_length = sys.maxsize  # not known; the server says when a conversation is too long for it
 
     def __init__(self, endpoint: Endpoint, prompts: Prompts) -> None:
         """
@@ -87,13 +101,15 @@ class EndpointEngine(RemoteEngine):
         self.tokenizer = Words()
         self.endpoint = endpoint
         tools = tools_of(prompts)
+        self._protocol = prompts.protocol
+        self._names = tuple(tool.name for tool in tools)
         self._tools = [tool.schema for tool in tools] if prompts.protocol == "tools" else None
-        names = "|".join((*(tool.name for tool in tools), "answer"))
-        self._unclosed = re.compile(rf"<({names})>(?!.*</?(?:{names})>)", re.DOTALL)
+        self._tag = re.compile(rf"<(/?)({'|'.join((*self._names, 'answer'))})>")
         super().__init__(
-            endpoint.address,
+            httpx.URL(endpoint.address),
             timeout=endpoint.timeout,
             attempts=endpoint.attempts,
+            time_limit=endpoint.time_limit,
             concurrency=endpoint.concurrency,
             check=endpoint.keys,
         )
@@ -108,26 +124,52 @@ class EndpointEngine(RemoteEngine):
 
     def _read(self, content: bytes, payload: dict[str, Any]) -> Generation:
         completion = _Completion.model_validate_json(content)
-        text = _text(completion.choices[0], None if self._tools else self._unclosed)
+        choice, most = completion.choices[0], payload["max_tokens"]
+        message = choice.message
+        if choice.finish_reason == "content_filter":
+            return self._ended(StopReason.REFUSED, "finish_reason content_filter")
+        if message.refusal and not message.content and not message.tool_calls:
+            return self._ended(StopReason.REFUSED, self.server.hide(message.refusal[:_CHARS]))
         counted = completion.usage.completion_tokens if completion.usage else None
-        return Generation(self.tokenizer.said(text, counted, payload["max_tokens"]))
+        return Generation(self.tokenizer.said(self._text(choice, _CHARS * most), counted, most))
 
-    def _too_long(self) -> Generation:
-        # That is this trajectory's end, and nobody else's.
-        return Generation(self.tokenizer.said("", None, 1))
+    def _ended(self, stop: StopReason, words: str) -> Generation:
+        return Generation(self.tokenizer.said("", None, 1), stop=stop, words=words)
+
+    def _text(self, choice: _Choice, most: int) -> str:
+        """What a choice says, as a policy of ours would have said it; at most ``most`` characters.
+
+        Only what is said where it counts is an action: thinking that comes apart may quote anything, and so may the text beside
+        calls that come apart.
+        """
+        message, text = choice.message, ""
+        thought = (message.reasoning_content or message.reasoning or "")[:most].strip()
+        if thought:
+            text = f"<think>\n{self._quoted(thought)}\n</think>\n\n"
+        content = (message.content or "")[: most + 1].replace(END, "(end)")
+        calls = (message.tool_calls or ()) if self._tools else ()
+        text += self._quoted(content) if calls else content
+        text += "".join(_written(_Call.model_validate(call)) for call in calls[:_MOST_CALLS])
+        if len(text) > most or choice.finish_reason == "length":
+            return text[:most]
+        return text + END if self._tools else self._closed(text)
+
+    def _quoted(self, text: str) -> str:
+        return neutralize(self.tokenizer, text, self._protocol, tools=self._names)
+
+    def _closed(self, text: str) -> str:
+        """With the stop string that servers leave out."""
+        last = next(iter(deque(self._tag.finditer(text), maxlen=1)), None)
+        return f"{text}</{last[2]}>" if last and not last[1] else text
 
 
-def _text(choice: _Choice, unclosed: re.Pattern[str] | None) -> str:
-    """What a choice says, as a policy of ours would have said it. ``unclosed``: a tag that a stop string would close."""
-    message, text = choice.message, choice.message.content or ""
-    thought = message.reasoning_content or message.reasoning
-    if thought:
-        text = f"<think>\n{thought.strip()}\n</think>\n\n{text}"
-    for call in message.tool_calls or ():
-        text += f'<tool_call>\n{{"name": "{call.function.name}", "arguments": {call.function.arguments}}}\n</tool_call>'
-    if choice.finish_reason == "length":
-        return text
-    if unclosed is None:
-        return text + END
-    opened = unclosed.search(text)  # servers leave the stop string out
-    return f"{text}</{opened[1]}>" if opened else text
+def _written(call: _Call) -> str:
+    """A call as text, with the server's own id; ``<`` is escaped, so that no argument ends it."""
+    arguments = call.function.arguments
+    try:
+        told = json.dumps(read_json(arguments) if isinstance(arguments, str) else arguments, ensure_ascii=False)
+    except ValueError:
+        told = str(arguments)  # no JSON: shown, and malformed
+    head = json.dumps(({"id": call.id} if call.id else {}) | {"name": call.function.name}, ensure_ascii=False)
+    written = f'{head[:-1]}, "arguments": {told}}}'.replace("<", "\\u003c")
+    return f"<tool_call>\n{written}\n</tool_call>"

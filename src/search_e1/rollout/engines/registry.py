@@ -54,7 +54,9 @@ def open_engine(
     """
     if isinstance(policy, Endpoint):
         prompts = config.prompts or Prompts()
-        yield EndpointEngine(policy, prompts), prompts
+        asked = EndpointEngine(policy, prompts)
+        with asked.server:
+            yield asked, prompts
         return
     open_by_name = ENGINES.get(config.rollout.engine, "rollout.engine")
     prompts = loaded.prompts if loaded else load_reader(config, policy).prompts
@@ -81,7 +83,9 @@ def _open_torch(config: Config, policy: str | Path, loaded: Policy | None, max_t
 def _open_vllm(config: Config, policy: str | Path, loaded: Policy | None, max_tokens: int | None) -> Iterator[Engine]:
     tokenizer = load_reader(config, policy).tokenizer
     if config.vllm.url:
-        yield VllmServerEngine(config.vllm, policy, tokenizer, concurrency=config.rollout.batch_size)
+        served = VllmServerEngine(config.vllm, policy, tokenizer, concurrency=config.rollout.batch_size)
+        with served.server:
+            yield served
         return
     with vllm_launch(config, policy, max_tokens, shared=loaded is not None).running(tokenizer) as engine:
         yield engine

@@ -1,51 +1,78 @@
-"""Engines behind HTTP: concurrent requests with retries, answers as they arrive."""
+"""Engines behind HTTP: concurrent requests with retries, answers as they arrive and kept as they arrive."""
 
-import asyncio
+import json
+import logging
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
 from pydantic import ValidationError
-from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from search_e1.errors import ConfigError, EndpointError
-from search_e1.rollout.engines.base import Generation, Request, never
+from search_e1.rollout.engines.base import Generation, Interrupted, Request, never
+from search_e1.rollout.unfinished import Answers
+from search_e1.runs import sha256_text
+from search_e1.runs.http import Reply, Server, TransientError, check_status, read_json, server_url
+from search_e1.types import StopReason
 
 API_KEY = "SEARCH_E1_API_KEY"
 """Environment variable of the key that is sent. No other is: a key of one provider is not for another."""
+_RESPONSE_BYTES = 2**23
+"""Size limit of one answer, far above the longest action."""
+_FIRST = 8
+"""So many refusals before the first answer are no accident."""
+_POLL = 0.5
+"""Seconds between two looks for a signal while answers are awaited."""
 
+_OVERFLOW_CODES = {"context_length_exceeded", "exceed_context_size_error"}
+_OVERFLOW = re.compile(
+    r"maximum context length (?:is|of) \d|\d maximum context length|context length of only \d"  # vLLM, Mistral, LM Studio
+    r"|context (?:size|length|window) (?:has been |was )?exceeded"
+    r"|exceeds?(?: the| this)?(?: model's| available)?(?: maximum)? context (?:size|length|window)"  # llama.cpp, SGLang
+    r"|longer than the model's context length|prompt is too long: \d|`inputs` tokens \+ `max_new_tokens` must be"  # TGI
+    r"|token count .{0,40}exceeds the maximum number of tokens",
+    re.IGNORECASE,
+)
+_REFUSED_CODES = {
+    "content_filter", "ResponsibleAIPolicyViolation", "content_policy_violation", "moderation_blocked",
+    "data_inspection_failed",
+}  # fmt: skip
+_REFUSED = re.compile(
+    r"content management policy|content exists risk|flagged as potentially violating|access to this content for safety reasons"
+    r"|may contain inappropriate content",
+    re.IGNORECASE,
+)
+_FINAL_CODES = {"insufficient_quota"}
+"""Of statuses that may pass otherwise."""
 
-class _PassingError(Exception):
-    """Something that may pass."""
+logger = logging.getLogger(__name__)
 
 
 class RemoteEngine(ABC):
-    """A ``Engine`` that asks an HTTP server, one request a generation."""
+    """A ``Engine`` that asks an HTTP server, one request a generation. ``server`` is to be closed, unless the process ends."""
 
     tokenizer: Any
     context_length: int
 
-    def __init__(self, address: str, *, timeout: float, attempts: int, concurrency: int, check: str) -> None:
-        """``timeout``: seconds for one try of a request, to the last byte of its answer. ``concurrency``: requests under way
-        together. ``check``: what the user had best look at when the server refuses.
+    def __init__(
+        self, url: httpx.URL, *, timeout: float, attempts: int | None, time_limit: float, concurrency: int, check: str
+    ) -> None:
+        """See ``Server``. ``check``: what the user had best look at when the server refuses.
 
         Raises:
             ConfigError: the environment's key cannot be sent.
         """
-        self.address = address
-        self._timeout, self._concurrency, self._check = timeout, concurrency, check
-        key = os.environ.get(API_KEY, "").strip()
-        if not (key.isascii() and key.isprintable()):
-            raise ConfigError(f"{API_KEY}: holds characters that no key has; set it again")
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._retrying = AsyncRetrying(
-            retry=retry_if_exception_type(_PassingError),
-            stop=stop_after_attempt(attempts),
-            wait=wait_exponential_jitter(initial=0.5, max=20.0),
-        )
+        self._check, self._path = check, url.path
+        self._answered, self._refusals = False, 0
+        self.server = Server(
+            url, EndpointError, what="answer", timeout=timeout, time_limit=time_limit, most_bytes=_RESPONSE_BYTES,
+            concurrency=concurrency, attempts=attempts, headers=key_headers(),
+        )  # fmt: skip
 
     @abstractmethod
     def _payload(self, request: Request, temperature: float, stop: Sequence[str]) -> dict[str, Any]:
@@ -56,83 +83,84 @@ class RemoteEngine(ABC):
         """The answer's. Raises ValidationError or LookupError if it is none."""
 
     @abstractmethod
-    def _too_long(self) -> Generation:
-        """Stands for what would not fit into the context that the server's model has."""
+    def _ended(self, stop: StopReason, words: str) -> Generation:
+        """Stands for what the server refuses: a context that is too long for it, or what its content filter holds back."""
 
     @contextmanager
     def session(self, *, temperature: float, stop: Sequence[str], max_tokens: int) -> Iterator["_UnderWay"]:
-        """See ``Engine.session``."""
-        # A proxy from the environment is never meant for this machine.
-        elsewhere = httpx.URL(self.address).host not in ("localhost", "127.0.0.1", "::1")
-        client = httpx.AsyncClient(headers=self._headers, timeout=None, trust_env=elsewhere)
-        with asyncio.Runner() as runner:
-            try:
-                yield _UnderWay(self, runner, client, temperature, stop)
-            finally:
-                runner.run(client.aclose())
+        """See ``Engine.session``.
 
-    async def _answer(self, client: httpx.AsyncClient, payload: dict[str, Any]) -> Generation:
+        Raises:
+            EndpointError: at its end, all requests were refused.
+        """
+        session = _UnderWay(self, temperature, stop)
         try:
-            # A copy: an object of tenacity keeps the state of one call.
-            generation: Generation = await self._retrying.copy()(self._ask, client, payload)
-        except RetryError as error:
-            cause, tries = error.last_attempt.exception(), error.last_attempt.attempt_number
-            raise EndpointError(f"{self.address}: no answer after {tries} attempts: {cause}") from cause
+            yield session
+        finally:
+            session.cancel()
+        if self._refusals and not self._answered and not session.interrupted():
+            raise self._all_refused()
+
+    def _understood(self, reply: Reply, payload: dict[str, Any]) -> Generation:
+        """The generation in a reply, refused ones included."""
+        if reply.ok:
+            try:
+                generation = self._read(reply.content, payload)
+            except (ValidationError, LookupError) as error:
+                words = reply.words.partition(" (")[2]
+                raise TransientError(f"not an answer of {self._path}{words and f' ({words}'}") from error
+        elif stop := _stopped_by(reply):
+            generation = self._ended(stop, reply.words)
+        else:
+            if not _codes(reply.content) & _FINAL_CODES:
+                check_status(reply)
+            raise EndpointError(f"{self.server.shown}: {reply.words}; check {self._check} and {API_KEY}")
+        if generation.stop is None:
+            self._answered = True
+            return generation
+        self._refusals += 1
+        self._words = generation.words
+        if self._refusals >= _FIRST and not self._answered:
+            raise self._all_refused()
         return generation
 
-    async def _ask(self, client: httpx.AsyncClient, payload: dict[str, Any]) -> Generation:
-        try:
-            # Of httpx's own limits each is for one read: a server that drips would never reach it.
-            async with asyncio.timeout(self._timeout):
-                response = await client.post(self.address, json=payload)
-        except TimeoutError as error:
-            raise _PassingError(f"nothing within {self._timeout:g} s") from error
-        except (httpx.TransportError, httpx.DecodingError) as error:
-            raise _PassingError(f"{type(error).__name__}: {error}; is the server running?") from error
-        status = f"status {response.status_code}{_detail(response)}"
-        if response.status_code in (408, 409, 425, 429) or response.is_server_error:
-            raise _PassingError(status)
-        if response.status_code in (400, 413, 422) and "context" in response.text:
-            return self._too_long()
-        if not response.is_success:
-            raise EndpointError(f"{self.address}: {status}; check {self._check} and {API_KEY}")
-        try:
-            return self._read(response.content, payload)
-        except (ValidationError, LookupError) as error:
-            raise _PassingError(f"not an answer of {httpx.URL(self.address).path}") from error
+    def _all_refused(self) -> EndpointError:
+        return EndpointError(
+            f"{self.server.shown}: all requests so far ({self._refusals}) were refused: {self._words}; check {self._check}"
+        )
 
 
 class _UnderWay:
-    """A ``Session``: requests under way."""
+    """A ``Session``: requests under way. They go on while the caller does something else."""
 
     interrupted = staticmethod(never)
     admission_interval = 1
 
-    def __init__(
-        self,
-        engine: RemoteEngine,
-        runner: asyncio.Runner,
-        client: httpx.AsyncClient,
-        temperature: float,
-        stop: Sequence[str],
-    ) -> None:
-        self._engine, self._runner, self._client = engine, runner, client
-        self._temperature, self._stop = temperature, stop
-        self._turns = asyncio.Semaphore(engine._concurrency)
-        self._under_way: set[asyncio.Task[tuple[int, Generation]]] = set()
+    def __init__(self, engine: RemoteEngine, temperature: float, stop: Sequence[str]) -> None:
+        self._engine, self._temperature, self._stop = engine, temperature, stop
+        self._answers = Answers(None)
+        self._in_flight: set[Future[tuple[int, Generation]]] = set()
+
+    def keep(self, answers: Answers) -> None:
+        """Take answers from ``answers`` rather than the server, and put new ones there as they arrive."""
+        self._answers = answers
+        self._engine._answered |= answers.begun
 
     def submit(self, request: Request) -> None:
         """See ``Session``."""
-        self._under_way.add(self._runner.get_loop().create_task(self._one(request)))
+        self._in_flight.add(self._engine.server.submit(self._one(request)))
 
     def step(self) -> list[tuple[int, Generation]]:
         """See ``Session``: waits until at least one request is answered.
 
         Raises:
-            EndpointError: the server does not answer, or not as it should, after as many tries as it may have.
+            EndpointError: the server does not answer, or not as it should, for as long as it may.
         """
-        done, self._under_way = self._runner.run(self._some())
-        return sorted(task.result() for task in done)
+        while not (done := wait(self._in_flight, timeout=_POLL, return_when=FIRST_COMPLETED).done):
+            if self.interrupted():
+                raise Interrupted
+        self._in_flight -= done
+        return sorted((future.result() for future in done), key=lambda answered: answered[0])
 
     def release(self, key: int) -> None:
         """Nothing is kept."""
@@ -141,41 +169,65 @@ class _UnderWay:
         """A server tells whole answers only."""
         return {}
 
-    async def _some(self) -> tuple[set[asyncio.Task[Any]], set[asyncio.Task[Any]]]:
-        return await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
+    def cancel(self) -> None:
+        for future in self._in_flight:
+            future.cancel()
 
     async def _one(self, request: Request) -> tuple[int, Generation]:
-        async with self._turns:
-            payload = self._engine._payload(request, self._temperature, self._stop)
-            return request.key, await self._engine._answer(self._client, payload)
+        engine = self._engine
+        payload = engine._payload(request, self._temperature, self._stop)
+        asked = sha256_text(json.dumps([payload, request.seed]))
+        if (content := self._answers.get(asked)) is not None:
+            return request.key, engine._read(content, payload)
+
+        def read(reply: Reply) -> Generation:
+            generation = engine._understood(reply, payload)
+            if generation.stop is None:
+                self._answers.put(asked, reply.content)
+            return generation
+
+        return request.key, await engine.server.ask(read, payload, early=not engine._answered)
 
 
-def api_url(url: str, key: str, resource: str) -> str:
-    """The base of an OpenAI-compatible API, ``/v1`` where ``url`` has no path. ``key`` names ``url`` in messages; ``resource``
-    is dropped from its end.
+def key_headers() -> dict[str, str]:
+    """What the environment's key is sent as.
+
+    Raises:
+        ConfigError: it cannot be sent.
+    """
+    key = os.environ.get(API_KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{API_KEY}: holds characters that no key has; set it again")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def api_url(url: str, key: str, resource: str) -> httpx.URL:
+    """The URL of an OpenAI-compatible API's ``resource``, in ``/v1`` where ``url`` has no path. ``key`` names ``url``.
 
     Raises:
         ConfigError: not an http or https URL, or one with a password.
     """
-    try:
-        parsed = httpx.URL(url.strip())
-    except httpx.InvalidURL as error:
-        raise ConfigError(f"{key} {url!r}: {error}; write http://host:port") from error
+    parsed = server_url(url, key, resource, "/v1")
     if parsed.userinfo:
         raise ConfigError(f"{key}: a password in the URL would be stored; put the key into {API_KEY}")
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ConfigError(f"{key} {url!r}: not an http or https URL; write http://host:port")
-    path = parsed.path.rstrip("/").removesuffix(resource)
-    return str(parsed.copy_with(path=path or "/v1", query=None, fragment=None))
+    return parsed
 
 
-def _detail(response: httpx.Response) -> str:
-    """What the server says of its refusal, in one line of printable text."""
+def _stopped_by(reply: Reply) -> StopReason | None:
+    """Whether a refusal is of this one trajectory, and why."""
+    codes = _codes(reply.content)
+    if codes & _OVERFLOW_CODES or _OVERFLOW.search(reply.words):
+        return StopReason.MAX_TOKENS
+    return StopReason.REFUSED if codes & _REFUSED_CODES or _REFUSED.search(reply.words) else None
+
+
+def _codes(content: bytes) -> set[str]:
+    """The codes and types of an error, in the forms of OpenAI and Azure, llama.cpp and vLLM."""
     try:
-        told = response.json()
-        told = told.get("error", told)
-        told = told.get("message", told) if isinstance(told, dict) else told
-    except (ValueError, AttributeError):
-        return ""
-    line = "".join(c if c.isprintable() else " " for c in str(told))
-    return f" ({' '.join(line.split())[:200]})"
+        told = read_json(content)
+    except ValueError:
+        return set()
+    error = told.get("error", told) if isinstance(told, dict) else None
+    inner = error.get("innererror") if isinstance(error, dict) else None
+    named = [found.get(name) for found in (error, inner) if isinstance(found, dict) for name in ("code", "type")]
+    return {name for name in named if isinstance(name, str)}

@@ -13,10 +13,10 @@ from pydantic import BaseModel, ValidationError
 from search_e1.config import VllmConfig
 from search_e1.errors import ConfigError, EndpointError
 from search_e1.rollout.engines.base import Generation, Request
-from search_e1.rollout.engines.remote import RemoteEngine, api_url
+from search_e1.rollout.engines.remote import RemoteEngine, api_url, key_headers
+from search_e1.runs.http import Reply, Server, check_status
 from search_e1.training.sources import resolve
-
-_ATTEMPTS = 4
+from search_e1.types import StopReason
 
 
 class _Logprobs(BaseModel):
@@ -54,29 +54,37 @@ class VllmServerEngine(RemoteEngine):
         """
         url = api_url(str(config.url), "vllm.url", "/completions")
         super().__init__(
-            f"{url}/completions", timeout=config.timeout, attempts=_ATTEMPTS, concurrency=concurrency, check="vllm.url"
+            url, timeout=config.timeout, attempts=None, time_limit=config.timeout, concurrency=concurrency, check="vllm.url"
         )
         self.tokenizer = tokenizer
-        self._model, self.context_length = self._served(f"{url}/models", str(policy))
+        models = url.copy_with(path=url.path.removesuffix("/completions") + "/models")
+        self._model, self.context_length = self._served(models, str(policy))
 
-    def _served(self, address: str, policy: str) -> tuple[str, int]:
+    def _served(self, url: httpx.URL, policy: str) -> tuple[str, int]:
         """Name and context of the policy there."""
-        try:
-            response = httpx.get(address, headers=self._headers, timeout=30.0)
-            response.raise_for_status()
-            models = _Models.model_validate_json(response.content).data
-        except httpx.HTTPError as error:
-            raise EndpointError(f"{address}: {error or type(error).__name__}; is `vllm serve` running there?") from error
-        except ValidationError as error:
-            raise EndpointError(f"{address}: not an answer of vLLM's; give the URL of a `vllm serve`") from error
+
+        def read(reply: Reply) -> list[_Model]:
+            check_status(reply)
+            if not reply.ok:
+                raise EndpointError(f"{server.shown}: {reply.words}; is `vllm serve` running there?")
+            try:
+                return _Models.model_validate_json(reply.content).data
+            except ValidationError as error:
+                raise EndpointError(f"{server.shown}: not an answer of vLLM's; give the URL of a `vllm serve`") from error
+
+        with Server(
+            url, EndpointError, what="list of models", timeout=30.0, time_limit=60.0, most_bytes=2**20, concurrency=1,
+            headers=key_headers(),
+        ) as server:  # fmt: skip
+            models = server.submit(server.ask(read, early=True)).result()
         names = {policy, str(resolve(policy)), str(Path(resolve(policy)).resolve())}
         for model in models:
             if names & {model.id, model.root} and model.max_model_len:
                 return model.id, model.max_model_len
         told = ", ".join(model.root or model.id for model in models) or "nothing"
         raise ConfigError(
-            f"vllm.url: {address} serves {told}, and the policy is {policy}; start the server with `vllm serve {policy}`, or, "
-            f"where it has another path there, with --served-model-name {policy}"
+            f"vllm.url: {server.shown} serves {server.hide(told)}, and the policy is {policy}; start the server with `vllm "
+            f"serve {policy}`, or, where it has another path there, with --served-model-name {policy}"
         )
 
     def _payload(self, request: Request, temperature: float, stop: Sequence[str]) -> dict[str, Any]:
@@ -106,5 +114,5 @@ class VllmServerEngine(RemoteEngine):
         known = [logprob for logprob in told if logprob is not None] if payload["temperature"] in (0.0, 1.0) else []
         return Generation(ids, tuple(known) if len(known) == len(ids) else None)
 
-    def _too_long(self) -> Generation:
-        raise EndpointError(f"{self.address}: the server has less context than it says; lower rollout.max_tokens")
+    def _ended(self, stop: StopReason, words: str) -> Generation:
+        raise EndpointError(f"{self.server.shown}: {words}; the server takes less than it says; lower rollout.max_tokens")

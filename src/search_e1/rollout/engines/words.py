@@ -3,15 +3,16 @@
 import json
 import re
 from collections.abc import Sequence
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
+from search_e1.runs.http import read_json
 from search_e1.text.tool_calls import CALL, Pieces
 
 END = "<|end|>"
 """After a message that the endpoint ended itself."""
 _PIECE = re.compile(r"\s*\w+|\s*[^\w\s]|\s+")
-_HIDDEN = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 
 class Words:
@@ -34,6 +35,7 @@ class Words:
     def __init__(self) -> None:
         self._words: list[tuple[bool, str]] = [(True, END)]
         self._ids: dict[tuple[bool, str], int] = {}
+        self._lock = Lock()  # a retriever's thread tells while a server's says
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Of what is told."""
@@ -64,11 +66,13 @@ class Words:
                 runs.append((said, []))
             runs[-1][1].append(word)
         messages: list[dict[str, Any]] = []
+        count = 0
         for said, words in runs:
             text = "".join(words)
             called = messages[-1].get("tool_calls", ()) if messages else ()
             if said:
-                messages.append(_assistant(text))
+                messages.append(_assistant(text, count))
+                count += len(messages[-1].get("tool_calls", ()))
             elif called:
                 messages += [{"role": "tool", "tool_call_id": call["id"], "content": text.strip()} for call in called]
             else:
@@ -76,23 +80,38 @@ class Words:
         return messages
 
     def _id(self, said: bool, piece: str) -> int:
-        known = self._ids.setdefault((said, piece), len(self._words))
-        if known == len(self._words):
-            self._words.append((said, piece))
+        with self._lock:
+            known = self._ids.setdefault((said, piece), len(self._words))
+            if known == len(self._words):
+                self._words.append((said, piece))
         return known
 
 
-def _assistant(text: str) -> dict[str, Any]:
-    """What was said, as an endpoint takes it back: calls as such, without thinking, which no endpoint wants to see again."""
-    text = _HIDDEN.sub("", text.removesuffix(END))
+def _assistant(text: str, count: int) -> dict[str, Any]:
+    """What was said, as an endpoint takes it back: calls as such, without thinking, which no endpoint wants to see again.
+
+    ``count``: calls before. Those without an id of the server's get one, of nine letters and digits: some take no other.
+    """
+    text = _without_thinking(text.removesuffix(END))
     calls: list[dict[str, Any]] = []
     for match in CALL.finditer(text):
         try:
-            call = json.loads(match[1])
-            function = {"name": str(call["name"]), "arguments": json.dumps(call["arguments"])}
-        except (ValueError, LookupError, TypeError, RecursionError):
+            call = read_json(match[1])
+            function = {"name": str(call["name"]), "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+            id = str(call.get("id") or f"call{count + len(calls):05d}")
+        except (ValueError, LookupError, TypeError):
             return {"role": "assistant", "content": text}
-        calls.append({"id": f"call_{len(calls)}", "type": "function", "function": function})
+        calls.append({"id": id, "type": "function", "function": function})
     if not calls:
         return {"role": "assistant", "content": text}
     return {"role": "assistant", "content": CALL.sub("", text).strip(), "tool_calls": calls}
+
+
+def _without_thinking(text: str) -> str:
+    *before, rest = text.split("</think>")
+    kept, hidden = [], False
+    for part in before:
+        said, opened, _ = part.partition("<think>")
+        kept += [said.lstrip() if hidden else said, "" if opened else "</think>"]
+        hidden = bool(opened)
+    return "".join(kept) + (rest.lstrip() if hidden else rest)
