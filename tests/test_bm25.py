@@ -91,6 +91,21 @@ def test_what_shares_no_word_is_never_found(tmp_path: Path) -> None:
     assert {p.id for p in index.search(["the river"], 100)[0]} == {p.id for p in corpus if "river" in p.contents}
 
 
+def test_a_corpus_without_spaces_is_said_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = "\u5317\u4eac\u662f\u4e2d\u56fd\u7684\u9996\u90fd\u3002 BM25"
+    chinese = [Passage(id=str(i), title="\u5317\u4eac", text=text) for i in range(600)]
+    Bm25Index.build(chinese, tmp_path / "zh")
+    [said] = caplog.messages
+    assert said.startswith(f"{tmp_path / 'zh'}: 8")
+    assert "% of the letters are of scripts without spaces between words" in said
+    assert "\n" not in said
+    caplog.clear()
+    seoul = "\uc11c\uc6b8\uc740 \ud55c\uad6d\uc758 \uc218\ub3c4\uc774\ub2e4"
+    korean = [Passage(id="1", title="\uc11c\uc6b8", text=seoul), *passages(20)]
+    Bm25Index.build(korean, tmp_path / "other")
+    assert not caplog.messages
+
+
 def test_an_accent_is_found_however_it_is_encoded(tmp_path: Path) -> None:
     corpus = [Passage(id="nfc", title="K\u00f6ln", text="Rhein"), Passage(id="nfd", title="Mu\u0308nchen", text="Isar")]
     index = Bm25Index.build(corpus, tmp_path / "index")

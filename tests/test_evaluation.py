@@ -78,9 +78,30 @@ def test_scores_by_hand(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> 
         2: (2, 0.5, 0.25),
     }
     assert {call["temperature"] for call in generator.calls} == {0.0, 0.5}
-    assert shown[-1] == (12, 12, "sampled EM 0.250")
-    assert [done for done, *_ in shown] == list(range(1, 13))
+    assert {figure.partition(" ")[0] for _, _, figure in shown} == {"EM", "sampled"}
+    assert shown[3] == (4, 12, "EM 0.500")
+    assert shown[11:] == [(12, 12, "sampled 0.250"), (12, 12, "EM 0.500, sampled 0.250")]  # as in the tables
+    assert [done for done, *_ in shown] == [*range(1, 13), 12]
     assert Evaluation.model_validate(json.loads(result.model_dump_json())) == result
+
+
+def test_searches_that_find_nothing_are_said_in_one_line(tiny_policy: Policy, tiny_retriever, tmp_path: Path, caplog) -> None:
+    asked = {
+        "one?": ["<search> \u6e05\u6717 </search>", "<answer> x </answer>"],
+        "two?": ["<search> Bel </search>", "<answer> y </answer>"],
+    }
+    questions = {name: [Question(id=name, text=name, answers=("z",))] for name in asked}
+    for script, said in ((asked, []), ({**asked, "two?": asked["one?"]}, ["2 of 2 searches found no passage"])):
+        caplog.clear()
+        made = tmp_path / str(len(said))
+        made.mkdir()
+        generator = ScriptedEngine(tiny_policy.tokenizer, script)
+        evaluate(
+            generator, tiny_retriever, questions, PROMPTS, EvaluationConfig(samples=0), LIMITS, seed=0,
+            out=made,
+        )  # fmt: skip
+        assert [message.partition(":")[0] for message in caplog.messages] == said
+        assert all("\n" not in message for message in caplog.messages)
 
 
 def test_groups_are_written_in_order(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 
@@ -13,6 +14,9 @@ from search_e1.errors import PreflightError
 from search_e1.evaluation import preflight
 from search_e1.evaluation.preflight import Level, Observed
 from search_e1.evaluation.recall import Recall
+from search_e1.stages.inputs import Inputs
+from search_e1.stages.preflight import findings
+from search_e1.training import policy as policies
 from search_e1.types import ActionKind, Group, Question, StopReason, Trajectory, Turn
 from test_evolve import config, project
 from trained import config_of
@@ -111,6 +115,44 @@ def test_answers(found, seen, level, words):
 
 def test_answers_of_yes_no_questions_are_in_no_corpus():
     assert preflight.answers(rows(0, 0, 0, yes_no=30), 3, NOTHING) is None
+
+
+def test_a_corpus_with_nothing_to_choose_from():
+    one, three = preflight.passages(1, 3), preflight.passages(3, 3)
+    assert one.text == "The corpus has 1 passage, and a search shows up to 3: there is nothing to choose from."
+    assert three.text.startswith("The corpus has 3 passages")
+    assert (one.level, three.level, preflight.passages(4, 3)) == (WARNING, WARNING, None)
+
+
+def test_a_policy_without_a_chat_template_says_so_unless_it_is_taught(mute, tmp_path):
+    shutil.copytree(mute / "policy", tmp_path / "base")
+    policy = str(tmp_path / "base")
+    settings = settings_of(mute, tmp_path / "run", policy={"model": policy, "device": "cpu"})
+
+    def found(settings):
+        run = Inputs(settings, tmp_path / "run")
+        made = findings(run, Observed(trajectories=1, in_form=1), [], policy)
+        return {finding.check: finding.text for finding in made if finding.level is not OK}
+
+    assert "template" not in found(settings)  # it has prompts of ours
+    (tmp_path / "base" / "search_e1.json").unlink()
+    assert found(settings)["template"].startswith("The policy's tokenizer has no chat template")
+    taught = Config.model_validate(settings.model_dump() | {"coldstart": {}})
+    assert "template" not in found(taught)
+    reader = policies.load_reader(policy, settings.policy)
+    reader.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    reader.tokenizer.save_pretrained(tmp_path / "base")
+    assert "template" not in found(settings)
+
+
+def test_a_corpus_of_one_passage_is_said_before_training(mute, tmp_path):
+    corpus = tmp_path / "one.jsonl"
+    corpus.write_text((mute / "corpus.jsonl").read_text().splitlines()[0] + "\n")
+    settings = settings_of(mute, tmp_path / "run", preflight="warn", grpo={"steps": 1, "questions_per_step": 2})
+    data = settings.data.model_copy(update={"corpus": corpus})
+    evolve.train(settings.model_copy(update={"data": data}))
+    stored = json.loads((tmp_path / "run" / "preflight" / "preflight.json").read_text())
+    assert [row["level"] for row in stored if row["check"] == "passages"] == ["warning"]
 
 
 def test_overlap():

@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -16,7 +17,7 @@ from search_e1.evaluation.recall import Recall, Recalls, holds, is_yes_no, patte
 from search_e1.evaluation.results import Evaluation, Result
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.engines.base import Engine
-from search_e1.rollout.sampler import RolloutSampler
+from search_e1.rollout.sampler import RolloutSampler, empty_searches, warn_of_empty_searches
 from search_e1.rollout.sharing import Part, write_parts
 from search_e1.runs import derived_seed, ranks, read_records
 from search_e1.runs.checkpoints import Checkpointer
@@ -80,13 +81,16 @@ def evaluate(
     total = count * (1 + config.samples)
     parts = [part(TRAJECTORIES, 1, 0.0, 0)]
     parts += [part(SAMPLED, config.samples, config.temperature, count)] if config.samples else []
-    seconds, *_ = write_parts(checkpointer, parts)
+    sums, *_ = write_parts(checkpointer, parts)
     if not ranks.is_first():
         return ranks.broadcast_object(None)  # type: ignore[return-value]
+    warn_of_empty_searches(sums["empty"], sums["searches"])
     judged = list(_judged(questions_by_benchmark, parts, recalls or {}))
     evaluation = results.evaluation(judged, seed)
+    sampled = "" if evaluation.em_sampled is None else f", sampled {evaluation.em_sampled:.3f}"
+    progress(total, total, f"EM {evaluation.em:.3f}{sampled}")  # what the tables say, under their names
     timings = {
-        name: _timing(asking, questions, seconds[f"seconds.{name}"], config.latency).model_dump()
+        name: _timing(asking, questions, sums[f"seconds.{name}"], config.latency).model_dump()
         for name, questions in questions_by_benchmark.items()
     }
     results.write(judged, out / results.QUESTIONS)
@@ -107,7 +111,7 @@ def _part(
     """The file of all groups of ``size`` trajectories. ``shown``: progress, trajectories of earlier parts, and of all parts."""
     chunks = [(name, chunk) for name, questions in questions_by_benchmark.items() for chunk in asking.chunks(questions, size)]
     progress, before, total = shown
-    kind = "sampled EM" if temperature else "EM"
+    kind = "sampled" if temperature else "EM"  # as in the tables
 
     def make(chunk: tuple[str, Sequence[Question]], sums: Mapping[str, float]) -> tuple[Iterable[str], Mapping[str, float]]:
         name, questions = chunk
@@ -121,8 +125,11 @@ def _part(
         groups = asking.groups(
             questions, size, temperature=temperature, seed=derived_seed(seed, name), on_trajectory=on_trajectory
         )
-        rewards = [trajectory.reward for group in groups for trajectory in group.trajectories]
-        tally = {"trajectories": len(rewards), "em": sum(rewards), f"seconds.{name}": time.perf_counter() - clock}
+        made = [trajectory for group in groups for trajectory in group.trajectories]
+        tally = {
+            "trajectories": len(made), "em": sum(t.reward for t in made), "searches": sum(t.searches for t in made),
+            "empty": sum(map(empty_searches, made)), f"seconds.{name}": time.perf_counter() - clock,
+        }  # fmt: skip
         return (group.model_dump_json() for group in groups), tally
 
     return Part(path, chunks, make)
@@ -183,6 +190,8 @@ def _read_passages(trajectory: Trajectory) -> Iterator[str]:
 def _timing(asking: RolloutSampler, questions: Sequence[Question], seconds: float, alone: int) -> Timing:
     """Runs ``alone`` evenly spaced questions once more, one at a time; ``seconds`` is the time of all of them in batches."""
     chosen = min(alone, len(questions))
+    # An answer that an interrupted call has kept would take no time.
+    asking = replace(asking, checkpointer=Checkpointer(stop=asking.checkpointer.stop))
     times = []
     for i in range(chosen):
         clock = time.perf_counter()

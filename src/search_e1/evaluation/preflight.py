@@ -26,7 +26,8 @@ class Level(StrEnum):
 
 class Finding(Record):
     check: str
-    """``form``, ``search``, ``groups``, ``answers``, ``overlap``, ``policy``, ``memory`` or ``time``."""
+    """``form``, ``search``, ``groups``, ``answers``, ``passages``, ``overlap``, ``template``, ``policy``, ``memory`` or
+    ``time``."""
     level: Level
     text: str
     """One sentence."""
@@ -156,6 +157,25 @@ def answers(rows: Sequence[Recall], topk: int, seen: Observed) -> Finding | None
     if held:
         remedy = "Raise rollout.topk, or try another retrieval.kind."
     return Finding(check="answers", level=Level.WARNING, text=text, remedy=remedy)
+
+
+def passages(count: int, topk: int) -> Finding | None:
+    """Is there anything to choose from? ``None`` if there is."""
+    if count > topk:
+        return None
+    plural = "s" * (count > 1)
+    text = f"The corpus has {count} passage{plural}, and a search shows up to {topk}: there is nothing to choose from."
+    remedy = "Check data.corpus, or the index under [retrieval]: a passage is a paragraph, not a document or a whole file."
+    return Finding(check="passages", level=Level.WARNING, text=text, remedy=remedy)
+
+
+def template(has_template: bool) -> Finding | None:
+    """Does a policy that no run of ours has made have a chat template? ``None`` if it has."""
+    if has_template:
+        return None
+    text = "The policy's tokenizer has no chat template, so that it reads the bare instruction, as a base model does."
+    remedy = "Give a chat model's directory, with its chat_template.jinja; or add a [coldstart] section for a base model."
+    return Finding(check="template", level=Level.WARNING, text=text, remedy=remedy)
 
 
 def overlap(train: Sequence[Question], evaluated: Mapping[str, Sequence[Question]]) -> Finding:

@@ -19,7 +19,7 @@ from search_e1.runs.devices import device
 from search_e1.runs.opening import CONFIG, opened
 from search_e1.stages.grpo import sample_of
 from search_e1.stages.inputs import Inputs, Watch, no_progress, subsample
-from search_e1.stages.preflight import findings, train_recall
+from search_e1.stages.preflight import findings, of_files, train_recall
 from search_e1.training import memory
 from search_e1.training.batch import make_batch, micro_batches, normalised_weights
 from search_e1.training.objectives import open_objective
@@ -83,8 +83,7 @@ def _examine(run: Inputs, path: str, questions: int, evaluated: int) -> tuple[li
     config = run.config
     overlap = preflight.overlap(run.train_questions, run.eval_questions)
     if path == NEW:  # the cold start makes it
-        rows = train_recall(run, config.seed)
-        return [*filter(None, [preflight.answers(rows, config.rollout.topk, Observed())]), overlap], None
+        return of_files(run, Observed(), train_recall(run, config.seed)), None
     try:
         run.load_reader(path)
     except ModelError as error:
@@ -98,7 +97,7 @@ def _examine(run: Inputs, path: str, questions: int, evaluated: int) -> tuple[li
     per_second, fits = _train(run, path, sampled.groups)
     amounts = preflight.amounts(config, len(run.train_questions), sum(map(len, run.eval_questions.values())))
     lasts = preflight.time(amounts, sampled.trajectories_per_second, sampled.tokens, per_second)
-    return [loads, *findings(run, seen, rows), *fits, lasts], seen
+    return [loads, *findings(run, seen, rows, path), *fits, lasts], seen
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """BM25 over memory-mapped files, which processes share and which open at once."""
 
+import logging
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,14 +17,18 @@ from search_e1.retrieval.base import Hit
 from search_e1.retrieval.bm25_build import K1, MAX_SCORES, STEMMER, STOPWORDS, WORDS, B, build, split, stem
 from search_e1.retrieval.bm25s_import import bm25s
 from search_e1.retrieval.directory import IndexManifest, StoredIndex
-from search_e1.retrieval.passages import hash64
+from search_e1.retrieval.passages import Passages, hash64
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Passage
 
 KIND = "bm25"
 SETTINGS = {"k1": K1, "b": B, "stopwords": STOPWORDS, "stemmer": STEMMER}
 
+logger = logging.getLogger(__name__)
 _SCORES = "bm25"
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+"""Letters of Thai, Lao, Burmese, Khmer, Japanese and Chinese, which put no spaces between words."""
+_SAMPLE = 256  # passages
 _SLACK = 1e-4
 """Relative tolerance: the sums that prune are rounded differently from the scores that are returned."""
 _LOOKUP = 16
@@ -67,6 +73,11 @@ class Bm25Index(StoredIndex):
         with directories.building(directory, settings or None) as work:
             passages = work.passages(corpus, progress)
             build(passages, work.path / _SCORES, work.scratch, progress, processes)
+            if (share := _unspaced(passages)) > 0.5:
+                logger.warning(
+                    "%s: %.0f%% of the letters are of scripts without spaces between words, which BM25 takes for single words: "
+                    "searches will find little; build a dense index instead", directory, 100 * share,
+                )  # fmt: skip
             manifest = work.finish(KIND, passages, SETTINGS, ("bm25s", "PyStemmer", "numpy"))
         return cls(directory, manifest)
 
@@ -94,6 +105,14 @@ class Bm25Index(StoredIndex):
         digests = np.array([hash64(root) for word in split(query) if (root := stem(word))], dtype=np.uint64)
         at = np.minimum(np.searchsorted(self._words["digest"], digests), len(self._words) - 1)
         return self._words["id"][at[self._words["digest"][at] == digests]].tolist()
+
+
+def _unspaced(passages: Passages) -> float:
+    """The share of letters of ``_UNSPACED`` in some passages, evenly spread over all."""
+    step = max(1, len(passages) // _SAMPLE)
+    text = "".join(next(iter(passages.texts(at, at + 1))) for at in range(0, len(passages), step))
+    letters = sum(map(str.isalpha, text))
+    return len(_UNSPACED.findall(text)) / letters if letters else 0.0
 
 
 class Postings:

@@ -12,9 +12,9 @@ from search_e1.errors import DataError
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.engines.base import Engine
 from search_e1.rollout.loop import OnTrajectory, Spent
-from search_e1.rollout.sampler import PARTS, RolloutSampler, tally
+from search_e1.rollout.sampler import PARTS, RolloutSampler, tally, warn_of_empty_searches
 from search_e1.rollout.sharing import Part, write_parts
-from search_e1.runs import read_records
+from search_e1.runs import ranks, read_records
 from search_e1.runs.checkpoints import Checkpointer
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Group, Question, Trajectory
@@ -64,6 +64,8 @@ def sample(
         return (group.model_dump_json() for group in groups), sums
 
     [sums] = write_parts(checkpointer, [Part(out / FILE, list(asking.chunks(questions, size)), make)])
+    if ranks.is_first():
+        warn_of_empty_searches(sums["empty"], sums["searches"])
     return {"questions": len(questions), **figures(sums)}
 
 

@@ -3,6 +3,7 @@
 Which questions make a chunk follows from the config alone, so a chunk that is sampled again is the same to the bit.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from search_e1.rollout.unfinished import unfinished_in
 from search_e1.runs.checkpoints import Checkpointer
 from search_e1.types import Group, Question, Trajectory
 
+logger = logging.getLogger(__name__)
 PARTS = ("sampling", "retrieval", "rest")
 """What the seconds of a rollout are spent on."""
 _BATCHES_AT_ONCE = 2  # as trajectories end, others fill the engine's batches
@@ -54,10 +56,24 @@ class RolloutSampler:
 
 def tally(trajectories: Iterable[Trajectory], spent: Spent) -> dict[str, float]:
     """Sums over ``trajectories``, which took ``spent``; figures over several chunks are made of them."""
-    sums = dict.fromkeys(("trajectories", "em", "searches", "tokens"), 0.0)
+    sums = dict.fromkeys(("trajectories", "em", "searches", "tokens", "empty"), 0.0)
     sums |= {f"seconds.{part}": getattr(spent, part) for part in PARTS}
     for t in trajectories:
-        own = dict(trajectories=1, em=t.correct, searches=t.searches, tokens=t.sampled_tokens)
+        own = dict(trajectories=1, em=t.correct, searches=t.searches, tokens=t.sampled_tokens, empty=empty_searches(t))
         for name, value in {**own, f"stop.{t.stop_reason}": 1}.items():
             sums[name] = sums.get(name, 0.0) + value
     return sums
+
+
+def empty_searches(trajectory: Trajectory) -> int:
+    """Searches that found no passage."""
+    return sum(turn.served and not turn.passage_ids for turn in trajectory.turns)
+
+
+def warn_of_empty_searches(empty: float, searches: float) -> None:
+    """Say in one line that most searches found nothing: a policy learns little from empty observations."""
+    if searches and 2 * empty > searches:
+        logger.warning(
+            "%.0f of %.0f searches found no passage: are questions and passages in one language? BM25 does not split text "
+            'without spaces between words (Chinese, Japanese, Thai); retrieval.kind = "dense" reads it', empty, searches,
+        )  # fmt: skip

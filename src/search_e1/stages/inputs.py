@@ -148,6 +148,11 @@ class Inputs:
             return Passages.open(self._indexes[0]).texts()
         return (f"{passage.title} {passage.text}" for passage in read_corpus(corpus)) if corpus else None
 
+    @property
+    def passage_count(self) -> int | None:
+        """Passages that are searched; ``None`` where a server has them."""
+        return len(Passages.open(self._indexes[0])) if self._kinds else None
+
     def benchmarks(self, names: Sequence[str] = ()) -> list[str]:
         """The benchmarks of ``data.eval``, or ``names`` of them, in the config's order.
 
@@ -222,6 +227,11 @@ class Inputs:
         reader = policies.load_reader(policy, self.config.policy, self.config.prompts)
         protocol_of(reader.tokenizer, reader.prompts)
         return reader
+
+    def has_prompts(self, policy: str | Path) -> bool:
+        """Whether a run has saved with ``policy`` what it is asked with."""
+        source = resolve(str(policy))
+        return isinstance(source, Path) and Prompts.saved_in(source)
 
     def engine(
         self, policy: str | Path | Endpoint, loaded: Policy | None = None

@@ -53,7 +53,7 @@ class Preflight(Stage):
             seen += sampled
             if not sampled.rewarded:
                 rows = train_recall(run, context.seed)
-        found = findings(run, seen, rows)
+        found = findings(run, seen, rows, self.policy)
         if ranks.is_first():
             lines = json.dumps([finding.model_dump(mode="json") for finding in found], indent=2)
             (context.out / preflight.FILE).write_text(lines + "\n", encoding="utf-8")
@@ -77,12 +77,25 @@ class Preflight(Stage):
         return ranks.broadcast_object(groups)
 
 
-def findings(run: Inputs, seen: Observed, rows: Sequence[recall.Recall]) -> list[Finding]:
-    """What ``seen`` and the recall of some questions come to, and the overlap of the question files."""
+def findings(run: Inputs, seen: Observed, rows: Sequence[recall.Recall], policy: str | Path) -> list[Finding]:
+    """What ``seen`` and the recall of some questions come to, and what is in the files."""
     found = [preflight.form(seen), preflight.search(seen)]
     found += [preflight.groups(seen)] if seen.groups else []
-    found += filter(None, [preflight.answers(rows, run.config.rollout.topk, seen)])
-    return [*found, preflight.overlap(run.train_questions, run.eval_questions)]
+    return [*found, *of_files(run, seen, rows), *filter(None, [_template(run, policy)])]
+
+
+def of_files(run: Inputs, seen: Observed, rows: Sequence[recall.Recall]) -> list[Finding]:
+    """What passages and questions promise, whatever the policy."""
+    topk, count = run.config.rollout.topk, run.passage_count
+    few = None if count is None else preflight.passages(count, topk)
+    said = [preflight.answers(rows, topk, seen), few, preflight.overlap(run.train_questions, run.eval_questions)]
+    return [finding for finding in said if finding]
+
+
+def _template(run: Inputs, policy: str | Path) -> Finding | None:
+    if run.config.coldstart or run.has_prompts(policy):
+        return None  # it was, or is, taught what it reads
+    return preflight.template(bool(run.load_reader(policy).tokenizer.chat_template))
 
 
 def train_recall(run: Inputs, seed: int, most: int = _SEARCHED) -> list[recall.Recall]:
