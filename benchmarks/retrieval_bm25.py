@@ -23,16 +23,15 @@ from statistics import median
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import bm25s
 import numpy as np
 import Stemmer
-from bm25s.tokenization import Tokenizer
 from rich.console import Console
 from rich.table import Table
 
 from search_e1.data.corpus import read_corpus
 from search_e1.data.questions import load_questions
 from search_e1.retrieval.bm25 import K1, B, Bm25Index
+from search_e1.retrieval.bm25s_import import bm25s  # not by itself: it would import JAX
 from search_e1.types import Passage
 
 BATCH, TOPK = 64, 3
@@ -143,7 +142,7 @@ def build_theirs(arguments: argparse.Namespace, number: int) -> dict:
     corpus, out = corpus_file(arguments, number), arguments.work / f"{number}.bm25s"
 
     def build() -> None:
-        tokenizer = Tokenizer(stopwords="english", stemmer=Stemmer.Stemmer("english"))
+        tokenizer = bm25s.tokenization.Tokenizer(stopwords="english", stemmer=Stemmer.Stemmer("english"))
         texts = (f"{passage.title} {passage.text}" for passage in read_corpus(corpus))
         ids = list(tokenizer.streaming_tokenize(texts, allow_empty=False))
         index = bm25s.BM25(k1=K1, b=B)

@@ -1,4 +1,4 @@
-"""JAX stays out of a process that searches with BM25."""
+"""JAX stays out, whatever is imported: it takes three quarters of a GPU when it is first used."""
 
 import subprocess
 import sys
@@ -33,3 +33,27 @@ def test_a_jax_that_is_imported_already_stays(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "jax.py").write_text("")
     done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(tmp_path)}, check=False)
     assert done.returncode == 0
+
+
+EVERYTHING = """
+import importlib, pkgutil, sys
+import search_e1
+for module in pkgutil.walk_packages(search_e1.__path__, "search_e1."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+for library in ("bm25s", "datasets", "faiss", "peft", "pyarrow.parquet", "sentence_transformers", "transformers"):
+    importlib.import_module(library)
+assert "jax" not in sys.modules and "flax" not in sys.modules
+"""
+
+
+def test_nothing_imports_jax(tmp_path: Path) -> None:
+    """Found by its metadata too, as ``transformers`` and ``datasets`` look for it."""
+    for name in ("jax", "flax"):
+        (tmp_path / f"{name}.py").write_text(FAKE)
+        (tmp_path / f"{name}-0.8.0.dist-info").mkdir()
+        (tmp_path / f"{name}-0.8.0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.8.0\n")
+    done = subprocess.run(
+        [sys.executable, "-c", EVERYTHING], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
