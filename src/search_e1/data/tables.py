@@ -54,7 +54,7 @@ def table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _is_line_a_row(file: TextIO) -> bool:
     """Whether each line has as many tabs as the header. Then no quote holds a tab or the end of a line, and a quote that is
     not closed is one: ``"Weird Al" Yankovic``, as what knows no quotes writes it."""
-    counts = {line.count("\t") for line in file if line.strip()}
+    counts = {line.count("\t") for line in file if line.strip("\r\n")}
     file.seek(0)
     return len(counts) == 1
 
@@ -71,7 +71,7 @@ class _TabReader:
     def __next__(self) -> list[str]:
         line = next(self._file)
         self.line_num += 1
-        if not line.strip():
+        if not line.strip("\r\n"):
             return []
         cells = ((_QUOTED_CELL.fullmatch(cell), cell) for cell in line.rstrip("\r\n").split("\t"))
         return [quoted[1].replace('""', '"') if quoted else cell for quoted, cell in cells]
