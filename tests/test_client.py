@@ -13,12 +13,15 @@ from email.utils import format_datetime
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tenacity import wait_none
 
 from search_e1.errors import ConfigError, RetrievalError
 from search_e1.retrieval import client as module
 from search_e1.retrieval.base import Hit, Retriever
 from search_e1.retrieval.client import HttpRetriever
+from search_e1.runs.http import TransientError
 from search_e1.types import Passage
 from serving import Reply, good, hit, misbehaving
 
@@ -422,3 +425,35 @@ def test_an_answer_without_end_is_refused(monkeypatch, packed: bool) -> None:
         with HttpRetriever(server.url) as client, pytest.raises(RetrievalError, match="a response of more than 1 MiB"):
             client.search(["a"], 1)
         assert len(server.requests) == 1  # it is not asked for again
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+_document = st.text() | st.fixed_dictionaries(
+    {"contents": st.text() | _json}, optional={"id": st.text() | st.integers() | _json}
+)
+_hit = st.fixed_dictionaries({"document": _document | _json}, optional={"score": st.floats() | _json})
+_bodies = st.fixed_dictionaries({"result": st.lists(st.lists(_hit | _json, max_size=4), max_size=3) | _json}) | _json
+_bytes = st.binary() | st.tuples(_bodies.map(lambda value: json.dumps(value).encode()), st.integers(0, 9)).map(
+    lambda drawn: drawn[0][: len(drawn[0]) - drawn[1] // 3]
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(body=_bytes, queries=st.integers(1, 2))
+def test_whatever_bytes_a_server_sends_it_is_its_passages_or_one_line(body: bytes, queries: int) -> None:
+    try:
+        found = module._parse(body, queries, 2)
+    except TransientError as error:
+        told = str(error)
+        assert len(told.splitlines()) == 1
+        return
+    told = json.loads(body)["result"]
+    assert [len(passages) for passages in found] == [min(2, len(hits)) for hits in told]
+    for passages, hits in zip(found, told, strict=True):
+        for passage, document in zip(passages, (row["document"] for row in hits), strict=False):
+            contents = document if isinstance(document, str) else document["contents"]
+            assert passage.contents == contents or (passage.title, passage.text) == ("", contents) or "\n" in contents

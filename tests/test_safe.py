@@ -170,11 +170,14 @@ def test_what_is_masked_stays_masked(text: str) -> None:
     assert masked_url(masked_url(text)) == masked_url(text)
 
 
-def test_no_secret_comes_into_a_run(project, monkeypatch, capsys) -> None:  # noqa: F811
+@pytest.mark.parametrize("place", ["password", "query"])
+def test_no_secret_comes_into_a_run(project, monkeypatch, capsys, place: str) -> None:  # noqa: F811
     monkeypatch.setenv("HF_TOKEN", "hf_SECRET")
     with misbehaving(lambda request, number: good(request, number)) as server:
         words = [
-            "--retrieval.url", server.url.replace("http://", "http://me:SECRET@"), "--retrieval.cache", "false",
+            "--retrieval.url",
+            f"{server.url}/retrieve?token=SECRET" if place == "query" else server.url.replace("http://", "http://me:SECRET@"),
+            "--retrieval.cache", "false",
             "--pool.questions", "1", "--pool.group_size", "2", "--grpo.steps", "0",
             "--rollout.max_tokens", "400", "--rollout.max_action_tokens", "20",
         ]  # fmt: skip
@@ -189,7 +192,7 @@ def test_no_secret_comes_into_a_run(project, monkeypatch, capsys) -> None:  # no
     written = [file for file in (project / "run").rglob("*") if file.is_file()]
     assert len(written) >= 4
     assert [file for file in written if b"SECRET" in file.read_bytes()] == []
-    assert "***@127.0.0.1" in (project / "run" / "config.json").read_text()
+    assert ("?token=***" if place == "query" else "***@127.0.0.1") in (project / "run" / "config.json").read_text()
 
 
 def test_a_server_that_is_down_is_named_without_its_password() -> None:
