@@ -5,7 +5,7 @@ import torch
 
 from made_pairs import make_pair, make_turn
 from search_e1.config import LeadConfig, RolloutConfig
-from search_e1.errors import DataError, NoLeadError
+from search_e1.errors import DataError, NoLeadError, TrainingError
 from search_e1.rollout.engines.base import BatchEngine, Generation
 from search_e1.selfdistill.lead import Lead, gate, hold_out, interval, measure
 from search_e1.selfdistill.profile import by_class, pair_kl, pieces
@@ -202,6 +202,13 @@ def test_the_profile_is_zero_where_both_prompts_are_the_same(tiny_policy):
     profile = by_class(pair_kl(tiny_policy, [same]))
     assert max(part.mean for part in profile.values()) < 1e-10
     assert min(part.mean for part in by_class(pair_kl(tiny_policy, [pair])).values()) > 1e-6
+
+
+def test_a_divergence_that_is_not_finite_is_refused(tiny_policy):
+    with torch.no_grad():
+        tiny_policy.model.model.norm.weight[0] = float("nan")
+    with pytest.raises(TrainingError, match=r"divergence from the teacher is not finite in torch\.float32; set policy\.dtype"):
+        pair_kl(tiny_policy, [make_pair(tiny_policy)])
 
 
 def test_the_profile_adds_up(tiny_policy):

@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import json
 from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,19 @@ def test_whole_floats_of_parquet_are_integers(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     [part] = prepared(train=(str(tmp_path / "a.parquet"),)).parts
     assert [(row.question.id, row.question.answers) for row in part.rows] == [("1", ("1969", "1.5")), ("2", ("7",))]
+
+
+def test_what_only_parquet_holds_is_what_was_meant(tmp_path: Path) -> None:
+    golds = {"bytes": b"Oslo", "decimal": Decimal("1969.00"), "fraction": Decimal("2.50"), "day": date(1969, 7, 20)}
+    texts = {"bytes": "Oslo", "decimal": "1969", "fraction": "2.50", "day": "1969-07-20"}
+    for name, gold in golds.items():
+        file = tmp_path / f"{name}.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist([{"question": "W?", "answer": gold}]), file)
+        [part] = prepared(train=(str(file),)).parts
+        assert part.rows[0].question.answers == (texts[name],)
+    parquet.write_table(pyarrow.Table.from_pylist([{"question": "W?", "answer": b"\xff\xfe"}]), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet:1: a value that is bytes"):
+        prepared(train=(str(tmp_path / "b.parquet"),))
 
 
 def test_true_and_false_are_yes_and_no(tmp_path: Path) -> None:

@@ -39,6 +39,13 @@ def test_a_question_carries_all_that_its_line_says(tmp_path: Path) -> None:
     ]
 
 
+def test_golds_that_nothing_matches_are_said(tmp_path: Path, caplog) -> None:
+    path = write(tmp_path / "q.jsonl", GOOD, {**GOOD, "id": "q2", "golden_answers": ["!!!", "The"]})
+    assert len(load_questions(path)) == 2
+    said = f"{path}: 1 questions have only answers of punctuation and articles (q2: '!!!', 'The'), which no answer matches"
+    assert caplog.messages == [said]
+
+
 @pytest.mark.parametrize("hops", [2, 2.0, "2", " 2.0 "])
 def test_hops_as_tables_write_them(tmp_path: Path, hops: object) -> None:
     [question] = load_questions(write(tmp_path / "q.jsonl", {**GOOD, "metadata": {"hops": hops}}))

@@ -1,5 +1,6 @@
 """Questions from JSON lines."""
 
+import logging
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,10 +10,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from search_e1.data.answers import normalize_answer
 from search_e1.data.lines import read_lines
 from search_e1.errors import DataError
+from search_e1.runs import ranks
 from search_e1.types import Question
 
+logger = logging.getLogger(__name__)
 _HOLDS = (
     'each line holds {"id", "question", "golden_answers"} and perhaps "metadata"; `search-e1 data prepare` makes such files of '
     "others"
@@ -92,6 +96,12 @@ def _unique(items: Iterable[tuple[str, Question]], files: str) -> list[Question]
             raise DataError(f"{where}: id {question.id!r} was used at {places[question.id]}; give every question its own")
         places[question.id] = where
         questions.append(question)
+    dead = [(q.id, q.answers) for q in questions if not any(map(normalize_answer, q.answers))]
+    if dead and ranks.is_first():
+        logger.warning(
+            "%s: %d questions have only answers of punctuation and articles (%s: %s), which no answer matches",
+            files, len(dead), dead[0][0], ", ".join(map(repr, dead[0][1])),
+        )  # fmt: skip
     if not questions:
         raise DataError(f"no question files ({files or 'an empty list'}); give at least one")
     return questions

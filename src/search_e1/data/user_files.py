@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import datetime
 import difflib
 import hashlib
 import json
@@ -10,8 +11,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from search_e1.data import sources
 from search_e1.data.lines import checksum, parse, read_lines
@@ -178,9 +182,25 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for where, row in sources.parquet_rows(path):
-        # Dates and decimals become text; NaN, pandas' missing number, becomes null.
-        plain = row if isinstance(row, bytes) else json.dumps(row, default=str).encode()
+        # NaN, pandas' missing number, becomes null.
+        plain = row if isinstance(row, bytes) else json.dumps(row, default=partial(_of_json, where)).encode()
         yield where, parse(plain, where, nan=None)
+
+
+def _of_json(where: str, value: Any) -> Any:
+    """What JSON has no word for: dates become text, decimals numbers, bytes the text that they are.
+
+    Raises:
+        DataError: of anything else it is not known what it says.
+    """
+    if isinstance(value, datetime.date | datetime.time | datetime.timedelta | UUID):
+        return str(value)
+    if isinstance(value, Decimal):
+        return int(value) if value.is_finite() and value == value.to_integral_value() else str(value)
+    with contextlib.suppress(UnicodeDecodeError):
+        if isinstance(value, bytes):
+            return value.decode()
+    raise DataError(f"{where}: a value that is {type(value).__name__} ({str(value)[:40]!r}); give texts and numbers")
 
 
 def _record(row: Mapping[str, Any], columns: Columns, where: str) -> dict[str, Any]:

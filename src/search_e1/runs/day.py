@@ -1,13 +1,13 @@
 """The day that chat templates that tell the date are given: a run's is the day on which it was begun, whenever it goes on."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
 from search_e1.errors import RunError
-from search_e1.runs.files import write_atomically
 
 FILE = "day.json"
 _pinned: date | None = None
@@ -45,5 +45,16 @@ def recorded(directory: Path) -> date | None:
         ) from error
 
 
-def record(directory: Path, day: date) -> None:
-    write_atomically(directory / FILE, json.dumps({"begun": day.isoformat()}) + "\n")
+def record(directory: Path, day: date) -> date:
+    """Record ``day`` unless another run, which shares the directory, came first; returns the one that is recorded."""
+    own = directory / f".{FILE}.{os.getpid()}"
+    own.write_text(json.dumps({"begun": day.isoformat()}) + "\n", encoding="utf-8")
+    try:
+        os.link(own, directory / FILE)  # not if it is there
+    except FileExistsError:
+        own.unlink()
+    except OSError:  # a file system without links
+        own.replace(directory / FILE)
+    else:
+        own.unlink()
+    return recorded(directory) or day

@@ -106,11 +106,10 @@ def _begun_on(directory: Path, branch_of: Path | None, shared: Path | None) -> d
     """The day on which the run was begun: it, the run that it branches off, or the first of those that share artifacts."""
     places = [place for place in (directory, shared, branch_of) if place]
     begun = next((found for place in places if (found := day.recorded(place))), None) or date.today()
-    for place in filter(None, (directory, shared)):
-        if day.recorded(place) is None:
-            place.mkdir(parents=True, exist_ok=True)
-            day.record(place, begun)
-    return begun
+    if shared:
+        shared.mkdir(parents=True, exist_ok=True)
+        begun = day.record(shared, begun)
+    return day.record(directory, begun)
 
 
 def _begun_with(directory: Path) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from search_e1.errors import TrainingError
 from search_e1.selfdistill.samples import classes_of, sample_of
 from search_e1.text.tokens import TokenClass
 from search_e1.training.batch import make_batch, micro_batches
@@ -51,7 +52,11 @@ class PairKL(Record):
 
 @torch.no_grad()
 def pair_kl(policy: Policy, pairs: Sequence[Pair]) -> list[PairKL]:
-    """The per-token divergence of each pair, in their order."""
+    """The per-token divergence of each pair, in their order.
+
+    Raises:
+        TrainingError: a divergence is not finite.
+    """
     decoder, head = split_head(policy.model)
     was_training = policy.model.training
     policy.model.eval()
@@ -64,6 +69,11 @@ def pair_kl(policy: Policy, pairs: Sequence[Pair]) -> list[PairKL]:
         student, teacher = batch.student.hidden(decoder), batch.teacher.hidden(decoder)
         _, per_token = fused_divergence(student, teacher, head, clip="none")
         kl: list[float] = per_token.tolist()
+        if not all(map(math.isfinite, kl)):
+            raise TrainingError(
+                f"question {chosen[0].question_id!r}: the divergence from the teacher is not finite in {policy.dtype}; set "
+                'policy.dtype = "bfloat16" or "float32"'
+            )
         by_student, _ = _probabilities(head, student, batch.targets)
         by_teacher, preferred = _probabilities(head, teacher, batch.targets)
         begin = 0
