@@ -80,13 +80,14 @@ def run(
     packed: bool | None = None,
     source: ListSource | None = None,
     frozen_start: bool | None = None,
+    dtype: torch.dtype = torch.float32,
     **schedule: Any,
 ) -> tuple[list[dict[str, float]], Any]:
     """Train ``model`` (it is changed); the records without their seconds, and the finished model."""
     out.mkdir(exist_ok=True, parents=True)
     if frozen_start is None:
         frozen_start = any(objective.needs_start for objective in objectives.values())
-    policy = TrainedPolicy(model, config, frozen_start=frozen_start)
+    policy = TrainedPolicy(model, config, frozen_start=frozen_start, dtype=dtype)
     policy.packed = policy.packed if packed is None else packed
     context = StageContext(out, seed=seed, checkpointer=checkpointer or Checkpointer())
     schedule = {"learning_rate": 1e-3, **schedule}

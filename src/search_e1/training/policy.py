@@ -18,7 +18,7 @@ from search_e1.runs import day
 from search_e1.runs.devices import device, no_bars
 from search_e1.text.prompts import check_template, tells_date
 from search_e1.training.loading import check_quantization, check_tokenizer, load_weights
-from search_e1.training.precision import compute_dtype, multiplies_bfloat16
+from search_e1.training.precision import compute_dtype, limit_kernel_caches, multiplies_bfloat16
 from search_e1.training.sources import Source, opened, problem_of
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ def load(model: str | Path, config: PolicyConfig, prompts: Prompts | None = None
         weights: Any = load_weights(source, config.trust_remote_code)
     place = device(config.device)
     dtype = compute_dtype(config.dtype, weights.num_parameters(), multiplies_bfloat16(place))
+    if place.type == "cpu" and dtype != torch.float32:
+        limit_kernel_caches()
     weights.to(device=place, dtype=torch.float32 if master_weights else dtype)
     return Policy(weights, reader.tokenizer, reader.prompts, dtype)
 

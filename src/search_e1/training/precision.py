@@ -1,5 +1,7 @@
 """The number type that a policy computes in, while it is sampled from and trained."""
 
+import os
+
 import torch
 
 _SMALLEST = 10_000_000
@@ -24,3 +26,13 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         found = torch.cpu.get_capabilities()
         return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return True
+
+
+def limit_kernel_caches() -> None:
+    """Keep few of the kernels that oneDNN compiles for products of bfloat16 on a CPU; call it before the first one.
+
+    It compiles one for each shape, and keeps 1,024, twice. Batches of text differ in shape, so that a process grew by 16 MiB a
+    pass. What the user has set stays.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own, and that of torch before it
+        os.environ.setdefault(name, "64")
