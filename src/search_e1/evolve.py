@@ -215,7 +215,7 @@ class _Summary:
         if self.config.preflight == "stop":
             preflight.refuse(self.findings)
         for finding in self.findings if ranks.is_first() else ():
-            level = logging.INFO if finding.level is Level.OK else logging.WARNING
+            level = logging.DEBUG if finding.level is Level.OK else logging.WARNING
             logger.log(level, "preflight, %s: %s", finding.check, f"{finding.text} {finding.remedy}".strip())
 
     def end_round(self, round: int, pairs: Artifact, lead: Artifact | None, refused: str | None = None) -> None:

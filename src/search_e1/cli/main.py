@@ -1,5 +1,6 @@
 """The command line: one verb per stage."""
 
+import logging
 import os
 import sys
 import time
@@ -177,6 +178,8 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars, between ours
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("search_e1").setLevel(logging.INFO)
+    logging.getLogger("search_e1").addHandler(_LINES)
     try:
         app()
     except SearchE1Error as error:
@@ -195,6 +198,17 @@ def main() -> None:
     except Exception as error:
         _record(error)
         raise
+
+
+class _Lines(logging.Handler):
+    """What the program has to tell beside its results: a line each on standard error, above the progress bars, by rank 0."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if ranks.is_first():
+            print(plain(record.getMessage()), file=sys.stderr)
+
+
+_LINES = _Lines()
 
 
 def _say(message: str) -> None:

@@ -1,6 +1,7 @@
 """What the stages of a run read: questions, passages, the retriever, policies and engines; each opened once."""
 
 import difflib
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -33,6 +34,8 @@ from search_e1.training import policy as policies
 from search_e1.training.policy import Policy, Reader
 from search_e1.training.sources import base_of, resolve
 from search_e1.types import Question
+
+logger = logging.getLogger(__name__)
 
 Watch = Callable[[str], AbstractContextManager[Progress]]
 """Called with the name of a stage that is about to work; its context gives the stage something to tell progress to."""
@@ -220,7 +223,11 @@ class Inputs:
         FSDP2 shards weights of one type only, and so all are float32 there.
         """
         frozen = adapters and self.config.parallel.sharding == "none"
-        return self.load(policy, master_weights=training.master_weights and not frozen)
+        loaded = self.load(policy, master_weights=training.master_weights and not frozen)
+        computes, kept = (str(dtype).removeprefix("torch.") for dtype in (loaded.dtype, loaded.model.dtype))
+        trained = "adapters, in float32" if adapters else f"all weights, in {kept}"
+        logger.info("computes in %s (policy.dtype = %s); trains %s", computes, self.config.policy.dtype, trained)
+        return loaded
 
     def load_reader(self, policy: str | Path) -> Reader:
         """``policy`` without its weights; raises as ``load``."""
