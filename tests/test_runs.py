@@ -116,8 +116,15 @@ def test_a_killed_stage_goes_on_from_what_it_kept_and_from_nothing_else(tmp_path
     assert sorted(p.name for p in tmp_path.rglob("*")) == left
 
 
-@pytest.mark.parametrize("change", ["seed", "versions", "torn"])
-def test_what_was_kept_for_something_else_is_not_used(tmp_path, monkeypatch, change):
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("seed", "pool-1.partial: begun otherwise, so that it begins anew:\n  seed: 0 there, 1 given"),
+        ("versions", "\n  versions.torch: "),
+        ("torn", None),
+    ],
+)
+def test_what_was_kept_for_something_else_is_not_used_and_that_is_said(tmp_path, monkeypatch, caplog, change, says):
     half_made(tmp_path / "pool-1")
     begun = tmp_path / ".pool-1.partial" / runs.WORK / "begun.json"
     if change == "versions":
@@ -127,6 +134,20 @@ def test_what_was_kept_for_something_else_is_not_used(tmp_path, monkeypatch, cha
     made, found = go_on(tmp_path / "pool-1", seed=1 if change == "seed" else 0)
     assert found == [".work", ".work/begun.json"]
     assert made.manifest.attempts == 1
+    assert [says in record.getMessage() for record in caplog.records] == ([True] if says else [])
+
+
+def test_a_key_that_came_to_the_package_does_not_undo_what_was_kept(tmp_path, caplog):
+    """As with a complete artifact, if it stands at its default."""
+    half_made(tmp_path / "pool-1")
+
+    def make(out: Path) -> dict:
+        assert (out / runs.WORK / "step-0000000003").exists()
+        return {}
+
+    new = dict(stage="pool-1", settings={"new": 1}, inputs={}, seed=0)
+    runs.artifact(tmp_path / "pool-1", **new, make=make, defaults=lambda path: {("new",): 1}[path])
+    assert not caplog.records
 
 
 def test_the_time_of_all_attempts_adds_up(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ artifact again returns it; asking for it with other settings or inputs is refuse
 """
 
 import json
+import logging
 import platform
 import shutil
 import time
@@ -23,6 +24,8 @@ from search_e1.runs.drift import Change, Defaults, changes, lines, no_defaults
 from search_e1.runs.files import SUM, read_summed, sha256, sha256_text, sync, write_atomically, write_summed
 from search_e1.runs.safe import inside, masked
 from search_e1.types import Record
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 WORK = ".work"
@@ -128,7 +131,7 @@ def artifact(
             shutil.rmtree(path / WORK, ignore_errors=True)  # killed between the last two lines of `_made`
             ranks.broadcast_object(None)
         else:
-            found = _made(path, stage, identity, make, gpus, parallel)
+            found = _made(path, stage, identity, defaults, make, gpus, parallel)
         if shared and not shared.exists():
             _link(found, shared)
     ranks.broadcast_object(found.manifest)
@@ -146,10 +149,12 @@ def _follow(path: Path, make: Make, parallel: bool) -> Artifact:
     return Artifact(path, manifest)
 
 
-def _made(path: Path, stage: str, identity: dict[str, Any], make: Make, gpus: int, parallel: bool) -> Artifact:
+def _made(
+    path: Path, stage: str, identity: dict[str, Any], defaults: Defaults, make: Make, gpus: int, parallel: bool
+) -> Artifact:
     partial = path.with_name(f".{path.name}.partial")
     here = versions()
-    begun, clock, used = _begin(partial, {**identity, "versions": here}), time.perf_counter(), cpu.seconds()
+    begun, clock, used = _begin(partial, {**identity, "versions": here}, defaults), time.perf_counter(), cpu.seconds()
     try:
         ranks.broadcast_object(partial)
         result = make(partial)
@@ -193,11 +198,17 @@ class _Begun(Record):
     """Of those that were not killed."""
 
 
-def _begin(partial: Path, identity: dict[str, Any]) -> _Begun:
-    """Begin to make an artifact in ``partial``, or go on; only what its stage can go on from is left there."""
+def _begin(partial: Path, identity: dict[str, Any], defaults: Defaults) -> _Begun:
+    """Begin to make an artifact in ``partial``, or go on; only what its stage can go on from is left there.
+
+    What was begun with other settings is lost, and that is said.
+    """
     now = time.time()
     before = _begun(partial)
-    if before and before.identity == identity:
+    different = _otherwise(before.identity, identity, defaults) if before else []
+    if before and different:
+        logger.warning("%s: begun otherwise, so that it begins anew:%s", partial.name.strip("."), lines(different))
+    if before and not different:
         kept = {WORK, *(file.name.removesuffix(JOURNAL) for file in (partial / WORK).glob(f"*{JOURNAL}"))}
         # A killed attempt cannot say when it ended; its last sign of life is the last that it wrote.
         last = max(file.stat().st_mtime for file in partial.rglob("*"))
@@ -212,6 +223,12 @@ def _begin(partial: Path, identity: dict[str, Any]) -> _Begun:
     (partial / WORK).mkdir(parents=True, exist_ok=True)
     write_atomically(partial / WORK / _BEGUN, begun.model_dump_json() + "\n")
     return begun
+
+
+def _otherwise(there: Mapping[str, Any], given: Mapping[str, Any], defaults: Defaults) -> list[Change]:
+    """How what was begun differs from what would be made now; of the settings only, ``defaults`` are known."""
+    settings = changes(there["settings"], given["settings"], defaults)
+    return settings + changes(*({k: v for k, v in identity.items() if k != "settings"} for identity in (there, given)))
 
 
 def _begun(partial: Path) -> _Begun | None:
