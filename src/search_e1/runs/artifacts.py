@@ -227,8 +227,8 @@ def _begin(partial: Path, identity: dict[str, Any], defaults: Defaults) -> _Begu
 
 def _otherwise(there: Mapping[str, Any], given: Mapping[str, Any], defaults: Defaults) -> list[Change]:
     """How what was begun differs from what would be made now; of the settings only, ``defaults`` are known."""
-    settings = changes(there["settings"], given["settings"], defaults)
-    return settings + changes(*({k: v for k, v in identity.items() if k != "settings"} for identity in (there, given)))
+    rest = [{key: value for key, value in identity.items() if key != "settings"} for identity in (there, given)]
+    return changes(there["settings"], given["settings"], defaults) + changes(rest[0], rest[1])
 
 
 def _begun(partial: Path) -> _Begun | None:
