@@ -234,7 +234,7 @@ def test_what_a_cell_could_also_mean_is_said(tmp_path: Path) -> None:
 TSV = {
     "quoted as in CSV": ('q\ta\n"Who?"\t"Ann ""A"" B"\n', [("Who?", 'Ann "A" B')]),
     "quotes as characters": ('q\ta\nWho?\t"Weird Al" Yankovic\n', [("Who?", '"Weird Al" Yankovic')]),
-    "a quote in two lines": ('q\ta\nWho?\t"Ann\nWhere?\tOslo"\n', [("Who?", '"Ann'), ("Where?", 'Oslo"')]),
+    "an open quote": ('q\ta\nWho?\t"Ann\nWhere?\tOslo\n', [("Who?", '"Ann'), ("Where?", "Oslo")]),
     "a tab and a new line in quotes": (
         'q\ta\n"Who\tis?"\tAnn\n"Where\nis?"\tOslo\n',
         [("Who\tis?", "Ann"), ("Where\nis?", "Oslo")],
@@ -284,6 +284,8 @@ BAD_FILES = {
     "row of another width": ("a.csv", "question,answers\nW?,x,y\n", (), "a.csv:2: 3 cells under a header of 2"),
     "column twice": ("a.csv", "question,answers, answers\nW?,x,y\n", (), "a.csv:1: column 'answers' is there twice"),
     "open quote": ("a.csv", 'question,answers\nW?,"x\n', (), "a.csv:2: not CSV (unexpected end of data)"),
+    "a quote in two lines": ("a.tsv", 'question\tanswers\nW?\t"x\nV?\ty"\n', (), "a.tsv:2: a quote that is not closed, or in"),
+    "a quoted line end": ("a.tsv", 'question\tanswers\nW?\t"\rx\t"\n', (), "a.tsv:2: a quote that is not closed, or in"),
     "not UTF-8": ("a.csv", b"question,answers\nW\xff?,x\n", (), "a.csv: cannot be read ("),
     "header alone": ("a.csv", "question,answers\n", (), "a.csv: no questions in it"),
     "no Parquet": ("a.parquet", "question", (), "a.parquet: cannot be read ("),

@@ -4,7 +4,9 @@ import csv
 import gzip
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,7 +27,7 @@ def table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             header = file.readline()
             file.seek(0)
             delimiter = max(",;\t|", key=header.count)
-            plain = delimiter == "\t" and _is_line_a_row(file)
+            plain = delimiter == "\t" and _is_line_a_row(file) and _is_plain(path)
             reader = _TabReader(file) if plain else csv.reader(file, delimiter=delimiter, strict=True)
             names = [name.strip() for name in next(reader, [])]
             line = reader.line_num
@@ -52,11 +54,32 @@ def table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _is_line_a_row(file: TextIO) -> bool:
-    """Whether each line has as many tabs as the header. Then no quote holds a tab or the end of a line, and a quote that is
-    not closed is one: ``"Weird Al" Yankovic``, as what knows no quotes writes it."""
+    """Whether each line has as many tabs as the header, so that no quote need hold a tab or the end of a line."""
     counts = {line.count("\t") for line in file if line.strip("\r\n")}
     file.seek(0)
     return len(counts) == 1
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether the rules of CSV do not read the file, as of what knows no quotes: ``"Weird Al" Yankovic``.
+
+    Raises:
+        DataError: they do, and read another table than the lines are.
+    """
+    with _open_text(path) as file, _open_text(path) as again:
+        lines = _TabReader(file)
+        try:
+            rows = csv.reader(again, delimiter="\t", strict=True)
+            for row, other in zip_longest(lines, rows):
+                if row != other:
+                    deque(rows, maxlen=0)  # a later error may yet show that it is no CSV
+                    raise DataError(
+                        f"{path}:{lines.line_num}: a quote that is not closed, or in another line; double it, and put quotes "
+                        'around the cell: """Weird Al"""'
+                    )
+        except csv.Error:
+            return True
+    return False
 
 
 class _TabReader:
