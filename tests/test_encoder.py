@@ -196,6 +196,20 @@ def test_a_pooler_may_be_missing_and_a_head_left_over(tmp_path: Path) -> None:
     np.testing.assert_array_equal(Encoder.open(directory, dtype="float32").queries(TEXTS), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [("sentence_bert_config.json", {"max_seq_length": length}) for length in ("x", {"a": 1}, 1.5, -1)]
+    + [("config_sentence_transformers.json", {"prompts": prompts}) for prompts in ("x", {"query": [1]}, {"document": None})]
+    + [("tokenizer_config.json", {"pad_token": None, "tokenizer_class": "PreTrainedTokenizerFast"})],
+)
+def test_values_of_another_kind_are_one_line(tmp_path: Path, name: str, held: object) -> None:
+    directory = make_tiny_encoder(tmp_path / "e")
+    (directory / name).write_text(json.dumps(held))
+    with pytest.raises(ModelError) as caught:
+        Encoder.open(directory)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"])
 @pytest.mark.parametrize("content", ["[" * 100_000, '"x"', "[1]", "7", "null"])
 def test_files_of_another_kind_are_one_line_that_names_them(tmp_path: Path, name: str, content: str) -> None:

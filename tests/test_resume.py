@@ -191,9 +191,9 @@ def test_sampling(project, mined, tmp_path, monkeypatch, case):
     assert again.manifest.attempts > 2
     assert again.manifest.files.keys() == whole.manifest.files.keys()
     total = watch.told[-1][1]
-    assert len(watch.told) == total
+    assert len({done for done, *_ in watch.told}) == total
     assert told[-1] == total
-    assert len(told) <= total
+    assert len(told) <= total + 1  # an evaluation ends with its figures
     assert watch.told[-1][2]
     assert_the_same(tmp_path / "killed", tmp_path / "whole")
 

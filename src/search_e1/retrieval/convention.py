@@ -98,7 +98,7 @@ def read_convention(directory: Path, name: str, longest: int, overrides: Overrid
         problem = "the encoder's files do not say how its hidden states are pooled"
         raise ModelError(f"{directory}: {problem}; give --pooling mean, cls or last")
     length = given.get("max_length") or _read_json(directory / "sentence_bert_config.json").get("max_seq_length")
-    if (length or 0) > longest:
+    if length and not 0 < length <= longest:
         raise ModelError(f"{directory}: max_length {length}, but the encoder reads {longest} tokens; give at most that")
     normalize = given["normalize"] if "normalize" in given else _read_normalize(directory, modules, config)
     return Convention(

@@ -60,7 +60,14 @@ class Encoder:
         place = devices.device(device)
         known = Overrides(**overrides.model_dump(include=set(Overrides.model_fields))) if overrides else Overrides()
         transformer, longest = _load_transformer(directory, str(model), place, dtype)
-        convention = read_convention(directory, str(model), longest, known)
+        try:
+            convention = read_convention(directory, str(model), longest, known)
+        except ModelError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # a value of another kind in their JSON
+            problem = " ".join(str(error).split())[:120]
+            files = "config_sentence_transformers.json, sentence_bert_config.json, modules.json"
+            raise ModelError(f"encoder {str(model)!r}: {files}: a value that cannot be used ({problem})") from error
         # On a CPU small batches stay in the cache; an accelerator needs enough work to be busy.
         tokens = batch_tokens or (2048 if place.type == "cpu" else 65_536)
         name = str(directory) if Path(model).expanduser().exists() else str(model)
@@ -152,6 +159,10 @@ def _load_transformer(directory: Path, name: str, place: torch.device, dtype: st
         if "custom code" in problem or "trust_remote_code" in str(error):
             problem = "it brings code of its own, which is never run here; give another encoder"
         raise ModelError(f"encoder {name!r} does not load: {problem}") from error
+    if module.tokenizer.pad_token is None:
+        raise ModelError(
+            f"encoder {name!r}: its tokenizer has no padding token; name one as pad_token in tokenizer_config.json"
+        )
     [report] = reports
     _check_weights(name, report, module.auto_model.state_dict())
     config = module.config
