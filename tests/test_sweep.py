@@ -60,7 +60,7 @@ def test_a_run_of_a_sweep(project, monkeypatch, capsys):
     assert (status, err) == (0, "")
     assert "grpo/4 finished" in shown
     run = out / "runs" / "grpo" / "4"
-    shared = {path.name.rpartition("-")[0] for path in (out / "shared").iterdir() if not path.name.startswith(".")}
+    shared = {path.name.rpartition("-")[0] for path in (out / "shared").iterdir() if path.is_dir()}
     assert shared == {"index", "recall", "evaluation-base", "preflight", "grpo-1", "evaluation-grpo-1"}
     rows = parquet.read_table(out / "results.parquet").to_pylist()
     [row] = [row for row in rows if row["stage"] == "grpo-1" and row["benchmark"] == "all"]

@@ -109,10 +109,11 @@ def _read(source: Source, trust_remote_code: bool) -> tuple[PreTrainedConfig, An
     key = source.gguf and (source.gguf, source.gguf.stat().st_mtime_ns)
     if key and key in _gguf:
         return _gguf[key]
-    options = {"trust_remote_code": trust_remote_code}
-    settings = AutoConfig.from_pretrained(source.weights, **options, **source.options)
+    settings = AutoConfig.from_pretrained(source.weights, trust_remote_code=trust_remote_code, **source.options)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, **options, **source.tokenizer_options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.tokenizer, trust_remote_code=trust_remote_code, **source.tokenizer_options
+        )
     except Exception as error:  # see ``opened``
         files = "tokenizer.json, tokenizer_config.json"
         problem = problem_of(error, source.tokenizer)
