@@ -1,18 +1,16 @@
 """How much of a distilled adapter is merged, chosen by the policy's answers to training questions outside the distillation."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from search_e1.rollout.engines.torch import TorchEngine
-from search_e1.rollout.sampler import RolloutSampler
-from search_e1.rollout.sharing import Part, write_parts
 from search_e1.runs.context import StageContext
+from search_e1.stages.greedy import answer_greedily
 from search_e1.stages.inputs import Inputs, subsample
 from search_e1.training.policy import Policy
 from search_e1.training.trained import TrainedPolicy
-from search_e1.types import Group, Pair, Question
+from search_e1.types import Pair, Question
 
 
 class Tried(NamedTuple):
@@ -45,7 +43,8 @@ def choose_strength(
     parts = []
     for strength in config.strengths:
         trained.scale_adapter(strength)
-        parts.append(_try(run, trained, policy, questions, strength, context))
+        trajectories = answer_greedily(run, trained, policy, questions, f"merge-{strength:g}.jsonl", context)
+        parts.append(Tried(strength, [t.reward for t in trajectories], [t.sampled_tokens for t in trajectories]))
     chosen = best(parts)
     trained.scale_adapter(chosen)
     curve = {f"{t.strength:g}": {"em": fmean(t.rewards), "tokens": fmean(t.tokens)} for t in parts}
@@ -73,26 +72,3 @@ def _questions(questions: Sequence[Question], pairs: Sequence[Pair], count: int,
     distilled = {pair.question.id for pair in pairs}
     others = subsample([q for q in questions if q.id not in distilled], count, seed)
     return others + subsample([q for q in questions if q.id in distilled], count - len(others), seed)
-
-
-def _try(
-    run: Inputs,
-    trained: TrainedPolicy,
-    policy: Policy,
-    questions: Sequence[Question],
-    strength: float,
-    context: StageContext,
-) -> Tried:
-    config, path = run.config.rollout, context.out / f"merge-{strength:g}.jsonl"
-    with trained.sampled() as model:
-        engine = TorchEngine(model, policy.tokenizer, batch_size=config.batch_size)
-        sampler = RolloutSampler(engine, run.retriever, policy.prompts, config, context.checkpointer)
-
-        def make(chunk: Sequence[Question], _: Mapping[str, float]) -> tuple[Iterator[str], Mapping[str, float]]:
-            groups = sampler.groups(chunk, 1, temperature=0.0, seed=context.seed)
-            return (group.model_dump_json() for group in groups), {}
-
-        write_parts(context.checkpointer, [Part(path, list(sampler.chunks(questions, 1)), make)])
-    groups = [Group.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-    return Tried(strength, [t.reward for t in trajectories], [t.sampled_tokens for t in trajectories])

@@ -1,12 +1,10 @@
 """How a policy acts before and after its cold start: a few training questions, asked greedily."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from search_e1.rollout.demonstrations.forms import Lesson
-from search_e1.rollout.engines.torch import TorchEngine
-from search_e1.rollout.sampler import RolloutSampler
-from search_e1.rollout.sharing import Part, write_parts
 from search_e1.runs.context import StageContext
+from search_e1.stages.greedy import answer_greedily
 from search_e1.stages.inputs import Inputs, subsample
 from search_e1.training.policy import Policy
 from search_e1.training.trained import TrainedPolicy
@@ -33,18 +31,8 @@ def measure(
         Stopped: a signal asked to stop.
         RetrievalError: from the retriever.
     """
-    config = run.config.rollout
-    with trained.sampled() as model:
-        engine = TorchEngine(model, policy.tokenizer, batch_size=config.batch_size)
-        sampler = RolloutSampler(engine, run.retriever, policy.prompts, config, context.checkpointer)
-
-        def make(chunk: Sequence[Question], _: Mapping[str, float]) -> tuple[Iterator[str], Mapping[str, float]]:
-            groups = sampler.groups(chunk, 1, temperature=0.0, seed=context.seed)
-            sums = [_counted(trajectory) for group in groups for trajectory in group.trajectories]
-            return (group.model_dump_json() for group in groups), {name: sum(one[name] for one in sums) for name in FIGURES}
-
-        [sums] = write_parts(context.checkpointer, [Part(context.out / name, list(sampler.chunks(questions, 1)), make)])
-    return {name: sums[name] / len(questions) for name in FIGURES}
+    counted = [_counted(t) for t in answer_greedily(run, trained, policy, questions, name, context)]
+    return {name: sum(one[name] for one in counted) / len(questions) for name in FIGURES}
 
 
 def _counted(trajectory: Trajectory) -> Mapping[str, float]:
