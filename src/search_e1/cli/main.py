@@ -176,7 +176,6 @@ def main() -> None:
     # What libraries say to their developers; errors still come through.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars, between ours
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("search_e1").setLevel(logging.INFO)
     logging.getLogger("search_e1").addHandler(_LINES)
