@@ -73,7 +73,8 @@ except SystemExit:
     pass
 assert not {"torch", "transformers", "trl"} & set(sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "Usage" in done.stdout
 
 
 MISTAKES = {

@@ -237,7 +237,7 @@ def test_the_encoder_half_of_a_t5(tmp_path: Path) -> None:
 
 def test_sentence_transformers_loads_with_the_first_encoder_only() -> None:
     code = "import sys, search_e1.retrieval.encoder; assert 'sentence_transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
