@@ -56,7 +56,7 @@ def test_records_come_back_from_json(question, one, two, title, text) -> None:
 
 
 @quick
-@given(QUESTIONS.filter(lambda q: all(a.strip() for a in q.answers)))
+@given(QUESTIONS.filter(lambda question: all(text.strip() for text in (question.text, *question.answers))))
 def test_a_question_comes_back_from_its_file(question) -> None:
     line = json.dumps(to_record(question)).encode()
     again = to_question(parse(line, "f:1"), question.benchmark, "f:1")
