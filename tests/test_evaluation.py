@@ -14,6 +14,7 @@ from search_e1.evaluation.published import PUBLISHED_3B, comparison
 from search_e1.evaluation.recall import Recall
 from search_e1.evaluation.results import QUESTIONS as QUESTIONS_FILE
 from search_e1.evaluation.results import Evaluation, Result, read
+from search_e1.evaluation.statistics import wilson
 from search_e1.rollout.engines.base import Generation
 from search_e1.rollout.engines.torch import TorchEngine
 from search_e1.training.policy import Policy
@@ -65,7 +66,8 @@ def test_scores_by_hand(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> 
     assert list(result.by_benchmark) == ["nq", "musique"]
     four, nq = result.by_benchmark["musique"], result.by_benchmark["nq"]
     assert (four.n, four.em, four.em_sampled, four.f1, four.searches) == (1, 1.0, 0.5, 1.0, 0.0)
-    assert (four.tokens, four.em_interval, four.failures) == (tokens["four?"], (1.0, 1.0), {})
+    assert (four.tokens, four.em_interval, four.failures) == (tokens["four?"], wilson(1, 1), {})
+    assert result.em_interval == wilson(2, 4)
     assert (nq.read, four.read) == (1 / 3, 0.0)  # "one?" read that Arda's capital is Bel
     assert (result.answerable, result.em_answerable, result.in_topk, result.in_corpus) == (None, None, None, None)
     assert nq.failures == {Failure.FORMAT: 1, Failure.NO_SEARCH: 1}

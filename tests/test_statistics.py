@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
-from search_e1.evaluation.statistics import interval, intervals_over_seeds, mcnemar
+from search_e1.evaluation.statistics import interval, intervals_over_seeds, mcnemar, share_interval, wilson
 
 MANY = 40_000
 RNG = np.random.default_rng(7)
@@ -73,6 +74,61 @@ def test_all_distinct_values_fit_in_little_memory():
     low, high = interval(values, seed=0, resamples=1_000)
     assert (low + high) / 2 == pytest.approx(0.5, abs=0.002)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 5_000**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 1), (1, 1), (0, 6), (6, 6), (3, 14), (1, 125), (1722, 3610), (51_713, 51_713)])
+def test_wilson_is_scipy_s_and_statsmodels_s(right, n):
+    theirs = stats.binomtest(right, n).proportion_ci(method="wilson")
+    assert wilson(right, n) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+    assert wilson(right, n) == pytest.approx(proportion_confint(right, n, method="wilson"), abs=1e-9)
+
+
+def test_wilson_by_hand():
+    """Of none right the interval ends at z^2 / (n + z^2)."""
+    assert wilson(0, 6) == (0.0, pytest.approx(1.96**2 / (6 + 1.96**2), abs=1e-4))
+    for right, n in ((1, 0), (-1, 3), (4, 3)):
+        with pytest.raises(ValueError, match=f"{right} successes of {n}"):
+            wilson(right, n)
+
+
+def test_the_interval_of_a_share_is_wilson_s_and_of_other_values_the_bootstrap_s():
+    assert share_interval(RIGHT, seed=0) == wilson(int(RIGHT.sum()), 180)
+    assert share_interval(OF_SAMPLES, seed=0) == interval(OF_SAMPLES, seed=0)
+    assert share_interval(RIGHT - BEFORE, seed=0, least=-1.0) == interval(RIGHT - BEFORE, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "least", "expected"),
+    [
+        ([0.0] * 6, 0.0, (0.0, 0.390)),
+        ([1.0] * 6, 0.0, (0.610, 1.0)),
+        ([0.5] * 6, 0.0, (0.110, 0.890)),
+        ([0.0] * 6, -1.0, (-0.390, 0.390)),
+        ([1.0] * 6, -1.0, (0.610, 1.0)),
+        ([-1.0] * 6, -1.0, (-1.0, -0.610)),
+    ],
+)
+def test_equal_outcomes_of_six_questions_are_no_certainty(values, least, expected):
+    assert share_interval(values, seed=0, least=least) == pytest.approx(expected, abs=5e-4)
+
+
+@pytest.mark.parametrize(("a", "n", "b", "m"), [(12, 40, 5, 25), (0, 6, 3, 12), (0, 6, 0, 9), (6, 6, 0, 9)])
+def test_a_macro_average_of_two_shares_is_newcombe_s_difference(a, n, b, m):
+    """The mean of p and 1 - q is half of p - q, plus a half; statsmodels has Newcombe's interval of p - q."""
+    low, high = confint_proportions_2indep(a, n, b, m, method="newcomb", compare="diff")
+    parts = ([1.0] * a + [0.0] * (n - a), [1.0] * (m - b) + [0.0] * b)
+    assert share_interval(*parts, seed=0) == pytest.approx(((low + 1) / 2, (high + 1) / 2), abs=1e-9)
+
+
+def test_a_macro_average_of_large_benchmarks_has_the_bootstrap_s_interval():
+    parts = (np.tile(RIGHT, 5), np.tile(BEFORE, 5), np.tile(OF_SAMPLES, 5))
+    assert share_interval(*parts, seed=0) == pytest.approx(interval(*parts, seed=0), abs=0.001)
+
+
+def test_a_share_of_nothing_has_no_interval():
+    for parts in ((), ([],), ([1.0], [])):
+        with pytest.raises(ValueError, match="no values"):
+            share_interval(*parts, seed=0)
 
 
 @pytest.mark.parametrize(("won", "lost"), [(0, 0), (1, 0), (5, 5), (12, 3), (3, 12), (40, 61), (700, 801)])

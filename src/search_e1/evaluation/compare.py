@@ -15,8 +15,8 @@ from search_e1.errors import ConfigError, DataError
 from search_e1.evaluation import published as tables
 from search_e1.evaluation import results
 from search_e1.evaluation.failures import Failure
-from search_e1.evaluation.results import FIGURES, Result
-from search_e1.evaluation.statistics import Interval, interval, mcnemar
+from search_e1.evaluation.results import COUNTS, FIGURES, Result
+from search_e1.evaluation.statistics import Interval, interval, mcnemar, share_interval
 from search_e1.types import Record
 
 MACRO, MICRO = "macro average", "all questions"
@@ -37,7 +37,7 @@ class Evaluated:
 
 
 class Figure(Record):
-    """A mean over questions, with its 95% bootstrap interval."""
+    """A mean over questions, with its 95% interval: see ``statistics``."""
 
     mean: float
     interval: Interval
@@ -253,8 +253,8 @@ def _row(benchmark: str, one: Evaluated, baseline: Evaluated, keys: Keys, seed: 
         benchmark=benchmark,
         policy=one.name,
         n=sum(map(len, parts)),
-        **{name: _figure(parts, attrgetter(name), seed) for name in FIGURES},
-        em_sampled=_figure(parts, lambda result: fmean(result.em_of_samples), seed) if sampled else None,
+        **{name: _figure(name, parts, attrgetter(name), seed) for name in FIGURES},
+        em_sampled=_figure("em_sampled", parts, lambda result: fmean(result.em_of_samples), seed) if sampled else None,
         difference=None if one is baseline else _difference(benchmark, one, baseline, keys, seed),
     )
 
@@ -268,16 +268,17 @@ def _difference(benchmark: str, one: Evaluated, baseline: Evaluated, keys: Keys,
         return lambda pair: getattr(pair[0], name) - getattr(pair[1], name)
 
     return Difference(
-        **{name: _figure(pairs, of(name), seed) for name in FIGURES},
+        **{name: _figure(name, pairs, of(name), seed, least=-1.0) for name in FIGURES},
         won=won,
         lost=lost,
         p=None if benchmark == MACRO else mcnemar(won, lost),
     )
 
 
-def _figure(parts: Sequence[Sequence[Any]], value: Callable[[Any], float], seed: int) -> Figure:
+def _figure(name: str, parts: Sequence[Sequence[Any]], value: Callable[[Any], float], seed: int, least: float = 0.0) -> Figure:
     values = [[value(item) for item in part] for part in parts]
-    return Figure(mean=fmean(map(fmean, values)), interval=interval(*values, seed=seed))
+    ends = interval(*values, seed=seed) if name in COUNTS else share_interval(*values, seed=seed, least=least)
+    return Figure(mean=fmean(map(fmean, values)), interval=ends)
 
 
 def _changes(one: Evaluated, baseline: Evaluated) -> list[Change]:

@@ -60,8 +60,8 @@ def published_cells(row: Published, benchmarks: Sequence[str]) -> list[str]:
 
 def legend(comparison: Comparison) -> str:
     return (
-        "EM x 100 with 95% bootstrap intervals over questions; "
-        f"differences from {comparison.policies[0]}, paired; p: McNemar, exact."
+        "EM x 100, greedy, with 95% intervals over questions (Wilson); "
+        f"differences from {comparison.policies[0]}, paired (bootstrap); p: McNemar, exact."
     )
 
 
@@ -152,7 +152,7 @@ def to_latex(comparison: Comparison, questions: bool) -> str:
             known = dict(zip([*names, MACRO], published_cells(row, names), strict=True))
             body.append(_latex_row(row.method, (known.get(name) or "--" for name in parts)))
     lines = [
-        f"% EM x 100 with 95% bootstrap intervals over questions; * p < {_SIGNIFICANT} (McNemar, exact) against",
+        f"% EM x 100, greedy, with 95% intervals over questions (Wilson); * p < {_SIGNIFICANT} (McNemar, exact) against",
         f"% {comparison.policies[0]}",
         *(f"% {' '.join(note.split())}" for note in comparison.notes),
         r"\begin{tabular}{l" + "r" * len(parts) + "}",

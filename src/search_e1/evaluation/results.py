@@ -7,13 +7,15 @@ from statistics import fmean
 from typing import Any
 
 from search_e1.evaluation.failures import Failure
-from search_e1.evaluation.statistics import Interval, interval
+from search_e1.evaluation.statistics import Interval, interval, share_interval
 from search_e1.runs import read_records
 from search_e1.types import Record, StopReason
 
 EVALUATION, QUESTIONS = "evaluation.json", "questions.jsonl"
 FIGURES = ("em", "f1", "cover_em", "searches", "tokens")
 """The figures of every question's greedy trajectory."""
+COUNTS = ("searches", "tokens")
+"""The figures that are no shares from 0 to 1."""
 
 
 class Result(Record):
@@ -48,7 +50,7 @@ class Result(Record):
 
 
 class Scores(Record):
-    """Means over ``n`` questions, of greedy trajectories unless stated, with 95% bootstrap intervals over questions."""
+    """Means over ``n`` questions, of greedy trajectories unless stated, with 95% intervals (see ``statistics``)."""
 
     n: int
     em: float
@@ -86,7 +88,7 @@ class Evaluation(Scores):
     macro_em: float
     """Mean of the benchmarks' EM: the "average" of published tables."""
     macro_em_interval: Interval
-    """Questions are resampled within each benchmark."""
+    """From the benchmarks' intervals."""
     macro_em_sampled: float | None
     macro_em_sampled_interval: Interval | None
     by_benchmark: dict[str, Scores]
@@ -111,9 +113,9 @@ def evaluation(results: Sequence[Result], seed: int) -> Evaluation:
     return Evaluation(
         **_scores(results, seed),
         macro_em=fmean(map(fmean, em)),
-        macro_em_interval=interval(*em, seed=seed),
+        macro_em_interval=share_interval(*em, seed=seed),
         macro_em_sampled=fmean(map(fmean, sampled)) if all(sampled) else None,
-        macro_em_sampled_interval=interval(*sampled, seed=seed) if all(sampled) else None,
+        macro_em_sampled_interval=share_interval(*sampled, seed=seed) if all(sampled) else None,
         by_benchmark={name: Scores(**_scores(part, seed)) for name, part in by_benchmark.items()},
         by_hops={hops: Scores(**_scores(part, seed)) for hops, part in sorted(by_hops.items())},
         stop_reasons=dict(Counter(result.stop_reason for result in results).most_common()),
@@ -148,7 +150,7 @@ def _scores(results: Sequence[Result], seed: int) -> dict[str, Any]:
 def _mean(name: str, values: Sequence[float], seed: int) -> dict[str, Any]:
     if not values:
         return {name: None, f"{name}_interval": None}
-    return {name: fmean(values), f"{name}_interval": interval(values, seed=seed)}
+    return {name: fmean(values), f"{name}_interval": (interval if name in COUNTS else share_interval)(values, seed=seed)}
 
 
 def _share(results: Sequence[Result], name: str) -> float | None:
