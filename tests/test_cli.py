@@ -82,7 +82,7 @@ MISTAKES = {
     "unknown section": (["--gpro.steps", "3"], "unknown key 'gpro'; did you mean 'grpo'?"),
     "impossible value": (["--grpo.group_size", "1"], "grpo.group_size = 1: Input should be greater than or equal to 2"),
     "no value": (["--seed"], "--seed: a value is missing"),
-    "a stray word": (["seed"], "unexpected argument 'seed'"),
+    "a stray word": (["seed"], "two configs: "),
     "model is no directory": (["--policy.model", "./nothing"], "policy.model = './nothing': no such directory"),
     "no corpus file": (["--data.corpus", "nothing.jsonl"], "data.corpus = 'nothing.jsonl': no such file"),
     "no question file": (["--data.train", '["nothing.jsonl"]'], "nothing.jsonl"),
@@ -152,9 +152,70 @@ def test_a_stage_before_its_time_is_refused(project, monkeypatch, capsys):
 
 
 def test_a_missing_config_is_one_line(monkeypatch, capsys):
-    status, _, err = run(monkeypatch, capsys, "train", "--config", "nothing.toml")
-    assert status == 2
-    assert err == "search-e1: nothing.toml: No such file or directory; give the path of a TOML file with --config\n"
+    for words in (("train", "--config", "none/of.toml"), ("train", "none/of.toml"), ("lead", "--seed", 1, "none/of.toml")):
+        status, _, err = run(monkeypatch, capsys, *words)
+        assert status == 2
+        assert err.startswith("search-e1: none/of.toml: no such file; ")
+        assert len(err.splitlines()) == 1
+    assert run(monkeypatch, capsys, "grpo", "--seed", 1)[::2] == (
+        2,
+        "search-e1: no config; give a TOML file: search-e1 grpo mine.toml\n",
+    )
+
+
+CONFIG_FORMS = {
+    "an option": ("--config", "{c}", "--seed", "7"),
+    "first": ("{c}", "--seed", "7"),
+    "last": ("--seed", "7", "{c}"),
+    "an option in one word": ("--config={c}", "--retrieval.url=http://x//y", "--seed", "-7"),
+    "after an override in one word": ("--seed=7", "{c}"),
+    "between": ("--seed", "7", "{c}", "--grpo.steps", "0"),
+    "beside an option of the verb": ("--seed", "7", "--gpu", "h100", "{c}"),
+}
+
+
+@pytest.mark.parametrize("form", CONFIG_FORMS)
+def test_the_config_may_stand_anywhere(project, monkeypatch, capsys, form):
+    """What is loaded: the file, with the overrides in their order and as they were written."""
+    seen = []
+    monkeypatch.setattr("search_e1.config.load", lambda path, words: seen.append((path, list(words))) or sys.exit(5))
+    words = [word.format(c=project / "config.toml") for word in CONFIG_FORMS[form]]
+    gpu = () if "--gpu" in words else ("--gpu", "h100")
+    assert run(monkeypatch, capsys, "plan", *words, *gpu)[0] == 5
+    left = [word for word in words if "config" not in word and word not in ("--gpu", "h100")]
+    assert seen == [(project / "config.toml", left)]
+
+
+def test_two_configs_are_one_line(project, monkeypatch, capsys):
+    config = project / "config.toml"
+    assert run(monkeypatch, capsys, "evaluate", "mine.toml", "--config", config)[2] == (
+        f"search-e1: two configs: mine.toml and {config}; give one, and overrides as --section.key VALUE\n"
+    )
+    assert run(monkeypatch, capsys, "train", config, "mine.toml")[2].startswith(
+        f"search-e1: two configs: {config} and mine.toml; "
+    )
+
+
+@pytest.mark.parametrize(
+    "verb", ["train", "coldstart", "grpo", "rollout", "pairs", "pairs mine", "lead", "distill", "evaluate", "doctor"]
+)
+def test_every_verb_takes_the_config_as_a_word(tmp_path, monkeypatch, capsys, verb):
+    (tmp_path / "empty.toml").touch()
+    status, _, err = run(monkeypatch, capsys, *verb.split(), tmp_path / "empty.toml")
+    assert (status, "empty.toml: key" in err, "is missing" in err) == (2, True, True)
+    # Rich breaks lines at the width of the terminal, and colours words.
+    monkeypatch.setenv("COLUMNS", "100")
+    status, out, _ = run(monkeypatch, capsys, *(verb if verb != "pairs" else "pairs mine").split(), "--help")
+    assert (status, "CONFIG" in out, "every key can be set as" in out.lower()) == (0, True, True)
+
+
+def test_the_version_is_the_package_s(monkeypatch, capsys):
+    from importlib.metadata import version
+
+    code = "import sys, search_e1; print(search_e1.__version__); assert not {'torch', 'pydantic', 'numpy'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == f"{version('search-e1')}\n"
+    assert run(monkeypatch, capsys, "--version")[:2] == (0, f"search-e1 {version('search-e1')}\n")
 
 
 def test_a_traceback_only_when_asked_for(project, monkeypatch, capsys):

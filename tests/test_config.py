@@ -218,9 +218,29 @@ def test_what_is_no_toml_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "c.toml")
     assert refusal(tmp_path, text="a = " + "[" * 5000) == "not TOML: nested too deep"
     assert refusal(tmp_path, text="a = " + "1" * 5000).startswith("not TOML: ")
-    for path in (tmp_path / "none.toml", tmp_path):
-        with pytest.raises(ConfigError, match="give the path of a TOML file with --config"):
+    with pytest.raises(ConfigError, match="give the path of a TOML file with --config"):
+        load(tmp_path)
+
+
+def test_a_file_that_is_missing_is_looked_for_nearby(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def said(path: str) -> str:
+        with pytest.raises(ConfigError) as error:
             load(path)
+        assert error.value.__cause__ is None
+        assert error.value.__suppress_context__
+        return str(error.value)
+
+    assert said("mine.toml") == "mine.toml: no such file; give the path of a TOML file with --config"
+    (tmp_path / "configs").mkdir()
+    for name in ("mine", "qwen", "real", "small", "world", "large"):
+        (tmp_path / "configs" / f"{name}.toml").touch()
+    assert said("mine.toml") == "mine.toml: no such file; did you mean configs/mine.toml?"
+    assert said("configs/smal.toml").endswith("did you mean configs/small.toml?")
+    assert said("x").endswith(
+        "TOML files here: configs/large.toml, configs/mine.toml, configs/qwen.toml, configs/real.toml and 2 more"
+    )
 
 
 def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:

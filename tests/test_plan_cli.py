@@ -77,7 +77,7 @@ def test_what_does_not_fit_leaves_with_1_and_says_what_to_change(monkeypatch, ca
     ("flags", "says"),
     [
         (("--gpu", "h10"), "--gpu h10: unknown (known: b200-180gb, "),
-        (("--gpu", "h100", "--constants", "nowhere"), "nowhere: No such file or directory"),
+        (("--gpu", "h100", "--constants", "nowhere"), "nowhere: no such file; "),
         (
             ("--gpu", "h100", "--policy.model", "me/mine"),
             "policy.model = 'me/mine': neither here nor a shape that is known",

@@ -6,14 +6,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from search_e1.cli.stages import ConfigOption
+from search_e1.cli.config_file import ConfigArgument
 
 console = Console(highlight=False, markup=False, emoji=False)
 
 
 def doctor(
     context: typer.Context,
-    config: ConfigOption,
+    config: ConfigArgument,
     policy: Annotated[str | None, typer.Option("--policy", help="Policy to examine. Default: policy.model.")] = None,
     questions: Annotated[
         int, typer.Option("--questions", min=1, help="Training questions of which a group each is sampled, as GRPO would.")

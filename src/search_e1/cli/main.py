@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from search_e1.cli import asking, compare, data, doctor, index, pairs, plan, serve, stages, sweep
+from search_e1.cli.config_file import ConfigArgument, ConfigCommand
 from search_e1.errors import SearchE1Error
 from search_e1.runs import ranks
 from search_e1.runs.allocation import keep_freed_memory
@@ -42,9 +43,20 @@ RUN, STAGES, RUNS, ASK, DATA = (
 )
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from search_e1 import __version__
+
+        print(f"search-e1 {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version, and leave.")
+    ] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show tracebacks of errors.")] = False,
     other_versions: Annotated[
         bool, typer.Option("--other-versions", help="Go on with a run that was begun under other package versions.")
@@ -58,10 +70,10 @@ def options(
 _show_traceback = False
 
 
-@app.command(context_settings=OVERRIDES, rich_help_panel=RUN)
+@app.command(cls=ConfigCommand, context_settings=OVERRIDES, rich_help_panel=RUN)
 def train(
     context: typer.Context,
-    config: stages.ConfigOption,
+    config: ConfigArgument,
     branch: Annotated[
         Path | None,
         typer.Option(
@@ -153,14 +165,14 @@ def config() -> None:
 
 
 for verb in (stages.coldstart, stages.grpo, stages.rollout, stages.lead, stages.distill, stages.evaluate):
-    app.command(context_settings=OVERRIDES, rich_help_panel=STAGES)(verb)
-pairs.app.command("mine", context_settings=OVERRIDES)(stages.mine)
+    app.command(cls=ConfigCommand, context_settings=OVERRIDES, rich_help_panel=STAGES)(verb)
+pairs.app.command("mine", cls=ConfigCommand, context_settings=OVERRIDES)(stages.mine)
 app.add_typer(pairs.app, name="pairs", rich_help_panel=STAGES)
 app.add_typer(data.app, name="data", rich_help_panel=DATA)
 app.add_typer(index.app, name="index", rich_help_panel=DATA)
 app.command("serve-retriever", rich_help_panel=DATA)(serve.serve_retriever)
-app.command("doctor", context_settings=OVERRIDES, rich_help_panel=RUN)(doctor.doctor)
-app.command("plan", context_settings=OVERRIDES, rich_help_panel=RUN)(plan.plan)
+app.command("doctor", cls=ConfigCommand, context_settings=OVERRIDES, rich_help_panel=RUN)(doctor.doctor)
+app.command("plan", cls=ConfigCommand, context_settings=OVERRIDES, rich_help_panel=RUN)(plan.plan)
 app.command("compare", rich_help_panel=RUNS)(compare.compare)
 app.command("sweep", context_settings=OVERRIDES, rich_help_panel=RUNS)(sweep.sweep)
 app.command("ask", context_settings=OVERRIDES, rich_help_panel=ASK)(asking.ask)

@@ -20,7 +20,7 @@ PAIRS = (
 
 
 class _Group(TyperGroup):
-    """``pairs --config FILE`` is ``pairs mine --config FILE``."""
+    """``pairs mine.toml`` is ``pairs mine mine.toml``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, *self.get_help_option_names(ctx)):
@@ -31,7 +31,7 @@ class _Group(TyperGroup):
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
-    help="Mine pairs from a pool (`pairs --config FILE`, or `pairs mine`), or show them.",
+    help="Mine pairs from a pool (`pairs mine.toml`, or `pairs mine mine.toml`), or show them.",
 )
 
 

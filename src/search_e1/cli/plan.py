@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from search_e1.cli.config_file import ConfigArgument
+
 console = Console(highlight=False)
 
 
 def plan(
     context: typer.Context,
-    config: Annotated[Path, typer.Option("--config", help="TOML file; every key can be set as --section.key VALUE.")],
+    config: ConfigArgument,
     gpu: Annotated[str, typer.Option("--gpu", help="h100, h200, a100, 4090, ...: the [gpus] of the constants.")],
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many, over all nodes.")] = 1,
     constants: Annotated[

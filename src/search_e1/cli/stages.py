@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from search_e1.cli import asking
+from search_e1.cli.config_file import ConfigArgument
 from search_e1.errors import RunError
 from search_e1.runs import ranks
 from search_e1.runs.stopping import on_signals
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 # In what is named by users, brackets are brackets. Rank 0 speaks for all.
 console = Console(markup=False, emoji=False, quiet=not ranks.is_first())
 
-ConfigOption = Annotated[Path, typer.Option("--config", help="TOML file; every key can be set as --section.key VALUE.")]
 RoundOption = Annotated[int, typer.Option("--round", min=1, help="The round that this stage belongs to.")]
 PolicyOption = Annotated[
     str | None,
@@ -35,7 +35,7 @@ OtherPolicyOption = Annotated[
 ]
 
 
-def coldstart(context: typer.Context, config: ConfigOption, out: OutOption = None) -> None:
+def coldstart(context: typer.Context, config: ConfigArgument, out: OutOption = None) -> None:
     """Fine-tune the policy, or one from nothing, on demonstrations of how to search and answer."""
     from search_e1.stages.coldstart import Coldstart
 
@@ -47,7 +47,7 @@ def coldstart(context: typer.Context, config: ConfigOption, out: OutOption = Non
 
 def grpo(
     context: typer.Context,
-    config: ConfigOption,
+    config: ConfigArgument,
     round: RoundOption = 1,
     policy: PolicyOption = None,
     out: OutOption = None,
@@ -65,7 +65,7 @@ def grpo(
 
 def rollout(
     context: typer.Context,
-    config: ConfigOption,
+    config: ConfigArgument,
     round: RoundOption = 1,
     policy: PolicyOption = None,
     out: OutOption = None,
@@ -81,7 +81,7 @@ def rollout(
 
 def mine(
     context: typer.Context,
-    config: ConfigOption,
+    config: ConfigArgument,
     round: RoundOption = 1,
     policy: PolicyOption = None,
     pool: Annotated[Path | None, typer.Option("--pool", help="Pool to mine. Default: the run's, of this round.")] = None,
@@ -98,7 +98,7 @@ def mine(
 
 def lead(
     context: typer.Context,
-    config: ConfigOption,
+    config: ConfigArgument,
     round: RoundOption = 1,
     policy: PolicyOption = None,
     pairs: Annotated[Path | None, typer.Option("--pairs", help="Pairs. Default: the run's, of this round.")] = None,
@@ -118,7 +118,7 @@ def lead(
 
 def distill(
     context: typer.Context,
-    config: ConfigOption,
+    config: ConfigArgument,
     round: RoundOption = 1,
     policy: PolicyOption = None,
     pairs: Annotated[Path | None, typer.Option("--pairs", help="Pairs. Default: the run's, of this round.")] = None,
@@ -144,7 +144,7 @@ def distill(
 
 def evaluate(
     context: typer.Context,
-    config: ConfigOption,
+    config: ConfigArgument,
     policy: PolicyOption = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the evaluation. Default: the policy's stage.")] = None,
     benchmark: Annotated[

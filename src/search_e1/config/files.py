@@ -18,6 +18,7 @@ from search_e1.errors import ConfigError
 
 _SCALARS = (bool, int, float, datetime.date, datetime.time)
 _OF_TEXTS = ("string_type", "path_type")
+_SHOWN_FILES = 4
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -71,12 +72,26 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors begin with a byte-order mark
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; {_files_near(path, flag)}") from None
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}; give the path of a TOML file with {flag}") from error
+        raise ConfigError(f"{path}: {error.strerror or error}; give the path of a TOML file with {flag}") from None
     except RecursionError as error:
         raise ConfigError(f"{path}: not TOML: nested too deep") from error
     except ValueError as error:  # of TOML, of UTF-8, or a number of too many digits
         raise ConfigError(f"{path}: not TOML: {error}") from error
+
+
+def _files_near(path: Path, flag: str) -> str:
+    """What the missing ``path`` may have been meant to be."""
+    there = sorted(str(file) for folder in {path.parent, Path("configs")} for file in folder.glob("*.toml"))
+    close = difflib.get_close_matches(str(path), there, n=1) or [file for file in there if Path(file).stem == path.stem]
+    if close:
+        return f"did you mean {close[0]}?"
+    if there:
+        more = f" and {len(there) - _SHOWN_FILES} more" if len(there) > _SHOWN_FILES else ""
+        return f"TOML files here: {', '.join(there[:_SHOWN_FILES])}{more}"
+    return f"give the path of a TOML file with {flag}"
 
 
 def parse_overrides(flags: Sequence[str]) -> list[tuple[list[str], Any]]:
