@@ -18,6 +18,9 @@ def test_a_policy_and_an_index_answer_from_strings(tmp_path):
     index = search_e1.Bm25Index.open(str(tmp_path / "index"))
     assert [hit.id for hit in index.search(["Togi Bex"], 1)[0]] == ["1"]
     policy = search_e1.load_policy("small", config.policy)
-    trajectory = search_e1.ask("What is the studio of the film Talu Womgorn?", policy, index, config.rollout)
-    assert trajectory.searches >= 1
-    assert trajectory.turns[0].passage_ids == ("0",)
+    with search_e1.Agent(policy, index, config.rollout) as agent:
+        answer = agent.ask("What is the studio of the film Talu Womgorn?")
+    assert str(answer) == "Buta Monvok"
+    [source] = answer.sources
+    assert source.passage.id == "0"
+    assert [source.passage.text[begin:end] for begin, end in source.marks] == ["Buta Monvok"]

@@ -177,7 +177,7 @@ def test_rows_end_at_different_times_and_keep_their_order(tiny_policy: Policy, t
         tiny_policy.tokenizer,
         tiny_retriever,
         script,
-        on_turn=lambda i, turn: turns.append((i, turn.argument)),
+        on_turn=lambda i, turn, passages: turns.append((i, turn.argument)),
         on_trajectory=lambda i, t: ended.append((i, t.answer)),
     )
     assert [(t.question_id, t.answer) for t in done] == [("slow?", "Gil Hor"), ("fast?", "Cor Dun"), ("middle?", "Bel")]

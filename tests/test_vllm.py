@@ -20,7 +20,7 @@ from search_e1.errors import ConfigError, EndpointError, ModelError, RetrievalEr
 from search_e1.rollout.engines import vllm
 from search_e1.rollout.engines.base import Engine, Request, generate
 from search_e1.rollout.engines.torch import TorchEngine
-from search_e1.rollout.engines.vllm import VllmEngine, VllmLaunch
+from search_e1.rollout.engines.vllm import VllmLaunch
 from search_e1.rollout.engines.vllm_server import VllmServerEngine
 from search_e1.rollout.loop import rollout, starts
 from search_e1.runs.context import StageContext
@@ -93,18 +93,6 @@ def test_the_engine_is_started_with_what_the_config_says(taught) -> None:
         "logprobs_mode": "processed_logprobs", "use_tqdm_on_load": False, "enable_prefix_caching": True,
         "kv_cache_dtype": "fp8",
     }  # fmt: skip
-
-
-def test_ids_are_told_as_they_are_sampled(taught) -> None:
-    policy, directory = taught
-    llm, told = engine(directory).start(), []
-    prompt = policy.tokenizer.encode("Question: Arda?\n")
-    plain = VllmEngine(llm, policy.tokenizer)
-    telling = VllmEngine(llm, policy.tokenizer, on_id=told.append)
-    [expected] = generate(plain, [prompt], max_new_tokens=9, temperature=1.0, stop=(), seed=4)
-    [done] = generate(telling, [prompt], max_new_tokens=9, temperature=1.0, stop=(), seed=4)
-    assert done == expected
-    assert told == [None, *done.ids]
 
 
 def test_what_was_under_way_is_given_up_when_a_rollout_fails(taught) -> None:

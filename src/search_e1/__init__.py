@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from search_e1.agent.agent import Agent
     from search_e1.config import Config
     from search_e1.config import load as load_config
     from search_e1.data.questions import load_questions
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from search_e1.retrieval.bm25 import Bm25Index
     from search_e1.retrieval.cache import CachedRetriever
     from search_e1.retrieval.client import HttpRetriever
-    from search_e1.rollout.ask import ask
     from search_e1.rollout.engines.base import Engine
     from search_e1.rollout.engines.torch import TorchEngine
     from search_e1.training.policy import Policy
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from search_e1.types import Group, Pair, Passage, Question, Trajectory, Turn
 
 _HOMES = {
+    "Agent": "agent.agent",
     "Bm25Index": "retrieval.bm25",
     "CachedRetriever": "retrieval.cache",
     "Config": "config",
@@ -39,7 +40,6 @@ _HOMES = {
     "TorchEngine": "rollout.engines.torch",
     "Trajectory": "types",
     "Turn": "types",
-    "ask": "rollout.ask",
     "load_config": "config:load",
     "load_policy": "training.policy:load",
     "load_questions": "data.questions",
@@ -47,6 +47,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Agent",
     "Bm25Index",
     "CachedRetriever",
     "Config",
@@ -62,7 +63,6 @@ __all__ = [
     "TorchEngine",
     "Trajectory",
     "Turn",
-    "ask",
     "load_config",
     "load_policy",
     "load_questions",

@@ -4,10 +4,12 @@ All are frozen, check their invariants when they are made, and go to JSON and ba
 (``record.model_dump_json()``, ``Record.model_validate_json(line)``).
 """
 
+import json
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Record(BaseModel):
@@ -27,23 +29,35 @@ class Question(Record):
     metadata: dict[str, Any] = {}
 
 
+def _texts(told: Any) -> Any:
+    """Values that are neither texts nor whole numbers as JSON, what is null left out; anything but an object tells nothing."""
+    return {
+        str(key): value if isinstance(value, str) or type(value) is int else json.dumps(value, ensure_ascii=False, default=str)
+        for key, value in (told.items() if isinstance(told, Mapping) else ())
+        if value is not None
+    }
+
+
 class Passage(Record):
     """A piece of the corpus. ``contents`` is the corpus convention: the title in quotes, a new line, the text."""
 
     id: str
     title: str
     text: str
+    metadata: Annotated[dict[str, str | int], BeforeValidator(_texts), Field(exclude_if=lambda told: not told)] = {}
+    """Where it comes from, to be shown with answers: `file`, `page`, `heading`, `url`, or whatever the corpus has."""
 
     @property
     def contents(self) -> str:
         return f'"{self.title}"\n{self.text}'
 
     @classmethod
-    def from_contents(cls, id: str, contents: str) -> Self:
+    def from_contents(cls, id: str, contents: str, metadata: Any = None) -> Self:
         """The inverse of ``contents``; without a new line all of it is text."""
         head, newline, text = contents.partition("\n")
         title = head[1:-1] if len(head) > 1 and head[0] == head[-1] == '"' else head
-        return cls(id=id, title=title, text=text) if newline else cls(id=id, title="", text=head)
+        title, text = (title, text) if newline else ("", head)
+        return cls(id=id, title=title, text=text, metadata=metadata)
 
 
 class ActionKind(StrEnum):

@@ -1,8 +1,9 @@
 """The verbs that answer questions now: one (`ask`), or one after another (`chat`)."""
 
+import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,14 +16,17 @@ from search_e1.errors import ConfigError, SearchE1Error
 from search_e1.runs.safe import plain, printable
 
 if TYPE_CHECKING:
+    from search_e1.agent.agent import Agent
+    from search_e1.agent.answer import Answer
     from search_e1.rollout.engines.endpoint import Endpoint
     from search_e1.stages.inputs import Inputs
-    from search_e1.types import Trajectory, Turn
+    from search_e1.types import Passage, Turn
 
 # Overrides such as --grpo.steps 8 are not known to typer; they are checked against the config.
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 console = Console(markup=False, emoji=False)
 
+AgentOption = Annotated[Path | None, typer.Option("--agent", help="Bundle of an agent (`search-e1 bundle`).")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="Limits, and the run whose policy and index to use.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Policy directory, Hub id, or `small`.")]
 IndexOption = Annotated[list[Path] | None, typer.Option("--index", help="Index directory; twice: their rankings are fused.")]
@@ -38,6 +42,7 @@ EndpointModelOption = Annotated[str | None, typer.Option("--endpoint-model", hel
 def ask(
     context: typer.Context,
     question: Annotated[str, typer.Argument(help="The question.")],
+    agent: AgentOption = None,
     config: ConfigOption = None,
     model: ModelOption = None,
     index: IndexOption = None,
@@ -45,17 +50,25 @@ def ask(
     temperature: TemperatureOption = 0.0,
     endpoint: EndpointOption = None,
     endpoint_model: EndpointModelOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer and its sources as one line of JSON.")] = False,
 ) -> None:
-    """Answer one question and show each thought, search and passage as it comes."""
+    """Answer one question: each thought, search and passage as it comes, the answer, and the passages that hold it."""
     if not question.strip():
         raise ConfigError("the question is empty; give one in quotes")
-    answer = _asker(context, config, model, index, url, temperature, endpoint_of(endpoint, endpoint_model, model))
-    if not _show(answer(question)):
+    asked = endpoint_of(endpoint, endpoint_model, model)
+    opened = context.with_resource(_open(context, agent, config, model, index, url, asked))
+    if as_json:
+        answer = opened.ask(question, temperature=temperature)
+        print(json.dumps(answer.as_json(), ensure_ascii=False))
+    else:
+        answer = _answer(opened, question, temperature)
+    if answer.text is None:
         raise typer.Exit(1)
 
 
 def chat(
     context: typer.Context,
+    agent: AgentOption = None,
     config: ConfigOption = None,
     model: ModelOption = None,
     index: IndexOption = None,
@@ -65,10 +78,11 @@ def chat(
     endpoint_model: EndpointModelOption = None,
 ) -> None:
     """Answer questions, a line each, until Ctrl-D. Each is asked by itself; Ctrl-C ends an answer."""
-    answer = _asker(context, config, model, index, url, temperature, endpoint_of(endpoint, endpoint_model, model))
+    asked = endpoint_of(endpoint, endpoint_model, model)
+    opened = context.with_resource(_open(context, agent, config, model, index, url, asked))
     for question in _lines():
         try:
-            _show(answer(question))
+            _answer(opened, question, temperature)
         except SearchE1Error as error:  # of this question; the next may fare better
             print(f"search-e1: {plain(str(error))}", file=sys.stderr)
         except KeyboardInterrupt:
@@ -99,20 +113,20 @@ def newest(stages: "Inputs") -> str:
     return str(made / "policy") if made.exists() else stages.config.policy.model
 
 
-def _asker(
+def _open(
     context: typer.Context,
+    bundle: Path | None,
     config: Path | None,
     model: str | None,
     index: list[Path] | None,
     url: str | None,
-    temperature: float,
     endpoint: "Endpoint | None",
-) -> "Callable[[str], Trajectory]":
-    """What answers a question, with everything that it takes loaded."""
-    from search_e1.config import PolicyConfig, RolloutConfig, load
+) -> "Agent":
+    """The agent that the options ask for, with everything that it takes loaded."""
+    from search_e1.agent.agent import Agent
+    from search_e1.config import PolicyConfig, load
     from search_e1.retrieval.client import HttpRetriever
     from search_e1.retrieval.indexes import open_indexes
-    from search_e1.rollout.ask import ask as answer
     from search_e1.rollout.engines.registry import open_engine
     from search_e1.runs import day
     from search_e1.stages.inputs import Inputs
@@ -125,10 +139,14 @@ def _asker(
         context.with_resource(day.pin(day.recorded(loaded.run)))
     elif context.args:
         raise ConfigError(f"unexpected argument {context.args[0]!r}; overrides need --config")
+    if bundle:
+        if config or model or endpoint:
+            raise ConfigError("--agent brings its own policy; give no --config, --model or --endpoint with it")
+        return Agent.open(bundle, url=url, index=index or ())
     if model is None and stages is None and endpoint is None:
-        raise ConfigError("no policy; give --model DIR, --endpoint URL, or --config FILE of a run")
+        raise ConfigError("no policy; give --agent DIR, --model DIR, --endpoint URL, or --config FILE of a run")
     if not index and url is None and stages is None:
-        raise ConfigError("no passages; give --index DIR, --url URL, or --config FILE of a run")
+        raise ConfigError("no passages; give --index DIR, --url URL, --agent DIR, or --config FILE of a run")
     retriever = HttpRetriever(url) if url else open_indexes(index) if index else stages.retriever  # type: ignore[union-attr]
     prompts = stages.config.prompts if stages else None
     settings = stages.config.policy if stages else PolicyConfig(model=str(model))
@@ -137,18 +155,18 @@ def _asker(
         policy, prompts = context.with_resource(open_engine(stages.config, model or newest(stages)))
     elif not endpoint:
         policy = policies.load(model or newest(stages), settings, prompts)  # type: ignore[arg-type]
-    limits = stages.config.rollout if stages else RolloutConfig()
+    return Agent(policy, retriever, stages.config.rollout if stages else None, prompts=prompts)
+
+
+def _answer(agent: "Agent", question: str, temperature: float) -> "Answer":
+    """Ask, and show what comes as it comes."""
+    from search_e1.cli.display.answers import show_answer
+
     shown = _Live() if console.is_terminal else None
-
-    def answered(question: str) -> "Trajectory":
-        # A terminal or a pipe can hand over bytes that are no text; no tokenizer takes them.
-        text = question.encode("utf-8", "replace").decode()
-        return answer(
-            text, policy, retriever, limits, prompts=prompts, temperature=temperature,
-            on_turn=shown.turn if shown else _show_turn, on_text=shown.text if shown else None,
-        )  # fmt: skip
-
-    return answered
+    on_turn = shown.turn if shown else _show_turn
+    answer = agent.ask(question, temperature=temperature, on_turn=on_turn, on_text=shown.text if shown else None)
+    show_answer(console, answer)
+    return answer
 
 
 class _Live:
@@ -161,30 +179,19 @@ class _Live:
         self._said = True
         console.print(Text(printable(piece), style="dim"), end="", soft_wrap=True)
 
-    def turn(self, turn: "Turn") -> None:
+    def turn(self, turn: "Turn", passages: "Sequence[Passage]") -> None:
         from search_e1.cli.display import show_reply
 
-        if not self._said:  # an endpoint's, which comes whole
-            _show_turn(turn)
-            return
+        if self._said:
+            console.print()
         self._said = False
-        console.print()
         show_reply(console, turn)
 
 
-def _show_turn(turn: "Turn") -> None:
+def _show_turn(turn: "Turn", passages: "Sequence[Passage]") -> None:
     from search_e1.cli.display import show_turn
 
     show_turn(console, turn)
-
-
-def _show(trajectory: "Trajectory") -> bool:
-    """The answer; whether there is one."""
-    if trajectory.answer is None:
-        console.print(f"no answer ({trajectory.stop_reason})", style="red")
-        return False
-    console.print(Text(printable(trajectory.answer), style="bold green"))
-    return True
 
 
 def _lines() -> Iterator[str]:

@@ -28,7 +28,8 @@ class Corpus:
 
     A place is a file (JSON lines, plain or ``.gz`` or ``.zst``; Parquet), a directory of such files, or a data set on the Hub:
     ``owner/name``, ``owner/name:config`` or ``owner/name:config:split``. A record holds ``id`` and ``contents`` (the title in
-    quotes, a new line, the text), or ``id``, ``title`` and ``text``. Other keys are ignored; an id may be a number.
+    quotes, a new line, the text), or ``id``, ``title`` and ``text``; perhaps ``metadata``, an object,
+    and ``file``, ``page``, ``heading`` and ``url`` beside it. Other keys are ignored; an id may be a number.
 
     Iterating raises ``DataError`` if a place cannot be read or is empty, and, with file and line, for a record that is no
     passage, has no text, is too long, or repeats an id. With ``skip_bad_lines`` such records are skipped and counted.
@@ -147,7 +148,9 @@ def _passage(record: sources.Record, where: str, most: int) -> Passage:
             raise _too_long(where, f"more than {len(record) - 1:,}", most)
         record = parse(record, where)
     fields = _checked(record, where)
-    passage = Passage.from_contents(**fields) if "contents" in fields else Passage(**fields)
+    told, beside = record.get("metadata"), {field: record[field] for field in sources.ORIGIN if field in record}
+    metadata = {**(told if isinstance(told, Mapping) else {}), **beside}
+    passage = (Passage.from_contents if "contents" in fields else Passage)(**fields, metadata=metadata)
     length = len(passage.title) + len(passage.text)
     if 4 * length > most and (length := len(passage.title.encode()) + len(passage.text.encode())) > most:
         raise _too_long(where, f"{length:,}", most)

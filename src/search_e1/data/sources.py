@@ -15,7 +15,9 @@ Record = bytes | Mapping[str, Any]
 _LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 _PARQUET = ".parquet"
 _HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[^:/]*))?(:(?P<split>[^:/]+))?")
-_FIELDS = ("id", "contents", "title", "text")
+ORIGIN = ("file", "page", "heading", "url")
+"""Keys of a record that tell where a passage comes from, beside those in its ``metadata``."""
+_FIELDS = ("id", "contents", "title", "text", "metadata", *ORIGIN)
 _BATCH = 1024  # rows
 INSTEAD = "give a file of JSON lines (plain, .gz or .zst) or Parquet, or a directory of such files"
 

@@ -38,9 +38,16 @@ Recalls = Mapping[tuple[str, str], Recall]
 """By benchmark and question id."""
 
 
-def _words(text: str) -> str:
+def words(text: str) -> str:
+    """The words of ``text`` that count, a space between them."""
     plain = nfc(text.lower())  # a combining accent is no letter
     return " ".join(word for word in _WORD.findall(plain) if word not in _ARTICLES)
+
+
+def word_spans(text: str) -> list[tuple[str, int, int]]:
+    """The same of ``text``, which is in NFC, each with its first character and the one after its last."""
+    found = ((match[0].lower(), *match.span()) for match in _WORD.finditer(text))
+    return [(nfc(word), begin, end) for word, begin, end in found if word not in _ARTICLES]
 
 
 def measure(
@@ -79,20 +86,25 @@ def share_of(values: Iterable[bool | None]) -> float | None:
 
 def is_yes_no(question: Question) -> bool:
     """Whether every right answer is yes or no."""
-    return all(_words(answer) in _YES_NO for answer in question.answers)
+    return all(words(answer) in _YES_NO for answer in question.answers)
 
 
 def patterns(question: Question) -> tuple[str, ...]:
     """The word sequences to search for: each answer's words, without duplicates, yes, no and empty ones."""
-    words = dict.fromkeys(map(_words, question.answers))
-    return tuple(pattern for pattern in words if pattern and pattern not in _YES_NO)
+    return patterns_of(question.answers)
+
+
+def patterns_of(answers: Iterable[str]) -> tuple[str, ...]:
+    """The same of ``answers``."""
+    found = dict.fromkeys(map(words, answers))
+    return tuple(pattern for pattern in found if pattern and pattern not in _YES_NO)
 
 
 def holds(texts: Iterable[str], answers: Sequence[str]) -> bool | None:
     """Whether one of ``texts`` contains one of the patterns ``answers``; ``None`` without patterns."""
     if not answers:
         return None
-    padded = (f" {_words(text)} " for text in texts)
+    padded = (f" {words(text)} " for text in texts)
     return any(f" {pattern} " in text for text in padded for pattern in answers)
 
 
@@ -108,7 +120,7 @@ def in_corpus(texts: Iterable[str], answers: Sequence[Sequence[str]], progress: 
         for pattern in some:
             pending[max(pattern.split(), key=len)].append((f" {pattern} ", i))
     for done, raw in enumerate(texts, 1):
-        text = f" {_words(raw)} "
+        text = f" {words(raw)} "
         for word in pending.keys() & set(text.split()):
             for pattern, i in pending[word]:
                 if not found[i] and pattern in text:

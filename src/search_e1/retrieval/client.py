@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from cachetools import LRUCache
 from pydantic import BaseModel, BeforeValidator, FiniteFloat, ValidationError
@@ -34,6 +34,7 @@ Results = dict[str, list[Passage]]
 class _Document(BaseModel):
     id: str | int | None = None  # Search-R1's own BM25 server leaves it out
     contents: str
+    metadata: Any = None
 
 
 class _Hit(BaseModel):
@@ -205,5 +206,5 @@ def _passage(hit: _Hit) -> Passage:
     id, contents = hit.document.id, hit.document.contents
     if id is None:
         id = f"sha256:{hashlib.sha256(contents.encode()).hexdigest()[:16]}"
-    passage = Passage.from_contents(str(id), contents)
+    passage = Passage.from_contents(str(id), contents, hit.document.metadata)
     return passage if hit.score is None else Hit(**passage.model_dump(), score=hit.score)

@@ -148,7 +148,7 @@ class Passages:
         """``Passage.contents`` of passages ``start`` to ``stop``, which encoders read."""
         return (Passage.model_construct(None, **record).contents for record in self._records(start, stop))
 
-    def _records(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, str]]:
+    def _records(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
         """Read from the file, not the memory map, whose pages would count as this process's memory."""
         stop = len(self) if stop is None else stop
         with self.path.open("rb") as file:

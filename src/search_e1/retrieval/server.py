@@ -26,7 +26,7 @@ from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect
 
 from search_e1.errors import ConfigError, RetrievalError
-from search_e1.retrieval.base import Index
+from search_e1.retrieval.base import Hit, Index
 from search_e1.retrieval.batching import Batcher, IndexFailedError, QueueFullError
 from search_e1.retrieval.client import CHECKSUM_HEADER, MOST_QUERIES_HEADER
 from search_e1.retrieval.connections import guarded
@@ -267,9 +267,13 @@ def _search(index: Index, queries: list[str], topk: int) -> list[Hits]:
         if not math.isfinite(hit.score):
             raise RetrievalError(f"a score of {hit.score}")
     return [
-        tuple((to_json({"id": hit.id, "contents": hit.contents}), to_json(float(hit.score))) for hit in hits)
+        tuple((to_json(_document(hit)), to_json(float(hit.score))) for hit in hits)
         for hits in results
     ]
+
+
+def _document(hit: Hit) -> dict[str, Any]:
+    return {"id": hit.id, "contents": hit.contents} | ({"metadata": hit.metadata} if hit.metadata else {})
 
 
 def _one_line(text: str) -> str:

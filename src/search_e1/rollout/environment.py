@@ -8,6 +8,7 @@ from search_e1.errors import RetrievalError
 from search_e1.retrieval.base import Retriever
 from search_e1.text.protocol import Protocol
 from search_e1.text.tools import Call, Handler, tools_of
+from search_e1.types import Passage
 
 
 class ToolCall(NamedTuple):
@@ -16,6 +17,14 @@ class ToolCall(NamedTuple):
     tool: str
     call: Call
     action_text: str
+
+
+class Observation(NamedTuple):
+    """What a call is answered with."""
+
+    fields: dict[str, Any]
+    """Fields of the turn."""
+    passages: Sequence[Passage]
 
 
 class Environment:
@@ -29,13 +38,13 @@ class Environment:
         self._protocol, self._most = protocol, config.max_observation_tokens
         self._handlers: Mapping[str, Handler] = {t.name: t.open(retriever, config.topk) for t in tools_of(prompts)}
 
-    def answer(self, calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
-        """The observation of each call, as fields of its turn.
+    def answer(self, calls: Sequence[ToolCall]) -> list[Observation]:
+        """The observation of each call.
 
         Raises:
             RetrievalError: from the retriever, or a tool did not answer each of its calls.
         """
-        observations: dict[int, dict[str, Any]] = {}
+        observations: dict[int, Observation] = {}
         for name, handler in self._handlers.items():
             asked = [i for i, call in enumerate(calls) if call.tool == name]
             answers = handler([calls[i].call for i in asked]) if asked else ()
@@ -43,6 +52,8 @@ class Environment:
                 raise RetrievalError(f"tool {name!r}: {len(answers)} answers to {len(asked)} calls")
             for i, answer in zip(asked, answers, strict=True):
                 text, ids = self._protocol.observe(calls[i].action_text, answer, self._most)
-                seen = () if isinstance(answer, str) else tuple(passage.id for passage in answer)
-                observations[i] = dict(observation_text=text, observation_ids=ids, passage_ids=seen)
+                passages = () if isinstance(answer, str) else answer
+                seen = tuple(passage.id for passage in passages)
+                fields = dict(observation_text=text, observation_ids=ids, passage_ids=seen)
+                observations[i] = Observation(fields, passages)
         return [observations[i] for i in range(len(calls))]

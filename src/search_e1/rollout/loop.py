@@ -1,24 +1,22 @@
 """The rollout loop: sample an action, answer it, and go on until every trajectory has ended.
 
-It is the only one: GRPO, pools, the teacher's lead, evaluation and ``ask`` all sample through it. Trajectories do not wait
-for one another: while some are being sampled, the retriever answers others.
+It is the only one: GRPO, pools, the teacher's lead, evaluation and the agent in use all sample through it. Trajectories do
+not wait for one another: while some are being sampled, the retriever answers others.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from queue import SimpleQueue
-from threading import Thread
 from typing import Any
 
 from search_e1.config import Prompts, RolloutConfig
 from search_e1.data.answers import f1
 from search_e1.errors import ModelError
 from search_e1.retrieval.base import Retriever
-from search_e1.rollout.engines.base import Engine, Generation, Interrupted, Request, Session, never
+from search_e1.rollout.calls import Calls, Draft
+from search_e1.rollout.engines.base import Engine, Generation, Interrupted, Request, Session
 from search_e1.rollout.environment import Environment, ToolCall
 from search_e1.rollout.rewards import Reward, open_reward
 from search_e1.rollout.unfinished import Unfinished, UnfinishedRow
@@ -28,10 +26,11 @@ from search_e1.text.prompts import plain_prompt
 from search_e1.text.protocol import MALFORMED, Protocol
 from search_e1.text.protocols import protocol_of
 from search_e1.text.tools import SEARCH, Call
-from search_e1.types import ActionKind, Question, StopReason, Trajectory, Turn
+from search_e1.types import ActionKind, Passage, Question, StopReason, Trajectory, Turn
 
 logger = logging.getLogger(__name__)
-OnTurn = Callable[[int, Turn], None]
+OnTurn = Callable[[int, Turn, Sequence[Passage]], None]
+"""Called with the number of a trajectory, a turn of it as it is taken, and the passages that answer it."""
 OnTrajectory = Callable[[int, Trajectory], None]
 
 
@@ -60,6 +59,10 @@ class Start:
     turns: Sequence[Turn] = ()
     sample: int = 0
     """Which of the question's trajectories it is. Two with the same number would be sampled alike."""
+    seed: int | None = None
+    """The trajectory's own, in place of the loop's."""
+    temperature: float | None = None
+    """The trajectory's own, in place of the session's."""
 
 
 @dataclass(slots=True)
@@ -134,34 +137,28 @@ def rollout(
         RetrievalError: from the retriever; nothing is returned then.
     """
     prompts = prompts or Prompts()
-    protocol = protocol_of(engine.tokenizer, prompts)
-    environment = Environment(retriever, protocol, prompts, config)
-    limit = min(config.max_tokens, engine.context_length)
-    reward = open_reward(config.reward)
-    rows = [_Row(start, reward) for start in starts]
-    for row in rows:
-        if len(row.context) >= limit:
-            raise ModelError(
-                f"question {row.start.question.id!r}: a context of {len(row.context)} tokens does not fit into {limit}; "
-                "raise rollout.max_tokens, or use a policy with a longer context"
-            )
     spent, unfinished = spent or Spent(), unfinished or Unfinished(None, Stop())
     call = _call(engine.tokenizer, starts, seed, temperature, config)
     clock, before = time.perf_counter(), spent.sampling + spent.retrieval
-    begun = engine.session(temperature=temperature, stop=protocol.stop, max_tokens=limit)
-    with unfinished.stop.finishing(), begun as session, _Calls(environment) as searches:
-        session.interrupted = searches.interrupted = lambda: unfinished.stop.asked is not None
-        if keep := getattr(session, "keep", None):
+    opened = open_loop(
+        engine, retriever, config, prompts, temperature=temperature, seed=seed, on_turn=on_turn, on_trajectory=on_trajectory
+    )
+    with unfinished.stop.finishing(), opened as loop:
+        loop.interrupted = lambda: unfinished.stop.asked is not None
+        if keep := getattr(loop.session, "keep", None):
             keep(unfinished.answers(call))
-        run = _Rollout(rows, session, searches, engine.tokenizer, protocol, config, limit, seed, on_turn, on_trajectory)
+        saved = unfinished.load(call)
+        for i, start in enumerate(starts):
+            loop.add(i, start, saved.get(i))
         with suppress(Interrupted):
-            run.run(spent, unfinished.load(call))
-        if searches.interrupted():  # perhaps since the last row has ended; `finishing` raises
-            unfinished.save(call, run.rows_so_far())
+            while loop.busy:
+                loop.step(spent)
+        if loop.interrupted():  # perhaps since the last row has ended; `finishing` raises
+            unfinished.save(call, loop.rows_so_far())
         else:
             unfinished.discard()
     spent.rest += time.perf_counter() - clock - (spent.sampling + spent.retrieval - before)
-    return [row.finish() for row in rows]
+    return [loop.rows[i].finish() for i in range(len(starts))]
 
 
 def _call(tokenizer: Any, starts: Sequence[Start], *arguments: object) -> tuple[object, ...]:
@@ -172,81 +169,161 @@ def _call(tokenizer: Any, starts: Sequence[Start], *arguments: object) -> tuple[
     return *arguments, *rows
 
 
-@dataclass(slots=True)
-class _Rollout:
-    """One call of ``rollout``."""
+@contextmanager
+def open_loop(
+    engine: Engine,
+    retriever: Retriever,
+    config: RolloutConfig,
+    prompts: Prompts,
+    *,
+    temperature: float,
+    seed: int,
+    on_turn: OnTurn | None = None,
+    on_trajectory: OnTrajectory | None = None,
+) -> Iterator["RolloutLoop"]:
+    """A loop over one session of ``engine``; see ``rollout`` for the arguments.
 
-    rows: Sequence[_Row]
+    Raises:
+        ConfigError: there is no such reward function or tool, or the retriever cannot serve a tool.
+        ModelError: the tokenizer does not fit the protocol.
+    """
+    protocol = protocol_of(engine.tokenizer, prompts)
+    environment = Environment(retriever, protocol, prompts, config)
+    limit, reward = min(config.max_tokens, engine.context_length), open_reward(config.reward)
+    begun = engine.session(temperature=temperature, stop=protocol.stop, max_tokens=limit)
+    with begun as session, Calls(environment) as calls:
+        yield RolloutLoop(session, calls, engine.tokenizer, protocol, config, limit, reward, seed, on_turn, on_trajectory)
+
+
+@dataclass(slots=True)
+class RolloutLoop:
+    """Trajectories that are sampled together. Others may join while they are, and each may be dropped."""
+
     session: Session
-    searches: "_Calls"
+    calls: Calls
     tokenizer: Any
     protocol: Protocol
     config: RolloutConfig
     limit: int
+    """Most ids of a trajectory, its prompt included."""
+    reward: Reward
     seed: int
     on_turn: OnTurn | None
     on_trajectory: OnTrajectory | None
-    sampling: int = 0
+    rows: dict[int, _Row] = field(default_factory=dict)
+    """All that were added and not dropped, ended ones too."""
+    sampling: set[int] = field(default_factory=set)
     """Rows that the session has."""
     searching: dict[int, Generation] = field(default_factory=dict)
-    """Actions that are being answered."""
+    """Rows whose calls are being answered, with their actions."""
+    waits_for_all: bool = True
+    """Answers are taken when all have come, which makes a call reproducible; else each when it comes."""
+    _complete: list[tuple[int, Generation]] = field(default_factory=list)
+    _steps: int = 0
 
-    def run(self, spent: Spent, resumed: Mapping[int, UnfinishedRow]) -> None:
-        for i in range(len(self.rows)):
-            self._resume(i, resumed[i]) if i in resumed else self._sample(i)
-        complete = [(i, Generation(saved.ids, saved.logprobs)) for i, saved in resumed.items() if saved.complete]
-        self.sampling += len(complete)
-        self._answer(complete)
-        steps = 0
-        while self.sampling or self.searches.under_way:
-            if self.searches.under_way and (not self.sampling or steps % self.session.admission_interval == 0):
-                with spent._on("retrieval"):
-                    found = self.searches.collect()
-                for i, draft in found:
-                    self._take(i, draft)
-            if self.searches.interrupted():
-                raise Interrupted
-            if self.sampling:
-                with spent._on("sampling"):
-                    finished = self.session.step()
-                steps += 1
-                self._answer(finished)
+    @property
+    def interrupted(self) -> Callable[[], bool]:
+        """Checked within long steps, which then raise ``Interrupted``."""
+        return self.calls.interrupted
 
-    def _resume(self, i: int, saved: UnfinishedRow) -> None:
-        """Go on with a row where an interrupted call left it."""
-        row = self.rows[i]
+    @interrupted.setter
+    def interrupted(self, asked: Callable[[], bool]) -> None:
+        self.session.interrupted = self.calls.interrupted = asked
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to sample, or to wait for."""
+        return bool(self.sampling or self._complete or self.calls.under_way)
+
+    def add(self, i: int, start: Start, saved: UnfinishedRow | None = None) -> None:
+        """Let the trajectory ``i`` begin at ``start``, or go on where an interrupted call has ``saved`` it.
+
+        Raises:
+            ModelError: its context leaves no room for a single token.
+        """
+        row = _Row(start, self.reward)
+        if len(row.context) >= self.limit:
+            raise ModelError(
+                f"question {start.question.id!r}: a context of {len(row.context)} tokens does not fit into {self.limit}; "
+                "raise rollout.max_tokens, or use a policy with a longer context"
+            )
+        self.rows[i] = row
+        if saved is None:
+            self._sample(i)
+            return
         for turn in saved.turns[len(row.turns) :]:
             row.append(turn)
         row.stop = saved.stop
-        if row.stop is None and not saved.complete:
-            self._sample(i, Generation(saved.ids, saved.logprobs))
-        elif row.stop is not None and self.on_trajectory:
+        action = Generation(saved.ids, saved.logprobs)
+        if saved.complete:
+            self._complete.append((i, action))
+        elif row.stop is None:
+            self._sample(i, action)
+        elif self.on_trajectory:
             self.on_trajectory(i, row.finish())
+
+    def drop(self, i: int) -> None:
+        """Forget a trajectory, ended or not. What is under way for it is ignored."""
+        row = self.rows.pop(i)
+        self.searching.pop(i, None)
+        if row.stop is None:
+            self.sampling.discard(i)
+            self.session.release(i)
+
+    def step(self, spent: Spent) -> None:
+        """Take the answers that have come, if it is time to, and sample a token of each row.
+
+        Raises:
+            Interrupted: ``interrupted`` says so; no row is lost.
+            RetrievalError, ModelError, EndpointError: from the retriever or the engine.
+        """
+        complete, self._complete = self._complete, []
+        self._answer(complete)
+        if self.calls.under_way and (not self.sampling or self._steps % self.session.admission_interval == 0):
+            with spent._on("retrieval"):
+                answered = self.calls.collect() if self.waits_for_all else self.calls.ready(wait=not self.sampling)
+            for i, draft, passages in answered:
+                self._take(i, draft, passages)
+        if self.interrupted():
+            raise Interrupted
+        if self.sampling:
+            with spent._on("sampling"):
+                finished = self.session.step()
+            self._steps += 1
+            self._answer(finished)
+
+    def begun(self) -> dict[int, Generation]:
+        """The tokens sampled so far of the rows' current actions, where the session tells them."""
+        return getattr(self.session, "begun", dict)()
 
     def rows_so_far(self) -> dict[int, UnfinishedRow]:
         """All rows as they are; none of ids that mean nothing to another process, whose session keeps answers instead."""
         if getattr(self.tokenizer, "ids_of_process", False):
             return {}
-        begun, nothing = getattr(self.session, "begun", dict)() | self.searching, Generation(())
+        begun, nothing = self.begun() | self.searching | dict(self._complete), Generation(())
+        complete = self.searching.keys() | dict(self._complete)
         return {
             i: UnfinishedRow(
                 turns=tuple(row.turns), stop=row.stop, ids=begun.get(i, nothing).ids,
-                logprobs=begun.get(i, nothing).logprobs, complete=i in self.searching,
+                logprobs=begun.get(i, nothing).logprobs, complete=i in complete,
             )
-            for i, row in enumerate(self.rows)
+            for i, row in self.rows.items()
         }  # fmt: skip
 
     def _sample(self, i: int, begun: Generation = Generation(())) -> None:  # noqa: B008  it is frozen
         start, context = self.rows[i].start, self.rows[i].context
-        own = derived_seed(self.seed, start.question.id, start.sample, len(self.rows[i].turns))
+        seed = self.seed if start.seed is None else start.seed
+        own = derived_seed(seed, start.question.id, start.sample, len(self.rows[i].turns))
         most = min(self.config.max_action_tokens, self.limit - len(context))
-        self.session.submit(Request(i, context, most, own, begun))
-        self.sampling += 1
+        self.session.submit(Request(i, context, most, own, begun, start.temperature))
+        self.sampling.add(i)
 
     def _answer(self, finished: Sequence[tuple[int, Generation]]) -> None:
-        self.sampling -= len(finished)
         calls = []
         for i, generation in finished:
+            if i not in self.rows:
+                continue  # dropped
+            self.sampling.discard(i)
             draft = self._draft(self.rows[i], generation)
             if self.rows[i].stop is None and draft["kind"].is_call:
                 seen = next((turn.passage_ids for turn in reversed(self.rows[i].turns) if turn.served), ())
@@ -255,13 +332,13 @@ class _Rollout:
                 self.searching[i] = generation
             else:
                 self._take(i, draft)
-        self.searches.launch(calls)
+        self.calls.launch(calls)
 
-    def _draft(self, row: _Row, generation: Generation) -> "_Draft":
+    def _draft(self, row: _Row, generation: Generation) -> Draft:
         """What a generation says, with the correction that a malformed one gets; sets ``stop`` on a row that ends with it."""
         text = self.tokenizer.decode(generation.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         action = MALFORMED if generation.stop else self.protocol.parse(text)
-        draft: _Draft = dict(
+        draft: Draft = dict(
             action_ids=generation.ids, action_text=text, kind=action.kind, argument=action.argument, tool=action.tool,
             sampling_logprobs=generation.logprobs,
         )  # fmt: skip
@@ -279,13 +356,17 @@ class _Rollout:
             draft |= dict(observation_text=told, observation_ids=ids)
         return draft
 
-    def _take(self, i: int, draft: "_Draft") -> None:
+    def _take(self, i: int, draft: Draft, passages: Sequence[Passage] = ()) -> None:
         """Add a turn, and sample on or end."""
+        if i not in self.rows:
+            return  # dropped
         row, turn = self.rows[i], Turn(**draft)
         self.searching.pop(i, None)
         row.append(turn)
         if self.on_turn:
-            self.on_turn(i, turn)
+            self.on_turn(i, turn, passages)
+        if i not in self.rows:
+            return  # dropped by whom it was told
         if row.stop is None and len(row.context) >= self.limit:
             row.stop = StopReason.MAX_TOKENS
         if row.stop is None:
@@ -294,61 +375,3 @@ class _Rollout:
         self.session.release(i)
         if self.on_trajectory:
             self.on_trajectory(i, row.finish())
-
-
-_POLL = 0.5
-"""Seconds between two looks for a signal while searches are awaited."""
-_Draft = dict[str, Any]
-"""The fields of a turn, as far as they are known."""
-_Answered = list[tuple[int, _Draft]]
-"""Rows, and their turns with observations."""
-_Batch = Sequence[tuple[int, _Draft, ToolCall]]
-
-
-class _Calls:
-    """Calls that the environment answers in the background, one batch after another."""
-
-    def __init__(self, environment: Environment) -> None:
-        self._environment = environment
-        self._queue: SimpleQueue[tuple[Future[_Answered], _Batch] | None] = SimpleQueue()
-        self.interrupted: Callable[[], bool] = never
-        self.under_way: list[Future[_Answered]] = []
-
-    def __enter__(self) -> "_Calls":
-        # A daemon, unlike an executor's threads: a process that is to end does not wait for a server's time-out.
-        Thread(target=self._work, name="retriever", daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for batch in self.under_way:
-            batch.cancel()
-        self._queue.put(None)
-
-    def _work(self) -> None:
-        while job := self._queue.get():
-            future, calls = job
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                replies = self._environment.answer([call for _, _, call in calls])
-                future.set_result([(i, draft | reply) for (i, draft, _), reply in zip(calls, replies, strict=True)])
-            except BaseException as error:  # raised where it is collected
-                future.set_exception(error)
-
-    def launch(self, calls: _Batch) -> None:
-        """Begin to answer rows' calls, unless there are none."""
-        if calls:
-            self.under_way.append(Future())
-            self._queue.put((self.under_way[-1], calls))
-
-    def collect(self) -> _Answered:
-        """Wait for all that was launched.
-
-        Raises:
-            Interrupted: before all were answered.
-        """
-        while wait(self.under_way, timeout=_POLL).not_done:
-            if self.interrupted():
-                raise Interrupted
-        batches, self.under_way = self.under_way, []
-        return [answered for batch in batches for answered in batch.result()]

@@ -43,6 +43,8 @@ class Request:
     begun: Generation = Generation(())
     """Tokens that an interrupted session had sampled already; they count as new tokens. An engine that cannot continue them
     samples the generation again."""
+    temperature: float | None = None
+    """In place of the session's."""
 
 
 class Interrupted(BaseException):
@@ -70,7 +72,7 @@ class Session(Protocol):
         ...
 
     def release(self, key: int) -> None:
-        """Drop a finished row that will not be submitted again."""
+        """Drop a row that will not be submitted again. One that is being sampled may be finished all the same."""
         ...
 
     def begun(self) -> dict[int, Generation]:
@@ -127,12 +129,17 @@ class _Batches:
         self._waiting.append(request)
 
     def step(self) -> list[tuple[int, Generation]]:
-        requests, self._waiting = self._waiting, []
-        generations = self._engine.generate(requests, temperature=self._temperature, stop=self._stop)
-        return [(request.key, done) for request, done in zip(requests, generations, strict=True)]
+        waiting, self._waiting, finished = self._waiting, [], []
+        own = {id(r): self._temperature if r.temperature is None else r.temperature for r in waiting}
+        for temperature in dict.fromkeys(own.values()):
+            requests = [request for request in waiting if own[id(request)] == temperature]
+            generations = self._engine.generate(requests, temperature=temperature, stop=self._stop)
+            finished += [(request.key, done) for request, done in zip(requests, generations, strict=True)]
+        return finished
 
     def release(self, key: int) -> None:
-        """Nothing is kept."""
+        """See ``Session``."""
+        self._waiting = [request for request in self._waiting if request.key != key]
 
     def begun(self) -> dict[int, Generation]:
         """None: a batch is sampled whole."""

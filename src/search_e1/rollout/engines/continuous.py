@@ -7,7 +7,7 @@ cache; the common beginning of all prompts (the instruction) is computed once a 
 
 import gc
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from random import Random
@@ -42,6 +42,7 @@ class _Row:
     end: int = 0
     """Length of ``ids`` once ``max_new_tokens`` are sampled."""
     source: Random = field(init=False)
+    temperature: float | None = None
     logprobs: list[float] = field(default_factory=list)
     unfinished: bool = True
 
@@ -56,6 +57,7 @@ class _Row:
             len(prompt) + request.max_new_tokens,
         )
         self.source, self.logprobs, self.unfinished = Random(request.seed), list(request.begun.logprobs or ()), True
+        self.temperature = request.temperature
         for _ in request.begun.ids:
             self.source.random()
 
@@ -78,10 +80,9 @@ class ContinuousSession:
         *,
         temperature: float,
         rows: int,
-        on_id: Callable[[int | None], None] | None = None,
     ) -> None:
-        """``rows``: most that hold a slot. ``on_id``: see ``TorchEngine``."""
-        self._model, self._ends, self._temperature, self._on_id = model, ends, temperature, on_id
+        """``rows``: most that hold a slot."""
+        self._model, self._ends, self._temperature = model, ends, temperature
         self._prefill_tokens = _CPU_PREFILL if model.device.type == "cpu" else _PREFILL
         self._rows: dict[int, _Row] = {}
         self._waiting: list[_Row] = []
@@ -104,6 +105,10 @@ class ContinuousSession:
     def release(self, key: int) -> None:
         """See ``Session``."""
         row = self._rows.pop(key)
+        if row.unfinished and row in self._waiting:
+            self._waiting.remove(row)
+        elif row.unfinished:
+            self._leave(row)
         if row.slot is not None:
             self._held[row.slot] = None
 
@@ -140,7 +145,7 @@ class ContinuousSession:
     def _sample(self) -> list[tuple[int, Generation]]:
         rows = [row for row in self._held[: self._active] if row]
         logits = self._cache.forward(range(len(rows)), [row.num_cached for row in rows], [row.ids[-1:] for row in rows])
-        ids, logprobs = draw(logits, self._temperature, [row.source for row in rows])
+        ids, logprobs = self._draw(logits, rows)
         finished, ends = [], self._ends
         for row, id, logprob in zip(rows, ids, logprobs, strict=True):
             row.num_cached += 1
@@ -150,12 +155,22 @@ class ContinuousSession:
             if last or len(row.ids) >= row.end:
                 row.unfinished = False
                 finished.append(row)
-        if self._on_id and len(rows) == 1:
-            self._on_id(ids[0])
-        for row in reversed(finished):  # the last active row takes the place of one that leaves
-            self._active -= 1
-            self._put(row, self._active)
+        for row in reversed(finished):
+            self._leave(row)
         return [(row.key, Generation(tuple(row.ids[row.prompt :]), tuple(row.logprobs))) for row in finished]
+
+    def _draw(self, logits: torch.Tensor, rows: Sequence[_Row]) -> tuple[Sequence[int], Sequence[float]]:
+        own = [self._temperature if row.temperature is None else row.temperature for row in rows]
+        if len(set(own)) == 1:
+            return draw(logits, own[0], [row.source for row in rows])
+        drawn = (draw(logits[i : i + 1], own[i], [row.source]) for i, row in enumerate(rows))
+        ids, logprobs = zip(*((id, logprob) for [id], [logprob] in drawn), strict=True)
+        return ids, logprobs
+
+    def _leave(self, row: _Row) -> None:
+        """The last active row takes the place of one that leaves them."""
+        self._active -= 1
+        self._put(row, self._active)
 
     # Rows that join.
 
@@ -169,8 +184,6 @@ class ContinuousSession:
                 self._held[row.slot] = row
             (later if row.slot is None else joining).append(row)
         self._waiting = later
-        if self._on_id and len(joining) == 1:
-            self._on_id(None)
         leaders: dict[tuple[int, ...], _Row] = {}
         followers = [row for row in joining if not row.num_cached and leaders.setdefault(tuple(row.ids), row) is not row]
         followed = {row.key for row in followers}

@@ -175,7 +175,8 @@ class _UnderWay:
 
     async def _one(self, request: Request) -> tuple[int, Generation]:
         engine = self._engine
-        payload = engine._payload(request, self._temperature, self._stop)
+        temperature = self._temperature if request.temperature is None else request.temperature
+        payload = engine._payload(request, temperature, self._stop)
         asked = sha256_text(json.dumps([payload, request.seed]))
         if (content := self._answers.get(asked)) is not None:
             return request.key, engine._read(content, payload)

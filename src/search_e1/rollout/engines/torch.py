@@ -1,6 +1,6 @@
 """The engine over a transformers model in memory: a trainer can lend its own."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from random import Random
 from typing import Any
@@ -40,16 +40,11 @@ class TorchEngine:
         tokenizer: Any,
         *,
         batch_size: int = 64,
-        on_id: Callable[[int | None], None] | None = None,
     ) -> None:
-        """``batch_size``: most rows in memory together; fewer where their cache does not fit.
-
-        ``on_id``, where one row is sampled alone: called with ``None`` when it begins, then with each id as it is sampled.
-        """
+        """``batch_size``: most rows in memory together; fewer where their cache does not fit."""
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.on_id = on_id
         self.context_length = context_length(model.config)
 
     @contextmanager
@@ -58,13 +53,13 @@ class TorchEngine:
         with _lent(self.model):
             size = _bytes_per_position(self.model)
             if size is None:
-                plain = PlainEngine(self.model, self.tokenizer, batch_size=self.batch_size, on_id=self.on_id)
+                plain = PlainEngine(self.model, self.tokenizer, batch_size=self.batch_size)
                 with plain.session(temperature=temperature, stop=stop, max_tokens=max_tokens) as batches:
                     yield batches
                 return
             rows = max(1, min(self.batch_size, int(_MEMORY * _free_memory(self.model.device) / (size * max_tokens)) - 1))
             ends = Ends(self.model, self.tokenizer, stop)
-            session = ContinuousSession(self.model, ends, temperature=temperature, rows=rows, on_id=self.on_id)
+            session = ContinuousSession(self.model, ends, temperature=temperature, rows=rows)
             yield session
             if session.rows < rows:  # memory ran out; it would again
                 self.batch_size = session.rows
@@ -79,13 +74,11 @@ class PlainEngine(BatchEngine):
         tokenizer: Any,
         *,
         batch_size: int = 64,
-        on_id: Callable[[int | None], None] | None = None,
     ) -> None:
         """See ``TorchEngine``."""
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.on_id = on_id
         self.context_length = context_length(model.config)
         self._pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)  # masked
 
@@ -105,7 +98,7 @@ class PlainEngine(BatchEngine):
         pads = [width - len(request.prompt) for request in requests]
         ids = [[self._pad_id] * pad + list(r.prompt) for pad, r in zip(pads, requests, strict=True)]
         mask = [[0] * pad + [1] * (width - pad) for pad in pads]
-        drawn = _Drawn(requests, width, temperature, ends, self.on_id if len(requests) == 1 else None)
+        drawn = _Drawn(requests, width, temperature, ends)
         model: Any = self.model  # mixed in from GenerationMixin, which the type of the class does not show
         model.generate(
             input_ids=torch.tensor(ids, device=device),
@@ -132,7 +125,6 @@ class _Drawn(LogitsProcessor):
         width: int,
         temperature: float,
         ends: Ends,
-        on_id: Callable[[int | None], None] | None,
     ) -> None:
         self.ids: list[list[int]] = [[] for _ in requests]
         self.logprobs: list[list[float]] = [[] for _ in requests]
@@ -140,9 +132,7 @@ class _Drawn(LogitsProcessor):
         self.done = [False] * len(requests)
         self._requests = requests
         self._sources = [Random(request.seed) for request in requests]
-        self._temperature, self._ends, self._on_id = temperature, ends, on_id
-        if on_id:
-            on_id(None)
+        self._temperature, self._ends = temperature, ends
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         ids, logprobs = draw(scores, self._temperature, self._sources)
@@ -152,8 +142,6 @@ class _Drawn(LogitsProcessor):
                 self.logprobs[row].append(logprob)
                 full = len(self.ids[row]) >= self._requests[row].max_new_tokens
                 self.done[row] = full or self._ends.at(self.ids[row])
-        if self._on_id:
-            self._on_id(ids[0])
         chosen = torch.full_like(scores, -torch.inf)
         return chosen.scatter_(1, torch.tensor(ids, device=scores.device)[:, None], 0.0)
 

@@ -211,11 +211,10 @@ def _reason(error: BaseException) -> str:
 class VllmEngine:
     """Samples from a ``vllm.LLM``, ids in, ids out."""
 
-    def __init__(self, llm: Any, tokenizer: Any, *, on_id: Callable[[int | None], None] | None = None) -> None:
+    def __init__(self, llm: Any, tokenizer: Any) -> None:
         """``llm`` may be somebody else's, a trainer's say, if it tells log-probabilities of what was sampled from
-        (``logprobs_mode="processed_logprobs"``) and runs in this process. ``on_id``: see ``TorchEngine``."""
+        (``logprobs_mode="processed_logprobs"``) and runs in this process."""
         self.tokenizer = tokenizer
-        self.on_id = on_id
         self.context_length: int = llm.llm_engine.model_config.max_model_len
         self._llm = llm
 
@@ -227,7 +226,6 @@ class VllmEngine:
 
         parameters = partial(
             SamplingParams,
-            temperature=temperature,
             top_p=1.0,
             top_k=0,
             min_p=0.0,
@@ -238,9 +236,9 @@ class VllmEngine:
             detokenize=bool(stop),
             skip_special_tokens=False,  # they may be, or complete, a stop string
             spaces_between_special_tokens=False,
-            output_kind=RequestOutputKind.DELTA if self.on_id else RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        session = _VLLMSession(self._llm.llm_engine, parameters, self.on_id)
+        session = _VLLMSession(self._llm.llm_engine, parameters, temperature)
         try:
             yield session
         finally:
@@ -261,8 +259,8 @@ class _VLLMSession:
     admission_interval = 8  # rows join at no cost, but asking after each step would wait for every search
     _numbers = count()
 
-    def __init__(self, engine: Any, parameters: Callable[..., Any], on_id: Callable[[int | None], None] | None) -> None:
-        self._engine, self._parameters, self._on_id = engine, parameters, on_id
+    def __init__(self, engine: Any, parameters: Callable[..., Any], temperature: float) -> None:
+        self._engine, self._parameters, self._temperature = engine, parameters, temperature
         self._rows: dict[str, _Row] = {}
 
     def submit(self, request: Request) -> None:
@@ -270,13 +268,12 @@ class _VLLMSession:
         # A name that no other request of this engine has: a row comes back under its key, and sessions follow another.
         name = f"search-e1-{next(self._numbers)}"
         self._rows[name] = _Row(request.key)
+        temperature = self._temperature if request.temperature is None else request.temperature
         self._engine.add_request(
             name,
             {"type": "token", "prompt_token_ids": list(request.prompt)},
-            self._parameters(max_tokens=request.max_new_tokens, seed=request.seed),
+            self._parameters(max_tokens=request.max_new_tokens, seed=request.seed, temperature=temperature),
         )
-        if self._on_id:
-            self._on_id(None)
 
     def step(self) -> list[tuple[int, Generation]]:
         """See ``Session``.
@@ -295,9 +292,6 @@ class _VLLMSession:
             row, [sampled] = self._rows[output.request_id], output.outputs
             row.ids += sampled.token_ids
             row.logprobs += (at[i].logprob for i, at in zip(sampled.token_ids, sampled.logprobs, strict=True))
-            if self._on_id and len(self._rows) == 1:
-                for id in sampled.token_ids:
-                    self._on_id(id)
             if output.finished:
                 del self._rows[output.request_id]
                 if sampled.finish_reason not in ("stop", "length"):
@@ -306,7 +300,11 @@ class _VLLMSession:
         return finished
 
     def release(self, key: int) -> None:
-        """What the row has computed stays in the prefix cache until its place is needed."""
+        """See ``Session``. What the row has computed stays in the prefix cache until its place is needed."""
+        names = [name for name, row in self._rows.items() if row.key == key]
+        if names:
+            self._engine.abort_request(names)
+            del self._rows[names[0]]
 
     def begun(self) -> dict[int, Generation]:
         """vLLM cannot be given the state of a row's randomness: it is sampled anew."""

@@ -1,0 +1,158 @@
+"""The trained agent: a policy, the passages it searches, and the prompts and limits it was trained under."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+from search_e1.agent.answer import Answer
+from search_e1.agent.bundle import Bundle, open_retriever
+from search_e1.agent.scheduler import Job, OnText, OnTurn, Scheduler
+from search_e1.config import PolicyConfig, Prompts, RolloutConfig
+from search_e1.errors import ConfigError
+from search_e1.retrieval.base import Retriever
+from search_e1.rollout.engines.base import Engine
+from search_e1.rollout.engines.endpoint import Endpoint, EndpointEngine
+from search_e1.rollout.engines.torch import TorchEngine
+from search_e1.training import policy as policies
+from search_e1.training.policy import Policy
+from search_e1.types import Passage, Question
+
+
+class Agent:
+    """Answers questions, from any number of threads at once. A context manager; else call ``close``.
+
+    ::
+
+        with Agent.open("agent") as agent:
+            answer = agent.ask("Who wrote Moby Dick?")
+            print(answer, [source.passage.title for source in answer.sources if source.holds])
+    """
+
+    def __init__(
+        self,
+        policy: Policy | Endpoint | Engine,
+        retriever: Retriever,
+        limits: RolloutConfig | None = None,
+        *,
+        prompts: Prompts | None = None,
+        name: str = "agent",
+    ) -> None:
+        """``prompts`` are those of an endpoint or an engine; a policy brings its own. ``name``: what it is called.
+
+        Raises:
+            ModelError: the tokenizer does not fit the protocol.
+            ConfigError: the endpoint's URL is none, or its key cannot be sent.
+        """
+        self.name, self.retriever, self.limits = name, retriever, limits or RolloutConfig()
+        self.bundle: Bundle | None = None
+        """What it was opened from, if it was."""
+        self._resources = ExitStack()
+        engine: Engine
+        if isinstance(policy, Endpoint):
+            prompts = prompts or Prompts()
+            engine = EndpointEngine(policy, prompts)
+            self._resources.enter_context(engine.server)
+        elif isinstance(policy, Policy):
+            prompts = policy.prompts
+            engine = TorchEngine(policy.model, policy.tokenizer, batch_size=self.limits.batch_size)
+        else:
+            engine, prompts = policy, prompts or Prompts()
+        self.prompts = prompts
+        self._scheduler = Scheduler(engine, retriever, prompts, self.limits)
+        self._resources.callback(self._scheduler.close)
+
+    @classmethod
+    def open(cls, directory: str | Path, *, device: str = "auto", url: str | None = None, index: Sequence[Path] = ()) -> Self:
+        """The agent of a bundle (``search-e1 bundle``), which samples the ids that its evaluation sampled.
+
+        ``url`` or ``index``: where its passages are now, if the bundle does not hold them.
+
+        Raises:
+            DataError: the directory is no bundle, is damaged, or the index is over other passages than the bundle's.
+            ModelError: the policy does not load.
+            RetrievalError: the retrieval server does not answer.
+        """
+        bundle = Bundle.read(Path(directory))
+        retriever = open_retriever(bundle, url, index)
+        settings = PolicyConfig(model=str(directory), dtype=bundle.dtype, device=device)
+        agent = cls(policies.load(directory, settings), retriever, bundle.limits, name=bundle.name)
+        agent.bundle = bundle
+        return agent
+
+    def ask(
+        self,
+        question: str | Question,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        timeout: float | None = None,
+        on_text: OnText | None = None,
+        on_turn: OnTurn | None = None,
+    ) -> Answer:
+        """The answer to one question, with its sources; see ``Scheduler.submit`` for the callbacks.
+
+        ``timeout``: seconds after which the question is given up.
+
+        Raises:
+            ModelError: the question does not fit into the context.
+            RetrievalError, EndpointError: the retriever or the endpoint fails.
+            TimeoutError: it took too long.
+        """
+        job = self.submit(question, temperature=temperature, seed=seed, on_text=on_text, on_turn=on_turn)
+        try:
+            return job.answer.result(timeout)
+        finally:
+            self.cancel(job)  # of one that is answered this does nothing
+
+    def submit(
+        self,
+        question: str | Question,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_text: OnText | None = None,
+        on_turn: OnTurn | None = None,
+    ) -> Job:
+        """Begin to answer; ``Job.answer`` is a future.
+
+        Raises:
+            ConfigError: the question is empty.
+        """
+        if isinstance(question, str):
+            if not question.strip():
+                raise ConfigError("the question is empty; give one")
+            # A text that came from elsewhere may hold bytes that are none; no tokenizer takes them. A question has a gold
+            # answer by its type: the empty one is matched by nothing.
+            text = question.encode("utf-8", "replace").decode()
+            question = Question(id="asked", text=text, answers=("",))
+        return self._scheduler.submit(question, temperature=temperature, seed=seed, on_text=on_text, on_turn=on_turn)
+
+    def cancel(self, job: Job) -> None:
+        """Give up a question that is not answered yet."""
+        self._scheduler.cancel(job)
+
+    def search(self, query: str, topk: int | None = None) -> list[Passage]:
+        """The passages that ``query`` finds, at most ``topk``; default: as many as the policy reads.
+
+        Raises:
+            RetrievalError: from the retriever.
+        """
+        [found] = self.retriever.search([query], topk or self.limits.topk)
+        return list(found)
+
+    def passage(self, id: str) -> Passage | None:
+        """The passage with this id; ``None`` if there is none, or the retriever cannot look one up."""
+        lookup: Callable[[str], Passage | None] = getattr(self.retriever, "passage", lambda _: None)
+        found = lookup(id)
+        return found if found and found.id == id else None
+
+    def close(self) -> None:
+        """Give up what is under way, and let go of threads and connections."""
+        self._resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,144 @@
+"""An answer and where it comes from: the passages that were read, and which of them hold it.
+
+An answer is held by a passage if its words stand in what the policy read of the passage, one after another, as retrieval
+recall counts them (``evaluation.recall``). An answer that nothing which was read holds is the policy's guess, and counts as
+not found in the documents; so does no answer. Yes and no stand in no text, and are taken as they are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from search_e1.evaluation.recall import holds, patterns_of, word_spans, words
+from search_e1.runs.nfc import nfc
+from search_e1.text.protocol import Protocol
+from search_e1.types import ActionKind, Passage, Record, Trajectory, Turn
+
+NOT_FOUND = "not found in these documents"
+
+
+class Support(StrEnum):
+    """What an answer rests on."""
+
+    HELD = "held"
+    """A passage that was read holds it."""
+    YES_NO = "yes_no"
+    """Yes or no, which no passage can hold."""
+    GUESS = "guess"
+    """Nothing that was read holds it."""
+    NONE = "none"
+    """The policy gave no answer."""
+
+
+class Source(Record):
+    """A passage that was read."""
+
+    passage: Passage
+    """In NFC, which ``marks`` count in."""
+    query: str
+    """What found it first."""
+    turn: int
+    """Which turn of the trajectory that was, from 0."""
+    holds: bool
+    """What was read of it, title included, holds the answer."""
+    marks: tuple[tuple[int, int], ...] = ()
+    """Where in ``passage.text`` the answer stands: first character, and the one after the last."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Flat: id, title, text, what the corpus tells of its origin, and the fields above."""
+        told = {key: value for key, value in self.passage.metadata.items() if key not in ("id", "title", "text")}
+        return {
+            **told, "id": self.passage.id, "title": self.passage.title, "text": self.passage.text, "holds": self.holds,
+            "marks": [list(mark) for mark in self.marks], "query": self.query,
+        }  # fmt: skip
+
+
+class Answer(Record):
+    """What the agent says to a question."""
+
+    question: str
+    text: str | None
+    """The policy's answer; ``None`` if it came to none."""
+    support: Support
+    sources: tuple[Source, ...]
+    """The passages that were read, those that hold the answer first, else in the order of reading."""
+    trajectory: Trajectory
+
+    @property
+    def found(self) -> bool:
+        """Whether the documents gave the answer, as far as can be told; see ``Support``."""
+        return self.support in (Support.HELD, Support.YES_NO)
+
+    def __str__(self) -> str:
+        return self.text if self.found and self.text is not None else NOT_FOUND
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``ask --json`` and the server tell: no token ids."""
+        return {
+            "question": self.question, "answer": self.text, "found": self.found, "support": self.support,
+            "sources": [source.as_json() for source in self.sources],
+            "searches": [turn.argument for turn in self.trajectory.turns if turn.kind is ActionKind.SEARCH],
+            "stop_reason": self.trajectory.stop_reason, "sampled_tokens": self.trajectory.sampled_tokens,
+        }  # fmt: skip
+
+
+@dataclass(slots=True)
+class Reading:
+    """What a trajectory has read so far; ``answer`` when it has ended."""
+
+    protocol: Protocol
+    _read: dict[str, tuple[Passage, str, int, list[str]]] = field(default_factory=dict)
+    """Passage id -> passage, the query that found it first, its turn, and what was read of it, each time."""
+    _turns: int = 0
+
+    def add(self, turn: Turn, passages: Sequence[Passage]) -> list[Passage]:
+        """Note what ``turn`` was answered with; the passages of it that were read before their cut, at least in part."""
+        shown = self.protocol.passages(turn.observation_text) or [] if passages else []
+        read = list(zip(passages, shown, strict=False))  # the last ones may have been cut altogether
+        for passage, text in read:
+            entry = self._read.setdefault(passage.id, (passage, turn.argument or "", self._turns, []))
+            entry[3].append(text)
+        self._turns += 1
+        return [passage for passage, _ in read]
+
+    def answer(self, question: str, trajectory: Trajectory) -> Answer:
+        """The answer of ``trajectory``, whose turns were added."""
+        found = patterns_of([trajectory.answer]) if trajectory.answer is not None else ()
+        sources = [
+            _source(passage, query, number, bool(found and holds(texts, found)), trajectory.answer or "")
+            for passage, query, number, texts in self._read.values()
+        ]
+        return Answer(
+            question=question, text=trajectory.answer, support=_support(trajectory.answer, sources),
+            sources=tuple(sorted(sources, key=lambda source: not source.holds)), trajectory=trajectory,
+        )  # fmt: skip
+
+
+def _source(passage: Passage, query: str, turn: int, held: bool, answer: str) -> Source:
+    plain = Passage(id=passage.id, title=nfc(passage.title), text=nfc(passage.text), metadata=passage.metadata)
+    return Source(passage=plain, query=query, turn=turn, holds=held, marks=tuple(locate(plain.text, answer)) if held else ())
+
+
+def _support(answer: str | None, sources: Sequence[Source]) -> Support:
+    if answer is None:
+        return Support.NONE
+    if words(answer) in ("yes", "no"):
+        return Support.YES_NO
+    return Support.HELD if any(source.holds for source in sources) else Support.GUESS
+
+
+def locate(text: str, answer: str) -> list[tuple[int, int]]:
+    """Where the words of ``answer`` stand in ``text``, which is in NFC: first characters, and those after the last.
+
+    Places do not overlap. Articles, case and what stands between words do not count; an answer without words stands nowhere.
+    """
+    wanted, spans = words(answer).split(), word_spans(text)
+    found, at = [], 0
+    while wanted and at + len(wanted) <= len(spans):
+        if [word for word, _, _ in spans[at : at + len(wanted)]] == wanted:
+            found.append((spans[at][1], spans[at + len(wanted) - 1][2]))
+            at += len(wanted)
+        else:
+            at += 1
+    return found

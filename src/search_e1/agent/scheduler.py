@@ -1,0 +1,249 @@
+"""Questions from any number of threads, answered together through one session of the engine.
+
+A thread of its own owns the session. While there are questions it samples a token of each, and between two tokens lets new
+ones join and cancelled ones leave; when the last is answered it gives the session back, and the memory of its cache.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field
+from itertools import count
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any
+
+from search_e1.agent.answer import Answer, Reading
+from search_e1.config import Prompts, RolloutConfig
+from search_e1.errors import ModelError, SearchE1Error
+from search_e1.retrieval.base import Retriever
+from search_e1.rollout.engines.base import Engine
+from search_e1.rollout.loop import RolloutLoop, Spent, Start, open_loop
+from search_e1.text.prompts import plain_prompt
+from search_e1.text.protocols import protocol_of
+from search_e1.types import Passage, Question, Trajectory, Turn
+
+logger = logging.getLogger(__name__)
+OnText = Callable[[str], None]
+OnTurn = Callable[[Turn, Sequence[Passage]], None]
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A question under way."""
+
+    question: Question
+    seed: int
+    temperature: float
+    on_text: OnText | None
+    on_turn: OnTurn | None
+    number: int
+    reading: Reading
+    answer: Future[Answer] = field(default_factory=Future)
+    """Its answer, or what it failed with; cancelled by ``Scheduler.cancel``."""
+    stream: "TextStream | None" = None
+
+
+class Scheduler:
+    """Answers questions; ``submit`` is for all threads. Its callbacks run in its own thread, which waits for them."""
+
+    def __init__(self, engine: Engine, retriever: Retriever, prompts: Prompts, limits: RolloutConfig) -> None:
+        """
+        Raises:
+            ModelError: the tokenizer does not fit the protocol.
+        """
+        self._engine, self._retriever, self._prompts, self._limits = engine, retriever, prompts, limits
+        self._protocol = protocol_of(engine.tokenizer, prompts)
+        self._special = frozenset(getattr(engine.tokenizer, "all_special_ids", ()))
+        self._inbox: SimpleQueue[Job | None] = SimpleQueue()
+        self._jobs: dict[int, Job] = {}
+        """Those that were taken from the inbox and have not ended."""
+        self._numbers = count()
+        self._thread = Thread(target=self._run, name="agent", daemon=True)
+        self._closed = False
+        self._thread.start()
+
+    def submit(
+        self,
+        question: Question,
+        *,
+        seed: int = 0,
+        temperature: float = 0.0,
+        on_text: OnText | None = None,
+        on_turn: OnTurn | None = None,
+    ) -> Job:
+        """Let ``question`` join those under way. Its seed is that of a rollout: ``rollout`` samples the same ids.
+
+        ``on_text`` gets what is sampled, as it is sampled and without end tokens, where the engine tells it (in one piece
+        with the turn, where not); ``on_turn`` each turn as it comes, with the passages that were read, cut ones included.
+
+        Raises:
+            SearchE1Error: it is closed.
+        """
+        if self._closed:
+            raise SearchE1Error("the agent is closed; open it again")
+        stream = TextStream(self._engine.tokenizer, self._special, on_text) if on_text else None
+        job = Job(question, seed, temperature, on_text, on_turn, next(self._numbers), Reading(self._protocol), stream=stream)
+        self._inbox.put(job)
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Give up a question; its ``answer`` is cancelled, unless it is there already."""
+        if job.answer.cancel():
+            self._inbox.put(job)  # to be dropped
+
+    def close(self) -> None:
+        """Give up what is under way, and wait for the thread to end."""
+        self._closed = True
+        self._inbox.put(None)
+        self._thread.join()
+
+    # All below runs in the thread.
+
+    def _run(self) -> None:
+        while job := self._inbox.get():
+            try:
+                self._session(job)
+            except BaseException as error:
+                if not self._jobs:  # all were answered before
+                    logger.warning("%s", error)
+                self._fail(error)
+                if not isinstance(error, Exception):
+                    raise
+        self._fail(CancelledError())
+
+    def _session(self, first: Job) -> None:
+        """Answer ``first``, and all that come meanwhile."""
+        spent = Spent()
+        opened = open_loop(
+            self._engine, self._retriever, self._limits, self._prompts, temperature=0.0, seed=0, on_turn=self._turn,
+            on_trajectory=self._end,
+        )  # fmt: skip
+        with opened as loop:
+            loop.waits_for_all = False
+            self._take(loop, first)
+            while self._admit(loop) and loop.busy:
+                loop.step(spent)
+                self._tell(loop)
+                self._drop_ended(loop)
+
+    def _admit(self, loop: RolloutLoop) -> bool:
+        """Take in what has come meanwhile; false when all is to end."""
+        while True:
+            try:
+                job = self._inbox.get_nowait()
+            except Empty:
+                return True
+            if job is None:
+                self._inbox.put(None)  # for ``_run``
+                return False
+            self._take(loop, job)
+
+    def _take(self, loop: RolloutLoop, job: Job) -> None:
+        if job.answer.cancelled():
+            self._jobs.pop(job.number, None)
+            if job.number in loop.rows:
+                loop.drop(job.number)
+            return
+        try:
+            ids = plain_prompt(self._engine.tokenizer, self._prompts, job.question.text)
+            self._jobs[job.number] = job
+            loop.add(job.number, Start(job.question, ids, seed=job.seed, temperature=job.temperature))
+        except ModelError as error:  # of this question alone
+            self._jobs.pop(job.number, None)
+            _set(job.answer, error)
+
+    def _turn(self, number: int, turn: Turn, passages: Sequence[Passage]) -> None:
+        if job := self._jobs.get(number):
+            read = job.reading.add(turn, passages)
+            if job.stream:
+                self._call(job, job.stream.finish, turn.action_ids)
+            self._call(job, job.on_turn, turn, read)
+
+    def _call(self, job: Job, callback: Callable[..., None] | None, *arguments: Any) -> None:
+        """What a callback raises ends its own question alone."""
+        try:
+            if callback and not job.answer.done():
+                callback(*arguments)
+        except Exception as error:
+            self._jobs.pop(job.number, None)
+            _set(job.answer, error)
+
+    def _end(self, number: int, trajectory: Trajectory) -> None:
+        if job := self._jobs.pop(number, None):
+            # No reward: the right answer is not known.
+            plain = trajectory.model_copy(update={"reward": 0.0, "f1": 0.0})
+            _set(job.answer, job.reading.answer(job.question.text, plain))
+
+    def _tell(self, loop: RolloutLoop) -> None:
+        """Hand on what was sampled to those who listen."""
+        listening = [job for job in self._jobs.values() if job.stream]
+        if not listening:
+            return
+        begun = loop.begun()
+        for job in listening:
+            if job.stream and job.number in begun:
+                self._call(job, job.stream.feed, begun[job.number].ids)
+
+    def _drop_ended(self, loop: RolloutLoop) -> None:
+        for number in [number for number in loop.rows if number not in self._jobs]:
+            loop.drop(number)
+
+    def _fail(self, error: BaseException) -> None:
+        """End all questions of a session that failed."""
+        jobs, self._jobs = list(self._jobs.values()), {}
+        if isinstance(error, CancelledError):
+            while not self._inbox.empty():
+                if job := self._inbox.get():
+                    jobs.append(job)
+        for job in jobs:
+            _set(job.answer, error)
+
+
+def _set(future: "Future[Any]", value: Any) -> None:
+    """The outcome of a future that its owner may cancel at any time."""
+    if not future.set_running_or_notify_cancel():
+        return
+    if isinstance(value, CancelledError):
+        future.set_exception(SearchE1Error("the agent was closed before it answered; open it again"))
+    elif isinstance(value, BaseException):
+        future.set_exception(value)
+    else:
+        future.set_result(value)
+
+
+class TextStream:
+    """Turns the ids of one generation after another into text: each character once, when it is whole."""
+
+    def __init__(self, tokenizer: Any, special: frozenset[int], on_text: OnText) -> None:
+        self._tokenizer, self._special, self._on_text = tokenizer, special, on_text
+        self._begin()
+
+    def _begin(self) -> None:
+        self._fed = 0
+        """Ids that were looked at."""
+        self._ids: list[int] = []
+        """Those of them that are text."""
+        self._context = self._shown = 0
+        """Text up to ``_shown`` was handed on; ids from ``_context`` on are decoded with what follows, which may change it."""
+
+    def feed(self, ids: Sequence[int]) -> None:
+        """``ids``: all that were sampled of the generation so far."""
+        self._ids += [id for id in ids[self._fed :] if id not in self._special]
+        self._fed = len(ids)
+        before, now = self._decode(self._ids[self._context : self._shown]), self._decode(self._ids[self._context :])
+        if len(now) > len(before) and not now.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._on_text(now[len(before) :])
+            self._context, self._shown = self._shown, len(self._ids)
+
+    def finish(self, ids: Sequence[int]) -> None:
+        """The generation is complete; what is left of it that is whole is handed on."""
+        self.feed(ids)
+        before, now = self._decode(self._ids[self._context : self._shown]), self._decode(self._ids[self._context :])
+        rest = now[len(before) :].rstrip("\N{REPLACEMENT CHARACTER}")
+        if self._shown < len(self._ids) and rest:
+            self._on_text(rest)
+        self._begin()
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""
