@@ -49,6 +49,19 @@ def test_both_forms_of_a_line(tmp_path: Path) -> None:
     assert list(read_corpus(packed)) == expected
 
 
+def test_where_a_passage_comes_from_is_kept(tmp_path: Path) -> None:
+    told = {"file": "a.pdf", "page": 3, "heading": None, "score": 0.5, "tags": ["x"]}
+    lines = [GOOD | {"metadata": told, "url": "http://x/a"}, {"id": "1", "title": "B", "text": "b", "metadata": "all"}]
+    first, second = read_corpus(write(tmp_path / "c.jsonl", *lines))
+    assert first.metadata == {"file": "a.pdf", "page": 3, "score": "0.5", "tags": '["x"]', "url": "http://x/a"}
+    assert second.metadata == {}
+    stored = Passages.write([first, second], tmp_path)
+    assert list(stored) == [first, second]
+    assert stored.hit(0, 1.0).metadata == first.metadata
+    # Without metadata a passage is stored as before, and the checksum of an index stays.
+    assert stored.path.read_text().splitlines()[1] == '{"id":"1","title":"B","text":"b"}'
+
+
 def test_it_streams(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", GOOD, "{broken")
     assert [p.id for p in islice(read_corpus(path), 1)] == ["0"]

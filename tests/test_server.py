@@ -56,6 +56,16 @@ def test_the_wire_format_without_scores(url: str, more: dict[str, Any]) -> None:
     assert post(url, queries=["a"], topk=1, **more).json() == {"result": [[document("a", 0)]]}
 
 
+def test_where_a_passage_comes_from_crosses_the_wire() -> None:
+    class Told(FakeIndex):
+        def search(self, queries, topk):
+            return [[Hit(id="a", title="A", text="a", metadata={"file": "a.pdf", "page": 3}, score=1.0)] for _ in queries]
+
+    with serving(Told()) as url, HttpRetriever(url) as retriever:
+        [[found]] = retriever.search(["a"], 1)
+    assert found.metadata == {"file": "a.pdf", "page": 3}
+
+
 @pytest.mark.parametrize("more", [{"topk": None}, {}])
 def test_topk_may_be_left_to_the_server(url: str, more: dict[str, Any]) -> None:
     assert post(url, queries=["a"], **more).json() == {"result": [[document("a", i) for i in range(3)]]}

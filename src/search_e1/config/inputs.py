@@ -28,8 +28,8 @@ class PolicyConfig(Section):
 
 class DataConfig(Section):
     corpus: Path | None = None
-    """Passages: JSON lines (plain, .gz, .zst) or Parquet with `id` and `contents`, or `id`, `title` and `text`. Needed unless
-    `retrieval.index` or `.url` is given."""
+    """Passages: JSON lines (plain, .gz, .zst) or Parquet with `id` and `contents`, or `id`, `title` and `text`, perhaps
+    `metadata`. Needed unless `retrieval.index` or `.url` is given."""
     train: Annotated[Paths, Field(min_length=1)]
     """Question file or files, JSON lines (plain or .gz) with `id`, `question`, `golden_answers`, perhaps `metadata`."""
     demonstrations: Path | None = None
