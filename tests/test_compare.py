@@ -215,7 +215,7 @@ def test_an_export_goes_to_a_file_of_that_format(run, verb, tmp_path, name):
         assert row.split(" | ")[3:8] == ["66.7 [30.0, 90.3]", row.split(" | ")[4], "0.625", "3", "1"]
         assert "| Search-E1 | 47.4 | 42.7 | 45.0 |" in text
     if name == "x.tex":
-        assert r"policy & nq & hotpotqa & macro average & all questions \\" in text
+        assert r"policy & nq & hotpotqa & macro average & micro average \\" in text
         assert r"Search-E1 & 47.4 & 42.7 & 45.0 & -- \\" in text
         assert text.count("{") == text.count("}")
 

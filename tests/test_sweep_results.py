@@ -197,7 +197,7 @@ def test_a_report_of_what_is_finished(files, tmp_path, monkeypatch, capsys):
     assert (status, err) == (1, "")  # two runs are missing
     assert "2 of 4 runs are not finished" in out
     assert all(len(line) <= 80 for line in out.splitlines() if str(tmp_path) not in line)
-    assert "Last policies, seeds 0, 1, 4 questions; differences from grpo" in out
+    assert "Last policies, seeds 0, 1, 4 questions (micro average); differences from grpo" in out
     assert "50.0" in out
     made = {path.name for path in (tmp_path / "out").iterdir() if path.is_file() and not path.name.startswith(".")}
     assert made == {"results.parquet", "questions.parquet", "comparison.parquet", "comparison.svg"}

@@ -36,10 +36,12 @@ def test_tensorboard_holds_the_figures_of_every_stage(project, tmp_path):
     evaluated = scalars(run / "tracking" / "evaluation")
     for name in ("em", "em_sampled", "f1", "searches", "tokens"):
         stored = [(i, pytest.approx(getattr(p, name), rel=1e-6)) for i, p in enumerate(summary.policies)]
-        assert evaluated[f"eval/{name}"] == stored
-    assert evaluated["eval/tiny/em"] == evaluated["eval/em"]
+        assert evaluated[f"eval/{'em_greedy' if name == 'em' else name}"] == stored
+    assert evaluated["eval/tiny/em_greedy"] == evaluated["eval/macro_em_greedy"] == evaluated["eval/em_greedy"]
     rounds = scalars(run / "tracking" / "rounds")
     assert rounds["train/lead/lead"] == [(1, pytest.approx(summary.lead["1"], abs=1e-6))]
+    assert {tag for tag in rounds if "/em" in tag} >= {"train/pool/em_sampled", "train/lead/em_sampled_plain"}
+    assert not {tag for tag in (*rounds, *evaluated) if tag.endswith("/em")}
     assert rounds["train/pairs/usable"] == [(1, summary.rounds["1"].pairs["usable"])]
     # It changes nothing in a run: whoever turns it off gets the run that is there.
     assert evolve.train(config(project, tmp_path / "run")) == summary

@@ -9,6 +9,7 @@ from search_e1 import runs
 from search_e1.config import NEW, Config, migrate_fingerprint
 from search_e1.evaluation.preflight import Finding, Level
 from search_e1.evaluation.results import Evaluation
+from search_e1.evaluation.statistics import Interval
 from search_e1.runs import Artifact, ranks
 from search_e1.runs.opening import opened
 from search_e1.runs.stopping import Stop
@@ -38,17 +39,25 @@ class PolicySummary(Record):
     stage: str
     """``base``, ``coldstart``, ``grpo-1``, ``ofsd-1``, ``grpo-2``, ..."""
     path: str
+    n: int
+    """Questions."""
     em: float
-    """Greedy, mean over all questions."""
+    """Greedy, mean over all questions (micro average). Intervals are of 95%: see ``evaluation.statistics``."""
+    em_interval: Interval
     em_sampled: float | None
+    """Of trajectories sampled at ``evaluation.temperature``, micro average."""
+    em_sampled_interval: Interval | None
+    macro_em: float
+    """Greedy, mean over benchmarks of their EM."""
+    macro_em_interval: Interval
     f1: float
     searches: float
     tokens: float
     """Sampled tokens a question."""
     by_hops: dict[str, float]
-    """EM by number of hops."""
+    """Greedy EM by number of hops."""
     by_benchmark: dict[str, float]
-    """EM by benchmark."""
+    """Greedy EM by benchmark."""
 
 
 class RoundSummary(Record):
@@ -69,7 +78,7 @@ class Summary(Record):
     policies: tuple[PolicySummary, ...]
     rounds: dict[str, RoundSummary]
     lead: dict[str, float | None]
-    """Round -> the teacher's lead in EM."""
+    """Round -> the teacher's lead in sampled EM."""
     seconds: dict[str, float]
     """Wall-clock time by stage."""
     preflight: tuple[Finding, ...] = ()
@@ -193,8 +202,13 @@ class _Summary:
             PolicySummary(
                 stage=name,
                 path=str(resolve(str(policy))),
+                n=result.n,
                 em=result.em,
+                em_interval=result.em_interval,
                 em_sampled=result.em_sampled,
+                em_sampled_interval=result.em_sampled_interval,
+                macro_em=result.macro_em,
+                macro_em_interval=result.macro_em_interval,
                 f1=result.f1,
                 searches=result.searches,
                 tokens=result.tokens,

@@ -46,7 +46,7 @@ def compare(
     out: Annotated[Path | None, typer.Option("--out", help="File to write, instead of the terminal.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
 ) -> None:
-    """Compare evaluations question by question: EM, paired differences, McNemar's test, searches, tokens."""
+    """Compare evaluations question by question: greedy EM, paired differences, McNemar's test, searches, tokens."""
     from search_e1.cli.display.comparison import show_comparison
     from search_e1.evaluation import compare as comparing
     from search_e1.evaluation.exports import FORMATS, SUFFIXES

@@ -19,7 +19,7 @@ from search_e1.evaluation.results import COUNTS, FIGURES, Result
 from search_e1.evaluation.statistics import Interval, interval, mcnemar, share_interval
 from search_e1.types import Record
 
-MACRO, MICRO = "macro average", "all questions"
+MACRO, MICRO = "macro average", "micro average"
 _SHOWN_IDS = 3
 _NOT_PROTOCOL = ("batch_size",)  # settings of a rollout that do not affect its results
 

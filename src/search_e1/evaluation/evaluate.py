@@ -87,8 +87,8 @@ def evaluate(
     warn_of_empty_searches(sums["empty"], sums["searches"])
     judged = list(_judged(questions_by_benchmark, parts, recalls or {}))
     evaluation = results.evaluation(judged, seed)
-    sampled = "" if evaluation.em_sampled is None else f", sampled {evaluation.em_sampled:.3f}"
-    progress(total, total, f"EM {evaluation.em:.3f}{sampled}")  # what the tables say, under their names
+    sampled = "" if evaluation.em_sampled is None else f", sampled EM {evaluation.em_sampled:.3f}"
+    progress(total, total, f"greedy EM {evaluation.em:.3f}{sampled}")  # what the tables say, under their names
     timings = {
         name: _timing(asking, questions, sums[f"seconds.{name}"], config.latency).model_dump()
         for name, questions in questions_by_benchmark.items()
@@ -111,7 +111,7 @@ def _part(
     """The file of all groups of ``size`` trajectories. ``shown``: progress, trajectories of earlier parts, and of all parts."""
     chunks = [(name, chunk) for name, questions in questions_by_benchmark.items() for chunk in asking.chunks(questions, size)]
     progress, before, total = shown
-    kind = "sampled" if temperature else "EM"  # as in the tables
+    kind = "sampled EM" if temperature else "greedy EM"  # as in the tables
 
     def make(chunk: tuple[str, Sequence[Question]], sums: Mapping[str, float]) -> tuple[Iterable[str], Mapping[str, float]]:
         name, questions = chunk

@@ -108,12 +108,12 @@ def to_markdown(comparison: Comparison, questions: bool) -> str:
         compared = (signed(change.em), p_value(change.p), str(change.won), str(change.lost)) if change else ("",) * 4
         costs = (f"{100 * row.f1.mean:.1f}", f"{row.searches.mean:.2f}", f"{row.tokens.mean:.0f}")
         rows.append((row.benchmark, row.policy, str(row.n), percent(row.em), *compared, *costs))
-    headings = ("benchmark", "policy", "n", "EM", "difference", "p", "won", "lost", "F1", "searches", "tokens")
+    headings = ("benchmark", "policy", "n", "greedy EM", "difference", "p", "won", "lost", "F1", "searches", "tokens")
     lines = _pipes(headings, rows, left=2)
     if comparison.published:
         names = list(comparison.published[0].em)
         others = [(row.method, *published_cells(row, names)) for row in comparison.published]
-        lines += ["", *_pipes(("published EM, not measured here", *names, "average"), others, left=1)]
+        lines += ["", *_pipes(("published EM, not measured here", *names, "macro average"), others, left=1)]
     lines += ["", legend(comparison), *(f"Note: {note}." for note in comparison.notes)]
     if questions:
         changes = [

@@ -121,7 +121,7 @@ class _Told:
         def on_trajectory(_: int, trajectory: Trajectory) -> None:
             sums.update(tally([trajectory], Spent()))
             done, rate = sums["trajectories"], sums["tokens"] / (seconds + time.perf_counter() - begun)
-            figures = [f"EM {sums['em'] / done:.3f}", f"{rate:.0f} tok/s", f"{sums['searches'] / done:.2f} searches"]
+            figures = [f"sampled EM {sums['em'] / done:.3f}", f"{rate:.0f} tok/s", f"{sums['searches'] / done:.2f} searches"]
             stops = ((name.partition("stop.")[2], n) for name, n in sums.most_common())
             self.progress(int(done), self.total, ", ".join(figures + [f"{name} {n:.0f}" for name, n in stops if name]))
 

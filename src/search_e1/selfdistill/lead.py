@@ -156,9 +156,9 @@ def refused(lead: Lead, config: LeadConfig) -> str | None:
         return None
     unsure = config.gate == "low" and lead.lead >= config.minimum
     return (
-        f"the teacher does not lead{' for sure' if unsure else ''}: EM {lead.em_privileged:.3f} with the reference in the "
-        f"prompt, {lead.em_plain:.3f} without (lead {lead.lead:+.3f}, 95% {lead.low:+.3f} to {lead.high:+.3f}, {lead.pairs} "
-        f"pairs), {'whose lower end is ' if config.gate == 'low' else ''}less than lead.minimum = {config.minimum:g}, and it "
+        f"the teacher does not lead{' for sure' if unsure else ''}: sampled EM {lead.em_privileged:.3f} with the reference in "
+        f"the prompt, {lead.em_plain:.3f} without (lead {lead.lead:+.3f}, 95% {lead.low:+.3f} to {lead.high:+.3f}, "
+        f"{lead.pairs} pairs), {'whose lower end is ' if config.gate == 'low' else ''}less than lead.minimum = {config.minimum:g}, and it "
         f"saves {lead.saving:.0%} of the tokens (lead.saving = {config.saving:.0%}); "
         + ("raise lead.pairs; or " if unsure else "")
         + "mend prompts.privileged, or train the policy so that it still follows a reference (grpo.replay, a lower "
@@ -211,7 +211,7 @@ def _sample(
 
         def on_trajectory(_: int, trajectory: Trajectory) -> None:
             sums.update({"trajectories": 1, "em": trajectory.reward})
-            progress(int(sums["trajectories"]), total, f"EM {sums['em'] / sums['trajectories']:.3f}")
+            progress(int(sums["trajectories"]), total, f"sampled EM {sums['em'] / sums['trajectories']:.3f}")
 
         sampled = loop.rollout(
             generator,

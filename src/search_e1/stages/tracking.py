@@ -1,13 +1,14 @@
 """Live tracking: every stage's figures to TensorBoard, Weights & Biases, Trackio, ..., through transformers' integrations.
 
 A stage is a run of the tracker, so that the rounds lie over one another in one chart. Figures have the names that they have in
-``steps.jsonl``, in manifests and in the report, behind the prefix that transformers gives to all of them: ``train/reward``,
-``eval/em``.
+``steps.jsonl``, in manifests and in the report, behind the prefix that transformers gives to all of them: ``train/reward``.
+But for EM, of which charts hold two kinds: an evaluation's ``em`` is ``eval/em_greedy``, a pool's ``train/pool/em_sampled``.
 """
 
 import difflib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from search_e1.runs.progress import Track, untracked
 from search_e1.runs.stage_id import StageId
 
 DIRECTORY = "tracking"
+_EM = re.compile(r"(^|macro_|/)em(?=$|_(?!sampled))")
 _PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard"}
 
 
@@ -101,18 +103,24 @@ def run_of(stage: StageId) -> tuple[str, int]:
 
 
 def figures_of(stage: StageId, result: Mapping[str, Any]) -> dict[str, float]:
-    """What trackers get of a stage when it is complete; nothing of one that tracked its steps. ``eval_`` becomes ``eval/``."""
+    """What trackers get of a stage when it is complete; nothing of one that tracked its steps. ``eval_`` becomes ``eval/``.
+
+    Side by side in one place, every EM says whether it is greedy or sampled: an evaluation's ``em`` is the one, a pool's the
+    other.
+    """
     if stage.kind == "evaluation":
         parts = {f"{name}/em": scores["em"] for name, scores in result.get("by_benchmark", {}).items()}
-        return _numbers({**result, **parts}, "eval_")
+        return _numbers({**result, **parts}, "eval_", "greedy")
     if stage.kind not in ("pool", "pairs", "lead"):
         return {}
     lead = {"lead": result["em_privileged"] - result["em_plain"]} if stage.kind == "lead" else {}
-    return _numbers({**result, **lead}, f"{stage.kind}/")
+    return _numbers({**result, **lead}, f"{stage.kind}/", "sampled")
 
 
-def _numbers(figures: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    return {f"{prefix}{name}": value for name, value in figures.items() if isinstance(value, int | float)}
+def _numbers(figures: Mapping[str, Any], prefix: str, em: str) -> dict[str, float]:
+    """What of ``figures`` is a number; EM that does not say it is greedy or sampled is ``em``."""
+    named = {_EM.sub(rf"\1em_{em}", name): value for name, value in figures.items()}
+    return {f"{prefix}{name}": value for name, value in named.items() if isinstance(value, int | float)}
 
 
 class _Arguments(TrainingArguments):

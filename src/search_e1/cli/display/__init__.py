@@ -68,18 +68,35 @@ def plain_table(title: str | None, *headings: str, left: int = 1) -> Table:
     return table
 
 
-def summary_table(summary: "Summary") -> Table:
-    """The run in one table: a row for each evaluated policy. Fits 80 columns."""
+def summary_table(summary: "Summary") -> RenderableType:
+    """The run: EM with 95% intervals, then what it took; a row each for every evaluated policy. Fits 80 columns."""
+    return Group(_em_table(summary), "", _cost_table(summary))
+
+
+def _em_table(summary: "Summary") -> Table:
+    """Macro averages only of several benchmarks, which else are all there is."""
+    several = any(len(policy.by_benchmark) > 1 for policy in summary.policies)
+    over = ("\nmicro", "95%") if several else ("", "95%")
+    headings = ["policy", "n", f"greedy EM{over[0]}", over[1], f"sampled EM{over[0]}", over[1]]
+    headings += ["greedy EM\nmacro", "95%"] if several else []
+    table = plain_table(f"EM of each policy (seed {summary.seed})", *headings)
+    for policy in summary.policies:
+        macro = (_share(policy.macro_em), _interval(policy.macro_em_interval)) if several else ()
+        greedy = (_share(policy.em), _interval(policy.em_interval))
+        sampled = (_share(policy.em_sampled), _interval(policy.em_sampled_interval))
+        table.add_row(policy.stage, str(policy.n), *greedy, *sampled, *macro)
+    return table
+
+
+def _cost_table(summary: "Summary") -> Table:
     hops = sorted({h for policy in summary.policies for h in policy.by_hops if h != "None"})
-    figures = ("policy", "EM", "sampled", *(f"{h}-hop" for h in hops), "searches", "tokens", "lead", "pairs", "s")
-    table = plain_table(f"EM of each policy (seed {summary.seed})", *figures)
+    figures = ("policy", *(f"{h}-hop" for h in hops), "searches", "tokens", "lead", "pairs", "s")
+    table = plain_table("Greedy EM by hops; searches, tokens a question; lead in sampled EM", *figures)
     for policy in summary.policies:
         kind, _, number = policy.stage.rpartition("-")
         round = summary.rounds.get(number) if kind == "ofsd" else None
         table.add_row(
             policy.stage,
-            f"{policy.em:.3f}",
-            _share(policy.em_sampled),
             *(_share(policy.by_hops.get(h)) for h in hops),
             f"{policy.searches:.2f}",
             f"{policy.tokens:.0f}",
@@ -100,32 +117,31 @@ def _round_seconds(summary: "Summary", stage: str) -> float:
 def show_evaluation(console: Console, evaluation: "Evaluation") -> None:
     """Figures, retrieval recall, and failure classes: a row for each benchmark. Fits 80 columns."""
     console.print(evaluation_table(evaluation))
-    if len(evaluation.by_benchmark) > 1:
-        low, high = evaluation.macro_em_interval
-        console.print(
-            f"macro average EM {evaluation.macro_em:.3f} (95% {low:.3f} to {high:.3f})", highlight=False, markup=False
-        )
     for table in (recall_table(evaluation), failure_table(evaluation)):
         console.print()
         console.print(table)
 
 
 def evaluation_table(evaluation: "Evaluation") -> Table:
-    """A row for each benchmark and hop count."""
-    table = plain_table(None, "questions", "n", "EM", "95%", "sampled", "F1", "cover", "searches", "tokens")
+    """A row for each benchmark and hop count, and for the averages over questions and, of several, over benchmarks."""
+    headings = ("questions", "n", "greedy\nEM", "95%", "sampled\nEM", "F1", "cover", "searches", "tokens")
+    table = plain_table(None, *headings)
     hops = ((f"{hops}-hop", row) for hops, row in evaluation.by_hops.items())
-    for name, row in (*evaluation.by_benchmark.items(), *hops, ("all", evaluation)):
+    for name, row in (*evaluation.by_benchmark.items(), *hops, (_MICRO, evaluation)):
         scores = (_share(row.em_sampled), _share(row.f1), _share(row.cover_em))
         costs = (f"{row.searches:.2f}", f"{row.tokens:.0f}")
         table.add_row(printable(name), str(row.n), _share(row.em), _interval(row.em_interval), *scores, *costs)
+    if len(evaluation.by_benchmark) > 1:
+        greedy = (_share(evaluation.macro_em), _interval(evaluation.macro_em_interval))
+        table.add_row("macro average", "", *greedy, _share(evaluation.macro_em_sampled), *("",) * 4)
     return table
 
 
 def recall_table(evaluation: "Evaluation") -> Table:
-    """Where an answer occurs, and EM over the questions whose answer is in the corpus."""
+    """Where an answer occurs, and greedy EM over the questions whose answer is in the corpus."""
     title = "An answer is in what was read, in the question's own top k, in the corpus"
-    table = plain_table(title, "questions", "read", "top k", "corpus", "EM if in corpus", "95%")
-    for name, row in (*evaluation.by_benchmark.items(), ("all", evaluation)):
+    table = plain_table(title, "questions", "read", "top k", "corpus", "greedy EM\nif in corpus", "95%")
+    for name, row in (*evaluation.by_benchmark.items(), (_MICRO, evaluation)):
         recall = (_share(row.read), _share(row.in_topk, "unknown"), _share(row.in_corpus, "unknown"))
         table.add_row(printable(name), *recall, _share(row.em_answerable), _interval(row.em_answerable_interval))
     return table
@@ -155,6 +171,10 @@ _FAILURES = {
 }
 
 
+_MICRO = "all (micro)"
+"""The mean over questions, whatever their benchmark."""
+
+
 def _share(value: float | None, unknown: str = "") -> str:
     return unknown if value is None else f"{value:.3f}"
 
@@ -165,7 +185,7 @@ def _interval(interval: tuple[float, float] | None) -> str:
 
 def lead_table(lead: "Lead") -> RenderableType:
     """Plain against privileged prompt, then KL by token class. Fits 80 columns."""
-    sampling = plain_table(None, "prompt", "EM", "EM off track", "searches", "tokens")
+    sampling = plain_table(None, "prompt", "sampled EM", "sampled EM off track", "searches", "tokens")
     for name in ("plain", "privileged"):
         em, off_track, searches, tokens = (
             getattr(lead, field.format(name)) for field in ("em_{}", "em_{}_off_track", "searches_{}", "tokens_{}")
@@ -175,7 +195,7 @@ def lead_table(lead: "Lead") -> RenderableType:
     for kind, part in lead.kl.items():
         divergence.add_row(kind, str(part.tokens), f"{part.mean:.4f}", f"{part.share:.1%}")
     return Group(
-        Text(f"The teacher's lead: {lead.lead:+.3f} EM (95% {lead.low:+.3f} to {lead.high:+.3f})", style="italic"),
+        Text(f"The teacher's lead: {lead.lead:+.3f} sampled EM (95% {lead.low:+.3f} to {lead.high:+.3f})", style="italic"),
         Text(
             f"{lead.pairs} held-out pairs, {lead.shortened} of them with a shortened reference; {lead.too_long} too long",
             style="italic",

@@ -30,7 +30,7 @@ def show_comparison(console: Console, comparison: Comparison, *, questions: bool
 
 
 def _compared(title: str, rows: Sequence[Row]) -> Table:
-    table = plain_table(f"{title} ({rows[0].n} questions)", "policy", "EM", "difference", "p", "won", "lost")
+    table = plain_table(f"{title} ({rows[0].n} questions)", "policy", "greedy EM x 100", "difference", "p", "won", "lost")
     for column, width in zip(table.columns, (14, 17, 20, 5, 5, 5), strict=True):  # alike for all benchmarks
         column.min_width = width
     for row in rows:
@@ -56,7 +56,7 @@ def _costs(comparison: Comparison) -> Table:
 
 def _published(comparison: Comparison) -> Table:
     names = list(comparison.published[0].em)
-    headings = (name.removesuffix("multihopqa").removesuffix("qa") for name in (*names, "average"))
+    headings = (name.removesuffix("multihopqa").removesuffix("qa") for name in (*names, "macro\naverage"))
     table = plain_table("Published, not measured here: EM x 100, whole test sets, wiki-18, 3B parameters", "method", *headings)
     for row in comparison.published:
         table.add_row(row.method, *published_cells(row, names))

@@ -59,7 +59,7 @@ def show_comparison(console: Console, comparison: Comparison, stage: str) -> Non
     rows = comparison.at(stage)
     seeds = sorted({seed for row in rows for seed in row.seeds})
     policies = "Last policies" if stage == "last" else stage
-    title = f"{policies}, seeds {', '.join(map(str, seeds))}, {rows[0].questions} questions"
+    title = f"{policies}, seeds {', '.join(map(str, seeds))}, {rows[0].questions} questions (micro average)"
     console.print(Text(printable(f"{title}; differences from {comparison.reference}"), style="italic"))
     console.print(_quality(rows))
     console.print()
@@ -84,7 +84,7 @@ def _table(title: str | None, *headings: str) -> Table:
 
 
 def _quality(rows: Sequence[VariantRow]) -> Table:
-    table = _table(None, "variant", "EM x 100", "difference", "sampled, difference")
+    table = _table(None, "variant", "greedy EM x 100", "difference", "sampled EM, difference")
     for row in rows:
         differences = (signed(row.differences[name]) if name in row.differences else "" for name in ("em", "em_sampled"))
         table.add_row(printable(row.variant), percent(row.metrics["em"]), *differences)
