@@ -38,14 +38,24 @@ class FakeIndex:
 
 
 @contextmanager
-def serving(index: Any, **settings: Any) -> Iterator[str]:
-    """The URL of our server over ``index``, run in a thread."""
+def serving(index: Any, **limits: Any) -> Iterator[str]:
+    """The URL of our retrieval server over ``index``, run in a thread."""
     from search_e1.retrieval import server
 
-    with server.bind("127.0.0.1", 0) as bound:
-        bound.listen(server.BACKLOG)
+    settings = server.Settings(**limits)
+    with serving_app(server.make_app(index, settings), settings) as url:
+        yield url
+
+
+@contextmanager
+def serving_app(app: Any, limits: Any) -> Iterator[str]:
+    """The URL of an application, run in a thread."""
+    from search_e1.serving import listening
+
+    with listening.bind("127.0.0.1", 0) as bound:
+        bound.listen(listening.BACKLOG)
         port = bound.getsockname()[1]
-        running = server.make_server(index, server.Settings(**settings))
+        running = listening.make_server(app, limits)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         try:

@@ -15,6 +15,7 @@ from search_e1.retrieval import server
 from search_e1.retrieval.base import Hit
 from search_e1.retrieval.batching import Batcher, QueueFullError
 from search_e1.retrieval.client import HttpRetriever
+from search_e1.serving.listening import bind
 from serving import FakeIndex, serving
 
 
@@ -302,15 +303,15 @@ def test_the_cache_is_bounded() -> None:
 
 
 def test_addresses_that_cannot_be_had() -> None:
-    with server.bind("127.0.0.1", 0) as taken:
+    with bind("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         taken.listen()
         with pytest.raises(ConfigError, match=rf"127.0.0.1:{port}: cannot listen there \(Address already in use\)"):
-            server.bind("127.0.0.1", port)
+            bind("127.0.0.1", port)
     with pytest.raises(ConfigError, match=r"192.0.2.1:8000: cannot listen there \(Cannot assign requested address\)"):
-        server.bind("192.0.2.1", 8000)
+        bind("192.0.2.1", 8000)
     with pytest.raises(ConfigError, match=r"no.such.host.invalid:8000: cannot listen there"):
-        server.bind("no.such.host.invalid", 8000)
+        bind("no.such.host.invalid", 8000)
 
 
 def test_settings_that_cannot_work() -> None:

@@ -106,10 +106,11 @@ def serve_retriever(
 
     try:
         from search_e1.retrieval import server
+        from search_e1.serving import listening
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name}; install it with `pip install 'search-e1[serve]'`") from error
     settings = settings_of(Settings, options)
-    with server.bind(host, port) as bound:  # a port in use stops this before an index is loaded
+    with listening.bind(host, port) as bound:  # a port in use stops this before an index is loaded
         names = " and ".join(map(str, index))
         opened = open_indexes(index, encoder_settings(encoder, device=device), device=device)
 

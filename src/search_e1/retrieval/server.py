@@ -3,10 +3,8 @@
 Needs the extra ``serve``. There is no authentication: keep it on the loopback interface or on a private network.
 """
 
-import asyncio
 import logging
 import math
-import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -15,26 +13,25 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
 from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from search_e1.errors import ConfigError, RetrievalError
+from search_e1.errors import RetrievalError
 from search_e1.retrieval.base import Hit, Index
 from search_e1.retrieval.batching import Batcher, IndexFailedError, QueueFullError
 from search_e1.retrieval.client import CHECKSUM_HEADER, MOST_QUERIES_HEADER
-from search_e1.retrieval.connections import guarded
 from search_e1.retrieval.settings import Settings
+from search_e1.serving import listening
+from search_e1.serving.bodies import Memory, read_body
 
 logger = logging.getLogger(__name__)
-BACKLOG = 2048
-"""Connections that the kernel queues until they are accepted."""
 _LARGE = 2**18
 """Bytes of a response above which it counts against the memory limit."""
 
@@ -157,26 +154,10 @@ _STATUSES = {
 _RESPONSES: dict[int | str, dict[str, Any]] = {code: {"description": text} for code, text in _STATUSES.items()}
 
 
-class Memory:
-    """Budget in bytes of requests and large responses in flight."""
-
-    def __init__(self, most: int) -> None:
-        self.most, self.held = most, 0
-
-    def take(self, size: int) -> None:
-        """Reserve ``size`` bytes, or raise 503; a single request may exceed the budget."""
-        if self.held and self.held + size > self.most:
-            raise HTTPException(503, "too much data in flight; retry later", {"Retry-After": "1", "Connection": "close"})
-        self.held += size
-
-    def release(self, size: int) -> None:
-        self.held -= size
-
-
 async def _retrieve(request: Request, batcher: Batcher[Hits], settings: Settings, memory: Memory) -> Response:
     taken: list[int] = []
     try:
-        body = _parse(await _body(request, settings, memory, taken))
+        body = _parse(await read_body(request, settings, memory, taken, "send fewer queries at once"))
         answers = await batcher.search(*_queries(body, settings))
     except QueueFullError as error:
         raise HTTPException(503, "too many queries wait; retry later", {"Retry-After": "1"}) from error
@@ -206,30 +187,6 @@ def _size(hits: Hits) -> int:
 def _encode(hits: Hits, scores: bool) -> bytes:
     scored = (b'{"document":' + document + b',"score":' + score + b"}" for document, score in hits)
     return b"[" + b",".join(scored if scores else (document for document, _ in hits)) + b"]"
-
-
-async def _body(request: Request, settings: Settings, memory: Memory, taken: list[int]) -> bytes:
-    """Read the body; reservations of ``memory`` are appended to ``taken``, also when it raises.
-
-    Up to four times the limit is read and discarded, so that the client sees the response.
-    """
-    most, parts, size = settings.max_body_bytes, [], 0
-    try:
-        async with asyncio.timeout(settings.body_timeout):
-            async for part in request.stream():
-                size += len(part)
-                if size <= most:
-                    memory.take(len(part))
-                    taken.append(len(part))
-                    parts.append(part)
-                elif size > 4 * most:
-                    break
-    except TimeoutError as error:
-        detail = f"the request did not arrive within {settings.body_timeout:g} s"
-        raise HTTPException(408, detail, {"Connection": "close"}) from error
-    if size > most:
-        raise HTTPException(413, f"the body has more than {most} bytes; send fewer queries at once", {"Connection": "close"})
-    return b"".join(parts)
 
 
 def _parse(body: bytes) -> Query:
@@ -266,10 +223,7 @@ def _search(index: Index, queries: list[str], topk: int) -> list[Hits]:
     for hit in chain.from_iterable(results):
         if not math.isfinite(hit.score):
             raise RetrievalError(f"a score of {hit.score}")
-    return [
-        tuple((to_json(_document(hit)), to_json(float(hit.score))) for hit in hits)
-        for hits in results
-    ]
+    return [tuple((to_json(_document(hit)), to_json(float(hit.score))) for hit in hits) for hits in results]
 
 
 def _document(hit: Hit) -> dict[str, Any]:
@@ -280,65 +234,9 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Bind the server's address; connections are refused until ``serve`` listens on it.
-
-    Raises:
-        ConfigError: the address is in use, not this machine's, or not permitted.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except (OSError, OverflowError, UnicodeError) as error:
-        raise _cannot_listen(host, port, error) from error
-    return bound
-
-
-def _cannot_listen(host: str, port: int, error: Exception) -> ConfigError:
-    reason = _one_line(str(getattr(error, "strerror", None) or error))
-    return ConfigError(f"{host}:{port}: cannot listen there ({reason}); give another --port or --host")
-
-
 def serve(
     index: Index, bound: socket.socket, settings: Settings | None = None, ready: Callable[[str], None] | None = None
 ) -> None:
-    """Serve ``index`` on the socket from ``bind`` until SIGINT or SIGTERM; requests in flight are still answered.
-
-    ``ready`` is called with the server's URL when it listens.
-
-    Raises:
-        ConfigError: another process listens on the address by now.
-    """
-    host, port = bound.getsockname()[:2]
-    try:
-        bound.listen(BACKLOG)
-    except OSError as error:
-        raise _cannot_listen(host, port, error) from error
-    server = make_server(index, settings or Settings())
-    if ready:
-        ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    # uvicorn raises the signal again after its shutdown, when nothing is left to stop.
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        server.run(sockets=[bound])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def make_server(index: Index, settings: Settings) -> uvicorn.Server:
-    """The server that ``serve`` runs on a bound socket."""
-    config = uvicorn.Config(
-        make_app(index, settings),
-        log_level="info" if settings.access_log else "warning",
-        access_log=settings.access_log,
-        ws="none",
-        server_header=False,
-        http=guarded(settings),
-        timeout_keep_alive=75,  # longer than clients keep idle connections, so that they close them
-        timeout_graceful_shutdown=settings.shutdown_timeout,
-    )
-    return uvicorn.Server(config)
+    """Serve ``index``; see ``listening.serve``."""
+    settings = settings or Settings()
+    listening.serve(make_app(index, settings), bound, settings, ready)

@@ -5,10 +5,10 @@ from typing import Any
 from pydantic import Field
 
 from search_e1.errors import ConfigError
-from search_e1.types import Record
+from search_e1.serving.limits import Limits
 
 
-class Settings(Record):
+class Settings(Limits):
     """Limits of a server and its clients. Each field is an option of `search-e1 serve-retriever`."""
 
     topk: int = Field(3, ge=1, description="Passages for a query where the request does not say.")
@@ -21,14 +21,7 @@ class Settings(Record):
     queue: int = Field(8192, ge=1, description="Queries that may wait for the index; more are refused with 503.")
     cache: int = Field(50_000, ge=0, description="Queries whose results stay in memory; 0 keeps none.")
     cache_bytes: int = Field(2**30, ge=1, description="Most memory for these results; the least recently used go first.")
-    memory_bytes: int = Field(2**29, ge=1, description="Most memory for requests and large responses in flight.")
     threads: int = Field(1, ge=1, description="Concurrent calls of the index.")
-    head_timeout: float = Field(10.0, ge=0.1, description="Seconds for a request's head, and until a new connection begins it.")
-    body_timeout: float = Field(30.0, ge=0.1, description="Seconds for the body of a request to arrive.")
-    send_timeout: float = Field(60.0, ge=0.1, description="Seconds for a client to take its response.")
-    connections: int = Field(800, ge=1, description="Most open connections; a new one replaces the oldest incomplete one.")
-    shutdown_timeout: int = Field(30, ge=0, description="Seconds for requests in flight at Ctrl-C or SIGTERM.")
-    access_log: bool = Field(False, description="Log a line for each request.")
 
     def __init__(self, **values: Any) -> None:
         """Raise ``ConfigError`` for a combination that cannot work."""
@@ -38,7 +31,3 @@ class Settings(Record):
         if self.queue < self.max_queries:
             problem = f"a queue of {self.queue} queries never has room for a request of {self.max_queries}"
             raise ConfigError(f"{problem}; raise --queue or lower --max-queries")
-        if self.memory_bytes < self.max_body_bytes:
-            most, body = self.memory_bytes >> 20, self.max_body_bytes >> 20
-            problem = f"memory of {most} MiB has no room for a request of {body} MiB"
-            raise ConfigError(f"{problem}; raise --memory-mib or lower --max-body-mib")

@@ -8,13 +8,13 @@ from asyncio import TimerHandle, Transport
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from search_e1.retrieval.settings import Settings
+from search_e1.serving.limits import Limits
 
 _SLOW = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
-def guarded(limits: Settings) -> type[H11Protocol]:
+def guarded(limits: Limits) -> type[H11Protocol]:
     """Protocol class for ``uvicorn.Config(http=...)`` with the time-outs and the number of connections of ``limits``."""
 
     class Guarded(H11Protocol):
