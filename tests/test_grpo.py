@@ -173,7 +173,7 @@ def test_the_same_seed_gives_the_same_weights_to_the_bit(taught, tmp_path):
 
 def test_what_is_turned_off_changes_no_bit(taught, tmp_path):
     off = {
-        "hindsight": {"weight": 0.0}, "evidence": {"strength": 0.0, "bound": 0.5},
+        "hindsight": {"weight": 0.0}, "evidence": {"strength": 0.0, "bound": 0.5}, "gated": {"weight": 0.0},
         "replay": {"examples_per_step": 2, "weight": 0},
     }  # fmt: skip
     results = {}
@@ -183,6 +183,7 @@ def test_what_is_turned_off_changes_no_bit(taught, tmp_path):
         # A teacher that sees nothing has no lead.
         "null": {"grpo": {"evidence": {"strength": 1.0}}, "reference": {"shows": "none"}},
         "on": {"grpo": {"evidence": {"strength": 1.0}}},
+        "gated": {"grpo": {"gated": {"weight": 0.01}}},
     }.items():
         policy = copy.deepcopy(taught)
         run_grpo(policy, tmp_path / name, **{**sections, "grpo": {**GRPO, "steps": 1, **sections.get("grpo", {})}})
@@ -190,6 +191,7 @@ def test_what_is_turned_off_changes_no_bit(taught, tmp_path):
     assert equal(results["plain"], results["off"])
     assert equal(results["plain"], results["null"])
     assert not equal(results["plain"], results["on"])
+    assert not equal(results["plain"], results["gated"])
 
 
 def test_rewards_go_up(policy, tmp_path):

@@ -10,11 +10,12 @@ from torch.nn import functional
 
 from conftest import make_tiny_policy
 from made_pairs import gemma_policy, lfm2_policy
-from search_e1.config import DistillConfig, EvidenceConfig, GrpoConfig, LoraConfig, TrainingConfig
+from search_e1.config import DistillConfig, EvidenceConfig, GatedConfig, GrpoConfig, LoraConfig, TrainingConfig
 from search_e1.errors import ConfigError
 from search_e1.training.batch import make_batch, normalised_weights, packs
 from search_e1.training.objectives import objectives, open_objective
 from search_e1.training.objectives.evidence import Evidence, reweight_advantages
+from search_e1.training.objectives.gated import Gated
 from search_e1.training.objectives.grpo import advantages, length_penalties
 from search_e1.training.objectives.hindsight import Hindsight
 from search_e1.training.objectives.self_distillation import SelfDistillation
@@ -205,6 +206,33 @@ def test_hindsight_is_the_divergence_from_the_policy_as_it_is_now(tiny):
         assert_near(found, autograd(0.25 * expected, model), 1e-4)
 
 
+def test_gated_distillation_weighs_what_was_sampled_by_a_constant_gate(tiny):
+    """SDAR's loss (arXiv:2605.15155) by hand: no gradient through the gate, none through the teacher."""
+    for sharpness in (0.0, 5.0):
+        model = spread(with_adapter(copy.deepcopy(tiny), LORA))
+        samples = class_weighted(taught_samples())
+        objective = Gated(GatedConfig(weight=0.25, sharpness=sharpness), temperature=0.7)
+        prepared = objective.prepare(TrainedPolicy(model, CONFIG, frozen_start=True), samples)
+        assert all(s.teacher_prompt_ids is None for s in prepared)
+        loss, found, figures = gradients(model, samples, objective)
+        terms, gates = [], []
+        for s in samples:
+            ids = torch.tensor(s.response_ids)[:, None]
+            teacher, plain = (
+                (logprobs(model, prompt, s.response_ids) / 0.7).log_softmax(-1).gather(1, ids)
+                for prompt in (s.teacher_prompt_ids, s.prompt_ids)
+            )
+            gap = (teacher.detach() - plain)[:, 0]
+            gates.append(torch.sigmoid(sharpness * gap.detach()))
+            terms.append(gates[-1] * gap)
+        expected = mean_over_positions(samples, terms)
+        assert loss == pytest.approx(expected.item(), rel=1e-4)
+        assert figures["gate"] == pytest.approx(mean_over_positions(samples, gates).item(), rel=1e-4)
+        assert_near(found, autograd(0.25 * expected, model), 1e-4)
+        if not sharpness:
+            assert figures["gate"] == pytest.approx(0.5)
+
+
 def policy_of(model, **config):
     return TrainedPolicy(model, TrainingConfig(**config), frozen_start=True)
 
@@ -381,6 +409,7 @@ def every_objective():
         "self_distillation": SelfDistillation(DistillConfig()),
         "sft": Sft(),
         "hindsight": Hindsight(1.0),
+        "gated": Gated(GatedConfig(weight=1.0), 1.0),
     }
 
 

@@ -21,7 +21,7 @@ from search_e1.config.files import (
     read_toml,
     with_overrides,
 )
-from search_e1.config.grpo import EvidenceConfig, GrpoConfig, GuardConfig, HindsightConfig, ReplayConfig
+from search_e1.config.grpo import EvidenceConfig, GatedConfig, GrpoConfig, GuardConfig, HindsightConfig, ReplayConfig
 from search_e1.config.inputs import NEW, DataConfig, PolicyConfig, RetrievalConfig
 from search_e1.config.prompts import Prompts
 from search_e1.config.rollout import EvaluationConfig, RolloutConfig, VllmConfig
@@ -41,6 +41,7 @@ __all__ = [
     "EndpointConfig",
     "EvaluationConfig",
     "EvidenceConfig",
+    "GatedConfig",
     "GrpoConfig",
     "GuardConfig",
     "HindsightConfig",

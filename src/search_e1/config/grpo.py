@@ -34,6 +34,19 @@ class HindsightConfig(Section):
     """Weight of the mean Jensen-Shannon divergence a token, beside the GRPO loss. 0 turns it off."""
 
 
+class GatedConfig(Section):
+    """The policy that sees a group's reference weighs what its siblings sampled, beside the GRPO loss.
+
+    SDAR (arXiv:2605.15155). The teacher is the current policy, without gradient; `[reference]` says what it sees.
+    """
+
+    weight: NonNegativeFloat = 0.0
+    """Weight of the gated mean a token, beside the GRPO loss; 0.01 there. 0 turns it off."""
+    sharpness: NonNegativeFloat = 5.0
+    """Of the gate, sigmoid(sharpness * (teacher's log-probability - policy's)), as published. 0: no gate, each token counts
+    half."""
+
+
 class EvidenceConfig(Section):
     """Each token's advantage weighed by the lead there of the policy that sees a group's reference.
 
@@ -95,6 +108,7 @@ class GrpoConfig(Section):
     keep_groups: bool = False
     """Keep the newest group of each question beside the policy, for `pool.source = "grpo"`."""
     hindsight: HindsightConfig = HindsightConfig()
+    gated: GatedConfig = GatedConfig()
     evidence: EvidenceConfig = EvidenceConfig()
     guard: GuardConfig = GuardConfig()
     training: TrainingConfig = TrainingConfig()
@@ -103,4 +117,4 @@ class GrpoConfig(Section):
     def shows_references(self) -> bool:
         """Whether anything in this stage depends on what a reference shows."""
         replayed = self.replay.examples_per_step and self.replay.weight
-        return bool(replayed or self.hindsight.weight or self.evidence.strength)
+        return bool(replayed or self.hindsight.weight or self.gated.weight or self.evidence.strength)

@@ -25,6 +25,7 @@ from search_e1.training.loop import Schedule, train
 from search_e1.training.objectives import open_objective
 from search_e1.training.objectives.base import Objective
 from search_e1.training.objectives.grpo import advantages, length_penalties
+from search_e1.training.objectives.gated import Gated
 from search_e1.training.objectives.hindsight import Hindsight
 from search_e1.training.objectives.sft import Sft
 from search_e1.training.policy import Policy, with_adapter
@@ -129,6 +130,8 @@ def make_objectives(config: Config) -> dict[str, Objective]:
     objectives: dict[str, Objective] = {"grpo": open_objective(name, "grpo.objective", config)}
     if grpo.hindsight.weight:
         objectives["hindsight"] = Hindsight(grpo.hindsight.weight, grpo.training.logits_mib)
+    if grpo.gated.weight:
+        objectives["gated"] = Gated(grpo.gated, grpo.temperature, grpo.training.logits_mib)
     if grpo.replay.examples_per_step and grpo.replay.weight:
         objectives["replay"] = Sft(grpo.replay.weight, grpo.training.logits_mib)
     return objectives
@@ -221,6 +224,9 @@ class GroupSource:
         if config.hindsight.weight:
             taught = taught_samples(policy, groups, context, run.config.reference, classes=("search",))
             samples["hindsight"] = [sample for sample in taught if sample]
+        if config.gated.weight:
+            taught = taught_samples(policy, groups, context, run.config.reference)
+            samples["gated"] = [sample for sample in taught if sample]
         if config.replay.examples_per_step and config.replay.weight:
             every = replay_samples(policy, everyone, config.replay, context, run.config.reference)
             samples["replay"] = every[ranks.rank() :: ranks.count()]
