@@ -1,9 +1,11 @@
+from html.parser import HTMLParser
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from search_e1.types import ActionKind, Group, Pair, Passage, Question, StopReason, Trajectory, Turn
+from search_e1.types import ActionKind, Group, Pair, Passage, Question, Sample, StopReason, Trajectory, Turn
 
 relaxed = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])  # cores may be busy
 QUESTION = Question(id="q", text="Who?", answers=("Ann",))
@@ -178,3 +180,57 @@ def test_passages_from_contents(contents: str, title: str, text: str) -> None:
 def test_contents_and_back(title: str, text: str) -> None:
     passage = Passage(id="1", title=title, text=text)
     assert Passage.from_contents("1", passage.contents) == passage
+
+
+def test_a_repr_shows_no_wall_of_ids() -> None:
+    t = trajectory(search(ids=(1,) * 4000, passage_ids=("p1",)), answer(), question_id="q")
+    assert "1, 1, 1" not in str(t)
+    assert repr(t) == (
+        "Trajectory(question_id='q', reward=1.0, answer='Ann', stop_reason='answered', searches=1, sampled_tokens=4002)"
+    )
+    assert repr(t.turns[0]) == (
+        "Turn(kind='search', argument='x', sampled_tokens=4000, observation_tokens=1, passage_ids=('p1',))"
+    )
+    group = Group(question=QUESTION, trajectories=(t, t.model_copy(update={"reward": 0.0})))
+    assert repr(group) == "Group(question=Question(id='q', text='Who?', answers=('Ann',)), trajectories=2, correct=1)"
+    pair = Pair(question=QUESTION, reference=t, student=t)
+    assert repr(pair) == f"Pair(question={QUESTION!r}, reference={t!r}, student={t!r})"
+    sample = Sample(question_id="q", prompt_ids=(1,) * 900, response_ids=(1, 2, 3), action_mask=(1, 0, 1))
+    assert repr(sample) == "Sample(question_id='q', prompt_tokens=900, response_tokens=3, positions=2)"
+    long = Question(id="q", text="x" * 500, answers=tuple("abcde"), benchmark="nq", hops=2)
+    assert repr(long) == (
+        f"Question(id='q', text='{'x' * 60}...', answers=('a', 'b', 'c', 'and 2 more'), benchmark='nq', hops=2)"
+    )
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        assert all(name == "style" for name, _ in attrs)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(1)>&lt;\ud800"
+
+
+def test_a_notebook_shows_what_a_model_says_as_text() -> None:
+    turns = (
+        search().model_copy(update={"action_text": EVIL, "observation_text": EVIL}),
+        answer().model_copy(update={"action_text": "<answer>Ann</answer>"}),
+    )
+    html = trajectory(*turns, question_id=EVIL).model_copy(update={"answer": EVIL})._repr_html_()
+    html.encode()
+    shown = Tags()
+    shown.feed(html)
+    assert shown.seen == {"div", "b", "pre", "details", "summary"}
+    assert shown.text.count(EVIL.replace("\ud800", "?")) == 3  # and once more in quotes, as Python writes it
+    assert "<answer>Ann</answer>" in shown.text
+    none = Trajectory(question_id="q", prompt_ids=(9,), turns=(search(seen=()),), stop_reason=StopReason.MAX_TURNS)
+    assert "q: no answer (max_turns), reward 0, 0 searches, 2 tokens" in none._repr_html_()

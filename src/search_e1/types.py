@@ -5,8 +5,9 @@ All are frozen, check their invariants when they are made, and go to JSON and ba
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
+from html import escape
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -18,6 +19,15 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+_Shown = Iterator[tuple[str, Any]]
+"""Name and value: what ``repr`` shows of a record in place of its fields, so that no ids fill the screen."""
+_MOST = 60  # characters of a text in a `repr`
+
+
+def _short(text: str | None) -> str | None:
+    return text if text is None or len(text) <= _MOST else f"{text[:_MOST]}..."
+
+
 class Question(Record):
     """A question and every answer that counts as right."""
 
@@ -27,6 +37,12 @@ class Question(Record):
     benchmark: str = ""
     hops: int | None = None
     metadata: dict[str, Any] = {}
+
+    def __repr_args__(self) -> _Shown:
+        more = f"and {len(self.answers) - 3} more"
+        yield from (("id", self.id), ("text", _short(self.text)))
+        yield "answers", self.answers if len(self.answers) <= 3 else (*self.answers[:3], more)
+        yield from ((name, value) for name, value in (("benchmark", self.benchmark), ("hops", self.hops)) if value)
 
 
 def _texts(told: Any) -> Any:
@@ -117,6 +133,11 @@ class Turn(Record):
             raise ValueError(f"a {self.kind} action with tool {self.tool!r}")
         return self
 
+    def __repr_args__(self) -> _Shown:
+        yield from (("kind", str(self.kind)), ("argument", _short(self.argument)))
+        yield from (("sampled_tokens", len(self.action_ids)), ("observation_tokens", len(self.observation_ids)))
+        yield "passage_ids", self.passage_ids
+
     @property
     def served(self) -> bool:
         """Whether this is a search that was answered with passages."""
@@ -175,6 +196,32 @@ class Trajectory(Record):
     def correct(self) -> bool:
         return self.reward >= 1
 
+    def __repr_args__(self) -> _Shown:
+        yield from (("question_id", self.question_id), ("reward", self.reward), ("answer", _short(self.answer)))
+        yield from (("stop_reason", str(self.stop_reason)), ("searches", self.searches))
+        yield "sampled_tokens", self.sampled_tokens
+
+    def _repr_html_(self) -> str:
+        """For notebooks: how it ended, then its turns; what was found is folded away."""
+        said = f"answer {_short(self.answer)!r}" if self.answer is not None else f"no answer ({self.stop_reason})"
+        searches = f"{self.searches} search{'' if self.searches == 1 else 'es'}"
+        facts = f"{self.question_id}: {said}, reward {self.reward:g}, {searches}, {self.sampled_tokens} tokens"
+        turns = (
+            _html_text(turn.action_text)
+            + (f"<details><summary>found</summary>{_html_text(turn.observation_text)}</details>" * bool(turn.observation_text))
+            for turn in self.turns
+        )
+        return f"<div><b>{_escaped(facts)}</b>{''.join(turns)}</div>"
+
+
+def _html_text(text: str) -> str:
+    return f'<pre style="white-space:pre-wrap;unicode-bidi:isolate">{_escaped(text)}</pre>'
+
+
+def _escaped(text: str) -> str:
+    """As HTML. What a model or a passage says is not to be trusted, and half a surrogate pair cannot be sent to a browser."""
+    return escape(text.encode("utf-8", "replace").decode())
+
 
 class Group(Record):
     """The trajectories of one question."""
@@ -188,6 +235,10 @@ class Group(Record):
         if strangers:
             raise ValueError(f"trajectories of {sorted(strangers)} in the group of {self.question.id!r}")
         return self
+
+    def __repr_args__(self) -> _Shown:
+        yield from (("question", self.question), ("trajectories", len(self.trajectories)))
+        yield "correct", sum(t.correct for t in self.trajectories)
 
     @property
     def reference(self) -> Trajectory | None:
@@ -216,6 +267,9 @@ class Pair(Record):
         if {self.student.question_id, self.reference.question_id} != {self.question.id}:
             raise ValueError("a pair across questions")
         return self
+
+    def __repr_args__(self) -> _Shown:
+        yield from (("question", self.question), ("reference", self.reference), ("student", self.student))
 
 
 class Sample(Record):
@@ -256,6 +310,10 @@ class Sample(Record):
         if set(self.action_mask) - {0, 1}:
             raise ValueError("action_mask holds something other than 0 and 1")
         return self
+
+    def __repr_args__(self) -> _Shown:
+        yield from (("question_id", self.question_id), ("prompt_tokens", len(self.prompt_ids)))
+        yield from (("response_tokens", len(self.response_ids)), ("positions", len(self.positions)))
 
     @property
     def positions(self) -> tuple[int, ...]:
