@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from itertools import count
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 from search_e1.agent.answer import Answer, Reading
@@ -28,6 +28,10 @@ OnText = Callable[[str], None]
 OnTurn = Callable[[Turn, Sequence[Passage]], None]
 
 
+class QuestionError(ModelError):
+    """A question that cannot be asked, whatever else can."""
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """A question under way."""
@@ -39,6 +43,8 @@ class Job:
     on_turn: OnTurn | None
     number: int
     reading: Reading
+    max_tokens: int | None = None
+    """Most tokens that are sampled for it."""
     answer: Future[Answer] = field(default_factory=Future)
     """Its answer, or what it failed with; cancelled by ``Scheduler.cancel``."""
     stream: "TextStream | None" = None
@@ -53,14 +59,14 @@ class Scheduler:
             ModelError: the tokenizer does not fit the protocol.
         """
         self._engine, self._retriever, self._prompts, self._limits = engine, retriever, prompts, limits
-        self._protocol = protocol_of(engine.tokenizer, prompts)
+        self.protocol = protocol_of(engine.tokenizer, prompts)
         self._special = frozenset(getattr(engine.tokenizer, "all_special_ids", ()))
         self._inbox: SimpleQueue[Job | None] = SimpleQueue()
         self._jobs: dict[int, Job] = {}
         """Those that were taken from the inbox and have not ended."""
         self._numbers = count()
         self._thread = Thread(target=self._run, name="agent", daemon=True)
-        self._closed = False
+        self._closed, self._closing = False, Lock()
         self._thread.start()
 
     def submit(
@@ -69,6 +75,7 @@ class Scheduler:
         *,
         seed: int = 0,
         temperature: float = 0.0,
+        max_tokens: int | None = None,
         on_text: OnText | None = None,
         on_turn: OnTurn | None = None,
     ) -> Job:
@@ -80,12 +87,22 @@ class Scheduler:
         Raises:
             SearchE1Error: it is closed.
         """
-        if self._closed:
-            raise SearchE1Error("the agent is closed; open it again")
         stream = TextStream(self._engine.tokenizer, self._special, on_text) if on_text else None
-        job = Job(question, seed, temperature, on_text, on_turn, next(self._numbers), Reading(self._protocol), stream=stream)
-        self._inbox.put(job)
+        job = Job(
+            question, seed, temperature, on_text, on_turn, next(self._numbers), Reading(self.protocol), max_tokens,
+            stream=stream,
+        )  # fmt: skip
+        with self._closing:  # what comes after the end is answered by nobody
+            if self._closed:
+                raise SearchE1Error("the agent is closed; open it again")
+            self._inbox.put(job)
         return job
+
+    def said(self, turn: Turn) -> str:
+        """The text that was sampled in ``turn``, without end tokens: what ``on_text`` gets of it."""
+        heard: list[str] = []
+        TextStream(self._engine.tokenizer, self._special, heard.append).finish(turn.action_ids)
+        return "".join(heard)
 
     def cancel(self, job: Job) -> None:
         """Give up a question; its ``answer`` is cancelled, unless it is there already."""
@@ -94,14 +111,20 @@ class Scheduler:
 
     def close(self) -> None:
         """Give up what is under way, and wait for the thread to end."""
-        self._closed = True
-        self._inbox.put(None)
+        self._end_of_inbox()
         self._thread.join()
+
+    def _end_of_inbox(self) -> None:
+        with self._closing:
+            self._closed = True
+            self._inbox.put(None)
 
     # All below runs in the thread.
 
     def _run(self) -> None:
         while job := self._inbox.get():
+            if job.answer.cancelled():
+                continue
             try:
                 self._session(job)
             except BaseException as error:
@@ -109,12 +132,15 @@ class Scheduler:
                     logger.warning("%s", error)
                 self._fail(error)
                 if not isinstance(error, Exception):
+                    self._end_of_inbox()
+                    self._fail(CancelledError())
                     raise
         self._fail(CancelledError())
 
     def _session(self, first: Job) -> None:
         """Answer ``first``, and all that come meanwhile."""
         spent = Spent()
+        self._jobs[first.number] = first  # it is told if there is no session to be had
         opened = open_loop(
             self._engine, self._retriever, self._limits, self._prompts, temperature=0.0, seed=0, on_turn=self._turn,
             on_trajectory=self._end,
@@ -148,10 +174,11 @@ class Scheduler:
         try:
             ids = plain_prompt(self._engine.tokenizer, self._prompts, job.question.text)
             self._jobs[job.number] = job
-            loop.add(job.number, Start(job.question, ids, seed=job.seed, temperature=job.temperature))
+            start = Start(job.question, ids, seed=job.seed, temperature=job.temperature, max_sampled=job.max_tokens)
+            loop.add(job.number, start)
         except ModelError as error:  # of this question alone
             self._jobs.pop(job.number, None)
-            _set(job.answer, error)
+            _set(job.answer, QuestionError(str(error)))
 
     def _turn(self, number: int, turn: Turn, passages: Sequence[Passage]) -> None:
         if job := self._jobs.get(number):

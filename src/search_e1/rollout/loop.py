@@ -5,6 +5,7 @@ not wait for one another: while some are being sampled, the retriever answers ot
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -63,6 +64,8 @@ class Start:
     """The trajectory's own, in place of the loop's."""
     temperature: float | None = None
     """The trajectory's own, in place of the session's."""
+    max_sampled: int | None = None
+    """Most ids that are sampled of it, all its actions together."""
 
 
 @dataclass(slots=True)
@@ -79,6 +82,13 @@ class _Row:
         self.context += self.start.prompt_ids
         for turn in self.start.turns:
             self.append(turn)
+
+    @property
+    def budget(self) -> float:
+        """How many ids may still be sampled, whatever the context has room for."""
+        if self.start.max_sampled is None:
+            return math.inf
+        return self.start.max_sampled - sum(len(turn.action_ids) for turn in self.turns[len(self.start.turns) :])
 
     def append(self, turn: Turn) -> None:
         self.turns.append(turn)
@@ -314,7 +324,7 @@ class RolloutLoop:
         start, context = self.rows[i].start, self.rows[i].context
         seed = self.seed if start.seed is None else start.seed
         own = derived_seed(seed, start.question.id, start.sample, len(self.rows[i].turns))
-        most = min(self.config.max_action_tokens, self.limit - len(context))
+        most = int(min(self.config.max_action_tokens, self.limit - len(context), self.rows[i].budget))
         self.session.submit(Request(i, context, most, own, begun, start.temperature))
         self.sampling.add(i)
 
@@ -367,7 +377,7 @@ class RolloutLoop:
             self.on_turn(i, turn, passages)
         if i not in self.rows:
             return  # dropped by whom it was told
-        if row.stop is None and len(row.context) >= self.limit:
+        if row.stop is None and (len(row.context) >= self.limit or row.budget <= 0):
             row.stop = StopReason.MAX_TOKENS
         if row.stop is None:
             self._sample(i)
