@@ -126,6 +126,9 @@ class DistillConfig(Section):
     """Where the divergence is clipped, in nats."""
     clip: Literal["entry", "token", "none"] = "entry"
     """Clip each vocabulary entry's term before the sum (as published), each token's sum, or nothing."""
+    top_k: Positive | None = None
+    """Tell only this many of the teacher's likeliest vocabulary entries apart, and count all others as one. Default: all are
+    told apart (as published)."""
     teacher_temperature: Annotated[float, Field(gt=0)] = 1.0
     """Below 1 sharpens the teacher."""
     class_weights: ClassWeights = ClassWeights()

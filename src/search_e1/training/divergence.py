@@ -38,6 +38,7 @@ class _Options(NamedTuple):
     memory: int  # bytes
     wanted: bool
     """Whether a gradient is."""
+    top_k: int | None
 
 
 def fused_divergence(
@@ -50,6 +51,7 @@ def fused_divergence(
     weights: Tensor | None = None,
     tau: float | None = None,
     clip: Clip = "entry",
+    top_k: int | None = None,
     student_temperature: float = 1.0,
     teacher_temperature: float = 1.0,
     teacher_head: Head | None = None,
@@ -67,6 +69,9 @@ def fused_divergence(
 
     ``clip="entry"`` (Search-E1, arXiv:2605.22511) cuts each contribution at ``tau`` before the sum over v, ``"token"`` cuts
     the sum, ``"none"`` (or no ``tau``) nothing. What is cut gets no gradient.
+
+    ``top_k``: only the teacher's likeliest k entries are told apart; all others count as one, with the sum of their
+    probabilities. The divergence is then at most that over all entries.
 
     Args:
         student_hidden: [N, H], the student's last hidden states, at the positions of the loss and no others.
@@ -99,6 +104,7 @@ def fused_divergence(
         temperatures=(student_temperature, teacher_temperature),
         memory=budget(logits_mib, student_hidden.device),
         wanted=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained),
+        top_k=top_k,
     )
     with torch.autocast(student_hidden.device.type, enabled=False):  # it would round what is summed
         return _FusedDivergence.apply(*trained, head, teacher_hidden.detach(), teacher_head, weights, options)
@@ -139,7 +145,8 @@ class _FusedDivergence(FusedPass):
         for chunk in chunks(len(student_hidden), len(weight), per_token, options.memory, roles=2):
             rows = chunk.rows
             log_z = project(chunk, (student_hidden[rows], teacher_hidden[rows]), heads, options.temperatures)
-            per_token[rows], mass = _compare(chunk, log_z, student_head, options)
+            compare = _compare if options.top_k is None else _compare_top
+            per_token[rows], mass = compare(chunk, log_z, student_head, options)
             if options.wanted:
                 factors = weights[rows] * (head.scale / options.temperatures[0])
                 if options.clip == "token":
@@ -176,6 +183,44 @@ def _compare(chunk: Chunk, log_z: Tensor, head: Head, options: _Options) -> tupl
         if slope is not None:
             tile *= slope
     return sums, mass
+
+
+def _compare_top(chunk: Chunk, log_z: Tensor, head: Head, options: _Options) -> tuple[Tensor, Tensor]:
+    """The same over the teacher's likeliest entries, and all others as one.
+
+    With P_s the others' probability together, an entry v of them has ``d[v] = d[others] * p_s[v] / P_s``.
+    """
+    slopes, values, places = [], [], []
+    for columns, tile in zip(chunk.columns, chunk.tiles, strict=True):
+        slopes.append(slope_of_cap(tile[0], head, options.temperatures[0]) if options.wanted else None)
+        tile -= log_z
+        found = tile[1].topk(min(options.top_k or 0, tile.shape[-1]))
+        values.append(found.values)
+        places.append(found.indices + columns.start)
+    best = torch.cat(values, -1).topk(min(options.top_k or 0, sum(v.shape[-1] for v in values)))
+    ids = torch.cat(places, -1).gather(-1, best.indices)
+    entries = torch.stack((torch.empty_like(best.values), best.values))
+    others = log_z.new_empty(2, len(chunk.tiles), len(ids))
+    within = [((ids >= c.start) & (ids < c.stop)).nonzero(as_tuple=True) for c in chunk.columns]
+    for i, (columns, tile, (rows, at)) in enumerate(zip(chunk.columns, chunk.tiles, within, strict=True)):
+        own = ids[rows, at] - columns.start
+        entries[0, rows, at] = tile[0, rows, own]
+        tile[:, rows, own] = -math.inf  # summed without them: 1 less their sum would be noise where they are nearly all
+        torch.logsumexp(tile, -1, out=others[:, i])
+    least = math.log(torch.finfo(entries.dtype).tiny)  # where there are no others
+    student, teacher = torch.cat((entries, others.logsumexp(1)[..., None].clamp_min(least)), -1)
+    terms = _terms(student, teacher, options)
+    if options.clip == "entry":
+        teacher.masked_fill_(terms > options.tau, 0)
+        terms.clamp_(max=options.tau)
+    for columns, tile, slope, (rows, at) in zip(chunk.columns, chunk.tiles, slopes, within, strict=True):
+        own = ids[rows, at] - columns.start
+        tile[0].exp_()
+        torch.mul(tile[0], teacher[:, -1:] / student[:, -1:], out=tile[1])
+        tile[0, rows, own], tile[1, rows, own] = student[rows, at], teacher[rows, at]
+        if slope is not None:
+            tile *= slope
+    return terms.sum(-1), teacher.sum(-1, keepdim=True)
 
 
 def _terms(student: Tensor, teacher: Tensor, options: _Options) -> Tensor:

@@ -29,6 +29,7 @@ class SelfDistillation(BaseObjective):
             states.hidden, states.teacher_hidden, states.head,
             teacher_head=states.teacher_head,
             weights=batch.weights, divergence=config.divergence, beta=config.beta, tau=config.tau, clip=config.clip,
+            top_k=config.top_k,
             teacher_temperature=config.teacher_temperature, logits_mib=config.training.logits_mib,
         )  # fmt: skip
         return loss, {"divergence": (per_token * batch.weights).sum()}
