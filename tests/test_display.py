@@ -73,6 +73,17 @@ def test_no_row_of_no_table_is_cut_at_the_largest_figures():
     assert max(map(len, out.splitlines())) <= 80
 
 
+def test_a_notebook_shows_the_summary_as_a_table():
+    made = summary(BENCHMARKS, 6, 0)
+    evil = made.policies[0].model_copy(update={"stage": "<script>x"})
+    rounds = {"1": RoundSummary.model_construct(pairs={}, lead=None, refused="lead < 0")}
+    html = made.model_copy(update={"policies": (evil, *made.policies[1:]), "rounds": rounds})._repr_html_()
+    low, high = wilson(0, 12)
+    assert f"<td>&lt;script&gt;x</td><td>12</td><td>0.000 ({low:.3f}-{high:.3f})</td><td>0.250 (" in html
+    assert html.count("<tr>") == 5
+    assert "<p>round 1: not distilled: lead &lt; 0</p>" in html
+
+
 def test_an_evaluation_names_greedy_and_sampled_micro_and_macro():
     stream = StringIO()
     display.show_evaluation(Console(file=stream, width=80, color_system=None), evaluation(BENCHMARKS, 8, 3))

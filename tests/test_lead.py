@@ -66,7 +66,7 @@ def test_a_sound_privileged_prompt_leads_and_passes(tiny_policy, tiny_retriever)
     assert lead.tokens_privileged == len(tokenizer.encode("<answer>Cor Dun</answer>"))
     assert lead.tokens_plain == len(tokenizer.encode("<search>bel mayor</search><answer>Fen</answer>"))
     assert [done for done, _, _ in told] == list(range(1, 33))  # 4 pairs, 2 samples, 2 prompts, 2 kinds of start
-    assert told[-1] == (32, 32, "sampled EM 0.500")
+    assert (*told[-1][:2], told[-1][2].partition(", ")[0]) == (32, 32, "sampled EM 0.500")
     gate(lead, CONFIG)
     assert Lead.model_validate_json(lead.model_dump_json()) == lead
 

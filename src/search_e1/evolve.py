@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from search_e1.config import NEW, Config, migrate_fingerprint
 from search_e1.evaluation.preflight import Finding, Level
 from search_e1.evaluation.results import Evaluation
 from search_e1.evaluation.statistics import Interval
-from search_e1.runs import Artifact, ranks
+from search_e1.runs import Artifact, notebook, ranks
 from search_e1.runs.opening import opened
 from search_e1.runs.stopping import Stop
 from search_e1.selfdistill.lead import Lead, refused
@@ -91,10 +92,35 @@ class Summary(Record):
         """The directory of the last policy."""
         return Path(self.policies[-1].path)
 
+    def _repr_html_(self) -> str:
+        """For notebooks: a row for each policy."""
+        headings = ("policy", "n", "greedy EM (micro)", "sampled EM (micro)", "greedy EM (macro)", "searches", "tokens")
+        rows = [
+            (
+                policy.stage,
+                str(policy.n),
+                _with_interval(policy.em, policy.em_interval),
+                _with_interval(policy.em_sampled, policy.em_sampled_interval),
+                _with_interval(policy.macro_em, policy.macro_em_interval),
+                f"{policy.searches:.2f}",
+                f"{policy.tokens:.0f}",
+            )
+            for policy in self.policies
+        ]
+        lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
+        head = "".join(f"<th>{heading}</th>" for heading in headings)
+        refused = (f"round {name}: not distilled: {round.refused}" for name, round in self.rounds.items() if round.refused)
+        notes = "".join(f"<p>{escape(note)}</p>" for note in refused)
+        return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>{notes}"
+
+
+def _with_interval(em: float | None, interval: Interval | None) -> str:
+    return f"{em:.3f} ({interval[0]:.3f}-{interval[1]:.3f})" if em is not None and interval else ""
+
 
 def train(
     config: Config,
-    watch: Watch = no_progress,
+    watch: Watch | None = None,
     stop: Stop | None = None,
     *,
     branch_of: Path | None = None,
@@ -103,6 +129,7 @@ def train(
 ) -> Summary:
     """Run the whole loop in ``config.run``, or what is left of it; returns what ``summary.json`` then holds.
 
+    ``watch`` is told what is done; by default it shows a line for each stage in a notebook, and elsewhere nothing.
     ``stop`` says when to stop; see ``stopping.on_signals``. ``branch_of``: another run, whose finished artifacts are taken over
     where ``config`` would make the same.
     ``shared``: a directory where several runs share the artifacts that they would make the same.
@@ -121,7 +148,7 @@ def train(
         shared=shared,
         other_versions=other_versions,
     ) as root:
-        run = Inputs(config, root, watch)
+        run = Inputs(config, root, watch or (notebook.watch(config.rounds) if notebook.in_notebook() else no_progress))
         runner = StageRunner(run, stop)
         runner.check()
         for stage in _first_stages(config):

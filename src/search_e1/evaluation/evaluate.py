@@ -17,6 +17,7 @@ from search_e1.evaluation.recall import Recall, Recalls, holds, is_yes_no, patte
 from search_e1.evaluation.results import Evaluation, Result
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.engines.base import Engine
+from search_e1.rollout.progress import RolloutProgress
 from search_e1.rollout.sampler import RolloutSampler, empty_searches, warn_of_empty_searches
 from search_e1.rollout.sharing import Part, write_parts
 from search_e1.runs import derived_seed, ranks, read_records
@@ -111,20 +112,12 @@ def _part(
     """The file of all groups of ``size`` trajectories. ``shown``: progress, trajectories of earlier parts, and of all parts."""
     chunks = [(name, chunk) for name, questions in questions_by_benchmark.items() for chunk in asking.chunks(questions, size)]
     progress, before, total = shown
-    kind = "sampled EM" if temperature else "greedy EM"  # as in the tables
+    told = RolloutProgress(progress, total, "sampled EM" if temperature else "greedy EM", before=before)
 
     def make(chunk: tuple[str, Sequence[Question]], sums: Mapping[str, float]) -> tuple[Iterable[str], Mapping[str, float]]:
         name, questions = chunk
-        done, right, clock = int(sums.get("trajectories", 0)), sums.get("em", 0.0), time.perf_counter()
-
-        def on_trajectory(index: int, trajectory: Trajectory) -> None:
-            nonlocal done, right
-            done, right = done + 1, right + trajectory.reward
-            progress(before + done, total, f"{kind} {right / done:.3f}")
-
-        groups = asking.groups(
-            questions, size, temperature=temperature, seed=derived_seed(seed, name), on_trajectory=on_trajectory
-        )
+        clock, own = time.perf_counter(), derived_seed(seed, name)
+        groups = asking.groups(questions, size, temperature=temperature, seed=own, on_trajectory=told.after(sums))
         made = [trajectory for group in groups for trajectory in group.trajectories]
         tally = {
             "trajectories": len(made), "em": sum(t.reward for t in made), "searches": sum(t.searches for t in made),

@@ -1,6 +1,5 @@
 """The pool: groups of trajectories that pairs are mined from."""
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -11,13 +10,14 @@ from search_e1.config import EndpointConfig, PoolConfig, Prompts, RolloutConfig
 from search_e1.errors import DataError
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.engines.base import Engine
-from search_e1.rollout.loop import OnTrajectory, Spent
+from search_e1.rollout.loop import Spent
+from search_e1.rollout.progress import RolloutProgress
 from search_e1.rollout.sampler import PARTS, RolloutSampler, tally, warn_of_empty_searches
 from search_e1.rollout.sharing import Part, write_parts
 from search_e1.runs import ranks, read_records
 from search_e1.runs.checkpoints import Checkpointer
 from search_e1.runs.progress import Progress, silent
-from search_e1.types import Group, Question, Trajectory
+from search_e1.types import Group, Question
 
 FILE = "groups.jsonl"
 
@@ -53,7 +53,7 @@ def sample(
     """
     checkpointer = checkpointer or Checkpointer()
     asking, size = RolloutSampler(engine, retriever, prompts, limits, checkpointer), config.group_size
-    told = _Told(progress, len(questions) * size)
+    told = RolloutProgress(progress, len(questions) * size, "sampled EM", detailed=True)
 
     def make(chunk: Sequence[Question], before: Mapping[str, float]) -> tuple[Iterator[str], Mapping[str, float]]:
         check(before)
@@ -105,27 +105,6 @@ def take(source: Path, out: Path, most: int | None) -> dict[str, Any]:
     if not questions:
         raise DataError(f"{source}: no groups in it; give a policy that GRPO has trained with grpo.keep_groups = true")
     return {"questions": questions, **_means(sums)}
-
-
-class _Told:
-    """Reports progress as trajectories end; of several processes the first reports its own."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self.progress, self.total = progress, total
-
-    def after(self, before: Mapping[str, float]) -> OnTrajectory:
-        """``before``: sums over the chunks that are done."""
-        sums, begun = Counter(before), time.perf_counter()
-        seconds = sum(before[f"seconds.{part}"] for part in PARTS) if before else 0.0
-
-        def on_trajectory(_: int, trajectory: Trajectory) -> None:
-            sums.update(tally([trajectory], Spent()))
-            done, rate = sums["trajectories"], sums["tokens"] / (seconds + time.perf_counter() - begun)
-            figures = [f"sampled EM {sums['em'] / done:.3f}", f"{rate:.0f} tok/s", f"{sums['searches'] / done:.2f} searches"]
-            stops = ((name.partition("stop.")[2], n) for name, n in sums.most_common())
-            self.progress(int(done), self.total, ", ".join(figures + [f"{name} {n:.0f}" for name, n in stops if name]))
-
-        return on_trajectory
 
 
 def read(path: Path) -> Iterator[Group]:

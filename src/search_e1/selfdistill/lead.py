@@ -6,7 +6,6 @@ middle of what a wrong student did ("off track"), which is where distillation as
 
 import math
 import random
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
@@ -15,6 +14,7 @@ from search_e1.errors import DataError, NoLeadError
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout import loop
 from search_e1.rollout.engines.base import Engine
+from search_e1.rollout.progress import RolloutProgress
 from search_e1.rollout.sharing import Part, write_parts
 from search_e1.rollout.unfinished import unfinished_in
 from search_e1.runs import read_records
@@ -158,8 +158,8 @@ def refused(lead: Lead, config: LeadConfig) -> str | None:
     return (
         f"the teacher does not lead{' for sure' if unsure else ''}: sampled EM {lead.em_privileged:.3f} with the reference in "
         f"the prompt, {lead.em_plain:.3f} without (lead {lead.lead:+.3f}, 95% {lead.low:+.3f} to {lead.high:+.3f}, "
-        f"{lead.pairs} pairs), {'whose lower end is ' if config.gate == 'low' else ''}less than lead.minimum = {config.minimum:g}, and it "
-        f"saves {lead.saving:.0%} of the tokens (lead.saving = {config.saving:.0%}); "
+        f"{lead.pairs} pairs), {'whose lower end is ' if config.gate == 'low' else ''}less than lead.minimum = "
+        f"{config.minimum:g}, and it saves {lead.saving:.0%} of the tokens (lead.saving = {config.saving:.0%}); "
         + ("raise lead.pairs; or " if unsure else "")
         + "mend prompts.privileged, or train the policy so that it still follows a reference (grpo.replay, a lower "
         "grpo.learning_rate), or set lead.enforce = false"
@@ -203,16 +203,10 @@ def _sample(
     longer = max(len(b) - len(a) for a, b in zip(plain, privileged, strict=True))
     roomier = rollout.model_copy(update={"max_tokens": rollout.max_tokens + max(0, longer)})
     total = 2 * config.samples * len(begins)
-    checkpointer = checkpointer or Checkpointer()
+    checkpointer, told = checkpointer or Checkpointer(), RolloutProgress(progress, total, "sampled EM")
 
     def make(chunk: _Chunk, before: Mapping[str, float]) -> tuple[Iterator[str], dict[str, float]]:
         starts, limits = chunk
-        sums = Counter(before)
-
-        def on_trajectory(_: int, trajectory: Trajectory) -> None:
-            sums.update({"trajectories": 1, "em": trajectory.reward})
-            progress(int(sums["trajectories"]), total, f"sampled EM {sums['em'] / sums['trajectories']:.3f}")
-
         sampled = loop.rollout(
             generator,
             retriever,
@@ -221,7 +215,7 @@ def _sample(
             temperature=temperature,
             seed=seed,  # the same for both prompts: what differs is what the policy sees
             prompts=policy.prompts,
-            on_trajectory=on_trajectory,
+            on_trajectory=told.after(before),
             unfinished=unfinished_in(checkpointer),
         )
         own = {"trajectories": float(len(sampled)), "em": sum(trajectory.reward for trajectory in sampled)}

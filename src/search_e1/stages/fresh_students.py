@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.progress import StepRollouts
 from search_e1.rollout.unfinished import unfinished_in
 from search_e1.runs import derived_seed, ranks
 from search_e1.runs.context import StageContext
@@ -44,6 +45,7 @@ class FreshStudents:
         self.steps = -(-len(self._pairs) // self._size)
         """An epoch."""
         self._engine = stack.enter_context(open_training_engine(run.config, path, trained, policy.tokenizer))
+        self._told = StepRollouts(context.progress, self.steps * run.config.distill.epochs)
 
     def next(self, step: int) -> Mapping[str, Sequence[Sample]]:
         epoch, at = divmod(step, self.steps)
@@ -68,7 +70,7 @@ class FreshStudents:
             trajectories = rollout(
                 engine, self._run.retriever, begun, config.rollout,
                 temperature=config.pool.temperature, seed=derived_seed(self._context.seed, step), prompts=prompts,
-                unfinished=unfinished_in(self._context.checkpointer),
+                unfinished=unfinished_in(self._context.checkpointer), on_trajectory=self._told.of(step, len(begun)),
             )  # fmt: skip
         return [pair.model_copy(update={"student": t}) for pair, t in zip(pairs, trajectories, strict=True)]
 

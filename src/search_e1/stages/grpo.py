@@ -11,6 +11,7 @@ from typing import Any
 from search_e1.config import Config, GrpoConfig, default_of
 from search_e1.errors import ConfigError, DataError
 from search_e1.rollout.loop import Start, rollout, starts
+from search_e1.rollout.progress import StepRollouts
 from search_e1.rollout.unfinished import unfinished_in
 from search_e1.runs import derived_seed, ranks
 from search_e1.runs.context import StageContext
@@ -165,6 +166,7 @@ class GroupSource:
         self._config = run.config.grpo
         self._order = question_order(run.train_questions, self._config, context.seed)
         self._engine = stack.enter_context(open_training_engine(run.config, path, trained, policy.tokenizer))
+        self._told = StepRollouts(context.progress, self._config.steps)
 
     def next(self, step: int) -> Mapping[str, Sequence[Sample]]:
         config = self._config
@@ -190,7 +192,7 @@ class GroupSource:
             trajectories = rollout(
                 engine, self._run.retriever, begun, self._run.config.rollout,
                 temperature=self._config.temperature, seed=derived_seed(self._context.seed, step), prompts=policy.prompts,
-                unfinished=unfinished_in(self._context.checkpointer),
+                unfinished=unfinished_in(self._context.checkpointer), on_trajectory=self._told.of(step, len(begun)),
             )  # fmt: skip
         return [
             Group(question=question, trajectories=tuple(trajectories[i * size : (i + 1) * size]))

@@ -5,6 +5,7 @@ through the model in micro-batches, whose losses add up to the update's whatever
 """
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from search_e1.training.fit import fit_passes
 from search_e1.training.guard import Guard
 from search_e1.training.objectives.base import Objective
 from search_e1.training.optimizer import make_optimizers, rate
-from search_e1.training.record import StepLog
+from search_e1.training.record import Passes, StepLog
 from search_e1.training.trained import TrainedPolicy
 from search_e1.types import Sample
 
@@ -94,6 +95,7 @@ def train(
         for step in range(len(log.steps), schedule.steps):
             if guard and guard.collapsed(log.steps):
                 break
+            clock = time.perf_counter()
             if unfinished is None:
                 with context.checkpointer.saving_on_stop(step, lambda to: state.save(to, log.steps, None)):
                     samples = {name: list(part) for name, part in source.next(step).items()}
@@ -102,7 +104,8 @@ def train(
                 unfinished = Unfinished(samples, source_figures=dict(source.figures))
             if guard and not unfinished.update:  # also of a step that was interrupted: a checkpoint may be older than that
                 guard.before_update(policy, [*log.steps, unfinished.source_figures])
-            current = _Step(policy, objectives, config, state, log, context, step, unfinished)
+            passes = log.passes(clock, schedule.updates)
+            current = _Step(policy, objectives, config, state, log, context, step, unfinished, passes)
             for update in range(unfinished.update, schedule.updates):
                 current.accumulate(_mini_batch(unfinished.samples, update % schedule.mini_batches, schedule.mini_batches))
                 norm = current.gradient_norm()
@@ -140,6 +143,7 @@ class _Step:
     context: StageContext
     number: int
     unfinished: Unfinished
+    passes: Passes
     pending: list[tuple[str, Tensor]] = field(default_factory=list)
     """Figures that were not waited for: a transfer a pass would hold the device up."""
 
@@ -206,6 +210,7 @@ class _Step:
             self.pending += [(prefix + key, value) for key, value in figures.items()]
             self.unfinished.passes = i + 1
             if not last:
+                self.passes.tell(self.unfinished.update, i + 1, len(batches))
                 self.context.checkpointer.between_passes(self.number, self._save, same=not self.unfinished.update)
         for weight in () if batches else self.policy.parameters.values():
             weight.grad = torch.zeros_like(weight)  # nothing to learn from

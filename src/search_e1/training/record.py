@@ -10,6 +10,7 @@ from statistics import fmean
 
 from search_e1.runs import ranks
 from search_e1.runs.context import StageContext
+from search_e1.runs.progress import Progress, tell_within
 
 STEPS = "steps.jsonl"
 
@@ -26,6 +27,7 @@ class StepLog:
         for step in earlier:
             context.track(int(step["step"]), _tracked(step))
         self._last = time.perf_counter()
+        tell_within(context.progress, len(earlier), total)
 
     def add(self, figures: Mapping[str, float]) -> None:
         """The figures of the step that has ended."""
@@ -36,8 +38,38 @@ class StepLog:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(step) + "\n")
         self._context.track(len(self.steps), _tracked(step))
-        shown = step.get(self._headline, math.nan)
-        self._context.progress(len(self.steps), self._total, f"{self._headline} {shown:.4g}")
+        self._context.progress(len(self.steps), self._total, self._shown())
+
+    def _shown(self) -> str:
+        """The headline of the last step, and trained tokens a second where they are counted."""
+        step = self.steps[-1]
+        rate = f", {step['tokens'] / step['seconds']:.0f} tok/s" if "tokens" in step and step["seconds"] else ""
+        return f"{self._headline} {step.get(self._headline, math.nan):.4g}{rate}"
+
+    def passes(self, begun: float, updates: int) -> "Passes":
+        """What tells of the passes of the next step, which ``begun`` (a ``perf_counter``) with its samples, all there now."""
+        before = f"{self._shown()}, " if self.steps else ""
+        return Passes(self._context.progress, len(self.steps), self._total, before, begun, updates)
+
+
+class Passes:
+    """Tells within a step how many of its passes are done.
+
+    A step's share that is done is one of time: what its samples took, and how long the passes will take at their pace.
+    """
+
+    def __init__(self, progress: Progress, step: int, steps: int, before: str, begun: float, updates: int) -> None:
+        self._progress, self._step, self._steps, self._before, self._updates = progress, step, steps, before, updates
+        self._passes_begun = time.perf_counter()
+        self._sampled = self._passes_begun - begun
+
+    def tell(self, update: int, done: int, total: int) -> None:
+        """``done`` of the ``total`` passes of an update (from 0) are done."""
+        taken = time.perf_counter() - self._passes_begun
+        expected = taken / ((update + done / total) / self._updates)
+        share = (self._sampled + taken) / (self._sampled + expected)
+        shown = f"{self._before}pass {update * total + done}/{self._updates * total}"
+        tell_within(self._progress, self._step + share, self._steps, shown)
 
 
 def _tracked(step: Mapping[str, float]) -> dict[str, float]:

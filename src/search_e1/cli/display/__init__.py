@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
-from search_e1.runs.progress import Progress
+from search_e1.runs.progress import Pace, Progress, count, stage_label
 from search_e1.runs.safe import printable
 from search_e1.text.prompts import seen_passages
 from search_e1.types import ActionKind, Passage, Turn
@@ -24,38 +24,47 @@ if TYPE_CHECKING:
 
 
 def watch(console: Console, rounds: int) -> Callable[[str], AbstractContextManager[Progress]]:
-    """A bar for each stage: name, round, progress, time left, and the figure to watch.
+    """A bar for each stage: name, round, progress, time passed and left, and the figure to watch.
 
     If the output is no terminal, one line at the end of each stage.
     """
 
     @contextmanager
     def stage(name: str) -> Iterator[Progress]:
-        kind, _, round = name.rpartition("-")
-        label = f"{kind.replace('-', ' ')} {round}/{rounds}" if round.isdigit() else name.replace("-", " ")
-        bars = Bars(
-            TextColumn("{task.description:<20}", markup=False),
-            BarColumn(bar_width=10),
-            TextColumn("{task.fields[count]:>11}", markup=False),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+        bar = _Bar(console, printable(stage_label(name, rounds)))
+        with bar.bars:
+            yield bar
+            bar.end()
+
+    return stage
+
+
+class _Bar:
+    """A listener that draws a bar."""
+
+    def __init__(self, console: Console, label: str) -> None:
+        self._pace = Pace()
+        self.bars = Bars(
+            TextColumn("{task.description:<19}", markup=False),
+            BarColumn(bar_width=6),
+            TextColumn("{task.fields[count]:>9}", markup=False),
+            TextColumn("{task.fields[pace]!s:>11}", markup=False),
             # The rest of the line; its most important part comes first.
             TextColumn("{task.fields[figure]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             console=console,
             expand=True,
         )
-        task = bars.add_task(printable(label), total=None, figure="", count="")
+        self._task = self.bars.add_task(label, total=None, figure="", count="", pace=self._pace)
 
-        def progress(done: int, total: int, figure: str = "") -> None:
-            count = f"{done}/{total}" if total else str(done)
-            bars.update(task, completed=done, total=total or None, figure=figure, count=count)
+    def __call__(self, done: float, total: int, figure: str = "") -> None:
+        self._pace.report(done, total)
+        self.bars.update(self._task, completed=done, total=total or None, figure=figure, count=count(done, total))
 
-        with bars:
-            yield progress
-            finished = bars.tasks[task]
-            bars.update(task, completed=finished.completed or 1, total=finished.completed or 1)
+    within = __call__
 
-    return stage
+    def end(self) -> None:
+        done = self.bars.tasks[self._task].completed or 1
+        self.bars.update(self._task, completed=done, total=done, pace=str(self._pace).partition("<")[0])
 
 
 def plain_table(title: str | None, *headings: str, left: int = 1) -> Table:

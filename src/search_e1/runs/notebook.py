@@ -1,0 +1,78 @@
+"""Progress in a notebook: a line for each stage, with a bar, that is still there when the notebook is opened again.
+
+Plain HTML, updated in place, and no widgets: Jupyter, JupyterLab, VS Code and Colab show it without an extension.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from html import escape
+from importlib import import_module
+from typing import Any
+
+from search_e1.runs.progress import Pace, Progress, count, stage_label
+
+_INTERVAL = 0.2
+"""Seconds between two updates: each is a message to the browser."""
+
+
+def in_notebook() -> bool:
+    """Whether a kernel runs this, rather than a terminal or a script."""
+    ipython = sys.modules.get("IPython")
+    return getattr(ipython and ipython.get_ipython(), "kernel", None) is not None
+
+
+def watch(rounds: int) -> Callable[[str], AbstractContextManager[Progress]]:
+    """A line for each stage; see ``cli.display.watch``, which is the same in a terminal."""
+    display = import_module("IPython.display").display  # there wherever a notebook is, and no dependency of ours
+
+    @contextmanager
+    def stage(name: str) -> Iterator[Progress]:
+        line = _Line(stage_label(name, rounds))
+        line.handle = display(line, display_id=True)
+        try:
+            yield line
+            line.ended = True
+        finally:
+            line.show(now=True)
+
+    return stage
+
+
+class _Line:
+    """A listener that is drawn when IPython asks for it."""
+
+    handle: Any
+    """IPython's, which draws the line again in its place."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.pace, self.ended = label, Pace(), False
+        self.done, self.total, self.figure, self._shown = 0.0, 0, "", 0.0
+
+    def __call__(self, done: float, total: int, figure: str = "") -> None:
+        self.done, self.total, self.figure = done, total, figure
+        self.pace.report(done, total)
+        self.show()
+
+    within = __call__
+
+    def show(self, now: bool = False) -> None:
+        if now or time.monotonic() - self._shown >= _INTERVAL:
+            self._shown = time.monotonic()
+            self.handle.update(self)
+
+    @property
+    def text(self) -> str:
+        return f"{count(self.done, self.total)}  {str(self.pace).partition('<')[0] if self.ended else self.pace}  {self.figure}"
+
+    def __repr__(self) -> str:
+        return f"{self.label}  {self.text}"
+
+    def _repr_html_(self) -> str:
+        known = f' max="{self.total}" value="{self.total if self.ended else self.done:g}"' if self.total else ""
+        known = ' max="1" value="1"' if self.ended and not self.total else known
+        return (
+            f'<div style="white-space:pre;font-family:monospace">{escape(self.label):<19} '
+            f'<progress{known} style="width:8em"></progress> {escape(self.text)}</div>'
+        )
