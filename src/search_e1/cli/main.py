@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from search_e1.cli import asking, compare, data, doctor, index, pairs, plan, serve, stages, sweep
+from search_e1.cli import asking, compare, data, doctor, index, pairs, plan, report, serve, stages, sweep
 from search_e1.cli.config_file import ConfigArgument, ConfigCommand
 from search_e1.errors import SearchE1Error
 from search_e1.runs import ranks
@@ -110,29 +110,6 @@ def train(
     console.print(f"{loaded.run / evolve.SUMMARY}", highlight=False)
 
 
-@app.command(rich_help_panel=RUN)
-def report(
-    run: Annotated[Path, typer.Argument(help="Run directory, finished or not.")],
-    out: Annotated[Path | None, typer.Option("--out", help="HTML file. Default: report.html in the run.")] = None,
-    most: Annotated[
-        int, typer.Option(min=1, help="About this many trajectories; of more, a fixed sample of questions.")
-    ] = 5_000,
-) -> None:
-    """Write a run as one HTML file: figures, costs, trajectories, pairs, rounds."""
-    from search_e1.evaluation.report.page import write
-
-    out = out or run / "report.html"
-    shown = write(run, out, most)
-    left_out = f" (of {shown['trajectories'] + shown['left_out']})" if shown["left_out"] else ""
-    console.print(
-        f"{out}: {shown['policies']} policies, {shown['trajectories']} trajectories{left_out}, {shown['pairs']} pairs, "
-        f"{shown['bytes'] / 1e6:.1f} MB",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
 @app.command(rich_help_panel=DATA)
 def world(
     directory: Annotated[Path, typer.Argument(help="Where corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl go.")],
@@ -173,6 +150,7 @@ app.add_typer(index.app, name="index", rich_help_panel=DATA)
 app.command("serve-retriever", rich_help_panel=DATA)(serve.serve_retriever)
 app.command("doctor", cls=ConfigCommand, context_settings=OVERRIDES, rich_help_panel=RUN)(doctor.doctor)
 app.command("plan", cls=ConfigCommand, context_settings=OVERRIDES, rich_help_panel=RUN)(plan.plan)
+app.command("report", rich_help_panel=RUN)(report.report)
 app.command("compare", rich_help_panel=RUNS)(compare.compare)
 app.command("sweep", context_settings=OVERRIDES, rich_help_panel=RUNS)(sweep.sweep)
 app.command("ask", context_settings=OVERRIDES, rich_help_panel=ASK)(asking.ask)
