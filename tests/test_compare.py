@@ -13,12 +13,12 @@ import pytest
 
 from search_e1 import runs
 from search_e1.cli import main as cli
-from search_e1.cli.compare import places
 from search_e1.errors import ConfigError
 from search_e1.evaluation import results
 from search_e1.evaluation.compare import MACRO, MICRO, Figure, compare, load
 from search_e1.evaluation.exports import p_value, signed, to_csv, to_latex
 from search_e1.evaluation.failures import Failure
+from search_e1.evaluation.places import places
 from search_e1.evaluation.results import Result
 from search_e1.types import StopReason
 

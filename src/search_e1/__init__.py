@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from search_e1.agent.agent import Agent
-    from search_e1.config import Config
+    from search_e1.config import Config, PolicyConfig, RolloutConfig
     from search_e1.config import load as load_config
     from search_e1.data.questions import load_questions
+    from search_e1.evaluation.from_python import EvaluationResult, compare, evaluate, report
     from search_e1.evolve import Summary, train
     from search_e1.retrieval.base import Retriever
     from search_e1.retrieval.bm25 import Bm25Index
     from search_e1.retrieval.cache import CachedRetriever
     from search_e1.retrieval.client import HttpRetriever
+    from search_e1.retrieval.dense import DenseIndex
     from search_e1.rollout.engines.base import Engine
     from search_e1.rollout.engines.torch import TorchEngine
     from search_e1.training.policy import Policy
@@ -28,21 +30,28 @@ _HOMES = {
     "Bm25Index": "retrieval.bm25",
     "CachedRetriever": "retrieval.cache",
     "Config": "config",
+    "DenseIndex": "retrieval.dense",
     "Engine": "rollout.engines.base",
+    "EvaluationResult": "evaluation.from_python",
     "Group": "types",
     "HttpRetriever": "retrieval.client",
     "Pair": "types",
     "Passage": "types",
     "Policy": "training.policy",
+    "PolicyConfig": "config",
     "Question": "types",
     "Retriever": "retrieval.base",
+    "RolloutConfig": "config",
     "Summary": "evolve",
     "TorchEngine": "rollout.engines.torch",
     "Trajectory": "types",
     "Turn": "types",
+    "compare": "evaluation.from_python",
+    "evaluate": "evaluation.from_python",
     "load_config": "config:load",
     "load_policy": "training.policy:load",
     "load_questions": "data.questions",
+    "report": "evaluation.from_python",
     "train": "evolve",
 }
 
@@ -51,21 +60,28 @@ __all__ = [
     "Bm25Index",
     "CachedRetriever",
     "Config",
+    "DenseIndex",
     "Engine",
+    "EvaluationResult",
     "Group",
     "HttpRetriever",
     "Pair",
     "Passage",
     "Policy",
+    "PolicyConfig",
     "Question",
     "Retriever",
+    "RolloutConfig",
     "Summary",
     "TorchEngine",
     "Trajectory",
     "Turn",
+    "compare",
+    "evaluate",
     "load_config",
     "load_policy",
     "load_questions",
+    "report",
     "train",
 ]
 

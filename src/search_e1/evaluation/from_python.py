@@ -1,0 +1,207 @@
+"""What a Python user calls by ``search_e1.evaluate``, ``search_e1.compare`` and ``search_e1.report``."""
+
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from search_e1 import runs
+from search_e1.config import EvaluationConfig, PolicyConfig, RolloutConfig
+from search_e1.data.questions import load_questions
+from search_e1.errors import ConfigError
+from search_e1.evaluation import compare as comparing
+from search_e1.evaluation import results
+from search_e1.evaluation.compare import Comparison
+from search_e1.evaluation.evaluate import evaluate as evaluate_into
+from search_e1.evaluation.places import places
+from search_e1.evaluation.results import Evaluation, Result
+from search_e1.evaluation.statistics import Interval
+from search_e1.retrieval.base import Retriever
+from search_e1.rollout.engines.torch import TorchEngine
+from search_e1.runs import notebook
+from search_e1.runs.progress import Progress, silent
+from search_e1.training import policy as policies
+from search_e1.training.policy import Policy
+from search_e1.training.sources import resolve
+from search_e1.types import Question
+
+UNNAMED = "questions"
+"""The benchmark of questions that name none."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class EvaluationResult:
+    """How a policy did on some questions."""
+
+    evaluation: Evaluation
+    """All figures, over all questions and by benchmark and hops."""
+    results: tuple[Result, ...]
+    """Each question: the answer, whether it is right, and if not, why."""
+    path: Path | None
+    """Where the trajectories are, if they were to be kept."""
+
+    @property
+    def n(self) -> int:
+        return self.evaluation.n
+
+    @property
+    def em(self) -> float:
+        """Greedy, mean over questions."""
+        return self.evaluation.em
+
+    @property
+    def interval(self) -> Interval:
+        """Of ``em``: Wilson's, 95%."""
+        return self.evaluation.em_interval
+
+    @property
+    def em_sampled(self) -> float | None:
+        """``None`` if nothing was sampled."""
+        return self.evaluation.em_sampled
+
+    def __repr__(self) -> str:
+        low, high = self.interval
+        sampled = "" if self.em_sampled is None else f", em_sampled={self.em_sampled:.3f}"
+        return f"EvaluationResult(n={self.n}, em={self.em:.3f}, interval=({low:.3f}, {high:.3f}){sampled})"
+
+
+def evaluate(
+    policy: Policy | str | Path,
+    retriever: Retriever,
+    questions: Sequence[Question] | Mapping[str, Sequence[Question]] | str | Path,
+    limits: RolloutConfig | None = None,
+    *,
+    samples: int = 0,
+    temperature: float = 1.0,
+    seed: int = 0,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> EvaluationResult:
+    """Ask ``policy`` every question once greedily, and ``samples`` times at ``temperature``, and judge the answers.
+
+    Args:
+        policy: in memory, or what ``policy.model`` may be: a directory, a Hub id, ``"small"``.
+        questions: a question file, questions (their ``benchmark`` groups them), or questions by benchmark.
+        limits: turns, tokens, passages: `[rollout]` of a config.
+        out: directory for the trajectories and figures, which ``compare`` and the command line then read. A policy that was
+            given by its place is not evaluated again if it is there already. By default nothing is kept.
+        progress: told after each trajectory; by default a line in a notebook, and elsewhere nothing.
+
+    Raises:
+        ConfigError: ``out`` exists, and the policy is one in memory, which nobody can compare with the one that it is of.
+        DataError: there are no questions, or their file cannot be read.
+        ModelError: the policy cannot be loaded, or a question does not fit into its context.
+        RetrievalError: from the retriever.
+        RunError: ``out`` holds something else.
+    """
+    limits, asked = limits or RolloutConfig(), _by_benchmark(questions)
+    settings = EvaluationConfig(samples=samples, temperature=temperature, latency=0, recall=False)
+    place = Path(out) if out is not None else None
+    loaded, identity = _policy(policy, place)
+    engine = TorchEngine(loaded.model, loaded.tokenizer, batch_size=limits.batch_size)
+    with ExitStack() as stack:
+        if progress is None:
+            shown = notebook.watch(1)("evaluation") if notebook.in_notebook() else nullcontext(silent)
+            progress = stack.enter_context(shown)
+
+        def make(directory: Path) -> Mapping[str, Any]:
+            evaluation = evaluate_into(
+                engine, retriever, asked, loaded.prompts, settings, limits, seed=seed, out=directory, progress=progress
+            )
+            return evaluation.model_dump(mode="json")
+
+        if place is None:
+            directory = Path(stack.enter_context(TemporaryDirectory(prefix="search-e1-")))
+            evaluation = Evaluation.model_validate(make(directory))
+        else:
+            made = runs.artifact(
+                place,
+                stage=f"evaluation-{place.name}",
+                settings={"evaluation": settings.model_dump(mode="json"), "rollout": limits.model_dump(mode="json")},
+                inputs={"policy": identity, "retrieval": _name(retriever), "questions": _checksum(asked)},
+                seed=seed,
+                make=make,
+            )
+            directory, evaluation = made.path, Evaluation.model_validate(made.manifest.result)
+        return EvaluationResult(evaluation, tuple(results.read(directory / results.QUESTIONS)), place)
+
+
+def _policy(policy: Policy | str | Path, out: Path | None) -> tuple[Policy, str]:
+    """It in memory, and its identity."""
+    if not isinstance(policy, Policy):
+        source = resolve(str(policy))
+        identity = runs.checksum(source) if isinstance(source, Path) else source
+        return policies.load(policy, PolicyConfig(model=str(policy))), identity
+    if out and out.exists():
+        raise ConfigError(f"{out}: exists; give another directory, or the policy's in place of one in memory")
+    return policy, f"in memory, {uuid.uuid4()}"
+
+
+def _by_benchmark(
+    questions: Sequence[Question] | Mapping[str, Sequence[Question]] | str | Path,
+) -> Mapping[str, Sequence[Question]]:
+    if isinstance(questions, Mapping):
+        return questions
+    if isinstance(questions, str | Path):
+        questions = load_questions(questions)
+    grouped: dict[str, list[Question]] = {}
+    for question in questions:
+        grouped.setdefault(question.benchmark or UNNAMED, []).append(question)
+    return grouped
+
+
+def _checksum(asked: Mapping[str, Sequence[Question]]) -> str:
+    return runs.sha256_text("".join(f"{name} {q.model_dump_json()}\n" for name, part in asked.items() for q in part))
+
+
+def _name(retriever: Retriever) -> str:
+    """What its results depend on, as far as it says."""
+    return getattr(retriever, "checksum", None) or type(retriever).__qualname__
+
+
+def compare(
+    *evaluations: str | Path | EvaluationResult,
+    common: bool = False,
+    allow_mixed: bool = False,
+    published: bool = False,
+    seed: int = 0,
+) -> Comparison:
+    """Evaluations question by question; the first is the baseline. What ``search-e1 compare`` shows.
+
+    Args:
+        evaluations: each a run (all that is evaluated in it), ``"RUN:STAGE"`` (``"runs/a:ofsd-1"``), the directory of an
+            evaluation, or a result that was kept; ``"NAME=..."`` names it.
+        common, allow_mixed, published, seed: see ``evaluation.compare.compare``.
+
+    Raises:
+        ConfigError: there are not two evaluations, or they are not comparable; says which flag allows it.
+        RunError, DataError: there is none in a place, or it is damaged.
+    """
+    words = []
+    for one in evaluations:
+        if isinstance(one, EvaluationResult) and one.path is None:
+            raise ConfigError("an evaluation was not kept; give evaluate(..., out=DIRECTORY)")
+        words.append(str(one.path) if isinstance(one, EvaluationResult) else str(one))
+    loaded = [comparing.load(path, name) for name, path in places(words).items()]
+    if len(loaded) < 2:
+        found = f" ({loaded[0].path})" if loaded else ""
+        raise ConfigError(f"{'only one evaluation' if loaded else 'no evaluations'}{found}; give another to compare it with")
+    return comparing.compare(loaded, common=common, allow_mixed=allow_mixed, published=published, seed=seed)
+
+
+def report(run: str | Path, out: str | Path | None = None, *, most: int = 5_000) -> Path:
+    """Write ``run``, finished or not, as one HTML file; returns its path, by default ``report.html`` in the run.
+
+    ``most``: about this many trajectories; of more, a fixed sample of questions.
+
+    Raises:
+        RunError, DataError: ``run`` is none, something in it is damaged, or ``out`` cannot be written.
+    """
+    from search_e1.evaluation.report.page import write
+
+    place = Path(out) if out is not None else Path(run) / "report.html"
+    write(Path(run), place, most)
+    return place
