@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from search_e1 import runs
+from search_e1.agent.make import SUMMARY, bundle_of_run
 from search_e1.config import NEW, Config, migrate_fingerprint
 from search_e1.evaluation.preflight import Finding, Level
 from search_e1.evaluation.results import Evaluation
@@ -31,7 +32,6 @@ from search_e1.training.sources import resolve
 from search_e1.types import Record
 
 logger = logging.getLogger(__name__)
-SUMMARY = "summary.json"
 
 
 class PolicySummary(Record):
@@ -183,7 +183,10 @@ def train(
             summary.end_round(round, pairs, lead)
             policy = distilled.path / "policy"
             summary.evaluate(distilled.manifest.stage, policy)
-        return summary.write()
+        written = summary.write()
+        if config.bundle and ranks.is_first():
+            bundle_of_run(root, run.checksum(policy))
+        return written
 
 
 def _first_stages(config: Config) -> Iterator[Stage]:

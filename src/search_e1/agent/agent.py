@@ -7,6 +7,7 @@ from typing import Self
 
 from search_e1.agent.answer import Answer
 from search_e1.agent.bundle import Bundle, open_retriever
+from search_e1.agent.publish import download, is_hub_id
 from search_e1.agent.scheduler import Job, OnText, OnTurn, Scheduler
 from search_e1.config import PolicyConfig, Prompts, RolloutConfig
 from search_e1.errors import ConfigError
@@ -60,24 +61,41 @@ class Agent:
             engine, prompts = policy, prompts or Prompts()
         self.prompts = prompts
         self._scheduler = Scheduler(engine, retriever, prompts, self.limits)
-        self._resources.callback(self._scheduler.close)
 
     @classmethod
-    def open(cls, directory: str | Path, *, device: str = "auto", url: str | None = None, index: Sequence[Path] = ()) -> Self:
+    def open(
+        cls,
+        directory: str | Path,
+        *,
+        device: str = "auto",
+        url: str | None = None,
+        index: Sequence[Path] = (),
+        encoder: str | Path | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Self:
         """The agent of a bundle (``search-e1 bundle``), which samples the ids that its evaluation sampled.
 
-        ``url`` or ``index``: where its passages are now, if the bundle does not hold them.
+        ``directory``: of the bundle, or its ``owner/name`` on the Hub, of which ``revision`` is downloaded. ``url`` or
+        ``index``: where its passages are now, if the bundle does not hold them. ``encoder``: where that of a dense index is
+        now, if not where it was. ``trust_remote_code``: run Python code that the model brings along.
 
         Raises:
-            DataError: the directory is no bundle, is damaged, or the index is over other passages than the bundle's.
-            ModelError: the policy does not load.
+            DataError: the directory is no bundle, is damaged, or the index is over other passages than the bundle's; or the
+                Hub has none or cannot be reached.
+            ModelError: the policy or the encoder does not load.
             RetrievalError: the retrieval server does not answer.
         """
-        bundle = Bundle.read(Path(directory))
-        retriever = open_retriever(bundle, url, index)
-        settings = PolicyConfig(model=str(directory), dtype=bundle.dtype, device=device)
-        agent = cls(policies.load(directory, settings), retriever, bundle.limits, name=bundle.name)
+        place = Path(directory).expanduser()
+        if not place.exists() and is_hub_id(str(directory)):
+            place = download(str(directory), revision)
+        bundle = Bundle.read(place)
+        settings = PolicyConfig(model=str(place), dtype=bundle.dtype, device=device, trust_remote_code=trust_remote_code)
+        retriever = open_retriever(bundle, url, index, encoder, device)
+        agent = cls(policies.load(place, settings), retriever, bundle.limits, name=bundle.name)
         agent.bundle = bundle
+        if close := getattr(retriever, "close", None):
+            agent._resources.callback(close)
         return agent
 
     def ask(
@@ -149,6 +167,7 @@ class Agent:
 
     def close(self) -> None:
         """Give up what is under way, and let go of threads and connections."""
+        self._scheduler.close()  # before what it uses
         self._resources.close()
 
     def __enter__(self) -> Self:

@@ -9,19 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 from search_e1.config import RolloutConfig
 from search_e1.errors import DataError
 from search_e1.retrieval.base import Retriever
 from search_e1.retrieval.client import HttpRetriever
+from search_e1.retrieval.convention import EncoderSettings
 from search_e1.retrieval.indexes import open_indexes
+from search_e1.runs import write_atomically
 from search_e1.runs.safe import inside
 from search_e1.types import Record
 
 FILE = "agent.json"
 FORMAT = 1
 """Version of the layout; a bundle of another is refused."""
+Dtype = Literal["float32", "bfloat16", "float16"]
+_AGAIN = "make it again with `search-e1 bundle`"
 
 
 class Bundle(Record):
@@ -30,56 +34,101 @@ class Bundle(Record):
     format: int = FORMAT
     name: str
     """What the agent is called, in a server's list of models for one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What it computes in; see ``policy.dtype``."""
+    dtype: Dtype
+    """Of the weights, and what it computes in."""
     limits: RolloutConfig
+    policy: str
+    """Checksum of the policy that it was made of, before the weights were rounded to ``dtype``."""
+    weights: dict[str, int]
+    """File of weights -> bytes."""
     index: tuple[str, ...] = ()
     """Directories of indexes in the bundle, whose rankings are fused if there are several."""
+    parameters: str | None = None
+    """FAISS search parameters of a dense index, where they are not those of its build."""
+    passages: int | None = None
+    """How many are searched, where the run had them as an index."""
     url: str | None = None
     """A retrieval server, where the bundle holds no index."""
     checksum: str | None = None
     """Of the index, or of the server's where it tells one."""
-    made_by: str = ""
+    made_by: str
     """Version of this package."""
-    trained: dict[str, Any] = {}
-    """The run's config, and its evaluated policies with their figures."""
+    trained: dict[str, Any]
+    """The run: its config, its evaluated policies with their figures, and what it was measured with."""
     directory: Path = Path()
     """Where it lies; not in the file."""
+
+    @field_validator("limits")
+    @classmethod
+    def _without_reward(cls, limits: RolloutConfig) -> RolloutConfig:
+        """An agent in use has no reward, and one that is named in a file from elsewhere must not be imported."""
+        return limits.model_copy(update={"reward": "em"})
 
     @classmethod
     def read(cls, directory: Path) -> Self:
         """
         Raises:
-            DataError: there is no bundle, or one that this version does not read.
+            DataError: there is no bundle, one that this version does not read, or its weights are not whole.
         """
         file = directory / FILE
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             format = content["format"]
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"{directory}: not a bundle (no {FILE}); make one with `search-e1 bundle RUN --out DIR`") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file}: not the description of a bundle; make it again with `search-e1 bundle`") from error
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(f"{file}: not the description of a bundle; {_AGAIN}") from error
         if format != FORMAT:
-            raise DataError(f"{file}: a bundle of format {format}, and this version reads {FORMAT}; make it again")
+            raise DataError(f"{file}: a bundle of format {format!r}, and this version reads {FORMAT}; {_AGAIN}")
         try:
-            return cls.model_validate(content | {"directory": directory})
+            bundle = cls.model_validate(content | {"directory": directory})
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"]))
-            raise DataError(f"{file}: {where}: {problem['msg']}; make it again with `search-e1 bundle`") from error
+            raise DataError(f"{file}: {where}: {problem['msg']}; {_AGAIN}") from error
+        bundle._check_weights()
+        return bundle
+
+    def _check_weights(self) -> None:
+        if not self.weights:
+            raise DataError(f"{self.directory / FILE}: names no weights; {_AGAIN}")
+        for name, size in self.weights.items():
+            file = self.within(name)
+            found = file.stat().st_size if file.is_file() else None
+            if found != size:
+                state = "missing" if found is None else f"{found:,} bytes long, not {size:,}"
+                raise DataError(f"{file}: {state}; copy or download the whole bundle, or {_AGAIN}")
+
+    def within(self, name: str) -> Path:
+        """The file or directory ``name`` of the bundle.
+
+        Raises:
+            DataError: the name leads out of it.
+        """
+        found = inside(self.directory, name)
+        if found is None:
+            raise DataError(f"{self.directory / FILE}: names {name!r}, which is not in the bundle; do not use this bundle")
+        return found
 
     def write(self, directory: Path) -> None:
         """Write ``agent.json`` into ``directory``."""
-        text = self.model_dump_json(indent=2, exclude={"directory"})
-        (directory / FILE).write_text(text + "\n", encoding="utf-8")
+        write_atomically(directory / FILE, self.model_dump_json(indent=2, exclude={"directory"}) + "\n")
 
 
-def open_retriever(bundle: Bundle, url: str | None = None, index: Sequence[Path] = ()) -> Retriever:
+def open_retriever(
+    bundle: Bundle,
+    url: str | None = None,
+    index: Sequence[Path] = (),
+    encoder: str | Path | None = None,
+    device: str = "auto",
+) -> Retriever:
     """What the bundle searches, or what stands at ``url`` or in ``index`` now.
+
+    ``encoder``: where that of a dense index is now, if not where it was; it computes on ``device``.
 
     Raises:
         DataError: it has no passages, or the index is damaged or over other passages than the bundle's.
+        ModelError: the encoder of a dense index does not load.
         RetrievalError: the server does not answer.
     """
     if url and index:
@@ -88,13 +137,14 @@ def open_retriever(bundle: Bundle, url: str | None = None, index: Sequence[Path]
         raise DataError(f"{bundle.directory}: a bundle without passages; give --index DIR or --url URL")
     found: Any
     if index or (bundle.index and not url):
-        found = open_indexes(index or _directories(bundle))
+        settings = EncoderSettings(model=str(encoder), device=device) if encoder else None
+        found = open_indexes(index or _directories(bundle), settings, bundle.parameters, device)
     else:
         found = HttpRetriever(str(url or bundle.url))
         found.probe(bundle.limits.topk)
     checksum = getattr(found, "checksum", None)
     if bundle.checksum and checksum and checksum != bundle.checksum:
-        what = ", ".join(map(str, index)) or url or f"{bundle.directory}/index"
+        what = ", ".join(map(str, index)) or url or (f"{bundle.directory}/index" if bundle.index else bundle.url)
         raise DataError(
             f"{what}: an index of other passages or settings than the bundle's (checksum {checksum[:12]}, not "
             f"{bundle.checksum[:12]}); give the one that the agent was trained with"
@@ -103,8 +153,8 @@ def open_retriever(bundle: Bundle, url: str | None = None, index: Sequence[Path]
 
 
 def _directories(bundle: Bundle) -> list[Path]:
-    found = [inside(bundle.directory, name) for name in bundle.index]
+    found = [bundle.within(name) for name in bundle.index]
     for name, place in zip(bundle.index, found, strict=True):
-        if place is None or not place.is_dir():
+        if not place.is_dir():
             raise DataError(f"{bundle.directory}: its index {name!r} is missing; give --index DIR, or make the bundle again")
-    return [place for place in found if place]
+    return found

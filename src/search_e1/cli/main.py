@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from search_e1.cli import asking, compare, data, doctor, index, pairs, plan, report, serve, stages, sweep
+from search_e1.cli import asking, bundle, compare, data, doctor, index, pairs, plan, report, serve, stages, sweep
 from search_e1.cli.config_file import ConfigArgument, ConfigCommand
 from search_e1.errors import SearchE1Error
 from search_e1.runs import ranks
@@ -84,6 +84,7 @@ def train(
 ) -> None:
     """Run the whole loop, or what is left of it, and print what came of it."""
     from search_e1 import evolve
+    from search_e1.agent.make import AGENT
     from search_e1.cli.display import summary_table, watch
     from search_e1.config import load
     from search_e1.lab.plan import check_memory
@@ -108,6 +109,9 @@ def train(
             console.print(f"round {number}: not distilled: {round.refused}", style="yellow", markup=False)
     console.print(summary_table(summary))
     console.print(f"{loaded.run / evolve.SUMMARY}", highlight=False)
+    if loaded.bundle:
+        agent = loaded.run / AGENT
+        console.print(f'{agent}; ask it: search-e1 ask --agent {agent} "QUESTION"', highlight=False, soft_wrap=True)
 
 
 @app.command(rich_help_panel=DATA)
@@ -153,6 +157,7 @@ app.command("plan", cls=ConfigCommand, context_settings=OVERRIDES, rich_help_pan
 app.command("report", rich_help_panel=RUN)(report.report)
 app.command("compare", rich_help_panel=RUNS)(compare.compare)
 app.command("sweep", context_settings=OVERRIDES, rich_help_panel=RUNS)(sweep.sweep)
+app.command("bundle", rich_help_panel=ASK)(bundle.bundle)
 app.command("ask", context_settings=OVERRIDES, rich_help_panel=ASK)(asking.ask)
 app.command("chat", context_settings=OVERRIDES, rich_help_panel=ASK)(asking.chat)
 

@@ -34,6 +34,9 @@ class Config(Section):
     preflight: Literal["stop", "warn", "off"] = "stop"
     """Before the first round: end a run that certainly cannot learn, with the remedy; only warn; or look for nothing
     (docs/doctor.md). It changes nothing in a run, and may change while a run goes on."""
+    bundle: bool = True
+    """At the end of `train`, make the last policy a bundle to ask and to share: `agent` in the run's directory (docs/agent.md).
+    It changes nothing in a run, and may change while a run goes on."""
     policy: PolicyConfig
     prompts: Prompts | None = None
     """Templates. Without them the policy's own (`search_e1.json` in its directory), else Search-R1's."""
@@ -109,6 +112,7 @@ class Config(Section):
                 "run": True,
                 "preset": True,
                 "preflight": True,
+                "bundle": True,
                 "tracking": True,
                 "checkpoints": True,
                 "parallel": True,

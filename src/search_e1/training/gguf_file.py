@@ -25,6 +25,13 @@ def tensor_sizes(path: Path) -> dict[str, int]:
     return {name: size for name, (size, _) in _read(path, *_identity(path))[0].items()}
 
 
+def metadata(path: Path, key: str) -> str | None:
+    """What the file says of itself under ``key``, ``general.license`` for one; ``None`` if it says nothing, or no text."""
+    field = GGUFReader(path).get_field(key)
+    value = field.contents() if field else None
+    return value if isinstance(value, str) else None
+
+
 def _identity(path: Path) -> tuple[int, int]:
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns

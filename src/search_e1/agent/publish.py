@@ -1,0 +1,102 @@
+"""Bundles on the Hugging Face Hub: pushed to it, and opened from it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from search_e1.agent.bundle import Bundle
+from search_e1.data.hub import one_line
+from search_e1.errors import ConfigError, DataError
+from search_e1.runs.devices import no_bars
+
+
+def check_push(repository: str) -> None:
+    """
+    Raises:
+        ConfigError: the Hub can have no such repository, or no token is known here.
+    """
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ConfigError(f"{repository!r} cannot be the name of a repository; give OWNER/NAME") from error
+    if repository.count("/") != 1:
+        raise ConfigError(f"{repository!r} is no name on the Hub; give OWNER/NAME")
+    if not get_token():
+        raise ConfigError("no token of the Hub here; run `hf auth login`, or set HF_TOKEN to one that may write")
+
+
+def push(bundle: Bundle, repository: str, *, private: bool = False) -> str:
+    """Upload the bundle to ``repository``, which is made if it is not there; its address.
+
+    ``private``: nobody else can read it; a public repository that is there already is refused.
+
+    Raises:
+        ConfigError: no token, or one that may not write there.
+        DataError: the Hub cannot be reached, or refuses.
+    """
+    check_push(repository)
+    api = HfApi()
+    with _translated(repository, "push it again: what is there already is not sent twice"):
+        api.create_repo(repository, private=private or None, exist_ok=True)
+        if private and not api.model_info(repository).private:
+            raise ConfigError(f"{repository}: there already, and public; make it private on the Hub, or leave --private out")
+        done = api.upload_folder(
+            repo_id=repository, folder_path=bundle.directory, commit_message=f"The agent {bundle.name}",
+            ignore_patterns=[".*", "**/.*"],
+        )  # fmt: skip
+    return str(done.repo_url or repository)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` can be ``owner/name`` on the Hub, and no path."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and not Path(name).exists()
+
+
+def download(repository: str, revision: str | None = None) -> Path:
+    """The directory of a bundle on the Hub; its files are downloaded, unless they are here and unchanged.
+
+    Raises:
+        ConfigError: no such revision, or no right to read it.
+        DataError: there is none, or the Hub cannot be reached and nothing is here.
+    """
+    with _translated(repository, "give the directory of a bundle, or its OWNER/NAME on the Hub"), no_bars():
+        return Path(snapshot_download(repository, revision=revision))
+
+
+@contextmanager
+def _translated(repository: str, remedy: str) -> Iterator[None]:
+    """The Hub's errors in one line."""
+    try:
+        yield
+    except RevisionNotFoundError as error:
+        raise ConfigError(f"{repository} has no such revision; leave it out for the newest") from error
+    except RepositoryNotFoundError as error:
+        status = error.response.status_code
+        if status == 401:
+            raise ConfigError(f"{repository}: not found, or your token is not valid (401); run `hf auth login`") from error
+        raise DataError(f"{repository}: neither a directory nor found on the Hub, or closed to you; {remedy}") from error
+    except LocalEntryNotFoundError as error:
+        raise DataError(f"{repository}: not here, and the Hub cannot be reached; {remedy}") from error
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            right = "your token is not valid" if error.response.status_code == 401 else "your token has no right to write there"
+            raise ConfigError(f"{repository}: {right} ({error.response.status_code}); run `hf auth login`") from error
+        raise DataError(f"{repository}: the Hub refuses ({one_line(error)}); {remedy}") from error
+    except (ConfigError, DataError):
+        raise
+    except Exception as error:  # the errors of the transport below are part of no interface
+        raise DataError(f"{repository}: the Hub cannot be reached ({one_line(error)}); {remedy}") from error

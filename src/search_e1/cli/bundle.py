@@ -1,0 +1,102 @@
+"""The verb ``search-e1 bundle``: an agent as one directory, from a run, and from there to the Hub."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from search_e1.errors import ConfigError
+
+if TYPE_CHECKING:
+    from search_e1.agent.bundle import Bundle
+
+console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def bundle(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run; or a bundle, to push it.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Directory of the new bundle.")] = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", metavar="STAGE", help="Which policy, e.g. grpo-1. Default: the last.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option("--dtype", help="Of the weights. Default: what the run computed in."),
+    ] = None,
+    index: Annotated[
+        list[Path] | None,
+        typer.Option("--index", help="Where the index that the run searched is now. Twice: their rankings are fused."),
+    ] = None,
+    no_index: Annotated[bool, typer.Option("--no-index", help="Leave the passages out; they are searched elsewhere.")] = False,
+    url: Annotated[str | None, typer.Option("--url", help="With --no-index: retrieval server of the same passages.")] = None,
+    ollama: Annotated[bool, typer.Option("--ollama", help="With a Modelfile. Ollama has the model without its loop.")] = False,
+    push: Annotated[str | None, typer.Option("--push", metavar="OWNER/NAME", help="Upload it to the Hugging Face Hub.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: nobody else can read it.")] = False,
+) -> None:
+    """Make one directory of a trained policy, the index it searches, its limits and a model card; or push such a one."""
+    from search_e1.agent import publish
+    from search_e1.agent.bundle import FILE, Bundle
+
+    if private and not push:
+        raise ConfigError("--private is of --push OWNER/NAME; give both")
+    if push:
+        publish.check_push(push)  # before the work
+    if (source / FILE).exists():
+        if out or policy or dtype or index or no_index or url or ollama or not push:
+            raise ConfigError(f"{source} is a bundle; of that there is only --push OWNER/NAME [--private]")
+        made = Bundle.read(source)
+    else:
+        made = _made(source, out, policy, dtype, index or [], no_index, url, ollama)
+    if push:
+        _push(made, push, private)
+
+
+def _made(
+    run: Path,
+    out: Path | None,
+    policy: str | None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None,
+    index: list[Path],
+    no_index: bool,
+    url: str | None,
+    ollama: bool,
+) -> "Bundle":
+    from search_e1.agent.make import Searched, make_bundle
+    from search_e1.agent.ollama import FILE, LOST
+    from search_e1.runs.stopping import on_signals
+
+    if out is None:
+        raise ConfigError("no place for the bundle; give --out DIR")
+    if url and not no_index:
+        raise ConfigError("--url stands in the place of the index; give --no-index with it")
+    if index and no_index:
+        raise ConfigError("--index and --no-index; give one of them")
+    with on_signals():  # what ends it leaves nothing half-written
+        made = make_bundle(run, out, stage=policy, dtype=dtype, searched=Searched(index, not no_index, url), modelfile=ollama)
+    total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    console.print(f"{out}: {made.trained['stage']} in {made.dtype}, {_passages(made)}, {total / 1e6:.1f} MB")
+    options = "" if made.index or made.url else " --url URL"
+    console.print(f'ask it: search-e1 ask --agent {out}{options} "QUESTION"')
+    if ollama:
+        console.print(f"{out / FILE}: `ollama create NAME -f {FILE}` there; {LOST}", style="yellow")
+    return made
+
+
+def _passages(made: "Bundle") -> str:
+    if made.index:
+        return f"{made.passages:,} passages"
+    return f"passages at {made.url}" if made.url else "without passages (--index DIR or --url URL when it is asked)"
+
+
+def _push(made: "Bundle", repository: str, private: bool) -> None:
+    from search_e1.agent import publish
+    from search_e1.errors import SearchE1Error
+
+    if made.index:
+        console.print(f"pushes the texts of {made.passages:,} passages too; --no-index leaves them out", style="yellow")
+    try:
+        address = publish.push(made, repository, private=private)
+    except SearchE1Error as error:
+        raise type(error)(f"{error} (the bundle is in {made.directory})") from error
+    console.print(f'{address}; ask it: search-e1 ask --agent {repository} "QUESTION"')
