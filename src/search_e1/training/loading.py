@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
@@ -103,6 +101,9 @@ def _distinct(weights: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _merged(source: Source, base: PreTrainedModel) -> PreTrainedModel:
+    from peft import PeftConfig, PeftModel
+    from peft.utils import set_peft_model_state_dict
+
     assert source.adapter
     config = PeftConfig.from_pretrained(str(source.adapter))
     if config.is_prompt_learning:

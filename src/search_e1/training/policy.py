@@ -5,11 +5,9 @@ import sys
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from search_e1.config import LoraConfig, PolicyConfig, Prompts
@@ -20,6 +18,9 @@ from search_e1.text.prompts import check_template, tells_date
 from search_e1.training.loading import check_quantization, check_tokenizer, load_weights
 from search_e1.training.precision import compute_dtype, limit_kernel_caches, multiplies_bfloat16
 from search_e1.training.sources import Source, opened, problem_of
+
+if TYPE_CHECKING:  # half a second that an agent in use does not need
+    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 _MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
@@ -141,8 +142,11 @@ def accelerators(config: PolicyConfig, processes: int = 1) -> int:
     return 0 if device(config.device).type == "cpu" else processes
 
 
-def with_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
+def with_adapter(model: PreTrainedModel, lora: LoraConfig) -> "PeftModel":
     """``model`` with trainable adapters; its own weights are frozen."""
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
     adapter = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -154,7 +158,7 @@ def with_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
     return get_peft_model(model, adapter)
 
 
-def merge_adapter(model: PeftModel) -> PreTrainedModel:
+def merge_adapter(model: "PeftModel") -> PreTrainedModel:
     """The plain model with the adapters merged into its weights, all of them trainable again."""
     merged = model.merge_and_unload()
     merged.requires_grad_(True)  # peft leaves it off, and the next GRPO round would train nothing
