@@ -69,4 +69,4 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys, index: P
     monkeypatch.delattr("search_e1.retrieval.server", raising=False)
     monkeypatch.setitem(sys.modules, "fastapi", None)
     status, _, err = run(monkeypatch, capsys, "serve-retriever", "--index", index)
-    assert (status, err) == (2, "search-e1: serving needs fastapi; install it with `pip install 'search-e1[serve]'`\n")
+    assert (status, err) == (2, "search-e1: this needs fastapi; install it with `pip install 'search-e1[serve]'`\n")

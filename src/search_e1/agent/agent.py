@@ -15,9 +15,10 @@ from search_e1.retrieval.base import Retriever
 from search_e1.rollout.engines.base import Engine
 from search_e1.rollout.engines.endpoint import Endpoint, EndpointEngine
 from search_e1.rollout.engines.torch import TorchEngine
+from search_e1.text.protocol import Protocol
 from search_e1.training import policy as policies
 from search_e1.training.policy import Policy
-from search_e1.types import Passage, Question
+from search_e1.types import Passage, Question, Turn
 
 
 class Agent:
@@ -129,10 +130,11 @@ class Agent:
         *,
         temperature: float = 0.0,
         seed: int = 0,
+        max_tokens: int | None = None,
         on_text: OnText | None = None,
         on_turn: OnTurn | None = None,
     ) -> Job:
-        """Begin to answer; ``Job.answer`` is a future.
+        """Begin to answer; ``Job.answer`` is a future. ``max_tokens``: most that are sampled, below what the limits allow.
 
         Raises:
             ConfigError: the question is empty.
@@ -144,7 +146,18 @@ class Agent:
             # answer by its type: the empty one is matched by nothing.
             text = question.encode("utf-8", "replace").decode()
             question = Question(id="asked", text=text, answers=("",))
-        return self._scheduler.submit(question, temperature=temperature, seed=seed, on_text=on_text, on_turn=on_turn)
+        return self._scheduler.submit(
+            question, temperature=temperature, seed=seed, max_tokens=max_tokens, on_text=on_text, on_turn=on_turn
+        )
+
+    @property
+    def protocol(self) -> Protocol:
+        """How its actions are written."""
+        return self._scheduler.protocol
+
+    def said(self, turn: Turn) -> str:
+        """The text that was sampled in ``turn``, without end tokens: what ``on_text`` gets of it."""
+        return self._scheduler.said(turn)
 
     def cancel(self, job: Job) -> None:
         """Give up a question that is not answered yet."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from search_e1.cli.serve import (
+from search_e1.cli.options import (
     DeviceOption,
     EncoderOption,
     IndexOption,

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from search_e1.cli import asking, bundle, compare, data, doctor, index, pairs, plan, report, serve, stages, sweep
+from search_e1.cli import asking, bundle, compare, data, doctor, index, pairs, plan, report, serving, stages, sweep
 from search_e1.cli.config_file import ConfigArgument, ConfigCommand
 from search_e1.errors import SearchE1Error
 from search_e1.runs import ranks
@@ -151,7 +151,7 @@ pairs.app.command("mine", cls=ConfigCommand, context_settings=OVERRIDES)(stages.
 app.add_typer(pairs.app, name="pairs", rich_help_panel=STAGES)
 app.add_typer(data.app, name="data", rich_help_panel=DATA)
 app.add_typer(index.app, name="index", rich_help_panel=DATA)
-app.command("serve-retriever", rich_help_panel=DATA)(serve.serve_retriever)
+app.command("serve-retriever", rich_help_panel=DATA)(serving.serve_retriever)
 app.command("doctor", cls=ConfigCommand, context_settings=OVERRIDES, rich_help_panel=RUN)(doctor.doctor)
 app.command("plan", cls=ConfigCommand, context_settings=OVERRIDES, rich_help_panel=RUN)(plan.plan)
 app.command("report", rich_help_panel=RUN)(report.report)
@@ -160,6 +160,8 @@ app.command("sweep", context_settings=OVERRIDES, rich_help_panel=RUNS)(sweep.swe
 app.command("bundle", rich_help_panel=ASK)(bundle.bundle)
 app.command("ask", context_settings=OVERRIDES, rich_help_panel=ASK)(asking.ask)
 app.command("chat", context_settings=OVERRIDES, rich_help_panel=ASK)(asking.chat)
+app.command("serve", rich_help_panel=ASK)(serving.serve)
+app.command("mcp", rich_help_panel=ASK)(serving.mcp)
 
 
 def main() -> None:
@@ -178,6 +180,7 @@ def main() -> None:
         app()
     except SearchE1Error as error:
         if _show_traceback:
+            _show_causes(error)
             raise
         _say(plain(str(error)))
         _record(error)
@@ -212,6 +215,13 @@ def _say(message: str) -> None:
         return
     time.sleep(_AFTER_FIRST)
     print(f"search-e1, process {ranks.rank()}: {message}", file=sys.stderr)
+
+
+def _show_causes(error: BaseException | None) -> None:
+    """Let a traceback show what an error was made of, also where its message says it all and so hides that."""
+    while error is not None:
+        error.__suppress_context__ = False
+        error = error.__context__
 
 
 def _record(error: Exception) -> None:

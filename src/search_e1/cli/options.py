@@ -1,4 +1,4 @@
-"""The verb ``search-e1 serve-retriever``, and options shared by verbs that open an index."""
+"""Options that several verbs share: an index and its encoder, and one for each field of a record of settings."""
 
 import inspect
 from collections.abc import Callable
@@ -7,13 +7,9 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ValidationError
-from rich.console import Console
 
 from search_e1.errors import ConfigError
 from search_e1.retrieval.convention import EncoderSettings
-from search_e1.retrieval.settings import Settings
-
-console = Console(highlight=False, markup=False, emoji=False)
 
 IndexOption = Annotated[
     list[Path], typer.Option("--index", help="Directory of an index. Given twice, their rankings are fused.")
@@ -88,34 +84,3 @@ def encoder_settings(model: str | None, **options: Any) -> EncoderSettings | Non
         ConfigError: a value is impossible.
     """
     return None if model is None else settings_of(EncoderSettings, {"model": model, **options})
-
-
-@with_options(Settings)
-def serve_retriever(
-    index: IndexOption,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on. 0.0.0.0: all of this machine's; there is no authentication.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    encoder: EncoderOption = None,
-    device: DeviceOption = "auto",
-    **options: Any,
-) -> None:
-    """Serve an index over HTTP: Search-R1's /retrieve, and /healthz and /metrics."""
-    from search_e1.retrieval.indexes import open_indexes
-
-    try:
-        from search_e1.retrieval import server
-        from search_e1.serving import listening
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"serving needs {error.name}; install it with `pip install 'search-e1[serve]'`") from error
-    settings = settings_of(Settings, options)
-    with listening.bind(host, port) as bound:  # a port in use stops this before an index is loaded
-        names = " and ".join(map(str, index))
-        opened = open_indexes(index, encoder_settings(encoder, device=device), device=device)
-
-        def ready(url: str) -> None:
-            console.print(f"{len(opened):,} passages of {names} at {url}/retrieve; Ctrl-C stops it", soft_wrap=True)
-
-        server.serve(opened, bound, settings, ready)
-    console.print("stopped")

@@ -1,0 +1,276 @@
+"""OpenAI's chat completions, as far as they apply to an agent that answers one question: requests in, objects out."""
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from urllib.parse import quote
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from search_e1.agent.answer import Answer
+from search_e1.agent.line import Event
+from search_e1.serving.refusals import Refused
+from search_e1.types import ActionKind, Passage, StopReason
+
+_REASONS = {StopReason.MAX_TOKENS: "length", StopReason.REFUSED: "content_filter"}
+_TOOLS = "the agent has its own tools, and takes no others"
+_SAMPLING = "it samples as in its evaluation, by temperature and seed alone"
+_TEXT = "it answers in text alone"
+_ONLY: dict[str, tuple[list[Any], str]] = {
+    "n": ([1], "there is one answer to a question"),
+    "top_p": ([1], _SAMPLING),
+    "frequency_penalty": ([0], _SAMPLING),
+    "presence_penalty": ([0], _SAMPLING),
+    "logit_bias": ([{}], _SAMPLING),
+    "logprobs": ([False], "it tells none"),
+    "top_logprobs": ([0], "it tells none"),
+    "stop": ([[]], "it ends where it has answered"),
+    "reasoning_effort": ([], "it reasons as it was trained to"),
+    "verbosity": ([], _TEXT),
+    "prediction": ([], _SAMPLING),
+    "tools": ([[]], _TOOLS),
+    "functions": ([[]], _TOOLS),
+    "tool_choice": (["none", "auto"], _TOOLS),
+    "function_call": (["none", "auto"], _TOOLS),
+    "parallel_tool_calls": ([True, False], _TOOLS),
+    "web_search_options": ([], _TOOLS),
+    "response_format": ([{"type": "text"}], _TEXT),
+    "modalities": ([["text"]], _TEXT),
+    "audio": ([], _TEXT),
+}
+"""Parameters that have no effect -> values that ask for none (beside null), and why there are no others."""
+_IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True)
+    type: str
+    text: str | None = None
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(strict=True)
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Any = None
+
+
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    """Padding of OpenAI's streams; there is none here."""
+
+
+class _Own(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    reasoning: bool = True
+
+
+class ChatRequest(BaseModel):
+    """Body of ``POST /v1/chat/completions``; ``parse`` checks what is not said here."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model: str
+    messages: list[_Message] = Field(min_length=1)
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    search_e1: _Own | None = None
+
+    @property
+    def most(self) -> int | None:
+        """Most tokens to sample."""
+        return min((n for n in (self.max_tokens, self.max_completion_tokens) if n is not None), default=None)
+
+    def question(self, most_chars: int) -> str:
+        """The last message of the user.
+
+        Raises:
+            Refused: there is none, it is empty or longer than ``most_chars``, or it holds what is no text.
+        """
+        number = max((i for i, message in enumerate(self.messages) if message.role == "user"), default=None)
+        if number is None:
+            raise Refused(400, "messages: no message of the role user, so there is no question", param="messages")
+        param = f"messages[{number}].content"
+        content = self.messages[number].content
+        text = content if isinstance(content, str) else "".join(_texts(content, param))
+        if not text.strip():
+            raise Refused(400, f"{param}: the question is empty", param=param)
+        if len(text) > most_chars:
+            message = f"{param}: a question of {len(text)} characters; this server takes {most_chars}"
+            raise Refused(400, message, param=param, code="context_length_exceeded")
+        return text
+
+
+def parse(body: bytes, model: str) -> ChatRequest:
+    """A request to the agent that is called ``model``.
+
+    Raises:
+        Refused: it is none, names another model, or asks for what the agent does not do.
+    """
+    try:
+        request = ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        message = " ".join(f"{where}: {problem['msg']}".removeprefix(": ").split())
+        raise Refused(400, message, param=where or None) from error
+    for name, value in (request.model_extra or {}).items():
+        if value is None or name in _IGNORED:
+            continue
+        if name not in _ONLY:
+            raise Refused(
+                400, f"{name[:100]}: this server does not know it; leave it out", param=name[:100], code="unknown_parameter"
+            )
+        allowed, why = _ONLY[name]
+        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
+            raise Refused(400, f"{name}: {why}; leave it out", param=name, code="unsupported_parameter")
+    if request.stream_options and not request.stream:
+        raise Refused(400, "stream_options: only with stream = true", param="stream_options")
+    if request.model != model:
+        message = f"model: there is no {request.model[:100]!r} here, but {model!r}"
+        raise Refused(404, message, param="model", code="model_not_found")
+    return request
+
+
+def _texts(content: Any, param: str) -> Iterator[str]:
+    if not isinstance(content, list):
+        raise Refused(400, f"{param}: neither a text nor a list of parts", param=param)
+    for i, part in enumerate(content):
+        try:
+            found = _Part.model_validate(part)
+        except ValidationError as error:
+            raise Refused(400, f"{param}[{i}]: not a part of a message", param=f"{param}[{i}]") from error
+        if found.type != "text" or found.text is None:
+            what = f"a part of type {found.type[:40]!r}" if found.type != "text" else "a text part without its text"
+            raise Refused(400, f"{param}[{i}]: {what}; a question is text", param=f"{param}[{i}]")
+        yield found.text
+
+
+@dataclass(slots=True)
+class Completion:
+    """The objects that one request is answered with."""
+
+    model: str
+    base: str
+    """URL of the server, without a slash at its end."""
+    not_read: int
+    """How many messages of the request are not the question."""
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, answer: Answer, reasoning: str | None) -> dict[str, Any]:
+        """``chat.completion``."""
+        message = {"role": "assistant", "content": str(answer), "refusal": None, "annotations": self._annotations(answer)}
+        message |= {"search_e1": self._own(answer)} | ({} if reasoning is None else {"reasoning_content": reasoning})
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(answer)}
+        return self._head("chat.completion") | {"choices": [choice], "usage": usage(answer)}
+
+    def first(self) -> dict[str, Any]:
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def reasoning(self, piece: str) -> dict[str, Any]:
+        return self._chunk({"reasoning_content": piece})
+
+    def turn(self, event: Event) -> dict[str, Any] | None:
+        """A search, or the call of another tool, as it was answered; nothing of other turns."""
+        assert not isinstance(event, str)
+        turn, passages = event
+        read = [self.origin(passage) for passage in passages]
+        if turn.kind is ActionKind.SEARCH and turn.served:
+            return self._chunk({"search_e1": {"search": {"query": turn.argument, "passages": read}}})
+        if turn.kind is ActionKind.TOOL:
+            call = {"tool": turn.tool, "argument": turn.argument, "passages": read}
+            return self._chunk({"search_e1": {"call": call}})
+        return None
+
+    def last(self, answer: Answer) -> list[dict[str, Any]]:
+        """The answer, and the end."""
+        end = {"annotations": self._annotations(answer), "search_e1": {"answer": self._own(answer)}}
+        return [self._chunk({"content": str(answer)}), self._chunk(end, _reason(answer))]
+
+    def used(self, answer: Answer) -> dict[str, Any]:
+        return self._head("chat.completion.chunk") | {"choices": [], "usage": usage(answer)}
+
+    def origin(self, passage: Passage) -> dict[str, Any]:
+        """A passage without its text."""
+        told = {key: value for key, value in passage.metadata.items() if key not in ("id", "title", "text")}
+        return {**told, "id": passage.id, "title": passage.title, "url": self.url(passage)}
+
+    def url(self, passage: Passage) -> str:
+        """Where to read it: its own address, or else this server's."""
+        own = passage.metadata.get("url")
+        if isinstance(own, str) and own.lower().startswith(("http://", "https://")):  # never `javascript:`
+            return own
+        return f"{self.base}/passages/{quote(passage.id, safe='')}"
+
+    def _own(self, answer: Answer) -> dict[str, Any]:
+        return answer.as_json() | {"not_read": self.not_read}
+
+    def _annotations(self, answer: Answer) -> list[dict[str, Any]]:
+        end = len(str(answer))
+        held: Sequence[Passage] = [source.passage for source in answer.sources if source.holds]
+        return [
+            {
+                "type": "url_citation",
+                "url_citation": {"start_index": 0, "end_index": end, "title": passage.title, "url": self.url(passage)},
+            }
+            for passage in held
+        ]
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return self._head("chat.completion.chunk") | {"choices": [choice]}
+
+
+def usage(answer: Answer) -> dict[str, int]:
+    """Tokens: all that the policy read (its prompt, and what was inserted after searches), and all that it sampled."""
+    trajectory = answer.trajectory
+    read = len(trajectory.prompt_ids) + sum(len(turn.observation_ids) for turn in trajectory.turns)
+    sampled = trajectory.sampled_tokens
+    return {"prompt_tokens": read, "completion_tokens": sampled, "total_tokens": read + sampled}
+
+
+def _reason(answer: Answer) -> str:
+    return _REASONS.get(answer.trajectory.stop_reason, "stop")
+
+
+def schema(model: str, most_chars: int) -> dict[str, Any]:
+    """OpenAPI schema of the request, all that is refused left out."""
+    text = {"type": "string", "pattern": r"\S", "maxLength": most_chars}
+    part = {"type": "object", "properties": {"type": {"const": "text"}, "text": text}, "required": ["type", "text"]}
+    asked = {
+        "type": "object",
+        "properties": {
+            "role": {"const": "user"},
+            "content": {"anyOf": [text, {"type": "array", "items": part, "minItems": 1, "maxItems": 1}]},
+        },
+        "required": ["role", "content"],
+    }
+    whole = {"type": ["integer", "null"], "minimum": 1}
+    properties: dict[str, Any] = {
+        "model": {"const": model},
+        "messages": {"type": "array", "minItems": 1, "items": asked},
+        "stream": {"type": ["boolean", "null"]},
+        "temperature": {"type": ["number", "null"], "minimum": 0, "maximum": 2},
+        "seed": {"type": ["integer", "null"], "minimum": -(2**63), "maximum": 2**63 - 1},
+        "max_tokens": whole,
+        "max_completion_tokens": whole,
+        "search_e1": {
+            "type": ["object", "null"],
+            "properties": {"reasoning": {"type": "boolean"}},
+            "additionalProperties": False,
+        },
+    }
+    properties |= {name: {"enum": [None, *allowed]} for name, (allowed, _) in _ONLY.items()}
+    properties |= {name: {} for name in _IGNORED}
+    body = {"type": "object", "properties": properties, "required": ["model", "messages"], "additionalProperties": False}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": body}}}}

@@ -1,0 +1,108 @@
+"""Questions of a server: so many are answered together, so many wait, and whoever goes away is no longer answered."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from search_e1.agent.agent import Agent
+from search_e1.agent.answer import Answer
+from search_e1.types import Passage, Turn
+
+Result = TypeVar("Result")
+Event = str | tuple[Turn, Sequence[Passage]]
+"""A piece of what is sampled, or a turn with the passages that were read."""
+
+
+class LineFullError(Exception):
+    """No more questions may wait."""
+
+
+class GoneError(Exception):
+    """The client is gone."""
+
+
+class Places:
+    """``at_once`` places, and at most ``max_waiting`` who wait for one, first come, first served."""
+
+    def __init__(self, at_once: int, max_waiting: int) -> None:
+        self.waiting = self.taken = 0
+        self._max_waiting, self._free = max_waiting, asyncio.Semaphore(at_once)
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """
+        Raises:
+            LineFullError: too many wait.
+        """
+        if self._free.locked() and self.waiting >= self._max_waiting:
+            raise LineFullError
+        self.waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self.waiting -= 1
+        self.taken += 1
+        try:
+            yield
+        finally:
+            self.taken -= 1
+            self._free.release()
+
+
+class Line:
+    """Questions on their way to an agent."""
+
+    def __init__(self, agent: Agent, max_waiting: int, timeout: float) -> None:
+        """``timeout``: seconds for a question, waiting for a place included."""
+        self._agent, self._timeout = agent, timeout
+        self.places = Places(agent.limits.batch_size, max_waiting)
+
+    async def ask(self, question: str, tell: Callable[[Event], None] | None = None, **options: Any) -> Answer:
+        """The answer; ``options`` are those of ``Agent.submit``. Cancelling this cancels the question.
+
+        ``tell`` is called in the event loop with what happens on the way.
+
+        Raises:
+            LineFullError: too many questions wait.
+            TimeoutError: it took too long.
+            SearchE1Error: as ``Agent.ask``.
+        """
+        loop = asyncio.get_running_loop()
+
+        def on_text(piece: str) -> None:
+            loop.call_soon_threadsafe(tell, piece)
+
+        def on_turn(turn: Turn, passages: Sequence[Passage]) -> None:
+            loop.call_soon_threadsafe(tell, (turn, passages))
+
+        listening: dict[str, Any] = {"on_text": on_text, "on_turn": on_turn} if tell else {}
+        async with asyncio.timeout(self._timeout), self.places.place():
+            job = self._agent.submit(question, **options, **listening)
+            try:
+                return await asyncio.wrap_future(job.answer)
+            finally:
+                self._agent.cancel(job)  # of one that is answered this does nothing
+
+
+async def while_there(receive: Callable[[], Any], work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of ``work``, which is cancelled when the client of an ASGI ``receive`` goes away.
+
+    Raises:
+        GoneError: it did.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise GoneError
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(receive: Callable[[], Any]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

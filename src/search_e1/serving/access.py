@@ -1,0 +1,81 @@
+"""Who may send requests: those with the key, and no web page but the server's own and those that are named."""
+
+import hmac
+from collections.abc import Collection
+from dataclasses import dataclass
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from search_e1.errors import ConfigError
+from search_e1.serving.refusals import Refused
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address that is listened on, or the host of a URL, is this machine's alone."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def check_key(key: str | None) -> None:
+    """
+    Raises:
+        ConfigError: it cannot be sent as a header.
+    """
+    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError("--key: not a key that a header can hold; give printable ASCII characters without blanks")
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """An ASGI application behind which ``app`` gets only requests that may be answered."""
+
+    app: ASGIApp
+    key: str | None = None
+    """``Authorization: Bearer`` with it is asked for."""
+    origins: Collection[str] = ()
+    """Other web pages that may ask; ``*``: all."""
+    local: bool = False
+    """Only requests to a name of this machine are answered, so that no web page reaches the server by a name of its own."""
+    open: Collection[str] = ()
+    """Paths that take no key."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._check(scope["path"], Headers(scope=scope))
+            except Refused as refusal:
+                await refusal.response(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _check(self, path: str, headers: Headers) -> None:
+        host = headers.get("host", "")
+        if self.local and host and not is_loopback(_name(host)):
+            message = (
+                f"this server answers to 127.0.0.1 and localhost, not to {_name(host)}; start it with a --key to change that"
+            )
+            raise Refused(421, message, code="wrong_host")
+        origin = headers.get("origin")
+        if origin and not {origin, "*"} & set(self.origins) and origin.partition("://")[2].lower() != host.lower():
+            raise Refused(403, f"web pages of {origin} may not ask; allow them with --allow-origin", code="wrong_origin")
+        if self.key is None or path in self.open:
+            return
+        scheme, _, sent = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            message = "no key; send `Authorization: Bearer KEY`, with the key that the server was started with"
+            raise Refused(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        if not hmac.compare_digest(sent.strip().encode("latin-1"), self.key.encode()):
+            raise Refused(401, "a wrong key", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _name(host: str) -> str:
+    """``Host`` header -> name."""
+    try:
+        return urlsplit(f"//{host}").hostname or host
+    except ValueError:
+        return host
