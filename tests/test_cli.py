@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -222,8 +223,10 @@ def test_a_traceback_only_when_asked_for(project, monkeypatch, capsys):
     from search_e1.errors import ConfigError
 
     monkeypatch.setattr(sys, "argv", ["search-e1", "--traceback", "train", "--config", "nothing.toml"])
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as raised:
         cli.main()
+    shown = "".join(traceback.format_exception(raised.value))
+    assert "FileNotFoundError" in shown  # what the error was made of, which Python does not show by itself
 
 
 def test_ask_says_what_is_missing(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """``evaluate``, ``compare`` and ``report`` as a Python user calls them, on the package's own small policy."""
 
 import json
+import traceback
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,34 @@ def test_every_public_name_is_there():
     assert set(search_e1.__all__) < set(dir(search_e1))
     with pytest.raises(AttributeError, match="no attribute 'evalute'"):
         search_e1.evalute  # noqa: B018
+
+
+HEADER = "Traceback (most recent call last):"
+MISTAKES = {
+    "a key": lambda place: search_e1.load_config(written(place / "c.toml", 'run = "x"\n[grpo]\nstep = 1\n')),
+    "TOML": lambda place: search_e1.load_config(written(place / "c.toml", "run = ")),
+    "a config that is missing": lambda place: search_e1.load_config(place / "none.toml"),
+    "a question": lambda place: search_e1.load_questions(written(place / "q.jsonl", "{nonsense")),
+    "a question file that is missing": lambda place: search_e1.load_questions(place / "none.jsonl"),
+    "an index": lambda place: search_e1.Bm25Index.open(place / "none"),
+    "a policy that is missing": lambda place: search_e1.load_policy("./none", search_e1.PolicyConfig(model="./none")),
+    "a damaged policy": lambda place: search_e1.load_policy(
+        written(place / "config.json", "{nonsense").parent, search_e1.PolicyConfig(model="x")
+    ),
+    "an evaluation": lambda place: search_e1.compare(place / "none", place / "none"),
+}
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_an_error_ends_with_one_traceback(mistake, tmp_path):
+    """A message that says what, where and how to mend it is not preceded by a page of a library's own troubles."""
+    with pytest.raises(search_e1.errors.SearchE1Error) as raised:
+        MISTAKES[mistake](tmp_path)
+    shown = "".join(traceback.format_exception(raised.value))
+    assert shown.count(HEADER) == 1
+    assert len(str(raised.value).splitlines()) == 1

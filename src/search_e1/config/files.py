@@ -41,7 +41,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         with suppress(ValidationError):
             if no_texts:
                 return _validated(path, [(key, texts[(*key,)] if (*key,) in no_texts else value) for key, value in read])
-        raise ConfigError(f"{path}: {_first_problem(error)}") from error
+        raise ConfigError(f"{path}: {_first_problem(error)}") from None
 
 
 def with_overrides(path: str | Path, pairs: Iterable[tuple[list[str], Any]]) -> Config:
@@ -49,7 +49,7 @@ def with_overrides(path: str | Path, pairs: Iterable[tuple[list[str], Any]]) -> 
     try:
         return _validated(path, pairs)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_first_problem(error)}") from error
+        raise ConfigError(f"{path}: {_first_problem(error)}") from None
 
 
 def _validated(path: str | Path, pairs: Iterable[tuple[list[str], Any]]) -> Config:
@@ -76,10 +76,10 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file; {_files_near(path, flag)}") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}; give the path of a TOML file with {flag}") from None
-    except RecursionError as error:
-        raise ConfigError(f"{path}: not TOML: nested too deep") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: not TOML: nested too deep") from None
     except ValueError as error:  # of TOML, of UTF-8, or a number of too many digits
-        raise ConfigError(f"{path}: not TOML: {error}") from error
+        raise ConfigError(f"{path}: not TOML: {error}") from None
 
 
 def _files_near(path: Path, flag: str) -> str:

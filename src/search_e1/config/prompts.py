@@ -98,9 +98,9 @@ class Prompts(BaseModel):
         try:
             return cls.model_validate(json.loads(path.read_text(encoding="utf-8-sig"))["prompts"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ConfigError(f"{path}: not a prompts file ({str(error).splitlines()[0]})") from error
+            raise ConfigError(f"{path}: not a prompts file ({str(error).splitlines()[0]})") from None
         except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from error
+            raise ConfigError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from None
 
     @staticmethod
     def saved_in(directory: Path) -> bool:

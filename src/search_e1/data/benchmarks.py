@@ -123,7 +123,7 @@ def _from_hub(benchmark: str, split: str, revision: str | None) -> Loaded:
     try:
         rows = datasets.load_dataset(REPOSITORY, benchmark, split=split, revision=commit)
     except Exception as error:  # see `hub.info`
-        raise DataError(f"{REPOSITORY}/{file}: {hub.one_line(error)}; {instead}") from error
+        raise DataError(f"{REPOSITORY}/{file}: {hub.one_line(error)}; {instead}") from None
     found = Path(rows.cache_files[0]["filename"]).parent.name  # `datasets` names directories by commit
     if commit and found != commit:  # the Hub became unreachable in between, and the cache holds another commit
         raise DataError(f"{REPOSITORY}/{file}: revision {commit} is not available, only {found} in the cache; {instead}")

@@ -17,12 +17,12 @@ def info(name: str, subject: str, instead: str, revision: str | None = None) -> 
 
     try:
         return HfApi().dataset_info(name, revision=revision, timeout=10)
-    except RevisionNotFoundError as error:
-        raise ConfigError(f"{name} has no revision {revision!r}; leave --revision out for the newest") from error
-    except RepositoryNotFoundError as error:
-        raise DataError(f"{subject}not found on the Hub, or closed to you; {instead}") from error
+    except RevisionNotFoundError:
+        raise ConfigError(f"{name} has no revision {revision!r}; leave --revision out for the newest") from None
+    except RepositoryNotFoundError:
+        raise DataError(f"{subject}not found on the Hub, or closed to you; {instead}") from None
     except Exception as error:  # the errors of the transport below are part of no interface
-        raise DataError(f"{subject}the Hub cannot be reached ({one_line(error)}); {instead}") from error
+        raise DataError(f"{subject}the Hub cannot be reached ({one_line(error)}); {instead}") from None
 
 
 def one_line(error: BaseException) -> str:

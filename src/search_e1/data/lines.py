@@ -59,7 +59,7 @@ def raw_lines(path: Path, most: int = -1) -> Iterator[tuple[int, bytes]]:
         where = f"{path}:{number + 1}" if number else str(path)
         raise DataError(
             f"{where}: cannot be read ({problem}); give the path of a JSON lines file, plain, .gz or .zst"
-        ) from error
+        ) from None
 
 
 def open_binary(path: Path) -> BinaryIO:
@@ -85,7 +85,7 @@ def checksum(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({os.strerror(error.errno or 0)}); give the path of a file") from error
+        raise DataError(f"{path}: cannot be read ({os.strerror(error.errno or 0)}); give the path of a file") from None
 
 
 def parse(line: bytes, where: str, nan: float | None = math.nan, *, unique: bool = False) -> dict[str, Any]:
@@ -109,17 +109,17 @@ def parse(line: bytes, where: str, nan: float | None = math.nan, *, unique: bool
     except BadRecordError:
         raise
     except UnicodeDecodeError as error:
-        raise BadRecordError("not UTF-8", f"{where}: not UTF-8 ({error}); write the file in UTF-8") from error
+        raise BadRecordError("not UTF-8", f"{where}: not UTF-8 ({error}); write the file in UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise BadRecordError("not JSON", f"{where}: not JSON ({error}); write one JSON object a line") from error
+        raise BadRecordError("not JSON", f"{where}: not JSON ({error}); write one JSON object a line") from None
     if b"\\u" in line:  # JSON can escape half of a surrogate pair; no file or tokenizer can hold one
         try:
             json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
+        except UnicodeEncodeError:
             raise BadRecordError(
                 "half of a surrogate pair",
                 f"{where}: half of a surrogate pair in its text; mend or remove the \\u escape",
-            ) from error
+            ) from None
     if not isinstance(record, dict):
         raise BadRecordError(
             "no JSON object",

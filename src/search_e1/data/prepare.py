@@ -140,7 +140,7 @@ def write(prepared: Prepared, request: Request, out: Path, *, overwrite: bool = 
         new.rename(out)
         shutil.rmtree(old)
     except OSError as error:
-        raise RunError(f"{out}: cannot be written ({error.strerror or error}); give another --out") from error
+        raise RunError(f"{out}: cannot be written ({error.strerror or error}); give another --out") from None
     return runs.Artifact(out, made.manifest)
 
 

@@ -160,4 +160,4 @@ def to_question(record: Mapping[str, Any], benchmark: str, where: str) -> Questi
     except ValidationError as error:
         problem = error.errors()[0]
         field = {"text": "question"}.get(str(problem["loc"][0]), str(problem["loc"][0]))
-        raise DataError(f"{where}: {field} = {problem['input']!r}: {problem['msg']}") from error
+        raise DataError(f"{where}: {field} = {problem['input']!r}: {problem['msg']}") from None

@@ -95,7 +95,7 @@ def parquet_rows(path: Path, fields: Sequence[str] = ()) -> Iterator[tuple[str, 
     except (OSError, pyarrow.ArrowException) as error:
         where = f"{path}:{number + 1}" if number else str(path)
         problem = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise DataError(f"{where}: cannot be read ({problem}); {INSTEAD}") from error
+        raise DataError(f"{where}: cannot be read ({problem}); {INSTEAD}") from None
 
 
 def _rows(batch: Any) -> Iterator[Record]:
@@ -133,7 +133,7 @@ def _hub_rows(place: str, asked: Mapping[str, Any]) -> Iterator[tuple[str, Recor
         raise
     except Exception as error:  # see `hub.info`
         where = f"{place}:{number + 1}" if number else place
-        raise DataError(f"{where}: cannot be read from the Hub ({hub.one_line(error)}); {INSTEAD}") from error
+        raise DataError(f"{where}: cannot be read from the Hub ({hub.one_line(error)}); {INSTEAD}") from None
 
 
 def _only_split(place: str, splits: list[str]) -> str:

@@ -45,12 +45,12 @@ def table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         problem = getattr(error, "strerror", None) or error
         raise DataError(
             f"{path}{f':{line + 1}' if line else ''}: cannot be read ({problem}); give a CSV file in UTF-8, plain or .gz"
-        ) from error
+        ) from None
     except csv.Error as error:
         raise DataError(
             f"{path}:{line + 1}: not CSV ({error}); a cell that begins with a quote ends with one, and quotes within it are "
             'doubled: """Weird Al"" Yankovic"'
-        ) from error
+        ) from None
 
 
 def _is_line_a_row(file: TextIO) -> bool:

@@ -218,7 +218,7 @@ def _record(row: Mapping[str, Any], columns: Columns, where: str) -> dict[str, A
         except ValueError as error:
             raise DataError(
                 f"{where}: column {columns.metadata or 'metadata'!r} is no JSON ({error}); write an object"
-            ) from error
+            ) from None
     if metadata and not isinstance(metadata, dict):
         raise DataError(f"{where}: column {columns.metadata or 'metadata'!r} is {type(metadata).__name__}; write a JSON object")
     metadata = {**(metadata or {}), **{key: _dig(row, column, where) for key, column in columns.more}}

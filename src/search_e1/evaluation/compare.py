@@ -42,6 +42,10 @@ class Figure(Record):
     mean: float
     interval: Interval
 
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.mean:.3f} ({low:.3f} to {high:.3f})"
+
 
 class Difference(Record):
     """A policy minus the baseline, over the same questions; intervals are paired."""

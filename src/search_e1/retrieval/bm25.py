@@ -94,7 +94,7 @@ class Bm25Index(StoredIndex):
             return cls(directory, manifest)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
-            raise DataError(f"{directory}: a damaged BM25 index ({reason}); {directories.REBUILD}") from error
+            raise DataError(f"{directory}: a damaged BM25 index ({reason}); {directories.REBUILD}") from None
 
     def _search(self, queries: list[str], topk: int) -> list[list[Hit]]:
         best = (self._postings.best(self._ids(query), topk) for query in queries)

@@ -186,7 +186,7 @@ def _parse(content: bytes, queries: int, topk: int) -> list[list[Passage]]:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "the response"
-        raise TransientError(f"not a response of /retrieve ({where}: {problem['msg']})") from error
+        raise TransientError(f"not a response of /retrieve ({where}: {problem['msg']})") from None
     if len(result) != queries:
         raise TransientError(f"{len(result)} results for {queries} queries")
     for hits in result:

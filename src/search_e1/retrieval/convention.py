@@ -186,9 +186,9 @@ def _read_json(path: Path, kind: type = dict) -> Any:
         return held
     except FileNotFoundError:
         return kind()
-    except RecursionError as error:
-        raise ModelError(f"{path}: nested too deep; use the encoder's own file") from error
+    except RecursionError:
+        raise ModelError(f"{path}: nested too deep; use the encoder's own file") from None
     except ModelError:
         raise
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not JSON ({error}); get the model again") from error
+        raise ModelError(f"{path}: not JSON ({error}); get the model again") from None

@@ -70,7 +70,7 @@ def layout(index: str, passages: int, dimension: int, parameters: str | None = N
     except RuntimeError as error:
         problem = f"index {index!r}, parameters {parameters or ''!r}: {_message(error)}"
         remedy = "give exact, graph, compressed or a FAISS factory string, and parameters as nprobe=64,k_factor_rf=20"
-        raise ConfigError(f"{problem}; {remedy}") from error
+        raise ConfigError(f"{problem}; {remedy}") from None
     if refined:
         return Layout(factory, refined[1], refined[2] or "Flat", chosen)
     return Layout(factory, None, factory, chosen) if factory in _DTYPES else Layout(factory, factory, None, chosen)
@@ -175,8 +175,8 @@ class DenseIndex(StoredIndex):
         try:
             about = json.loads((directory / _ENCODER).read_text(encoding="utf-8"))
             convention = Convention.model_validate(about["convention"])
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{directory / _ENCODER}: damaged; {directories.REBUILD}") from error
+        except (OSError, ValueError, KeyError):
+            raise DataError(f"{directory / _ENCODER}: damaged; {directories.REBUILD}") from None
         if not isinstance(encoder, Encoder):
             encoder = _open_encoder(directory, encoder, about["model"], convention, device)
         if encoder.checksum != manifest.settings["encoder"]:
@@ -188,8 +188,8 @@ class DenseIndex(StoredIndex):
             return cls(directory, manifest, encoder, chosen)
         except RuntimeError as error:
             if parameters:
-                raise ConfigError(f"parameters {parameters!r} of {directory}: {_message(error)}") from error
-            raise DataError(f"{directory}: a damaged index ({_message(error)}); {directories.REBUILD}") from error
+                raise ConfigError(f"parameters {parameters!r} of {directory}: {_message(error)}") from None
+            raise DataError(f"{directory}: a damaged index ({_message(error)}); {directories.REBUILD}") from None
 
     @property
     def checksum(self) -> str:
@@ -264,7 +264,7 @@ def _add(factory: str, stored: np.ndarray, path: Path, progress: Progress) -> No
             index.train(stored[rows].astype(np.float32))
         except RuntimeError as error:
             problem = f"index {factory!r} of {total:,} passages: {_message(error)}"
-            raise ConfigError(f"{problem}; give another index") from error
+            raise ConfigError(f"{problem}; give another index") from None
     for start in range(0, total, _ADD_BATCH):
         index.add(stored[start : start + _ADD_BATCH].astype(np.float32))
         progress(index.ntotal, total, f"{index.ntotal:,} indexed")
@@ -298,7 +298,7 @@ def _open_encoder(
         return Encoder.open(built_with, convention, device=device, dtype="float32")
     except ModelError as error:
         hint = "(the encoder of the build); or give its present directory with --encoder"
-        raise ModelError(f"{directory}: {error} {hint}") from error
+        raise ModelError(f"{directory}: {error} {hint}") from None
 
 
 def _message(error: RuntimeError) -> str:

@@ -177,19 +177,19 @@ def read(directory: Path, kind: str | None = None) -> IndexManifest:
     try:
         content = json.loads((directory / MANIFEST).read_bytes())
         format = content["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError):
         unfinished = directory.name and directory.with_name(f".{directory.name}.unfinished").exists()
         if unfinished and not directory.exists():
-            raise DataError(f"{directory}: not finished; run its `search-e1 index build` again to resume it") from error
+            raise DataError(f"{directory}: not finished; run its `search-e1 index build` again to resume it") from None
         problem = "not an index (it has no manifest of one)"
-        raise DataError(f"{directory}: {problem}; build one with `search-e1 index build`") from error
+        raise DataError(f"{directory}: {problem}; build one with `search-e1 index build`") from None
     if format != FORMAT:
         raise DataError(f"{directory}: an index of format {format}, and this version reads {FORMAT}; {REBUILD}")
     try:
         read_summed(directory / MANIFEST)
         manifest = IndexManifest.model_validate(content)
-    except ValueError as error:
-        raise DataError(f"{directory / MANIFEST}: damaged; {REBUILD}") from error
+    except ValueError:
+        raise DataError(f"{directory / MANIFEST}: damaged; {REBUILD}") from None
     if kind is not None and manifest.kind != kind:
         kinds = f"a {manifest.kind} index where a {kind} index is needed"
         raise DataError(f"{directory}: {kinds}; give another, or {REBUILD}")

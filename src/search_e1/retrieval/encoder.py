@@ -67,7 +67,7 @@ class Encoder:
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # a value of another kind in their JSON
             problem = " ".join(str(error).split())[:120]
             files = "config_sentence_transformers.json, sentence_bert_config.json, modules.json"
-            raise ModelError(f"encoder {str(model)!r}: {files}: a value that cannot be used ({problem})") from error
+            raise ModelError(f"encoder {str(model)!r}: {files}: a value that cannot be used ({problem})") from None
         # On a CPU small batches stay in the cache; an accelerator needs enough work to be busy.
         tokens = batch_tokens or (2048 if place.type == "cpu" else 65_536)
         name = str(directory) if Path(model).expanduser().exists() else str(model)
@@ -158,7 +158,7 @@ def _load_transformer(directory: Path, name: str, place: torch.device, dtype: st
         problem = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "custom code" in problem or "trust_remote_code" in str(error):
             problem = "it brings code of its own, which is never run here; give another encoder"
-        raise ModelError(f"encoder {name!r} does not load: {problem}") from error
+        raise ModelError(f"encoder {name!r} does not load: {problem}") from None
     if module.tokenizer.pad_token is None:
         raise ModelError(
             f"encoder {name!r}: its tokenizer has no padding token; name one as pad_token in tokenizer_config.json"
@@ -223,7 +223,7 @@ def _locate(model: str) -> Path:
                 path = Path(snapshot_download(model, allow_patterns=[*_WEIGHT_FILES, *_CONVENTION_FILES]))
         except (OSError, ValueError) as error:
             problem = str(error).strip().splitlines()[0]
-            raise ModelError(f"encoder {model!r}: cannot be downloaded ({problem}); give a directory") from error
+            raise ModelError(f"encoder {model!r}: cannot be downloaded ({problem}); give a directory") from None
     if not (path / "config.json").is_file():
         raise ModelError(f"encoder {model!r}: no config.json in it; give the directory of a Hugging Face model")
     if not any(path.glob("*.safetensors")):

@@ -83,4 +83,4 @@ def _import_class(kind: str, directory: Path) -> Any:
         return getattr(import_module(f"search_e1.retrieval.{module}"), name)
     except ModuleNotFoundError as error:
         problem = f"{directory}: a {kind} index needs {error.name}"
-        raise ConfigError(f"{problem}; install it with `pip install 'search-e1[{kind}]'`") from error
+        raise ConfigError(f"{problem}; install it with `pip install 'search-e1[{kind}]'`") from None

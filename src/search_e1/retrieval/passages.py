@@ -99,7 +99,7 @@ class Passages:
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{_ABOUT} is missing" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
             problem = f"{directory}: unreadable passages ({reason})"
-            raise DataError(f"{problem}; build the index again with `search-e1 index build`") from error
+            raise DataError(f"{problem}; build the index again with `search-e1 index build`") from None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -137,8 +137,8 @@ class Passages:
         """
         try:
             return Hit(**json.loads(self._line(index)), score=score)
-        except (ValueError, TypeError) as error:
-            raise RetrievalError(f"{self.path}:{index + 1}: damaged; build the index again") from error
+        except (ValueError, TypeError):
+            raise RetrievalError(f"{self.path}:{index + 1}: damaged; build the index again") from None
 
     def texts(self, start: int = 0, stop: int | None = None) -> Iterator[str]:
         """Title and text of passages ``start`` to ``stop``, which BM25 indexes."""

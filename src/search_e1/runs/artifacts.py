@@ -252,10 +252,10 @@ def read(path: Path) -> Artifact:
     """
     try:
         manifest = Manifest.model_validate_json(read_summed(path / MANIFEST))
-    except FileNotFoundError as error:
-        raise RunError(f"{path}: no complete artifact; run the stage that makes it") from error
-    except ValueError as error:
-        raise RunError(f"{path / MANIFEST}: damaged; remove {path} and run the stage again") from error
+    except FileNotFoundError:
+        raise RunError(f"{path}: no complete artifact; run the stage that makes it") from None
+    except ValueError:
+        raise RunError(f"{path / MANIFEST}: damaged; remove {path} and run the stage again") from None
     for name, checksum in manifest.files.items():
         file = inside(path, name)
         if file is None:
@@ -280,8 +280,8 @@ def _in_turn(path: Path, stage: str, identity: Mapping[str, Any]) -> Iterator[Pa
     except FileNotFoundError:
         yield None
         return
-    except (ValueError, LookupError, TypeError) as error:
-        raise RunError(f"{path.parent / SHARED}: damaged; remove it and start again what began the run") from error
+    except (ValueError, LookupError, TypeError):
+        raise RunError(f"{path.parent / SHARED}: damaged; remove it and start again what began the run") from None
     key = {"stage": stage, **identity, "versions": versions()}
     shared = place / f"{stage}-{sha256_text(json.dumps(key, sort_keys=True))[:16]}"
     with locks.in_turn(place / f".{shared.name}.lock"):

@@ -39,10 +39,10 @@ def recorded(directory: Path) -> date | None:
         return date.fromisoformat(json.loads((directory / FILE).read_text(encoding="utf-8"))["begun"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise RunError(
             f'{directory / FILE}: damaged; write {{"begun": "YYYY-MM-DD"}}, the day on which the run was begun'
-        ) from error
+        ) from None
 
 
 def record(directory: Path, day: date) -> date:

@@ -32,8 +32,8 @@ def device(name: str) -> torch.device:
         return there or torch.device("cpu")
     try:
         found = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"device = {name!r}: no such device; write auto, cpu, cuda, cuda:1, ...") from error
+    except RuntimeError:
+        raise ModelError(f"device = {name!r}: no such device; write auto, cpu, cuda, cuda:1, ...") from None
     if found.type not in ("cpu", "meta", there.type if there else "cpu"):
         raise ModelError(f"device = {name!r}: none here; use auto, or {there.type if there else 'cpu'}")
     return found

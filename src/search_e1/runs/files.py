@@ -103,8 +103,8 @@ def read_records(path: Path, kind: type[Kept], again: str) -> Iterator[Kept]:
             for number, line in enumerate(file, 1):
                 try:
                     record = kind.model_validate_json(line)
-                except ValueError as error:
-                    raise DataError(f"{path}:{number}: not a {kind.__name__.lower()}; {again}") from error
+                except ValueError:
+                    raise DataError(f"{path}:{number}: not a {kind.__name__.lower()}; {again}") from None
                 yield record
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; {again}") from error
+        raise DataError(f"{path}: {error.strerror}; {again}") from None

@@ -227,12 +227,12 @@ class Server:
             # Of httpx's own limits each is for one read: a server that drips would never reach it.
             async with asyncio.timeout(seconds), self._client.stream(method, self._url, **body) as response:
                 content = await self._body(response)
-        except TimeoutError as error:
-            raise TransientError(f"no answer within {seconds:.3g} s{self._remedy}") from error
+        except TimeoutError:
+            raise TransientError(f"no answer within {seconds:.3g} s{self._remedy}") from None
         except zlib.error as error:
-            raise TransientError(f"a body that cannot be unpacked: {error}") from error
+            raise TransientError(f"a body that cannot be unpacked: {error}") from None
         except httpx.HTTPError as error:
-            raise TransientError(self.hide(f"{type(error).__name__}: {error}") + "; is the server running?") from error
+            raise TransientError(self.hide(f"{type(error).__name__}: {error}") + "; is the server running?") from None
         for secret in self._secrets:
             if len(secret) >= _UNMISTAKABLE:
                 content = content.replace(secret.encode(), HIDDEN.encode())
@@ -277,7 +277,7 @@ class Server:
         asked = getattr(error, "retry_after", 0.0)
         late = asked > self._time_limit - (state.seconds_since_start or 0.0)
         wait = f"; it asks to wait {asked:.0f} s, and {self._time_limit:g} s are allowed" if late else ""
-        raise self.failure(f"{error}{wait}", state.attempt_number) from error
+        raise self.failure(f"{error}{wait}", state.attempt_number) from None
 
 
 def check_status(reply: Reply) -> None:

@@ -36,9 +36,9 @@ def held(directory: Path) -> Iterator[None]:
         raise RunError(
             f"{directory}: {_holder(directory)} works in this run directory; wait for it, or use another"
             f"{_stale(Path(error.lock_file))}"
-        ) from error
+        ) from None
     except OSError as error:
-        raise RunError(f"{directory}: {error.strerror or error}; give a run directory that can be written to") from error
+        raise RunError(f"{directory}: {error.strerror or error}; give a run directory that can be written to") from None
     try:
         _sign(directory)
         yield

@@ -79,8 +79,8 @@ def _check_config(directory: Path, config: dict[str, Any], migrate: Callable[[Ma
         return
     try:
         there = migrate(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RunError(f"{path}: damaged; use another run directory") from error
+    except (TypeError, ValueError, RecursionError):
+        raise RunError(f"{path}: damaged; use another run directory") from None
     if found := changes(there, config):
         raise RunError(
             f"{directory} belongs to another config; set that again, or `run` to another directory, or go on in one that takes "
@@ -120,8 +120,8 @@ def _begun_with(directory: Path) -> dict[str, str]:
     except FileNotFoundError:
         made = [json.loads(path.read_text(encoding="utf-8")) for path in _stages(directory)]
         return max(made, key=lambda manifest: manifest["started"])["versions"] if made else {}
-    except ValueError as error:
-        raise RunError(f"{directory / _VERSIONS}: damaged; remove it, and the present versions count") from error
+    except ValueError:
+        raise RunError(f"{directory / _VERSIONS}: damaged; remove it, and the present versions count") from None
 
 
 def _stages(directory: Path) -> Iterator[Path]:

@@ -116,7 +116,7 @@ def _merged(source: Source, base: PreTrainedModel) -> PreTrainedModel:
         given = load_file(source.adapter / ADAPTER_WEIGHTS)
         result: Any = set_peft_model_state_dict(wrapped, given, _ADAPTER)
     except (KeyError, ValueError, RuntimeError) as error:
-        raise _of_another_base(source, _reason(error)) from error
+        raise _of_another_base(source, _reason(error)) from None
     # The base's weights are "missing" too.
     missing = sorted(name for name in result.missing_keys if _ADAPTER in name.split("."))
     if missing or result.unexpected_keys:
@@ -161,7 +161,7 @@ def check_quantization(model: str, config: PreTrainedConfig) -> None:
         raise ModelError(
             f"policy.model = {model!r}: quantised with {method}, which cannot be loaded here ({_reason(error)}); install what "
             "is missing, or give the model's unquantised directory"
-        ) from error
+        ) from None
 
 
 def check_tokenizer(model: str, tokenizer: Any, config: PreTrainedConfig) -> None:

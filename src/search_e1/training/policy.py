@@ -118,7 +118,7 @@ def _read(source: Source, trust_remote_code: bool) -> tuple[PreTrainedConfig, An
     except Exception as error:  # see ``opened``
         files = "tokenizer.json, tokenizer_config.json"
         problem = problem_of(error, source.tokenizer)
-        raise ModelError(f"policy.model = {source.model!r}: its tokenizer ({files}) does not load: {problem}") from error
+        raise ModelError(f"policy.model = {source.model!r}: its tokenizer ({files}) does not load: {problem}") from None
     if key:
         _gguf.clear()
         _gguf[key] = settings, tokenizer

@@ -85,17 +85,17 @@ def base_of(model: str) -> str | None:
     try:
         base = json.loads((path / _ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{where} cannot be read ({error}); save the adapter again") from error
+        raise ModelError(f"{where} cannot be read ({error}); save the adapter again") from None
     if not base or not isinstance(base, str):
         raise ModelError(f"{where} does not name the base; write it there as base_model_name_or_path")
     base = str(path / base) if (path / base).exists() else base
     try:
         resolved = resolve(base)
-    except ModelError as error:
+    except ModelError:
         raise ModelError(
             f"{where} names the base {base!r}, which is not there or is no model; write its directory, GGUF file or Hub id "
             "there as base_model_name_or_path"
-        ) from error
+        ) from None
     if isinstance(resolved, Path) and (resolved / _ADAPTER_CONFIG).is_file():
         raise ModelError(f"{where} names the base {base!r}, an adapter too; merge that one first")
     return base
@@ -137,7 +137,7 @@ def opened(model: str | Path) -> Iterator[Source]:
         raise
     except Exception as error:  # by what is damaged, anything: tokenizers raise plain ``Exception``
         its = f"its base {base!r}" if base else "it"
-        raise ModelError(f"policy.model = {model!r}: {its} does not load: {problem_of(error, weights)}") from error
+        raise ModelError(f"policy.model = {model!r}: {its} does not load: {problem_of(error, weights)}") from None
 
 
 def _source(model: str, path: Path | str, weights: Path | str, empty: Path) -> Source:

@@ -58,4 +58,4 @@ def load_constants(path: Path | None = None) -> Constants:
         return Constants.model_validate(raw)
     except ValidationError as error:
         problem = error.errors()[0]
-        raise ConfigError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+        raise ConfigError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None

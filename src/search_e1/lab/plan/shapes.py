@@ -62,7 +62,7 @@ def read_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
         raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"policy.model = {model!r}: not the config.json of a model ({reason})") from error
+        raise ModelError(f"policy.model = {model!r}: not the config.json of a model ({reason})") from None
     name = model.rsplit("/", 1)[-1].lower()
     if known := next((known for known in SHAPES if f"{name}-".startswith(f"{known}-")), None):
         return AutoConfig.for_model(**SHAPES[known])
@@ -79,7 +79,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype, **options: Any) ->
             return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     except (ValueError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"policy.model: a {config.model_type} is no causal language model here ({reason})") from error
+        raise ModelError(f"policy.model: a {config.model_type} is no causal language model here ({reason})") from None
 
 
 def shape_of(config: PreTrainedConfig) -> Shape:

@@ -77,7 +77,7 @@ def read(path: Path, config: Path, directory: Path, flags: Sequence[str] = ()) -
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
         known = f"; known: {', '.join(SweepFile.model_fields)}" if problem["type"] == "extra_forbidden" else ""
-        raise ConfigError(f"{path}: {key}: {problem['msg'].lower()}{known}") from error
+        raise ConfigError(f"{path}: {key}: {problem['msg'].lower()}{known}") from None
     if len(set(file.seeds)) < len(file.seeds):
         raise ConfigError(f"{path}: seeds: one comes twice; give each once")
     variants = _variants(file, path)
@@ -149,7 +149,7 @@ def _config(config: Path, pairs: Pairs, name: str, seed: int, directory: Path) -
     try:
         return with_overrides(config, [*filled, *own])
     except ConfigError as error:
-        raise ConfigError(f"variant {name!r}: {error}") from error
+        raise ConfigError(f"variant {name!r}: {error}") from None
 
 
 def _refuse_equal_variants(runs: Sequence[Run], path: Path) -> None:
