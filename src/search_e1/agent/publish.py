@@ -19,6 +19,9 @@ from search_e1.data.hub import one_line
 from search_e1.errors import ConfigError, DataError
 from search_e1.runs.devices import no_bars
 
+_OURS = ["*.safetensors", "*.safetensors.index.json", "index/*", "Modelfile"]
+"""What an earlier bundle in the repository had and this one has not goes: passages that were left out above all."""
+
 
 def check_push(repository: str) -> None:
     """
@@ -52,7 +55,7 @@ def push(bundle: Bundle, repository: str, *, private: bool = False) -> str:
             raise ConfigError(f"{repository}: there already, and public; make it private on the Hub, or leave --private out")
         done = api.upload_folder(
             repo_id=repository, folder_path=bundle.directory, commit_message=f"The agent {bundle.name}",
-            ignore_patterns=[".*", "**/.*"],
+            ignore_patterns=[".*", "**/.*"], delete_patterns=_OURS,
         )  # fmt: skip
     return str(done.repo_url or repository)
 
@@ -93,10 +96,13 @@ def _translated(repository: str, remedy: str) -> Iterator[None]:
         raise DataError(f"{repository}: not here, and the Hub cannot be reached; {remedy}") from error
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
-            right = "your token is not valid" if error.response.status_code == 401 else "your token has no right to write there"
-            raise ConfigError(f"{repository}: {right} ({error.response.status_code}); run `hf auth login`") from error
+            status = error.response.status_code
+            problem = "your token is not valid" if status == 401 else "your token has no right to do this"
+            raise ConfigError(f"{repository}: {problem} ({status}); give one that may with `hf auth login`, or as HF_TOKEN") from error
         raise DataError(f"{repository}: the Hub refuses ({one_line(error)}); {remedy}") from error
     except (ConfigError, DataError):
         raise
+    except ValueError as error:  # its check of the card, for one
+        raise DataError(f"{repository}: the Hub refuses ({one_line(error)}); mend that in the bundle") from error
     except Exception as error:  # the errors of the transport below are part of no interface
         raise DataError(f"{repository}: the Hub cannot be reached ({one_line(error)}); {remedy}") from error

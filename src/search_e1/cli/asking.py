@@ -30,6 +30,7 @@ AgentOption = Annotated[Path | None, typer.Option("--agent", help="Bundle of an 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="Limits, and the run whose policy and index to use.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Policy directory, Hub id, or `small`.")]
 IndexOption = Annotated[list[Path] | None, typer.Option("--index", help="Index directory; twice: their rankings are fused.")]
+EncoderOption = Annotated[str | None, typer.Option("--encoder", help="Where the encoder of a dense index is now.")]
 UrlOption = Annotated[str | None, typer.Option("--url", help="Retrieval server, instead of --index.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")]
 EndpointOption = Annotated[
@@ -46,6 +47,7 @@ def ask(
     config: ConfigOption = None,
     model: ModelOption = None,
     index: IndexOption = None,
+    encoder: EncoderOption = None,
     url: UrlOption = None,
     temperature: TemperatureOption = 0.0,
     endpoint: EndpointOption = None,
@@ -56,7 +58,7 @@ def ask(
     if not question.strip():
         raise ConfigError("the question is empty; give one in quotes")
     asked = endpoint_of(endpoint, endpoint_model, model)
-    opened = context.with_resource(_open(context, agent, config, model, index, url, asked))
+    opened = context.with_resource(_open(context, agent, config, model, index, encoder, url, asked))
     if as_json:
         answer = opened.ask(question, temperature=temperature)
         print(json.dumps(answer.as_json(), ensure_ascii=False))
@@ -72,6 +74,7 @@ def chat(
     config: ConfigOption = None,
     model: ModelOption = None,
     index: IndexOption = None,
+    encoder: EncoderOption = None,
     url: UrlOption = None,
     temperature: TemperatureOption = 0.0,
     endpoint: EndpointOption = None,
@@ -79,7 +82,7 @@ def chat(
 ) -> None:
     """Answer questions, a line each, until Ctrl-D. Each is asked by itself; Ctrl-C ends an answer."""
     asked = endpoint_of(endpoint, endpoint_model, model)
-    opened = context.with_resource(_open(context, agent, config, model, index, url, asked))
+    opened = context.with_resource(_open(context, agent, config, model, index, encoder, url, asked))
     for question in _lines():
         try:
             _answer(opened, question, temperature)
@@ -119,13 +122,16 @@ def _open(
     config: Path | None,
     model: str | None,
     index: list[Path] | None,
+    encoder: str | None,
     url: str | None,
     endpoint: "Endpoint | None",
 ) -> "Agent":
     """The agent that the options ask for, with everything that it takes loaded."""
     from search_e1.agent.agent import Agent
     from search_e1.config import PolicyConfig, load
+    from search_e1.retrieval.base import Retriever
     from search_e1.retrieval.client import HttpRetriever
+    from search_e1.retrieval.convention import EncoderSettings
     from search_e1.retrieval.indexes import open_indexes
     from search_e1.rollout.engines.registry import open_engine
     from search_e1.runs import day
@@ -142,19 +148,24 @@ def _open(
     if bundle:
         if config or model or endpoint:
             raise ConfigError("--agent brings its own policy; give no --config, --model or --endpoint with it")
-        return Agent.open(bundle, url=url, index=index or ())
+        return Agent.open(bundle, url=url, index=index or (), encoder=encoder)
     if model is None and stages is None and endpoint is None:
         raise ConfigError("no policy; give --agent DIR, --model DIR, --endpoint URL, or --config FILE of a run")
     if not index and url is None and stages is None:
         raise ConfigError("no passages; give --index DIR, --url URL, --agent DIR, or --config FILE of a run")
-    retriever = HttpRetriever(url) if url else open_indexes(index) if index else stages.retriever  # type: ignore[union-attr]
+    if url:
+        retriever: Retriever = HttpRetriever(url)
+    elif index:
+        retriever = open_indexes(index, EncoderSettings(model=encoder) if encoder else None)
+    else:
+        retriever = stages.retriever  # type: ignore[union-attr]
     prompts = stages.config.prompts if stages else None
-    settings = stages.config.policy if stages else PolicyConfig(model=str(model))
+    of_policy = stages.config.policy if stages else PolicyConfig(model=str(model))
     policy: Any = endpoint
     if stages and not endpoint and stages.config.rollout.engine != "torch":
         policy, prompts = context.with_resource(open_engine(stages.config, model or newest(stages)))
     elif not endpoint:
-        policy = policies.load(model or newest(stages), settings, prompts)  # type: ignore[arg-type]
+        policy = policies.load(model or newest(stages), of_policy, prompts)  # type: ignore[arg-type]
     return Agent(policy, retriever, stages.config.rollout if stages else None, prompts=prompts)
 
 
