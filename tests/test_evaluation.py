@@ -81,10 +81,10 @@ def test_scores_by_hand(tiny_policy: Policy, tiny_retriever, tmp_path: Path) -> 
         2: (2, 0.5, 0.25),
     }
     assert {call["temperature"] for call in generator.calls} == {0.0, 0.5}
-    assert {figure.partition(" ")[0] for _, _, figure in shown} == {"greedy", "sampled"}
+    assert {figure.partition(" ")[0] for _, _, figure in shown} == {"greedy", "sampled", "EM"}
     told = [(done, total, re.sub(r", \d+ tok/s$", "", figure)) for done, total, figure in shown]
     assert told[3] == (4, 12, "greedy EM 0.500")
-    assert told[11:] == [(12, 12, "sampled EM 0.250"), (12, 12, "greedy EM 0.500, sampled EM 0.250")]  # as in the tables
+    assert told[11:] == [(12, 12, "sampled EM 0.250"), (12, 12, "EM greedy 0.500, sampled 0.250")]
     assert [done for done, *_ in shown] == [*range(1, 13), 12]
     assert Evaluation.model_validate(json.loads(result.model_dump_json())) == result
 

@@ -143,6 +143,7 @@ def test_a_bar_fits_80_columns_with_its_figure() -> None:
     with display.watch(Console(file=quiet, width=80), 2)("grpo-1") as progress:
         tell_within(progress, 0.5, 8, "rollouts 3/6")
         progress(8, 8, "reward 0.41")
+        tell_within(progress, 8, 8)
     [line] = quiet.getvalue().splitlines()
     assert line.split() == ["grpo", "1/2", "━━━━━━", "8/8", "0:00", "reward", "0.41"]
 
@@ -179,6 +180,7 @@ def test_a_notebook_has_a_line_a_stage(kernel, monkeypatch) -> None:
     with notebook.watch(2)("grpo-1") as progress:
         tell_within(progress, 0.5, 8, "rollouts 3/6, <b>")
         progress(8, 8, "reward 0.41")
+        tell_within(progress, 8, 8)
     [handle] = kernel
     assert "grpo 1/2" in handle.shown[0]
     assert '<progress max="8" value="0.5"' in handle.shown[1]

@@ -88,8 +88,8 @@ def evaluate(
     warn_of_empty_searches(sums["empty"], sums["searches"])
     judged = list(_judged(questions_by_benchmark, parts, recalls or {}))
     evaluation = results.evaluation(judged, seed)
-    sampled = "" if evaluation.em_sampled is None else f", sampled EM {evaluation.em_sampled:.3f}"
-    progress(total, total, f"greedy EM {evaluation.em:.3f}{sampled}")  # what the tables say, under their names
+    sampled = "" if evaluation.em_sampled is None else f", sampled {evaluation.em_sampled:.3f}"
+    progress(total, total, f"EM greedy {evaluation.em:.3f}{sampled}")
     timings = {
         name: _timing(asking, questions, sums[f"seconds.{name}"], config.latency).model_dump()
         for name, questions in questions_by_benchmark.items()

@@ -51,7 +51,7 @@ class _Line:
         self.done, self.total, self.figure, self._shown = 0.0, 0, "", 0.0
 
     def __call__(self, done: float, total: int, figure: str = "") -> None:
-        self.done, self.total, self.figure = done, total, figure
+        self.done, self.total, self.figure = done, total, figure or self.figure
         self.pace.report(done, total)
         self.show()
 

@@ -8,7 +8,8 @@ from typing import Protocol
 class Progress(Protocol):
     """Told whenever something is done. ``total`` is 0 where it is not known.
 
-    ``figure`` is the one number that matters just now, e.g. ``"reward 0.41"``, and what else there is room for.
+    ``figure`` is the one number that matters just now, e.g. ``"reward 0.41"``, and what else there is room for; without one,
+    the last one stays.
     """
 
     def __call__(self, done: int, total: int, figure: str = "") -> None: ...

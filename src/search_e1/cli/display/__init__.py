@@ -58,7 +58,8 @@ class _Bar:
 
     def __call__(self, done: float, total: int, figure: str = "") -> None:
         self._pace.report(done, total)
-        self.bars.update(self._task, completed=done, total=total or None, figure=figure, count=count(done, total))
+        told = {"figure": figure} if figure else {}
+        self.bars.update(self._task, completed=done, total=total or None, count=count(done, total), **told)
 
     within = __call__
 
