@@ -53,7 +53,7 @@ class Page:
         return self.driver.execute_script(f"return {expression}")
 
     def wait(self, condition: str) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while not self.js(condition):
             assert time.monotonic() < end, f"never: {condition}\n{self.js('document.body.innerText')}"
             time.sleep(0.02)

@@ -101,6 +101,7 @@ def test_a_full_queue_can_be_tried_again_after_its_wait(page, server):
     ("end", "title"),
     [
         (("cut",), "The connection broke off"),
+        (("search", "x", [None]), "The server failed"),
         (("error", {"message": "the index is gone", "type": "server_error", "code": "failed"}), "The server failed"),
         (("error", {"message": "no answer within 60 s", "type": "timeout_error", "code": "timeout"}), "It took too long"),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import chromium
-from page_server import PAGE, answered, source, standing_in
+from page_server import PAGE, answered, bare, source, standing_in
 from paged import AHAB, ANSWER, ASKED, MOBY, STEPS, WHALE, browsing
 
 pytestmark = pytest.mark.skipif(chromium.MISSING is not None, reason=str(chromium.MISSING))
@@ -73,6 +73,23 @@ def test_a_phone(page, server):
     page.wait("document.getElementById('passage').matches(':not(:modal)[open]')")
     page.click("#history-button")
     assert page.js(width) <= 1280
+
+
+def test_who_reads_at_the_end_goes_on_reading_there(page, server):
+    more = [("search", f"query {i}", bare(MOBY, WHALE)) for i in range(12)]
+    server.scripts |= {ASKED: [*more, ("answer", ANSWER)], "wait": [*more, ("gate",), *STEPS, ("answer", ANSWER)]}
+    page.open(height=600)
+    page.ask("wait", until="document.querySelectorAll('.passages').length === 12")
+    end = "document.querySelector('.trace').getBoundingClientRect().bottom"
+    assert 500 < page.js(end) <= 600
+    page.js("window.scrollTo(0, 0)")  # to read again from the start
+    server.gate.set()
+    page.wait("document.querySelectorAll('.passages').length === 14")
+    assert page.js("window.scrollY") == 0
+    page.wait("document.querySelector('.answer')")
+    page.ask()
+    assert page.js("window.scrollY") == 0  # at the answer, above which the trace is folded
+    assert page.js("document.querySelector('.big').getBoundingClientRect().bottom") < 600
 
 
 def test_the_keyboard_alone(page):

@@ -16,14 +16,14 @@ export function answerView(answer, open) {
   return [h("div", { class: `card answer ${answer.found ? "found" : "missing"}` }, card(answer, sources, open)), sourceList(answer, sources, open)];
 }
 
-const big = (...said) => h("p", { class: "big", dir: "auto" }, ...said);
+const big = (text) => h("p", { class: line(text).length > 90 ? "big long" : "big", dir: "auto" }, said(text));
 
 function held(answer, sources, open) {
   const holding = sources.filter((source) => source.holds);
   const best = holding.find((source) => source.marks?.length) ?? holding[0];
   const more = holding.length - 1;
   return [
-    h("h2", { class: "label" }, "Answer"), big(...said(answer.answer)),
+    h("h2", { class: "label" }, "Answer"), big(answer.answer),
     best && h("figure", null,
       h("blockquote", { dir: "auto" }, excerpt(best)),
       h("figcaption", null, opener(best, sources.indexOf(best) + 1, open), origin(best) && h("bdi", { class: "origin" }, origin(best)),
@@ -38,7 +38,7 @@ function opener(source, number, open) {
 
 function yesOrNo(answer, sources) {
   return [
-    h("h2", { class: "label" }, "Answer"), big(...said(answer.answer)),
+    h("h2", { class: "label" }, "Answer"), big(answer.answer),
     h("p", { class: "about" }, sources.length
       ? "No passage can hold a yes or a no word for word: judge it by what was read, below."
       : "The model answered without reading a passage."),
@@ -55,8 +55,8 @@ function missing({ answer, support, stop_reason }, sources) {
 }
 
 function unheld(read) {
-  if (!read) return "The model read no passage.";
-  return read === 1 ? "The passage that was read does not hold what the model says." : `None of the ${read} passages that were read holds what the model says.`;
+  if (!read) return "The model has a guess, but it read no passage.";
+  return read === 1 ? "The model has a guess, but the passage it read does not hold it." : `The model has a guess, but none of the ${read} passages it read holds it.`;
 }
 
 /** The passages that were read, in the order of the server: those that hold the answer first. */

@@ -6,8 +6,6 @@ try { // storage may be denied
   key = sessionStorage.getItem(KEY) || "";
 } catch { /* asked for again after a reload */ }
 
-export const hasKey = () => Boolean(key);
-
 /** Use `value` as the bearer key of this session; empty forgets it. */
 export function setKey(value) {
   key = value.trim();

@@ -45,8 +45,8 @@ async function ask(question) {
       if (answer) record.answer = answer;
     }
   } catch (error) {
-    if (error instanceof api.Problem) [problem, agent] = [error, null]; // the server may be another one by now
-    else if (error.name !== "AbortError") throw error;
+    agent = null; // the server may be another one by now
+    if (error.name !== "AbortError") problem = error instanceof api.Problem ? error : new api.Problem("failed", String(error));
   }
   record.seconds = (performance.now() - begun) / 1000;
   if (problem) record.outcome = "failed";
@@ -63,9 +63,14 @@ function end(record, trace, outcome, problem) {
   if (!outcome.isConnected) return; // the reader has gone on to another question
   if (trace.followed && !trace.element.open) window.scrollTo(0, 0);
   if (problem?.kind.endsWith("_key")) document.getElementById("key")?.focus();
-  const { answer } = record;
-  if (answer) tell(answer.found ? `Answer: ${line(answer.answer)}` : `Not found in these documents.${answer.answer ? ` The model's guess: ${line(answer.answer)}` : ""}`);
-  else if (!problem) tell("Stopped.");
+  if (!problem) tell(told(record)); // a problem is an alert of its own
+}
+
+/** A record in one line. */
+function told({ answer, outcome }) {
+  if (!answer) return outcome === "stopped" ? "Stopped." : "Failed.";
+  if (answer.found) return `Answer: ${line(answer.answer)}`;
+  return `Not found in these documents.${answer.answer ? ` The model's guess: ${line(answer.answer)}` : ""}`;
 }
 
 function outcomeOf(record, problem) {
@@ -101,7 +106,7 @@ function stop() {
 
 function busy(is) {
   if (!is) running = null;
-  if (!is && document.activeElement === stopButton) box.focus();
+  if (!is && document.activeElement === stopButton) result.focus({ preventScroll: true });
   stopButton.hidden = !is;
   result.setAttribute("aria-busy", is);
 }
@@ -114,7 +119,9 @@ function draw(question, ...parts) {
   intro.hidden = true;
   if (box.value.trim() !== question) box.value = question; // the caret stays where it is
   fit();
+  const focused = result.contains(document.activeElement);
   result.replaceChildren(h("h1", { class: "asked", dir: "auto" }, said(question)), ...parts);
+  if (focused) result.focus({ preventScroll: true });
 }
 
 function showRecord(record) {
@@ -123,6 +130,7 @@ function showRecord(record) {
   trace.replay(record.steps);
   trace.end(record.seconds === undefined ? "" : `${record.seconds.toFixed(1)} s`, true);
   draw(record.question, trace.element, h("div", { class: "outcome" }, outcomeOf(record)));
+  tell(told(record));
 }
 
 function showStart(...parts) {

@@ -102,10 +102,11 @@ export class Trace {
   }
 
   served(part, passages) {
+    const shown = [block(part).element, this.passages(passages)];
     if (this.blocks.length && this.blocks.at(-1).kind !== "thought") this.blocks.pop().element.remove(); // the same, as it was sampled
     this.settle();
     this.steps.push({ ...part, passages });
-    this.list.append(block(part).element, this.passages(passages));
+    this.list.append(...shown);
     this.state.textContent = `Reading ${plural(passages.length, "passage")} …`;
   }
 
