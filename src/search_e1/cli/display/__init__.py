@@ -58,8 +58,8 @@ class _Bar:
 
     def __call__(self, done: float, total: int, figure: str = "") -> None:
         self._pace.report(done, total)
-        told = {"figure": figure} if figure else {}
-        self.bars.update(self._task, completed=done, total=total or None, count=count(done, total), **told)
+        shown = figure or self.bars.tasks[self._task].fields["figure"]
+        self.bars.update(self._task, completed=done, total=total or None, figure=shown, count=count(done, total))
 
     within = __call__
 
