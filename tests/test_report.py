@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from typer.testing import CliRunner
 
 from made_run import POLICIES, make_run
@@ -35,8 +36,10 @@ def embedded(html: str) -> tuple[dict, dict]:
 
 
 def report(run: Path, out: Path, **options) -> tuple[dict, dict]:
+    """What the page holds of the first run, and all records."""
     page.write(run, out, **options)
-    return embedded(out.read_text())
+    overview, records = embedded(out.read_text())
+    return overview["runs"][0], records
 
 
 def test_gains_are_of_the_same_questions_with_a_paired_interval(run, tmp_path):
@@ -51,6 +54,11 @@ def test_gains_are_of_the_same_questions_with_a_paired_interval(run, tmp_path):
     differences = np.array([1, 1, -1] + [0] * 9)
     means = rng.choice(differences, size=(20_000, 12)).mean(1)
     assert [gains["grpo-2"]["low"], gains["grpo-2"]["high"]] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.04)
+    # All twelve right at the end: Wilson's interval has a width, whatever the artifact says.
+    wilson = binomtest(12, 12).proportion_ci(method="wilson")
+    assert overview["policies"][-1]["em_interval"] == pytest.approx([wilson.low, wilson.high])
+    usable = binomtest(6, 10).proportion_ci(method="wilson")
+    assert overview["rounds"][0]["usable_interval"] == pytest.approx([usable.low, usable.high])
 
 
 def test_costs_come_from_the_manifests(run, tmp_path):

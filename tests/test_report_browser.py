@@ -13,7 +13,10 @@ from made_run import POLICIES, make_run
 from search_e1.evaluation.report import page
 
 pytestmark = pytest.mark.skipif(chromium.MISSING is not None, reason=str(chromium.MISSING))
-VIEWS = ("loop", "cost", "trajectories", "pairs", "questions")
+VIEWS = ("loop", "cost", "trajectories", "pairs", "questions", "config")
+WITH_LISTS = ("trajectories", "pairs", "questions")
+THESE = {"trajectories": "base/musique/q1", "pairs": "1/musique/q1", "questions": "musique/q1"}
+"""Question 1 in each list."""
 HOSTILE = {
     "QUESTION": "</script><script>window.hacked = 1</script>Who?",
     "TITLE": "<img src=x onerror='window.hacked = 2'>",
@@ -158,7 +161,7 @@ def test_keys(report):
     assert report.js("document.activeElement.tagName") == "BODY"
     report.type("")
     chosen = "document.querySelector('[aria-selected=true]')?.getAttribute('aria-posinset')"
-    for key, position in (("j", "1"), ("j", "2"), ("ArrowDown", "3"), ("k", "2"), ("ArrowUp", "1"), ("k", "1")):
+    for key, position in (("j", "2"), ("j", "3"), ("ArrowDown", "4"), ("k", "3"), ("ArrowUp", "2"), ("k", "1"), ("k", "1")):
         report.press(key)
         assert report.js(chosen) == position
     report.press("?")
@@ -174,7 +177,7 @@ def test_keys(report):
 
 
 def test_a_pair_shows_what_each_token_diverges(report):
-    report.open("#pairs?at=1")
+    report.open(f"#pairs?at={THESE['pairs']}")
     pair, tokens = report.js("records.pairs[1]"), "[...document.querySelectorAll('.block.heat .token')]"
     assert report.count(".block.heat .token") == len(pair["kl"]["kl"])
     assert "".join(report.texts(".block.heat .token")) == "".join(pair["kl"]["pieces"])
@@ -204,22 +207,21 @@ def test_a_pair_shows_what_each_token_diverges(report):
 
 def test_a_question_through_the_rounds(report):
     report.open()
-    report.click("a[href*='change=lost%20by%20grpo-2']")
+    report.click("a[href*='change=lost+by+grpo-2']")
     report.wait("document.querySelectorAll('.row').length > 0")
     assert report.texts(".count") == ["1 of 12 questions"]
     assert report.texts(".row .squares") == ["✓✓✓✗✓"]
-    report.press("j")
     assert report.texts(".column h3") == list(POLICIES)
     assert report.count(".column .answer.wrong, .column .correction") >= 1
 
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_phone_and_the_dark(report, view):
-    report.open(f"#{view}{'' if view in ('loop', 'cost') else '?at=1'}", width=390, height=844, dark=True)
+    report.open(f"#{view}{f'?at={THESE[view]}' if view in THESE else ''}", width=390, height=844, dark=True)
     report.wait("document.querySelector('#tabs [aria-current]')")
     assert report.js("document.documentElement.scrollWidth") <= 390
     assert report.js("getComputedStyle(document.documentElement).backgroundColor") == "rgb(15, 18, 21)"
-    if view in ("loop", "cost"):
+    if view not in THESE:
         return
     assert report.js("getComputedStyle(document.querySelector('.side')).display") == "none"
     report.click(".back")
@@ -231,9 +233,9 @@ def test_a_phone_and_the_dark(report, view):
 def test_what_models_and_passages_say_stays_text(driver, tmp_path):
     page.write(make_run(tmp_path / "<b>run\u202e", replace=HOSTILE), tmp_path / "r.html")
     report = Page(driver, tmp_path / "r.html")
-    for place in ("#loop", "#cost", "#trajectories?at=1", "#pairs?at=1", "#questions?at=1"):
+    for place in ("#loop", "#cost", "#config", *(f"#{view}?at={at}" for view, at in THESE.items())):
         report.open(place)
-        if "at" in place:
+        if "?" in place:
             assert report.texts(".detail h2") == [HOSTILE["QUESTION"]]
         assert (
             report.js(
@@ -242,7 +244,7 @@ def test_what_models_and_passages_say_stays_text(driver, tmp_path):
             == 0
         )
         assert report.js("window.hacked") is None
-    report.open("#trajectories?at=1")
+    report.open(f"#trajectories?at={THESE['trajectories']}")
     shown = report.js("document.querySelector('.detail').textContent")
     assert HOSTILE["TITLE"] in shown
     assert "U+001B[31mredU+001B[0m and U+202Eoverridden" in shown
@@ -265,8 +267,10 @@ def test_names_of_anything_stay_text(driver, tmp_path):
         file.write_text(file.read_text().replace('"grad_norm"', json.dumps(evil)))
     page.write(root, tmp_path / "r.html")
     report = Page(driver, tmp_path / "r.html")
-    for place in (*(f"#{view}" for view in VIEWS), "#trajectories?at=1", "#pairs?at=1", "#questions?at=1"):
+    for place in (f"#{view}" for view in VIEWS):
         report.open(place)
+        if place[1:] in WITH_LISTS:
+            report.press("j")  # to question 1
         assert report.js("document.querySelectorAll('main img, main script, main iframe, [onload], [onerror]').length") == 0
         assert report.js("window.hacked") is None
         assert not {"\x1b", "\u202e"} & set(report.js("document.body.innerText"))
@@ -277,13 +281,12 @@ def test_five_thousand_trajectories(driver, tmp_path):
     report = Page(driver, tmp_path / "r.html").open("#trajectories")
     assert report.texts(".count") == ["5,000 trajectories"]
     assert report.count(".row") < 60
-    assert report.js("document.querySelector('.rows').scrollHeight") > 300_000
-    report.js("document.querySelector('.rows').scrollTo(0, 200000)")
+    assert report.js("document.querySelector('.rows').scrollHeight") > 400_000
+    report.js("document.querySelector('.rows').scrollTo(0, 300000)")
     report.wait("Number(document.querySelector('.row').getAttribute('aria-posinset')) > 3000")
     assert report.count(".row") < 60
     report.type("gold 777")
     assert report.texts(".count") == ["5 of 5,000 trajectories"]
-    report.press("j")
     assert report.texts(".detail .meta")[0].endswith("q777")
     report.open("#questions")
     assert report.texts(".count") == ["1,000 questions"]
@@ -297,9 +300,11 @@ def test_an_unfinished_run_says_so(driver, tmp_path):
     assert "not finished: round 0 of 2; begun and not complete: grpo-1" in report.texts(".notice")[0]
     for view in VIEWS:
         report.open(f"#{view}")
+    report.open("#questions")
     assert report.texts(".count") == ["12 questions"]
     shutil.rmtree(run / "evaluation-base")
     page.write(run, tmp_path / "r.html")
     for view in VIEWS:
         report.open(f"#{view}")
+    report.open("#questions")
     assert report.texts(".count") == ["0 questions"]

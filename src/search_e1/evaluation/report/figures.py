@@ -1,35 +1,47 @@
-"""The figures of a run: policies, gains, rounds, training curves, costs. Names are those of the artifacts."""
+"""The figures of a run: policies, gains, rounds, training curves, costs. Names are those of the artifacts.
+
+Shares of questions have Wilson's interval whatever the artifact says: older ones hold the bootstrap's, which has no width
+where all questions agree.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
+from search_e1.evaluation.report import explain, repeat
 from search_e1.evaluation.report.files import Run, Stage, policy_of, read_json, read_lines
 from search_e1.evaluation.report.trajectories import Evaluated
-from search_e1.evaluation.statistics import interval
+from search_e1.evaluation.statistics import share_interval, wilson
 
 _MOST_POINTS = 400  # of a training curve: more than a screen resolves
 
 
 def overview(run: Run, evaluated: Sequence[Evaluated]) -> dict[str, Any]:
-    """Everything the page shows except trajectories and pairs."""
+    """Everything the page shows of a run except trajectories and pairs."""
     last = next(reversed(run.stages.values()), None)
+    policies = [_policy(stage) for stage in run.evaluations]
+    rounds, changes = _rounds(run), gains(evaluated)
+    finished = _finished(run)
     return {
         "run": run.path.resolve().name,
         "model": run.config.get("policy", {}).get("model"),
         "seed": run.config.get("seed"),
         "rounds_planned": run.config.get("rounds"),
-        "finished": _finished(run),
+        "finished": finished,
+        "holder": None if finished else run.holder,
         "begun": list(run.begun),
         "versions": last.manifest.versions if last else {},
         "started": min((stage.manifest.started for stage in run.stages.values()), default=None),
-        "policies": [_policy(stage) for stage in run.evaluations],
-        "gains": gains(evaluated),
-        "rounds": _rounds(run),
+        "policies": policies,
+        "gains": changes,
+        "falls": explain.falls(changes, policies, rounds, run.config),
+        "empty": explain.empty(run, finished=finished),
+        "rounds": rounds,
         "curves": _curves(run),
         "costs": [cost(stage) for stage in run.stages.values()],
         "gate": run.config.get("lead", {}).get("minimum"),
+        "repeat": repeat.repeat(run),
     }
 
 
@@ -51,13 +63,21 @@ def _refusals(run: Run) -> dict[str, str]:
 
 
 def _policy(stage: Stage) -> dict[str, Any]:
-    return {"stage": policy_of(stage), **read_json(stage.path / "evaluation.json")}
+    scores = read_json(stage.path / "evaluation.json")
+    parts = {
+        by: {name: _with_interval(part) for name, part in scores.get(by, {}).items()} for by in ("by_benchmark", "by_hops")
+    }
+    return {"stage": policy_of(stage), **_with_interval(scores), **parts}
+
+
+def _with_interval(scores: dict[str, Any]) -> dict[str, Any]:
+    return scores | {"em_interval": wilson(round(scores["em"] * scores["n"]), scores["n"])}
 
 
 def gains(evaluated: Sequence[Evaluated]) -> list[dict[str, Any]]:
     """Each stage's change of greedy EM over the policy before it, on the questions that both answered.
 
-    ``low`` and ``high`` are the 95% percentile bootstrap interval over questions, paired.
+    ``low`` and ``high`` are the 95% interval of the paired differences; see ``statistics.share_interval``.
     """
     found = []
     for before, after in pairwise(evaluated):
@@ -65,7 +85,7 @@ def gains(evaluated: Sequence[Evaluated]) -> list[dict[str, Any]]:
         if not shared:
             continue
         changes = [after.correct[id] - before.correct[id] for id in sorted(shared)]
-        low, high = interval(changes, seed=0)
+        low, high = share_interval(changes, seed=0, least=-1)
         found.append(
             {"stage": after.policy, "before": before.policy, "n": len(shared)}
             | {"won": changes.count(1), "lost": changes.count(-1), "gain": fmean(changes), "low": low, "high": high}
@@ -81,6 +101,7 @@ def _rounds(run: Run) -> list[dict[str, Any]]:
     return [
         {
             "round": number,
+            "usable_interval": _usable(kinds["pairs"].get(number)),
             **{kind: stages[number].figures if number in stages else None for kind, stages in kinds.items()},
             "refused": refused.get(str(number)),
         }
@@ -88,8 +109,13 @@ def _rounds(run: Run) -> list[dict[str, Any]]:
     ]
 
 
+def _usable(pairs: Stage | None) -> tuple[float, float] | None:
+    """Of the share of questions with a pair."""
+    return wilson(pairs.figures["usable"], pairs.figures["questions"]) if pairs and pairs.figures.get("questions") else None
+
+
 def _curves(run: Run) -> list[dict[str, Any]]:
-    """The steps of every GRPO and OFSD stage, including an unfinished one: figure -> values by step."""
+    """The steps of every stage that trains, including an unfinished one: figure -> values by step."""
     places = {name: stage.path for name, stage in run.stages.items()}
     places |= {name: run.path / f".{name}.partial" for name in run.begun}
     curves = []

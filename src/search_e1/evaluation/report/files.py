@@ -1,8 +1,10 @@
 """The contents of a run directory, complete or unfinished, as plain data."""
 
 import json
+import os
 import re
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,8 @@ class Run:
     """Complete stages in the order of their start."""
     begun: tuple[str, ...]
     """Stages that were started and are not complete: running, or killed."""
+    holder: str | None = None
+    """The process that works in the run directory, if one does; see ``runs.locks``."""
 
     @property
     def evaluations(self) -> list[Stage]:
@@ -83,7 +87,30 @@ def open_run(path: Path) -> Run:
         raise RunError(f"{path}: no run (neither config.json nor a stage in it); give the run directory of `search-e1 train`")
     stages = sorted((_stage(manifest) for manifest in manifests), key=lambda stage: stage.manifest.started)
     begun = tuple(sorted(part.name[1:].removesuffix(".partial") for part in path.glob(".*.partial") if part.is_dir()))
-    return Run(path, read_json(config) if config.is_file() else {}, {stage.name: stage for stage in stages}, begun)
+    held = read_json(config) if config.is_file() else {}
+    return Run(path, held, {stage.name: stage for stage in stages}, begun, holder(path))
+
+
+def holder(path: Path) -> str | None:
+    """The process that works in the run directory. What a killed one of this machine has left behind counts for nothing."""
+    try:
+        signed = json.loads((path / ".holder.json").read_bytes())
+        pid, host = int(signed["pid"]), str(signed["host"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    if host == socket.gethostname() and not _lives(pid):
+        return None
+    return f"process {pid} on {host}"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def _stage(manifest: Path) -> Stage:
@@ -107,9 +134,9 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path}: damaged; remove {path.parent} and run the stage again") from error
 
 
-def read_lines(path: Path) -> Iterator[Any]:
+def read_lines(path: Path, wanted: Callable[[bytes], bool] = lambda line: True) -> Iterator[Any]:
     """The records of a JSON lines file; none if it does not exist. An unfinished last line, which is being written, is
-    skipped.
+    skipped, and so are lines that are not ``wanted``.
 
     Raises:
         DataError: a line is no JSON; names it.
@@ -118,6 +145,8 @@ def read_lines(path: Path) -> Iterator[Any]:
         return
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            if not wanted(line):
+                continue
             try:
                 yield json.loads(line, parse_constant=_no_number)
             except ValueError as error:

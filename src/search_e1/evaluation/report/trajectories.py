@@ -1,11 +1,17 @@
-"""Trajectories and pairs for the page: text without token ids; every question and passage is stored once."""
+"""Trajectories and pairs for the page: text without token ids; every question and passage is stored once.
 
+Trajectories come from three sources: evaluations (greedy), pools, and the groups that GRPO keeps (both sampled).
+"""
+
+import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from search_e1.errors import DataError
 from search_e1.evaluation.report.files import Run, Stage, policy_of, read_json, read_lines
 
 _DOCUMENT = re.compile(r"Doc \d+(\(Title: .*)", re.DOTALL)
@@ -14,8 +20,13 @@ _STOPS = {
     "max_turns": "out of searches",
     "max_tokens": "out of tokens",
     "malformed": "no action",
+    "refused": "refused",
 }
 RIGHT = "right"
+EVALUATION, POOL, GRPO = "evaluation", "pool", "GRPO"
+_GROUPS = "groups.jsonl"
+_QUESTION = b'{"question":'
+_DECODER = json.JSONDecoder()
 
 
 @dataclass(slots=True)
@@ -49,8 +60,8 @@ class Collector:
         self._passages = _Table()
         self.trajectories: list[dict[str, Any]] = []
         self.pairs: list[dict[str, Any]] = []
-        self.left_out = 0
-        """Trajectories beyond the limit."""
+        self.left_out: list[int] = []
+        """Trajectories of each run beyond the limit."""
 
     def records(self) -> dict[str, Any]:
         """Everything, as the page reads it."""
@@ -61,44 +72,64 @@ class Collector:
             "pairs": self.pairs,
         }
 
-    def evaluations(self, run: Run, most: int) -> list[Evaluated]:
-        """Add the greedy trajectories of all evaluations, at most about ``most``.
+    def add(self, run: Run, most: int) -> list[Evaluated]:
+        """Add the trajectories of ``run``, at most about ``most``, and the pairs that its leads were measured on.
 
-        Beyond that, questions are sampled by a hash of their ids: the same ones in every evaluation, so that policies compare.
+        Beyond ``most``, questions are sampled by a hash of their ids: the same ones in every evaluation, so that policies
+        compare. Each source has an equal part of ``most``; what one does not need is the others'.
         """
-        total = sum(read_json(stage.path / "evaluation.json")["n"] for stage in run.evaluations)
-        share = most / total if total > most else 1.0
-        return [self._evaluation(stage, share) for stage in run.evaluations]
+        number, before = len(self.left_out), len(self.trajectories)
+        sampled = {kind: _sampled(run, kind) for kind in (POOL, GRPO)}
+        totals = [sum(read_json(stage.path / "evaluation.json")["n"] for stage in run.evaluations)]
+        totals += [sum(_count(stage.path / _GROUPS) for stage in stages.values()) for stages in sampled.values()]
+        share, *shares = _shares(totals, most)
+        evaluated = [self._evaluation(number, stage, share) for stage in run.evaluations]
+        for (kind, stages), part in zip(sampled.items(), shares, strict=True):
+            for round, stage in stages.items():
+                self._groups(number, kind, round, stage, part)
+        self.left_out.append(sum(totals) - (len(self.trajectories) - before))
+        self._pairs(number, run)
+        return evaluated
 
-    def _evaluation(self, stage: Stage, share: float) -> Evaluated:
+    def _evaluation(self, number: int, stage: Stage, share: float) -> Evaluated:
         made = Evaluated(policy_of(stage))
         judged = {_key(row): row for row in read_lines(stage.path / "questions.jsonl")}
         for group in read_lines(stage.path / "trajectories.jsonl"):
             question, [trajectory] = group["question"], group["trajectories"]
             key = _key(question)
             made.correct[key] = trajectory["reward"] >= 1
-            if zlib.crc32(key.encode()) >= share * 2**32:
-                self.left_out += 1
+            if not _shown(key, share):
                 continue
             row = judged.get(key, {})
             failure = row.get("failure") or _STOPS[trajectory["stop_reason"]]
             self.trajectories.append(
-                {"stage": made.policy, "question": self._question(question)}
+                {"run": number, "source": EVALUATION, "stage": made.policy, "question": self._question(question)}
                 | {"class": RIGHT if made.correct[key] else failure.replace("_", " "), "recall": _recall(row)}
                 | self._trajectory(trajectory)
             )
         return made
 
-    def held_out_pairs(self, run: Run) -> None:
-        """Add the pairs that the leads were measured on, with the stored divergence of each token."""
-        for number, stage in run.of_rounds("pairs").items():
-            measured = {row["question_id"]: row for row in _divergences(run, number)}
+    def _groups(self, number: int, kind: str, round: int, stage: Stage, share: float) -> None:
+        for group in read_lines(stage.path / _GROUPS, lambda line: _is_shown(line, share)):
+            question = self._question(group["question"])
+            for i, trajectory in enumerate(group["trajectories"], 1):
+                shown = self._trajectory(trajectory)
+                self.trajectories.append(
+                    {"run": number, "source": kind, "stage": stage.name, "round": round, "sample": i, "question": question}
+                    | {"class": RIGHT if shown["right"] else _STOPS[trajectory["stop_reason"]], "recall": None}
+                    | shown
+                )
+
+    def _pairs(self, number: int, run: Run) -> None:
+        for round, stage in run.of_rounds("pairs").items():
+            measured = {row["question_id"]: row for row in _divergences(run, round)}
             for pair in _first_of_question(read_lines(stage.path / "held_out.jsonl")):
                 student = self._trajectory(pair["student"])
                 divergence = measured.get(pair["question"]["id"])
                 self.pairs.append(
                     {
-                        "round": number,
+                        "run": number,
+                        "round": round,
                         "question": self._question(pair["question"]),
                         "reference": self._trajectory(pair["reference"]),
                         "student": student,
@@ -109,7 +140,7 @@ class Collector:
 
     def _question(self, question: Mapping[str, Any]) -> int:
         shown = {k: question[k] for k in ("id", "text", "answers", "benchmark", "hops")}
-        return self._questions.add(_key(question), shown)
+        return self._questions.add(json.dumps(shown, sort_keys=True), shown)  # runs may use an id for different questions
 
     def _trajectory(self, trajectory: Mapping[str, Any]) -> dict[str, Any]:
         turns = trajectory["turns"]
@@ -134,6 +165,50 @@ class Collector:
 
 def _key(question: Mapping[str, Any]) -> str:
     return f"{question['benchmark']}\n{question['id']}"
+
+
+def _shown(key: str, share: float) -> bool:
+    return zlib.crc32(key.encode()) < share * 2**32
+
+
+def _is_shown(line: bytes, share: float) -> bool:
+    """Whether a group's line is, by its question alone: of a large pool, most lines are not worth parsing."""
+    if not line.startswith(_QUESTION):
+        return True
+    try:
+        question, _ = _DECODER.raw_decode(line.decode(), len(_QUESTION))
+        return _shown(_key(question), share)
+    except (ValueError, LookupError, TypeError):  # damage is told where the line is parsed
+        return True
+
+
+def _shares(totals: Sequence[int], most: int) -> list[float]:
+    """The share of each source that is shown."""
+    shares, left = [1.0] * len(totals), most
+    for place, i in enumerate(sorted(range(len(totals)), key=totals.__getitem__)):
+        part = min(totals[i], left // (len(totals) - place))
+        left -= part
+        shares[i] = part / totals[i] if totals[i] else 1.0
+    return shares
+
+
+def _sampled(run: Run, kind: str) -> dict[int, Stage]:
+    """Round -> the stage whose groups are stored. A pool that GRPO sampled is shown as GRPO's."""
+    stages = run.of_rounds(kind.lower())
+    if kind == POOL:
+        stages = {n: stage for n, stage in stages.items() if stage.manifest.settings["pool"].get("source") != "grpo"}
+    return {round: stage for round, stage in stages.items() if (stage.path / _GROUPS).is_file()}
+
+
+def _count(groups: Path) -> int:
+    """Trajectories in a file of groups, which are all of one size."""
+    with groups.open("rb") as file:
+        first = file.readline()
+        lines = bool(first) + sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    try:
+        return lines * len(json.loads(first)["trajectories"]) if lines else 0
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{groups}:1: damaged; remove {groups.parent} and run the stage again") from error
 
 
 def _recall(row: Mapping[str, Any]) -> dict[str, bool] | None:

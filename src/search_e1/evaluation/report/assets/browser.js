@@ -1,17 +1,27 @@
-// Every greedy trajectory, with search and filters.
+// Every trajectory: greedy ones of evaluations, sampled ones of pools and of GRPO; with search and filters.
 
-const questionOf = (item) => records.questions[item.question];
+const questionOf = (item) => all.questions[item.question];
 const said_of = (trajectory) => trajectory.turns.map((turn) => turn.text).join("\n");
 
+const questionId = (item) => [questionOf(item).benchmark, questionOf(item).id].filter(Boolean).join("/");
+const trajectoryId = (t) => [t.stage, questionId(t), t.sample].filter(Boolean).join("/");
+
+/** Greedy trajectories of a policy, or sampled ones. */
+const origin = (t) => (t.source === "evaluation" ? t.stage : `${t.source} ${t.round}`);
+
 function browserView(state, changed) {
-  const notice = overview.left_out ? `${many(overview.left_out)} more trajectories are not in this file (--most). ` : "";
   return new Explorer({
-    items: records.trajectories,
+    items: () => records.trajectories,
+    id: trajectoryId,
     what: ["trajectory", "trajectories"],
     state,
     changed,
+    empty: () => overview.empty.trajectories || "No trajectories: the evaluations hold none.",
+    note: overview.left_out ? `${many(overview.left_out)} more are not in this page (--most); figures are over all.` : "",
     facets: {
-      stage: { label: "Policy", of: (t) => t.stage, asMade: true },
+      source: { label: "Source", of: (t) => SOURCES[t.source], asMade: true },
+      stage: { label: "Policy", of: (t) => (t.source === "evaluation" ? t.stage : ""), asMade: true },
+      round: { label: "Round", of: (t) => (t.round ? `round ${t.round}` : "") },
       outcome: { label: "Outcome", of: (t) => (t.right ? "right" : "wrong") },
       class: { label: "Failure", of: (t) => (t.right ? "" : t.class) },
       recall: { label: "Answer", of: recallName },
@@ -27,14 +37,16 @@ function browserView(state, changed) {
       "nearly right": (a, b) => a.right - b.right || b.f1 - a.f1,
     },
     haystack: (t) => `${questionOf(t).id}\n${questionOf(t).text}\n${questionOf(t).answers.join("\n")}\n${said_of(t)}`,
-    row: (t) => rowOf(verdict(t.right), questionOf(t).text, [t.stage, questionOf(t).benchmark, hopsName(questionOf(t).hops), plural(t.searches, "search", "searches"), t.right ? "" : t.class]),
+    row: (t, width) => rowOf(verdict(t.right), 20, questionOf(t).text,
+      [origin(t), questionOf(t).benchmark, hopsName(questionOf(t).hops), plural(t.searches, "search", "searches"), t.right ? "" : t.class], width),
     detail: (t) => h("article", null,
-      notice && h("p", { class: "notice" }, notice),
-      questionHead(questionOf(t)),
-      h("p", { class: "meta" }, h("b", null, line(t.stage)), recallName(t) && h("span", null, `answer ${recallName(t)}`)), measures(t),
-      siblings(t), trajectoryView(t, questionOf(t))),
+      questionHead(questionOf(t), t),
+      h("p", { class: "meta" }, h("b", null, line(origin(t))), h("span", null, SOURCES[t.source]), recallName(t) && h("span", null, `gold answer ${recallName(t)}`)), measures(t),
+      t.source === "evaluation" ? siblings(t) : group(t), trajectoryView(t, questionOf(t))),
   });
 }
+
+const SOURCES = { evaluation: "evaluation (greedy)", pool: "pool (sampled)", GRPO: "GRPO (sampled)" };
 
 /** Retrieval recall: where an answer occurs. */
 function recallName({ recall }) {
@@ -47,8 +59,17 @@ function recallName({ recall }) {
 
 /** The same question under the other policies. */
 function siblings(t) {
-  const others = records.trajectories.filter((other) => other.question === t.question);
+  const others = records.trajectories.filter((other) => other.question === t.question && other.source === "evaluation");
   if (others.length < 2) return null;
-  return h("p", { class: "chips" }, h("a", { href: `#questions?at=${questionIndex(t.question)}` }, "Side by side:"),
-    others.map((other) => h("a", { class: `chip ${other.right ? "right" : "wrong"}${other === t ? " here" : ""}`, href: `#trajectories?at=${records.trajectories.indexOf(other)}` }, `${line(other.stage)} ${other.right ? "✓" : "✗"}`)));
+  return h("p", { class: "chips" }, h("a", { href: link("questions", { at: questionId(t) }) }, "Side by side:"), chips(others, t, (other) => line(other.stage)));
+}
+
+/** The other trajectories of a sampled one's group. */
+function group(t) {
+  const others = records.trajectories.filter((other) => other.question === t.question && other.stage === t.stage && other.source === t.source);
+  return h("p", { class: "chips" }, label("Group"), `, ${others.filter((other) => other.right).length} of ${others.length} right:`, chips(others, t, (other) => other.sample));
+}
+
+function chips(others, here, name) {
+  return others.map((other) => h("a", { class: `chip ${other.right ? "right" : "wrong"}${other === here ? " here" : ""}`, href: link("trajectories", { at: trajectoryId(other) }) }, `${name(other)} ${other.right ? "✓" : "✗"}`));
 }

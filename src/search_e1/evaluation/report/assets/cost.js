@@ -2,12 +2,11 @@
 
 function costView(overview) {
   const { costs } = overview;
-  if (!costs.length) return h("div", { class: "page" }, h("p", { class: "notice" }, "No stage is complete yet."));
+  if (!costs.length) return h("div", { class: "page" }, hiddenTitle("Cost"), h("p", { class: "empty" }, prose(overview.empty.cost)));
   const longest = Math.max(...costs.map((cost) => cost.seconds));
   const total = (key) => costs.reduce((sum, cost) => sum + (cost[key] || 0), 0);
   const rows = [...costs, { stage: "all stages", seconds: total("seconds"), sampled_tokens: total("sampled_tokens"), trained_tokens: total("trained_tokens"), gpus: Math.max(...costs.map((cost) => cost.gpus)), gpu_hours: total("gpu_hours"), sum: true }];
-  const tile = (name, value, note) => h("div", { class: "tile" }, h("span", null, name), h("b", null, value), h("small", null, note));
-  return h("div", { class: "page" },
+  return h("div", { class: "page" }, hiddenTitle("Cost"),
     h("div", { class: "tiles" },
       tile("Wall-clock", duration(total("seconds")), plural(costs.length, "stage")),
       tile("GPU-hours", number(total("gpu_hours"), total("gpu_hours") ? 2 : 0), total("gpu_hours") ? "GPUs times wall-clock" : "0 GPUs: everything ran on CPU"),
@@ -25,7 +24,7 @@ function costView(overview) {
     ], rows, "Cost by stage")));
 }
 
-const KINDS = { grpo: "GRPO", pool: "pool", pairs: "pairs", lead: "teacher's lead", ofsd: "self-distillation", evaluation: "evaluation", index: "index", recall: "retrieval recall", warmstart: "warm start" };
+const KINDS = { grpo: "GRPO", pool: "pool", pairs: "pairs", lead: "teacher's lead", ofsd: "self-distillation", evaluation: "evaluation", index: "index", recall: "retrieval recall", coldstart: "cold start" };
 
 function byKind(costs) {
   const seconds = {};

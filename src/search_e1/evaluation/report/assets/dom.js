@@ -49,6 +49,11 @@ function line(text) {
   return text.replace(/\s+/g, " ").replace(HIDDEN, "\ufffd");
 }
 
+/** A sentence of ours, on one line; what stands between backticks is code. */
+function prose(text) {
+  return line(text).split("`").map((part, i) => (i % 2 ? h("code", null, part) : part));
+}
+
 function highlighted(text, marked) {
   if (!marked || !text) return text ? [text] : [];
   const nodes = [];
@@ -83,11 +88,40 @@ function table(columns, rows, caption) {
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption },
     h("table", null,
       h("caption", { class: "hidden" }, caption),
-      h("thead", null, h("tr", null, columns.map(([heading, , kind]) => h("th", { scope: "col", class: kind }, heading)))),
+      h("thead", null, h("tr", null, columns.map(([heading, , kind]) => h("th", { scope: "col", class: kind }, label(heading))))),
       h("tbody", null, rows.map((row) => h("tr", null, columns.map(([, cell, kind], i) =>
         i ? h("td", { class: kind }, cell(row)) : h("th", { scope: "row" }, cell(row))))))));
 }
 
 function card(title, about, ...children) {
-  return h("section", { class: "card" }, h("h2", null, title), about && h("p", { class: "about" }, about), children);
+  return h("section", { class: "card" }, h("h2", null, title), about && h("p", { class: "about" }, prose(about)), children);
+}
+
+/** The only heading of first rank in a view whose title is its tab. */
+const hiddenTitle = (text) => h("h1", { class: "hidden" }, text);
+
+const tile = (name, value, note) => h("div", { class: "tile" }, h("span", null, label(name)), h("b", null, value), h("small", null, note));
+
+/** Text to copy, as it is; what is shown has invisible characters by their codes. */
+function copyable(name, text) {
+  const button = h("button", { type: "button", "aria-label": `Copy ${name}`, onclick: async () => {
+    button.textContent = (await copied(text)) ? "Copied" : "Not copied: select it";
+    setTimeout(() => { button.textContent = "Copy"; }, 2000);
+  } }, "Copy");
+  return h("div", { class: "copyable" }, button, h("pre", { tabindex: 0, role: "region", "aria-label": name }, said(text)));
+}
+
+async function copied(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch { // denied, or no secure context
+    const area = h("textarea", { "aria-hidden": "true", class: "hidden" });
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    const done = document.execCommand("copy");
+    area.remove();
+    return done;
+  }
 }

@@ -1,36 +1,58 @@
 // A list with search and filters beside the details of the selected item. Only visible rows exist.
 
-const ROW = 62; // px, as in the style sheet
+const ROW = 84; // px, as in the style sheet
 const BEYOND = 8; // extra rows above and below the visible ones
 
 /**
- * `items` are shown by `row(item)` and `detail(item)`; `facets` are {key: {label, of(item), asMade?}}: `of` gives the value, or
- * values, that an item is filed under, `asMade` keeps their order; `haystack(item)` is the searchable text; `orders` are {name: compare}.
+ * The items that `items()` returns are known by `id(item)`, and shown by `row(item)` and `detail(item)`; `facets` are
+ * {key: {label, of(item), asMade?}}: `of` gives the value, or values, that an item is filed under, `asMade` keeps their order;
+ * `haystack(item)` is the searchable text; `orders` are {name: compare}; `empty()` says why there are no items; `note` stands under the count.
+ * `stamp(item)` changes where an item is not as it was when it was shown.
  * The choice is kept in `state`, a URLSearchParams, and `changed()` is called when it changes.
  */
 class Explorer {
-  constructor({ items, facets, haystack, row, detail, what, orders, state, changed }) {
-    Object.assign(this, { items, facets, haystack, row, detail, what, orders, state, changed });
+  constructor({ items, id, facets, haystack, row, detail, what, orders, state, changed, empty, note = "", stamp = () => "" }) {
+    Object.assign(this, { source: items, id, facets, haystack, row, detail, what, orders, state, changed, empty, stamp });
     this.keys = Object.keys(facets);
-    this.words = new Map(); // searchable text, computed on first use
-    this.filed = new Map(items.map((item) => [item, Object.fromEntries(this.keys.map((key) =>
-      [key, [facets[key].of(item)].flat().filter((value) => value !== "" && value !== null && value !== undefined).map(String)]))]));
-    this.list = h("div", { class: "rows", tabindex: 0, role: "listbox", "aria-label": `${what[1]}`, onscroll: () => this.paint() });
-    this.space = h("div", { class: "space" });
+    this.list = h("div", { class: "rows", tabindex: 0, role: "listbox", "aria-label": what[1], onscroll: () => this.paint() });
+    this.space = h("div", { class: "space", role: "presentation" });
     this.list.append(this.space);
-    this.panel = h("div", { class: "detail", tabindex: -1 });
+    this.panel = h("div", { class: "detail", tabindex: 0, role: "region", "aria-label": `The selected ${what[0]}` });
     this.count = h("p", { class: "count", role: "status" });
     this.search = h("input", { type: "search", placeholder: `Search ${what[1]}  ( / )`, "aria-label": `Search ${what[1]}`, value: state.get("q") || "", oninput: () => this.set("q", this.search.value) });
     this.selects = Object.fromEntries(Object.entries(facets).map(([key, facet]) => [key, h("select", { "aria-label": facet.label, onchange: (event) => this.set(key, event.target.value) })]));
     this.order = h("select", { "aria-label": "Order", onchange: () => this.set("order", this.order.value) },
       Object.keys(orders).map((name) => h("option", { value: name, selected: name === state.get("order") }, name)));
-    const reset = h("button", { type: "button", onclick: () => this.reset() }, "Clear");
     this.element = h("div", { class: "explorer" },
       h("div", { class: "side" },
-        h("div", { class: "filters" }, this.search, Object.values(this.selects), this.order, reset), this.count, this.list),
+        h("div", { class: "filters" }, this.search, Object.values(this.selects), this.order, this.resetButton("Clear")),
+        this.count, note && h("p", { class: "count" }, note), this.list),
       this.panel);
     new ResizeObserver(() => this.paint()).observe(this.list);
+    this.load();
     this.apply(false);
+  }
+
+  load() {
+    this.items = this.source();
+    this.byId = new Map(this.items.map((item) => [this.id(item), item]));
+    this.words = new Map(); // searchable text, computed on first use
+    this.filed = new Map(this.items.map((item) => [item, Object.fromEntries(this.keys.map((key) =>
+      [key, [this.facets[key].of(item)].flat().filter((value) => value !== "" && value !== null && value !== undefined).map(String)]))]));
+  }
+
+  /** The items have changed: what is selected, searched, scrolled to and unfolded stays. */
+  update() {
+    const shown = this.chosen && [this.id(this.chosen), this.stamp(this.chosen)].join(), top = this.list.scrollTop;
+    this.load();
+    this.choosing();
+    if (this.chosen && [this.id(this.chosen), this.stamp(this.chosen)].join() === shown) this.paint();
+    else this.show(false);
+    this.list.scrollTop = top;
+  }
+
+  resetButton(text) {
+    return h("button", { type: "button", onclick: () => this.reset() }, text);
   }
 
   set(key, value) {
@@ -52,16 +74,21 @@ class Explorer {
   }
 
   apply(touched) {
+    this.choosing();
+    if (touched) this.list.scrollTop = 0;
+    this.show(touched);
+  }
+
+  /** What is shown, and of it the item that the address names, or the first. */
+  choosing() {
     const counts = this.filter();
     const compare = this.orders[this.state.get("order")] || Object.values(this.orders)[0];
     if (compare) this.shown.sort(compare);
     this.count.textContent = this.shown.length === this.items.length ? plural(this.items.length, ...this.what) : `${many(this.shown.length)} of ${plural(this.items.length, ...this.what)}`;
     for (const key of this.keys) this.options(key, counts[key]);
     this.space.style.height = `${this.shown.length * ROW}px`;
-    const wanted = this.items[Number(this.state.get("at") ?? NaN)];
-    this.chosen = this.shown.includes(wanted) ? wanted : null;
-    if (touched) this.list.scrollTop = 0;
-    this.show(touched);
+    const wanted = this.byId.get(this.state.get("at") ?? (this.chosen && this.id(this.chosen)));
+    this.chosen = this.shown.includes(wanted) ? wanted : this.shown[0] ?? null;
   }
 
   /** Finds the shown items, and counts how many each value of each facet would leave, given the other facets. */
@@ -94,7 +121,7 @@ class Explorer {
 
   choose(item, open) {
     this.chosen = item;
-    this.state.set("at", this.items.indexOf(item));
+    this.state.set("at", this.id(item));
     this.show(true);
     if (open) this.element.classList.add("open");
   }
@@ -121,10 +148,15 @@ class Explorer {
     this.opened = item ? this.detail(item) : null;
     this.panel.replaceChildren(...(this.opened
       ? [h("button", { type: "button", class: "back", onclick: () => this.close() }, "← Back to the list"), this.opened]
-      : [h("p", { class: "empty" }, this.shown.length ? `Choose one of the ${this.what[1]}: click, or j and k.` : "Nothing matches; clear a filter or the search.")]));
+      : [this.nothing()]));
     this.panel.scrollTop = 0;
     if (!item) this.element.classList.remove("open");
     if (touched) this.changed();
+  }
+
+  nothing() {
+    if (!this.items.length) return h("p", { class: "empty" }, prose(this.empty()));
+    return h("div", { class: "empty" }, h("p", null, `No ${this.what[0]} matches the search and these filters.`), this.resetButton("Clear them"));
   }
 
   paint() {
@@ -133,18 +165,38 @@ class Explorer {
     const rows = [];
     for (let i = first; i < last; i++) {
       const item = this.shown[i];
-      const element = h("div", { class: "row", role: "option", id: `row-${i}`, "aria-selected": String(item === this.chosen), "aria-setsize": this.shown.length, "aria-posinset": i + 1, onclick: () => this.choose(item, true) }, this.row(item));
+      const element = h("div", { class: "row", role: "option", id: `row-${i}`, "aria-selected": String(item === this.chosen), "aria-setsize": this.shown.length, "aria-posinset": i + 1, onclick: () => this.choose(item, true) }, this.row(item, this.list.clientWidth));
       element.style.top = `${i * ROW}px`;
       rows.push(element);
     }
-    this.space.replaceChildren(...rows);
+    this.space.replaceChildren(...(rows.length ? rows : [h("p", { class: "empty", role: "option", "aria-disabled": "true", "aria-selected": "false" }, this.items.length ? "nothing matches" : "nothing yet")]));
     const at = this.chosen ? this.shown.indexOf(this.chosen) : -1;
     if (at >= first && at < last) this.list.setAttribute("aria-activedescendant", `row-${at}`);
     else this.list.removeAttribute("aria-activedescendant");
   }
 }
 
-/** A row: a mark, a title of one line, and further facts. */
-function rowOf(mark, title, facts) {
-  return [mark, h("span", { class: "title" }, line(title)), h("span", { class: "facts" }, facts.filter(Boolean).map((fact) => h("span", null, line(fact))))];
+/** A row of a list `width` px wide: a mark of `marked` px, a title of two lines, and further facts. */
+function rowOf(mark, marked, title, facts, width) {
+  const told = facts.filter(Boolean).map(line), text = line(title);
+  return [mark, h("span", { class: "title", title: text }, fitted(text, width - marked - 40, 2)),
+    h("span", { class: "facts", title: told.join(" · ") }, told.map((fact) => h("span", null, fact)))];
+}
+
+const ruler = document.createElement("canvas").getContext("2d");
+
+/** `text`, or its beginning and its end if it is longer than `lines` lines of `width` px: both are needed to tell questions apart. */
+function fitted(text, width, lines) {
+  ruler.font = getComputedStyle(document.body).font;
+  const room = width * (lines - 0.35); // a line that breaks between words is not full
+  if (width <= 0 || ruler.measureText(text).width <= room) return text;
+  const letters = [...text];
+  const cut = (kept) => `${letters.slice(0, Math.ceil(kept * 0.55)).join("").replace(/\s\S{0,12}$/, "")} … ${letters.slice(letters.length - Math.floor(kept * 0.45)).join("").replace(/^\S{0,12}\s/, "")}`;
+  let low = 2, high = letters.length;
+  while (high - low > 1) {
+    const middle = (low + high) >> 1;
+    if (ruler.measureText(cut(middle)).width <= room) low = middle;
+    else high = middle;
+  }
+  return cut(low);
 }

@@ -5,7 +5,10 @@ const meanKl = (pair) => (pair.kl && pair.kl.kl.length ? pair.kl.kl.reduce((a, b
 
 function pairsView(state, changed) {
   return new Explorer({
-    items: records.pairs,
+    items: () => records.pairs,
+    id: (pair) => `${pair.round}/${questionId(pair)}`,
+    stamp: (pair) => (pair.kl ? "measured" : ""),
+    empty: () => overview.empty.pairs || "No pairs.",
     what: ["pair", "pairs"],
     state,
     changed,
@@ -16,8 +19,8 @@ function pairsView(state, changed) {
     },
     orders: { "in order": null, "most KL a token": (a, b) => meanKl(b) - meanKl(a), "most KL in one token": (a, b) => peak(b) - peak(a) },
     haystack: (pair) => `${questionOf(pair).id}\n${questionOf(pair).text}\n${said_of(pair.student)}\n${said_of(pair.reference)}`,
-    row: (pair) => rowOf(verdict(pair.student.right), questionOf(pair).text,
-      [`round ${pair.round}`, hopsName(questionOf(pair).hops), meanKl(pair) === null ? "KL not stored" : `KL ${number(meanKl(pair))}`]),
+    row: (pair, width) => rowOf(verdict(pair.student.right), 20, questionOf(pair).text,
+      [`round ${pair.round}`, hopsName(questionOf(pair).hops), meanKl(pair) === null ? "KL not stored" : `KL ${number(meanKl(pair))}`], width),
     detail: (pair) => new PairView(pair).element,
   });
 }
@@ -35,8 +38,8 @@ class PairView {
       questionHead(question),
       pair.kl ? [this.strip(), this.readout, this.peaks(), scale()] : h("p", { class: "notice" }, "The divergence of each token is not stored in this run: its lead was measured by an older version, or is not measured yet."),
       h("div", { class: "columns two" },
-        h("section", { class: "column" }, h("h3", null, "Reference", h("small", null, "shown in the teacher's prompt")), measures(pair.reference), trajectoryView(pair.reference, question)),
-        h("section", { class: "column" }, h("h3", null, "Student", h("small", null, "learns from it")), measures(pair.student), student)));
+        h("section", { class: "column" }, h("h3", null, label("Reference"), h("small", null, "shown in the teacher's prompt")), h("dl", { class: "answers" }, given(pair.reference)), measures(pair.reference), trajectoryView(pair.reference, question)),
+        h("section", { class: "column" }, h("h3", null, label("Student"), h("small", null, "learns from it")), h("dl", { class: "answers" }, given(pair.student)), measures(pair.student), student)));
     this.element.view = this;
   }
 
@@ -52,7 +55,7 @@ class PairView {
       const count = this.pair.lengths[i];
       const tokens = kl.pieces.slice(at, at + count).map((piece, j) => this.token(piece, at + j));
       at += count;
-      return [h("div", { class: "block heat" }, h("span", { class: "label" }, `Turn ${i + 1} · ${turn.kind === "malformed" ? "no action" : turn.kind}`), h("div", { class: "body" }, tokens)), observed(turn, marked, false)];
+      return [h("div", { class: "block heat" }, h("span", { class: "label" }, `Turn ${i + 1} · `, label(turn.kind)), h("div", { class: "body" }, tokens)), observed(turn, marked, false)];
     }));
   }
 
@@ -69,7 +72,7 @@ class PairView {
     const highest = Math.max(1, ...values);
     return figure(`KL of each of the student's ${values.length} tokens`, height, (width) => {
       const step = width / values.length;
-      return values.map((value, i) => {
+      const marks = values.map((value, i) => {
         const tall = Math.max(1, (value / highest) * (height - 4));
         const bar = s("rect", { class: "kl", x: i * step, y: height - tall, width: Math.max(0.5, step - (step > 4 ? 1 : 0)), height: tall });
         const target = s("rect", { class: "target", x: i * step, y: 0, width: step, height, onmouseenter: () => this.select(i), onclick: () => this.select(i, true) },
@@ -77,6 +80,7 @@ class PairView {
         bar.style.setProperty("--heat", `${(100 * heat(value)).toFixed(1)}%`);
         return [bar, target];
       });
+      return { marks, stops: [] };
     });
   }
 
@@ -100,7 +104,7 @@ class PairView {
     this.at = index;
     this.tokens[index].classList.add("here");
     if (scroll) this.tokens[index].scrollIntoView({ block: "nearest" });
-    const fact = (name, ...value) => h("div", null, h("dt", null, name), h("dd", null, value));
+    const fact = (name, ...value) => h("div", null, h("dt", null, label(name)), h("dd", null, value));
     this.readout.replaceChildren(h("dl", null,
       fact("token", h("code", null, shownToken(kl.pieces[index]))), fact("part of", kl.classes[index]),
       fact("KL", `${number(kl.kl[index])} nats`), fact("p, plain prompt", number(kl.student[index])), fact("p, with the reference", number(kl.teacher[index])),

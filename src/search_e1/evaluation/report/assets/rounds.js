@@ -1,20 +1,14 @@
 // One question under every policy, side by side.
 
-let asked = null; // questions that were evaluated: [{question, by: {policy: trajectory}}]
-
+/** Questions that were evaluated: [{question, by: {policy: trajectory}}] */
 function questions() {
-  if (asked) return asked;
   const found = new Map();
   for (const t of records.trajectories) {
+    if (t.source !== "evaluation") continue;
     if (!found.has(t.question)) found.set(t.question, { question: t.question, by: {} });
     found.get(t.question).by[t.stage] = t;
   }
-  asked = [...found.values()];
-  return asked;
-}
-
-function questionIndex(question) {
-  return questions().findIndex((item) => item.question === question);
+  return [...found.values()];
 }
 
 const policyNames = () => overview.policies.map((policy) => policy.stage);
@@ -33,7 +27,10 @@ function changes(item) {
 
 function questionsView(state, changed) {
   return new Explorer({
-    items: questions(),
+    items: questions,
+    id: questionId,
+    stamp: (item) => Object.keys(item.by).join(),
+    empty: () => overview.empty.questions || "No questions: the evaluations hold none.",
     what: ["question", "questions"],
     state,
     changed,
@@ -44,13 +41,20 @@ function questionsView(state, changed) {
     },
     orders: { "in order": null, "most changes": (a, b) => changes(b).length - changes(a).length },
     haystack: (item) => `${questionOf(item).id}\n${questionOf(item).text}\n${questionOf(item).answers.join("\n")}`,
-    row: (item) => rowOf(
-      h("span", { class: "squares" }, policyNames().map((name) => square(name, item.by[name]))),
-      questionOf(item).text, [questionOf(item).benchmark, hopsName(questionOf(item).hops), ...changes(item)]),
+    row: (item, width) => rowOf(
+      h("span", { class: "squares" }, policyNames().map((name) => square(name, item.by[name]))), 19 * policyNames().length,
+      questionOf(item).text, [questionOf(item).benchmark, hopsName(questionOf(item).hops), ...changes(item)], width),
     detail: (item) => h("article", { class: "wide" },
       questionHead(questionOf(item)),
+      elsewhere(item),
       h("div", { class: "columns" }, policyNames().filter((name) => item.by[name]).map((name, i, names) => column(item, name, names[i - 1])))),
   });
+}
+
+/** The same question in the other runs of the page. */
+function elsewhere(item) {
+  const others = data.runs.filter((run, i) => run !== overview && all.trajectories.some((t) => t.run === i && t.question === item.question && t.source === "evaluation"));
+  return others.length > 0 && h("p", { class: "chips" }, "In other runs:", others.map((run) => h("a", { class: "chip", href: link("questions", { run: run.run, at: questionId(item) }) }, line(run.run))));
 }
 
 /** A policy's trajectory, against the policy before it. */
@@ -59,7 +63,7 @@ function column(item, name, previous) {
   const shared = before ? sharedTurns(trajectory, before) : 0;
   const whole = before && shared === trajectory.turns.length && shared === before.turns.length;
   const note = !before ? "" : whole ? `Says the same as ${previous}.` : shared ? `The first ${plural(shared, "turn")} as ${previous}, then another way.` : `Differs from ${previous} from the first turn on.`;
-  return h("section", { class: "column" }, h("h3", null, line(name)), measures(trajectory), h("p", { class: "about" }, line(note) || "\u00a0"),
+  return h("section", { class: "column" }, h("h3", null, line(name)), h("dl", { class: "answers" }, given(trajectory)), measures(trajectory), h("p", { class: "about" }, line(note) || "\u00a0"),
     trajectoryView(trajectory, questionOf(item), before, true));
 }
 

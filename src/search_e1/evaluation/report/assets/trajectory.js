@@ -68,11 +68,11 @@ function observed(turn, marked, open) {
 
 function turnBlocks(turn, trajectory, marked, open) {
   const parts = actionParts(turn.text).map((part) => {
-    if (part.kind === "thought") return block("thought", "Thought", said(part.text));
+    if (part.kind === "thought") return block("thought", label("Thought"), said(part.text));
     if (part.kind === "search") return block("search", turn.kind === "search" && !turn.passages ? "Search, not served" : "Search", said(part.text));
     return block(trajectory.right ? "answer right" : "answer wrong", trajectory.right ? "Answer ✓" : "Answer ✗", said(part.text));
   });
-  return [parts, turn.kind === "malformed" && block("correction", "No action", "neither a search nor an answer"), observed(turn, marked, open)];
+  return [parts, turn.kind === "malformed" && block("correction", label("No action"), "neither a search nor an answer"), observed(turn, marked, open)];
 }
 
 const STOPS = {
@@ -80,6 +80,7 @@ const STOPS = {
   max_turns: "Stopped: asked for one more search than it may.",
   max_tokens: "Stopped: no room for another token.",
   malformed: "Stopped: the last generation was neither a search nor an answer.",
+  refused: "Stopped: the endpoint refused.",
 };
 
 /** A trajectory with gold answers highlighted. Turns shared with `before` are dimmed; passages may be `folded`. */
@@ -101,19 +102,30 @@ function verdict(right) {
   return h("span", { class: `verdict ${right ? "right" : "wrong"}`, title: right ? "right" : "wrong" }, right ? "✓" : "✗", h("span", { class: "hidden" }, right ? "right" : "wrong"));
 }
 
-/** Question, source, and gold answers. */
-function questionHead(question) {
+const pills = (answers) => answers.map((answer) => h("span", { class: "pill" }, said(answer)));
+
+/** Question, source, and gold answers, beside them what `trajectory`, if one is given, has answered. */
+function questionHead(question, trajectory) {
   return h("header", { class: "question" },
     h("h2", null, said(question.text)),
     h("p", { class: "meta" }, [question.benchmark, hopsName(question.hops), question.id].filter(Boolean).map((part) => h("span", null, line(part)))),
-    h("p", { class: "gold" }, "Gold: ", question.answers.map((answer) => h("span", { class: "pill" }, said(answer)))));
+    h("dl", { class: "answers" }, trajectory && given(trajectory),
+      h("div", null, h("dt", null, label("Gold", "gold answers"), question.answers.length > 1 ? ", any of these" : ""), h("dd", null, pills(question.answers)))));
+}
+
+/** What was answered, and whether it is right. */
+function given(trajectory) {
+  const { right, answer } = trajectory;
+  return h("div", { class: right ? "given right" : "given wrong" },
+    h("dt", null, verdict(right), right ? "Answered, right" : answer === null ? "No answer" : "Answered, wrong"),
+    h("dd", null, answer === null ? STOPS[trajectory.stop] || "Nothing was answered." : said(answer)));
 }
 
 function measures(trajectory) {
-  return h("p", { class: "meta" }, verdict(trajectory.right),
+  return h("p", { class: "meta" },
     h("span", null, plural(trajectory.searches, "search", "searches")),
     h("span", null, plural(trajectory.tokens, "sampled token")),
-    trajectory.class && trajectory.class !== "right" && h("span", null, line(trajectory.class)));
+    trajectory.class && trajectory.class !== "right" && h("span", null, label(line(trajectory.class))));
 }
 
 const hopsName = (hops) => (hops === null || hops === undefined ? "" : `${hops}-hop`);
