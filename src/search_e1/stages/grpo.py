@@ -25,8 +25,8 @@ from search_e1.training.guard import Collapse, Guard
 from search_e1.training.loop import Schedule, train
 from search_e1.training.objectives import open_objective
 from search_e1.training.objectives.base import Objective
-from search_e1.training.objectives.grpo import advantages, length_penalties
 from search_e1.training.objectives.gated import Gated
+from search_e1.training.objectives.grpo import advantages, length_penalties
 from search_e1.training.objectives.hindsight import Hindsight
 from search_e1.training.objectives.sft import Sft
 from search_e1.training.policy import Policy, with_adapter
