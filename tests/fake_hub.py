@@ -85,7 +85,7 @@ class _Hub(BaseHTTPRequestHandler):
             self._json(about, 409)
             return
         root.mkdir()
-        self.server.private = bool(asked.get("private"))  # type: ignore[attr-defined]
+        self.server.private = asked.get("visibility") == "private"  # type: ignore[attr-defined]
         self._json(about)
 
     def _commit(self, root: Path, lines: list[dict]) -> None:

@@ -74,10 +74,10 @@ class Bundle(Record):
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             format = content["format"]
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise DataError(f"{directory}: not a bundle (no {FILE}); make one with `search-e1 bundle RUN --out DIR`") from error
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f"{file}: not the description of a bundle; {_AGAIN}") from error
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(f"{directory}: not a bundle (no {FILE}); make one with `search-e1 bundle RUN --out DIR`") from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise DataError(f"{file}: not the description of a bundle; {_AGAIN}") from None
         if format != FORMAT:
             raise DataError(f"{file}: a bundle of format {format!r}, and this version reads {FORMAT}; {_AGAIN}")
         try:
@@ -85,7 +85,7 @@ class Bundle(Record):
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"]))
-            raise DataError(f"{file}: {where}: {problem['msg']}; {_AGAIN}") from error
+            raise DataError(f"{file}: {where}: {problem['msg']}; {_AGAIN}") from None
         bundle._check_weights()
         return bundle
 

@@ -79,15 +79,15 @@ class Run:
             if not found:
                 raise FileNotFoundError
             return cls(directory, Config.model_validate({**config, "run": directory}), found)
-        except (FileNotFoundError, NotADirectoryError) as error:
+        except (FileNotFoundError, NotADirectoryError):
             raise RunError(
                 f"{directory}: no run of which a policy was evaluated (no {SUMMARY}); give the directory of a `search-e1 train`"
-            ) from error
+            ) from None
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise RunError(
                 f"{directory}: its {CONFIG} or {SUMMARY} cannot be read ({problem}); run `search-e1 train` again"
-            ) from error
+            ) from None
 
     def place(self, stage: str) -> str | Path:
         """The policy that ``stage`` made; ``base``: the one that the run started from.
@@ -110,8 +110,8 @@ class Run:
             return Manifest.model_validate_json(runs.read_summed(place))
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise RunError(f"{place}: damaged; remove {place.parent} and run `search-e1 train` again") from error
+        except ValueError:
+            raise RunError(f"{place}: damaged; remove {place.parent} and run `search-e1 train` again") from None
 
     @property
     def indexes(self) -> list[Path]:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from search_e1.agent.bundle import Bundle
+from search_e1.agent.bundle import FILE, Bundle
 from search_e1.data.hub import one_line
 from search_e1.errors import ConfigError, DataError
 from search_e1.runs.devices import no_bars
@@ -30,8 +30,8 @@ def check_push(repository: str) -> None:
     """
     try:
         validate_repo_id(repository)
-    except HFValidationError as error:
-        raise ConfigError(f"{repository!r} cannot be the name of a repository; give OWNER/NAME") from error
+    except HFValidationError:
+        raise ConfigError(f"{repository!r} cannot be the name of a repository; give OWNER/NAME") from None
     if repository.count("/") != 1:
         raise ConfigError(f"{repository!r} is no name on the Hub; give OWNER/NAME")
     if not get_token():
@@ -74,10 +74,13 @@ def download(repository: str, revision: str | None = None) -> Path:
 
     Raises:
         ConfigError: no such revision, or no right to read it.
-        DataError: there is none, or the Hub cannot be reached and nothing is here.
+        DataError: there is none, or it is no bundle, or the Hub cannot be reached and nothing is here.
     """
     with _translated(repository, "give the directory of a bundle, or its OWNER/NAME on the Hub"), no_bars():
-        return Path(snapshot_download(repository, revision=revision))
+        place = Path(snapshot_download(repository, revision=revision))
+    if not (place / FILE).is_file():
+        raise DataError(f"{repository}: not a bundle (no {FILE}); push one with `search-e1 bundle DIR --push {repository}`")
+    return place
 
 
 @contextmanager
@@ -85,24 +88,26 @@ def _translated(repository: str, remedy: str) -> Iterator[None]:
     """The Hub's errors in one line."""
     try:
         yield
-    except RevisionNotFoundError as error:
-        raise ConfigError(f"{repository} has no such revision; leave it out for the newest") from error
+    except RevisionNotFoundError:
+        raise ConfigError(f"{repository} has no such revision; leave it out for the newest") from None
     except RepositoryNotFoundError as error:
         status = error.response.status_code
         if status == 401:
-            raise ConfigError(f"{repository}: not found, or your token is not valid (401); run `hf auth login`") from error
-        raise DataError(f"{repository}: neither a directory nor found on the Hub, or closed to you; {remedy}") from error
-    except LocalEntryNotFoundError as error:
-        raise DataError(f"{repository}: not here, and the Hub cannot be reached; {remedy}") from error
+            raise ConfigError(f"{repository}: not found, or your token is not valid (401); run `hf auth login`") from None
+        raise DataError(f"{repository}: neither a directory nor found on the Hub, or closed to you; {remedy}") from None
+    except LocalEntryNotFoundError:
+        raise DataError(f"{repository}: not here, and the Hub cannot be reached; {remedy}") from None
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             status = error.response.status_code
             problem = "your token is not valid" if status == 401 else "your token has no right to do this"
-            raise ConfigError(f"{repository}: {problem} ({status}); give one that may with `hf auth login`, or as HF_TOKEN") from error
-        raise DataError(f"{repository}: the Hub refuses ({one_line(error)}); {remedy}") from error
+            raise ConfigError(
+                f"{repository}: {problem} ({status}); give one that may with `hf auth login`, or as HF_TOKEN"
+            ) from None
+        raise DataError(f"{repository}: the Hub refuses ({one_line(error)}); {remedy}") from None
     except (ConfigError, DataError):
         raise
     except ValueError as error:  # its check of the card, for one
-        raise DataError(f"{repository}: the Hub refuses ({one_line(error)}); mend that in the bundle") from error
+        raise DataError(f"{repository}: the Hub refuses ({one_line(error)}); mend that in the bundle") from None
     except Exception as error:  # the errors of the transport below are part of no interface
         raise DataError(f"{repository}: the Hub cannot be reached ({one_line(error)}); {remedy}") from error
