@@ -5,7 +5,6 @@ import json
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -126,4 +125,3 @@ def test_without_the_extra_or_with_a_port_in_use_it_is_one_line(monkeypatch, cap
     monkeypatch.setitem(sys.modules, "mcp.server", None)
     status, _, err = run(monkeypatch, capsys, "mcp", bundle)
     assert (status, err.split(";")[1]) == (2, " install it with `pip install 'search-e1[mcp]'`\n")
-    assert threading.active_count() < 50

@@ -4,10 +4,10 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from search_e1.agent.answer import Answer
 from search_e1.agent.line import Event
@@ -15,6 +15,8 @@ from search_e1.serving.refusals import Refused
 from search_e1.types import ActionKind, Passage, StopReason
 
 _REASONS = {StopReason.MAX_TOKENS: "length", StopReason.REFUSED: "content_filter"}
+_SEED = 9223372036854776000
+"""Largest seed, as OpenAI's schema has it."""
 _TOOLS = "the agent has its own tools, and takes no others"
 _SAMPLING = "it samples as in its evaluation, by temperature and seed alone"
 _TEXT = "it answers in text alone"
@@ -68,6 +70,10 @@ class _Own(BaseModel):
     reasoning: bool = True
 
 
+_Whole = Annotated[int, BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)]
+"""1.0 is whole, as JSON has it."""
+
+
 class ChatRequest(BaseModel):
     """Body of ``POST /v1/chat/completions``; ``parse`` checks what is not said here."""
 
@@ -77,9 +83,9 @@ class ChatRequest(BaseModel):
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    seed: _Whole | None = Field(None, ge=-_SEED, le=_SEED)
+    max_tokens: _Whole | None = Field(None, ge=1)
+    max_completion_tokens: _Whole | None = Field(None, ge=1)
     search_e1: _Own | None = None
 
     @property
@@ -166,7 +172,12 @@ class Completion:
 
     def whole(self, answer: Answer, reasoning: str | None) -> dict[str, Any]:
         """``chat.completion``."""
-        message = {"role": "assistant", "content": str(answer), "refusal": None, "annotations": self._annotations(answer)}
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": str(answer),
+            "refusal": None,
+            "annotations": self._annotations(answer),
+        }
         message |= {"search_e1": self._own(answer)} | ({} if reasoning is None else {"reasoning_content": reasoning})
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(answer)}
         return self._head("chat.completion") | {"choices": [choice], "usage": usage(answer)}
@@ -261,7 +272,7 @@ def schema(model: str, most_chars: int) -> dict[str, Any]:
         "messages": {"type": "array", "minItems": 1, "items": asked},
         "stream": {"type": ["boolean", "null"]},
         "temperature": {"type": ["number", "null"], "minimum": 0, "maximum": 2},
-        "seed": {"type": ["integer", "null"], "minimum": -(2**63), "maximum": 2**63 - 1},
+        "seed": {"type": ["integer", "null"], "minimum": -_SEED, "maximum": _SEED},
         "max_tokens": whole,
         "max_completion_tokens": whole,
         "search_e1": {

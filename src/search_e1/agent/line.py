@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from search_e1.agent.agent import Agent
@@ -70,13 +71,10 @@ class Line:
         """
         loop = asyncio.get_running_loop()
 
-        def on_text(piece: str) -> None:
-            loop.call_soon_threadsafe(tell, piece)
-
-        def on_turn(turn: Turn, passages: Sequence[Passage]) -> None:
-            loop.call_soon_threadsafe(tell, (turn, passages))
-
-        listening: dict[str, Any] = {"on_text": on_text, "on_turn": on_turn} if tell else {}
+        listening: dict[str, Any] = {}
+        if tell:
+            listening["on_text"] = partial(loop.call_soon_threadsafe, tell)
+            listening["on_turn"] = lambda turn, passages: loop.call_soon_threadsafe(tell, (turn, passages))
         async with asyncio.timeout(self._timeout), self.places.place():
             job = self._agent.submit(question, **options, **listening)
             try:

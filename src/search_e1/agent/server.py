@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from cachetools import LRUCache
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from pydantic_core import to_json
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -87,9 +87,9 @@ def make_app(
     service.metrics = metrics
     _add_routes(app, service)
     pages = _add_page(app)
-    app.add_exception_handler(HTTPException, _told)  # type: ignore[arg-type]
-    app.add_exception_handler(RequestValidationError, _told)  # type: ignore[arg-type]
-    app.add_exception_handler(Refused, _told)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _told)
+    app.add_exception_handler(RequestValidationError, _told)
+    app.add_exception_handler(Refused, _told)
     app.add_exception_handler(Exception, _broken)
     guarded: Any = Access(app, key, frozenset(origins), local and key is None, frozenset({"/healthz", *pages}))
     if origins:
@@ -296,7 +296,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         places = service.line.places
         return {"status": "ok", "model": agent.name, "under_way": places.taken, "waiting": places.waiting}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def export_metrics() -> Response:
         """Metrics in Prometheus's text format."""
         return service.metrics.response
