@@ -26,14 +26,17 @@ def make_run(
     words: int = 12,
     seed: int = 0,
     replace: dict[str, str] | None = None,
+    groups: int = 0,
+    failing: Sequence[str] = (),
 ) -> Path:
     """A run of two rounds in ``root``; ``words`` a passage, three passages a search.
 
     Question i of ``base`` is right if i is even; every policy after it is right on two more questions, from the first that
     is wrong, except ``grpo-2``, which also loses question 0. ``replace`` puts texts in the place of ``QUESTION``, ``TITLE``,
-    ``PASSAGE``, ``THOUGHT``, ``QUERY`` and ``ANSWER`` of question 1.
+    ``PASSAGE``, ``THOUGHT``, ``QUERY`` and ``ANSWER`` of question 1. Policies in ``failing`` are wrong on all questions.
+    Pools and GRPO keep the groups of the first ``groups`` questions, three trajectories each, the first of them right.
     """
-    maker = _Maker(root, words, random.Random(seed), replace or {})
+    maker = _Maker(root, words, random.Random(seed), replace or {}, groups)
     root.mkdir(parents=True, exist_ok=True)
     config = {"seed": seed, "rounds": 2, "policy": {"model": "small"}, "lead": {"minimum": 0.02}}
     (root / "config.json").write_text(json.dumps(config))
@@ -45,7 +48,7 @@ def make_run(
             right |= set([i for i in range(questions) if i not in right][:2])
             right -= {0} if policy == "grpo-2" else set()
             maker.trained(kind, int(round), asked)
-        maker.evaluation(policy, [(question, i in right) for i, question in enumerate(asked)])
+        maker.evaluation(policy, [(question, i in right and policy not in failing) for i, question in enumerate(asked)])
     return root
 
 
@@ -74,8 +77,8 @@ def _turn(text: str, kind: ActionKind, argument: str | None, seen: str = "", pas
 
 
 class _Maker:
-    def __init__(self, root: Path, words: int, rng: random.Random, replace: dict[str, str]) -> None:
-        self.root, self.words, self.rng, self.replace = root, words, rng, replace
+    def __init__(self, root: Path, words: int, rng: random.Random, replace: dict[str, str], groups: int) -> None:
+        self.root, self.words, self.rng, self.replace, self.groups = root, words, rng, replace, groups
         self.vocabulary = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(8_000)]
         # As words are spread in any language.
         self.weights = list(accumulate(1 / (rank + 2) for rank in range(len(self.vocabulary))))
@@ -133,10 +136,11 @@ class _Maker:
 
     def trained(self, kind: str, round: int, asked: Sequence[Question]) -> None:
         if kind == "grpo":
-            self.artifact(f"grpo-{round}", _steps("reward", "searches", "sampled_tokens", "mixed", "entropy", "grad_norm"))
+            steps = _steps("reward", "searches", "sampled_tokens", "mixed", "entropy", "grad_norm")
+            self.artifact(f"grpo-{round}", self.keeping(steps, asked))
             return
         figures = {"questions": 10, "em": 0.5, "tokens": 30.0}
-        self.artifact(f"pool-{round}", lambda out: figures)
+        self.artifact(f"pool-{round}", self.keeping(lambda out: figures, asked))
         pairs = [
             Pair(question=q, reference=self.rollout(q, True), student=self.rollout(q, False).model_copy(update={"reward": 0.0}))
             for q in asked[:4]
@@ -144,6 +148,17 @@ class _Maker:
         self.artifact(f"pairs-{round}", _pairs(pairs))
         self.artifact(f"lead-{round}", _lead(pairs))
         self.artifact(f"ofsd-{round}", _steps("loss", "grad_norm", result={"positions": 700, "kl_first": 0.4, "kl_last": 0.2}))
+
+    def keeping(self, make: runs.Make, asked: Sequence[Question]) -> runs.Make:
+        def write(out: Path) -> dict[str, Any]:
+            kept = [
+                Group(question=q, trajectories=tuple(self.rollout(q, i == 0) for i in range(3))) for q in asked[: self.groups]
+            ]
+            if kept:
+                (out / "groups.jsonl").write_text("".join(group.model_dump_json() + "\n" for group in kept))
+            return dict(make(out))
+
+        return write
 
     def artifact(self, name: str, make: runs.Make) -> None:
         runs.artifact(

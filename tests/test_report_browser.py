@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import axe_core_python
 import pytest
 
 import chromium
@@ -69,11 +70,19 @@ class Page:
 
     def press(self, key: str) -> None:
         """As the keyboard would, wherever the focus is."""
-        event = {"key": key, "code": key, "windowsVirtualKeyCode": 27 if key == "Escape" else 0}
-        if len(key) == 1:
-            event["text"] = key
+        event = {"key": key, "code": key, "windowsVirtualKeyCode": {"Escape": 27, "Enter": 13}.get(key, 0)}
+        if len(key) == 1 or key == "Enter":
+            event["text"] = "\r" if key == "Enter" else key
         for kind in ("keyDown", "keyUp"):
             self.driver.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": kind, **event})
+
+    def point(self, selector: str) -> None:
+        """Move the mouse to the middle of an element."""
+        self.js(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{ block: 'center' }})")
+        self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+        box = self.js(f"document.querySelector({json.dumps(selector)}).getBoundingClientRect().toJSON()")
+        where = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+        self.driver.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", **where})
 
     def choose(self, label: str, value: str) -> None:
         self.js(
@@ -147,6 +156,201 @@ def test_trajectories_are_filtered_searched_and_shown(report):
     assert report.texts(".detail .answer .body") == ["somebody else"]
     assert report.count(".detail mark") == 3  # the gold answer in each first passage of three searches
     assert report.texts(".detail .chips .chip") == ["base ✗", "grpo-1 ✗", "ofsd-1 ✗", "grpo-2 ✓", "ofsd-2 ✓"]
+
+
+def test_the_first_of_a_list_is_open(report):
+    for view, title in (("trajectories", "(0)?"), ("pairs", "(0)?"), ("questions", "(0)?")):
+        report.open(f"#{view}")
+        assert report.js("document.querySelector('[aria-selected=true]').getAttribute('aria-posinset')") == "1"
+        assert report.texts(".detail h2")[0].endswith(title)
+        assert report.js("location.hash") == f"#{view}"
+    report.choose("Change", "lost by grpo-2")
+    assert report.texts(".detail h2")[0].endswith("(0)?")
+    report.choose("Change", "won by grpo-1")
+    assert report.texts(".detail h2")[0].endswith("(1)?")
+
+
+def test_a_long_question_keeps_its_beginning_and_its_end(driver, tmp_path):
+    long = f"Which of the composers {'who lived there ' * 20}was born in Oslo?"
+    page.write(make_run(tmp_path / "run", replace={"QUESTION": long}), tmp_path / "r.html")
+    report = Page(driver, tmp_path / "r.html").open("#trajectories")
+    rows = "[...document.querySelectorAll('.row')]"
+    shown, whole = report.js(f"(({{ textContent, title }}) => [textContent, title])({rows}[1].querySelector('.title'))")
+    assert whole == long
+    assert shown.startswith("Which of the composers ")
+    assert shown.endswith(" was born in Oslo?")
+    assert " … " in shown
+    assert report.js(f"{rows}.every((row) => row.querySelector('.title').scrollHeight <= 45)")
+
+
+def test_the_answer_stands_beside_the_gold_ones(report):
+    report.open("#trajectories?at=base/nq/q0")
+    assert report.texts(".detail .answers > div > dt") == ["✓rightAnswered, right", "Goldany of these"]
+    assert report.texts(".detail .answers dd") == ["Gold 0", "Gold 0G. 0"]
+    report.open("#trajectories?at=base/musique/q1")
+    assert report.texts(".detail .answers .given.wrong dd") == ["somebody else"]
+    report.open("#trajectories?at=base/musique/q5")
+    assert report.texts(".detail .answers .given.wrong dt")[0].endswith("No answer")
+    assert report.texts(".detail .answers .given.wrong dd") == [
+        "Stopped: the last generation was neither a search nor an answer."
+    ]
+    report.open(f"#pairs?at={THESE['pairs']}")
+    assert report.texts(".column .given dd") == ["Gold 1", "somebody else"]
+
+
+def test_charts_tell_their_values_under_the_mouse_and_by_keys(report):
+    report.open()
+    tip, chart = "document.getElementById('tip')", "svg[aria-label='Exact match by policy']"
+    assert report.js(f"{tip}.hidden")
+    report.point(chart)  # the third of five
+    assert not report.js(f"{tip}.hidden")
+    assert report.texts("#tip b")[0] == "ofsd-1"
+    assert report.texts("#tip li")[0] == "greedy 0.833 (95% 0.552 to 0.953)"  # Wilson's of 10 of 12
+    assert report.count(f"{chart} .crosshair") == 1
+    report.driver.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": 2, "y": 2})
+    report.wait(f"{tip}.hidden")
+    assert report.count(f"{chart} .crosshair") == 0
+    report.js("document.querySelector('svg[aria-label=\"Gain in EM by stage\"]').parentElement.focus()")
+    for key, title in (
+        ("Home", "grpo-1"),
+        ("ArrowRight", "ofsd-1"),
+        ("End", "ofsd-2"),
+        ("ArrowRight", "ofsd-2"),
+        ("ArrowLeft", "grpo-2"),
+    ):
+        report.press(key)
+        assert report.texts("#tip b")[0] == title
+    assert report.texts("#tip li")[2] == "questions 12 2 won, 1 lost"
+    [spoken] = report.texts("#spoken")
+    assert spoken.startswith("grpo-2: gain +0.083 (95% ")
+    report.press("Escape")
+    assert report.js(f"{tip}.hidden")
+    report.point("svg[aria-label='Reward by step']")
+    assert report.texts("#tip li")[0].startswith("reward 1")
+    assert "step" in report.texts("#tip b")[0]
+
+
+@pytest.mark.parametrize(
+    ("place", "word", "begins"),
+    [
+        ("#loop", "usable", "Questions with a reference and a sibling"),
+        ("#loop", "off track", "Begun from the middle of a wrong student's trajectory"),
+        ("#loop", "Teacher's lead", "The teacher's EM minus the student's"),
+        ("#pairs", "Reference", "The correct trajectory that the teacher sees."),
+        ("#pairs", "Student", "The same policy under the plain prompt."),
+        ("#trajectories?at=base/musique/q5", "No action", "A turn that is neither a search nor an answer"),
+        ("#cost", "trained tokens", "Tokens that entered a loss"),
+    ],
+)
+def test_our_words_explain_themselves(report, place, word, begins):
+    report.open(place)
+    found = f"[...document.querySelectorAll('.term')].find((one) => one.textContent === {json.dumps(word)})"
+    report.js(f"{found}.setAttribute('id', 'word')")
+    report.point("#word")
+    report.wait("!document.getElementById('tip').hidden")
+    assert report.texts("#tip")[0].startswith(begins)
+    assert report.js("document.getElementById('word').getAttribute('aria-describedby')") == "tip"
+    report.press("Escape")
+    assert report.js("document.getElementById('tip').hidden")
+    report.js("document.getElementById('word').focus()")
+    assert report.texts("#tip")[0].startswith(begins)
+    assert not report.js("document.getElementById('tip').hidden")
+
+
+def test_what_matches_nothing_can_be_reset(report):
+    report.open("#trajectories?q=nowhere&outcome=right")
+    assert report.texts(".detail .empty p") == ["No trajectory matches the search and these filters."]
+    report.click(".detail .empty button")
+    assert report.texts(".count") == ["60 trajectories"]
+    assert report.js("location.hash") == "#trajectories"
+    assert report.texts(".detail h2")[0].endswith("(0)?")
+
+
+def test_pools_and_groups_of_grpo_are_among_the_trajectories(driver, tmp_path):
+    page.write(make_run(tmp_path / "run", groups=2), tmp_path / "r.html")
+    report = Page(driver, tmp_path / "r.html").open("#trajectories")
+    assert report.texts(".count") == ["84 trajectories"]
+    report.choose("Source", "pool (sampled)")
+    report.choose("Round", "round 2")
+    assert report.texts(".count") == ["6 of 84 trajectories"]
+    assert report.texts(".detail .chips") == ["Group1 of 3 right:1 ✓2 ✗3 ✗"]
+    report.click(".detail .chip:last-child")
+    report.wait("location.hash.includes('pool-2')")
+    assert report.js("new URLSearchParams(location.hash.split('?')[1]).get('at')") == "pool-2/nq/q0/3"
+    assert report.texts(".detail .chip.here") == ["3 ✗"]
+    report.open("#questions")
+    assert report.texts(".count") == ["12 questions"]
+
+
+def test_why_em_fell_stands_below_the_gains(driver, tmp_path):
+    page.write(make_run(tmp_path / "run", failing=("ofsd-1",)), tmp_path / "r.html")
+    report = Page(driver, tmp_path / "r.html").open()
+    [why] = report.texts(".notice")
+    assert why.startswith(
+        "Greedy EM fell by 0.667 from grpo-1 to ofsd-1 (95% −0.917 to −0.417): its teacher had a lead (+0.250 EM"
+    )
+    assert "the GRPO that follows teaches the decisions again in the new words: grpo-2 has EM 0.917." in why
+
+
+def test_the_config_and_the_commands_can_be_copied(report):
+    report.open("#config")
+    commands, config = report.texts(".copyable pre")
+    assert commands.startswith("search-e1 train run.toml\n")
+    assert 'model = "small"' in config
+    report.js("document.querySelector('[aria-label=\"Copy config\"]').focus()")
+    report.press("Enter")
+    report.wait("document.querySelector('[aria-label=\"Copy config\"]').textContent !== 'Copy'")
+    assert report.texts("[aria-label='Copy config']") == ["Copied"]
+
+
+@pytest.fixture(scope="module")
+def several(driver, tmp_path_factory) -> Page:
+    root = tmp_path_factory.mktemp("several")
+    first = make_run(root / "first", groups=1)
+    second = make_run(root / "second", questions=6, policies=("base", "grpo-1"), seed=1)
+    page.write(first, root / "r.html", others=[second])
+    return Page(driver, root / "r.html")
+
+
+def test_several_runs(several):
+    several.open()
+    assert several.js("document.body.dataset.view") == "runs"
+    assert several.texts("tbody tr th a") == ["first", "second"]
+    assert several.count("svg[aria-label='Greedy exact match by run'] circle") == 5 + 2
+    several.point("svg[aria-label='Searches by run']")  # ofsd-1, which the second run has not
+    assert several.texts("#tip b")[0] == "ofsd-1"
+    assert several.count("#tip li") == 1
+    # Two stages of the first run, and over the first of them that of the second.
+    assert several.count("svg[aria-label='Reward by step'] polyline") == 4
+    assert several.texts("tbody tr:last-child > *")[-3:] == ["seed", "0", "1"]
+    several.choose("Run", "second")
+    several.wait("document.body.dataset.view === 'loop'")
+    assert several.js("location.hash") == "#loop?run=second"
+    assert several.texts("h1")[0].startswith("From base to grpo-1")
+    several.click("#tabs [data-view=trajectories]")
+    several.wait("document.querySelectorAll('.row').length > 0")
+    assert several.texts(".count") == ["12 trajectories"]
+    several.press("j")
+    assert several.js("location.hash") == "#trajectories?run=second&at=base%2Fmusique%2Fq1"
+    several.press("5")
+    several.wait("document.body.dataset.view === 'pairs'")
+    assert several.texts(".detail .empty")[0].startswith(
+        "No pairs: the run has not reached mining, which follows GRPO and the pool."
+    )
+
+
+@pytest.mark.parametrize("view", ["runs", *VIEWS])
+def test_no_view_shuts_anybody_out(several, view):
+    """axe-core's rules, those of WCAG 2 and its best practices; contrast is tested with the palette."""
+    several.open(f"#{view}")
+    several.driver.execute_script((Path(axe_core_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
+    found = several.driver.execute_async_script(
+        "axe.run({ rules: { 'color-contrast': { enabled: false } } }).then(arguments[0])"
+    )
+    assert [(one["id"], one["nodes"][0]["target"]) for one in found["violations"]] == []
+    assert len(found["passes"]) > 20
+    several.open(f"#{view}", width=390, height=844)
+    assert several.js("document.documentElement.scrollWidth") <= 390
 
 
 def test_keys(report):
@@ -308,3 +512,11 @@ def test_an_unfinished_run_says_so(driver, tmp_path):
         report.open(f"#{view}")
     report.open("#questions")
     assert report.texts(".count") == ["0 questions"]
+    assert (
+        report.texts(".detail .empty")
+        == report.texts(".why .empty")
+        == [
+            "No questions: a question is shown here once a policy has answered it in an evaluation. Begun: grpo-1. No process "
+            "works in the run; search-e1 train with its config resumes it."
+        ]
+    )

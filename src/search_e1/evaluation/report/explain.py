@@ -68,16 +68,16 @@ def _after(after: Sequence[str], scores: Mapping[str, Figures]) -> str:
 
 def empty(run: Run, *, finished: bool) -> dict[str, str]:
     """View -> why it has nothing to show, and what would fill it; only views that are empty."""
-    goes_on = _goes_on(run, finished)
+    outlook = _outlook(run, finished)
     found = {}
     if not run.stages:
-        found["cost"] = f"No cost: no stage is complete. {goes_on}"
+        found["cost"] = f"No cost: no stage is complete. {outlook}"
     if not run.evaluations:
-        found["loop"] = f"No figures: no policy is evaluated. {goes_on}"
-        found["questions"] = f"No questions: a question is shown here once a policy has answered it in an evaluation. {goes_on}"
-        found["trajectories"] = f"No trajectories: no evaluation is complete, and no pool. {goes_on}"
+        found["loop"] = f"No figures: no policy is evaluated. {outlook}"
+        found["questions"] = f"No questions: a question is shown here once a policy has answered it in an evaluation. {outlook}"
+        found["trajectories"] = f"No trajectories: no evaluation is complete, and no pool. {outlook}"
     if reason := _no_pairs(run):
-        found["pairs"] = f"No pairs: {reason}. {goes_on if not run.of_rounds('pairs') else ''}".rstrip()
+        found["pairs"] = f"No pairs: {reason}. {outlook if not run.of_rounds('pairs') else ''}".rstrip()
     return found
 
 
@@ -93,10 +93,10 @@ def _no_pairs(run: Run) -> str | None:
     return "the run has not reached mining, which follows GRPO and the pool"
 
 
-def _goes_on(run: Run, finished: bool) -> str:
+def _outlook(run: Run, finished: bool) -> str:
     if finished:
         return "The run is finished; `search-e1 evaluate` and the verbs of the stages add to it."
     begun = f"Begun: {', '.join(run.begun)}. " if run.begun else ""
     if run.holder:
-        return f"{begun}The run goes on ({run.holder})."
-    return f"{begun}Nothing works in the run; `search-e1 train` with its config goes on with it."
+        return f"{begun}The run is in progress ({run.holder})."
+    return f"{begun}No process works in the run; `search-e1 train` with its config resumes it."

@@ -1,6 +1,6 @@
 """The report as a page on this machine that follows runs while they go on.
 
-The page asks every two seconds whether the files of the runs have changed. Complete artifacts are read once; what is read
+The page asks every second whether the files of the runs have changed. Complete artifacts are read once; what is read
 again at each step of a training stage is its curve. Needs the extra ``serve``.
 """
 

@@ -67,7 +67,7 @@ function siblings(t) {
 /** The other trajectories of a sampled one's group. */
 function group(t) {
   const others = records.trajectories.filter((other) => other.question === t.question && other.stage === t.stage && other.source === t.source);
-  return h("p", { class: "chips" }, label("Group"), `, ${others.filter((other) => other.right).length} of ${others.length} right:`, chips(others, t, (other) => other.sample));
+  return h("p", { class: "chips" }, label("Group"), `${others.filter((other) => other.right).length} of ${others.length} right:`, chips(others, t, (other) => other.sample));
 }
 
 function chips(others, here, name) {

@@ -17,6 +17,7 @@ class Explorer {
     this.list = h("div", { class: "rows", tabindex: 0, role: "listbox", "aria-label": what[1], onscroll: () => this.paint() });
     this.space = h("div", { class: "space", role: "presentation" });
     this.list.append(this.space);
+    this.why = h("div", { class: "why" }); // on narrow screens, where there is no panel beside the list
     this.panel = h("div", { class: "detail", tabindex: 0, role: "region", "aria-label": `The selected ${what[0]}` });
     this.count = h("p", { class: "count", role: "status" });
     this.search = h("input", { type: "search", placeholder: `Search ${what[1]}  ( / )`, "aria-label": `Search ${what[1]}`, value: state.get("q") || "", oninput: () => this.set("q", this.search.value) });
@@ -26,7 +27,7 @@ class Explorer {
     this.element = h("div", { class: "explorer" },
       h("div", { class: "side" },
         h("div", { class: "filters" }, this.search, Object.values(this.selects), this.order, this.resetButton("Clear")),
-        this.count, note && h("p", { class: "count" }, note), this.list),
+        this.count, note && h("p", { class: "count" }, note), this.list, this.why),
       this.panel);
     new ResizeObserver(() => this.paint()).observe(this.list);
     this.load();
@@ -149,6 +150,7 @@ class Explorer {
     this.panel.replaceChildren(...(this.opened
       ? [h("button", { type: "button", class: "back", onclick: () => this.close() }, "← Back to the list"), this.opened]
       : [this.nothing()]));
+    this.why.replaceChildren(...(item ? [] : [this.nothing()]));
     this.panel.scrollTop = 0;
     if (!item) this.element.classList.remove("open");
     if (touched) this.changed();
@@ -185,17 +187,29 @@ function rowOf(mark, marked, title, facts, width) {
 
 const ruler = document.createElement("canvas").getContext("2d");
 
+/** How many lines of `width` px the text takes; words longer than a line are broken. */
+function linesOf(text, width) {
+  const space = ruler.measureText(" ").width;
+  let lines = 1, at = 0;
+  for (const word of text.split(" ")) {
+    const wide = ruler.measureText(word).width;
+    if (at && at + space + wide > width) [lines, at] = [lines + 1, 0];
+    at += (at ? space : 0) + wide;
+    while (at > width) [lines, at] = [lines + 1, at - width];
+  }
+  return lines;
+}
+
 /** `text`, or its beginning and its end if it is longer than `lines` lines of `width` px: both are needed to tell questions apart. */
 function fitted(text, width, lines) {
   ruler.font = getComputedStyle(document.body).font;
-  const room = width * (lines - 0.35); // a line that breaks between words is not full
-  if (width <= 0 || ruler.measureText(text).width <= room) return text;
+  if (width <= 0 || linesOf(text, width) <= lines) return text;
   const letters = [...text];
   const cut = (kept) => `${letters.slice(0, Math.ceil(kept * 0.55)).join("").replace(/\s\S{0,12}$/, "")} … ${letters.slice(letters.length - Math.floor(kept * 0.45)).join("").replace(/^\S{0,12}\s/, "")}`;
   let low = 2, high = letters.length;
   while (high - low > 1) {
     const middle = (low + high) >> 1;
-    if (ruler.measureText(cut(middle)).width <= room) low = middle;
+    if (linesOf(cut(middle), width) <= lines) low = middle;
     else high = middle;
   }
   return cut(low);

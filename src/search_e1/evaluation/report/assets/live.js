@@ -1,10 +1,10 @@
 // A page that its server keeps up to date: what the reader has chosen, searched and scrolled to stays.
 
-const PERIOD = 2000; // ms
+const PERIOD = 1000; // ms
 let { version, records: held } = data.live; // of the figures, and of the records, that the page has
 let trouble = "";
 
-stateOf = (run) => trouble || (run.finished ? "finished: nothing more to come" : run.holder ? ["live", ...run.begun].join(" · ") : "stopped: nothing works in it");
+stateOf = (run) => trouble || (run.finished ? "finished: nothing more to come" : run.holder ? ["live", ...run.begun].join(" · ") : "stopped: no process works in it");
 
 async function follow() {
   try {

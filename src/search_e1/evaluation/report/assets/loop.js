@@ -13,7 +13,7 @@ function loopView(overview) {
 function headline(overview) {
   const { policies, begun, finished, rounds, rounds_planned: planned } = overview;
   const first = policies[0], last = policies[policies.length - 1];
-  const state = finished ? null : h("p", { class: "notice" }, "This run is not finished: ",
+  const state = finished || overview.empty.loop ? null : h("p", { class: "notice" }, "This run is not finished: ",
     `round ${rounds.length ? rounds[rounds.length - 1].round : 0} of ${planned ?? "?"}`,
     begun.length ? `; begun and not complete: ${begun.join(", ")}` : "", ". The report shows what there is.");
   const refused = rounds.filter((round) => round.refused).map((round) => h("p", { class: "notice" }, `Round ${round.round} was not distilled: `, line(round.refused)));

@@ -64,6 +64,8 @@ function drawHeader(kind) {
   document.body.dataset.view = kind.name;
   document.getElementById("tabs").replaceChildren(...views().map((one) =>
     h("a", { href: link(one.name), "data-view": one.name, "aria-current": one === kind && "page" }, one.title)));
+  const current = document.querySelector("#tabs [aria-current]");
+  current.parentElement.scrollLeft = current.offsetLeft - current.parentElement.offsetLeft - 60; // into sight, on a phone
   const name = document.getElementById("run-name");
   if (data.runs.length === 1) name.replaceChildren(h("span", { title: line(overview.run) }, said(overview.run)));
   else {
@@ -77,8 +79,9 @@ function drawHeader(kind) {
 let stateOf = (run) => (run.finished ? "finished" : "not finished");
 
 function drawState() {
-  const chip = document.getElementById("run-state"), text = stateOf(overview);
-  if (chip.textContent !== text) chip.textContent = text; // or it would be spoken again
+  const chip = document.getElementById("run-state"), text = line(stateOf(overview));
+  if (chip.textContent === text) return; // or it would be spoken again
+  chip.textContent = chip.title = text;
 }
 
 let failed = "";

@@ -110,7 +110,7 @@ function questionHead(question, trajectory) {
     h("h2", null, said(question.text)),
     h("p", { class: "meta" }, [question.benchmark, hopsName(question.hops), question.id].filter(Boolean).map((part) => h("span", null, line(part)))),
     h("dl", { class: "answers" }, trajectory && given(trajectory),
-      h("div", null, h("dt", null, label("Gold", "gold answers"), question.answers.length > 1 ? ", any of these" : ""), h("dd", null, pills(question.answers)))));
+      h("div", null, h("dt", null, label("Gold", "gold answers"), question.answers.length > 1 && "any of these"), h("dd", null, pills(question.answers)))));
 }
 
 /** What was answered, and whether it is right. */
