@@ -117,6 +117,33 @@ def test_another_policy_and_another_dtype(run: Path, tmp_path: Path, project: Pa
     assert ids(asked(tmp_path / "half", groups)) == ids(expected)
 
 
+@pytest.mark.parametrize(("gpus", "has", "dtype"), [(0, True, "bfloat16"), (0, False, "float32"), (1, False, "bfloat16")])
+def test_auto_is_what_the_run_computed_in(
+    gpus: int, has: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search_e1.training.precision._SMALLEST", 0)
+    monkeypatch.setattr("search_e1.agent.make.multiplies_bfloat16", lambda _: has)
+    run = made_run(tmp_path / "run", {"url": "http://127.0.0.1:9"}, "http://127.0.0.1:9", gpus=gpus)
+    assert make_bundle(run, tmp_path / "out").dtype == dtype
+    [weights, *_] = load_file(tmp_path / "out" / "model.safetensors").values()
+    assert str(weights.dtype) == f"torch.{dtype}"
+
+
+IMPORTS = """
+import sys
+import search_e1
+with search_e1.Agent.open(sys.argv[1]) as agent:
+    agent.ask("capital of Arda?")
+heavy = ["datasets", "diskcache", "faiss", "fastapi", "peft", "pyarrow", "sentence_transformers"]
+print([name for name in [*heavy, "search_e1.training.trained", "search_e1.stages"] if name in sys.modules])
+"""
+
+
+def test_opening_one_imports_nothing_that_only_trains(run: Path) -> None:
+    command = [sys.executable, "-c", IMPORTS, str(run / "agent")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1] == "[]"
+
+
 def test_it_tells_what_was_measured_and_nothing_of_the_machine(run: Path) -> None:
     made = Bundle.read(run / "agent")
     summary = json.loads((run / "summary.json").read_text())
@@ -218,7 +245,7 @@ def test_without_an_index_it_asks_for_one_and_takes_none_of_other_passages(run: 
     assert not (tmp_path / "no").exists()
 
 
-def made_run(root: Path, retrieval: dict[str, Any], checksum: str) -> Path:
+def made_run(root: Path, retrieval: dict[str, Any], checksum: str, gpus: int = 0) -> Path:
     """A run that evaluated the policy it was given, over ``retrieval``."""
     make_tiny_policy().save(root / "policy")
     needed = {"model": str(root / "policy")}, {"train": ["t.jsonl"], "eval": {"dev": "d.jsonl"}}
@@ -233,6 +260,7 @@ def made_run(root: Path, retrieval: dict[str, Any], checksum: str) -> Path:
         inputs={"retrieval": checksum},
         seed=0,
         make=lambda _: {},
+        gpus=gpus,
     )
     return root
 
