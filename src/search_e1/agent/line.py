@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any, TypeVar
 
 from search_e1.agent.agent import Agent
@@ -73,7 +72,7 @@ class Line:
 
         listening: dict[str, Any] = {}
         if tell:
-            listening["on_text"] = partial(loop.call_soon_threadsafe, tell)
+            listening["on_text"] = lambda piece: loop.call_soon_threadsafe(tell, piece)
             listening["on_turn"] = lambda turn, passages: loop.call_soon_threadsafe(tell, (turn, passages))
         async with asyncio.timeout(self._timeout), self.places.place():
             job = self._agent.submit(question, **options, **listening)
