@@ -53,14 +53,14 @@ function partsCard(policies) {
     const shade = (policy, part) => {
       const scores = policy[key]?.[part];
       if (!scores) return "–";
-      const cell = h("span", { class: "shade", title: `${part}, ${policy.stage}: EM ${number(scores.em)} ${within(...scores.em_interval)}, n = ${scores.n}` }, number(scores.em));
+      const cell = h("span", { class: "shade", tabindex: 0, "data-meaning": `${part}, ${policy.stage}: EM ${number(scores.em)} ${within(...scores.em_interval)}, n = ${scores.n}` }, number(scores.em));
       cell.style.setProperty("--share", `${Math.round(100 * scores.em)}%`);
       return cell;
     };
     return h("div", null, h("h3", null, title), table([["policy", (policy) => policy.stage],
       ...parts.map((part) => [`${name(part)} (${many(Math.max(...policies.map((p) => p[key]?.[part]?.n || 0)))})`, (policy) => shade(policy, part), "number"])], policies, title));
   };
-  return card("Where the policies are right", "Greedy EM; the number of questions is in brackets. Point at a cell for its interval.",
+  return card("Where the policies are right", "Greedy EM; the number of questions is in brackets. Point at a cell, or go to it with Tab, for its interval.",
     h("div", { class: "duo" }, grid("By benchmark", "by_benchmark", (part) => part || "unnamed"), grid("By hops", "by_hops", (part) => `${part}-hop`), failures(policies)));
 }
 

@@ -1,4 +1,5 @@
-// Words of ours, explained by hover or focus wherever they are labels. The definitions are in glossary.json.
+// Words of ours, explained by hover or focus wherever they are labels. The definitions are in glossary.json. Other elements
+// with a `data-meaning` tell it in the same way.
 
 /** `text`, with what it means if it, or `word`, is in the glossary. Names that are not ours come as elements, see `named`. */
 function label(text, word = text) {
@@ -10,14 +11,14 @@ function label(text, word = text) {
 const named = (text) => h("span", null, line(text));
 
 function explain(event) {
-  const term = event.target.closest?.(".term");
+  const term = event.target.closest?.("[data-meaning]");
   if (!term) return;
   term.setAttribute("aria-describedby", "tip");
   showTip([term.dataset.meaning], term.getBoundingClientRect());
 }
 
 function leaveTerm(event) {
-  const term = event.target.closest?.(".term");
+  const term = event.target.closest?.("[data-meaning]");
   if (!term) return;
   term.removeAttribute("aria-describedby");
   hideTip();

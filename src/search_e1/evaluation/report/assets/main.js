@@ -64,8 +64,6 @@ function drawHeader(kind) {
   document.body.dataset.view = kind.name;
   document.getElementById("tabs").replaceChildren(...views().map((one) =>
     h("a", { href: link(one.name), "data-view": one.name, "aria-current": one === kind && "page" }, one.title)));
-  const current = document.querySelector("#tabs [aria-current]");
-  current.parentElement.scrollLeft = current.offsetLeft - current.parentElement.offsetLeft - 60; // into sight, on a phone
   const name = document.getElementById("run-name");
   if (data.runs.length === 1) name.replaceChildren(h("span", { title: line(overview.run) }, said(overview.run)));
   else {
@@ -107,6 +105,10 @@ async function readRecords() {
 function start() {
   const chosen = stored();
   if (chosen === "dark" || chosen === "light") document.documentElement.dataset.theme = chosen;
+  document.querySelector(".skip").addEventListener("click", (event) => { // the address is the view's
+    event.preventDefault();
+    main.focus();
+  });
   document.getElementById("theme").addEventListener("click", ACTIONS.t);
   document.getElementById("help-button").addEventListener("click", help);
   document.addEventListener("keydown", onKey);
