@@ -232,7 +232,7 @@ def test_a_traceback_only_when_asked_for(project, monkeypatch, capsys):
 def test_ask_says_what_is_missing(monkeypatch, capsys):
     assert (
         run(monkeypatch, capsys, "ask", "Who?")[2]
-        == "search-e1: no policy; give --model DIR, --endpoint URL, or --config FILE of a run\n"
+        == "search-e1: no policy; give --agent DIR, --model DIR, --endpoint URL, or --config FILE of a run\n"
     )
     assert "no passages" in run(monkeypatch, capsys, "ask", "Who?", "--model", "small")[2]
     assert "the question is empty" in run(monkeypatch, capsys, "ask", " ", "--model", "small")[2]
