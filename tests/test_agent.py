@@ -53,6 +53,13 @@ def test_rows_of_several_temperatures_are_sampled_together() -> None:
     assert len(set(alone)) == 3
 
 
+def test_a_temperature_next_to_zero_is_greedy_and_disturbs_no_other() -> None:
+    with Agent(make_tiny_policy(), TinyRetriever(PASSAGES), LIMITS) as agent:
+        jobs = [agent.submit("Arda?", temperature=t, seed=1) for t in (0.0, 1e-245, 1e-40)]
+        ids = [job.answer.result().trajectory.response_ids for job in jobs]
+    assert ids[0] == ids[1] == ids[2]
+
+
 def test_the_passage_that_holds_the_answer_is_marked_and_comes_first() -> None:
     passages = [
         Passage(id="a", title="Rivers", text="The mayor of Bel likes rivers.", metadata={"file": "r.pdf", "page": 3}),

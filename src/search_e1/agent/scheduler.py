@@ -24,6 +24,8 @@ from search_e1.text.protocols import protocol_of
 from search_e1.types import Passage, Question, Trajectory, Turn
 
 logger = logging.getLogger(__name__)
+_LOWEST = 0.01
+"""Lower temperatures are greedy. Logits over one near 0 are infinite, which would end all that are sampled together."""
 OnText = Callable[[str], None]
 OnTurn = Callable[[Turn, Sequence[Passage]], None]
 
@@ -87,6 +89,7 @@ class Scheduler:
         Raises:
             SearchE1Error: it is closed.
         """
+        temperature = temperature if temperature >= _LOWEST else 0.0
         stream = TextStream(self._engine.tokenizer, self._special, on_text) if on_text else None
         job = Job(
             question, seed, temperature, on_text, on_turn, next(self._numbers), Reading(self.protocol), max_tokens,
