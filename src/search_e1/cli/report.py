@@ -55,7 +55,7 @@ def _serve(runs: list[Path], most: int, port: int) -> None:
         raise ConfigError(f"--serve needs {error.name}; install it with `pip install 'search-e1[serve]'`") from error
 
     def ready(url: str) -> None:
-        console.print(f"{', '.join(map(str, runs))} at {url}/ , followed while they go on; Ctrl-C stops it", soft_wrap=True)
+        console.print(f"{url}/ follows {', '.join(map(str, runs))}; Ctrl-C stops it", soft_wrap=True)
 
     try:
         bound = listening.bind(_HOST, port)
