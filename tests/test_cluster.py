@@ -30,6 +30,7 @@ def check_command(words: list[str]) -> None:
     assert program == "search-e1"
     command: Any = typer.main.get_command(app)
     known = {flag for parameter in command.commands[verb].params for flag in parameter.opts}
+    known |= {"--config"} if "config" in known else set()  # a word of its own, or an option
     for word in rest:
         if word.startswith("--") and "." not in word:
             assert word in known, word

@@ -39,7 +39,7 @@ def test_the_public_face_loads_no_engine_before_it_is_used(statement: str) -> No
 def test_every_public_name_is_there() -> None:
     import search_e1
 
-    assert dir(search_e1) == sorted(search_e1.__all__)
+    assert dir(search_e1) == sorted([*search_e1.__all__, "__version__"])
     for name in search_e1.__all__:
         assert getattr(search_e1, name).__module__.startswith("search_e1.")
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

@@ -103,7 +103,7 @@ def test_which_passage_is_meant(key: str, found: str | None) -> None:
         Opening(passages), protocol_of(byte_tokenizer(), TAGS), TAGS, LIMITS.model_copy(update={"topk": 1})
     )
     [reply] = environment.answer([ToolCall("open", Call(key, ("p2", "p4")), "")])
-    assert reply["passage_ids"] == ((found,) if found else ())
+    assert reply.fields["passage_ids"] == ((found,) if found else ())
 
 
 def test_an_unknown_passage_is_said_and_the_last_turn_is_not_served() -> None:
@@ -180,7 +180,7 @@ def test_calls_of_one_tool_are_answered_together_and_in_order() -> None:
     retriever = Opening(PASSAGES)
     environment = Environment(retriever, protocol_of(byte_tokenizer(), TAGS), TAGS, LIMITS.model_copy(update={"topk": 1}))
     calls = [ToolCall(tool, Call(key), "") for tool, key in (("search", "arda"), ("open", "Fen"), ("search", "ion"))]
-    assert [reply["passage_ids"] for reply in environment.answer(calls)] == [("p1",), ("p4",), ("p5",)]
+    assert [reply.fields["passage_ids"] for reply in environment.answer(calls)] == [("p1",), ("p4",), ("p5",)]
     assert retriever.queries == ["arda", "ion"]
 
 

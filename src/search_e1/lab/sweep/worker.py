@@ -51,6 +51,7 @@ def main() -> int:
     try:
         with on_signals() as stop:
             threading.Thread(target=_end_with_the_sweep, args=[stdin], daemon=True).start()
+            config = config.model_copy(update={"bundle": False})  # a copy of the weights of every run would fill the disk
             evolve.train(config, _log_stage, stop, shared=Path(order["shared"]), other_versions=order["other_versions"])
             runs.write_atomically(config.run / FINISHED, json.dumps(finished_record(config), indent=2) + "\n")
     except SearchE1Error as error:
