@@ -186,16 +186,17 @@ def test_a_long_question_keeps_its_beginning_and_its_end(driver, tmp_path):
 def test_the_answer_stands_beside_the_gold_ones(report):
     report.open("#trajectories?at=base/nq/q0")
     assert report.texts(".detail .answers > div > dt") == ["✓rightAnswered, right", "Goldany of these"]
-    assert report.texts(".detail .answers dd") == ["Gold 0", "Gold 0G. 0"]
+    title = report.js("document.querySelector('.detail .passages li:has(mark) b').textContent")
+    assert report.texts(".detail .answers dd") == ["Gold 0", f"stands in {title}", "Gold 0G. 0"]
     report.open("#trajectories?at=base/musique/q1")
-    assert report.texts(".detail .answers .given.wrong dd") == ["somebody else"]
+    assert report.texts(".detail .answers .given.wrong dd") == ["somebody else", "stands in nothing that was read"]
     report.open("#trajectories?at=base/musique/q5")
     assert report.texts(".detail .answers .given.wrong dt")[0].endswith("No answer")
     assert report.texts(".detail .answers .given.wrong dd") == [
         "Stopped: the last generation was neither a search nor an answer."
     ]
     report.open(f"#pairs?at={THESE['pairs']}")
-    assert report.texts(".column .given dd") == ["Gold 1", "somebody else"]
+    assert report.texts(".column .given dd:not(.rests)") == ["Gold 1", "somebody else"]
 
 
 def test_charts_tell_their_values_under_the_mouse_and_by_keys(report):

@@ -118,7 +118,18 @@ function given(trajectory) {
   const { right, answer } = trajectory;
   return h("div", { class: right ? "given right" : "given wrong" },
     h("dt", null, verdict(right), right ? "Answered, right" : answer === null ? "No answer" : "Answered, wrong"),
-    h("dd", null, answer === null ? STOPS[trajectory.stop] || "Nothing was answered." : said(answer)));
+    h("dd", null, answer === null ? STOPS[trajectory.stop] || "Nothing was answered." : said(answer)),
+    restsOn(trajectory));
+}
+
+/** Which passages that were read hold the answer; nothing for yes and no, which stand in no text. */
+function restsOn({ answer, turns }) {
+  const wanted = answer === null || /^\s*(yes|no)\W*$/i.test(answer) ? null : pattern([answer.trim()]);
+  if (!wanted) return null;
+  const read = [...new Set(turns.flatMap((turn) => turn.passages || []))];
+  const holding = read.map((index) => records.passages[index]).filter(([, text]) => text.search(wanted) >= 0);
+  const titles = holding.map(([id, text]) => line(splitPassage(text)[0]) || line(id));
+  return h("dd", { class: "meta rests" }, titles.length ? `stands in ${[...new Set(titles)].join(" · ")}` : "stands in nothing that was read");
 }
 
 function measures(trajectory) {
