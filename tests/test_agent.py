@@ -233,8 +233,8 @@ def test_a_closed_agent_answers_nothing_and_leaves_nobody_waiting() -> None:
 
 def test_rows_that_leave_in_the_middle_disturb_no_other() -> None:
     policy, retriever = make_tiny_policy(), TinyRetriever(PASSAGES)
-    limits = LIMITS.model_copy(update={"max_action_tokens": 200})
-    texts = [f"Arda {i}?" for i in range(8)]
+    limits = LIMITS.model_copy(update={"max_searches": 1})
+    texts = [f"Arda {i}?" for i in range(6)]
     with Agent(policy, retriever, limits) as agent:
         alone = [agent.ask(text).trajectory.response_ids for text in texts]
         begun = threading.Event()
