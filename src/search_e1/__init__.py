@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from search_e1.config import Config, PolicyConfig, RolloutConfig
     from search_e1.config import load as load_config
     from search_e1.data.questions import load_questions
-    from search_e1.evaluation.from_python import EvaluationResult, compare, evaluate, report
+    from search_e1.evaluation.api import EvaluationResult, compare, evaluate, report
     from search_e1.evolve import Summary, train
     from search_e1.retrieval.base import Retriever
     from search_e1.retrieval.bm25 import Bm25Index
@@ -32,7 +32,7 @@ _HOMES = {
     "Config": "config",
     "DenseIndex": "retrieval.dense",
     "Engine": "rollout.engines.base",
-    "EvaluationResult": "evaluation.from_python",
+    "EvaluationResult": "evaluation.api",
     "Group": "types",
     "HttpRetriever": "retrieval.client",
     "Pair": "types",
@@ -46,12 +46,12 @@ _HOMES = {
     "TorchEngine": "rollout.engines.torch",
     "Trajectory": "types",
     "Turn": "types",
-    "compare": "evaluation.from_python",
-    "evaluate": "evaluation.from_python",
+    "compare": "evaluation.api",
+    "evaluate": "evaluation.api",
     "load_config": "config:load",
     "load_policy": "training.policy:load",
     "load_questions": "data.questions",
-    "report": "evaluation.from_python",
+    "report": "evaluation.api",
     "train": "evolve",
 }
 

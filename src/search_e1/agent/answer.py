@@ -31,6 +31,11 @@ class Support(StrEnum):
     """The policy gave no answer."""
 
 
+def passage_json(passage: Passage) -> dict[str, Any]:
+    """A passage as clients get it, flat: what the corpus tells of its origin, then id, title and text."""
+    return {**passage.metadata, "id": passage.id, "title": passage.title, "text": passage.text}
+
+
 class Source(Record):
     """A passage that was read."""
 
@@ -46,12 +51,9 @@ class Source(Record):
     """Where in ``passage.text`` the answer stands: first character, and the one after the last."""
 
     def as_json(self) -> dict[str, Any]:
-        """Flat: id, title, text, what the corpus tells of its origin, and the fields above."""
-        told = {key: value for key, value in self.passage.metadata.items() if key not in ("id", "title", "text")}
-        return {
-            **told, "id": self.passage.id, "title": self.passage.title, "text": self.passage.text, "holds": self.holds,
-            "marks": [list(mark) for mark in self.marks], "query": self.query,
-        }  # fmt: skip
+        """The passage, see ``passage_json``, and the fields above."""
+        marks = [list(mark) for mark in self.marks]
+        return passage_json(self.passage) | {"holds": self.holds, "marks": marks, "query": self.query}
 
 
 class Answer(Record):

@@ -1,5 +1,6 @@
 """The model card of a bundle, ``README.md`` in the Hub's format: what the agent is, how it is asked, how it was made."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from search_e1.retrieval.directory import IndexManifest
 from search_e1.training.gguf_file import metadata
 from search_e1.training.sources import SMALL, base_of, is_gguf, resolve
 
+logger = logging.getLogger(__name__)
 FILE = "README.md"
 _NOTICES = re.compile(r"(licen[cs]e|notice|copying|use_policy)([._-].*)?", re.IGNORECASE)
 _LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -135,10 +137,13 @@ def _cached(id: str) -> Path | None:
 
 
 def _front_matter(file: Path) -> dict[str, Any]:
-    """What the card of a model says of itself; nothing, if it has none that can be read."""
+    """What the card of a model says of itself; nothing, if it has none, or, which is said, none that can be read."""
+    if not file.is_file():
+        return {}
     try:
         return metadata_load(file) or {}
-    except Exception:  # no file, or whatever its YAML leads to: the card says that nothing is known
+    except Exception as error:  # whatever its YAML leads to
+        logger.warning("%s: cannot be read (%s); the bundle's card tells no licence", file, str(error).partition("\n")[0])
         return {}
 
 

@@ -9,8 +9,8 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from search_e1.agent.answer import Answer
-from search_e1.agent.line import Event
+from search_e1.agent.answer import Answer, passage_json
+from search_e1.agent.queue import Event
 from search_e1.serving.refusals import Refused
 from search_e1.types import ActionKind, Passage, StopReason
 
@@ -210,8 +210,7 @@ class Completion:
 
     def origin(self, passage: Passage) -> dict[str, Any]:
         """A passage without its text."""
-        told = {key: value for key, value in passage.metadata.items() if key not in ("id", "title", "text")}
-        return {**told, "id": passage.id, "title": passage.title, "url": self.url(passage)}
+        return {key: value for key, value in passage_json(passage).items() if key != "text"} | {"url": self.url(passage)}
 
     def url(self, passage: Passage) -> str:
         """Where to read it: its own address, or else this server's."""

@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 
 from search_e1.agent.agent import Agent
 from search_e1.agent.answer import Answer
-from search_e1.agent.line import Line, LineFullError
+from search_e1.agent.queue import QuestionQueue, QueueFullError
 from search_e1.agent.settings import ServeSettings
 from search_e1.errors import SearchE1Error
 from search_e1.runs.safe import plain
@@ -68,7 +68,7 @@ def make_server(agent: Agent, settings: ServeSettings) -> MCPServer[Any]:
         instructions="Answers questions from a collection of documents, with the passages that hold the answers.",
         log_level="WARNING",
     )
-    line = Line(agent, settings.max_waiting, settings.timeout)
+    queue = QuestionQueue(agent, settings.max_waiting, settings.timeout)
     most = settings.max_question_chars
 
     @server.tool(annotations=_READS)
@@ -76,7 +76,7 @@ def make_server(agent: Agent, settings: ServeSettings) -> MCPServer[Any]:
         question: Annotated[str, Field(pattern=r"\S", max_length=most, description="One question, understandable by itself.")],
     ) -> Annotated[CallToolResult, AskedAnswer]:
         """Answer a question from the documents: the agent searches them, several times if need be, and names its sources."""
-        answer = await _told(line.ask(question), settings.timeout)
+        answer = await _told(queue.ask(question), settings.timeout)
         return _result(_readable(answer), _structured(answer))
 
     @server.tool(annotations=_READS)
@@ -132,7 +132,7 @@ async def _told(work: Any, timeout: float) -> Any:
     """
     try:
         return await work
-    except LineFullError as error:
+    except QueueFullError as error:
         raise ToolError("too many questions wait; ask again later") from error
     except TimeoutError as error:
         raise ToolError(f"no answer within {timeout:g} s") from error

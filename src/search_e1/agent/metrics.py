@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from search_e1.agent.answer import Answer
 from search_e1.agent.chat_api import usage
-from search_e1.agent.line import Places
+from search_e1.agent.queue import Slots
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -17,7 +17,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 class Metrics:
     """Metrics of one server, in their own registry."""
 
-    def __init__(self, questions: Places) -> None:
+    def __init__(self, questions: Slots) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)

@@ -25,10 +25,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from search_e1.agent.agent import Agent
-from search_e1.agent.answer import Answer
+from search_e1.agent.answer import Answer, passage_json
 from search_e1.agent.chat_api import ChatRequest, Completion, parse, schema
-from search_e1.agent.line import Event, GoneError, Line, LineFullError, Places, while_there
 from search_e1.agent.metrics import Counted, Metrics
+from search_e1.agent.queue import Event, GoneError, QuestionQueue, QueueFullError, Slots, while_there
 from search_e1.agent.reasoning import Reasoning
 from search_e1.agent.scheduler import QuestionError
 from search_e1.agent.settings import ServeSettings
@@ -83,7 +83,7 @@ def make_app(
     """
     app = FastAPI(title="search-e1 agent", docs_url=None, redoc_url=None)
     service = Service(agent, settings)
-    metrics = Metrics(service.line.places)
+    metrics = Metrics(service.queue.slots)
     service.metrics = metrics
     _add_routes(app, service)
     pages = _add_page(app)
@@ -105,8 +105,8 @@ class Service:
     def __init__(self, agent: Agent, settings: ServeSettings) -> None:
         self.agent, self.settings = agent, settings
         self.begun = int(time.time())
-        self.line = Line(agent, settings.max_waiting, settings.timeout)
-        self._searches = Places(_SEARCHES, settings.max_waiting)
+        self.queue = QuestionQueue(agent, settings.max_waiting, settings.timeout)
+        self._searches = Slots(_SEARCHES, settings.max_waiting)
         self._memory = Memory(settings.memory_bytes)
         self._looks_up = hasattr(agent.retriever, "passage")
         self._recent: LRUCache[str, Passage] = LRUCache(_RECENT)
@@ -136,7 +136,7 @@ class Service:
         temperature = asked.temperature or 0.0
         # As elsewhere: without a seed, one sample is not the next.
         seed = asked.seed if asked.seed is not None else random.getrandbits(32) if temperature else 0
-        answer = await self.line.ask(question, tell, temperature=temperature, seed=seed, max_tokens=asked.most)
+        answer = await self.queue.ask(question, tell, temperature=temperature, seed=seed, max_tokens=asked.most)
         self.metrics.answered(answer, time.perf_counter() - begun)
         self.remember([source.passage for source in answer.sources])
         return answer
@@ -173,16 +173,16 @@ class Service:
         found = await run_in_threadpool(self.agent.passage, id) if self._looks_up else self._recent.get(id)
         if not found:
             raise Refused(404, f"no passage {id[:100]!r}", param="id", code="passage_not_found")
-        return _as_json(found)
+        return passage_json(found)
 
     async def search(self, query: str, topk: int | None) -> dict[str, Any]:
         try:
-            async with self._searches.place():
+            async with self._searches.slot():
                 found = await run_in_threadpool(self.agent.search, query, topk)
-        except (LineFullError, SearchE1Error) as error:
+        except (QueueFullError, SearchE1Error) as error:
             raise _refusal(error, self.settings.timeout)[0] from error
         self.remember(found)
-        return {"query": query, "passages": [_as_json(passage) for passage in found]}
+        return {"query": query, "passages": [passage_json(passage) for passage in found]}
 
 
 class Stream(Response):
@@ -293,8 +293,8 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     @app.get("/healthz")
     async def health() -> dict[str, Any]:
         """Whether it answers, and how busy it is."""
-        places = service.line.places
-        return {"status": "ok", "model": agent.name, "under_way": places.taken, "waiting": places.waiting}
+        slots = service.queue.slots
+        return {"status": "ok", "model": agent.name, "under_way": slots.taken, "waiting": slots.waiting}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def export_metrics() -> Response:
@@ -322,11 +322,6 @@ def _base(request: Request) -> str:
         raise Refused(400, "a Host header that is no host") from error
 
 
-def _as_json(passage: Passage) -> dict[str, Any]:
-    told = {key: value for key, value in passage.metadata.items() if key not in ("id", "title", "text")}
-    return {**told, "id": passage.id, "title": passage.title, "text": passage.text}
-
-
 _STATUSES = {
     400: "Not a request that the agent can answer.",
     401: "No key, or a wrong one.",
@@ -349,7 +344,7 @@ def _refusal(error: Exception, timeout: float) -> tuple[Refused, str]:
         case QuestionError():
             message = plain(str(error))
             return Refused(400, message, param="messages", code="context_length_exceeded"), "too_long"
-        case LineFullError():
+        case QueueFullError():
             message = "too many questions wait; ask again later"
             return Refused(503, message, type="overloaded_error", code="full", headers={"Retry-After": "2"}), "full"
         case TimeoutError():

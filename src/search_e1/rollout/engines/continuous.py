@@ -160,11 +160,16 @@ class ContinuousSession:
         return [(row.key, Generation(tuple(row.ids[row.prompt :]), tuple(row.logprobs))) for row in finished]
 
     def _draw(self, logits: torch.Tensor, rows: Sequence[_Row]) -> tuple[Sequence[int], Sequence[float]]:
+        """Rows of one temperature are drawn together, as ``draw`` does."""
         own = [self._temperature if row.temperature is None else row.temperature for row in rows]
         if len(set(own)) == 1:
             return draw(logits, own[0], [row.source for row in rows])
-        drawn = (draw(logits[i : i + 1], own[i], [row.source]) for i, row in enumerate(rows))
-        ids, logprobs = zip(*((id, logprob) for [id], [logprob] in drawn), strict=True)
+        ids, logprobs = [0] * len(rows), [0.0] * len(rows)
+        for temperature in dict.fromkeys(own):
+            places = [i for i, wanted in enumerate(own) if wanted == temperature]
+            drawn = draw(logits[places], temperature, [rows[i].source for i in places])
+            for i, id, logprob in zip(places, *drawn, strict=True):
+                ids[i], logprobs[i] = id, logprob
         return ids, logprobs
 
     def _leave(self, row: _Row) -> None:

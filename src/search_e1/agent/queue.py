@@ -14,7 +14,7 @@ Event = str | tuple[Turn, Sequence[Passage]]
 """A piece of what is sampled, or a turn with the passages that were read."""
 
 
-class LineFullError(Exception):
+class QueueFullError(Exception):
     """No more questions may wait."""
 
 
@@ -22,21 +22,21 @@ class GoneError(Exception):
     """The client is gone."""
 
 
-class Places:
-    """``at_once`` places, and at most ``max_waiting`` who wait for one, first come, first served."""
+class Slots:
+    """``at_once`` slots, and at most ``max_waiting`` who wait for one, first come, first served."""
 
     def __init__(self, at_once: int, max_waiting: int) -> None:
         self.waiting = self.taken = 0
         self._max_waiting, self._free = max_waiting, asyncio.Semaphore(at_once)
 
     @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
+    async def slot(self) -> AsyncIterator[None]:
         """
         Raises:
-            LineFullError: too many wait.
+            QueueFullError: too many wait.
         """
         if self._free.locked() and self.waiting >= self._max_waiting:
-            raise LineFullError
+            raise QueueFullError
         self.waiting += 1
         try:
             await self._free.acquire()
@@ -50,13 +50,13 @@ class Places:
             self._free.release()
 
 
-class Line:
+class QuestionQueue:
     """Questions on their way to an agent."""
 
     def __init__(self, agent: Agent, max_waiting: int, timeout: float) -> None:
         """``timeout``: seconds for a question, waiting for a place included."""
         self._agent, self._timeout = agent, timeout
-        self.places = Places(agent.limits.batch_size, max_waiting)
+        self.slots = Slots(agent.limits.batch_size, max_waiting)
 
     async def ask(self, question: str, tell: Callable[[Event], None] | None = None, **options: Any) -> Answer:
         """The answer; ``options`` are those of ``Agent.submit``. Cancelling this cancels the question.
@@ -64,17 +64,16 @@ class Line:
         ``tell`` is called in the event loop with what happens on the way.
 
         Raises:
-            LineFullError: too many questions wait.
+            QueueFullError: too many questions wait.
             TimeoutError: it took too long.
             SearchE1Error: as ``Agent.ask``.
         """
         loop = asyncio.get_running_loop()
-
         listening: dict[str, Any] = {}
         if tell:
             listening["on_text"] = lambda piece: loop.call_soon_threadsafe(tell, piece)
             listening["on_turn"] = lambda turn, passages: loop.call_soon_threadsafe(tell, (turn, passages))
-        async with asyncio.timeout(self._timeout), self.places.place():
+        async with asyncio.timeout(self._timeout), self.slots.slot():
             job = self._agent.submit(question, **options, **listening)
             try:
                 return await asyncio.wrap_future(job.answer)
