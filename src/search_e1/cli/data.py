@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from search_e1.cli.ingest import ingest
 from search_e1.errors import ConfigError
 from search_e1.runs.safe import printable
 
@@ -30,6 +31,9 @@ class Duplicates(StrEnum):
 @app.callback()
 def _data() -> None:
     """Prepare question files for a run."""
+
+
+app.command()(ingest)
 
 
 @app.command()

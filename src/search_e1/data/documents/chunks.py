@@ -1,0 +1,135 @@
+"""Passages of a document: cut at headings, then by semantic-text-splitter at paragraphs, sentences, words."""
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+_WORD = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|\\w+")
+"""A word, or a letter of a script that puts no spaces between words; either is about a token."""
+_LONG_WORD = 12  # characters; more a word, as in minified code, and the characters count
+_FULLER = 1.25
+"""A passage may have this many times the words asked for, so that no section leaves a remainder of a few words."""
+_MARKS = re.compile(r"[*_`]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a document that no passage crosses: a page, or all of it."""
+
+    text: str
+    page: int | None = None
+    heading: tuple[str, ...] = ()
+    markdown: bool = False
+    """Its headings and tables are found."""
+    whole: bool = False
+    """One passage."""
+
+
+class Chunk(NamedTuple):
+    """A passage without its document."""
+
+    text: str
+    heading: tuple[str, ...]
+    page: int | None
+    start: int
+    end: int
+    """``start:end``: where it stands in the text of its part."""
+
+
+class _Section(NamedTuple):
+    heading: tuple[str, ...]
+    start: int
+    end: int
+
+
+class _Table(NamedTuple):
+    start: int
+    end: int
+    header: str
+
+
+def count(text: str) -> int:
+    """The size of ``text`` in words."""
+    return max(len(_WORD.findall(text)), len(text) // _LONG_WORD)
+
+
+def cut(parts: Iterable[Part], words: int, overlap: int) -> Iterator[Chunk]:
+    """Cut ``parts`` into passages of about ``words`` words, of which at most ``overlap`` repeat the end of the one before."""
+    for part in parts:
+        if part.whole and count(part.text) <= 2 * words:
+            yield Chunk(part.text, part.heading, part.page, 0, len(part.text))
+            continue
+        sections, tables = _outline(part.text) if part.markdown else ([_Section((), 0, len(part.text))], [])
+        splitter = _splitter(words, overlap, part.markdown)
+        for section in sections:
+            heading = part.heading + section.heading
+            for offset, text in splitter.chunk_indices(part.text[section.start : section.end]):
+                start = section.start + offset
+                end = start + len(text)
+                yield Chunk(_under_header(text, start, tables), heading, part.page, start, end)
+
+
+def row_blocks(header: str, lines: Iterable[str], words: int) -> Iterator[str]:
+    """Lines of a table in blocks of about ``words`` words, each with ``header`` as its first line."""
+    repeated = count(header)
+    block, size = [header], repeated
+    for line in lines:
+        more = count(line)
+        if len(block) > 1 and size + more > words:
+            yield "\n".join(block)
+            block, size = [header], repeated
+        block.append(line)
+        size += more
+    if len(block) > 1 or header:
+        yield "\n".join(block)
+
+
+@cache
+def _splitter(words: int, overlap: int, markdown: bool) -> Any:
+    from semantic_text_splitter import MarkdownSplitter, TextSplitter
+
+    kind: Any = MarkdownSplitter if markdown else TextSplitter
+    return kind.from_callback(count, (words, int(words * _FULLER)), overlap)
+
+
+def _under_header(text: str, start: int, tables: list[_Table]) -> str:
+    """``text`` with the header of the table in whose rows it begins."""
+    at = bisect_right(tables, start, key=lambda table: table.start) - 1
+    if at < 0 or not tables[at].start + len(tables[at].header) <= start < tables[at].end:
+        return text
+    return f"{tables[at].header}\n{text}"
+
+
+@cache
+def _parser() -> Any:
+    from markdown_it import MarkdownIt
+
+    parser = MarkdownIt("commonmark").enable("table")
+    parser.core.ruler.enableOnly(["normalize", "block"])  # of headings and tables; emphasis and links stay as they are
+    return parser
+
+
+def _outline(text: str) -> tuple[list[_Section], list[_Table]]:
+    """Sections of Markdown, each without its heading, and tables, in order."""
+    lines = text.split("\n")
+    starts = list(accumulate((len(line) + 1 for line in lines), initial=0))
+    sections, tables, path, begin = [], [], list[tuple[int, str]](), 0
+    tokens = _parser().parse(text)
+    for at, token in enumerate(tokens):
+        if token.type == "table_open":
+            first, last = token.map
+            tables.append(_Table(starts[first], min(starts[last], len(text)), "\n".join(lines[first : first + 2])))
+        if token.type != "heading_open" or token.level:
+            continue
+        first, last = token.map
+        sections.append(_Section(tuple(heading for _, heading in path), begin, starts[first]))
+        level, heading = int(token.tag[1:]), " ".join(_MARKS.sub("", tokens[at + 1].content).split())
+        path = [entry for entry in path if entry[0] < level] + ([(level, heading)] if heading else [])
+        begin = min(starts[last], len(text))
+    sections.append(_Section(tuple(heading for _, heading in path), begin, len(text)))
+    filled = [section for section in sections if text[section.start : section.end].strip()]
+    return filled or [_Section((), 0, len(text))], tables  # of headings alone, those are the text

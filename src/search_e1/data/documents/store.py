@@ -1,0 +1,121 @@
+"""What earlier runs read: a row for each file, in SQLite beside the corpus, with the file's passages."""
+
+import sqlite3
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from search_e1.data.documents.folder import Found
+from search_e1.data.documents.workers import READ, Outcome
+from search_e1.errors import DataError
+
+FILE = ".ingest.sqlite"
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS files (
+    name TEXT PRIMARY KEY, kind TEXT NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, sha256 TEXT NOT NULL,
+    status TEXT NOT NULL, reason TEXT NOT NULL, passages INTEGER NOT NULL, limits TEXT NOT NULL, packed BLOB NOT NULL
+);
+"""
+
+
+class Known(NamedTuple):
+    """What is known of a file, without its passages."""
+
+    name: str
+    kind: str
+    size: int
+    mtime_ns: int
+    sha256: str
+    status: str
+    reason: str
+    passages: int
+    limits: str
+    """Under which it was read, as JSON."""
+
+
+class Store:
+    """Rows survive a kill of the process as soon as they are put."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        """Use ``opened``."""
+        self._db = connection
+
+    @classmethod
+    @contextmanager
+    def opened(cls, out: Path) -> Iterator[Self]:
+        """The store of the corpus ``out``; made if it is not there.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        path = out / FILE
+        connection = sqlite3.connect(path, isolation_level=None)
+        try:
+            # A log ahead of the database: a commit need not wait for the disk, and no kill or power cut damages either.
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.executescript(_SCHEMA)
+            yield cls(connection)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):  # a full disk, a file system without locks
+                raise DataError(f"{path}: {error}; see to the disk, and run the same command again") from error
+            raise DataError(f"{path}: damaged ({error}); remove it, and all files are read again") from error
+        finally:
+            connection.close()
+
+    def known(self) -> dict[str, Known]:
+        """Name -> what is known of that file."""
+        rows = self._db.execute(f"SELECT {', '.join(Known._fields)} FROM files")
+        return {row[0]: Known(*row) for row in rows}
+
+    def put(self, file: Found, sha256: str, outcome: Outcome, limits: str) -> None:
+        row = (file.name, file.kind, file.size, file.mtime_ns, sha256, outcome.status, outcome.reason, outcome.passages, limits)
+        self._changes([("INSERT OR REPLACE INTO files VALUES (?,?,?,?,?,?,?,?,?,?)", (*row, outcome.packed))])
+
+    def touch(self, file: Found) -> None:
+        """The same content at another time."""
+        self._db.execute("UPDATE files SET mtime_ns = ? WHERE name = ?", (file.mtime_ns, file.name))
+
+    def forget(self, names: list[str]) -> None:
+        self._changes([("DELETE FROM files WHERE name = ?", (name,)) for name in names])
+
+    def under(self, settings: str) -> bool:
+        """Whether all files were cut under ``settings``; if not, they are forgotten."""
+        before = self._told("settings")
+        if before not in (None, settings):
+            self._changes([("DELETE FROM files", ())])
+        self._tell("settings", settings)
+        return before in (None, settings)
+
+    @property
+    def published(self) -> bool:
+        """Whether the corpus holds what is here."""
+        return self._told("published") == "yes"
+
+    def publish(self) -> None:
+        self._tell("published", "yes")
+
+    def passages(self) -> Iterator[bytes]:
+        """Lines of all files that were read, by name; one file is in memory at a time."""
+        rows = self._db.execute("SELECT packed FROM files WHERE status = ? ORDER BY name", (READ,))
+        return (zlib.decompress(packed) for (packed,) in rows)
+
+    def _changes(self, statements: list[tuple[str, tuple[object, ...]]]) -> None:
+        """One transaction, with the mark that the corpus has to be written again."""
+        if not statements:
+            return
+        self._db.execute("BEGIN")
+        for statement, values in statements:
+            self._db.execute(statement, values)
+        self._tell("published", "no")
+        self._db.execute("COMMIT")
+
+    def _told(self, key: str) -> str | None:
+        found = self._db.execute("SELECT value FROM about WHERE key = ?", (key,)).fetchone()
+        return found and str(found[0])
+
+    def _tell(self, key: str, value: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (key, value))
