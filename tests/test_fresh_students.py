@@ -70,6 +70,13 @@ def test_each_reference_has_a_new_student_once_an_epoch(policy, tmp_path, seen) 
     assert all(step["masked"] == 0 and step["sampled_tokens"] > 0 and step["divergence"] > 0 for step in steps)
 
 
+def test_easiest_first(policy, tmp_path, seen) -> None:
+    hard, *pairs = [make_pair(policy, question, reference_searches=i == 0) for i, question in enumerate(QUESTIONS[:3])]
+    run_distill(policy, [hard, *pairs], tmp_path, **FRESH, order="easiest_first")
+    easy = [pair.question.id for pair in sorted(pairs, key=lambda pair: pair.reference.sampled_tokens)]
+    assert [[s.question_id for s in step] for step in seen] == 2 * [easy, [hard.question.id]]
+
+
 def test_students_are_the_policys_own_at_each_step(policy, taught, tmp_path, seen, monkeypatch) -> None:
     """With a rate of 0 in effect they would be the first policy's in every step; the engine is handed the trained weights."""
     sampled_by: list[dict[str, torch.Tensor]] = []

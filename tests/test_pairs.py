@@ -114,6 +114,16 @@ def test_ties_go_by_the_order_in_the_group():
     assert students_of(SHORT, WRONG_FAR, other) == [WRONG_FAR, other]
 
 
+def test_references_with_more_searches_than_asked_for_are_left_out_and_counted():
+    two = trajectory(search("bel"), search("mayor bel"), answer("Cor Dun"))
+    groups = [group(SHORT, WRONG_FAR), group(two, WRONG_FAR)]
+    pairs, health = select(groups, PairsConfig(max_searches=1), whole)
+    assert [pair.reference for pair in pairs] == [SHORT]
+    assert (health.usable, health.too_many_searches, health.nothing_to_learn) == (1, 1, 0)
+    pairs, health = select(groups, PairsConfig(max_searches=2), whole)
+    assert (len(pairs), health.too_many_searches) == (2, 0)
+
+
 def test_health():
     groups = [
         group(SHORT, WRONG_FAR, LONG, WRONG_NEAR),

@@ -143,6 +143,12 @@ def test_every_sample_once_an_epoch_in_an_order_of_its_own():
     assert epoch(EpochSource(samples, 4, seed=2), 0) != first
 
 
+def test_samples_that_are_not_shuffled_keep_their_order_in_every_epoch():
+    samples = [sample(i) for i in range(5)]
+    source = EpochSource(samples, 2, seed=1, shuffled=False)
+    assert [source.next(step)["distill"] for step in range(6)] == 2 * [samples[:2], samples[2:4], samples[4:]]
+
+
 def test_demonstrations_are_drawn_in_their_order_also_from_the_middle():
     batches = [[sample(10 * i + j) for j in range(2)] for i in range(4)]
     whole = BatchSource(iter(batches), 100)

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from search_e1.data.world import RELATIONS, SPLITS, Entity, World, make_world, name_halves, write
+from search_e1.data.world import HARD, RELATIONS, SPLITS, Entity, World, make_world, name_halves, write
 from search_e1.errors import DataError
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.types import Passage
@@ -84,6 +84,20 @@ def test_a_question_is_right_about_one_entity_only(world):
         start = world.entities[question.metadata["entities"][0]]
         bearers = [e for e in world.entities.values() if e.name == start.name]
         assert [e for e in bearers if question.metadata["relations"][0] in e.facts] == [start]
+
+
+def test_the_hard_world_has_longer_chains_and_three_bearers_of_a_name():
+    hard = make_world(difficulty=HARD)
+    names = Counter(e.name for e in hard.entities.values())
+    shared = [e for e in hard.entities.values() if names[e.name] > 1]
+    assert {names[e.name] for e in shared} == {3}
+    assert len(shared) / len(hard.entities) == pytest.approx(0.6, abs=0.01)
+    assert all(len({e.kind for e in shared if e.name == name}) == 3 for name in {e.name for e in shared[:50]})
+    questions = hard.questions("train", 400)
+    assert {q.hops for q in questions} == {3, 4, 5, 6}
+    for question in questions:
+        bearers = [e for e in hard.entities.values() if e.name == hard.entities[question.metadata["entities"][0]].name]
+        assert [e.id for e in bearers if question.metadata["relations"][0] in e.facts] == [question.metadata["entities"][0]]
 
 
 def test_a_passage_reads_as_documented(world):

@@ -121,14 +121,15 @@ def world(
     dev: Annotated[int, typer.Option(min=1, help="Development questions.")] = 300,
     test: Annotated[int, typer.Option(min=1, help="Test questions, over entities that no other question touches.")] = 300,
     seed: Annotated[int, typer.Option(min=0, help="Of the questions; the world itself is always the same.")] = 0,
+    hard: Annotated[bool, typer.Option("--hard", help="Questions of three to six hops; three entities share a name.")] = False,
 ) -> None:
     """Write the small world, a corpus and questions about it; it needs no download."""
-    from search_e1.data.world import make_world, write
+    from search_e1.data.world import HARD, USUAL, make_world, write
 
     if (directory / "corpus.jsonl").exists():
         console.print(f"{directory} is there already", markup=False, highlight=False)
         return
-    write(make_world(), directory, train=train, dev=dev, test=test, seed=seed)
+    write(make_world(difficulty=HARD if hard else USUAL), directory, train=train, dev=dev, test=test, seed=seed)
     console.print(
         f"{directory}: corpus, {train} train, {dev} dev, {test} test questions",
         markup=False,

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from search_e1.config.base import LoraConfig, NonNegativeFloat, Positive, Section, Share
+from search_e1.config.base import LoraConfig, NonNegative, NonNegativeFloat, Positive, Section, Share
 from search_e1.config.training import DistillTrainingConfig
 
 Mask = Literal["none", "answers", "turns"]
@@ -48,6 +48,8 @@ class PairsConfig(Section):
     students_by: Literal["wrong_first", "any"] = "wrong_first"
     """Wrong siblings first, then correct but less efficient ones, the most divergent first (as published); or `any` member
     of the group, so that students are what the policy does, not only what it does wrong."""
+    max_searches: NonNegative | None = None
+    """Only references with at most this many searches, so that easy questions alone are taught. Default: any."""
     references_by: Literal["fewest_searches", "gold"] = "fewest_searches"
     """Which trajectory is shown: the correct one with the fewest searches (ties: fewest sampled tokens), or the question's
     demonstration in `data.demonstrations`."""
@@ -114,6 +116,8 @@ class DistillConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     batch_size: Positive = 16
     """Pairs an optimiser step."""
+    order: Literal["shuffled", "easiest_first"] = "shuffled"
+    """Of the pairs in an epoch: by chance, or by their references' searches and then their sampled tokens, few first."""
     weights: Literal["lora", "all"] = "lora"
     """What is trained: adapters, which are merged at the end (as published), or all weights; then a frozen copy teaches."""
     lora: LoraConfig = LoraConfig()

@@ -18,8 +18,6 @@ from search_e1.types import Passage, Question
 SPLITS = ("train", "dev", "test")
 BENCHMARK = "world"
 _SHARES = {"train": 0.5, "dev": 0.25, "test": 0.25}
-_HOPS = {1: 0.3, 2: 0.4, 3: 0.25, 4: 0.05}
-_HOMONYMS = 0.25  # share of the entities that share their name with one of another kind
 
 KINDS = {"person": 1800, "city": 600, "country": 135, "film": 1000, "company": 500, "book": 700}
 """Kind of entity -> number of entities."""
@@ -65,6 +63,22 @@ _WORDINGS = (
 
 
 @dataclass(frozen=True, slots=True)
+class Difficulty:
+    """What makes the questions of a world hard."""
+
+    hops: dict[int, float]
+    """Number of hops -> share of the questions."""
+    homonyms: float
+    """Share of the entities that share their name with others, each of another kind."""
+    namesakes: int
+    """Entities that share one name. With more than the passages of a search, a name alone does not find the right one."""
+
+
+USUAL = Difficulty(hops={1: 0.3, 2: 0.4, 3: 0.25, 4: 0.05}, homonyms=0.25, namesakes=2)
+HARD = Difficulty(hops={3: 0.2, 4: 0.3, 5: 0.3, 6: 0.2}, homonyms=0.6, namesakes=3)
+
+
+@dataclass(frozen=True, slots=True)
 class Entity:
     """A named thing, and the facts that its passage states."""
 
@@ -81,6 +95,7 @@ class World:
     """All entities, by id; made by ``make_world``."""
 
     entities: dict[str, Entity]
+    difficulty: Difficulty = USUAL
 
     @property
     def passages(self) -> list[Passage]:
@@ -103,12 +118,12 @@ class World:
         if split not in SPLITS:
             raise DataError(f"the world has no split {split!r}; it has {', '.join(SPLITS)}")
         rng = random.Random(f"{seed}/{split}")
-        starts = [e for e in self.entities.values() if e.split == split]
+        starts, hops = [e for e in self.entities.values() if e.split == split], self.difficulty.hops
         made: dict[tuple[str, ...], Question] = {}
         misses = 0  # consecutive draws without a new question
         while len(made) < n and misses < 1000:
             misses += 1
-            chain = self._chain(rng, rng.choice(starts), rng.choices(list(_HOPS), list(_HOPS.values()))[0])
+            chain = self._chain(rng, rng.choice(starts), rng.choices(list(hops), list(hops.values()))[0])
             if chain is None:
                 continue
             entities, relations = chain
@@ -133,7 +148,7 @@ class World:
         return entities, relations
 
 
-def make_world(seed: int = 0, *, practice: bool = False) -> World:
+def make_world(seed: int = 0, *, practice: bool = False, difficulty: Difficulty = USUAL) -> World:
     """The world of a seed: about 4,700 entities and as many passages.
 
     ``practice`` worlds share no name with other worlds, although their names consist of the same halves: a policy trained on
@@ -143,25 +158,28 @@ def make_world(seed: int = 0, *, practice: bool = False) -> World:
     names = _names(rng, practice)
     entities: dict[str, Entity] = {}
     for split in SPLITS:
-        for entity in _part(rng, split, names):
+        for entity in _part(rng, split, names, difficulty):
             entities[entity.id] = entity
-    return World(entities)
+    return World(entities, difficulty)
 
 
-def _part(rng: random.Random, split: str, names: Iterator[str]) -> list[Entity]:
+def _part(rng: random.Random, split: str, names: Iterator[str], difficulty: Difficulty) -> list[Entity]:
     """The entities of one split, facts among themselves."""
     kinds = [kind for kind, count in KINDS.items() for _ in range(round(count * _SHARES[split]))]
     named: list[list[str]] = [[kind, ""] for kind in kinds]
     order = rng.sample(range(len(kinds)), len(kinds))
-    pairs = round(_HOMONYMS * len(kinds) / 2)
-    while pairs:
-        a, b = order[-1], order[-2]
-        if kinds[a] == kinds[b]:
+    size = difficulty.namesakes
+    shared_names = round(difficulty.homonyms * len(kinds) / size)
+    while shared_names:
+        namesakes = order[-size:]
+        if len({kinds[i] for i in namesakes}) < size:
             rng.shuffle(order)
             continue
-        named[a][1] = named[b][1] = next(names)
-        del order[-2:]
-        pairs -= 1
+        name = next(names)
+        for i in namesakes:
+            named[i][1] = name
+        del order[-size:]
+        shared_names -= 1
     for i in order:
         named[i][1] = next(names)
     entities = [Entity(f"{split}-{i}", kind, name, split) for i, (kind, name) in enumerate(named)]

@@ -39,12 +39,14 @@ class PoolHealth(Record):
     """Without a pair: no trajectory is correct, so there is nothing to show."""
     no_demonstration: int = 0
     """Without a pair: references are demonstrations, and there is none."""
+    too_many_searches: int = 0
+    """Without a pair: the reference has more searches than ``pairs.max_searches``."""
     nothing_to_learn: int
     """Without a pair: no sibling is one to learn from its reference."""
     none_fits: int
     """Without a pair: those that there were are all too long."""
     usable: int
-    """With at least one pair; ``questions == never_correct + no_demonstration + nothing_to_learn + none_fits + usable``."""
+    """With at least one pair; ``questions`` is the sum of this and the counts without a pair."""
     all_correct: int
     """Every trajectory is correct, usable or not."""
     pairs: int
@@ -71,7 +73,8 @@ class PoolHealth(Record):
 
 
 _COUNTS = (
-    "questions", "all_correct", "never_correct", "no_demonstration", "nothing_to_learn", "none_fits", "usable", "too_long",
+    "questions", "all_correct", "never_correct", "no_demonstration", "too_many_searches", "nothing_to_learn", "none_fits",
+    "usable", "too_long",
 )  # fmt: skip
 
 
@@ -100,10 +103,13 @@ def select(
         counts["questions"] += 1
         counts["all_correct"] += all(t.correct for t in group.trajectories)
         reference = next(iter(gold(group.question)), None) if gold else group.reference
-        made, too_long = _pairs(group, reference, config, render, seed) if reference else ([], 0)
+        hard = reference is not None and config.max_searches is not None and reference.searches > config.max_searches
+        made, too_long = _pairs(group, reference, config, render, seed) if reference and not hard else ([], 0)
         pairs += made
         counts["too_long"] += too_long
-        if made:
+        if hard:
+            counts["too_many_searches"] += 1
+        elif made:
             counts["usable"] += 1
         elif too_long:
             counts["none_fits"] += 1

@@ -89,6 +89,8 @@ class Distill(Stage):
         config = run.config.distill
         policy = run.load_to_train(self.policy, config.training, adapters=config.weights == "lora")
         pairs = files.read(self.pairs / files.TRAIN, policy.tokenizer)
+        if config.order == "easiest_first":
+            pairs.sort(key=lambda pair: (pair.reference.searches, pair.reference.sampled_tokens))
         samples = make_samples(policy, pairs, config)
         model = with_adapter(policy.model, config.lora) if config.weights == "lora" else policy.model
         objective = open_objective(config.objective, "distill.objective", run.config)
@@ -101,7 +103,7 @@ class Distill(Stage):
             if config.students == "fresh":
                 source = FreshStudents(run, policy, trained, pairs, context, self.policy, stack)
             else:
-                source = EpochSource(samples, config.batch_size, context.seed)
+                source = EpochSource(samples, config.batch_size, context.seed, shuffled=config.order == "shuffled")
             schedule = Schedule(source.steps * config.epochs, config.learning_rate)
             steps = train(trained, source, {"distill": objective}, config.training, schedule, context)
         strength = choose_strength(run, trained, policy, pairs, context) if config.weights == "lora" else {}
@@ -164,20 +166,23 @@ def _examples(pairs: Sequence[Pair], config: DistillConfig) -> int:
 
 
 class EpochSource:
-    """All samples once an epoch, in an order that follows from seed and epoch; this rank's share of each batch.
+    """All samples once an epoch; this rank's share of each batch.
 
-    Batches are of like lengths (transformers' length-grouped order), so that little is padded.
+    If ``shuffled``, in an order that follows from seed and epoch and makes batches of like lengths (transformers'
+    length-grouped order), so that little is padded; else as they are given.
     """
 
-    def __init__(self, samples: Sequence[Sample], batch_size: int, seed: int) -> None:
+    def __init__(self, samples: Sequence[Sample], batch_size: int, seed: int, *, shuffled: bool = True) -> None:
         self.figures: Mapping[str, float] = {}
-        self._samples, self._size, self._seed = samples, batch_size, seed
+        self._samples, self._size, self._seed, self._shuffled = samples, batch_size, seed, shuffled
         self.steps = -(-len(samples) // batch_size)
         """Batches an epoch; the last may be smaller."""
 
     def next(self, step: int) -> Mapping[str, Sequence[Sample]]:
         epoch, at = divmod(step, self.steps)
-        generator = torch.Generator().manual_seed(derived_seed(self._seed, "epoch", epoch))
-        order = get_length_grouped_indices([len(s) for s in self._samples], self._size, generator=generator)
+        order: Sequence[int] = range(len(self._samples))
+        if self._shuffled:
+            generator = torch.Generator().manual_seed(derived_seed(self._seed, "epoch", epoch))
+            order = get_length_grouped_indices([len(s) for s in self._samples], self._size, generator=generator)
         batch = [self._samples[i] for i in order[at * self._size : (at + 1) * self._size]]
         return {"distill": batch[ranks.rank() :: ranks.count()]}

@@ -25,7 +25,7 @@ from search_e1.types import Pair, Sample
 
 
 class FreshStudents:
-    """One new trajectory a step for each of ``distill.batch_size`` references, all references once an epoch, shuffled."""
+    """One new trajectory a step for each of ``distill.batch_size`` references, all references once an epoch."""
 
     def __init__(
         self,
@@ -49,7 +49,9 @@ class FreshStudents:
 
     def next(self, step: int) -> Mapping[str, Sequence[Sample]]:
         epoch, at = divmod(step, self.steps)
-        order = random.Random(derived_seed(self._context.seed, "epoch", epoch)).sample(self._pairs, len(self._pairs))
+        order = self._pairs
+        if self._run.config.distill.order == "shuffled":
+            order = random.Random(derived_seed(self._context.seed, "epoch", epoch)).sample(order, len(order))
         places = range(at * self._size, min((at + 1) * self._size, len(order)))[ranks.rank() :: ranks.count()]
         pairs = self._sampled(step, places, [order[place] for place in places])
         config, policy = self._run.config.distill, self._policy

@@ -87,6 +87,7 @@ function healthCard(rounds) {
     h("h3", null, `Round ${round}`),
     shareBar(`Round ${round}`, [
       { name: "usable", count: pairs.usable, kind: "good" },
+      { name: "too many searches", count: pairs.too_many_searches ?? 0, kind: "dull" },
       { name: "nothing to learn", count: pairs.nothing_to_learn, kind: "dull" },
       { name: "never right", count: pairs.never_correct, kind: "bad" },
       { name: "no demonstration", count: pairs.no_demonstration ?? 0, kind: "bad" },
