@@ -18,6 +18,7 @@ from test_torchrun import toml
 
 assert project
 assert mute
+AUDIT = ("reach", "reach", "wording", "repeats")
 
 
 def run(monkeypatch, capsys, *words):
@@ -35,7 +36,7 @@ def test_a_sound_run(project, tmp_path, monkeypatch, capsys):
     assert max(map(len, said.out.splitlines())) <= 80
     found = json.loads((tmp_path / "found.json").read_text())
     levels = {row["check"]: row["level"] for row in found["findings"]}
-    assert list(levels) == ["policy", "form", "search", "groups", "answers", "overlap", "memory", "time"]
+    assert list(levels) == ["policy", "form", "search", "groups", "answers", "overlap", *AUDIT[1:], "memory", "time"]
     assert {name for name, level in levels.items() if level != "ok"} == {"overlap"}  # evaluated on what is trained on
     assert found["observed"]["trajectories"] == 3 * 6 + 3
     assert found["observed"]["groups"] == 3
@@ -80,7 +81,7 @@ def test_the_index_of_the_run_is_taken_over(project, tmp_path):
 
     before = sorted(path for path in settings.run.rglob("*"))
     doctor.examine(settings, watch=watch)
-    assert worked == ["sample", "search for answers", "train"]
+    assert worked == ["sample", "search for answers", "train", "audit"]
     assert sorted(path for path in settings.run.rglob("*")) == before
 
 
@@ -128,7 +129,7 @@ def test_a_policy_that_the_cold_start_makes_is_not_looked_at(project, tmp_path):
     settings = config(project, tmp_path / "run")
     made = {"policy": {"model": "new", "device": "cpu"}, "coldstart": {"steps": 1}}
     found = doctor.examine(Config.model_validate(settings.model_dump() | made))
-    assert [finding.check for finding in found.findings] == ["answers", "overlap"]
+    assert [finding.check for finding in found.findings] == ["answers", "overlap", *AUDIT]
     assert found.observed is None
     assert found.can_learn
 

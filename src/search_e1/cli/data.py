@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from search_e1.cli.audit import audit
 from search_e1.cli.ingest import ingest
 from search_e1.errors import ConfigError
 from search_e1.runs.safe import printable
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from search_e1.data.parts import Again
     from search_e1.data.prepare import Prepared
 
-app = typer.Typer(no_args_is_help=True, help="Prepare question files for a run.")
+app = typer.Typer(no_args_is_help=True, help="Prepare and audit the files of a run.")
 console = Console(highlight=False, markup=False, emoji=False)
 
 
@@ -30,9 +31,10 @@ class Duplicates(StrEnum):
 
 @app.callback()
 def _data() -> None:
-    """Prepare question files for a run."""
+    """Prepare and audit the files of a run."""
 
 
+app.command()(audit)
 app.command()(ingest)
 
 

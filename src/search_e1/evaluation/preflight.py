@@ -26,8 +26,8 @@ class Level(StrEnum):
 
 class Finding(Record):
     check: str
-    """``form``, ``search``, ``groups``, ``answers``, ``passages``, ``overlap``, ``template``, ``policy``, ``memory`` or
-    ``time``."""
+    """``form``, ``search``, ``groups``, ``answers``, ``passages``, ``overlap``, ``template``, ``policy``, ``memory``, ``time``;
+    of the audit ``reach``, ``records``, ``wording``, ``repeats`` or ``leaks``."""
     level: Level
     text: str
     """One sentence."""

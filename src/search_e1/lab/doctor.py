@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from search_e1.config import NEW, Config, migrate_fingerprint
 from search_e1.errors import ModelError
 from search_e1.evaluation import preflight
+from search_e1.evaluation.audit import Source, audit
 from search_e1.evaluation.preflight import Finding, Level, Observed
 from search_e1.lab.plan.plan import misfits
 from search_e1.rollout.sampler import RolloutSampler
@@ -28,6 +30,8 @@ from search_e1.training.trained import TrainedPolicy
 from search_e1.types import Group, Question, Record
 
 _PASSES = 3
+_MOST_PASSAGES = 2**20
+"""More are not searched for every answer: that takes longer than all else."""
 
 
 class Diagnosis(Record):
@@ -83,11 +87,11 @@ def _examine(run: Inputs, path: str, questions: int, evaluated: int) -> tuple[li
     config = run.config
     overlap = preflight.overlap(run.train_questions, run.eval_questions)
     if path == NEW:  # the cold start makes it
-        return of_files(run, Observed(), train_recall(run, config.seed)), None
+        return [*of_files(run, Observed(), train_recall(run, config.seed)), *_audit(run)], None
     try:
-        run.load_reader(path)
+        reader = run.load_reader(path)
     except ModelError as error:
-        return [_sentences("policy", Level.STOP, *str(error).split("; ", 1)), overlap], None
+        return [_sentences("policy", Level.STOP, *str(error).split("; ", 1)), overlap, *_audit(run)], None
     run.check(path)
     loads = Finding(check="policy", level=Level.OK, text="It loads, and its prompt holds the question.")
     sampled = _sample(run, path, questions, evaluated)
@@ -97,7 +101,21 @@ def _examine(run: Inputs, path: str, questions: int, evaluated: int) -> tuple[li
     per_second, fits = _train(run, path, sampled.groups)
     amounts = preflight.amounts(config, len(run.train_questions), sum(map(len, run.eval_questions.values())))
     lasts = preflight.time(amounts, sampled.trajectories_per_second, sampled.tokens, per_second)
-    return [loads, *findings(run, seen, rows, path), *fits, lasts], seen
+    return [loads, *findings(run, seen, rows, path), *_audit(run, reader.tokenizer), *fits, lasts], seen
+
+
+def _audit(run: Inputs, tokenizer: Any = None) -> list[Finding]:
+    """What the audit finds beyond ``overlap``. The passages of a server, and very many, are not looked through."""
+    sources = [Source("train", "train", [("", question) for question in run.train_questions])]
+    sources += [Source(name, "eval", [("", q) for q in part]) for name, part in run.eval_questions.items()]
+    count, limits = run.passage_count, run.config.rollout
+    texts = run.passage_texts() if count is not None and count <= _MOST_PASSAGES else None
+    with run.watch("audit") as progress:
+        found, _ = audit(
+            sources, texts, topk=limits.topk, tokenizer=tokenizer, max_action_tokens=limits.max_action_tokens, progress=progress
+        )
+    near = any(total.near_leaks for total in found.totals)
+    return [f for f in found.findings if f.check in ("reach", "wording", "repeats") or (f.check == "leaks" and near)]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from search_e1.cli.display import plain_table, printable
@@ -17,6 +18,13 @@ _ENDS = {
 
 
 def show_findings(console: Console, findings: Sequence[Finding]) -> None:
+    """The findings, and what they come to."""
+    console.print(findings_table(findings))
+    level = worst(findings)
+    console.print(Text(_ENDS[level], style=_STYLES[level]))
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
     """A row for each finding, with its remedy below it. Fits 80 columns."""
     table = plain_table(None, "", "", "", left=3)
     table.show_header = False
@@ -25,6 +33,4 @@ def show_findings(console: Console, findings: Sequence[Finding]) -> None:
         if finding.remedy:
             said.append(f"\n{printable(finding.remedy)}", style="dim")
         table.add_row(Text(finding.level, style=_STYLES[finding.level]), finding.check, said)
-    console.print(table)
-    level = worst(findings)
-    console.print(Text(_ENDS[level], style=_STYLES[level]))
+    return table

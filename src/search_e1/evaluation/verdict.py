@@ -1,0 +1,139 @@
+"""What an audit's figures come to: findings in sentences, each with its remedy."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from search_e1.evaluation.preflight import Finding, Level
+from search_e1.evaluation.reach import Reached
+from search_e1.types import Record
+
+Role = Literal["train", "eval"]
+COMMON = 0.05
+"""An answer in a larger share of passages is no evidence: three passages drawn at random hold it once in seven times."""
+_FAR = 0.3
+_KIND: Mapping[Role, str] = {"train": "training", "eval": "evaluation"}
+_BUT_FOR = "but for inflection, order and small words"
+
+
+class FileAudit(Record):
+    """Figures of one file, or of all files of a role."""
+
+    name: str
+    role: Role
+    questions: int
+    yes_no: int
+    """Every right answer is yes or no, which is looked for in no passage; the next five leave them out."""
+    in_corpus: float | None = None
+    """Share with an answer in some passage; ``None`` if passages were not read."""
+    in_top: dict[int, float] = {}
+    """k -> share with an answer in the first k passages for the question's own words, by BM25."""
+    rank: float | None = None
+    """Median rank of the first such passage, where there is one."""
+    passages: float | None = None
+    """Median number of passages that hold an answer, where there is one."""
+    common: int = 0
+    out_of_reach: int = 0
+    """Questions without such a passage, or whose answer no policy can say."""
+    refused: int = 0
+    unsayable: int = 0
+    conflicts: int = 0
+    leaks: int = 0
+    """Of training files; those of evaluation files are counted by the questions that leaked."""
+    near_leaks: int = 0
+    repeats: int = 0
+    """Within all training files together, or within one evaluation file."""
+    near_repeats: int = 0
+
+    @property
+    def most(self) -> float:
+        """The highest EM without answers from memory."""
+        return 1 - self.out_of_reach / self.questions if self.questions else 0.0
+
+
+def find(totals: Sequence[FileAudit], found: Reached | None, skipped: Mapping[str, int]) -> list[Finding]:
+    """The findings about training and evaluation questions together, those about evaluation first."""
+    made = [reach(total) for total in reversed(totals) if found]
+    return [*made, records(totals, found, skipped), wording(totals), repeats(totals), *filter(None, [leaks(totals)])]
+
+
+def reach(total: FileAudit) -> Finding:
+    """Can the questions be answered from the passages?"""
+    lost, kind = total.out_of_reach / total.questions, f"{total.questions:,} {_KIND[total.role]} questions"
+    text = f"Of {kind} {lost:.0%} have no passage that holds an answer{' that can be given' if total.unsayable else ''}"
+    if not total.out_of_reach:
+        text = f"All of {kind} have a passage that holds an answer."
+    elif total.role == "eval":
+        text += f": EM can be at most {total.most:.2f}, unless the policy knows answers by heart."
+    else:
+        text += ": only guesses are rewarded there."
+    if total.in_top:
+        shares = [f"{share:.0%} in the first {k}" for k, share in total.in_top.items()]
+        text += f" The question's own words find one for {', '.join(shares)}."
+    if total.common:
+        text += f" {_are(total.common, 'answer')} in more than {COMMON:.0%} of the passages, where finding it proves nothing."
+    if lost <= _FAR:
+        return Finding(check="reach", level=Level.OK, text=text)
+    remedy = "Add passages that hold the answers, or take such questions out: search-e1 data audit --out lists them."
+    return Finding(check="reach", level=Level.WARNING, text=text, remedy=remedy)
+
+
+def records(totals: Sequence[FileAudit], found: Reached | None, skipped: Mapping[str, int]) -> Finding:
+    """Can every line be read, and does no passage repeat another?"""
+    refused = sum(total.refused for total in totals)
+    parts = [f"{_are(refused, 'line')} no question"] if refused else []
+    if skipped:
+        parts.append("passages that are none: " + ", ".join(f"{number:,} {fault}" for fault, number in skipped.items()))
+    if parts:
+        remedy = "Mend or remove them: a run stops at the first."
+        return Finding(check="records", level=Level.WARNING, text=f"{'; '.join(parts)}.", remedy=remedy)
+    if found and found.repeated:
+        text = f"{found.repeated:,} of {found.passages:,} passages repeat another, and take a place in the first k beside it."
+        return Finding(check="records", level=Level.WARNING, text=text, remedy="Remove them from the corpus.")
+    text = f"Every line can be read{', and no passage repeats another' if found else ''}."
+    return Finding(check="records", level=Level.OK, text=text)
+
+
+def wording(totals: Sequence[FileAudit]) -> Finding:
+    """Can every answer be given, and is there one truth?"""
+    count, yes_no, unsayable, conflicts = (
+        sum(getattr(total, name) for total in totals) for name in ("questions", "yes_no", "unsayable", "conflicts")
+    )
+    text = f"{yes_no / count:.0%} of {count:,} questions are answered by yes or no"
+    if not unsayable + conflicts:
+        return Finding(check="wording", level=Level.OK, text=f"{text}; every question has an answer that can be given.")
+    parts = [f"no policy can give the answer of {unsayable:,}"] if unsayable else []
+    parts += [f"{_are(conflicts, 'question')} asked with other answers elsewhere"] if conflicts else []
+    remedy = "Mend their answers: search-e1 data audit --out lists them."
+    return Finding(check="wording", level=Level.WARNING, text=f"{text}; {'; '.join(parts)}.", remedy=remedy)
+
+
+def repeats(totals: Sequence[FileAudit]) -> Finding:
+    """Is each question asked once?"""
+    parts = [
+        f"{count:,} of {total.questions:,} {_KIND[total.role]} questions{kind}"
+        for total in totals
+        for count, kind in ((total.repeats, ""), (total.near_repeats, f" {_BUT_FOR}"))
+        if count
+    ]
+    if not parts:
+        return Finding(check="repeats", level=Level.OK, text="No question is asked twice.")
+    remedy = "`search-e1 data prepare --duplicates drop` keeps the first of equal ones."
+    return Finding(check="repeats", level=Level.WARNING, text=f"Asked before: {'; '.join(parts)}.", remedy=remedy)
+
+
+def leaks(totals: Sequence[FileAudit]) -> Finding | None:
+    """Is an evaluation question in training? ``None`` without training or evaluation files."""
+    evaluated = next((total for total in totals if total.role == "eval"), None)
+    if len(totals) < 2 or not evaluated:
+        return None
+    if not evaluated.leaks + evaluated.near_leaks:
+        return Finding(check="leaks", level=Level.OK, text="No evaluation question is a training question.")
+    text = f"{_are(evaluated.leaks, 'evaluation question')} in training"
+    if evaluated.near_leaks:
+        text += f", and {evaluated.near_leaks:,} more {_BUT_FOR}"
+    remedy = "`search-e1 data prepare --drop-leaks` takes equal ones out of training; look at the others."
+    return Finding(check="leaks", level=Level.WARNING, text=f"{text}.", remedy=remedy)
+
+
+def _are(count: int, noun: str) -> str:
+    return f"{count:,} {noun} is" if count == 1 else f"{count:,} {noun}s are"
