@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from search_e1.config import RolloutConfig
 from search_e1.errors import DataError
@@ -51,6 +51,8 @@ class Bundle(Record):
     """A retrieval server, where the bundle holds no index."""
     checksum: str | None = None
     """Of the index, or of the server's where it tells one."""
+    measured_on: str | None = Field(None, exclude_if=lambda checksum: checksum is None)
+    """Where the index was updated since: the checksum of what was searched when the figures were measured."""
     made_by: str
     """Version of this package."""
     trained: dict[str, Any]

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from search_e1.cli.index_update import index_update
 from search_e1.cli.options import (
     DeviceOption,
     EncoderOption,
@@ -71,6 +72,9 @@ def index_build(
     if read.skipped:
         console.print(read.report(), style="yellow", highlight=False, soft_wrap=True)
     console.print(f"{out}", highlight=False, soft_wrap=True)
+
+
+app.command("update")(index_update)
 
 
 @app.command("info")

@@ -21,6 +21,7 @@ from search_e1.types import Passage
 
 _LINES, _OFFSETS, _ABOUT = "passages.jsonl", "offsets.npy", "passages.json"
 _PROGRESS_EVERY = 1000  # passages
+_READ_TOGETHER = 256  # passages
 
 
 def npy_header(dtype: Any, length: int) -> bytes:
@@ -51,8 +52,8 @@ class Passages:
         """sha256 of ``passages.jsonl``."""
         self.offsets = np.load(directory / _OFFSETS, mmap_mode="r", allow_pickle=False)
         """int64 [passages + 1]: start of each passage in ``path``, in bytes."""
-        with self.path.open("rb") as file:
-            self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = self.path.open("rb")  # kept open: an update of the index replaces what the path names
+        self._lines = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         if self.offsets.shape != (about["passages"] + 1,) or self.offsets[-1] != len(self._lines):
             raise ValueError(f"{_LINES} has another length than recorded")
 
@@ -151,10 +152,10 @@ class Passages:
     def _records(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
         """Read from the file, not the memory map, whose pages would count as this process's memory."""
         stop = len(self) if stop is None else stop
-        with self.path.open("rb") as file:
-            file.seek(int(self.offsets[start]))
-            for _ in range(start, stop):
-                yield json.loads(file.readline())
+        for first in range(start, stop, _READ_TOGETHER):
+            last = min(first + _READ_TOGETHER, stop)
+            begin, end = int(self.offsets[first]), int(self.offsets[last])
+            yield from map(json.loads, os.pread(self._file.fileno(), end - begin, begin).splitlines())
 
     def _line(self, index: int) -> bytes:
         return self._lines[int(self.offsets[index]) : int(self.offsets[index + 1])]

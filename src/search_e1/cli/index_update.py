@@ -1,0 +1,38 @@
+"""The verb ``search-e1 index update``."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from search_e1.cli.options import DeviceOption, EncoderOption, encoder_settings
+
+console = Console(highlight=False, markup=False, emoji=False)
+
+
+def index_update(
+    places: Annotated[
+        list[Path], typer.Argument(metavar="INDEX...", help="Directories of indexes over the same corpus, or of one bundle.")
+    ],
+    corpus: Annotated[list[str], typer.Option("--corpus", help="What it is to hold now; see `index build`. Repeatable.")],
+    encoder: EncoderOption = None,
+    device: DeviceOption = "auto",
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes that count words (bm25). Default: one a core, at most 8.")
+    ] = None,
+) -> None:
+    """Bring an index, or that of a bundle, up to date with its corpus. Only new and changed passages are encoded."""
+    from search_e1.agent.update import update_indexes
+    from search_e1.cli.display import watch
+    from search_e1.data.corpus import Corpus
+
+    cores = processes or min(8, os.cpu_count() or 1)
+    settings = encoder_settings(encoder, device=device)
+    with watch(console, 1)("index") as progress:
+        done = update_indexes(places, Corpus(*corpus), progress, encoder=settings, device=device, processes=cores)
+    for index, change, encoded in done:
+        told = "unchanged" if change.same else f"{change.added:,} new, {change.changed:,} changed, {change.removed:,} gone"
+        vectors = f"; {encoded:,} encoded" if encoded else ""
+        console.print(f"{index}: {change.passages:,} passages: {told}{vectors}", soft_wrap=True)
