@@ -1,7 +1,6 @@
 """BM25 over memory-mapped files, which processes share and which open at once."""
 
 import logging
-import re
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,22 +12,25 @@ import numpy as np
 
 from search_e1.errors import DataError
 from search_e1.retrieval import directory as directories
+from search_e1.retrieval.analysis import AUTO, VERSION, Analysis, analysis_of, detect
 from search_e1.retrieval.base import Hit
-from search_e1.retrieval.bm25_build import K1, MAX_SCORES, STEMMER, STOPWORDS, WORDS, B, build, split, stem
+from search_e1.retrieval.bm25_build import K1, MAX_SCORES, WORDS, B, build
 from search_e1.retrieval.bm25s_import import bm25s
 from search_e1.retrieval.directory import IndexManifest, StoredIndex
 from search_e1.retrieval.passages import Passages, hash64
+from search_e1.runs.languages import ENGLISH
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Passage
 
 KIND = "bm25"
-SETTINGS = {"k1": K1, "b": B, "stopwords": STOPWORDS, "stemmer": STEMMER}
 
 logger = logging.getLogger(__name__)
 _SCORES = "bm25"
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-"""Letters of Thai, Lao, Burmese, Khmer, Japanese and Chinese, which put no spaces between words."""
-_SAMPLE = 256  # passages
+_SAMPLE = 256
+"""Passages that tell the language, and how much of them the index covers."""
+_SAMPLED_CHARS = 4000  # of a passage
+_MUCH = 0.2
+"""Share of passages without a word, or of letters in no word, from which on that is said."""
 _SLACK = 1e-4
 """Relative tolerance: the sums that prune are rounded differently from the scores that are returned."""
 _LOOKUP = 16
@@ -36,7 +38,7 @@ _LOOKUP = 16
 
 
 class Bm25Index(StoredIndex):
-    """An ``Index`` of titles and texts without English stop words, stemmed (Snowball).
+    """An ``Index`` of the words of titles and texts, by the rule of a language (``retrieval.analysis``).
 
     Every hit shares a word with the query; ties are in corpus order. Each thread takes 4 bytes a passage.
     """
@@ -44,6 +46,8 @@ class Bm25Index(StoredIndex):
     def __init__(self, directory: Path, manifest: IndexManifest) -> None:
         """Use ``open`` or ``build``."""
         super().__init__(directory, manifest)
+        # An index from before there were others has no language.
+        self.analysis = analysis_of(manifest.settings.get("language", ENGLISH))
         # Without the vocabulary, a dictionary of a gigabyte for 21 million passages; WORDS stays on disk.
         files = directory / _SCORES
         model = bm25s.BM25.load(files, mmap=True, load_vocab=False, show_progress=False, allow_pickle=False)
@@ -59,26 +63,34 @@ class Bm25Index(StoredIndex):
         *,
         source: str | None = None,
         processes: int = 1,
+        language: str = AUTO,
     ) -> Self:
         """Build an index of ``corpus`` in ``directory``, which gets its name only when it is complete.
 
         The corpus is read once. ``source`` is its checksum; with it, an interrupted build is resumed. ``processes`` count words
         in parallel; more than one requires a main module that can be imported again (``multiprocessing``'s spawn).
+        ``language``: codes such as ``de`` and ``en+zh``, or ``auto``, by which a sample of the passages decides.
 
         Raises:
+            ConfigError: no such language.
             DataError: the corpus is empty or has no word to search for.
             RunError: ``directory`` exists, or cannot be written.
         """
-        settings = source and {"kind": KIND, "format": directories.FORMAT, "source": source, **SETTINGS}
+        if language != AUTO:
+            analysis_of(language)  # before anything is written
+        settings = source and {
+            "kind": KIND, "format": directories.FORMAT, "source": source, "k1": K1, "b": B, "language": language,
+            "analysis": VERSION,
+        }  # fmt: skip
         with directories.building(directory, settings or None) as work:
             passages = work.passages(corpus, progress)
-            build(passages, work.path / _SCORES, work.scratch, progress, processes)
-            if (share := _unspaced(passages)) > 0.5:
-                logger.warning(
-                    "%s: %.0f%% of the letters are of scripts without spaces between words, which BM25 takes for single words: "
-                    "searches will find little; build a dense index instead", directory, 100 * share,
-                )  # fmt: skip
-            manifest = work.finish(KIND, passages, SETTINGS, ("bm25s", "PyStemmer", "numpy"))
+            sample = _sample(passages)
+            analysis = _analysis(language, sample, directory)
+            scores = work.path / _SCORES
+            wordless = build(passages, scores, work.scratch, progress, processes, language=analysis.language)
+            _warn_of_gaps(analysis, wordless, sample, directory)
+            packages = ("bm25s", "PyStemmer", "numpy")
+            manifest = work.finish(KIND, passages, {"k1": K1, "b": B, **analysis.settings}, packages)
         return cls(directory, manifest)
 
     @classmethod
@@ -102,17 +114,37 @@ class Bm25Index(StoredIndex):
 
     def _ids(self, query: str) -> list[int]:
         """Ids of the query's words that occur in a passage."""
-        digests = np.array([hash64(root) for word in split(query) if (root := stem(word))], dtype=np.uint64)
+        words = self.analysis.split(query)
+        digests = np.array([hash64(root) for word in words if (root := self.analysis.stem(word))], dtype=np.uint64)
         at = np.minimum(np.searchsorted(self._words["digest"], digests), len(self._words) - 1)
         return self._words["id"][at[self._words["digest"][at] == digests]].tolist()
 
 
-def _unspaced(passages: Passages) -> float:
-    """The share of letters of ``_UNSPACED`` in some passages, evenly spread over all."""
+def _sample(passages: Passages) -> list[str]:
+    """The beginnings of some passages, evenly spread over all."""
     step = max(1, len(passages) // _SAMPLE)
-    text = "".join(next(iter(passages.texts(at, at + 1))) for at in range(0, len(passages), step))
-    letters = sum(map(str.isalpha, text))
-    return len(_UNSPACED.findall(text)) / letters if letters else 0.0
+    return [next(iter(passages.texts(at, at + 1)))[:_SAMPLED_CHARS] for at in range(0, len(passages), step)]
+
+
+def _analysis(language: str, sample: Sequence[str], directory: Path) -> Analysis:
+    if language != AUTO:
+        return analysis_of(language)
+    found = detect(sample)
+    logger.info("%s: language %s, found in %d passages; --language sets another", directory, found, len(sample))
+    return analysis_of(found.language)
+
+
+def _warn_of_gaps(analysis: Analysis, wordless: float, sample: Sequence[str], directory: Path) -> None:
+    """Say where searches will find little, and why."""
+    uncovered = analysis.uncovered(sample)
+    if wordless < _MUCH and uncovered < _MUCH:
+        return
+    found = detect(sample).language
+    remedy = f"build it with --language {found}" if found != analysis.language else "build a dense index instead"
+    logger.warning(
+        "%s: by the rule for language %s, %.0f%% of the passages have no word to search for, and %.0f%% of the letters are in "
+        "no word; searches will find little of them: %s", directory, analysis.language, 100 * wordless, 100 * uncovered, remedy,
+    )  # fmt: skip
 
 
 class Postings:

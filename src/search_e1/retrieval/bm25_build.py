@@ -10,32 +10,29 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import signal
 import threading
 from array import array
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import Stemmer
 
 from search_e1.errors import DataError, RunError
-from search_e1.retrieval.bm25s_import import STOPWORDS_EN, bm25s
+from search_e1.retrieval.analysis import analysis_of
+from search_e1.retrieval.bm25s_import import bm25s
 from search_e1.retrieval.passages import Passages, hash64, npy_header
 from search_e1.runs import write_atomically
-from search_e1.runs.nfc import nfc
+from search_e1.runs.languages import ENGLISH
 from search_e1.runs.progress import Progress
 
 K1, B = 0.9, 0.4  # Anserini's and Pyserini's defaults for passages, not bm25s's
-STOPWORDS, STEMMER = "english", "english"
 WORDS, MAX_SCORES = "words.npy", "most.npy"
 """Files besides bm25s's: ``WORD`` [words], sorted by digest; float32 [words], the maximum score of each word id."""
 WORD = np.dtype([("digest", "<u8"), ("id", "<i4")])
@@ -51,33 +48,28 @@ _COUNTED, _STEMS = "counted.json", "stems.txt"
 _NUMBERS = ("lengths.i4", "distinct.i4", "words.i4", "counts.i4")
 """int32. Per passage: words, distinct words. Per posting, by passage: word id, count."""
 
-_find_words = re.compile(r"\b\w\w+\b").findall
-_stop_words = frozenset(STOPWORDS_EN)
-_stemmer, _stemming = Stemmer.Stemmer(STEMMER, 0), threading.Lock()  # without a cache of its own; not thread-safe
-
-
-def split(text: str) -> list[str]:
-    """The words of ``text`` in lower case and NFC, stop words included, as bm25s's tokenizer finds them."""
-    return _find_words(nfc(text.lower()))  # a combining accent would end a word
-
-
-@lru_cache(2**18)  # about 40 MB; nearly all words of a passage are among the last that many
-def stem(word: str) -> str:
-    """The stem of a lower-case word, or "" for a stop word."""
-    with _stemming:
-        return "" if word in _stop_words else _stemmer.stemWord(word)
+stem = analysis_of(ENGLISH).stem
+"""The English stem of a lower-case word, or "" for a stop word."""
 
 
 def build(
-    passages: Passages, directory: Path, scratch: Path, progress: Progress, processes: int = 1, postings: int = POSTINGS
-) -> None:
+    passages: Passages,
+    directory: Path,
+    scratch: Path,
+    progress: Progress,
+    processes: int = 1,
+    postings: int = POSTINGS,
+    language: str = ENGLISH,
+) -> float:
     """Write bm25s's files of ``passages``, ``WORDS`` and ``MAX_SCORES`` into ``directory``, resuming from ``scratch``.
+
+    Returns the share of passages without a word to search for.
 
     Raises:
         DataError: no passage has a word.
         RunError: a worker process was killed.
     """
-    vocabulary = _count(passages, scratch, progress, processes)
+    vocabulary = _count(passages, scratch, progress, processes, language)
     if not vocabulary:
         raise DataError(f"the corpus has {len(passages)} passages and not one word to search for; look at its contents")
     numbers = {name: np.memmap(scratch / name, dtype=np.int32, mode="r") for name in _NUMBERS}
@@ -98,6 +90,7 @@ def build(
     words["digest"] = np.fromiter(map(hash64, vocabulary), dtype=np.uint64, count=len(vocabulary))
     words["id"] = np.arange(len(vocabulary))
     _write_npy(directory / WORDS, words[np.argsort(words["digest"])])
+    return 1 - np.count_nonzero(numbers["distinct.i4"]) / len(passages)
 
 
 def _write_npy(path: Path, values: np.ndarray) -> None:
@@ -119,21 +112,23 @@ class Counted(NamedTuple):
 class _Numbers(dict[str, int]):
     """Word -> number of its stem in ``stems``, in order of appearance; -1 for a stop word."""
 
-    def __init__(self) -> None:
+    def __init__(self, stem: Callable[[str], str]) -> None:
         super().__init__()
         self.stems: dict[str, int] = {}
+        self._stem = stem
 
     def __missing__(self, word: str) -> int:
-        root = stem(word)
+        root = self._stem(word)
         self[word] = number = self.stems.setdefault(root, len(self.stems)) if root else -1
         return number
 
 
-def count(directory: Path, start: int, stop: int) -> Counted:
+def count(directory: Path, start: int, stop: int, language: str = ENGLISH) -> Counted:
     """Count the words of passages ``start`` to ``stop`` in ``directory``."""
-    numbers, ids, lengths = _Numbers(), array("i"), []
+    analysis, ids, lengths = analysis_of(language), array("i"), []
+    numbers = _Numbers(analysis.stem)
     for text in Passages.open(directory).texts(start, stop):
-        parts = split(text)
+        parts = analysis.split(text)
         ids.extend(map(numbers.__getitem__, parts))
         lengths.append(len(parts))
     words = np.frombuffer(ids, dtype=np.int32)
@@ -145,7 +140,7 @@ def count(directory: Path, start: int, stop: int) -> Counted:
     return Counted(list(numbers.stems), *(column.astype(np.int32) for column in (*per_passage, word, counts)))
 
 
-def _count(passages: Passages, scratch: Path, progress: Progress, processes: int) -> dict[str, int]:
+def _count(passages: Passages, scratch: Path, progress: Progress, processes: int, language: str) -> dict[str, int]:
     """Write ``_NUMBERS`` of all passages; return stem -> id, in order of appearance."""
     mark = scratch / _COUNTED
     state: dict[str, Any] = {"passages": 0, "bytes": dict.fromkeys((_STEMS, *_NUMBERS), 0)}
@@ -157,7 +152,7 @@ def _count(passages: Passages, scratch: Path, progress: Progress, processes: int
         files = {name: stack.enter_context(_cut(scratch / name, size)) for name, size in state["bytes"].items()}
         stems = (scratch / _STEMS).read_text(encoding="utf-8").split("\n")[:-1]
         vocabulary = {stem: number for number, stem in enumerate(stems)}
-        for number, counted in enumerate(_counted(passages, bounds, processes), 1):
+        for number, counted in enumerate(_counted(passages, bounds, processes, language), 1):
             fresh = [stem for stem in counted.stems if stem not in vocabulary]
             vocabulary.update(zip(fresh, range(len(vocabulary), len(vocabulary) + len(fresh)), strict=True))
             ids = np.fromiter(map(vocabulary.__getitem__, counted.stems), dtype=np.int32, count=len(counted.stems))
@@ -184,13 +179,13 @@ def _cut(path: Path, size: int) -> BinaryIO:
     return file
 
 
-def _counted(passages: Passages, bounds: Sequence[int], processes: int) -> Iterator[Counted]:
+def _counted(passages: Passages, bounds: Sequence[int], processes: int, language: str) -> Iterator[Counted]:
     """``count`` of each part between ``bounds``, in order."""
     parts = list(pairwise(bounds))
     directory = passages.path.parent
     if processes == 1 or len(parts) < 2 * processes:
         for start, stop in parts:
-            yield count(directory, start, stop)
+            yield count(directory, start, stop, language)
         return
     # Spawned: a fork of a process with threads, such as torch's, may hang.
     context = multiprocessing.get_context("spawn")
@@ -198,7 +193,7 @@ def _counted(passages: Passages, bounds: Sequence[int], processes: int) -> Itera
         ahead: deque[Future[Counted]] = deque()
         try:
             for start, stop in parts:
-                ahead.append(pool.submit(count, directory, start, stop))
+                ahead.append(pool.submit(count, directory, start, stop, language))
                 if len(ahead) > 2 * processes:
                     yield ahead.popleft().result()
             while ahead:

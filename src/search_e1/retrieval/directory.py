@@ -20,6 +20,7 @@ from search_e1.retrieval.base import Hit
 from search_e1.retrieval.passages import Passages
 from search_e1.runs import disk, locks, read_summed, sha256, sync, write_atomically, write_summed
 from search_e1.runs.files import SUM
+from search_e1.runs.languages import ENGLISH
 from search_e1.runs.progress import Progress, silent
 from search_e1.runs.safe import inside
 from search_e1.types import Passage, Record
@@ -39,7 +40,7 @@ class IndexManifest(Record):
     passages: int
     corpus: str  # sha256 of the stored passages
     settings: dict[str, Any]  # all that results depend on besides the passages; for an encoder, its checksum
-    checksum: str  # sha256 of kind, format, corpus and settings
+    checksum: str  # sha256 of kind, format, corpus and settings but for ``language = "en"``
     files: dict[str, int]  # path inside the directory -> bytes
     checksums: dict[str, str] = {}  # path inside the directory -> sha256; empty in indexes of an earlier version
     versions: dict[str, str]
@@ -99,9 +100,11 @@ class Building:
         """Write the manifest, sync all files, and rename the directory. ``packages``: whose versions are recorded."""
         names = [file.relative_to(self.path) for file in sorted(self.path.rglob("*")) if file.is_file()]
         names = [name for name in names if not name.parts[0].startswith((".", _SCRATCH, _SETTINGS, MANIFEST))]
-        identity = {"kind": kind, "format": FORMAT, "corpus": passages.checksum, "settings": settings}
+        described = {"kind": kind, "format": FORMAT, "corpus": passages.checksum, "settings": settings}
+        # An English index keeps the checksum that it had before there were others, and what was cached and evaluated under it.
+        identity = described | {"settings": {k: v for k, v in settings.items() if (k, v) != ("language", ENGLISH)}}
         manifest = IndexManifest(
-            **json.loads(json.dumps(identity)),
+            **json.loads(json.dumps(described)),
             passages=len(passages),
             checksum=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
             files={name.as_posix(): (self.path / name).stat().st_size for name in names},

@@ -33,6 +33,7 @@ def build_index(
     dense: DenseSettings | None = None,
     source: str | None = None,
     processes: int = 1,
+    language: str = "auto",
 ) -> Index:
     """Build a BM25 index of ``corpus``, or a dense one; see ``Bm25Index.build`` and ``DenseIndex.build``.
 
@@ -40,7 +41,8 @@ def build_index(
         ConfigError: the kind needs an extra that is not installed.
     """
     if dense is None:
-        return _import_class("bm25", directory).build(corpus, directory, progress, source=source, processes=processes)
+        settings: dict[str, Any] = {"source": source, "processes": processes, "language": language}
+        return _import_class("bm25", directory).build(corpus, directory, progress, **settings)
     index = _import_class("dense", directory)
     encoder = import_module("search_e1.retrieval.encoder").Encoder.of(dense.encoder)
     settings = {"index": dense.faiss, "parameters": dense.parameters, "source": source}

@@ -1,8 +1,9 @@
-"""Unicode's composed form, in linear time: one accented letter, however it was encoded."""
+"""Unicode's composed forms, in linear time: one accented letter, however it was encoded."""
 
 import re
 import unicodedata
 from functools import cache
+from typing import Literal
 
 # What may be a run of marks, found fast: 30 characters of blocks that have marks, which Latin, Han and Hangul have not.
 _PERHAPS = re.compile(
@@ -15,11 +16,20 @@ def nfc(text: str) -> str:
 
     Python sorts the marks of one letter in quadratic time. No script puts 30 on it: more are composed 30 at a time.
     """
+    return _normalize("NFC", text)
+
+
+def nfkc(text: str) -> str:
+    """``text`` in NFKC: the same for what is compatible, such as full-width letters and ligatures."""
+    return _normalize("NFKC", text)
+
+
+def _normalize(form: Literal["NFC", "NFKC"], text: str) -> str:
     if not _PERHAPS.search(text):
-        return unicodedata.normalize("NFC", text)
+        return unicodedata.normalize(form, text)
     ends = [match.end() for match in _thirty_marks().finditer(text)]
     parts = zip([0, *ends], [*ends, len(text)], strict=True)
-    return "".join(unicodedata.normalize("NFC", text[start:end]) for start, end in parts)
+    return "".join(unicodedata.normalize(form, text[start:end]) for start, end in parts)
 
 
 @cache
