@@ -24,6 +24,7 @@ from search_e1.config.files import (
 from search_e1.config.grpo import EvidenceConfig, GatedConfig, GrpoConfig, GuardConfig, HindsightConfig, ReplayConfig
 from search_e1.config.inputs import NEW, DataConfig, PolicyConfig, RetrievalConfig
 from search_e1.config.prompts import Prompts
+from search_e1.config.rewards import JudgeConfig, RewardsConfig
 from search_e1.config.rollout import EvaluationConfig, RolloutConfig, VllmConfig
 from search_e1.config.run import Config
 from search_e1.config.running import CheckpointsConfig, ParallelConfig, Sharding, TrackingConfig
@@ -45,6 +46,7 @@ __all__ = [
     "GrpoConfig",
     "GuardConfig",
     "HindsightConfig",
+    "JudgeConfig",
     "LeadConfig",
     "LoraConfig",
     "Mask",
@@ -57,6 +59,7 @@ __all__ = [
     "ReferenceConfig",
     "ReplayConfig",
     "RetrievalConfig",
+    "RewardsConfig",
     "RolloutConfig",
     "Section",
     "Sharding",

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from search_e1.config.base import NonNegative, Positive, Section
+from search_e1.config.rewards import RewardsConfig
 
 
 class RolloutConfig(Section):
@@ -26,8 +27,11 @@ class RolloutConfig(Section):
     """What samples: `torch`, the policy itself on any device; `vllm` (an extra), whose settings are `[vllm]`; or an engine of
     your own, `module:attribute`."""
     reward: str = "em"
-    """What an answer is worth: exact match (`em`), token `f1`, `numeric`, or a function `module:function` of the answer and the
-    gold answers that returns 0 to 1. An answer is correct where that is 1. Evaluation always counts exact matches."""
+    """What an answer is worth: exact match (`em`), token `f1`, `numeric`, `number` (with units), `date`, `list`, `list_f1`,
+    `yes_no`, what a `judge` says, `typed` (by each question's `metadata.answer_type`), or a function `module:function` of the
+    answer and the gold answers that returns 0 to 1. An answer is correct where that is 1. Evaluation counts exact matches, and
+    beside them the mean of this (docs/rewards.md)."""
+    rewards: RewardsConfig = RewardsConfig()
 
     @field_validator("engine")
     @classmethod
@@ -35,6 +39,12 @@ class RolloutConfig(Section):
         if name == "transformers":
             raise ValueError('the engine "transformers" is called "torch" now; write engine = "torch"')
         return name
+
+    @model_validator(mode="after")
+    def _check_judge(self) -> "RolloutConfig":
+        if "judge" in (self.reward, *self.rewards.types.values()) and self.rewards.judge is None:
+            raise ValueError("the reward judge needs rewards.judge; give its url and model")
+        return self
 
 
 class VllmConfig(Section):

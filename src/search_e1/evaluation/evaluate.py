@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from search_e1.config import EvaluationConfig, Prompts, RolloutConfig
+from search_e1.config import EvaluationConfig, Prompts, RewardsConfig, RolloutConfig
 from search_e1.data.answers import cover_match
 from search_e1.errors import DataError
 from search_e1.evaluation import results
@@ -18,6 +18,7 @@ from search_e1.evaluation.results import Evaluation, Result
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.engines.base import Engine
 from search_e1.rollout.progress import RolloutProgress
+from search_e1.rollout.rewards.scorer import Scorer, open_scorer
 from search_e1.rollout.sampler import RolloutSampler, empty_searches, warn_of_empty_searches
 from search_e1.rollout.sharing import Part, write_parts
 from search_e1.runs import derived_seed, ranks, read_records
@@ -73,7 +74,9 @@ def evaluate(
     if empty or not questions_by_benchmark:
         raise DataError(f"no questions to evaluate on in {empty or 'data.eval'}; give files that hold some in data.eval")
     checkpointer = checkpointer or Checkpointer()
-    asking = RolloutSampler(generator, retriever, prompts, limits.model_copy(update={"reward": "em"}), checkpointer)
+    scorer = open_scorer(limits, prompts.instruction)
+    exact = limits.model_copy(update={"reward": "em", "rewards": RewardsConfig()})
+    asking = RolloutSampler(generator, retriever, prompts, exact, checkpointer)
     count = sum(map(len, questions_by_benchmark.values()))
 
     def part(file: str, size: int, temperature: float, done: int) -> Part:
@@ -87,7 +90,9 @@ def evaluate(
         return ranks.broadcast_object(None)  # type: ignore[return-value]
     warn_of_empty_searches(sums["empty"], sums["searches"])
     judged = list(_judged(questions_by_benchmark, parts, recalls or {}))
-    evaluation = results.evaluation(judged, seed)
+    if not scorer.is_default:
+        judged = _scored(judged, scorer, [q for questions in questions_by_benchmark.values() for q in questions])
+    evaluation = results.evaluation(judged, seed, None if scorer.is_default else scorer.name)
     sampled = "" if evaluation.em_sampled is None else f", sampled {evaluation.em_sampled:.3f}"
     progress(total, total, f"EM greedy {evaluation.em:.3f}{sampled}")
     timings = {
@@ -136,6 +141,19 @@ def _judged(
     for name, group in zip(names, greedy, strict=True):
         result = judge(name, group, recalls.get((name, group.question.id)))
         yield with_samples(result, next(sampled[0])) if sampled else result
+
+
+def _scored(judged: Sequence[Result], scorer: Scorer, questions: Sequence[Question]) -> list[Result]:
+    """``judged`` with the run's reward beside EM, and the kind of answer that each question asks for."""
+    for result, question in zip(judged, questions, strict=True):  # a judge is asked about many at once
+        scorer.begin(result.answer, question)
+    made = []
+    for result, question in zip(judged, questions, strict=True):
+        kind = "unanswerable" if question.metadata.get("unanswerable") is True else question.metadata.get("answer_type")
+        worth = scorer(result.answer, question)
+        made.append(result.model_copy(update={"reward": worth, "answer_type": kind if isinstance(kind, str) else None}))
+    scorer.tell()
+    return made
 
 
 def judge(benchmark: str, group: Group, recall: Recall | None = None) -> Result:

@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pydantic import Field
+
 from search_e1.evaluation.failures import Failure
 from search_e1.evaluation.statistics import Interval, interval, share_interval
 from search_e1.runs import read_records
@@ -16,6 +18,14 @@ FIGURES = ("em", "f1", "cover_em", "searches", "tokens")
 """The figures of every question's greedy trajectory."""
 COUNTS = ("searches", "tokens")
 """The figures that are no shares from 0 to 1."""
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
+def _is_empty(value: Any) -> bool:
+    return not value
 
 
 class Result(Record):
@@ -47,6 +57,10 @@ class Result(Record):
     in_corpus: bool | None
     failure: Failure | None
     """``None`` if the answer is right."""
+    reward: float | None = Field(None, exclude_if=_is_none)
+    """Under ``rollout.reward``, where that is not exact match."""
+    answer_type: str | None = Field(None, exclude_if=_is_none)
+    """Of the question's metadata, or ``unanswerable``; where ``reward`` is there."""
 
 
 class Scores(Record):
@@ -80,6 +94,9 @@ class Scores(Record):
     in_corpus: float | None
     failures: dict[Failure, int]
     """Class -> wrong answers, in the order of decision, without empty classes."""
+    reward: float | None = Field(None, exclude_if=_is_none)
+    """Mean under ``rollout.reward``, where that is not exact match."""
+    reward_interval: Interval | None = Field(None, exclude_if=_is_none)
 
 
 class Evaluation(Scores):
@@ -98,16 +115,21 @@ class Evaluation(Scores):
     """Reason -> greedy trajectories that ended for it."""
     sampled_tokens: int = 0
     """Total of all trajectories, greedy and sampled."""
+    reward_name: str | None = Field(None, exclude_if=_is_none)
+    """``rollout.reward``, where that is not exact match."""
+    by_answer_type: dict[str, Scores] = Field({}, exclude_if=_is_empty)
+    """The same by the questions' ``metadata.answer_type``."""
 
 
-def evaluation(results: Sequence[Result], seed: int) -> Evaluation:
-    """The figures over ``results``; ``seed`` is the bootstrap's.
+def evaluation(results: Sequence[Result], seed: int, reward_name: str | None = None) -> Evaluation:
+    """The figures over ``results``; ``seed`` is the bootstrap's, ``reward_name`` the name of a reward other than exact match.
 
     Raises:
         ValueError: there are no results.
     """
     by_benchmark = _by(results, lambda result: result.benchmark)
     by_hops = _by([result for result in results if result.hops is not None], lambda result: result.hops)
+    typed = [result for result in results if result.answer_type is not None]
     em = [[result.em for result in part] for part in by_benchmark.values()]
     sampled = [[fmean(result.em_of_samples) for result in part if result.em_of_samples] for part in by_benchmark.values()]
     return Evaluation(
@@ -120,6 +142,10 @@ def evaluation(results: Sequence[Result], seed: int) -> Evaluation:
         by_hops={hops: Scores(**_scores(part, seed)) for hops, part in sorted(by_hops.items())},
         stop_reasons=dict(Counter(result.stop_reason for result in results).most_common()),
         sampled_tokens=sum(result.tokens + sum(result.tokens_of_samples) for result in results),
+        reward_name=reward_name,
+        by_answer_type={
+            kind: Scores(**_scores(part, seed)) for kind, part in sorted(_by(typed, lambda result: result.answer_type).items())
+        },
     )
 
 
@@ -144,6 +170,7 @@ def _scores(results: Sequence[Result], seed: int) -> dict[str, Any]:
         **_mean("em_answerable", [result.em for result in answerable], seed),
         **{name: _share(results, name) for name in ("read", "in_topk", "in_corpus")},
         "failures": {failure: classes[failure] for failure in Failure if classes[failure]},
+        **(_mean("reward", rewards, seed) if (rewards := [r.reward for r in results if r.reward is not None]) else {}),
     }
 
 

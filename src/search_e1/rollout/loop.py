@@ -19,7 +19,7 @@ from search_e1.retrieval.base import Retriever
 from search_e1.rollout.calls import Calls, Draft
 from search_e1.rollout.engines.base import Engine, Generation, Interrupted, Request, Session
 from search_e1.rollout.environment import Environment, ToolCall
-from search_e1.rollout.rewards import Reward, open_reward
+from search_e1.rollout.rewards.scorer import Scorer, open_scorer
 from search_e1.rollout.unfinished import Unfinished, UnfinishedRow
 from search_e1.runs import derived_seed
 from search_e1.runs.stopping import Stop
@@ -73,7 +73,7 @@ class _Row:
     """A trajectory in the making."""
 
     start: Start
-    reward: Reward
+    reward: Scorer
     turns: list[Turn] = field(default_factory=list)
     context: list[int] = field(default_factory=list)
     stop: StopReason | None = None
@@ -90,6 +90,11 @@ class _Row:
             return math.inf
         return self.start.max_sampled - sum(len(turn.action_ids) for turn in self.turns[len(self.start.turns) :])
 
+    @property
+    def answer(self) -> str | None:
+        """Of a trajectory that has ended; ``None`` if it gave none."""
+        return self.turns[-1].argument if self.stop is StopReason.ANSWERED else None
+
     def append(self, turn: Turn) -> None:
         self.turns.append(turn)
         self.context += turn.action_ids + turn.observation_ids
@@ -100,10 +105,10 @@ class _Row:
         if self.turns and self.turns[-1].observation_ids:
             last = self.turns[-1]
             self.turns[-1] = last.model_copy(update={"observation_ids": (), "observation_text": "", "passage_ids": ()})
-        question, answer = self.start.question, self.turns[-1].argument if self.stop is StopReason.ANSWERED else None
+        question, answer = self.start.question, self.answer
         return Trajectory(
             question_id=question.id, prompt_ids=self.start.prompt_ids, turns=tuple(self.turns), stop_reason=self.stop,
-            answer=answer, reward=self.reward(answer, question.answers), f1=f1(answer, question.answers),
+            answer=answer, reward=self.reward(answer, question), f1=f1(answer, question.answers),
         )  # fmt: skip
 
 
@@ -143,6 +148,7 @@ def rollout(
     Raises:
         Stopped: a signal asked to stop; what was sampled is in ``unfinished``.
         ConfigError: there is no such reward function or tool, or the retriever cannot serve a tool.
+        EndpointError: from the judge.
         ModelError: a start's context leaves no room for a single token, or the tokenizer does not fit the protocol.
         RetrievalError: from the retriever; nothing is returned then.
     """
@@ -163,12 +169,15 @@ def rollout(
         with suppress(Interrupted):
             while loop.busy:
                 loop.step(spent)
+            loop.tell_ended(wait=True)
         if loop.interrupted():  # perhaps since the last row has ended; `finishing` raises
             unfinished.save(call, loop.rows_so_far())
         else:
             unfinished.discard()
     spent.rest += time.perf_counter() - clock - (spent.sampling + spent.retrieval - before)
-    return [loop.rows[i].finish() for i in range(len(starts))]
+    finished = [loop.rows[i].finish() for i in range(len(starts))]
+    loop.reward.tell()
+    return finished
 
 
 def _call(tokenizer: Any, starts: Sequence[Start], *arguments: object) -> tuple[object, ...]:
@@ -199,7 +208,7 @@ def open_loop(
     """
     protocol = protocol_of(engine.tokenizer, prompts)
     environment = Environment(retriever, protocol, prompts, config)
-    limit, reward = min(config.max_tokens, engine.context_length), open_reward(config.reward)
+    limit, reward = min(config.max_tokens, engine.context_length), open_scorer(config, prompts.instruction)
     begun = engine.session(temperature=temperature, stop=protocol.stop, max_tokens=limit)
     with begun as session, Calls(environment) as calls:
         yield RolloutLoop(session, calls, engine.tokenizer, protocol, config, limit, reward, seed, on_turn, on_trajectory)
@@ -216,7 +225,7 @@ class RolloutLoop:
     config: RolloutConfig
     limit: int
     """Most ids of a trajectory, its prompt included."""
-    reward: Reward
+    reward: Scorer
     seed: int
     on_turn: OnTurn | None
     on_trajectory: OnTrajectory | None
@@ -229,6 +238,8 @@ class RolloutLoop:
     waits_for_all: bool = True
     """Answers are taken when all have come, which makes a call reproducible; else each when it comes."""
     _complete: list[tuple[int, Generation]] = field(default_factory=list)
+    _judged: list[int] = field(default_factory=list)
+    """Rows that have ended, of which nobody was told yet."""
     _steps: int = 0
 
     @property
@@ -269,8 +280,8 @@ class RolloutLoop:
             self._complete.append((i, action))
         elif row.stop is None:
             self._sample(i, action)
-        elif self.on_trajectory:
-            self.on_trajectory(i, row.finish())
+        else:
+            self._end(i)
 
     def drop(self, i: int) -> None:
         """Forget a trajectory, ended or not. What is under way for it is ignored."""
@@ -383,5 +394,21 @@ class RolloutLoop:
             self._sample(i)
             return
         self.session.release(i)
-        if self.on_trajectory:
-            self.on_trajectory(i, row.finish())
+        self._end(i)
+
+    def _end(self, i: int) -> None:
+        self.rows[i].reward.begin(self.rows[i].answer, self.rows[i].start.question)
+        self._judged.append(i)
+        self.tell_ended(wait=False)
+
+    def tell_ended(self, *, wait: bool) -> None:
+        """Tell of the trajectories that have ended and whose reward is known; ``wait`` for all. A judge takes its time."""
+        waiting, self._judged = self._judged, []
+        for i in waiting:
+            if i not in self.rows:
+                continue  # dropped
+            row = self.rows[i]
+            if not wait and not row.reward.ready(row.answer, row.start.question):
+                self._judged.append(i)
+            elif self.on_trajectory:
+                self.on_trajectory(i, row.finish())

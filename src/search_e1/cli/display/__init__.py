@@ -134,13 +134,18 @@ def show_evaluation(console: Console, evaluation: "Evaluation") -> None:
 
 def evaluation_table(evaluation: "Evaluation") -> Table:
     """A row for each benchmark and hop count, and for the averages over questions and, of several, over benchmarks."""
-    headings = ("questions", "n", "greedy\nEM", "95%", "sampled\nEM", "F1", "cover", "searches", "tokens")
-    table = plain_table(None, *headings)
+    name = evaluation.reward_name  # in place of F1 and cover, where there is one
+    other = ("F1", "cover") if name is None else (f"{'reward' if ':' in name else name}", "95%")
+    table = plain_table(None, "questions", "n", "greedy\nEM", "95%", "sampled\nEM", *other, "searches", "tokens")
     hops = ((f"{hops}-hop", row) for hops, row in evaluation.by_hops.items())
-    for name, row in (*evaluation.by_benchmark.items(), *hops, (_MICRO, evaluation)):
-        scores = (_share(row.em_sampled), _share(row.f1), _share(row.cover_em))
+    kinds = evaluation.by_answer_type.items()
+    for label, row in (*evaluation.by_benchmark.items(), *hops, *kinds, (_MICRO, evaluation)):
+        beside = (
+            (_share(row.f1), _share(row.cover_em)) if name is None else (_share(row.reward), _interval(row.reward_interval))
+        )
+        scores = (_share(row.em_sampled), *beside)
         costs = (f"{row.searches:.2f}", f"{row.tokens:.0f}")
-        table.add_row(printable(name), str(row.n), _share(row.em), _interval(row.em_interval), *scores, *costs)
+        table.add_row(printable(label), str(row.n), _share(row.em), _interval(row.em_interval), *scores, *costs)
     if len(evaluation.by_benchmark) > 1:
         greedy = (_share(evaluation.macro_em), _interval(evaluation.macro_em_interval))
         table.add_row("macro average", "", *greedy, _share(evaluation.macro_em_sampled), *("",) * 4)

@@ -178,7 +178,7 @@ class Demonstrations:
     def _trajectory(self, question: Question, steps: list[_Step], where: str) -> Trajectory:
         actions = self._actions(question, steps, where)
         turns = [self._turn(step, *action) for step, action in zip(steps, actions, strict=True)]
-        return trajectory(self._tokenizer, self._prompts, question, turns, exact_match)
+        return trajectory(self._tokenizer, self._prompts, question, turns, lambda a, q: exact_match(a, q.answers))
 
     def _turn(self, step: _Step, kind: ActionKind, argument: str | None) -> Turn:
         return Turn(

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from search_e1.config import Prompts, RolloutConfig
 from search_e1.data.answers import f1
 from search_e1.retrieval.base import Retriever
-from search_e1.rollout.rewards import Reward, open_reward
+from search_e1.rollout.rewards.scorer import open_scorer
 from search_e1.runs.progress import Progress, silent
 from search_e1.text.prompts import plain_prompt
 from search_e1.text.protocol import Action
@@ -34,7 +34,7 @@ class Writer:
         """
         self.tokenizer, self.prompts, self.rollout, self.retriever = tokenizer, prompts, rollout, retriever
         self.protocol = protocol_of(tokenizer, prompts)
-        self._reward = open_reward(rollout.reward)
+        self._reward = open_scorer(rollout)
         self._found: dict[str, Sequence[Passage]] = {}
         self._lock = Lock()
 
@@ -105,7 +105,9 @@ def detours(question: str, rng: random.Random) -> tuple[str, ...]:
     return tuple(" ".join(rng.sample(words, min(2, len(words)))) for _ in range(_DETOURS))
 
 
-def trajectory(tokenizer: Any, prompts: Prompts, question: Question, turns: Sequence[Turn], reward: Reward) -> Trajectory:
+def trajectory(
+    tokenizer: Any, prompts: Prompts, question: Question, turns: Sequence[Turn], reward: Callable[[str | None, Question], float]
+) -> Trajectory:
     """``turns``, of which the last answers, under the plain prompt."""
     answer = turns[-1].argument
     return Trajectory(
@@ -114,7 +116,7 @@ def trajectory(tokenizer: Any, prompts: Prompts, question: Question, turns: Sequ
         turns=tuple(turns),
         stop_reason=StopReason.ANSWERED,
         answer=answer,
-        reward=reward(answer, question.answers),
+        reward=reward(answer, question),
         f1=f1(answer, question.answers),
     )
 

@@ -41,27 +41,28 @@ const ends = (policies, key) => ({ low: policies.map((policy) => policy[key]?.[0
 
 /** Figures that some evaluations have and others do not. */
 function extraColumns(policies) {
-  const known = [["cover_em", "cover EM"], ["em_answerable", "EM, answerable"]];
+  const reward = policies.map((policy) => policy.reward_name).find(Boolean);
+  const known = [["reward", `reward: ${reward}`], ["cover_em", "cover EM"], ["em_answerable", "EM, answerable"]];
   return known.filter(([key]) => policies.some((policy) => typeof policy[key] === "number"))
     .map(([key, name]) => [name, (policy) => number(policy[key]), "number"]);
 }
 
 function partsCard(policies) {
-  const grid = (title, key, name) => {
+  const grid = (title, key, name, figure = "em") => {
     const parts = [...new Set(policies.flatMap((policy) => Object.keys(policy[key] || {})))];
     if (!parts.length) return null;
     const shade = (policy, part) => {
       const scores = policy[key]?.[part];
       if (!scores) return "–";
-      const cell = h("span", { class: "shade", tabindex: 0, "data-meaning": `${part}, ${policy.stage}: EM ${number(scores.em)} ${within(...scores.em_interval)}, n = ${scores.n}` }, number(scores.em));
-      cell.style.setProperty("--share", `${Math.round(100 * scores.em)}%`);
+      const cell = h("span", { class: "shade", tabindex: 0, "data-meaning": `${part}, ${policy.stage}: ${figure === "em" ? "EM" : figure} ${number(scores[figure])} ${within(...scores[`${figure}_interval`])}, n = ${scores.n}` }, number(scores[figure]));
+      cell.style.setProperty("--share", `${Math.round(100 * scores[figure])}%`);
       return cell;
     };
     return h("div", null, h("h3", null, title), table([["policy", (policy) => policy.stage],
       ...parts.map((part) => [`${name(part)} (${many(Math.max(...policies.map((p) => p[key]?.[part]?.n || 0)))})`, (policy) => shade(policy, part), "number"])], policies, title));
   };
   return card("Where the policies are right", "Greedy EM; the number of questions is in brackets. Point at a cell, or go to it with Tab, for its interval.",
-    h("div", { class: "duo" }, grid("By benchmark", "by_benchmark", (part) => part || "unnamed"), grid("By hops", "by_hops", (part) => `${part}-hop`), failures(policies)));
+    h("div", { class: "duo" }, grid("By benchmark", "by_benchmark", (part) => part || "unnamed"), grid("By hops", "by_hops", (part) => `${part}-hop`), grid("Reward by kind of answer", "by_answer_type", (part) => part, "reward"), failures(policies)));
 }
 
 function failures(policies) {

@@ -1,0 +1,159 @@
+"""A judge behind an OpenAI-compatible endpoint: one word, correct or incorrect, kept on disk."""
+
+import json
+import logging
+import os
+import re
+from concurrent.futures import Future
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from search_e1.config.rewards import JudgeConfig
+from search_e1.data.answers import exact_match
+from search_e1.errors import EndpointError
+from search_e1.rollout.engines.remote import API_KEY, api_url, key_headers
+from search_e1.runs import sha256_text
+from search_e1.runs.files import append, summed_entries, summed_line
+from search_e1.runs.http import Reply, Server, TransientError, check_status
+from search_e1.types import Question
+
+logger = logging.getLogger(__name__)
+_VERDICTS = {"correct": 1.0, "incorrect": 0.0}
+_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
+_FIELD = re.compile(r"\{(question|golds|answer)\}")
+_RESPONSE_BYTES = 2**20
+
+
+class _Message(BaseModel):
+    content: str
+
+
+class _Choice(BaseModel):
+    message: _Message
+
+
+class _Usage(BaseModel):
+    total_tokens: int = 0
+
+
+class _Completion(BaseModel):
+    choices: list[_Choice] = Field(min_length=1)
+    usage: _Usage | None = None
+
+
+class Judge:
+    """Asks once for each question and answer. An exact match is right without being asked about."""
+
+    def __init__(self, config: JudgeConfig) -> None:
+        """
+        Raises:
+            ConfigError: the URL is none, or the environment's key cannot be sent.
+        """
+        self._config = config
+        url = api_url(config.url, "rollout.rewards.judge.url", "chat/completions")
+        self._server = Server(
+            url, EndpointError, what="verdict", timeout=config.timeout, time_limit=config.time_limit,
+            most_bytes=_RESPONSE_BYTES, concurrency=config.concurrency, attempts=None, headers=key_headers(),
+        )  # fmt: skip
+        self._verdicts = _read(config.cache)
+        self._under_way: dict[str, Future[float]] = {}
+        self.requests = self.tokens = self.cached = 0
+        self._told = 0
+
+    def begin(self, answer: str, question: Question) -> None:
+        """Ask about ``answer``, unless the verdict is known or asked for."""
+        if exact_match(answer, question.answers):
+            return
+        payload, key = self._payload(answer, question)
+        if key in self._verdicts:
+            self.cached += key not in self._under_way
+        elif key not in self._under_way:
+            self._under_way[key] = self._server.submit(self._ask(payload, key))
+
+    def ready(self, answer: str, question: Question) -> bool:
+        """Whether ``verdict`` would not wait."""
+        if exact_match(answer, question.answers):
+            return True
+        _, key = self._payload(answer, question)
+        return key in self._verdicts or (key in self._under_way and self._under_way[key].done())
+
+    def verdict(self, answer: str, question: Question) -> float:
+        """1.0 if ``answer`` is right.
+
+        Raises:
+            EndpointError: the judge did not answer, or what it said is no verdict.
+        """
+        if exact_match(answer, question.answers):
+            return 1.0
+        _, key = self._payload(answer, question)
+        if key not in self._verdicts:
+            self.begin(answer, question)
+            self._verdicts[key] = self._under_way[key].result()
+        return self._verdicts[key]
+
+    def tell(self) -> None:
+        """Log what was asked so far, whenever it has doubled."""
+        if self.requests >= 2 * self._told and self.requests:
+            self._told = self.requests
+            logger.info("judge %s: %s", self._config.model, self)
+
+    def __str__(self) -> str:
+        return f"{self.requests:,} requests, {self.tokens:,} tokens, {self.cached:,} verdicts from {self._config.cache}"
+
+    def _payload(self, answer: str, question: Question) -> tuple[dict[str, Any], str]:
+        fields = {"question": question.text, "golds": list(question.answers), "answer": answer}
+        prompt = _FIELD.sub(lambda found: json.dumps(fields[found[1]], ensure_ascii=False), self._config.prompt)
+        payload = {
+            "model": self._config.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0.0,
+            "max_tokens": self._config.max_tokens,
+        }  # fmt: skip
+        return payload, sha256_text(json.dumps(payload, sort_keys=True))
+
+    async def _ask(self, payload: dict[str, Any], key: str) -> float:
+        verdict = await self._server.ask(self._read, payload, early=not self.requests)
+        append(self._config.cache, summed_line(json.dumps({"key": key, "verdict": verdict})).encode())
+        return verdict
+
+    def _read(self, reply: Reply) -> float:
+        if not reply.ok:
+            check_status(reply)
+            where = f"check rollout.rewards.judge.url, rollout.rewards.judge.model and {API_KEY}"
+            raise EndpointError(f"{self._server.shown}: {reply.words}; {where}")
+        try:
+            completion = _Completion.model_validate_json(reply.content)
+        except ValidationError as error:
+            raise TransientError("not an answer of /v1/chat/completions") from error
+        self.requests += 1
+        self.tokens += completion.usage.total_tokens if completion.usage else 0
+        said = completion.choices[0].message.content
+        word = _THOUGHT.sub("", said, count=1).strip().rstrip(".").lower()
+        if word not in _VERDICTS:
+            raise EndpointError(
+                f"{self._server.shown}: the judge said {said[:80]!r}, where one word is needed, correct or incorrect; mend "
+                "rollout.rewards.judge.prompt, raise its max_tokens, or name another model"
+            )
+        return _VERDICTS[word]
+
+
+def _read(path: Path) -> dict[str, float]:
+    """The verdicts of a cache; a line that a kill has cut is removed, so that the next is not glued to it."""
+    entries = summed_entries(path)
+    sound = "".join(map(summed_line, entries)).encode()
+    if path.is_file() and path.stat().st_size > len(sound):
+        logger.warning("%s: damaged after %d verdicts; the others are asked for again", path, len(entries))
+        os.truncate(path, len(sound))
+    rows = map(json.loads, entries)
+    return {row["key"]: row["verdict"] for row in rows}
+
+
+@cache
+def open_judge(config: JudgeConfig) -> Judge:
+    """The judge of this process under ``config``: what one part of a run has asked, another need not ask.
+
+    Raises:
+        ConfigError: see ``Judge``.
+    """
+    return Judge(config)
