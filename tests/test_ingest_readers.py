@@ -68,6 +68,13 @@ def test_rows_of_a_cut_table_keep_its_header(tmp_path: Path) -> None:
     assert "".join(passage["text"] for passage in (first, *others)).count("| thing 17 |") == 1
 
 
+def test_a_table_may_end_the_text() -> None:
+    text = "# A\n\nText.\n\n| a | b |\n|---|---|\n| 1 | 2 |"
+    for end in ("", "\n", "\n\n"):
+        [chunk] = cut([Part(text + end, markdown=True)], 100, 20)
+        assert (chunk.text, chunk.heading) == (text.partition("\n\n")[2], ("A",))
+
+
 def test_sentences_stay_whole_and_the_next_passage_repeats_the_end_of_the_last() -> None:
     sentences = [f"Sentence number {i} has seven words in it." for i in range(60)]
     chunks = list(cut([Part(" ".join(sentences))], 100, 20))
@@ -92,6 +99,12 @@ def test_html_has_no_scripts_navigation_or_addresses_in_its_passages(tmp_path: P
     [passage] = passages_of(file)
     assert shown(passage) == ("Seite > Oben", "Ein Verweis auf snake_case.", None, "Oben")
     assert passage["metadata"]["language"] == "de"
+
+
+def test_carriage_returns_do_not_shift_what_stands_behind_them(tmp_path: Path) -> None:
+    file = tmp_path / "p.html"
+    file.write_text("<title>T</title><pre>a&#13;b&#13;c</pre><h1>One</h1><p>First.</p><table><tr><td>x</td></tr></table>")
+    assert [shown(p)[:2] for p in passages_of(file)][1:] == [("T > One", "First.\n\n|  |\n| --- |\n| x |")]
 
 
 def test_a_pdf_has_its_pages_and_tells_those_that_need_ocr(tmp_path: Path) -> None:

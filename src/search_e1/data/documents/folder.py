@@ -21,7 +21,7 @@ _SUFFIXES = {
     "mail": ".eml",
     "table": ".csv .tsv",
     "code": ".py .pyi .js .mjs .ts .tsx .jsx .java .kt .scala .c .h .cc .cpp .cxx .hpp .cs .go .rs .rb .php .pl .lua .r .jl .m "
-    ".swift .dart .sh .bash .ps1 .bat .sql .css .scss .vue .svelte .json .yaml .yml .toml .ini .cfg .xml .proto .ipynb "
+    ".swift .dart .sh .bash .ps1 .bat .sql .css .scss .vue .svelte .json .yaml .yml .toml .ini .cfg .conf .xml .proto .ipynb "
     ".cmake .gradle .tf .ex .exs .erl .hs .ml .clj .f90 .zig",
 }
 KINDS = {suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
@@ -88,9 +88,18 @@ def _walk(folder: Path, prefix: str, out: Path, exclude: Sequence[str], found: F
     visited = {_identity(folder.stat())}
     if out.exists():
         visited.add(_identity(out.stat()))  # else each run would read the passages of the last
-    waiting = [(folder, prefix)]
-    while waiting:
-        directory, before = waiting.pop()
+    waiting, linked = [(folder, prefix)], list[tuple[Path, str]]()
+    while waiting or linked:
+        if waiting:
+            directory, before = waiting.pop()
+        else:  # after all folders themselves, so that a file goes by the name of its place
+            directory, before = linked.pop()
+            if _identity(directory.stat()) in visited:
+                if not (out.exists() and out.samefile(directory)):
+                    reason = "a symbolic link to a folder that is read already"
+                    found.skipped.append(Skipped(before.rstrip("/"), OTHER, reason))
+                continue
+            visited.add(_identity(directory.stat()))
         try:
             entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
         except OSError as error:
@@ -113,11 +122,11 @@ def _walk(folder: Path, prefix: str, out: Path, exclude: Sequence[str], found: F
                 continue
             if not stat.S_ISDIR(about.st_mode):
                 _add(Path(entry.path), name, about, found)
+            elif entry.is_symlink():
+                linked.append((Path(entry.path), name + "/"))
             elif _identity(about) not in visited:
                 visited.add(_identity(about))
                 waiting.append((Path(entry.path), name + "/"))
-            elif not (out.exists() and out.samefile(entry.path)):
-                found.skipped.append(Skipped(name, OTHER, "a symbolic link to a folder that is read already"))
 
 
 def _add(path: Path, name: str, about: os.stat_result, found: Folder) -> None:

@@ -27,7 +27,12 @@ MODULES = (
     "pypdfium2",
 )
 """What the extra ``documents`` installs, as far as it is imported here and in ``chunks``."""
-_MARKDOWN: dict[str, Any] = {"heading_style": "ATX", "strip": ["a", "img"], "escape_underscores": False, "escape_asterisks": False}
+_MARKDOWN: dict[str, Any] = {
+    "heading_style": "ATX",
+    "strip": ["a", "img"],
+    "escape_underscores": False,
+    "escape_asterisks": False,
+}
 """Of links their text: an address is as long as a sentence and says nothing to a reader."""
 _FRONT_MATTER = re.compile(r"---\n(?:.*\n)*?---\n")
 _TITLE = re.compile(r"^title:(.+)$", re.MULTILINE)
@@ -85,7 +90,11 @@ def decode(data: bytes) -> str:
     Raises:
         UnreadableError: it is no text.
     """
-    text = _decode(data)
+    return _with_newlines(_decode(data))
+
+
+def _with_newlines(text: str) -> str:
+    """As the parser of Markdown counts lines."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -140,7 +149,8 @@ def html_document(html: bytes | str) -> Document:
         text = MarkdownConverter(**_MARKDOWN).convert_soup(soup.body or soup)
     except RecursionError:  # nested more deeply than Python allows
         text = soup.get_text("\n", strip=True)
-    return Document([Part(re.sub(r"\n{3,}", "\n\n", text), markdown=True)], title, language=language[:2].lower())
+    text = re.sub(r"\n{3,}", "\n\n", _with_newlines(text))
+    return Document([Part(text, markdown=True)], title, language=language[:2].lower())
 
 
 def _pdf(path: Path) -> Document:
@@ -200,7 +210,7 @@ def _converted(converter: Any, path: Path) -> str:
     from markitdown import StreamInfo
 
     with path.open("rb") as stream:
-        return str(converter.convert(stream, StreamInfo(extension=path.suffix.lower()), **_MARKDOWN).markdown)
+        return _with_newlines(converter.convert(stream, StreamInfo(extension=path.suffix.lower()), **_MARKDOWN).markdown)
 
 
 def _without_images(text: str) -> str:
