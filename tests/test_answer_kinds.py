@@ -150,7 +150,7 @@ def reply(content, tokens=11):
 
 
 def judging(server, tmp_path, **settings):
-    judge = Judge(JudgeConfig(url=server.url, model="m", cache=tmp_path / "cache.jsonl", **settings))
+    judge = Judge(JudgeConfig(url=server.url, model="m", cache=str(tmp_path / "cache.jsonl"), **settings))
     judge._server.retrying.wait = wait_none()
     return judge
 
@@ -198,7 +198,7 @@ def test_a_rollout_waits_for_its_judge(tiny_policy, tmp_path):
     with misbehaving(lambda request, number: reply("correct")) as server:
         config = RolloutConfig(
             max_tokens=512, reward="judge",
-            rewards=RewardsConfig(judge=JudgeConfig(url=server.url, model="m", cache=tmp_path / "c.jsonl")),
+            rewards=RewardsConfig(judge=JudgeConfig(url=server.url, model="m", cache=str(tmp_path / "c.jsonl"))),
         )  # fmt: skip
         engine = ScriptedEngine(tiny_policy.tokenizer, {"q?": ["<answer> the capital </answer>"]})
         begun, ended = starts(tiny_policy.tokenizer, TINY_PROMPTS, [question()]), []
@@ -207,6 +207,21 @@ def test_a_rollout_waits_for_its_judge(tiny_policy, tmp_path):
             on_trajectory=lambda i, t: ended.append((i, t.reward)),
         )  # fmt: skip
     assert (done.reward, done.correct, ended) == (1.0, True, [(0, 1.0)])
+
+
+def test_what_a_judge_costs_is_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    with misbehaving(lambda request, number: reply("correct")) as server:
+        judge = judging(server, tmp_path)
+        for answer in ("a", "b", "c", "d"):
+            judge.verdict(f"{answer}!", question())
+            judge.tell(seldom=True)
+        judge.tell(seldom=False)
+        judge.tell(seldom=False)
+    told = [record.message.split(": ")[1].split(" tokens")[0] for record in caplog.records if "judge m" in record.message]
+    assert told == ["1 requests, 11", "2 requests, 22", "4 requests, 44"]
+    with pytest.raises(ConfigError, match=r"rollout\.rewards\.judge\.cache = .*: no such directory"):
+        Judge(JudgeConfig(url="http://localhost", model="m", cache=str(tmp_path / "no" / "c.jsonl")))
 
 
 @pytest.mark.parametrize(

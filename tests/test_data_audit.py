@@ -115,6 +115,13 @@ def test_an_audit_by_hand():
     ]  # fmt: skip
 
 
+def test_what_the_documents_are_not_to_hold_is_not_out_of_reach():
+    asked = question("1", "Who rules Eth?", "not in the documents").model_copy(update={"metadata": {"unanswerable": True}})
+    found, examples = audit([source("dev", "eval", asked, question("2", "Capital?", "Bel"))], texts(), topk=3)
+    assert (found.totals[0].unanswerable, found.totals[0].in_corpus, found.totals[0].out_of_reach) == (1, 1.0, 0)
+    assert [e.problem for e in examples if e.id == "1"] == []
+
+
 def test_an_answer_that_is_everywhere_is_no_evidence():
     everywhere = [f"Arda {i}" for i in range(19)] + ["Bel"]
     found, examples = audit(

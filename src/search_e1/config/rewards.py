@@ -1,6 +1,5 @@
 """Settings of rewards for answers that are not names."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -28,7 +27,7 @@ class JudgeConfig(Section):
     `incorrect`, and anything else stops the stage."""
     max_tokens: Positive = 1024
     """Most tokens of a reply, for models that think first."""
-    cache: Path = Path("judge-cache.jsonl")
+    cache: str = "judge-cache.jsonl"
     """File of all verdicts, which several runs may share: the same answer is judged once."""
     timeout: Annotated[float, Field(gt=0)] = 60.0
     """Seconds for one attempt of a request."""
@@ -59,3 +58,4 @@ class RewardsConfig(Section):
     """Answers that mean that the documents do not hold one, e.g. `["not in the documents"]`: right for questions whose metadata
     says `unanswerable: true`, where nothing else is, and wrong for all others. `prompts.instruction` must name one of them."""
     judge: JudgeConfig | None = None
+    """The model that is asked by `reward = "judge"`."""

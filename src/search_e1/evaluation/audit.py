@@ -23,6 +23,7 @@ from search_e1.evaluation.reach import Reach, Reached
 from search_e1.evaluation.recall import is_yes_no, words
 from search_e1.evaluation.verdict import COMMON, FileAudit, Role, find
 from search_e1.retrieval.analysis import analysis_of
+from search_e1.rollout.rewards.scorer import is_unanswerable
 from search_e1.runs.languages import ENGLISH
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Question, Record
@@ -244,8 +245,8 @@ def _named(row: _Row) -> str:
 
 def _place(rows: Sequence[_Row], found: Reached) -> None:
     for row, own in zip(rows, found.by_question, strict=True):
-        row.reach = own
-        if own is None:
+        row.reach = None if is_unanswerable(row.question) else own
+        if own is None or row.reach is None:
             continue
         if not own.passages:
             row.problems["out of reach"] = ""
@@ -265,6 +266,7 @@ def _figures(name: str, role: Role, sources: Sequence[Source], rows: Sequence[_R
         role=role,
         questions=len(rows),
         yes_no=sum(is_yes_no(row.question) for row in rows),
+        unanswerable=sum(is_unanswerable(row.question) for row in rows),
         in_corpus=len(held) / len(own) if own else None,
         in_top={k: sum(rank <= k for rank in ranks) / len(own) for k in depths} if own else {},
         rank=median(ranks) if ranks else None,

@@ -18,7 +18,7 @@ from search_e1.evaluation.results import Evaluation, Result
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.engines.base import Engine
 from search_e1.rollout.progress import RolloutProgress
-from search_e1.rollout.rewards.scorer import Scorer, open_scorer
+from search_e1.rollout.rewards.scorer import Scorer, is_unanswerable, open_scorer
 from search_e1.rollout.sampler import RolloutSampler, empty_searches, warn_of_empty_searches
 from search_e1.rollout.sharing import Part, write_parts
 from search_e1.runs import derived_seed, ranks, read_records
@@ -149,7 +149,7 @@ def _scored(judged: Sequence[Result], scorer: Scorer, questions: Sequence[Questi
         scorer.begin(result.answer, question)
     made = []
     for result, question in zip(judged, questions, strict=True):
-        kind = "unanswerable" if question.metadata.get("unanswerable") is True else question.metadata.get("answer_type")
+        kind = "unanswerable" if is_unanswerable(question) else question.metadata.get("answer_type")
         worth = scorer(result.answer, question)
         made.append(result.model_copy(update={"reward": worth, "answer_type": kind if isinstance(kind, str) else None}))
     scorer.tell()

@@ -22,7 +22,9 @@ class FileAudit(Record):
     role: Role
     questions: int
     yes_no: int
-    """Every right answer is yes or no, which is looked for in no passage; the next five leave them out."""
+    """Every right answer is yes or no, which is looked for in no passage; the next figures leave these and those out."""
+    unanswerable: int = 0
+    """``metadata.unanswerable`` says that the documents hold no answer."""
     in_corpus: float | None = None
     """Share with an answer in some passage; ``None`` if passages were not read."""
     in_top: dict[int, float] = {}
@@ -59,7 +61,8 @@ def find(totals: Sequence[FileAudit], found: Reached | None, skipped: Mapping[st
 def reach(total: FileAudit) -> Finding:
     """Can the questions be answered from the passages?"""
     lost, kind = total.out_of_reach / total.questions, f"{total.questions:,} {_KIND[total.role]} questions"
-    text = f"Of {kind} {lost:.0%} have no passage that holds an answer{' that can be given' if total.unsayable else ''}"
+    share, given = f"{lost:.0%}" if lost >= 0.005 else "under 1%", " that can be given" if total.unsayable else ""
+    text = f"Of {kind} {share} have no passage that holds an answer{given}"
     if not total.out_of_reach:
         text = f"All of {kind} have a passage that holds an answer."
     elif total.role == "eval":
@@ -128,11 +131,10 @@ def leaks(totals: Sequence[FileAudit]) -> Finding | None:
         return None
     if not evaluated.leaks + evaluated.near_leaks:
         return Finding(check="leaks", level=Level.OK, text="No evaluation question is a training question.")
-    text = f"{_are(evaluated.leaks, 'evaluation question')} in training"
-    if evaluated.near_leaks:
-        text += f", and {evaluated.near_leaks:,} more {_BUT_FOR}"
+    parts = [f"{_are(evaluated.leaks, 'evaluation question')} in training"] if evaluated.leaks else []
+    parts += [f"{_are(evaluated.near_leaks, 'evaluation question')} in training {_BUT_FOR}"] if evaluated.near_leaks else []
     remedy = "`search-e1 data prepare --drop-leaks` takes equal ones out of training; look at the others."
-    return Finding(check="leaks", level=Level.WARNING, text=f"{text}.", remedy=remedy)
+    return Finding(check="leaks", level=Level.WARNING, text=f"{'; '.join(parts)}.", remedy=remedy)
 
 
 def _are(count: int, noun: str) -> str:

@@ -176,7 +176,7 @@ def rollout(
             unfinished.discard()
     spent.rest += time.perf_counter() - clock - (spent.sampling + spent.retrieval - before)
     finished = [loop.rows[i].finish() for i in range(len(starts))]
-    loop.reward.tell()
+    loop.reward.tell(seldom=True)
     return finished
 
 

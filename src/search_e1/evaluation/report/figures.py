@@ -65,7 +65,8 @@ def _refusals(run: Run) -> dict[str, str]:
 def _policy(stage: Stage) -> dict[str, Any]:
     scores = read_json(stage.path / "evaluation.json")
     parts = {
-        by: {name: _with_interval(part) for name, part in scores.get(by, {}).items()} for by in ("by_benchmark", "by_hops", "by_answer_type")
+        by: {name: _with_interval(part) for name, part in scores.get(by, {}).items()}
+        for by in ("by_benchmark", "by_hops", "by_answer_type")
     }
     return {"stage": policy_of(stage), **_with_interval(scores), **parts}
 

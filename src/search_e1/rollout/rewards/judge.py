@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from search_e1.config.rewards import JudgeConfig
 from search_e1.data.answers import exact_match
-from search_e1.errors import EndpointError
+from search_e1.errors import ConfigError, EndpointError
 from search_e1.rollout.engines.remote import API_KEY, api_url, key_headers
 from search_e1.runs import sha256_text
 from search_e1.runs.files import append, summed_entries, summed_line
@@ -50,15 +50,17 @@ class Judge:
     def __init__(self, config: JudgeConfig) -> None:
         """
         Raises:
-            ConfigError: the URL is none, or the environment's key cannot be sent.
+            ConfigError: the URL is none, the environment's key cannot be sent, or there is no place for the cache.
         """
-        self._config = config
+        self._config, self._cache = config, Path(config.cache)
+        if not self._cache.parent.is_dir():
+            raise ConfigError(f"rollout.rewards.judge.cache = {config.cache!r}: no such directory; make it, or name another")
         url = api_url(config.url, "rollout.rewards.judge.url", "chat/completions")
         self._server = Server(
             url, EndpointError, what="verdict", timeout=config.timeout, time_limit=config.time_limit,
             most_bytes=_RESPONSE_BYTES, concurrency=config.concurrency, attempts=None, headers=key_headers(),
         )  # fmt: skip
-        self._verdicts = _read(config.cache)
+        self._verdicts = _read(self._cache)
         self._under_way: dict[str, Future[float]] = {}
         self.requests = self.tokens = self.cached = 0
         self._told = 0
@@ -94,9 +96,9 @@ class Judge:
             self._verdicts[key] = self._under_way[key].result()
         return self._verdicts[key]
 
-    def tell(self) -> None:
-        """Log what was asked so far, whenever it has doubled."""
-        if self.requests >= 2 * self._told and self.requests:
+    def tell(self, *, seldom: bool) -> None:
+        """Log what was asked so far, if it was more than before; ``seldom``: if it has doubled."""
+        if self.requests > self._told and (not seldom or self.requests >= 2 * self._told):
             self._told = self.requests
             logger.info("judge %s: %s", self._config.model, self)
 
@@ -114,7 +116,7 @@ class Judge:
 
     async def _ask(self, payload: dict[str, Any], key: str) -> float:
         verdict = await self._server.ask(self._read, payload, early=not self.requests)
-        append(self._config.cache, summed_line(json.dumps({"key": key, "verdict": verdict})).encode())
+        append(self._cache, summed_line(json.dumps({"key": key, "verdict": verdict})).encode())
         return verdict
 
     def _read(self, reply: Reply) -> float:
