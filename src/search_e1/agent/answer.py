@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from search_e1.evaluation.recall import holds, patterns_of, word_spans, words
+from search_e1.data.answers import word_spans
+from search_e1.evaluation.recall import holds, patterns_of, words
 from search_e1.runs.nfc import nfc
 from search_e1.text.protocol import Protocol
 from search_e1.types import ActionKind, Passage, Record, Trajectory, Turn

@@ -15,6 +15,7 @@ from typing import Any
 
 from search_e1.agent.answer import Answer, Reading
 from search_e1.config import Prompts, RolloutConfig
+from search_e1.data.answers import in_language
 from search_e1.errors import ModelError, SearchE1Error
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.engines.base import Engine
@@ -148,7 +149,7 @@ class Scheduler:
             self._engine, self._retriever, self._limits, self._prompts, temperature=0.0, seed=0, on_turn=self._turn,
             on_trajectory=self._end,
         )  # fmt: skip
-        with opened as loop:
+        with in_language(self._limits.answer_language), opened as loop:
             loop.waits_for_all = False
             self._take(loop, first)
             while self._admit(loop) and loop.busy:

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from search_e1.config.base import NonNegative, Positive, Section
 from search_e1.config.rewards import RewardsConfig
+from search_e1.runs.languages import join, parse
 
 
 class RolloutConfig(Section):
@@ -32,6 +33,15 @@ class RolloutConfig(Section):
     answer and the gold answers that returns 0 to 1. An answer is correct where that is 1. Evaluation counts exact matches, and
     beside them the mean of this (docs/rewards.md)."""
     rewards: RewardsConfig = RewardsConfig()
+    answer_language: str = "en"
+    """Language of answers, by whose rule they are compared in rewards, evaluation and use, e.g. `de`, or several: `en+zh`. `en`
+    is the published rule; others drop their own articles and all punctuation, and know scripts without spaces
+    (docs/languages.md)."""
+
+    @field_validator("answer_language")
+    @classmethod
+    def _check_language(cls, language: str) -> str:
+        return join(parse(language, "answer_language"))
 
     @field_validator("engine")
     @classmethod

@@ -1,23 +1,140 @@
-"""Exact match, F1 and cover match of an answer, as in the Search-R1 protocol (the SQuAD definitions)."""
+"""Exact match, F1 and cover match of an answer, as in the Search-R1 protocol (the SQuAD definitions), by language.
+
+The language is the one in force (``in_language``), the run's ``rollout.answer_language``. English's rule is the published one,
+to the byte. All others fold text (``runs.languages.fold``), strip all of Unicode's punctuation, drop their own articles, and
+ignore white space beside scripts without spaces, whose characters count as words.
+"""
 
 import re
 import string
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 
+from search_e1.runs.languages import ENGLISH, UNSPACED, character_pattern, fold, is_unspaced, parse, word_pattern
 from search_e1.runs.nfc import nfc
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ENGLISH_WORD, _ENGLISH_ARTICLES = re.compile(r"[^\W_]+"), frozenset({"a", "an", "the"})
+_ARTICLES_OF = {
+    "ca": "el la els les un una uns unes", "da": "en et", "de": "der die das den dem des ein eine einen einem einer eines",
+    "el": "ο η το οι τα τον την του της των τους τις ένας μία μια ένα", "en": "a an the",
+    "es": "el la los las un una unos unas",
+    "fr": "le la les un une des", "ga": "an na", "hu": "a az egy", "it": "il lo la i gli le un uno una",
+    "nl": "de het een", "no": "en ei et", "pt": "o a os as um uma uns umas", "ro": "un o niște", "sv": "en ett",
+}  # fmt: skip
+"""Language -> its articles that are words of their own; others have none. Arabic's is a prefix."""
+_ELIDED = {"ca": "l", "fr": "l", "it": "l|un"}
+_ARABIC_ARTICLE = re.compile(r"\bال(?=\w{3})")
+_language: ContextVar[str] = ContextVar("answer language", default=ENGLISH)
+
+
+@contextmanager
+def in_language(language: str) -> Iterator[None]:
+    """In this block, in this thread, answers are compared by the rule of ``language``, codes such as ``de`` and ``en+zh``.
+
+    Raises:
+        ConfigError: there is no such language.
+    """
+    parse(language, "rollout.answer_language")
+    token = _language.set(language)
+    try:
+        yield
+    finally:
+        _language.reset(token)
+
+
+def language_in_force() -> str:
+    """Codes; see ``in_language``."""
+    return _language.get()
+
+
+def put_in_force(language: str) -> None:
+    """For the start of a thread that works for one where ``language`` is in force: threads do not inherit it."""
+    _language.set(language)
 
 
 def normalize_answer(text: str) -> str:
-    """Lower-case, strip ASCII punctuation, drop a/an/the, collapse white space, in this order.
+    """Lower-case, strip ASCII punctuation, drop a/an/the, collapse white space, in this order; or by the language in force.
 
     Beyond SQuAD's definition the result is in NFC, so that an accent counts the same however it is encoded.
     """
+    language = _language.get()
+    if language != ENGLISH:
+        return _normalize(text, parse(language, "rollout.answer_language"))
     plain = nfc(text.lower().translate(_NO_PUNCTUATION))
     return " ".join(_ARTICLES.sub(" ", plain).split())
+
+
+def answer_words(text: str) -> list[str]:
+    """What F1 counts of ``text``, and what stands in passages: its words after normalisation."""
+    return _apart(normalize_answer(text)).split()
+
+
+def words(text: str) -> list[str]:
+    """The words of ``text`` that count where passages are searched for an answer: unlike EM's, punctuation separates them."""
+    language = _language.get()
+    if language == ENGLISH:
+        plain = nfc(text.lower())  # a combining accent is no letter
+        return [word for word in _ENGLISH_WORD.findall(plain) if word not in _ENGLISH_ARTICLES]
+    codes = parse(language, "rollout.answer_language")
+    found = _apart(" ".join(word_pattern().findall(fold(text, codes)))).split()
+    return [_without_article(word, codes) for word in found if word not in _articles(codes)]
+
+
+def word_spans(text: str) -> list[tuple[str, int, int]]:
+    """The same of ``text``, which is in NFC, each with its first character and the one after its last."""
+    if _language.get() == ENGLISH:
+        found = ((match[0].lower(), *match.span()) for match in _ENGLISH_WORD.finditer(text))
+        return [(nfc(word), begin, end) for word, begin, end in found if word not in _ENGLISH_ARTICLES]
+    spans: list[tuple[str, int, int]] = []
+    for run in word_pattern().finditer(text):
+        parts = character_pattern().finditer(run[0]) if is_unspaced(run[0][0]) else [re.match(r"(?s).*", run[0])]
+        for part in parts:
+            assert part
+            begin = run.start()
+            spans += ((word, begin + part.start(), begin + part.end()) for word in words(part[0]))
+    return spans
+
+
+def _normalize(text: str, codes: tuple[str, ...]) -> str:
+    plain = fold(text, codes)
+    if elided := "|".join(_ELIDED[code] for code in codes if code in _ELIDED):
+        plain = re.sub(rf"\b(?:{elided})['’]", " ", plain)
+    kept = plain.translate(_punctuation()).split()
+    joined = " ".join(_without_article(word, codes) for word in kept if word not in _articles(codes))
+    return _beside_unspaced().sub("", joined)
+
+
+def _apart(text: str) -> str:
+    """``text`` with a space around each character of an unspaced script."""
+    return text if _language.get() == ENGLISH else character_pattern().sub(r" \g<0> ", text)
+
+
+def _without_article(word: str, codes: tuple[str, ...]) -> str:
+    return _ARABIC_ARTICLE.sub("", word) if "ar" in codes else word
+
+
+@cache
+def _articles(codes: tuple[str, ...]) -> frozenset[str]:
+    """In folded text, what is left of elided ones included."""
+    found = {fold(word, codes) for code in codes for word in _ARTICLES_OF.get(code, "").split()}
+    return frozenset(found | {"l" for code in codes if code in _ELIDED})
+
+
+@cache
+def _punctuation() -> dict[int, None]:
+    every = map(chr, range(128, 0x20000))
+    return dict.fromkeys(map(ord, [*string.punctuation, *(c for c in every if unicodedata.category(c)[0] == "P")]))
+
+
+@cache
+def _beside_unspaced() -> re.Pattern[str]:
+    return re.compile(rf"(?<=[{UNSPACED}]) | (?=[{UNSPACED}])")
 
 
 def exact_match(answer: str | None, gold: Iterable[str]) -> float:
@@ -34,8 +151,8 @@ def cover_match(answer: str | None, gold: Iterable[str]) -> float:
 
     Gold answers of which nothing is left after normalisation are held by no answer.
     """
-    words = normalize_answer(answer or "")
-    return float(any(g and f" {g} " in f" {words} " for g in map(normalize_answer, gold)))
+    said = " ".join(answer_words(answer or ""))
+    return float(any(g and f" {g} " in f" {said} " for g in (" ".join(answer_words(one)) for one in gold)))
 
 
 def f1(answer: str | None, gold: Iterable[str]) -> float:
@@ -46,6 +163,6 @@ def f1(answer: str | None, gold: Iterable[str]) -> float:
 def _f1(answer: str, gold: str) -> float:
     if answer != gold and {answer, gold} & {"yes", "no", "noanswer"}:
         return 0.0
-    answer_tokens, gold_tokens = answer.split(), gold.split()
+    answer_tokens, gold_tokens = _apart(answer).split(), _apart(gold).split()
     common = sum((Counter(answer_tokens) & Counter(gold_tokens)).values())
     return 2 * common / (len(answer_tokens) + len(gold_tokens)) if common else 0.0

@@ -9,7 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from search_e1 import runs
-from search_e1.config import EvaluationConfig, PolicyConfig, RolloutConfig
+from search_e1.config import EvaluationConfig, PolicyConfig, RolloutConfig, default_of
+from search_e1.data.answers import in_language
 from search_e1.data.questions import load_questions
 from search_e1.errors import ConfigError
 from search_e1.evaluation import compare as comparing
@@ -103,6 +104,7 @@ def evaluate(
     loaded, identity = _policy(policy, place)
     engine = TorchEngine(loaded.model, loaded.tokenizer, batch_size=limits.batch_size)
     with ExitStack() as stack:
+        stack.enter_context(in_language(limits.answer_language))
         if progress is None:
             shown = notebook.watch(1)("evaluation") if notebook.in_notebook() else nullcontext(silent)
             progress = stack.enter_context(shown)
@@ -124,6 +126,7 @@ def evaluate(
                 inputs={"policy": identity, "retrieval": _name(retriever), "questions": _checksum(asked)},
                 seed=seed,
                 make=make,
+                defaults=default_of,
             )
             directory, evaluation = made.path, Evaluation.model_validate(made.manifest.result)
         return EvaluationResult(evaluation, tuple(results.read(directory / results.QUESTIONS)), place)

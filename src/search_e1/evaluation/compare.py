@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from search_e1 import runs
+from search_e1.config import RolloutConfig
 from search_e1.errors import ConfigError, DataError
 from search_e1.evaluation import published as tables
 from search_e1.evaluation import results
@@ -33,7 +34,7 @@ class Evaluated:
     results: dict[tuple[str, str], Result]
     """By benchmark and question id, in the order of the file."""
     protocol: dict[str, Any]
-    """What must agree for figures to be comparable: limits, prompts, retrieval."""
+    """What must agree for figures to be comparable: limits, the language of answers, prompts, retrieval."""
 
 
 class Figure(Record):
@@ -119,7 +120,9 @@ def load(path: Path, name: str) -> Evaluated:
     manifest = runs.read(path).manifest
     if results.QUESTIONS not in manifest.files:
         raise DataError(f"{path}: no {results.QUESTIONS} in it; give an artifact of `search-e1 evaluate`")
-    limits = {k: v for k, v in manifest.settings["rollout"].items() if k not in _NOT_PROTOCOL}
+    # An older evaluation has fewer settings, and was made with what is their default.
+    rollout = RolloutConfig().model_dump(mode="json") | manifest.settings["rollout"]
+    limits = {k: v for k, v in rollout.items() if k not in _NOT_PROTOCOL}
     prompts = manifest.settings.get("prompts")
     return Evaluated(
         name,

@@ -1,25 +1,24 @@
 """Retrieval recall: whether an answer was within reach of the policy at all.
 
 A text contains an answer if the answer's words occur in it consecutively: runs of letters and digits, ignoring case and the
-articles a, an and the. Unlike in EM, punctuation separates words: "Paris" is found in "Paris-based", "1963" in "1961/1963".
-Questions answered by yes or no only are excluded (``None``): no passage contains such an answer.
+articles a, an and the. Unlike in EM, punctuation separates words: "Paris" is found in "Paris-based", "1963" in "1961/1963". In
+another language than English words and articles are its own (``data.answers``). Questions answered by yes or no
+only are excluded (``None``): no passage contains such an answer.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from search_e1.data import answers
 from search_e1.retrieval.base import Retriever
 from search_e1.runs import read_records
-from search_e1.runs.nfc import nfc
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Question, Record
 
 FILE = "recall.jsonl"
 _YES_NO = frozenset({"yes", "no"})
-_WORD, _ARTICLES = re.compile(r"[^\W_]+"), frozenset({"a", "an", "the"})
 _BATCH, _PROGRESS_EVERY = 64, 1000
 
 
@@ -40,14 +39,7 @@ Recalls = Mapping[tuple[str, str], Recall]
 
 def words(text: str) -> str:
     """The words of ``text`` that count, a space between them."""
-    plain = nfc(text.lower())  # a combining accent is no letter
-    return " ".join(word for word in _WORD.findall(plain) if word not in _ARTICLES)
-
-
-def word_spans(text: str) -> list[tuple[str, int, int]]:
-    """The same of ``text``, which is in NFC, each with its first character and the one after its last."""
-    found = ((match[0].lower(), *match.span()) for match in _WORD.finditer(text))
-    return [(nfc(word), begin, end) for word, begin, end in found if word not in _ARTICLES]
+    return " ".join(answers.words(text))
 
 
 def measure(
@@ -94,9 +86,9 @@ def patterns(question: Question) -> tuple[str, ...]:
     return patterns_of(question.answers)
 
 
-def patterns_of(answers: Iterable[str]) -> tuple[str, ...]:
-    """The same of ``answers``."""
-    found = dict.fromkeys(map(words, answers))
+def patterns_of(texts: Iterable[str]) -> tuple[str, ...]:
+    """The same of the answers ``texts``."""
+    found = dict.fromkeys(map(words, texts))
     return tuple(pattern for pattern in found if pattern and pattern not in _YES_NO)
 
 

@@ -9,6 +9,7 @@ from transformers import set_seed
 
 from search_e1 import runs
 from search_e1.config import default_of
+from search_e1.data.answers import in_language
 from search_e1.errors import ConfigError
 from search_e1.runs import Artifact, ranks
 from search_e1.runs.checkpoints import Checkpointer
@@ -58,6 +59,10 @@ class StageRunner:
             RunError: another artifact is in that place, or it is damaged.
             SearchE1Error: whatever the stage raises.
         """
+        with in_language(self.run.config.rollout.answer_language):
+            return self._make(stage, out)
+
+    def _make(self, stage: Stage, out: Path | None) -> Artifact:
         config = self.run.config
         stage.check(self.run)
         if stage.parallel and ranks.count() > 1:

@@ -8,7 +8,7 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from search_e1.config import Prompts, RolloutConfig
-from search_e1.data.answers import f1
+from search_e1.data.answers import f1, language_in_force, put_in_force
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.rewards.scorer import open_scorer
 from search_e1.runs.progress import Progress, silent
@@ -95,7 +95,10 @@ class Writer:
     def map(self, write: Callable[[Item], Made | None], items: Sequence[Item]) -> list[Made]:
         """What ``write`` makes of each of ``items``, in their order, without the ``None``; in threads."""
         self.ids("")  # sets truncation and padding, which must not happen in several threads at once
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the tokenizer works outside Python's lock
+        language = (language_in_force(),)
+        with ThreadPoolExecutor(
+            os.cpu_count(), initializer=put_in_force, initargs=language
+        ) as pool:  # the tokenizer works outside Python's lock
             return [made for made in pool.map(write, items) if made is not None]
 
 
