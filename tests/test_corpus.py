@@ -74,7 +74,9 @@ def test_it_streams(tmp_path: Path) -> None:
         ("3", "int found where a JSON object is needed"),
         ({"contents": "x"}, "field 'id' is missing"),
         ({"id": "1"}, "field 'contents' is missing"),
-        ({"id": "1", "text": "x"}, "field 'title' is missing"),
+        ({"id": "1", "text": None}, "field 'text' is NoneType, not text"),
+        ({"id": "1", "title": ["x"], "text": "x"}, "field 'title' is list, not text"),
+        ({"id": 1.5, "text": "x"}, "field 'id' is float, not text"),
         ({"id": "1", "contents": None}, "field 'contents' is NoneType, not text"),
         ({"id": True, "contents": "x"}, "field 'id' is bool, not text"),
         ({"id": "", "contents": "x"}, "field 'id' is empty"),
@@ -285,7 +287,9 @@ def test_a_hub_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         list(Corpus("some/corpus"))
     message = str(caught.value)
     assert message.startswith("some/corpus: no such file, and the Hub cannot be reached (")
-    assert message.endswith("; give a file of JSON lines (plain, .gz or .zst) or Parquet, or a directory of such files")
+    assert message.endswith(
+        "; give a file of JSON lines, CSV or TSV (plain, .gz or .zst) or Parquet, or a directory of such files"
+    )
     assert "\n" not in message
 
 

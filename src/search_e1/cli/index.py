@@ -19,6 +19,16 @@ from search_e1.cli.options import (
 from search_e1.errors import ConfigError
 from search_e1.retrieval.convention import EncoderSettings
 
+ColumnOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        help="FIELD=COLUMN of the corpus, e.g. text=body; id= makes ids of file and line. May be given several times.",
+    ),
+]
+PrefixOption = Annotated[
+    bool, typer.Option("--prefix-ids", help="Put the name of its corpus before each id, where several use the same ids.")
+]
 app = typer.Typer(no_args_is_help=True, help="Build and inspect retrieval indexes.")
 console = Console(markup=False, emoji=False)
 
@@ -30,11 +40,13 @@ def index_build(
         list[str],
         typer.Option(
             "--corpus",
-            help="JSON lines (plain, .gz, .zst) or Parquet with id and contents, or id, title and text; a directory of such "
-            "files; or owner/name[:config[:split]] on the Hub. May be given several times.",
+            help="JSON lines, CSV or TSV (plain, .gz, .zst) or Parquet with id and contents, or id, title and text; a "
+            "directory of such files; or owner/name[:config[:split]] on the Hub. May be given several times.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Directory of the new index.")],
+    column: ColumnOption = None,
+    prefix_ids: PrefixOption = False,
     kind: Annotated[Literal["bm25", "dense"], typer.Option("--kind", help="bm25, or dense.")] = "bm25",
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Leave out invalid records, and report how many.")
@@ -57,6 +69,7 @@ def index_build(
     """Build an index of a corpus: of words (bm25) or vectors (dense). An interrupted build is resumed."""
     from search_e1.cli.display import watch
     from search_e1.data.corpus import Corpus
+    from search_e1.data.formats.passages import CorpusColumns
     from search_e1.retrieval.directory import refuse_existing
     from search_e1.retrieval.indexes import DenseSettings, build_index
 
@@ -65,7 +78,13 @@ def index_build(
         raise ConfigError("--kind dense and --encoder go together; a bm25 index has no encoder")
     dense = DenseSettings(settings, faiss, parameters) if settings else None
     refuse_existing(out)  # before the corpus is read for its checksum
-    read = Corpus(*corpus, skip_bad_lines=skip_bad_lines, most_bytes=max_passage_bytes)
+    read = Corpus(
+        *corpus,
+        columns=CorpusColumns.parse(column or ()),
+        prefix_ids=prefix_ids,
+        skip_bad_lines=skip_bad_lines,
+        most_bytes=max_passage_bytes,
+    )
     cores = processes or min(8, os.cpu_count() or 1)
     with watch(console, 1)("index") as progress:
         build_index(read, out, progress, dense=dense, source=read.checksum(), processes=cores)

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from search_e1.config.base import Paths, Positive, Section
+from search_e1.data.formats.passages import CorpusColumns
 from search_e1.retrieval.convention import EncoderSettings
 from search_e1.retrieval.registry import check_kind, index_kinds
 
@@ -27,9 +28,14 @@ class PolicyConfig(Section):
 
 
 class DataConfig(Section):
-    corpus: Path | None = None
-    """Passages: JSON lines (plain, .gz, .zst) or Parquet with `id` and `contents`, or `id`, `title` and `text`, perhaps
-    `metadata`. Needed unless `retrieval.index` or `.url` is given."""
+    corpus: Paths = ()
+    """Passages: JSON lines, CSV or TSV (plain, .gz, .zst) or Parquet with `id` and `contents`, or `id`, `text` and perhaps
+    `title`, perhaps `metadata`; or a list of such files. Needed unless `retrieval.index` or `.url` is given."""
+    columns: dict[str, Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]] = {}
+    """Field of a passage -> its column in the corpus, e.g. `columns.text = "body"`, or several, of which a record's first is
+    read. An empty one for `id` makes ids of file and line."""
+    prefix_ids: bool = False
+    """Put the name of its corpus before the id of each passage, as in `wiki:17`, where two corpora use the same ids."""
     train: Annotated[Paths, Field(min_length=1)]
     """Question file or files, JSON lines (plain or .gz) with `id`, `question`, `golden_answers`, perhaps `metadata`."""
     demonstrations: Path | None = None
@@ -41,6 +47,16 @@ class DataConfig(Section):
     """Use a random subset of this many training questions (the same for a seed)."""
     max_eval: Positive | None = None
     """Use a random subset of this many questions of each benchmark."""
+
+    @property
+    def corpus_columns(self) -> CorpusColumns:
+        return CorpusColumns.of((field, column) for field, columns in self.columns.items() for column in columns)
+
+    @field_validator("columns")
+    @classmethod
+    def _check_columns(cls, columns: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        CorpusColumns.of((field, column) for field, of_field in columns.items() for column in of_field)
+        return columns
 
 
 class RetrievalConfig(Section):

@@ -1,21 +1,21 @@
-"""Passages from JSON lines, Parquet or the Hub, checked one by one."""
+"""Passages from JSON lines, tables, Parquet or the Hub, checked one by one."""
 
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from search_e1.data import sources
+from search_e1.data.formats.passages import HOLDS, MISSING, CorpusColumns
 from search_e1.data.lines import BadRecordError, parse
-from search_e1.errors import DataError
+from search_e1.errors import ConfigError, DataError
 from search_e1.types import Passage
 
 MOST_BYTES = 2**20
 """Maximum size of a passage; a longer one is almost always a whole file."""
-_HOLDS = 'each line holds {"id", "contents"} or {"id", "title", "text"}'
+_USUAL = CorpusColumns()
 
 
 def read_corpus(*places: str | Path) -> Iterator[Passage]:
@@ -26,19 +26,32 @@ def read_corpus(*places: str | Path) -> Iterator[Passage]:
 class Corpus:
     """The passages of one or more places, as an iterable; 8 to 24 bytes of memory are kept for each.
 
-    A place is a file (JSON lines, plain or ``.gz`` or ``.zst``; Parquet), a directory of such files, or a data set on the Hub:
-    ``owner/name``, ``owner/name:config`` or ``owner/name:config:split``. A record holds ``id`` and ``contents`` (the title in
-    quotes, a new line, the text), or ``id``, ``title`` and ``text``; perhaps ``metadata``, an object,
-    and ``file``, ``page``, ``heading`` and ``url`` beside it. Other keys are ignored; an id may be a number.
+    A place is a file (JSON lines, CSV or TSV, plain or ``.gz`` or ``.zst``; a JSON array; Parquet), a directory of such files,
+    or a data set on the Hub: ``owner/name``, ``owner/name:config`` or ``owner/name:config:split``. A record holds ``id`` (or
+    ``_id``) and ``contents`` (the title in quotes, a new line, the text), or ``id``, ``text`` and perhaps ``title``; perhaps
+    ``metadata``, an object, and ``file``, ``page``, ``heading`` and ``url`` beside it; or ``columns`` say where these are.
+    Other keys are ignored; an id may be a number.
 
     Iterating raises ``DataError`` if a place cannot be read or is empty, and, with file and line, for a record that is no
     passage, has no text, is too long, or repeats an id. With ``skip_bad_lines`` such records are skipped and counted.
     """
 
-    def __init__(self, *places: str | Path, skip_bad_lines: bool = False, most_bytes: int = MOST_BYTES) -> None:
-        """``most_bytes``: maximum of a passage's title and text in UTF-8."""
-        self.places = places
+    def __init__(
+        self,
+        *places: str | Path,
+        columns: CorpusColumns = _USUAL,
+        prefix_ids: bool = False,
+        skip_bad_lines: bool = False,
+        most_bytes: int = MOST_BYTES,
+    ) -> None:
+        """``prefix_ids`` puts the name of its place before each id; ``most_bytes``: maximum of title and text in UTF-8.
+
+        Raises:
+            ConfigError: ids are to be prefixed, and two places have the same name.
+        """
+        self.places, self.columns = places, columns
         self.skip_bad_lines, self.most_bytes = skip_bad_lines, most_bytes
+        self.prefixes = _prefixes(places) if prefix_ids else [""] * len(places)
         self.skipped: Counter[str] = Counter()
         """Fault -> records skipped by the last iteration so far."""
         self.first: dict[str, str] = {}
@@ -46,20 +59,26 @@ class Corpus:
 
     def checksum(self) -> str:
         """The sha256, in hexadecimal, of everything that determines the passages: the bytes of the files, or the Hub's
-        commit, and what is skipped.
+        commit, how they are read, and what is skipped.
 
         Raises:
             DataError: a place cannot be read.
         """
         parts = [*map(sources.checksum, self.places), f"{self.skip_bad_lines} {self.most_bytes}"]
+        parts += [repr(sorted(self.columns.given.items()))] if self.columns else []
+        parts += self.prefixes if any(self.prefixes) else []
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Passage]:
         self.skipped, self.first = Counter(), {}
         seen, passage = _Seen(), None
-        for where, record in self._records():
+        unseen = {name for name, given in self.columns.given.items() if given}
+        for prefix, where, record in self._records():
             try:
-                passage = _passage(record, where, self.most_bytes)
+                fields = _parsed(record, where, self.most_bytes)
+                if unseen:
+                    unseen -= {name for name in unseen if self.columns.get(fields, name) is not MISSING}
+                passage = _passage(fields, where, prefix, self.columns, self.most_bytes)
                 if seen.twice(passage.id):
                     self._refuse_second(passage.id, where)
             except BadRecordError as error:
@@ -71,25 +90,56 @@ class Corpus:
                 yield passage
         if passage is None or not len(seen):
             left_out = f" ({self.report()})" if self.skipped else ""
-            raise DataError(f"{', '.join(map(str, self.places))}: no passages in it{left_out}; {_HOLDS}")
+            raise DataError(f"{self._names()}: no passages in it{left_out}; {HOLDS}")
+        if unseen:
+            columns = " or ".join(map(repr, self.columns.given[min(unseen)]))
+            raise DataError(
+                f"{self._names()}: no record has the column {columns} that {min(unseen)!r} is read from; mend its name"
+            )
 
     def report(self) -> str:
         """The skipped records in one line, e.g. ``3 records left out: 2 not JSON (first c.jsonl:3), ...``."""
         parts = [f"{number:,} {kind} (first {self.first[kind]})" for kind, number in self.skipped.most_common()]
         return f"{self.skipped.total():,} records left out: {', '.join(parts)}" if parts else "nothing left out"
 
-    def _records(self) -> Iterator[tuple[str, sources.Record]]:
+    def _names(self) -> str:
+        return ", ".join(map(str, self.places))
+
+    def _records(self) -> Iterator[tuple[str, str, sources.Record]]:
+        """Prefix of the id, place and content of each record."""
         # JSON may escape a character as six bytes; a longer line cannot hold a valid passage.
-        return chain.from_iterable(sources.records(place, 6 * self.most_bytes + 2**16) for place in self.places)
+        for prefix, place in zip(self.prefixes, self.places, strict=True):
+            for where, record in sources.records(place, 6 * self.most_bytes + 2**16, self.columns):
+                yield prefix, where, record
 
     def _refuse_second(self, id: str, where: str) -> None:
         if self.skip_bad_lines:
             raise BadRecordError("with an id that came before", "")
-        for first, record in self._records():
+        for prefix, first, record in self._records():
             if first == where:
                 return  # two ids with the same hash
-            if _id(record) == id:
-                raise BadRecordError("", f"{where}: id {id!r} was used in {first}; give every passage its own")
+            if self._id(record, first, prefix) == id:
+                several = len(self.places) > 1 and not prefix
+                remedy = ", or have the corpora's names put before theirs (--prefix-ids; data.prefix_ids)" if several else ""
+                raise BadRecordError("", f"{where}: id {id!r} was used in {first}; give every passage its own{remedy}")
+
+    def _id(self, record: sources.Record, where: str, prefix: str) -> str | None:
+        try:
+            return _fields(_parsed(record, where, self.most_bytes), where, prefix, self.columns)["id"]
+        except BadRecordError:
+            return None
+
+
+def _prefixes(places: Sequence[str | Path]) -> list[str]:
+    """Names of ``places`` up to the first dot, with that of the directory where two are the same."""
+    names = [Path(str(place).partition(":")[0]).name.partition(".")[0] for place in places]
+    longer = [
+        f"{Path(place).parent.name}-{name}" if names.count(name) > 1 else name
+        for place, name in zip(places, names, strict=True)
+    ]
+    if twice := next((name for name in longer if longer.count(name) > 1), None):
+        raise ConfigError(f"two corpora are called {twice!r}, so that a name before their ids is no help; rename one")
+    return [f"{name}:" for name in longer]
 
 
 class _Seen:
@@ -130,27 +180,29 @@ class _Seen:
         return at
 
 
-def _id(record: sources.Record) -> str | None:
-    try:
-        return str((parse(record, "") if isinstance(record, bytes) else record).get("id"))
-    except BadRecordError:
-        return None
+def _parsed(record: sources.Record, where: str, most: int) -> Mapping[str, Any]:
+    """The row, or the object in a line.
+
+    Raises:
+        BadRecordError: there is none.
+    """
+    if isinstance(record, BadRecordError):
+        raise record
+    if isinstance(record, bytes):
+        if len(record) > 6 * most + 2**16:
+            raise _too_long(where, f"more than {len(record) - 1:,}", most)
+        return parse(record, where)
+    return record
 
 
-def _passage(record: sources.Record, where: str, most: int) -> Passage:
-    """The passage in ``record``, an unparsed line or a row.
+def _passage(record: Mapping[str, Any], where: str, prefix: str, columns: CorpusColumns, most: int) -> Passage:
+    """The passage in ``record``.
 
     Raises:
         BadRecordError: it is unusable.
     """
-    if isinstance(record, bytes):
-        if len(record) > 6 * most + 2**16:
-            raise _too_long(where, f"more than {len(record) - 1:,}", most)
-        record = parse(record, where)
-    fields = _checked(record, where)
-    told, beside = record.get("metadata"), {field: record[field] for field in sources.ORIGIN if field in record}
-    metadata = {**(told if isinstance(told, Mapping) else {}), **beside}
-    passage = (Passage.from_contents if "contents" in fields else Passage)(**fields, metadata=metadata)
+    fields = _fields(record, where, prefix, columns)
+    passage = (Passage.from_contents if "contents" in fields else Passage)(**fields, metadata=columns.metadata(record))
     length = len(passage.title) + len(passage.text)
     if 4 * length > most and (length := len(passage.title.encode()) + len(passage.text.encode())) > most:
         raise _too_long(where, f"{length:,}", most)
@@ -170,17 +222,23 @@ def _too_long(where: str, length: str, most: int) -> BadRecordError:
     )
 
 
-def _checked(record: Mapping[str, Any], where: str) -> dict[str, str]:
-    needed = ("id", "contents") if "contents" in record or "text" not in record else ("id", "title", "text")
-    for field in needed:
-        if field not in record:
-            raise BadRecordError(f"without {field}", f"{where}: field {field!r} is missing; {_HOLDS}")
-        if not isinstance(record[field], str) and (field != "id" or type(record[field]) is not int):
-            raise BadRecordError(
-                f"whose {field} is no text",
-                f"{where}: field {field!r} is {type(record[field]).__name__}, not text; {_HOLDS}",
-            )
-    fields = {field: str(record[field]) for field in needed}
+def _fields(record: Mapping[str, Any], where: str, prefix: str, columns: CorpusColumns) -> dict[str, str]:
+    lacks_text = columns.get(record, "text") is MISSING and "text" not in columns.given
+    whole = lacks_text or columns.get(record, "contents") is not MISSING
+    found = {name: columns.get(record, name) for name in (("id", "contents") if whole else ("id", "title", "text"))}
+    if columns.makes_ids:
+        found["id"] = Path(where).name  # ``docs.csv:3``
+    title = found.get("title")
+    if title is MISSING or title is None or title != title:  # NaN, as pandas writes it
+        found |= {"title": ""} if "title" in found else {}
+    for name, value in found.items():
+        number = type(value) is int or (type(value) is float and value.is_integer())
+        if value is MISSING:
+            raise BadRecordError(f"without {name}", f"{where}: field {name!r} is missing; {HOLDS}")
+        if not isinstance(value, str) and not (number and name in ("id", "title")):
+            kind = f"{where}: field {name!r} is {type(value).__name__}, not text; {HOLDS}"
+            raise BadRecordError(f"whose {name} is no text", kind)
+    fields = {name: value if isinstance(value, str) else str(int(value)) for name, value in found.items()}
     if not fields["id"]:
         raise BadRecordError("with an empty id", f"{where}: field 'id' is empty; give every passage its own")
-    return fields
+    return {**fields, "id": prefix + fields["id"]}

@@ -2,38 +2,43 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from search_e1.data import hub, lines
+from search_e1.data import hub, lines, tables
+from search_e1.data.formats.arrays import array_items, is_array
+from search_e1.data.formats.passages import CorpusColumns
 from search_e1.errors import DataError
 
-Record = bytes | Mapping[str, Any]
-"""A line that is not parsed yet, or a row."""
+Record = bytes | Mapping[str, Any] | lines.BadRecordError
+"""A line that is not parsed yet, or a row, or the error of one that cannot be read."""
 
 _LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 _PARQUET = ".parquet"
 _HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[^:/]*))?(:(?P<split>[^:/]+))?")
-ORIGIN = ("file", "page", "heading", "url")
-"""Keys of a record that tell where a passage comes from, beside those in its ``metadata``."""
-_FIELDS = ("id", "contents", "title", "text", "metadata", *ORIGIN)
 _BATCH = 1024  # rows
-INSTEAD = "give a file of JSON lines (plain, .gz or .zst) or Parquet, or a directory of such files"
+_FILES = (*_LINES, *tables.SUFFIXES, _PARQUET)
+INSTEAD = "give a file of JSON lines, CSV or TSV (plain, .gz or .zst) or Parquet, or a directory of such files"
 
 
-def records(place: str | Path, most: int) -> Iterator[tuple[str, Record]]:
+def records(place: str | Path, most: int, columns: CorpusColumns) -> Iterator[tuple[str, Record]]:
     """Place (``corpus.jsonl:3``) and content of each record; of a line longer than ``most`` bytes, its beginning.
 
     Raises:
-        DataError: the place cannot be read.
+        DataError: the place cannot be read, or a table lacks one of ``columns``.
     """
     if asked := _hub(place):
-        yield from _hub_rows(str(place), asked)
+        yield from _hub_rows(str(place), asked, columns)
         return
     for file in files(Path(place)):
         if file.suffix.lower() == _PARQUET:
-            yield from parquet_rows(file, _FIELDS)
+            yield from parquet_rows(file, columns)
+        elif file.name.lower().endswith(tables.SUFFIXES):
+            yield from tables.corpus_rows(file, most, columns.choose)
+        elif is_array(file):
+            for number, item in array_items(file):
+                yield f"{file}:{number}", item
         else:
             for number, line in lines.raw_lines(file, most):
                 yield f"{file}:{number}", line
@@ -63,17 +68,17 @@ def files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     below = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-    found = sorted(p for p in below if p.name.lower().endswith((*_LINES, _PARQUET)) and p.is_file())
+    found = sorted(p for p in below if p.name.lower().endswith(_FILES) and p.is_file())
     if not found:
         raise DataError(f"{path}: no file in it that could be a corpus; {INSTEAD}")
     return found
 
 
-def parquet_rows(path: Path, fields: Sequence[str] = ()) -> Iterator[tuple[str, Record]]:
-    """Place and content of each row: all columns, or those of ``fields`` that the file has.
+def parquet_rows(path: Path, wanted: CorpusColumns | None = None) -> Iterator[tuple[str, bytes | Mapping[str, Any]]]:
+    """Place and content of each row: all columns, or those of a passage.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read, or lacks one that is ``wanted``.
     """
     import pyarrow
     from pyarrow import parquet
@@ -82,13 +87,8 @@ def parquet_rows(path: Path, fields: Sequence[str] = ()) -> Iterator[tuple[str, 
     try:
         # Without reading ahead: a row group may be the whole file.
         with parquet.ParquetFile(path, pre_buffer=False) as file:
-            columns = [name for name in fields if name in file.schema_arrow.names]
-            if fields and ("id" not in columns or not {"contents", "text"} & set(columns)):
-                raise DataError(
-                    f"{path}: its columns are {', '.join(file.schema_arrow.names)}; needed are id and contents, or id, title "
-                    "and text"
-                )
-            for batch in file.iter_batches(_BATCH, columns=columns or None):
+            columns = None if wanted is None else wanted.choose(file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(_BATCH, columns=columns):
                 for row in _rows(batch):
                     number += 1
                     yield f"{path}:{number}", row
@@ -98,7 +98,7 @@ def parquet_rows(path: Path, fields: Sequence[str] = ()) -> Iterator[tuple[str, 
         raise DataError(f"{where}: cannot be read ({problem}); {INSTEAD}") from None
 
 
-def _rows(batch: Any) -> Iterator[Record]:
+def _rows(batch: Any) -> Iterator[bytes | Mapping[str, Any]]:
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:  # in one cell: that row is given as a line of JSON with the same invalid bytes
@@ -114,10 +114,10 @@ def _hub(place: str | Path) -> dict[str, Any] | None:
     if Path(place).is_absolute() or Path(place).exists():
         return None
     asked = _HUB.fullmatch(str(place))
-    return asked.groupdict() if asked and not asked["name"].lower().endswith((*_LINES, _PARQUET, ".gz", ".zst")) else None
+    return asked.groupdict() if asked and not asked["name"].lower().endswith((*_FILES, ".gz", ".zst")) else None
 
 
-def _hub_rows(place: str, asked: Mapping[str, Any]) -> Iterator[tuple[str, Record]]:
+def _hub_rows(place: str, asked: Mapping[str, Any], columns: CorpusColumns) -> Iterator[tuple[str, Record]]:
     import datasets
 
     name, config = asked["name"], asked["config"] or None
@@ -127,6 +127,8 @@ def _hub_rows(place: str, asked: Mapping[str, Any]) -> Iterator[tuple[str, Recor
     try:
         split = asked["split"] or _only_split(place, datasets.get_dataset_split_names(name, config, revision=commit))
         for row in datasets.load_dataset(name, config, split=split, revision=commit, streaming=True):
+            if not number:
+                columns.choose(list(row), place)
             number += 1
             yield f"{place}:{number}", row
     except DataError:

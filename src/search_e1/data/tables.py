@@ -1,18 +1,24 @@
-"""Rows of CSV and TSV files."""
+"""Rows of CSV and TSV files, plain, ``.gz`` or ``.zst``."""
 
 import csv
-import gzip
+import io
 import re
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
+from search_e1.data.lines import BadRecordError, open_binary, raw_lines
 from search_e1.errors import DataError
 
+_TSV = (".tsv", ".tsv.gz", ".tsv.zst")
+SUFFIXES = (".csv", ".csv.gz", ".csv.zst", *_TSV)
+_MOST_CHARACTERS = 2**24  # of a line
 _QUOTED_CELL = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
+_NUMBERED_TEXT = re.compile(r"\ufeff?\d+\t[^\t]*\r?\n?")
+"""First line of MS MARCO's ``collection.tsv``: a number and a text where others name their columns."""
 
 
 class Cell(str):
@@ -20,31 +26,81 @@ class Cell(str):
 
 
 def table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a CSV file with a header; the delimiter is the one of ``, ; | tab`` that is most frequent in the header."""
+    """Rows of a CSV file with a header; the delimiter is the one of ``, ; | tab`` that is most frequent in the header.
+
+    Raises:
+        DataError: the file cannot be read, is no table, or a row has more or fewer cells than the header.
+    """
+    for where, row in _rows(path, _MOST_CHARACTERS, Cell):
+        if isinstance(row, BadRecordError):
+            raise row
+        yield where, row
+
+
+def corpus_rows(
+    path: Path, most: int, choose: Callable[[list[str], str], object]
+) -> Iterator[tuple[str, dict[str, Any] | BadRecordError]]:
+    """Rows of a table of passages, one at a time; a row that is none is given as its error.
+
+    ``choose`` is called with the names of the columns and their place, and raises if they are no corpus's. A file without a
+    header, whose lines are a number, a tab and a text, has the columns ``id`` and ``text``; quotes mean nothing in it. Of a
+    cell, at most ``most`` characters are read.
+
+    Raises:
+        DataError: the file cannot be read, or is no table.
+    """
+    csv.field_size_limit(max(most, csv.field_size_limit()))
+    if path.name.lower().endswith(_TSV):
+        number, first = next(raw_lines(path, most), (0, b""))
+        if number == 1 and _NUMBERED_TEXT.fullmatch(first.decode(errors="replace")):
+            for number, line in raw_lines(path, most):
+                yield f"{path}:{number}", _numbered(line, f"{path}:{number}")
+            return
+    yield from _rows(path, most, str, choose)
+
+
+def _numbered(line: bytes, where: str) -> dict[str, Any] | BadRecordError:
+    try:
+        id, tab, text = line.decode("utf-8-sig").rstrip("\r\n").partition("\t")
+    except UnicodeDecodeError as error:
+        return BadRecordError("not UTF-8", f"{where}: not UTF-8 ({error}); write the file in UTF-8")
+    if not tab:
+        return BadRecordError("without a tab", f"{where}: no tab in it; a line of this file is a number, a tab and a text")
+    return {"id": id, "text": text}
+
+
+def _rows(
+    path: Path, most: int, cell: type[str], choose: Callable[[list[str], str], object] = lambda names, where: None
+) -> Iterator[tuple[str, dict[str, Any] | BadRecordError]]:
     line = 0
     try:
         with _open_text(path) as file:
-            header = file.readline()
-            file.seek(0)
-            delimiter = max(",;\t|", key=header.count)
-            plain = delimiter == "\t" and _is_line_a_row(file) and _is_plain(path)
-            reader = _TabReader(file) if plain else csv.reader(file, delimiter=delimiter, strict=True)
+            header = file.readline(most)
+        delimiter = max(",;\t|", key=header.count)
+        plain = delimiter == "\t" and _is_line_a_row(path, most) and _is_plain(path, most)
+        with _open_text(path) as file:
+            lines = _bounded(file, most)
+            reader = _TabReader(lines) if plain else csv.reader(lines, delimiter=delimiter, strict=True)
             names = [name.strip() for name in next(reader, [])]
             line = reader.line_num
             twice = next((name for name in names if names.count(name) > 1), None)
             if twice is not None:
                 raise DataError(f"{path}:1: column {twice!r} is there twice; give each its own name")
+            if names:
+                choose(names, str(path))
             for row in reader:
                 where, line = f"{path}:{line + 1}", reader.line_num  # a row may span lines; its first one is reported
                 if not any(row):
                     continue
                 if len(row) != len(names):
-                    raise DataError(f"{where}: {len(row)} cells under a header of {len(names)}; quote cells that hold commas")
-                yield where, dict(zip(names, map(Cell, row), strict=True))
+                    message = f"{where}: {len(row)} cells under a header of {len(names)}; quote cells that hold commas"
+                    yield where, BadRecordError("with too many or too few cells", message)
+                else:
+                    yield where, dict(zip(names, map(cell, row), strict=True))
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         problem = getattr(error, "strerror", None) or error
         raise DataError(
-            f"{path}{f':{line + 1}' if line else ''}: cannot be read ({problem}); give a CSV file in UTF-8, plain or .gz"
+            f"{path}{f':{line + 1}' if line else ''}: cannot be read ({problem}); give a CSV file in UTF-8, plain, .gz or .zst"
         ) from None
     except csv.Error as error:
         raise DataError(
@@ -53,23 +109,29 @@ def table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ) from None
 
 
-def _is_line_a_row(file: TextIO) -> bool:
+def _bounded(file: TextIO, most: int) -> Iterator[str]:
+    while line := file.readline(most + 1):
+        if len(line) > most:
+            raise csv.Error(f"a line of more than {most:,} characters")
+        yield line
+
+
+def _is_line_a_row(path: Path, most: int) -> bool:
     """Whether each line has as many tabs as the header, so that no quote need hold a tab or the end of a line."""
-    counts = {line.count("\t") for line in file if line.strip("\r\n")}
-    file.seek(0)
-    return len(counts) == 1
+    with _open_text(path) as file:
+        return len({line.count("\t") for line in _bounded(file, most) if line.strip("\r\n")}) == 1
 
 
-def _is_plain(path: Path) -> bool:
+def _is_plain(path: Path, most: int) -> bool:
     """Whether the rules of CSV do not read the file, as of what knows no quotes: ``"Weird Al" Yankovic``.
 
     Raises:
         DataError: they do, and read another table than the lines are.
     """
     with _open_text(path) as file, _open_text(path) as again:
-        lines = _TabReader(file)
+        lines = _TabReader(_bounded(file, most))
         try:
-            rows = csv.reader(again, delimiter="\t", strict=True)
+            rows = csv.reader(_bounded(again, most), delimiter="\t", strict=True)
             for row, other in zip_longest(lines, rows):
                 if row != other:
                     deque(rows, maxlen=0)  # a later error may yet show that it is no CSV
@@ -85,14 +147,14 @@ def _is_plain(path: Path) -> bool:
 class _TabReader:
     """A ``csv.reader`` of lines, in whose cells quotes count only where one is quoted as a whole."""
 
-    def __init__(self, file: TextIO) -> None:
-        self._file, self.line_num = file, 0
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines, self.line_num = lines, 0
 
     def __iter__(self) -> "_TabReader":
         return self
 
     def __next__(self) -> list[str]:
-        line = next(self._file)
+        line = next(self._lines)
         self.line_num += 1
         if not line.strip("\r\n"):
             return []
@@ -101,6 +163,4 @@ class _TabReader:
 
 
 def _open_text(path: Path) -> TextIO:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+    return io.TextIOWrapper(open_binary(path), encoding="utf-8-sig", newline="")

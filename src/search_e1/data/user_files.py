@@ -20,12 +20,12 @@ from uuid import UUID
 from search_e1.data import sources
 from search_e1.data.lines import checksum, parse, read_lines
 from search_e1.data.questions import Loaded, to_question, whole_number
+from search_e1.data.tables import SUFFIXES as TABLES
 from search_e1.data.tables import Cell, table_rows
 from search_e1.errors import ConfigError, DataError
 from search_e1.types import Question
 
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz")
-TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 PARQUET = (".parquet",)
 SUFFIXES = (*JSON_LINES, *TABLES, *PARQUET)
 

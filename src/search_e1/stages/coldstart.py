@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from search_e1.config import NEW, Config, Prompts
-from search_e1.data.corpus import read_corpus
 from search_e1.errors import ConfigError, DataError
 from search_e1.rollout.demonstrations.forms import batches
 from search_e1.rollout.demonstrations.writer import Writer
@@ -49,7 +48,7 @@ class Coldstart(Stage):
         config = run.config
         if config.coldstart is None:
             raise ConfigError("section [coldstart] is missing; add it, it may be empty")
-        if config.policy.model == NEW and config.data.corpus is None:
+        if config.policy.model == NEW and not config.data.corpus:
             raise ConfigError(f'policy.model = "{NEW}": data.corpus is missing; its tokenizer is trained on the passages')
         demonstrations.check(config)
 
@@ -59,9 +58,9 @@ class Coldstart(Stage):
             DataError: no question gives a demonstration, or one names a passage that the corpus lacks; see
                 ``demonstrations.gather``.
         """
-        coldstart, corpus = run.config.coldstart, run.config.data.corpus
+        coldstart = run.config.coldstart
         assert coldstart
-        passages = {passage.id: passage for passage in read_corpus(corpus)} if corpus else {}
+        passages = {passage.id: passage for passage in run.corpus or ()}
         policy = _start(run, passages)
         longest = min(run.config.rollout.max_tokens, context_length(policy.model.config))
         limits = run.config.rollout.model_copy(update={"max_tokens": longest})

@@ -41,7 +41,7 @@ def check(config: Config) -> None:
         ConfigError: what the source needs is missing, or the endpoint's URL is none.
     """
     chosen = sources(config)
-    if chosen == ("passages",) and config.data.corpus is None:
+    if chosen == ("passages",) and not config.data.corpus:
         raise ConfigError("data.corpus is missing; supporting passages are read there")
     if chosen == ("file",) and config.data.demonstrations is None:
         raise ConfigError('coldstart.demonstrations = "file": data.demonstrations is missing; give the path of that file')

@@ -36,8 +36,7 @@ class Recall(Stage):
         return sections(config, "rollout", "data.max_eval")
 
     def inputs(self, run: Inputs) -> Mapping[str, str]:
-        corpus = run.config.data.corpus
-        known = {"corpus": run.checksum(corpus)} if run.config.retrieval.url and corpus else {}
+        known = {"corpus": run.corpus_checksum} if run.config.retrieval.url and run.config.data.corpus else {}
         return {**run.evaluated_on(), **known}
 
     def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:

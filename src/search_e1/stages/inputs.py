@@ -11,7 +11,7 @@ from typing import Any
 
 from search_e1 import runs
 from search_e1.config import NEW, Config, Prompts, TrainingConfig, default_of
-from search_e1.data.corpus import read_corpus
+from search_e1.data.corpus import Corpus
 from search_e1.data.questions import load_many, load_questions, subset
 from search_e1.errors import ConfigError, DataError, ModelError, RunError
 from search_e1.retrieval import directory as directories
@@ -117,15 +117,33 @@ class Inputs:
         return getattr(self._index, "checksum", None) or self.config.retrieval.cache_key
 
     @cached_property
+    def corpus(self) -> Corpus | None:
+        """The passages of ``data.corpus``, which are read when it is iterated over; ``None`` without it.
+
+        Raises:
+            DataError: a file does not exist.
+        """
+        data = self.config.data
+        if missing := next((place for place in data.corpus if not place.exists()), None):
+            raise DataError(f"data.corpus = {str(missing)!r}: no such file; give the path of a JSON lines file")
+        return Corpus(*data.corpus, columns=data.corpus_columns, prefix_ids=data.prefix_ids) if data.corpus else None
+
+    @cached_property
+    def corpus_checksum(self) -> str:
+        """Checksum of the files of ``data.corpus`` and of how they are read."""
+        places, data = self.config.data.corpus, self.config.data
+        if len(places) == 1 and places[0].is_file() and not (data.columns or data.prefix_ids):
+            return runs.checksum(places[0])
+        assert self.corpus
+        return self.corpus.checksum()
+
+    @cached_property
     def index(self) -> Artifact:
         """The index of ``data.corpus``, or both if they are to be fused, each in a directory named by its kind."""
-        corpus = self.config.data.corpus
+        corpus = self.corpus
         if corpus is None:
             raise DataError("data.corpus is missing; give it, or retrieval.index, or retrieval.url")
-        if not corpus.is_file():
-            raise DataError(f"data.corpus = {str(corpus)!r}: no such file; give the path of a JSON lines file")
-
-        retrieval, checksum = self.config.retrieval, runs.checksum(corpus)
+        retrieval, checksum = self.config.retrieval, self.corpus_checksum
 
         def make(out: Path) -> dict[str, Any]:
             for kind in self._kinds:
@@ -134,7 +152,7 @@ class Inputs:
                 shutil.rmtree(place, ignore_errors=True)  # complete, but perhaps of other settings
                 dense = DenseSettings(retrieval.encoder, retrieval.faiss) if kind == "dense" and retrieval.encoder else None
                 with self.watch("index") as progress:
-                    build_index(read_corpus(corpus), place, progress, dense=dense, source=checksum)
+                    build_index(corpus, place, progress, dense=dense, source=checksum)
                 place.rename(out / kind)
             return {}
 
@@ -146,10 +164,9 @@ class Inputs:
 
     def passage_texts(self) -> Iterable[str] | None:
         """Title and text of all passages: the index's, or ``data.corpus`` beside a server, else ``None``."""
-        corpus = self.config.data.corpus
         if self._kinds:
             return Passages.open(self._indexes[0]).texts()
-        return (f"{passage.title} {passage.text}" for passage in read_corpus(corpus)) if corpus else None
+        return (f"{passage.title} {passage.text}" for passage in self.corpus) if self.corpus else None
 
     @property
     def passage_count(self) -> int | None:
