@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from search_e1.cli import asking, bundle, compare, data, doctor, index, pairs, plan, report, serving, stages, sweep
+from search_e1.cli import asking, bundle, compare, data, doctor, index, init, pairs, plan, report, serving, stages, sweep
 from search_e1.cli.config_file import ConfigArgument, ConfigCommand
 from search_e1.errors import SearchE1Error
 from search_e1.runs import ranks
@@ -68,6 +68,9 @@ def options(
 
 
 _show_traceback = False
+
+
+app.command("init", rich_help_panel=RUN)(init.init)
 
 
 @app.command(cls=ConfigCommand, context_settings=OVERRIDES, rich_help_panel=RUN)

@@ -1,0 +1,138 @@
+"""The verb ``search-e1 init``: the first config, and what to do with it."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from search_e1.errors import ConfigError, ModelError, RunError
+
+if TYPE_CHECKING:
+    from search_e1.lab.plan.constants import Constants, Gpu
+
+console = Console(highlight=False, markup=False, emoji=False)
+THIS, NONE = "this", "none"
+_HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)*")  # owner/name:config:split
+_SHARE = 0.2  # of one's own questions, set aside for evaluation
+_MOST_A_STEP = {True: 8, False: 32}
+"""Questions of a GRPO step of a small model, and of others."""
+
+
+def init(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The config to write.")] = Path("mine.toml"),
+    documents: Annotated[
+        str | None, typer.Option("--documents", help="Folder of documents, or passages (JSON lines, Parquet, TSV, the Hub).")
+    ] = None,
+    questions: Annotated[
+        str | None,
+        typer.Option("--questions", help=f"File of questions and answers; `{NONE}`: they are made from the documents."),
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help=f"h100, 4090, ...: to be rented; `{THIS}`: this machine, as it is.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Directory, Hub id, GGUF file. Default: one that fits the machine.")
+    ] = None,
+) -> None:
+    """Write a config for your documents, questions and machine, and say the next commands. Asks for what is not given."""
+    from search_e1.lab.plan.constants import load_constants
+    from search_e1.lab.recipe import SMALL_MODEL, Recipe, default_model, fitted, unmeasured
+
+    if file.exists():
+        raise RunError(f"{file} exists; give another name: search-e1 init other.toml")
+    constants = load_constants()
+    documents = documents or _ask("Where are your documents? A folder, or a file of passages", "--documents")
+    if not Path(documents).exists() and not _HUB.fullmatch(documents):
+        raise ConfigError(f"{documents}: no such folder or file; give --documents")
+    questions = questions or _ask(
+        "A file of questions and answers? (none: they are made from the documents)", "--questions", NONE
+    )
+    if questions != NONE and not Path(questions).is_file():
+        raise ConfigError(f"{questions}: no such file; give --questions, or --questions {NONE}")
+    gpu = gpu or _ask("A GPU to rent (h100, a100, 4090, ...), or this machine as it is", "--gpu", THIS)
+    card = _this_gpu(constants) if gpu == THIS else constants.gpu(gpu)
+    data = _data(documents, questions, file.stem)
+    recipe = Recipe(
+        file=str(file),
+        machine=card.name if card else "a machine without a GPU",
+        run=f"runs/{file.stem}",
+        model=model or default_model(card),
+        corpus=data.corpus,
+        train=data.train,
+        eval=data.eval,
+        small=card is None,
+        questions_per_step=min(_MOST_A_STEP[card is None], data.number or _MOST_A_STEP[card is None]),
+    )
+    if card:
+        try:
+            recipe = fitted(recipe, card, constants)
+        except ModelError as error:
+            recipe = unmeasured(recipe)
+            console.print(Text(f"whether it fits {card.name} is not known: {error}", style="yellow"), soft_wrap=True)
+    recipe.config()  # what is written is read first
+    file.write_text(recipe.toml(), encoding="utf-8")
+    console.print(Text(f"{file}: {recipe.model} on {recipe.machine}"), soft_wrap=True)
+    fetch = ["python scripts/fetch_smollm2.py"] if recipe.model == SMALL_MODEL and not Path(SMALL_MODEL).exists() else []
+    plan = [f"search-e1 plan {file} --gpu {gpu}"] if gpu != THIS else []
+    last = [f"search-e1 doctor {file}", f"search-e1 train {file}", f"search-e1 serve {recipe.run}/agent"]
+    console.print("\nNext:\n")
+    for command in (*fetch, *data.commands, *plan, *last):
+        console.print(Text(f"    {command}"), soft_wrap=True)
+
+
+class _Data(NamedTuple):
+    """The data of the config, and the commands that make it."""
+
+    corpus: str
+    train: str
+    eval: str
+    number: int | None
+    """Training questions, where they can be counted."""
+    commands: list[str]
+
+
+def _data(documents: str, questions: str, stem: str) -> _Data:
+    from search_e1.data.lines import raw_lines
+    from search_e1.lab.recipe import is_made
+
+    commands, corpus, directory = [], documents, f"{stem}-questions"
+    if Path(documents).exists() and not is_made(Path(documents)):
+        corpus = f"{stem}-corpus"
+        commands.append(f"search-e1 data ingest {shlex.quote(documents)} --out {corpus}")
+    if questions == NONE:
+        commands.append(f"search-e1 data questions --corpus {shlex.quote(corpus)} --out {directory} --by rule")
+        return _Data(corpus, f"{directory}/train.jsonl", f"{directory}/eval.jsonl", None, commands)
+    commands.append(f"search-e1 data prepare --train {shlex.quote(questions)} --dev-share {_SHARE} --out {directory}")
+    name = Path(questions).name.split(".")[0]
+    lines = ".jsonl" in Path(questions).suffixes
+    count = max(1, int((1 - _SHARE) * sum(1 for _ in raw_lines(Path(questions))))) if lines else None
+    return _Data(corpus, f"{directory}/{name}.train.jsonl", f"{directory}/{name}.dev.jsonl", count, commands)
+
+
+def _ask(text: str, flag: str, default: str | None = None) -> str:
+    """The answer to a question at the terminal.
+
+    Raises:
+        ConfigError: nobody is there to ask, and there is no default.
+    """
+    if not sys.stdin.isatty():
+        if default is None:
+            raise ConfigError(f"{flag} is missing, and there is no terminal to ask at")
+        return default
+    return str(typer.prompt(text, default=default))
+
+
+def _this_gpu(constants: "Constants") -> "Gpu | None":
+    """This machine's GPU, by the planner's sheet of the one that is most like it; ``None`` without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    like = min(constants.gpus.values(), key=lambda gpu: abs(gpu.memory_gib - gib))
+    return like.model_copy(update={"name": torch.cuda.get_device_name(0), "memory_gib": gib})
