@@ -9,7 +9,7 @@ from tenacity import wait_none
 from conftest import PASSAGES, TINY_PROMPTS, TinyRetriever
 from scripted import ScriptedEngine
 from search_e1.cli.display import evaluation_table
-from search_e1.config import EvaluationConfig, JudgeConfig, RewardsConfig, RolloutConfig
+from search_e1.config import Config, EvaluationConfig, JudgeConfig, RewardsConfig, RolloutConfig
 from search_e1.errors import ConfigError, DataError, EndpointError
 from search_e1.evaluation.evaluate import evaluate
 from search_e1.evaluation.results import EVALUATION, QUESTIONS
@@ -265,3 +265,13 @@ def test_the_figure_beside_em(tiny_policy, tmp_path):
     headings = [column.header for column in evaluation_table(typed).columns]
     assert headings[5:7] == ["typed", "95%"]
     assert [column.header for column in evaluation_table(plain).columns][5:7] == ["F1", "cover"]
+
+
+def test_how_a_judge_is_waited_for_binds_no_run():
+    def fingerprint(**judge):
+        rollout = {"reward": "judge", "rewards": {"judge": {"url": "u", "model": "m", **judge}}}
+        data = {"corpus": "c", "train": ["t"], "eval": {"e": "e"}}
+        return Config.model_validate({"run": "r", "policy": {"model": "p"}, "data": data, "rollout": rollout}).fingerprint()
+
+    assert fingerprint(timeout=5.0, time_limit=9.0, concurrency=2, cache="other.jsonl") == fingerprint()
+    assert fingerprint(prompt="{question}{golds}{answer}") != fingerprint()

@@ -117,6 +117,7 @@ class Config(Section):
                 "checkpoints": True,
                 "parallel": True,
                 "retrieval": waiting,
+                "rollout": {"rewards": {"judge": {"timeout", "time_limit", "concurrency", "cache"}}},
                 "vllm": place,
             },
         )
