@@ -51,6 +51,7 @@ def audit(
     """
     from search_e1.cli.display import watch
     from search_e1.config import RolloutConfig, load
+    from search_e1.data.answers import in_language
     from search_e1.evaluation import audit as auditing
     from search_e1.runs.files import write_atomically
 
@@ -59,7 +60,7 @@ def audit(
     passages = _passages(loaded, corpus, index)
     limits = loaded.rollout if loaded else RolloutConfig()
     tokenizer = _tokenizer(loaded, policy)
-    with watch(console, 1)("audit") as progress:
+    with in_language(limits.answer_language), watch(console, 1)("audit") as progress:
         found, examples = auditing.audit(
             sources, passages.texts, topk=topk or limits.topk, tokenizer=tokenizer,
             max_action_tokens=limits.max_action_tokens, skipped=passages.skipped, progress=progress,

@@ -9,6 +9,7 @@ from search_e1.config.base import Paths, Positive, Section
 from search_e1.data.formats.passages import CorpusColumns
 from search_e1.retrieval.convention import EncoderSettings
 from search_e1.retrieval.registry import check_kind, index_kinds
+from search_e1.runs.languages import AUTO, join, parse
 
 NEW = "new"
 
@@ -68,6 +69,9 @@ class RetrievalConfig(Section):
     `data.corpus` in the run directory."""
     encoder: EncoderSettings | None = None
     """Required for `dense` and `hybrid`. With `index`: where its encoder is now, and its device."""
+    language: str = "auto"
+    """Language of the words of a `bm25` index that is built from `data.corpus`, e.g. `de`, or several of different scripts:
+    `en+zh`. `auto`: the one that a sample of the passages is in; `none`: words without stems and stop words."""
     faiss: str = "exact"
     """Layout of a dense index to build: `exact`, `graph`, `compressed`, or a factory string of FAISS."""
     parameters: str | None = None
@@ -92,6 +96,11 @@ class RetrievalConfig(Section):
     def _check_kind(cls, kind: str) -> str:
         return check_kind(kind)
 
+    @field_validator("language")
+    @classmethod
+    def _check_language(cls, language: str) -> str:
+        return language if language == AUTO else join(parse(language, "language"))
+
     @model_validator(mode="after")
     def _check_source(self) -> "RetrievalConfig":
         indexes = index_kinds(self)
@@ -101,6 +110,8 @@ class RetrievalConfig(Section):
             raise ValueError("kind = 'url' needs a url; give url")
         if "dense" in indexes and not (self.encoder or self.index):
             raise ValueError(f"kind = {self.kind!r} needs an encoder; give encoder.model")
+        if self.language != AUTO and (self.index or "bm25" not in indexes):
+            raise ValueError("language is only for a bm25 index that is built; an index has its own, and knows it")
         if self.cache_key and indexes:
             raise ValueError("cache_key is only for a url; an index has its own checksum")
         return self

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from search_e1.data.answers import normalize_answer
+from search_e1.data.answers import language_in_force, normalize_answer
 from search_e1.data.lines import parse, raw_lines
 from search_e1.data.parts import question_key
 from search_e1.data.questions import to_question
@@ -22,9 +22,8 @@ from search_e1.evaluation.preflight import Finding, Level
 from search_e1.evaluation.reach import Reach, Reached
 from search_e1.evaluation.recall import is_yes_no, words
 from search_e1.evaluation.verdict import COMMON, FileAudit, Role, find
-from search_e1.retrieval.analysis import analysis_of
+from search_e1.retrieval.analysis import one_a_script
 from search_e1.rollout.rewards.scorer import is_unanswerable
-from search_e1.runs.languages import ENGLISH
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Question, Record
 
@@ -178,7 +177,7 @@ class _Stems(dict[str, str]):
     """Word -> its stem, "" for a stop word."""
 
     def __missing__(self, word: str) -> str:
-        self[word] = root = analysis_of(ENGLISH).stem(word) if len(word) > 1 else word
+        self[word] = root = one_a_script(language_in_force()).stem(word) if len(word) > 1 else word
         return root
 
     def of(self, text: str) -> tuple[str, ...]:

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from search_e1.data.answers import language_in_force, words
 from search_e1.evaluation.recall import patterns
-from search_e1.retrieval.analysis import analysis_of
+from search_e1.retrieval.analysis import one_a_script
 from search_e1.retrieval.bm25_build import K1, B
-from search_e1.runs.languages import ENGLISH
+from search_e1.runs.languages import ENGLISH, is_unspaced
 from search_e1.runs.nfc import nfc
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Question
@@ -33,7 +34,8 @@ class Reach(NamedTuple):
     passages: int
     """That hold an answer, as ``recall`` defines it."""
     rank: int | None
-    """Of the first of them when BM25 (English stems) searches for the question; ``None`` if none shares a word with it."""
+    """Of the first of them when BM25 searches for the question, in the language in force (scripts without spaces by single
+    characters); ``None`` if none shares a word with it."""
 
 
 class Reached(NamedTuple):
@@ -90,7 +92,7 @@ class _Vocabulary(dict[str, int]):
     def __missing__(self, word: str) -> int:
         root = _stem(word)
         number = self.roots.get(root, -1)
-        if word in _ARTICLES:
+        if word in _ARTICLES and language_in_force() == ENGLISH:
             id = _DROPPED
         elif number < 0 and word not in self._answers:
             id = _OTHER if root else _UNCOUNTED
@@ -122,12 +124,13 @@ class _Vocabulary(dict[str, int]):
 
 
 def _words(text: str) -> list[str]:
-    return _WORD.findall(nfc(text.lower()))
+    """With English articles, which BM25's lengths count; in another language what an answer is looked for in."""
+    return _WORD.findall(nfc(text.lower())) if language_in_force() == ENGLISH else words(text)
 
 
 def _stem(word: str) -> str:
     """The stem under which BM25 knows ``word``; "" for a stop word and a single character."""
-    return analysis_of(ENGLISH).stem(word) if len(word) > 1 else ""
+    return one_a_script(language_in_force()).stem(word) if len(word) > 1 or is_unspaced(word) else ""
 
 
 def _occurrences(ids: np.ndarray, wanted: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, np.ndarray]]:

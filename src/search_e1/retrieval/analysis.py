@@ -21,7 +21,6 @@ from search_e1.retrieval.function_words import LISTED, stop_words
 from search_e1.runs.languages import ENGLISH, NAMES, NONE, character_pattern, fold, is_unspaced, join, parse, word_pattern
 from search_e1.runs.nfc import nfc
 
-AUTO = "auto"
 VERSION = 1
 """Of all rules but English's; part of an index's settings."""
 _SCRIPTS = (
@@ -127,6 +126,15 @@ def analysis_of(language: str) -> Analysis:
         ConfigError: an unknown code, or two languages of one script.
     """
     return Analysis(parse(language, "language"))
+
+
+@cache
+def one_a_script(language: str) -> Analysis:
+    """The analysis of ``language`` without the codes whose script an earlier one has."""
+    scripts: dict[str, str] = {}
+    for code in parse(language, "language"):
+        scripts.setdefault(_SCRIPT_OF.get(code, "latin"), code)
+    return analysis_of(join(tuple(scripts.values())))
 
 
 class Detected(NamedTuple):

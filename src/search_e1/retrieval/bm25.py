@@ -12,13 +12,13 @@ import numpy as np
 
 from search_e1.errors import DataError
 from search_e1.retrieval import directory as directories
-from search_e1.retrieval.analysis import AUTO, VERSION, Analysis, analysis_of, detect
+from search_e1.retrieval.analysis import VERSION, Analysis, analysis_of, detect
 from search_e1.retrieval.base import Hit
 from search_e1.retrieval.bm25_build import K1, MAX_SCORES, WORDS, B, build
 from search_e1.retrieval.bm25s_import import bm25s
 from search_e1.retrieval.directory import IndexManifest, StoredIndex
 from search_e1.retrieval.passages import Passages, hash64
-from search_e1.runs.languages import ENGLISH
+from search_e1.runs.languages import AUTO, ENGLISH
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Passage
 

@@ -48,9 +48,6 @@ _COUNTED, _STEMS = "counted.json", "stems.txt"
 _NUMBERS = ("lengths.i4", "distinct.i4", "words.i4", "counts.i4")
 """int32. Per passage: words, distinct words. Per posting, by passage: word id, count."""
 
-stem = analysis_of(ENGLISH).stem
-"""The English stem of a lower-case word, or "" for a stop word."""
-
 
 def build(
     passages: Passages,

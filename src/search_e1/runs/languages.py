@@ -22,6 +22,8 @@ NAMES = {
     "sv": "swedish", "ta": "tamil", "th": "thai", "tr": "turkish", "uk": "ukrainian", "vi": "vietnamese", "zh": "chinese",
 }  # fmt: skip
 """Code -> English name, by which Snowball calls its stemmer if it has one."""
+AUTO = "auto"
+"""In place of codes: those of a sample of the corpus."""
 NONE = "none"
 """In place of a code: no language's words or endings are known."""
 _JOINED = "+"

@@ -26,6 +26,7 @@ from search_e1.rollout.engines.endpoint import Endpoint
 from search_e1.rollout.engines.registry import check_engine, open_engine
 from search_e1.rollout.rewards import open_reward
 from search_e1.runs import Artifact
+from search_e1.runs.languages import AUTO
 from search_e1.runs.progress import Progress, silent
 from search_e1.text.prompts import TEMPLATE_TOKENS, plain_prompt
 from search_e1.text.protocols import protocol_of
@@ -152,11 +153,12 @@ class Inputs:
                 shutil.rmtree(place, ignore_errors=True)  # complete, but perhaps of other settings
                 dense = DenseSettings(retrieval.encoder, retrieval.faiss) if kind == "dense" and retrieval.encoder else None
                 with self.watch("index") as progress:
-                    build_index(corpus, place, progress, dense=dense, source=checksum)
+                    build_index(corpus, place, progress, dense=dense, source=checksum, language=retrieval.language)
                 place.rename(out / kind)
             return {}
 
         settings = {} if retrieval.kind == "bm25" else retrieval.model_dump(include={"kind", "encoder", "faiss"})
+        settings |= {} if retrieval.language == AUTO else {"language": retrieval.language}
         return runs.artifact(
             self.root / "index", stage="index", settings=settings, inputs={"corpus": checksum}, seed=0, make=make,
             defaults=lambda path: default_of(("retrieval", *path)),
