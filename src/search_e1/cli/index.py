@@ -18,6 +18,7 @@ from search_e1.cli.options import (
 )
 from search_e1.errors import ConfigError
 from search_e1.retrieval.convention import EncoderSettings
+from search_e1.runs.languages import AUTO
 
 ColumnOption = Annotated[
     list[str] | None,
@@ -56,6 +57,10 @@ def index_build(
         int | None,
         typer.Option(min=1, help="Processes that count words (bm25). Default: one a core, at most 8."),
     ] = None,
+    language: Annotated[
+        str,
+        typer.Option("--language", help="Of its words (bm25), e.g. de, or en+zh. auto: that of a sample; none: no stems."),
+    ] = AUTO,
     encoder: Annotated[
         str | None, typer.Option("--encoder", help="Directory of an encoder, or a Hub id. For --kind dense.")
     ] = None,
@@ -76,6 +81,8 @@ def index_build(
     settings = encoder_settings(encoder, **encoder_options)
     if (kind == "dense") != (settings is not None):
         raise ConfigError("--kind dense and --encoder go together; a bm25 index has no encoder")
+    if kind == "dense" and language != AUTO:
+        raise ConfigError("--language is for a bm25 index; a dense one is in the languages of its encoder")
     dense = DenseSettings(settings, faiss, parameters) if settings else None
     refuse_existing(out)  # before the corpus is read for its checksum
     read = Corpus(
@@ -87,7 +94,7 @@ def index_build(
     )
     cores = processes or min(8, os.cpu_count() or 1)
     with watch(console, 1)("index") as progress:
-        build_index(read, out, progress, dense=dense, source=read.checksum(), processes=cores)
+        build_index(read, out, progress, dense=dense, source=read.checksum(), processes=cores, language=language)
     if read.skipped:
         console.print(read.report(), style="yellow", highlight=False, soft_wrap=True)
     console.print(f"{out}", highlight=False, soft_wrap=True)
