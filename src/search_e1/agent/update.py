@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 
-from search_e1.agent import card
 from search_e1.agent.bundle import FILE, Bundle
 from search_e1.data.corpus import Corpus
 from search_e1.errors import ConfigError, DataError
@@ -117,6 +116,8 @@ def _switch(place: Path, encoder: EncoderSettings | None, device: str) -> None:
 
 def _tell_in_card(place: Path, before: Bundle, after: Bundle) -> None:
     """Say in the model card what is searched now, and that its figures are from before."""
+    from search_e1.agent import card  # imports torch, which an index that stands alone need not wait for
+
     file = place / card.FILE
     was, now = (f"checksum `{bundle.checksum}`" for bundle in (before, after))
     text = file.read_text(encoding="utf-8") if file.is_file() else ""

@@ -15,6 +15,7 @@ from search_e1.retrieval.convention import EncoderSettings
 from search_e1.retrieval.indexes import build_index, open_index
 from search_e1.retrieval.passages import Passages, hash64
 from search_e1.runs import sync
+from search_e1.runs.languages import ENGLISH
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Passage
 
@@ -78,8 +79,8 @@ def build_updated(
     """
     settings = directories.read(index).settings
     if directories.read(index).kind == "bm25":
-        language = {"language": settings["language"]} if "language" in settings else {}
-        return build_index(corpus, out, progress, source=source, processes=processes, **language), 0
+        language = settings.get("language", ENGLISH)  # an index from before there were others names none
+        return build_index(corpus, out, progress, source=source, processes=processes, language=language), 0
     opened: Any = open_index(index, encoder, device=device)
     reusing = _Reusing(opened, device)
     layout = {"index": settings["factory"], "parameters": settings["parameters"]}
