@@ -12,6 +12,7 @@ from rich.text import Text
 
 from search_e1.cli.audit import audit
 from search_e1.cli.ingest import ingest
+from search_e1.cli.questions import questions
 from search_e1.errors import ConfigError
 from search_e1.runs.safe import printable
 
@@ -36,6 +37,7 @@ def _data() -> None:
 
 app.command()(audit)
 app.command()(ingest)
+app.command()(questions)
 
 
 @app.command()

@@ -1,0 +1,141 @@
+"""The verb ``search-e1 data questions``: question-answer pairs from passages, and what a review makes of them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from search_e1.cli.options import EncoderOption, encoder_settings
+from search_e1.errors import ConfigError, RunError
+from search_e1.runs.safe import printable
+
+if TYPE_CHECKING:
+    from search_e1.questions.completions import Costs
+    from search_e1.questions.make import Made
+    from search_e1.questions.review import Reviewed
+
+console = Console(highlight=False, markup=False, emoji=False)
+
+
+def questions(
+    out: Annotated[Path, typer.Option("--out", help="New directory of the question files.")],
+    corpus: Annotated[
+        list[str] | None, typer.Option("--corpus", help="Passages, as for `search-e1 index build`. Repeatable.")
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option("--endpoint", help="OpenAI-compatible server that writes the questions; key: SEARCH_E1_API_KEY."),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Its name for the model.")] = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="Directory or GGUF file of a model that writes them on this machine.")
+    ] = None,
+    by: Annotated[Literal["rule"] | None, typer.Option("--by", help="`rule`: by rules, without a model.")] = None,
+    number: Annotated[int, typer.Option("--number", min=1, help="Questions to make, of both splits together.")] = 200,
+    two_hop: Annotated[float, typer.Option(min=0, max=1, help="Share of them that take two linked passages.")] = 0.25,
+    depth: Annotated[int, typer.Option(min=1, help="The retriever finds each passage within so many.")] = 10,
+    index: Annotated[
+        list[Path] | None, typer.Option("--index", help="Index of the corpus. Default: BM25, built meanwhile. Repeatable.")
+    ] = None,
+    encoder: EncoderOption = None,
+    eval_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the questions, from documents of their own.")] = 0.2,
+    per_passage: Annotated[int, typer.Option(min=1, max=10, help="Most questions of one passage or pair.")] = 2,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the writing; answers are greedy.")] = 0.7,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=8, help="Of one reply. Default: 1024 from an endpoint, 192 from a policy.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests to the endpoint under way together.")] = 8,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for one attempt of a request.")] = 300.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of choice, split and sampling.")] = 0,
+    review: Annotated[
+        Path | None, typer.Option("--review", help="A reviewed review.csv: write what it keeps, instead of making questions.")
+    ] = None,
+) -> None:
+    """Make questions with short answers from passages, filter them, and split them by document; or apply a review of them."""
+    if out.exists() or out.is_symlink():
+        raise RunError(f"{out} exists; give another --out, or remove it")
+    if review is not None:
+        if corpus or endpoint or policy or by:
+            raise ConfigError("--review goes with --out alone; make the questions first, then review them")
+        from search_e1.questions.review import apply
+
+        _show_review(apply(review, out), out)
+        return
+    if not corpus:
+        raise ConfigError("no passages; give --corpus FILE-OR-DIRECTORY, or --review FILE of questions that were made")
+    if sum(map(bool, (endpoint, policy, by))) != 1:
+        raise ConfigError("who writes the questions? Give one of --endpoint URL --model NAME, --policy DIR, --by rule")
+    if bool(endpoint) != bool(model):
+        raise ConfigError("--endpoint and --model belong together; give both")
+    if eval_share == 1:
+        raise ConfigError("--eval-share 1 leaves no training questions; give a share below 1")
+    from search_e1.cli.display import watch
+    from search_e1.data.corpus import Corpus
+    from search_e1.questions.make import Request, make_questions
+    from search_e1.questions.opening import By
+    from search_e1.retrieval.indexes import open_indexes
+
+    request = Request(tuple(corpus), number, two_hop, depth, eval_share, per_passage, seed)
+    written_by = By(out, endpoint, model, policy, temperature, max_tokens, concurrency, timeout, per_passage, seed)
+    retriever = open_indexes(index, encoder_settings(encoder)) if index else None
+    read = Corpus(*corpus)
+    passages, checksum = list(read), read.checksum()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {**written_by.settings(), "index": retriever.checksum if retriever else None}
+    with watch(console, 1)("questions") as progress:
+        made = make_questions(
+            request,
+            passages,
+            out,
+            written_by.open,
+            checksum=checksum,
+            settings=settings,
+            retriever=retriever,
+            progress=progress,
+        )
+    written_by.forget()
+    _show(made, written_by.costs, out, corpus)
+
+
+def _show(made: "Made", costs: "Costs | None", out: Path, corpus: Sequence[str]) -> None:
+    """What is left after each filter, what it cost, and a config. Fits 80 columns."""
+    from search_e1.cli.display import plain_table
+
+    table = plain_table("Questions left after each filter", "", "one hop", "two hops", "all", "of written")
+    written = sum(made.funnel["written"])
+    for step, (one, two) in made.funnel.items():
+        table.add_row(step, str(one), str(two), str(one + two), f"{(one + two) / max(1, written):.3f}")
+    console.print(table)
+    console.print(f"\nwritten of {made.candidates[0]:,} passages and {made.candidates[1]:,} linked pairs")
+    for note in made.notes:
+        console.print(Text(printable(note), style="yellow"), soft_wrap=True)
+    if costs:
+        tokens = f"{costs.prompt_tokens:,} prompt and {costs.completion_tokens:,} completion tokens"
+        reused = f"; {costs.reused:,} replies of an interrupted call used again" if costs.reused else ""
+        console.print(f"{costs.requests:,} requests, {tokens}{reused}", soft_wrap=True)
+    counts = ", ".join(f"{len(drafts)} in {name}.jsonl" for name, drafts in made.questions.items())
+    console.print(f"{out}: {counts}; look through {out / 'review.csv'}", soft_wrap=True)
+    _show_config(out, corpus, [name for name, drafts in made.questions.items() if drafts])
+
+
+def _show_config(out: Path, corpus: Sequence[str], files: Sequence[str]) -> None:
+    console.print("\nFor a config:\n\n[data]")
+    if corpus:
+        print(f"corpus = {json.dumps(list(corpus), ensure_ascii=False)}")
+    if "train" in files:
+        print(f"train = [{json.dumps(str(out / 'train.jsonl'), ensure_ascii=False)}]")
+    if "eval" in files:
+        print(f"\n[data.eval]\nmade = {json.dumps(str(out / 'eval.jsonl'), ensure_ascii=False)}")
+
+
+def _show_review(reviewed: "Reviewed", out: Path) -> None:
+    counts = ", ".join(f"{reviewed.counts[what]} {what}" for what in ("accepted", "edited", "dropped"))
+    kept = ", ".join(f"{len(questions)} in {name}.jsonl" for name, questions in reviewed.questions.items())
+    for note in reviewed.notes:
+        console.print(Text(printable(note), style="yellow"), soft_wrap=True)
+    console.print(f"{counts}\n{out}: {kept}", soft_wrap=True)
+    _show_config(out, (), [name for name, questions in reviewed.questions.items() if questions])
