@@ -12,12 +12,15 @@ from search_e1.agent import card
 from search_e1.agent.bundle import Bundle, open_retriever
 from search_e1.agent.update import update_indexes
 from search_e1.cli.main import app
-from search_e1.config import RolloutConfig
+from search_e1.config import Config, RolloutConfig
 from search_e1.data.corpus import Corpus
-from search_e1.errors import ConfigError, DataError
+from search_e1.errors import ConfigError, DataError, RunError
 from search_e1.retrieval.convention import EncoderSettings
 from search_e1.retrieval.indexes import DenseSettings, build_index, open_index, open_indexes
 from search_e1.retrieval.update import Change
+from search_e1.stages.evaluate import Recall
+from search_e1.stages.inputs import Inputs
+from search_e1.stages.runner import StageRunner
 from tiny_encoder import make_tiny_encoder
 
 QUERIES = ["green river", "seven hills", "purple mountain"]
@@ -161,6 +164,20 @@ def test_what_figures_or_a_bundle_are_bound_to_is_refused(tmp_path: Path) -> Non
         update_indexes([tmp_path / "agent", tmp_path / "run"], changed)
     with pytest.raises(DataError, match="not an index"):
         update_indexes([tmp_path / "c"], changed)
+
+
+def test_figures_made_with_the_old_index_are_not_taken_for_those_of_the_new_one(tmp_path: Path) -> None:
+    index, run = tmp_path / "index", tmp_path / "run"
+    build_index(corpus(tmp_path / "c"), index)
+    (tmp_path / "q.jsonl").write_text('{"id": "q", "question": "What hills?", "golden_answers": ["purple"]}\n')
+    data = {"train": tmp_path / "q.jsonl", "eval": {"tiny": tmp_path / "q.jsonl"}}
+    config = Config.model_validate({"run": run, "policy": {"model": "small"}, "data": data, "retrieval": {"index": index}})
+    StageRunner(Inputs(config, run)).make(Recall())
+    update_indexes([index], corpus(tmp_path / "c", changed=True))
+    later = Inputs(config, run)
+    with pytest.raises(RunError, match=r"recall was made of something else[\s\S]*inputs\.retrieval"):
+        StageRunner(later).make(Recall())
+    assert [hit.id for hit in later.retriever.search(["purple mountain"], 1)[0]] == ["new"]  # which `ask --config` searches
 
 
 def test_the_command_says_what_changed(tmp_path: Path) -> None:
