@@ -199,9 +199,7 @@ def test_aliases_are_answers(tmp_path: Path) -> None:
     )
     made = prepared(eval=(str(lines),))
     assert [row.question.answers for row in made.parts[0].rows] == [("Oslo", "Kristiania", "Christiania"), ("Ann",)]
-    assert made.warnings == [
-        "musique.test.jsonl: the answers are those of the columns answer, answer_aliases; --column answers=COLUMN chooses"
-    ]
+    assert made.warnings == []
     chosen = prepared(eval=(str(lines),), columns=Columns.parse(["answers=answer"]))
     assert [row.question.answers for row in chosen.parts[0].rows] == [("Oslo",), ("Ann",)]
 

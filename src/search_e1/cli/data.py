@@ -65,6 +65,9 @@ def prepare(
     ] = None,
     separator: Annotated[str | None, typer.Option(help="Separates several answers in one cell, e.g. '|'.")] = None,
     duplicates: Annotated[Duplicates, typer.Option(help="What to do with duplicate questions.")] = Duplicates.KEEP,
+    keep_unanswerable: Annotated[
+        bool, typer.Option("--keep-unanswerable", help="Keep questions that their data set (MuSiQue) calls unanswerable.")
+    ] = False,
     drop_leaks: Annotated[bool, typer.Option("--drop-leaks", help="Remove evaluation questions from training.")] = False,
     dev_share: Annotated[float | None, typer.Option(help="Share of your own training file set aside for evaluation.")] = None,
     max: Annotated[int | None, typer.Option("--max", min=1, help="Maximum number of questions of each file.")] = None,
@@ -94,6 +97,7 @@ def prepare(
         revision=revision,
         columns=Columns.parse(column or (), separator),
         duplicates=duplicates.value,
+        keep_unanswerable=keep_unanswerable,
         drop_leaks=drop_leaks,
         dev_share=dev_share,
         max_train=max_train or max,

@@ -139,7 +139,7 @@ def _question(row: Mapping[str, Any], benchmark: str, where: str) -> Question:
     question = to_question(row, benchmark, where)
     text = question.text.strip()
     known = {key: value for key, value in question.metadata.items() if value is not None}
-    metadata = {**_annotation(known, benchmark), **{k: v for k, v in known.items() if k not in (*_BULK, "evidences")}}
+    metadata = {**annotation(known, benchmark), **{k: v for k, v in known.items() if k not in (*_BULK, "evidences")}}
     metadata.pop("supporting_facts", None)
     prefixed = question.id.startswith(f"{benchmark}_")
     if not prefixed:
@@ -154,7 +154,7 @@ def _question(row: Mapping[str, Any], benchmark: str, where: str) -> Question:
     )
 
 
-def _annotation(metadata: Mapping[str, Any], benchmark: str) -> dict[str, Any]:
+def annotation(metadata: Mapping[str, Any], benchmark: str) -> dict[str, Any]:
     """``hops``, ``supporting_titles`` and ``evidences``, where the collection's metadata give them."""
     found: dict[str, Any] = {}
     steps = metadata.get("question_decomposition") or []

@@ -44,6 +44,8 @@ class Request:
     columns: Columns = field(default_factory=Columns)
     duplicates: Duplicates = "keep"
     """What to do with duplicates in the training files together, or in one evaluation file."""
+    keep_unanswerable: bool = False
+    """Keep questions of users' files that their data set calls unanswerable."""
     drop_leaks: bool = False
     """Remove training questions that are also evaluation questions."""
     dev_share: float | None = None
@@ -198,7 +200,7 @@ def _resolve(text: str, role: Role, request: Request) -> list[Part]:
         name = name if equals else user_files.benchmark_name(path)
         if not name.replace("-", "").replace("_", "").isalnum():
             raise ConfigError(f"{text}: {name!r} cannot be a name; use letters, digits, - and _")
-        loaded = user_files.load(path, name, request.columns)
+        loaded = user_files.load(path, name, request.columns, keep_unanswerable=request.keep_unanswerable)
         return [_part(name, "train" if role == "train" else "test", role, loaded, users=True)]
     name, _, split = text.partition(":")
     if name.lower() != "all":

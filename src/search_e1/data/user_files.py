@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -18,14 +18,17 @@ from typing import Any
 from uuid import UUID
 
 from search_e1.data import sources
+from search_e1.data.formats import layouts
+from search_e1.data.formats.arrays import array_items, is_array
 from search_e1.data.lines import checksum, parse, read_lines
 from search_e1.data.questions import Loaded, to_question, whole_number
 from search_e1.data.tables import SUFFIXES as TABLES
 from search_e1.data.tables import Cell, table_rows
 from search_e1.errors import ConfigError, DataError
+from search_e1.runs import sha256_text
 from search_e1.types import Question
 
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz")
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
 PARQUET = (".parquet",)
 SUFFIXES = (*JSON_LINES, *TABLES, *PARQUET)
 
@@ -95,29 +98,70 @@ class Columns:
         return cls(**chosen, answers=tuple(answers), more=tuple(more.items()), separator=separator)
 
 
-def load(path: Path, name: str, columns: Columns) -> Loaded:
+def load(path: Path, name: str, columns: Columns, *, keep_unanswerable: bool = False) -> Loaded:
     """The questions of one file; ``name`` is their benchmark and the prefix of generated ids.
 
-    A generated id is a hash of question and answers, so that it does not depend on the order of the rows.
+    A generated id is a hash of question and answers, so that it does not depend on the order of the rows. Without columns of
+    its own, a file in the layout of a published data set is read as such; questions that it calls unanswerable are left out.
 
     Raises:
         DataError: the file cannot be read, lacks a column, or a row is no question; names file and line (of Parquet, row).
     """
     questions: list[tuple[str, Question]] = []
     made: dict[str, int] = {}
-    read = _Notes(columns)
+    read = _Published(path) if replace(columns, separator=None) == Columns() else None
+    notes = _Notes(columns)
     for where, row in _rows(path):
-        record = _record(row, columns, where)
-        read.add(row, where)
+        if read and read.knows(row):
+            record = read.record(row, where)
+            if record["metadata"].get("unanswerable") and not keep_unanswerable:
+                read.left_out.append(where)
+                continue
+        else:
+            record = _record(row, columns, where)
+            notes.add(row, where)
         if not record["id"]:
             text = json.dumps([record["question"], record["golden_answers"]], ensure_ascii=False)
             id = f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
             made[id] = made.get(id, 0) + 1
             record["id"] = id if made[id] == 1 else f"{id}_{made[id]}"
         questions.append((where, to_question(record, name, where)))
+    said = (*(read.lines() if read else ()), *notes.lines())
     if not questions:
-        raise DataError(f"{path}: no questions in it; give a file with a question a line")
-    return Loaded(questions, str(path), checksum(path), notes=tuple(read.lines()))
+        alone = " but unanswerable ones (--keep-unanswerable)" if read and read.left_out else ""
+        raise DataError(f"{path}: no questions in it{alone}; give a file with a question a line")
+    sums = checksum(path) if not (read and read.aliases) else sha256_text(checksum(path) + checksum(read.aliases_file))
+    return Loaded(questions, str(path), sums, notes=said)
+
+
+class _Published:
+    """How a file in the layout of a published data set is read; the layout is that of its first row."""
+
+    def __init__(self, path: Path) -> None:
+        self.aliases_file = path.with_name(layouts.ALIASES)
+        self.aliases: layouts.Aliases = {}
+        self.left_out: list[str] = []
+        """Places of unanswerable questions."""
+        self._layout: layouts.Layout | None = None
+        self._first = True
+
+    def knows(self, row: Mapping[str, Any]) -> bool:
+        if self._first:
+            self._first, self._layout = False, layouts.layout_of(row)
+            if row.get("answer_id") and self.aliases_file.exists():
+                self.aliases = layouts.read_aliases(self.aliases_file)
+        return self._layout is not None
+
+    def record(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        assert self._layout
+        return layouts.read(self._layout, row, self.aliases, where)
+
+    def lines(self) -> Iterable[str]:
+        if self.aliases:
+            yield f"answers have the other names that {self.aliases_file} gives them"
+        if self.left_out:
+            number = f"{len(self.left_out)} unanswerable questions are left out ({self.left_out[0]})"
+            yield f"{number}; --keep-unanswerable keeps them"
 
 
 class _Notes:
@@ -173,6 +217,9 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from table_rows(path)
     elif name.endswith(PARQUET):
         yield from _parquet_rows(path)
+    elif is_array(path):
+        for number, item in array_items(path):
+            yield f"{path}:{number}", parse(item, f"{path}:{number}", unique=True)
     elif name.endswith(JSON_LINES):
         for number, row in read_lines(path):
             yield f"{path}:{number}", row
