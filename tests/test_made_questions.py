@@ -71,6 +71,7 @@ def test_rules_read_facts_about_the_title():
         "Red Dust is a film directed by Ann Moss and Bo Lee.",  # two right answers
         "Red Dust is a film about a man who was directed by Ann Moss.",  # another thing's
         "The sequel was released in 1932.",  # about something else
+        "Red Dust is a film based on Ann Moss's novel.",
         "Red Dust is a film. It was released in 1932 or in 1933.",
         "Version: 1\nVersion: 2",
     ],
@@ -124,6 +125,7 @@ def test_two_hops_hide_what_links_them():
         ("What is the population of Belden?", "a b c d e f g h i j k", "a long answer"),
         ("Where is the town of Belden in Ohio?", "the Ohio", "the answer is in the question"),
         ("What is the population of Belden?", "...", "no answer"),
+        ("In what year was Ann Moss (1704-1784) born?", "1704", "the answer is in the question"),
     ],
 )
 def test_well_formed(text: str, answer: str, why: str):

@@ -49,7 +49,8 @@ def well_formed(draft: Draft) -> str:
     if not any(map(normalize_answer, draft.answers)):
         return "no answer"
     asked = f" {normalize_answer(text)} "
-    return "the answer is in the question" if any(f" {normalize_answer(a)} " in asked for a in draft.answers) else ""
+    given = (f" {normalize_answer(a)} " in asked or find_name(a, text) for a in draft.answers)
+    return "the answer is in the question" if any(given) else ""
 
 
 def in_passage(draft: Draft) -> str:

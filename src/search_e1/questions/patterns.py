@@ -43,7 +43,7 @@ PRONOUN = re.compile(
 YEAR = re.compile(r"\b(?:1[0-9]|20)\d\d\b(?![,.]\d|\s?%)")
 _MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
 _DATE = rf"(?:\d{{1,2}} )?(?:(?:{_MONTH}) )?(?:\d{{1,2}}, )?"
-BORN = re.compile(rf" \([^()]*?\bborn (?:[A-Z][^()]*? )??{_DATE}(?P<born>(?:1[0-9]|20)\d\d)\b[^()]*\)")
+BORN = re.compile(rf"\s*\([^()]*?\bborn (?:[A-Z][^()]*? )??{_DATE}(?P<born>(?:1[0-9]|20)\d\d)\b[^()]*\)")
 LIFE = re.compile(
     rf" \((?:[^()\d]*[;,] )?{_DATE}(?P<born>(?:1[0-9]|20)\d\d)\s*[\u2013\u2014-]\s*{_DATE}(?P<died>(?:1[0-9]|20)\d\d)\)"
 )

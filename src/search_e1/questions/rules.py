@@ -210,10 +210,11 @@ def _of_sentence(sentence: str, passage: Passage) -> Iterator[Fact]:
     rest = sentence[len(title) :] if sentence.startswith(title) else sentence[pronoun.end() :] if pronoun else sentence
     for phrase, (question, _) in RELATIONS.items():
         match = re.search(rf"\b{phrase} (?P<name>{NAME})(?P<after>.{{0,6}})", rest)
-        # A list has more than one right answer.
+        # A list has more than one right answer; where something is "based on X's novel", X is none.
         if (
             match
             and not re.match(r",? (?:and|or|&) |, [A-Z]", match["after"])
+            and not match["name"].endswith(("'s", "\u2019s"))
             and not NOT_ITS_OWN.search(rest[: match.start()])
         ):
             yield Fact("relation", question, match["name"].rstrip(".,'"))
