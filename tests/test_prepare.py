@@ -288,7 +288,7 @@ BAD_FILES = {
     "header alone": ("a.csv", "question,answers\n", (), "a.csv: no questions in it"),
     "no Parquet": ("a.parquet", "question", (), "a.parquet: cannot be read ("),
     "cut .gz": ("a.csv.gz", gzip.compress(b"question,answers\nW?,x\n")[:-9], (), "a.csv.gz"),
-    "unknown kind": ("./a.xlsx", "x", (), "a.xlsx: what kind of file is it? known: .jsonl"),
+    "unknown kind": ("./a.ods", "x", (), "a.ods: what kind of file is it? known: .jsonl"),
     "hops no number": (
         "a.csv",
         "question,answers,hops\nW?,x,two\n",

@@ -18,7 +18,7 @@ from typing import Any
 from uuid import UUID
 
 from search_e1.data import sources
-from search_e1.data.formats import layouts
+from search_e1.data.formats import layouts, sheets
 from search_e1.data.formats.arrays import array_items, is_array
 from search_e1.data.lines import checksum, parse, read_lines
 from search_e1.data.questions import Loaded, to_question, whole_number
@@ -30,7 +30,7 @@ from search_e1.types import Question
 
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
 PARQUET = (".parquet",)
-SUFFIXES = (*JSON_LINES, *TABLES, *PARQUET)
+SUFFIXES = (*JSON_LINES, *TABLES, *PARQUET, sheets.SUFFIX)
 
 _FIELDS = ("question", "answers", "id", "hops", "metadata")
 _ANSWERS = ("golden_answers", "answers", "answer", "answer_aliases", "possible_answers")
@@ -111,7 +111,8 @@ def load(path: Path, name: str, columns: Columns, *, keep_unanswerable: bool = F
     made: dict[str, int] = {}
     read = _Published(path) if replace(columns, separator=None) == Columns() else None
     notes = _Notes(columns)
-    for where, row in _rows(path):
+    sheet_notes: list[str] = []
+    for where, row in _rows(path, columns.question, sheet_notes):
         if read and read.knows(row):
             record = read.record(row, where)
             if record["metadata"].get("unanswerable") and not keep_unanswerable:
@@ -126,7 +127,7 @@ def load(path: Path, name: str, columns: Columns, *, keep_unanswerable: bool = F
             made[id] = made.get(id, 0) + 1
             record["id"] = id if made[id] == 1 else f"{id}_{made[id]}"
         questions.append((where, to_question(record, name, where)))
-    said = (*(read.lines() if read else ()), *notes.lines())
+    said = (*(read.lines() if read else ()), *sheet_notes, *notes.lines())
     if not questions:
         alone = " but unanswerable ones (--keep-unanswerable)" if read and read.left_out else ""
         raise DataError(f"{path}: no questions in it{alone}; give a file with a question a line")
@@ -210,13 +211,15 @@ def benchmark_name(path: Path) -> str:
     return re.sub(r"[^\w-]+", "-", path.name.partition(".")[0]).strip("-") or "mine"
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(path: Path, question: str, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and content of each row."""
     name = path.name.lower()
     if name.endswith(TABLES):
         yield from table_rows(path)
     elif name.endswith(PARQUET):
         yield from _parquet_rows(path)
+    elif name.endswith(sheets.SUFFIX):
+        yield from sheets.sheet_rows(path, question, notes)
     elif is_array(path):
         for number, item in array_items(path):
             yield f"{path}:{number}", parse(item, f"{path}:{number}", unique=True)
