@@ -100,6 +100,35 @@ def index_build(
     console.print(f"{out}", highlight=False, soft_wrap=True)
 
 
+@app.command("import")
+@with_options(EncoderSettings, without=("model",))
+def index_import(
+    corpus: Annotated[list[str], typer.Option("--corpus", help="The passages, in the order of the vectors; as for `build`.")],
+    faiss: Annotated[Path, typer.Option("--faiss", help="File of FAISS's index, e.g. e5_Flat.index.")],
+    encoder: Annotated[str, typer.Option("--encoder", help="The encoder of its vectors: a directory, or a Hub id.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory of the new index.")],
+    column: ColumnOption = None,
+    prefix_ids: PrefixOption = False,
+    parameters: ParametersOption = None,
+    **encoder_options: Any,
+) -> None:
+    """Take over an index that FAISS made of a corpus: its vectors are searched as they are, none is computed again."""
+    from search_e1.cli.display import watch
+    from search_e1.data.corpus import Corpus
+    from search_e1.data.formats.passages import CorpusColumns
+    from search_e1.retrieval.directory import refuse_existing
+    from search_e1.retrieval.indexes import DenseSettings, import_index
+
+    settings = encoder_settings(encoder, **encoder_options)
+    assert settings
+    refuse_existing(out)
+    read = Corpus(*corpus, columns=CorpusColumns.parse(column or ()), prefix_ids=prefix_ids)
+    dense = DenseSettings(settings, parameters=parameters)
+    with watch(console, 1)("index") as progress:
+        import_index(read, out, faiss, dense, progress, read.checksum())
+    console.print(f"{out}", highlight=False, soft_wrap=True)
+
+
 app.command("update")(index_update)
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import struct
 from collections.abc import Iterable, Mapping
 from importlib.metadata import packages_distributions
@@ -37,6 +38,7 @@ CHUNK = 4096
 _ADD_BATCH = 65_536  # vectors
 _MIN_TRAINING = 100_000  # vectors; FAISS requires 39 a centroid, and 8-bit codes need no more
 _PER_LIST = 50  # training vectors for each inverted list
+_CHECKED, _CHECKED_TOPK = 16, 10  # passages of an index that is taken over, and how near each must be to its own vector
 
 
 _PACKAGES = ("numpy", "torch", "transformers", "sentence-transformers")
@@ -153,6 +155,59 @@ class DenseIndex(StoredIndex):
         return cls(directory, manifest, encoder, wanted.parameters)
 
     @classmethod
+    def take_over(
+        cls,
+        corpus: Iterable[Passage],
+        directory: Path,
+        encoder: Encoder,
+        progress: Progress = silent,
+        *,
+        file: Path,
+        parameters: str | None = None,
+        source: str | None = None,
+    ) -> Self:
+        """Make an index in ``directory`` of FAISS's own index in ``file``, whose vector n is that of passage n of ``corpus``.
+
+        No vector is computed again: ``file`` is linked into ``directory``, or copied if that is on another file system. Without
+        ``parameters`` it is searched with those it holds. ``source``: see ``build``.
+
+        Raises:
+            DataError: ``file`` cannot be read, is of a kind that is not supported, or does not belong to ``corpus``.
+            ConfigError: its dimension is not the encoder's, or FAISS does not know the parameters.
+            RunError: ``directory`` exists, or cannot be written.
+        """
+        kind = _check_file(file, encoder, parameters or "")
+        about = {"encoder": encoder.checksum, "dtype": encoder.dtype}
+        stat = file.stat()
+        started = source and {
+            "kind": KIND,
+            "source": source,
+            **about,
+            "file": [str(file.absolute()), stat.st_size, stat.st_mtime],
+        }
+        with directories.building(directory, started or None) as work:
+            passages = work.passages(corpus, progress)
+            (work.path / _INDEX).unlink(missing_ok=True)
+            try:
+                os.link(file.resolve(), work.path / _INDEX)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(file, work.path / _INDEX)
+            wanted = Layout(kind, kind, None, parameters or "")
+            settings = {**about, **wanted._asdict(), "metric": "inner product", "dimension": encoder.dimension}
+            index = _read(work.path, settings)
+            if index.ntotal != len(passages):
+                raise DataError(
+                    f"{file}: holds {index.ntotal:,} vectors, and the corpus {len(passages):,} passages; give the corpus that "
+                    "it was made of, in its order"
+                )
+            _tune(index, wanted.parameters)
+            _check_vectors(index, passages, encoder, file)
+            made = {"model": encoder.name, "convention": encoder.convention.model_dump()}
+            (work.path / _ENCODER).write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            manifest = work.finish(KIND, passages, settings, (*_PACKAGES, *packages_distributions()["faiss"]))
+        return cls(directory, manifest, encoder, wanted.parameters)
+
+    @classmethod
     def open(
         cls,
         directory: Path,
@@ -204,6 +259,49 @@ class DenseIndex(StoredIndex):
             [self.passages.hit(row, score) for row, score in zip(*found, strict=True) if row >= 0]  # padded with -1
             for found in zip(rows.tolist(), scores.tolist(), strict=True)
         ]
+
+
+def _check_file(file: Path, encoder: Encoder, parameters: str) -> str:
+    """The kinds of FAISS's index in ``file``, outermost first, e.g. ``IndexPreTransform IndexIVFPQ``."""
+    if not file.is_file():
+        raise DataError(f"{file}: no such file; give the file of an index of FAISS")
+    try:
+        index = faiss.read_index(str(file), _MAPPED)
+    except RuntimeError as error:
+        raise DataError(f"{file}: not an index that FAISS {faiss.__version__} reads ({_message(error)})") from None
+    kinds: list[str] = []
+    inner: Any = index
+    while inner is not None:
+        inner = faiss.downcast_index(inner)
+        kinds.append(type(inner).__name__)
+        inner = next((getattr(inner, name) for name in ("base_index", "index", "storage") if hasattr(inner, name)), None)
+    if any(kind.startswith("IndexIDMap") for kind in kinds):
+        raise DataError(f"{file}: {kinds[0]} numbers its vectors itself; take one whose vector n is the corpus's passage n")
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise DataError(f"{file}: {kinds[0]} ranks by distance, not by inner product; build it with METRIC_INNER_PRODUCT")
+    if index.d != encoder.dimension:
+        raise ConfigError(
+            f"{file}: vectors of {index.d} dimensions, and encoder {encoder.name} gives {encoder.dimension}; give the encoder "
+            "that made them"
+        )
+    try:
+        _tune(index, parameters)
+    except RuntimeError as error:
+        raise ConfigError(f"parameters {parameters!r} of {file}: {_message(error)}") from None
+    return " ".join(kinds)
+
+
+def _check_vectors(index: Any, passages: Passages, encoder: Encoder, file: Path) -> None:
+    """Of a few passages, search with their own vectors: an index of another encoder or order does not find them."""
+    rows = sorted({len(passages) * i // _CHECKED for i in range(_CHECKED)})
+    vectors = encoder.passages([next(passages.contents(row, row + 1)) for row in rows])
+    found = index.search(vectors, min(_CHECKED_TOPK, len(passages)))[1].tolist()
+    own = sum(row in near for row, near in zip(rows, found, strict=True))
+    if 4 * own < len(rows):  # coarse codes do not find all of them either
+        raise DataError(
+            f"{file}: finds {own} of {len(rows)} passages by their own text (encoded by {encoder.name}); give the encoder and "
+            "prefixes that it was made with, and its corpus in the same order"
+        )
 
 
 def _encode(work: Building, passages: Passages, encoder: Encoder, stored: str, progress: Progress) -> np.ndarray:
@@ -278,7 +376,7 @@ def _read(directory: Path, settings: Mapping[str, Any]) -> Any:
         faiss.cvar.distance_compute_blas_threshold = 4 * settings["dimension"]
     parts = [directory / name for name in (_INDEX, _VECTORS) if (directory / name).exists()]
     # FAISS copies the lists of fast-scan codes anyway; mapped, they would take memory twice.
-    copied = re.search(r"x4fs|RaBitQfs", settings["base"] or "") is not None
+    copied = re.search(r"x4fs|RaBitQfs|FastScan", settings["base"] or "") is not None
     read = [faiss.read_index(str(part), 0 if copied and part.name == _INDEX else _MAPPED) for part in parts]
     return faiss.IndexRefine(*read) if settings["stored"] and len(read) == 2 else read[0]
 

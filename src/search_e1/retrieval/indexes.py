@@ -49,6 +49,24 @@ def build_index(
     return index.build(corpus, directory, encoder, progress, **settings)
 
 
+def import_index(
+    corpus: Iterable[Passage],
+    directory: Path,
+    file: Path,
+    dense: DenseSettings,
+    progress: Progress = silent,
+    source: str | None = None,
+) -> Index:
+    """Take over FAISS's own index in ``file``; see ``DenseIndex.take_over``.
+
+    Raises:
+        ConfigError: the extra is not installed.
+    """
+    index = _import_class("dense", directory)
+    encoder = import_module("search_e1.retrieval.encoder").Encoder.of(dense.encoder)
+    return index.take_over(corpus, directory, encoder, progress, file=file, parameters=dense.parameters, source=source)
+
+
 def open_index(
     directory: Path, encoder: EncoderSettings | None = None, parameters: str | None = None, device: str = "auto"
 ) -> StoredIndex:
