@@ -8,6 +8,7 @@ from tenacity import wait_none
 
 from conftest import PASSAGES, TINY_PROMPTS, TinyRetriever
 from scripted import ScriptedEngine
+from search_e1.agent.scheduler import Scheduler
 from search_e1.cli.display import evaluation_table
 from search_e1.config import Config, EvaluationConfig, JudgeConfig, RewardsConfig, RolloutConfig
 from search_e1.errors import ConfigError, DataError, EndpointError
@@ -265,6 +266,14 @@ def test_the_figure_beside_em(tiny_policy, tmp_path):
     headings = [column.header for column in evaluation_table(typed).columns]
     assert headings[5:7] == ["typed", "95%"]
     assert [column.header for column in evaluation_table(plain).columns][5:7] == ["F1", "cover"]
+
+
+def test_an_agent_in_use_asks_no_judge(tiny_policy):
+    judge = JudgeConfig(url="http://127.0.0.1:9", model="m")
+    limits = RolloutConfig(max_tokens=512, reward="judge", rewards=RewardsConfig(judge=judge, not_found=("nowhere",)))
+    engine = ScriptedEngine(tiny_policy.tokenizer, {"q?": ["<answer> Oslo </answer>"]})
+    scheduler = Scheduler(engine, TinyRetriever(PASSAGES), TINY_PROMPTS, limits)
+    assert scheduler._limits == RolloutConfig(max_tokens=512)
 
 
 def test_how_a_judge_is_waited_for_binds_no_run():

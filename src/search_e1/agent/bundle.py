@@ -64,7 +64,7 @@ class Bundle(Record):
     @classmethod
     def _without_reward(cls, limits: RolloutConfig) -> RolloutConfig:
         """An agent in use has no reward, and one that is named in a file from elsewhere must not be imported."""
-        return limits.model_copy(update={"reward": "em"})
+        return limits.without_reward
 
     @classmethod
     def read(cls, directory: Path) -> Self:

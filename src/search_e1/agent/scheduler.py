@@ -61,7 +61,8 @@ class Scheduler:
         Raises:
             ModelError: the tokenizer does not fit the protocol.
         """
-        self._engine, self._retriever, self._prompts, self._limits = engine, retriever, prompts, limits
+        self._engine, self._retriever, self._prompts = engine, retriever, prompts
+        self._limits = limits.without_reward
         self.protocol = protocol_of(engine.tokenizer, prompts)
         self._special = frozenset(getattr(engine.tokenizer, "all_special_ids", ()))
         self._inbox: SimpleQueue[Job | None] = SimpleQueue()

@@ -1,6 +1,6 @@
 """How trajectories are sampled, wherever they are, and how many for evaluation."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -49,6 +49,11 @@ class RolloutConfig(Section):
         if name == "transformers":
             raise ValueError('the engine "transformers" is called "torch" now; write engine = "torch"')
         return name
+
+    @property
+    def without_reward(self) -> Self:
+        """The same limits with exact match and nothing else: for evaluation, and for an agent in use, which asks no judge."""
+        return self.model_copy(update={"reward": "em", "rewards": RewardsConfig()})
 
     @model_validator(mode="after")
     def _check_judge(self) -> "RolloutConfig":

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from search_e1.config import EvaluationConfig, Prompts, RewardsConfig, RolloutConfig
+from search_e1.config import EvaluationConfig, Prompts, RolloutConfig
 from search_e1.data.answers import cover_match
 from search_e1.errors import DataError
 from search_e1.evaluation import results
@@ -75,8 +75,7 @@ def evaluate(
         raise DataError(f"no questions to evaluate on in {empty or 'data.eval'}; give files that hold some in data.eval")
     checkpointer = checkpointer or Checkpointer()
     scorer = open_scorer(limits, prompts.instruction)
-    exact = limits.model_copy(update={"reward": "em", "rewards": RewardsConfig()})
-    asking = RolloutSampler(generator, retriever, prompts, exact, checkpointer)
+    asking = RolloutSampler(generator, retriever, prompts, limits.without_reward, checkpointer)
     count = sum(map(len, questions_by_benchmark.values()))
 
     def part(file: str, size: int, temperature: float, done: int) -> Part:
