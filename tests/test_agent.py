@@ -245,3 +245,14 @@ def test_rows_that_leave_in_the_middle_disturb_no_other() -> None:
         kept = [job.answer.result(60) for job in jobs[1::2]]
         assert [answer.trajectory.response_ids for answer in kept] == alone[1::2]
         assert {answer.trajectory.stop_reason for answer in kept} <= {StopReason.MALFORMED, StopReason.MAX_TOKENS}
+
+
+def test_an_answer_is_held_by_the_rule_of_its_language() -> None:
+    passages = [Passage(id="zh", title="北京", text="Bel 中国的首都是北京。")]
+    script = {"首都?": ["<search> bel </search>", "<answer> 北 京 </answer>"]}
+    with scripted(script, passages) as agent:
+        assert agent.ask("首都?").support is Support.GUESS
+    with scripted(script, passages, LIMITS.model_copy(update={"answer_language": "zh"})) as agent:
+        answer = agent.ask("首都?")
+    assert answer.support is Support.HELD
+    assert answer.sources[0].marks == ((10, 12),)

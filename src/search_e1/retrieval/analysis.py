@@ -100,13 +100,12 @@ class Analysis:
         letters = covered = 0
         for text in texts:
             plain = nfc(text.lower()) if self.is_english else fold(text, self.codes)
+            words = _find_words(plain) if self.is_english else word_pattern().findall(plain)
+            kept = "".join(word for word in words if len(word) > 1 or is_unspaced(word))
             letters += sum(map(str.isalpha, plain))
-            kept = _find_words(plain) if self.is_english else word_pattern().findall(plain)
-            for word in kept:
-                if self.is_english:
-                    covered += sum(letter.isalpha() and not is_unspaced(letter) for letter in word)
-                elif len(word) > 1 or is_unspaced(word):
-                    covered += sum(map(str.isalpha, word))
+            covered += sum(map(str.isalpha, kept))
+            if self.is_english:
+                covered -= sum(character[0].isalpha() for character in character_pattern().findall(kept))
         return 1 - covered / letters if letters else 0.0
 
 
@@ -157,8 +156,8 @@ def detect(texts: Sequence[str]) -> Detected:
     """
     words = [word for text in texts for word in word_pattern().findall(fold(text))]
     letters: Counter[str] = Counter()
-    for word in words:
-        letters.update(_script(letter) for letter in word if letter.isalpha())
+    for letter, count in Counter("".join(words)).items():
+        letters[_script(letter)] += count * letter.isalpha()
     total = letters.total()
     kana, han = letters["kana"], letters["han"]
     if kana + han:
@@ -168,7 +167,7 @@ def detect(texts: Sequence[str]) -> Detected:
         letters[name] = kana + han
     languages: dict[str, float] = {}
     for script, count in sorted(letters.items(), key=lambda item: (-item[1], item[0])):
-        if script and count >= _PRESENT * total:
+        if script and count >= max(1, _PRESENT * total):
             only = [code for code in NAMES if _SCRIPT_OF.get(code, "latin") == script]
             code = only[0] if len(only) == 1 else _by_stop_words(script, words)
             if not code and script == "latin" and count > total / 2:
