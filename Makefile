@@ -6,23 +6,30 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 RUN ?= runs/quickstart
 
-.PHONY: help setup quickstart test lint audit clean
+.PHONY: help install setup quickstart test lint audit clean
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 setup: $(VENV)/.ready ## Install the package and the developer's tools into .venv
 
-# liger-kernel is what tests and benchmarks compare with; of it they need plain torch code, not the triton that it requires.
 # torch is installed first, from its CPU build where there is no GPU: an unpinned torch pulls gigabytes of CUDA libraries.
-$(VENV)/.ready: pyproject.toml constraints.txt
+TORCH_INDEX := $(if $(shell command -v nvidia-smi),,--retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --quiet --no-deps --constraint constraints.txt $(TORCH_INDEX) torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[documents,serve]"
+	touch $@
+
+# liger-kernel is what tests and benchmarks compare with; of it they need plain torch code, not the triton that it requires.
+$(VENV)/.ready: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --group dev --editable .
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps liger-kernel
 	touch $@
 
-quickstart: setup ## Two rounds of GRPO and self-distillation in the small world
+install: $(VENV)/.installed ## Install the package alone, with document readers and the server, into .venv
+
+quickstart: install ## Two rounds of GRPO and self-distillation in the small world
 	$(BIN)/search-e1 world $(RUN)-world
 	$(BIN)/search-e1 train --config configs/quickstart.toml --run $(RUN)
 
