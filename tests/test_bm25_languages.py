@@ -117,7 +117,9 @@ def test_the_language_of_a_corpus(texts: list[str], language: str) -> None:
 def test_chinese_is_found_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "search_e1")
     index = Bm25Index.build(CHINESE, tmp_path / "zh")
-    assert caplog.messages == [f"{tmp_path / 'zh'}: language zh, found in 3 passages; --language sets another"]
+    assert caplog.messages == [
+        f"{tmp_path / 'zh'}: language zh, by a sample of 3 passages; --language or retrieval.language sets another"
+    ]
     assert index.manifest.settings == {
         "k1": 0.9, "b": 0.4, "language": "zh", "analysis": 1, "stopwords": "none", "stemmer": "none", "unspaced": "bigrams",
     }  # fmt: skip

@@ -130,7 +130,12 @@ def _analysis(language: str, sample: Sequence[str], directory: Path) -> Analysis
     if language != AUTO:
         return analysis_of(language)
     found = detect(sample)
-    logger.info("%s: language %s, found in %d passages; --language sets another", directory, found, len(sample))
+    logger.info(
+        "%s: language %s, by a sample of %d passages; --language or retrieval.language sets another",
+        directory,
+        found,
+        len(sample),
+    )
     return analysis_of(found.language)
 
 
