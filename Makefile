@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 RUN ?= runs/quickstart
 
-.PHONY: help install setup quickstart test lint audit clean
+.PHONY: help install setup quickstart try test lint audit clean
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -32,6 +32,12 @@ install: $(VENV)/.installed ## Install the package alone, with document readers 
 quickstart: install ## Two rounds of GRPO and self-distillation in the small world
 	$(BIN)/search-e1 world $(RUN)-world
 	$(BIN)/search-e1 train --config configs/quickstart.toml --run $(RUN)
+
+try: install ## From a folder of documents (docs/) to an agent that answers three questions, without a network
+	$(BIN)/search-e1 data ingest docs --out runs/try-corpus
+	test -d runs/try-questions || $(BIN)/search-e1 data questions --corpus runs/try-corpus --out runs/try-questions --by rule
+	$(BIN)/search-e1 train configs/try.toml
+	$(BIN)/python scripts/first_questions.py 3 runs/try-questions/train.jsonl | $(BIN)/search-e1 chat --agent runs/try/agent
 
 test: setup ## Run the tests
 	$(BIN)/pytest -n 2

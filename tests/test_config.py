@@ -78,7 +78,9 @@ def test_a_preset_lies_under_the_file_and_the_flags(tmp_path: Path) -> None:
     assert Config.model_validate_json(config.model_dump_json()) == config
     assert load(path, ["--preset", "search-e1", "--pool.group_size", "8"]) == plain
     assert load(written(tmp_path), ["--preset", "concise"]).fingerprint() != plain.fingerprint()
-    with pytest.raises(ConfigError, match=r"preset = 'fast': Input should be 'search-e1' or 'concise'"):
+    harmless = load(written(tmp_path), ["--preset", "harmless", "--distill.merge.questions", "50"])
+    assert (harmless.pairs.max_searches, harmless.distill.merge.strengths[0], harmless.distill.merge.questions) == (1, 0.0, 50)
+    with pytest.raises(ConfigError, match=r"preset = 'fast': Input should be 'search-e1', 'concise' or 'harmless'"):
         load(path, ["--preset", "fast"])
     with pytest.raises(ConfigError, match=r"preset = \['concise'\]: "):
         load(path, ["--preset", '["concise"]'])

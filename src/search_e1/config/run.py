@@ -25,8 +25,9 @@ class Config(Section):
     seed: NonNegative = 0
     """Every stage draws its own seed from it."""
     preset: Preset = "search-e1"
-    """What keys that are not given are: `search-e1`, as published, the defaults that stand here; `concise`, which saves
-    tokens where GRPO has gained what it can (when-it-pays.md)."""
+    """What keys that are not given are: `search-e1`, as published, the defaults that stand here; `harmless`, which
+    distils once, from easy questions, and only as much as costs no EM on training questions (when-it-pays.md); `concise`,
+    which distils once from all questions, with the GRPO that follows to repair it."""
     rounds: Positive = 2
     """Rounds of GRPO and OFSD."""
     ofsd: Literal["every_round", "first_round", "last_round", "never"] = "every_round"

@@ -1,0 +1,14 @@
+"""The first questions of a file, a line each: what `make try` asks.
+
+python scripts/first_questions.py 3 questions.jsonl
+"""
+
+import sys
+from itertools import islice
+from pathlib import Path
+
+from search_e1.data.lines import read_lines
+
+number, path = sys.argv[1:]
+for _, row in islice(read_lines(Path(path)), int(number)):
+    print(row["question"])
