@@ -84,7 +84,7 @@ def write(path: Path, *rows: Mapping[str, Any]) -> Path:
 def test_without_being_told_the_source_follows_from_what_is_given(configured, tmp_path):
     given, endpoint = {"demonstrations": tmp_path / "own.jsonl"}, {"url": "http://127.0.0.1:1", "model": "m"}
     assert demonstrations.sources(configured()) == ("passages", "questions")
-    assert demonstrations.sources(configured({"corpus": None}, SERVED)) == ("questions",)
+    assert demonstrations.sources(configured({"corpus": ()}, SERVED)) == ("questions",)
     assert demonstrations.sources(configured(given)) == ("file",)
     assert demonstrations.sources(configured(given, endpoint=endpoint)) == ("endpoint",)
     assert demonstrations.sources(configured(given, endpoint=endpoint, demonstrations="passages")) == ("passages",)
@@ -93,7 +93,7 @@ def test_without_being_told_the_source_follows_from_what_is_given(configured, tm
 @pytest.mark.parametrize(
     ("data", "coldstart", "says"),
     [
-        ({"corpus": None}, {"retrieval": SERVED, "demonstrations": "passages"}, "data.corpus is missing"),
+        ({"corpus": ()}, {"retrieval": SERVED, "demonstrations": "passages"}, "data.corpus is missing"),
         ({}, {"demonstrations": "file"}, "data.demonstrations is missing"),
         ({}, {"endpoint": {"url": "ftp://x", "model": "m"}}, "coldstart.endpoint.url"),
     ],

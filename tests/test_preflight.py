@@ -149,7 +149,7 @@ def test_a_corpus_of_one_passage_is_said_before_training(mute, tmp_path):
     corpus = tmp_path / "one.jsonl"
     corpus.write_text((mute / "corpus.jsonl").read_text().splitlines()[0] + "\n")
     settings = settings_of(mute, tmp_path / "run", preflight="warn", grpo={"steps": 1, "questions_per_step": 2})
-    data = settings.data.model_copy(update={"corpus": corpus})
+    data = settings.data.model_copy(update={"corpus": (corpus,)})
     evolve.train(settings.model_copy(update={"data": data}))
     stored = json.loads((tmp_path / "run" / "preflight" / "preflight.json").read_text())
     assert [row["level"] for row in stored if row["check"] == "passages"] == ["warning"]

@@ -1,6 +1,5 @@
 """The verb ``search-e1 init``: the first config, and what to do with it."""
 
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 
 console = Console(highlight=False, markup=False, emoji=False)
 THIS, NONE = "this", "none"
-_HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)*")  # owner/name:config:split
 _SHARE = 0.2  # of one's own questions, set aside for evaluation
 _MOST_A_STEP = {True: 8, False: 32}
 """Questions of a GRPO step of a small model, and of others."""
@@ -26,7 +24,7 @@ _MOST_A_STEP = {True: 8, False: 32}
 def init(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The config to write.")] = Path("mine.toml"),
     documents: Annotated[
-        str | None, typer.Option("--documents", help="Folder of documents, or passages (JSON lines, Parquet, TSV, the Hub).")
+        str | None, typer.Option("--documents", help="Folder of documents, or passages (JSON lines, Parquet, TSV).")
     ] = None,
     questions: Annotated[
         str | None,
@@ -47,7 +45,7 @@ def init(
         raise RunError(f"{file} exists; give another name: search-e1 init other.toml")
     constants = load_constants()
     documents = documents or _ask("Where are your documents? A folder, or a file of passages", "--documents")
-    if not Path(documents).exists() and not _HUB.fullmatch(documents):
+    if not Path(documents).exists():
         raise ConfigError(f"{documents}: no such folder or file; give --documents")
     questions = questions or _ask(
         "A file of questions and answers? (none: they are made from the documents)", "--questions", NONE
@@ -101,7 +99,7 @@ def _data(documents: str, questions: str, stem: str) -> _Data:
     from search_e1.lab.recipe import is_made
 
     commands, corpus, directory = [], documents, f"{stem}-questions"
-    if Path(documents).exists() and not is_made(Path(documents)):
+    if not is_made(Path(documents)):
         corpus = f"{stem}-corpus"
         commands.append(f"search-e1 data ingest {shlex.quote(documents)} --out {corpus}")
     if questions == NONE:

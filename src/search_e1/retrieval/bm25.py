@@ -130,7 +130,8 @@ def _analysis(language: str, sample: Sequence[str], directory: Path) -> Analysis
     if language != AUTO:
         return analysis_of(language)
     found = detect(sample)
-    logger.info(
+    logger.log(
+        logging.DEBUG if found.language == "en" else logging.INFO,  # the usual case needs no line
         "%s: language %s, by a sample of %d passages; --language or retrieval.language sets another",
         directory,
         found,
