@@ -73,6 +73,15 @@ def test_passages_and_questions_are_used_as_they_are(here, monkeypatch, capsys):
     assert all(path.is_file() for path in (*config.data.train, *config.data.eval.values()))
 
 
+def test_a_table_of_questions_is_counted_and_one_that_needs_columns_is_said(here, monkeypatch, capsys):
+    (here / "faq.csv").write_text("question,answer\n" + "".join(f"Who is {i}?,Ada\n" for i in range(5)))
+    (here / "fragen.csv").write_text("Frage,Antwort\nWer?,Ada\n")
+    assert run(monkeypatch, capsys, "init", "a.toml", "--documents", "docs", "--questions", "faq.csv")[0] == 0
+    assert load(here / "a.toml").grpo.questions_per_step == 4
+    code, out, _ = run(monkeypatch, capsys, "init", "b.toml", "--documents", "docs", "--questions", "fragen.csv")
+    assert (code, "the questions cannot be read as they are: fragen.csv" in out) == (0, True)
+
+
 def test_an_answer_is_asked_for_where_somebody_is_there(here, monkeypatch, capsys):
     answers = iter(["docs", "none", "this"])
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))

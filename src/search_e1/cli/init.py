@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from search_e1.errors import ConfigError, ModelError, RunError
+from search_e1.errors import ConfigError, DataError, ModelError, RunError
 
 if TYPE_CHECKING:
     from search_e1.lab.plan.constants import Constants, Gpu
@@ -95,7 +95,7 @@ class _Data(NamedTuple):
 
 
 def _data(documents: str, questions: str, stem: str) -> _Data:
-    from search_e1.data.lines import raw_lines
+    from search_e1.data import user_files
     from search_e1.lab.recipe import is_made
 
     commands, corpus, directory = [], documents, f"{stem}-questions"
@@ -106,9 +106,12 @@ def _data(documents: str, questions: str, stem: str) -> _Data:
         commands.append(f"search-e1 data questions --corpus {shlex.quote(corpus)} --out {directory} --by rule")
         return _Data(corpus, f"{directory}/train.jsonl", f"{directory}/eval.jsonl", None, commands)
     commands.append(f"search-e1 data prepare --train {shlex.quote(questions)} --dev-share {_SHARE} --out {directory}")
-    name = Path(questions).name.split(".")[0]
-    lines = ".jsonl" in Path(questions).suffixes
-    count = max(1, int((1 - _SHARE) * sum(1 for _ in raw_lines(Path(questions))))) if lines else None
+    name, count = user_files.benchmark_name(Path(questions)), None
+    try:
+        count = len(user_files.load(Path(questions), name, user_files.Columns.parse(())).questions)
+    except DataError as error:
+        console.print(Text(f"the questions cannot be read as they are: {error}", style="yellow"), soft_wrap=True)
+    count = max(1, int((1 - _SHARE) * count)) if count else None
     return _Data(corpus, f"{directory}/{name}.train.jsonl", f"{directory}/{name}.dev.jsonl", count, commands)
 
 
