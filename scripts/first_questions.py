@@ -9,6 +9,12 @@ from pathlib import Path
 
 from search_e1.data.lines import read_lines
 
-number, path = sys.argv[1:]
-for _, row in islice(read_lines(Path(path)), int(number)):
-    print(row["question"])
+
+def main() -> None:
+    number, path = sys.argv[1:]
+    for _, row in islice(read_lines(Path(path)), int(number)):
+        print(row["question"])
+
+
+if __name__ == "__main__":
+    main()

@@ -69,7 +69,8 @@ def test_a_retriever_of_ones_own_serves_a_run_and_is_cached_by_its_checksum(tmp_
     assert isinstance(first.retriever, CachedRetriever)
     assert first.retrieval_checksum() == first.retriever.key == "own-1"
     assert first.retriever.search(["Oslo"], 1) == [[Passage(id="Oslo", title="", text="x")]]
-    assert first.passage_texts() is not None
+    (tmp_path / "corpus.jsonl").write_text('{"id": "Oslo", "text": "x"}\n')
+    assert list(first.passage_texts() or ()) == [" x"]
 
 
 class Own:

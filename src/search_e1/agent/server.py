@@ -255,7 +255,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     listed = {"id": agent.name, "object": "model", "created": service.begun, "owned_by": "search-e1"}
     whole = schema(agent.name, settings.max_question_chars)
 
-    @app.post("/v1/chat/completions", openapi_extra=whole, responses=_RESPONSES)
+    @app.post("/v1/chat/completions", openapi_extra=whole, responses={**_RESPONSES, **_STREAM})
     async def chat(request: Request) -> Response:
         """Answer the last message of the user, with the whole loop of thoughts and searches inside."""
         try:
@@ -333,6 +333,9 @@ _STATUSES = {
     504: "The question took too long.",
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {code: {"description": text} for code, text in _STATUSES.items()}
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer, whole, or with `stream` in events.", "content": {"text/event-stream": {}}}
+}
 _NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"description": "There is none."}}
 
 
