@@ -58,7 +58,16 @@ grpo = {{ steps = 1, questions_per_step = 1, group_size = 2 }}
 
 def test_training_says_in_one_line_what_it_computes_in(project, monkeypatch, capsys):
     for flags, trained in (((), "all weights, in float32"), (("--grpo.lora.rank", 2), "adapters, in float32")):
-        words = ("grpo", "--config", project / "config.toml", "--policy.dtype", "bfloat16", *flags)
+        words = (
+            "grpo",
+            "--config",
+            project / "config.toml",
+            "--policy.dtype",
+            "bfloat16",
+            "--rollout.max_action_tokens",
+            16,
+            *flags,
+        )
         status, _, err = run(monkeypatch, capsys, *words, "--run", project / f"run-{len(flags)}")
         assert (status, err) == (0, f"computes in bfloat16 (policy.dtype = bfloat16); trains {trained}\n")
 
