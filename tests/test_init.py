@@ -73,6 +73,18 @@ def test_passages_and_questions_are_used_as_they_are(here, monkeypatch, capsys):
     assert all(path.is_file() for path in (*config.data.train, *config.data.eval.values()))
 
 
+def test_a_folder_with_tables_is_documents_and_one_of_passages_is_a_corpus(here):
+    (here / "docs" / "prices.csv").write_text("item,price\nbox,3\n")
+    assert not recipe.is_made(here / "docs")
+    (here / "ingested").mkdir()
+    (here / "ingested" / "passages.jsonl").write_text("")
+    (here / "ingested" / "skipped.txt").write_text("")
+    assert recipe.is_made(here / "ingested")
+    (here / "a.pdf").write_bytes(b"%PDF")
+    with pytest.raises(ConfigError, match="a single document; give the folder that holds it"):
+        recipe.is_made(here / "a.pdf")
+
+
 def test_a_table_of_questions_is_counted_and_one_that_needs_columns_is_said(here, monkeypatch, capsys):
     (here / "faq.csv").write_text("question,answer\n" + "".join(f"Who is {i}?,Ada\n" for i in range(5)))
     (here / "fragen.csv").write_text("Frage,Antwort\nWer?,Ada\n")

@@ -130,7 +130,7 @@ def world(
     from search_e1.data.world import HARD, USUAL, make_world, write
 
     if (directory / "corpus.jsonl").exists():
-        console.print(f"{directory} is there already", markup=False, highlight=False)
+        console.print(f"{directory} is there already, and stays as it is", markup=False, highlight=False)
         return
     write(make_world(difficulty=HARD if hard else USUAL), directory, train=train, dev=dev, test=test, seed=seed)
     console.print(

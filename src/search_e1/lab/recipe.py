@@ -10,6 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from search_e1.config import Config
+from search_e1.data.documents.ingest import PASSAGES as INGESTED
 from search_e1.errors import ConfigError
 from search_e1.lab.plan.constants import Constants, Gpu
 from search_e1.lab.plan.plan import make_plan
@@ -18,6 +19,8 @@ SMALL_MODEL = "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
 """What scripts/fetch_smollm2.py writes; for machines without a GPU."""
 _MODELS = ((70.0, "Qwen/Qwen2.5-3B-Instruct"), (20.0, "Qwen/Qwen2.5-1.5B-Instruct"), (0.0, "Qwen/Qwen2.5-0.5B-Instruct"))
 """GiB of a GPU, and the model for it and larger ones."""
+
+_PASSAGES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,14 @@ def _forms(recipe: Recipe) -> Iterator[Recipe]:
 
 
 def is_made(corpus: Path) -> bool:
-    """Whether ``corpus`` is passages already, not a folder of documents."""
-    suffixes = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".tsv", ".tsv.gz", ".csv")
-    files = [corpus] if corpus.is_file() else corpus.iterdir()
-    return any(file.name.lower().endswith(suffixes) for file in files)
+    """Whether ``corpus`` is passages already, not a folder of documents, which may hold tables too.
+
+    Raises:
+        ConfigError: a file that is neither.
+    """
+    if corpus.is_file():
+        if corpus.name.lower().endswith((*_PASSAGES, ".tsv", ".tsv.gz", ".csv", ".csv.gz", ".json")):
+            return True
+        raise ConfigError(f"{corpus}: a single document; give the folder that holds it, or a file of passages")
+    files = [file.name.lower() for file in corpus.iterdir() if not file.name.startswith(".")]
+    return INGESTED in files or (bool(files) and all(name.endswith(_PASSAGES) for name in files))
