@@ -1,6 +1,7 @@
 """Passages of one file of each kind."""
 
 import json
+import warnings
 import zipfile
 import zlib
 from email.message import EmailMessage
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import made_documents as made
+from search_e1.data.documents import workers
 from search_e1.data.documents.chunks import Part, count, cut
 from search_e1.data.documents.folder import KINDS, Found
 from search_e1.data.documents.passages import Cutting
@@ -217,3 +219,18 @@ def test_an_empty_file_has_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text(" \n")
     outcome = outcome_of(tmp_path / "a.md")
     assert (outcome.status, outcome.reason) == ("empty", "no text in it")
+
+
+def test_what_a_reader_warns_of_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.md"
+    path.write_text("# Oslo\n\nThe capital of Norway.\n")
+    honest = workers.read
+
+    def warning_read(*args: Any) -> Any:
+        warnings.warn("to its programmer", DeprecationWarning, stacklevel=1)
+        warnings.warn("a filter is not supported\nand dropped", UserWarning, stacklevel=1)
+        return honest(*args)
+
+    monkeypatch.setattr(workers, "read", warning_read)
+    outcome = outcome_of(path)
+    assert (outcome.status, outcome.reason, outcome.passages) == ("read", "its reader warns: a filter is not supported", 1)

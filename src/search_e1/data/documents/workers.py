@@ -134,7 +134,6 @@ def _serve(pipe: "Connection[Any, Any]", cutting: Cutting, limits: Limits) -> No
     """In the process: read what is sent until the other end is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    warnings.simplefilter("ignore")  # a parser's remarks on a file that it reads all the same
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # what C libraries print; a crash is told by its signal
         os.dup2(nowhere, stream)
@@ -159,8 +158,11 @@ def read_file(file: Found, cutting: Cutting, limits: Limits) -> Outcome:
     status, reason, packed = READ, "", bytearray()
     number, packer = 0, zlib.compressobj(1)
     try:
-        document = read(file.path, file.kind, cutting.words, int(limits.unpacked_mib * 2**20))
-        reason = document.note
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("ignore")  # of a parser to its programmer
+            warnings.simplefilter("always", UserWarning)  # on the file
+            document = read(file.path, file.kind, cutting.words, int(limits.unpacked_mib * 2**20))
+        reason = document.note or (f"its reader warns: {str(said[0].message).partition(chr(10))[0][:200]}" if said else "")
         for line in lines(file.name, file.kind, document, cutting):
             packed += packer.compress(line)
             number += 1
