@@ -39,8 +39,6 @@ _ADD_BATCH = 65_536  # vectors
 _MIN_TRAINING = 100_000  # vectors; FAISS requires 39 a centroid, and 8-bit codes need no more
 _PER_LIST = 50  # training vectors for each inverted list
 _CHECKED, _CHECKED_TOPK = 16, 10  # passages of an index that is taken over, and how near each must be to its own vector
-
-
 _PACKAGES = ("numpy", "torch", "transformers", "sentence-transformers")
 
 
@@ -109,7 +107,7 @@ class DenseIndex(StoredIndex):
         """Use ``open`` or ``build``."""
         super().__init__(directory, manifest)
         self.encoder, self.parameters = encoder, parameters
-        self._index = _read(directory, manifest.settings)
+        self._index = _read(directory, manifest.settings, manifest.settings["dimension"])
         _tune(self._index, parameters)
 
     @classmethod
@@ -148,10 +146,7 @@ class DenseIndex(StoredIndex):
                 _add(wanted.base, stored_vectors, work.path / _INDEX, progress)
             if not wanted.stored:
                 (work.path / _VECTORS).rename(work.scratch / _VECTORS)
-            about = {"model": encoder.name, "convention": encoder.convention.model_dump()}
-            (work.path / _ENCODER).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            settings = {**encoded, **wanted._asdict(), "metric": "inner product", "dimension": encoder.dimension}
-            manifest = work.finish(KIND, passages, settings, (*_PACKAGES, *packages_distributions()["faiss"]))
+            manifest = _finish(work, passages, encoder, {**encoded, **wanted._asdict()})
         return cls(directory, manifest, encoder, wanted.parameters)
 
     @classmethod
@@ -179,12 +174,8 @@ class DenseIndex(StoredIndex):
         kind = _check_file(file, encoder, parameters or "")
         about = {"encoder": encoder.checksum, "dtype": encoder.dtype}
         stat = file.stat()
-        started = source and {
-            "kind": KIND,
-            "source": source,
-            **about,
-            "file": [str(file.absolute()), stat.st_size, stat.st_mtime],
-        }
+        same_file = [str(file.absolute()), stat.st_size, stat.st_mtime]
+        started = source and {"kind": KIND, "source": source, **about, "file": same_file}
         with directories.building(directory, started or None) as work:
             passages = work.passages(corpus, progress)
             (work.path / _INDEX).unlink(missing_ok=True)
@@ -193,8 +184,8 @@ class DenseIndex(StoredIndex):
             except OSError:  # another file system, or one without links
                 shutil.copyfile(file, work.path / _INDEX)
             wanted = Layout(kind, kind, None, parameters or "")
-            settings = {**about, **wanted._asdict(), "metric": "inner product", "dimension": encoder.dimension}
-            index = _read(work.path, settings)
+            settings = {**about, **wanted._asdict()}
+            index = _read(work.path, settings, encoder.dimension)
             if index.ntotal != len(passages):
                 raise DataError(
                     f"{file}: holds {index.ntotal:,} vectors, and the corpus {len(passages):,} passages; give the corpus that "
@@ -202,9 +193,7 @@ class DenseIndex(StoredIndex):
                 )
             _tune(index, wanted.parameters)
             _check_vectors(index, passages, encoder, file)
-            made = {"model": encoder.name, "convention": encoder.convention.model_dump()}
-            (work.path / _ENCODER).write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            manifest = work.finish(KIND, passages, settings, (*_PACKAGES, *packages_distributions()["faiss"]))
+            manifest = _finish(work, passages, encoder, settings)
         return cls(directory, manifest, encoder, wanted.parameters)
 
     @classmethod
@@ -259,6 +248,14 @@ class DenseIndex(StoredIndex):
             [self.passages.hit(row, score) for row, score in zip(*found, strict=True) if row >= 0]  # padded with -1
             for found in zip(rows.tolist(), scores.tolist(), strict=True)
         ]
+
+
+def _finish(work: Building, passages: Passages, encoder: Encoder, settings: dict[str, Any]) -> IndexManifest:
+    """Complete the index: its settings, and the encoder that queries need."""
+    about = {"model": encoder.name, "convention": encoder.convention.model_dump()}
+    (work.path / _ENCODER).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    settings = {**settings, "metric": "inner product", "dimension": encoder.dimension}
+    return work.finish(KIND, passages, settings, (*_PACKAGES, *packages_distributions()["faiss"]))
 
 
 def _check_file(file: Path, encoder: Encoder, parameters: str) -> str:
@@ -361,19 +358,18 @@ def _add(factory: str, stored: np.ndarray, path: Path, progress: Progress) -> No
         try:
             index.train(stored[rows].astype(np.float32))
         except RuntimeError as error:
-            problem = f"index {factory!r} of {total:,} passages: {_message(error)}"
-            raise ConfigError(f"{problem}; give another index") from None
+            raise ConfigError(f"index {factory!r} of {total:,} passages: {_message(error)}; give another index") from None
     for start in range(0, total, _ADD_BATCH):
         index.add(stored[start : start + _ADD_BATCH].astype(np.float32))
         progress(index.ntotal, total, f"{index.ntotal:,} indexed")
     faiss.write_index(index, str(path))
 
 
-def _read(directory: Path, settings: Mapping[str, Any]) -> Any:
+def _read(directory: Path, settings: Mapping[str, Any], dimension: int) -> Any:
     """Open FAISS's index memory-mapped, so that processes share it and unused pages take no memory."""
     # FAISS 1.14.2 and later use BLAS only for batches of 128,000 numbers; from four queries on it is up to 7 times as fast.
     if faiss.cvar.distance_compute_blas_threshold > 1000:
-        faiss.cvar.distance_compute_blas_threshold = 4 * settings["dimension"]
+        faiss.cvar.distance_compute_blas_threshold = 4 * dimension
     parts = [directory / name for name in (_INDEX, _VECTORS) if (directory / name).exists()]
     # FAISS copies the lists of fast-scan codes anyway; mapped, they would take memory twice.
     copied = re.search(r"x4fs|RaBitQfs|FastScan", settings["base"] or "") is not None
