@@ -19,41 +19,47 @@ if TYPE_CHECKING:
     from search_e1.questions.review import Reviewed
 
 console = Console(highlight=False, markup=False, emoji=False)
+CorpusOption = Annotated[
+    list[str] | None, typer.Option("--corpus", help="Passages, as for `search-e1 index build`. Repeatable.")
+]
+EndpointOption = Annotated[
+    str | None,
+    typer.Option("--endpoint", help="OpenAI-compatible server that writes the questions; key: SEARCH_E1_API_KEY."),
+]
+PolicyOption = Annotated[
+    str | None, typer.Option("--policy", help="Directory or GGUF file of a model that writes them on this machine.")
+]
+MaxTokensOption = Annotated[
+    int | None, typer.Option("--max-tokens", min=8, help="Of one reply. Default: 1024 from an endpoint, 192 from a policy.")
+]
+IndexesOption = Annotated[
+    list[Path] | None, typer.Option("--index", help="Index of the corpus. Default: BM25, built meanwhile. Repeatable.")
+]
+ReviewOption = Annotated[
+    Path | None, typer.Option("--review", help="A reviewed review.csv: write what it keeps, instead of making questions.")
+]
 
 
 def questions(
     out: Annotated[Path, typer.Option("--out", help="New directory of the question files.")],
-    corpus: Annotated[
-        list[str] | None, typer.Option("--corpus", help="Passages, as for `search-e1 index build`. Repeatable.")
-    ] = None,
-    endpoint: Annotated[
-        str | None,
-        typer.Option("--endpoint", help="OpenAI-compatible server that writes the questions; key: SEARCH_E1_API_KEY."),
-    ] = None,
+    corpus: CorpusOption = None,
+    endpoint: EndpointOption = None,
     model: Annotated[str | None, typer.Option("--model", help="Its name for the model.")] = None,
-    policy: Annotated[
-        str | None, typer.Option("--policy", help="Directory or GGUF file of a model that writes them on this machine.")
-    ] = None,
+    policy: PolicyOption = None,
     by: Annotated[Literal["rule"] | None, typer.Option("--by", help="`rule`: by rules, without a model.")] = None,
     number: Annotated[int, typer.Option("--number", min=1, help="Questions to make, of both splits together.")] = 200,
     two_hop: Annotated[float, typer.Option(min=0, max=1, help="Share of them that take two linked passages.")] = 0.25,
     depth: Annotated[int, typer.Option(min=1, help="The retriever finds each passage within so many.")] = 10,
-    index: Annotated[
-        list[Path] | None, typer.Option("--index", help="Index of the corpus. Default: BM25, built meanwhile. Repeatable.")
-    ] = None,
+    index: IndexesOption = None,
     encoder: EncoderOption = None,
     eval_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the questions, from documents of their own.")] = 0.2,
     per_passage: Annotated[int, typer.Option(min=1, max=10, help="Most questions of one passage or pair.")] = 2,
     temperature: Annotated[float, typer.Option(min=0, help="Of the writing; answers are greedy.")] = 0.7,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=8, help="Of one reply. Default: 1024 from an endpoint, 192 from a policy.")
-    ] = None,
+    max_tokens: MaxTokensOption = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests to the endpoint under way together.")] = 8,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for one attempt of a request.")] = 300.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of choice, split and sampling.")] = 0,
-    review: Annotated[
-        Path | None, typer.Option("--review", help="A reviewed review.csv: write what it keeps, instead of making questions.")
-    ] = None,
+    review: ReviewOption = None,
 ) -> None:
     """Make questions with short answers from passages, filter them, and split them by document; or apply a review of them."""
     if out.exists() or out.is_symlink():
@@ -88,15 +94,9 @@ def questions(
     settings = {**written_by.settings(), "index": retriever.checksum if retriever else None}
     with watch(console, 1)("questions") as progress:
         made = make_questions(
-            request,
-            passages,
-            out,
-            written_by.open,
-            checksum=checksum,
-            settings=settings,
-            retriever=retriever,
-            progress=progress,
-        )
+            request, passages, out, written_by.open,
+            checksum=checksum, settings=settings, retriever=retriever, progress=progress,
+        )  # fmt: skip
     written_by.forget()
     _show(made, written_by.costs, out, corpus)
 
