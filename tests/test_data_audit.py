@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search_e1.cli import main as cli
+from search_e1.data.answers import in_language
 from search_e1.data.corpus import read_corpus
 from search_e1.data.world import make_world, write
 from search_e1.errors import DataError
@@ -66,6 +67,47 @@ def test_ranks_are_those_of_the_index(tmp_path):
         assert own.rank == next(holds, None)
         compared += own.rank is not None
     assert compared > 10
+
+
+UNSPACED = {
+    "zh": (
+        [
+            ("北京", "北京是中华人民共和国的首都。"), ("上海", "上海是中国的城市,不是首都。"),
+            ("东京", "东京。东京是日本的首都。"), ("购物", "京东是一家很大的公司,总部在亦庄,经营网上购物和物流。"),
+            ("长江", "长江是中国最长的河。"), ("京都", "京都曾是日本的首都。"),
+        ],
+        [("日本的首都是哪里?", "东京"), ("中国最长的河是什么?", "长江"), ("首都中国", "城市"), ("京东", "公司")],
+    ),
+    "th": (
+        [("กรุงเทพ", "กรุงเทพเป็นเมืองหลวงของไทย"), ("เชียงใหม่", "เชียงใหม่เป็นเมืองในไทย"), ("โตเกียว", "โตเกียวเป็นเมืองหลวงของญี่ปุ่น")],
+        [("เมืองหลวงของญี่ปุ่น", "โตเกียว"), ("เมืองหลวงของไทย", "กรุงเทพ"), ("ไทยเมือง", "เชียงใหม่")],
+    ),
+    "de": (
+        [("Arda", "Die Flüsse von Arda sind lang."), ("Bel", "Ein Fluss fließt durch Bel."), ("Cor", "Städte am Flusse: Dun.")],
+        [("Welche Stadt liegt am Fluss?", "Dun"), ("Was fließt?", "Bel"), ("Die Flüsse?", "lang")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("language", UNSPACED)
+def test_ranks_are_those_of_an_index_of_the_language(language, tmp_path):
+    rows, pairs = UNSPACED[language]
+    passages = [Passage(id=str(i), title=title, text=text) for i, (title, text) in enumerate(rows)]
+    asked = [question(str(i), text, answer) for i, (text, answer) in enumerate(pairs)]
+    index = Bm25Index.build(passages, tmp_path / "index", language=language)
+    with in_language(language):
+        for own, q in zip(measure(texts(passages), asked).by_question, asked, strict=True):
+            holding = {p.id for p in passages if in_corpus(texts([p]), [patterns(q)]) == [True]}
+            [hits] = index.search([q.text], len(passages))
+            assert own == Reach(len(holding), next((i for i, hit in enumerate(hits, 1) if hit.id in holding), None))
+            assert holding
+
+
+def test_questions_of_the_same_characters_are_not_the_same():
+    asked = [question("1", "京东在哪里?", "京"), question("2", "东京在哪里?", "东"), question("3", "东京 在哪里 ?", "东")]
+    with in_language("zh"):
+        found, _ = audit([source("dev", "eval", *asked)], ["东京"], topk=1)
+    assert (found.totals[0].repeats, found.totals[0].near_repeats) == (1, 0)
 
 
 @settings(max_examples=60, deadline=None)

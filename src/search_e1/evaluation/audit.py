@@ -24,6 +24,7 @@ from search_e1.evaluation.recall import is_yes_no, words
 from search_e1.evaluation.verdict import COMMON, FileAudit, Role, find
 from search_e1.retrieval.analysis import one_a_script
 from search_e1.rollout.rewards.scorer import is_unanswerable
+from search_e1.runs.languages import ENGLISH
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Question, Record
 
@@ -182,7 +183,9 @@ class _Stems(dict[str, str]):
 
     def of(self, text: str) -> tuple[str, ...]:
         """The same for all texts that differ only in order, inflection and stop words; empty for a single word."""
-        found = sorted({root for word in words(text).split() if (root := self[word])})
+        language = language_in_force()
+        split = words(text).split() if language == ENGLISH else one_a_script(language).split(text)
+        found = sorted({root for word in split if (root := self[word])})
         return tuple(found) if len(found) > 1 else ()
 
 

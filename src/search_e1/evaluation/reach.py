@@ -17,7 +17,7 @@ from search_e1.data.answers import language_in_force, words
 from search_e1.evaluation.recall import patterns
 from search_e1.retrieval.analysis import one_a_script
 from search_e1.retrieval.bm25_build import K1, B
-from search_e1.runs.languages import ENGLISH, is_unspaced
+from search_e1.runs.languages import ENGLISH
 from search_e1.runs.nfc import nfc
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Question
@@ -26,6 +26,7 @@ _CHUNK = 2**15  # passages
 _WORD, _ARTICLES = re.compile(r"[^\W_]+"), frozenset({"a", "an", "the"})
 _DROPPED, _UNCOUNTED, _OTHER = range(3)
 """Ids of words that no answer and no question has: articles; what BM25 does not count, and the end of a passage; all others."""
+_MARK = "\0"
 
 
 class Reach(NamedTuple):
@@ -34,8 +35,8 @@ class Reach(NamedTuple):
     passages: int
     """That hold an answer, as ``recall`` defines it."""
     rank: int | None
-    """Of the first of them when BM25 searches for the question, in the language in force (scripts without spaces by single
-    characters); ``None`` if none shares a word with it."""
+    """Of the first of them when BM25 searches for the question, in the language in force; ``None`` if none shares a word with
+    it."""
 
 
 class Reached(NamedTuple):
@@ -76,23 +77,29 @@ def measure(texts: Iterable[str], questions: Sequence[Question], progress: Progr
 
 
 class _Vocabulary(dict[str, int]):
-    """Word -> id; words that occur in no answer and no question share one."""
+    """Word -> id; words that occur in no answer and no question share one.
+
+    In English a word of an answer is a word of the index. Elsewhere they differ (characters and bigrams of Chinese, say), and
+    a passage has both: the words that an answer is looked for in, then the index's, whose keys begin with ``_MARK``.
+    """
 
     def __init__(self, answers: Iterable[str], questions: Iterable[Question]) -> None:
         super().__init__()
+        self._analysis = one_a_script(language_in_force())
+        self._mark = "" if language_in_force() == ENGLISH else _MARK
         self.roots: dict[str, int] = {}
         """Stem of a question's word -> its number."""
-        for word in {word for question in questions for word in _words(question.text)}:
-            if root := _stem(word):
+        for word in {word for question in questions for word in self._split(question.text)}:
+            if root := self._stem(word):
                 self.roots.setdefault(root, len(self.roots))
         self._answers = {word for answer in answers for word in answer.split()}
         self._root_of, self._counted = array("i", [-1] * 3), array("b", [0, 0, 1])
         self.patterns = [tuple(map(self.__getitem__, answer.split())) for answer in answers]
 
     def __missing__(self, word: str) -> int:
-        root = _stem(word)
+        root = self._stem(word.removeprefix(self._mark)) if word.startswith(self._mark) else ""
         number = self.roots.get(root, -1)
-        if word in _ARTICLES and language_in_force() == ENGLISH:
+        if word in _ARTICLES and not self._mark:
             id = _DROPPED
         elif number < 0 and word not in self._answers:
             id = _OTHER if root else _UNCOUNTED
@@ -107,7 +114,7 @@ class _Vocabulary(dict[str, int]):
         """Ids of the words of all ``texts``, and the number of the text that each is in; int32 [words]."""
         ids, lengths = array("i"), []
         for text in texts:
-            own = [*map(self.__getitem__, _words(text)), _UNCOUNTED]
+            own = [*map(self.__getitem__, self._words(text)), _UNCOUNTED]
             ids.extend(own)
             lengths.append(len(own))
         flat = np.frombuffer(ids, dtype=np.int32)
@@ -120,17 +127,20 @@ class _Vocabulary(dict[str, int]):
 
     def query(self, question: Question) -> list[int]:
         """Numbers of the stems of the question's words, with repetitions."""
-        return [self.roots[root] for word in _words(question.text) if (root := _stem(word))]
+        return [self.roots[root] for word in self._split(question.text) if (root := self._stem(word))]
 
+    def _words(self, text: str) -> list[str]:
+        if not self._mark:
+            return self._split(text)
+        return [*words(text), "", *(self._mark + word for word in self._split(text))]
 
-def _words(text: str) -> list[str]:
-    """With English articles, which BM25's lengths count; in another language what an answer is looked for in."""
-    return _WORD.findall(nfc(text.lower())) if language_in_force() == ENGLISH else words(text)
+    def _split(self, text: str) -> list[str]:
+        """The index's words; of English with articles and single characters, which answers may have."""
+        return self._analysis.split(text) if self._mark else _WORD.findall(nfc(text.lower()))
 
-
-def _stem(word: str) -> str:
-    """The stem under which BM25 knows ``word``; "" for a stop word and a single character."""
-    return one_a_script(language_in_force()).stem(word) if len(word) > 1 or is_unspaced(word) else ""
+    def _stem(self, word: str) -> str:
+        """The stem under which BM25 knows ``word``; "" for a stop word, and for a single character of English."""
+        return self._analysis.stem(word) if self._mark or len(word) > 1 else ""
 
 
 def _occurrences(ids: np.ndarray, wanted: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, np.ndarray]]:
