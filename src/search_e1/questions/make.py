@@ -19,6 +19,7 @@ from search_e1.questions.filters import Copies, Filter, each, found_within, in_p
 from search_e1.questions.links import links
 from search_e1.retrieval.base import Retriever
 from search_e1.retrieval.bm25 import Bm25Index
+from search_e1.runs import locks
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Passage
 
@@ -111,7 +112,8 @@ def make_questions(
     Raises:
         ConfigError: the corpus cannot be split.
         DataError: no question survives.
-        EndpointError, ModelError, RetrievalError, RunError: from the writer, the retriever, or the disk.
+        EndpointError, ModelError, RetrievalError: from the writer or the retriever.
+        RunError: ``out`` exists, another process makes it, or from the disk.
     """
     split = split_documents(passages, request.eval_share, request.seed)
     made = Made({}, {})
@@ -128,7 +130,8 @@ def make_questions(
         return made.summary()
 
     inputs = dict.fromkeys(request.corpus, checksum)
-    runs.artifact(out, stage=STAGE, settings={**asdict(request), **settings}, inputs=inputs, seed=request.seed, make=make)
+    with locks.making(out):
+        runs.artifact(out, stage=STAGE, settings={**asdict(request), **settings}, inputs=inputs, seed=request.seed, make=make)
     return made
 
 

@@ -16,6 +16,7 @@ from search_e1.data.questions import load_questions, to_record
 from search_e1.data.tables import table_rows
 from search_e1.errors import DataError
 from search_e1.questions.draft import SPLITS, Draft, Split, document_of
+from search_e1.runs import locks
 from search_e1.types import Question
 
 FILE = "review.csv"
@@ -60,7 +61,7 @@ def apply(table: Path, out: Path) -> Reviewed:
 
     Raises:
         DataError: the table or a file beside it cannot be read, or a row cannot be understood; names its line.
-        RunError: ``out`` cannot be written.
+        RunError: ``out`` exists, another process makes it, or it cannot be written.
     """
     files: dict[Split, Path] = {split: file for split in SPLITS if (file := table.parent / f"{split}.jsonl").exists()}
     if not files:
@@ -76,10 +77,12 @@ def apply(table: Path, out: Path) -> Reviewed:
         raise DataError(f"{strange[1]}: no question has the id {strange[0]!r}; leave the column id as it was")
     if not any(reviewed.questions.values()):
         raise DataError(f"{table}: no question is kept; write yes into the column keep? of those that are good")
-    runs.artifact(
-        out, stage=STAGE, settings={"review": str(table)}, seed=0, make=lambda directory: _write(reviewed, directory),
-        inputs={str(path): checksum(path) for path in (table, *files.values())},
-    )  # fmt: skip
+    inputs = {str(path): checksum(path) for path in (table, *files.values())}
+    with locks.making(out):
+        runs.artifact(
+            out, stage=STAGE, settings={"review": str(table)}, inputs=inputs, seed=0,
+            make=lambda directory: _write(reviewed, directory),
+        )  # fmt: skip
     return reviewed
 
 

@@ -8,6 +8,7 @@ process of this machine left is taken over, one of another machine is not, since
 import errno
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -46,6 +47,23 @@ def held(directory: Path) -> Iterator[None]:
         with suppress(OSError):
             (directory / _HOLDER).unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def making(path: Path) -> Iterator[None]:
+    """Keep other processes from making ``path``, which is new, by a hidden directory beside it that goes in the end.
+
+    Raises:
+        RunError: another one makes it, or has made it; or nothing can be written there.
+    """
+    beside = path.with_name(f".{path.name}.unfinished")
+    with held(beside):
+        try:
+            if path.exists():  # made since the caller looked
+                raise RunError(f"{path} exists; give another directory, or remove it")
+            yield
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextmanager
