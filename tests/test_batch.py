@@ -34,12 +34,15 @@ def test_a_batch_by_hand(packed):
     if packed:
         assert batch.student.input_ids.tolist() == [[*rows[0], *rows[1]]]
         assert batch.student.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 0, 1, 2]]
+        assert (batch.student.cu_seq.tolist(), batch.student.longest) == ([0, 7, 10], 7)
+        assert (batch.teacher.cu_seq.tolist(), batch.teacher.longest) == ([0, 9, 12], 9)
+        assert batch.student.cu_seq.dtype == torch.int32
         # The last prompt id predicts 11, 11 predicts 12, 21 predicts 14; in the second row 31 predicts 32.
         assert batch.student.index.tolist() == [2, 3, 5, 8]
         assert batch.teacher.index.tolist() == [4, 5, 7, 10]
     else:
         assert batch.student.input_ids.tolist() == [rows[0], rows[1] + [0] * 4]
-        assert batch.student.position_ids is None
+        assert (batch.student.position_ids, batch.student.cu_seq, batch.student.longest) == (None, None, None)
         assert batch.student.index.tolist() == [2, 3, 5, 8]
         assert batch.teacher.index.tolist() == [4, 5, 7, 10]
     flat, taught = (side.input_ids.flatten().tolist() for side in (batch.student, batch.teacher))

@@ -19,17 +19,18 @@ A_TOKEN, FIXED = 1000, 50_000
 
 
 class Meter:
-    """A pass takes ``A_TOKEN`` bytes a token (an eighth with checkpointing) beside ``FIXED``; ``size`` bytes are free."""
+    """A pass takes ``A_TOKEN`` bytes a token (an eighth with checkpointing) beside ``FIXED``, and ``mask`` bytes a pair of
+    tokens; ``size`` bytes are free."""
 
-    def __init__(self, policy: TrainedPolicy, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.policy, self.size, self.passes, self.tokens = policy, size, 0, 0
+    def __init__(self, policy: TrainedPolicy, size: float, monkeypatch: pytest.MonkeyPatch, mask: float = 0.0) -> None:
+        self.policy, self.size, self.mask, self.passes, self.tokens = policy, size, mask, 0, 0
         honest = fit._pass
 
-        def counted(policy: TrainedPolicy, tokens: int) -> None:
+        def counted(policy: TrainedPolicy, tokens: int, longest: int, taught: bool) -> None:
             self.passes, self.tokens = self.passes + 1, tokens
-            if FIXED + self.a_token * tokens > self.size:
+            if self.taken > self.size:
                 raise torch.OutOfMemoryError(FULL)
-            honest(policy, 8)
+            honest(policy, 8, min(longest, 5), taught)
 
         monkeypatch.setattr(fit, "_pass", counted)
 
@@ -37,12 +38,16 @@ class Meter:
     def a_token(self) -> float:
         return A_TOKEN / (8 if self.policy.checkpointing else 1)
 
+    @property
+    def taken(self) -> float:
+        return FIXED + self.a_token * self.tokens + self.mask * self.tokens**2
+
     def free(self) -> int:
         return int(self.size)
 
     def rise(self, measured: Callable[[], None]) -> int:
         measured()
-        return int(FIXED + self.a_token * self.tokens)
+        return int(self.taken)
 
 
 @pytest.fixture
@@ -75,6 +80,32 @@ def test_the_largest_power_of_two_that_fits(policy, monkeypatch, fitting, longes
     passes = meter.passes
     fit_passes(policy, {"sft": [sample(0, 5, 20_000)]}, meter)
     assert meter.passes == passes  # once
+
+
+def test_what_grows_with_the_square_is_found_by_a_pass_of_that_size(policy, monkeypatch) -> None:
+    """Two small passes promise 16,384 tokens; one of 8,192 is as large as fits."""
+    a_pair = 0.5
+    size = size_for(policy, 8192 + a_pair * 8192**2 / A_TOKEN + 1)
+    meter = Meter(policy, size, monkeypatch, a_pair)
+    fit_passes(policy, {"sft": [sample(0, 5, 500, teacher=30)]}, meter)
+    assert (policy.micro_batch_tokens, policy.checkpointing) == (8192, False)
+    assert meter.passes == 5  # a first, two that are measured, 16,384 and 8,192
+
+
+def test_a_measured_pass_has_the_rows_of_the_samples(policy, monkeypatch) -> None:
+    seen = []
+
+    def run(batch, loss, teacher):
+        seen.append((batch, teacher))
+        return [torch.ones((), requires_grad=True)]
+
+    monkeypatch.setattr(policy, "run", run)
+    fit._pass(policy, 1024, 400, taught=True)
+    policy.packed = True
+    fit._pass(policy, 1024, 400, taught=False)
+    (padded, teacher), (packed, nobody) = seen
+    assert (padded.student.input_ids.shape, padded.teacher.input_ids.shape, teacher) == ((3, 400), (3, 400), "current")
+    assert (packed.student.cu_seq.tolist(), packed.student.longest, nobody) == ([0, 400, 800, 1024], 400, None)
 
 
 def test_memory_that_runs_out_while_measuring_leads_to_checkpointing(policy, monkeypatch) -> None:

@@ -6,6 +6,7 @@ a causal model looks, so that no attention mask is needed; on GPUs rows are pack
 """
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from search_e1.training.head import split_head
+from search_e1.training import attention
 from search_e1.types import Sample
 
+logger = logging.getLogger(__name__)
+
 _PROBE_TOKENS = 8
+_CLOSE = 0.1  # of the norm of hidden states: many times what rounding to bfloat16 makes of them in dozens of layers
 _WHOLE_ROWS = 8  # a pass of fewer rows is not cut short to save padding
 
 
@@ -30,10 +34,16 @@ class Rows:
     """[1, total] of packed rows: begins again at 0 with each row, by which attention tells them apart."""
     index: Tensor
     """[N] int64: the predicting positions, into the flattened ``input_ids``."""
+    cu_seq: Tensor | None = None
+    """[rows + 1] int32, of packed rows: where each begins and the last ends."""
+    longest: int | None = None
+    """Tokens of the longest of packed rows; on the host, as the kernel wants it."""
 
     def hidden(self, decoder: nn.Module) -> Tensor:
         """[N, H]: the last hidden states at ``index``."""
-        layout = {} if self.position_ids is None else {"position_ids": self.position_ids}
+        layout: dict[str, Any] = {} if self.position_ids is None else {"position_ids": self.position_ids}
+        if self.cu_seq is not None and self.longest is not None and attention.takes_borders(decoder):
+            layout |= attention.borders(self.cu_seq, self.longest)
         hidden = decoder(input_ids=self.input_ids, use_cache=False, **layout).last_hidden_state
         return hidden.flatten(0, 1)[self.index]
 
@@ -54,13 +64,18 @@ class Batch:
     ref_logprobs: Tensor | None
 
     def to(self, device: torch.device) -> "Batch":
+        """The batch on ``device``; to a GPU by pinned memory, so that the host does not wait for the copies."""
         return Batch(**{f.name: _to(getattr(self, f.name), device) for f in fields(self)})
 
 
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, Rows):
         return Rows(*(_to(getattr(value, f.name), device) for f in fields(value)))
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    if device.type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 def make_batch(samples: Sequence[Sample], weights: Sequence[Sequence[float]], *, packed: bool) -> Batch:
@@ -93,15 +108,24 @@ def _rows(
     rows = [[*prompt, *sample.response_ids] for prompt, sample in zip(prompts, samples, strict=True)]
     predicting = [[len(prompt) + i - 1 for i in at] for prompt, at in zip(prompts, positions, strict=True)]
     width = max(map(len, rows))
-    widths = [len(row) if packed else width for row in rows]
-    starts = itertools.accumulate(widths, initial=0)
-    index = [start + position for start, at in zip(starts, predicting, strict=False) for position in at]
+    starts = list(itertools.accumulate([len(row) if packed else width for row in rows], initial=0))
+    index = torch.tensor(
+        [start + position for start, at in zip(starts, predicting, strict=False) for position in at], dtype=torch.long
+    )
     if packed:
-        ids = [[i for row in rows for i in row]]
-        order = [[position for row in rows for position in range(len(row))]]
-    else:
-        ids = [row + [0] * (width - len(row)) for row in rows]
-    return Rows(torch.tensor(ids), torch.tensor(order) if packed else None, torch.tensor(index, dtype=torch.long))
+        return _packed(rows, index)
+    return Rows(torch.tensor([row + [0] * (width - len(row)) for row in rows]), None, index)
+
+
+def _packed(rows: Sequence[Sequence[int]], index: Tensor) -> Rows:
+    starts = list(itertools.accumulate(map(len, rows), initial=0))
+    return Rows(
+        torch.tensor([[i for row in rows for i in row]]),
+        torch.tensor([[position for row in rows for position in range(len(row))]]),
+        index,
+        torch.tensor(starts, dtype=torch.int32),
+        max(map(len, rows)),
+    )
 
 
 Average = str
@@ -149,22 +173,74 @@ def micro_batches(samples: Sequence[Sample], max_tokens: int, *, packed: bool) -
         yield group
 
 
+def pack(model: Any, dtype: torch.dtype) -> bool:
+    """Whether rows for ``model``, which computes in ``dtype``, may be packed; its attention goes by their borders if it can.
+
+    Where it cannot, packed rows are told apart by a mask, which is quadratic in the pack.
+    """
+    plain = plain_model(model)
+    before = plain.config._attn_implementation
+    reason = attention.obstacle(plain, dtype)
+    try:
+        if reason is None:
+            window = attention.attend_by_borders(plain)
+            if packs(model, dtype) and _agrees(model, dtype, before, window):
+                return True
+            reason = "its hidden states are not those of each row alone"
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    plain.set_attn_implementation(before)
+    if may := packs(model, dtype):
+        logger.info("packed rows are told apart by a mask, which takes longer than their borders would: %s", reason)
+    return may
+
+
 @torch.no_grad()
-def packs(model: Any) -> bool:
-    """Whether packed sequences stay apart in ``model``: found out by trying it.
+def packs(model: Any, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether packed sequences stay apart in ``model``, computing in ``dtype``: found out by trying it.
 
     Attention heeds position ids that begin again; a convolution or a recurrence may run on over the border. The first
     sequence is changed; if what follows changes in a single bit, the two are not apart.
     """
-    decoder, head = split_head(model)
-    training = model.training
+    first, changed, second = _probe(model, 3, _PROBE_TOKENS)
+    one, other = (_hidden(model, dtype, [row, second])[_PROBE_TOKENS:] for row in (first, changed))
+    return torch.equal(one, other)
+
+
+@torch.no_grad()
+def _agrees(model: Any, dtype: torch.dtype, implementation: str, window: int) -> bool:
+    """Whether a row has the hidden states, after another one and by its borders, that it has alone, by ``implementation``.
+
+    The row is longer than the sliding ``window``, as far as the model reads so far.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _PROBE_TOKENS
+    other, row = _probe(model, 2, min(limit, window + _PROBE_TOKENS))
+    together = _hidden(model, dtype, [other[:_PROBE_TOKENS], row])[_PROBE_TOKENS:].float()
+    with attention.attending(plain_model(model), implementation):
+        alone = _hidden(model, dtype, [row]).float()
+    return bool((together - alone).norm() <= _CLOSE * alone.norm())
+
+
+def plain_model(model: Any) -> Any:
+    """``model`` without peft's wrapper, whose generation config would rule; the adapters are inside the layers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _probe(model: Any, rows: int, tokens: int) -> list[list[int]]:
+    vocabulary = len(model.get_output_embeddings().weight)
+    ids: list[list[int]] = torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0)).tolist()
+    return ids
+
+
+def _hidden(model: Any, dtype: torch.dtype, rows: Sequence[Sequence[int]]) -> Tensor:
+    """[total, H] of packed ``rows``."""
+    training, device = model.training, next(model.parameters()).device
     model.eval()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(len(head.weight), (3, _PROBE_TOKENS), generator=generator).to(head.weight.device)
-    positions = torch.arange(_PROBE_TOKENS, device=ids.device).repeat(2)[None]
-    one, other = (
-        decoder(input_ids=torch.cat([first, ids[2]])[None], position_ids=positions, use_cache=False).last_hidden_state
-        for first in ids[:2]
-    )
+    half = dtype != torch.float32
+    packed = _to(_packed(rows, torch.arange(sum(map(len, rows)))), device)
+    with torch.autocast(device.type, dtype if half else None, enabled=half, cache_enabled=False):
+        hidden: Tensor = packed.hidden(plain_model(model).get_decoder())
     model.train(training)
-    return torch.equal(one[:, _PROBE_TOKENS:], other[:, _PROBE_TOKENS:])
+    return hidden

@@ -1,6 +1,7 @@
 """How large a pass may be, from passes that are measured: memory differs with the model, its adapters, kernels and the GPU."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -50,21 +51,24 @@ class AcceleratorMeter:
 def fit_passes(policy: TrainedPolicy, samples: Mapping[str, Sequence[Sample]], meter: Meter | None = None) -> None:
     """Set the size of a pass, and gradient checkpointing, where the config leaves them open; once in a stage.
 
-    Two passes are measured, and the size is the largest power of two of tokens whose memory fits beside the optimiser's
-    states. Checkpointing is turned on where the longest of ``samples`` does not fit without it. On a CPU nothing is measured:
-    small passes are fastest there. Every rank has to call this.
+    Two passes are measured, of rows as long as the longest of ``samples``, and the size is the largest power of two of tokens
+    whose memory fits beside the optimiser's states, as far as memory grows evenly. A pass of that size is then made, and the
+    size halved until what it takes fits: a mask that tells packed rows apart grows with the square. Checkpointing is turned
+    on where the longest of ``samples`` does not fit without it. On a CPU nothing is measured: small passes are fastest there.
+    Every rank has to call this.
     """
     config, device = policy.config, policy.device.type
     if policy.fitted or config.micro_batch_tokens is not None or (device == "cpu" and meter is None):
         return
     meter, policy.fitted = meter or AcceleratorMeter(), True
     longest = max(ranks.all_gather_object(max((len(s) for part in samples.values() for s in part), default=0)))
+    taught = any(ranks.all_gather_object(any(s.teacher_prompt_ids for part in samples.values() for s in part)))
     given = config.gradient_checkpointing
     with torch.random.fork_rng(device_type=device if device != "cpu" else "cuda"):
         for checkpointing in (False, True) if given is None else (given,):
             if checkpointing:
                 policy.enable_checkpointing()
-            tokens = min(ranks.all_gather_object(_fitting(policy, meter)))
+            tokens = min(ranks.all_gather_object(_fitting(policy, meter, longest, taught)))
             if tokens >= longest:
                 break
     policy.micro_batch_tokens = max(tokens, _MEASURED[0])
@@ -74,28 +78,49 @@ def fit_passes(policy: TrainedPolicy, samples: Mapping[str, Sequence[Sample]], m
     )  # fmt: skip
 
 
-def _fitting(policy: TrainedPolicy, meter: Meter) -> int:
+def _fitting(policy: TrainedPolicy, meter: Meter, longest: int, taught: bool) -> int:
     """The largest power of two of tokens that a pass may have; 0 if not even a small one fits."""
     weights = policy.parameters.values()
+
+    def rise(tokens: int) -> float:
+        try:
+            return meter.rise(lambda: _pass(policy, tokens, longest, taught))
+        except (RuntimeError, MemoryError) as error:
+            if not memory.ran_out(error):
+                raise
+        memory.release()
+        return math.inf
+
     try:
-        _pass(policy, _MEASURED[0])  # gradients exist from now on
+        rise(_MEASURED[0])  # gradients exist from now on
         states = 8 * sum(weight.numel() for weight in weights)  # AdamW's two, in float32
         free = _USABLE * meter.free() - states
-        small, large = (meter.rise(lambda n=n: _pass(policy, n)) for n in _MEASURED)  # type: ignore[misc]
-    except (RuntimeError, MemoryError) as error:
-        if not memory.ran_out(error):
-            raise
-        free, small, large = 0.0, 1, 2
+        small, large = map(rise, _MEASURED)
+        if math.inf in (small, large):
+            return 0
+        a_token = max(1, large - small) / (_MEASURED[1] - _MEASURED[0])
+        room = (free - (small - a_token * _MEASURED[0])) / a_token
+        tokens = 0 if room < 1 else min(_MOST, 1 << int(room).bit_length() - 1)
+        while tokens > _MEASURED[1] and rise(tokens) > free:
+            tokens //= 2
+        return tokens
     finally:
         policy.model.zero_grad()
         memory.release()
-    a_token = max(1, large - small) / (_MEASURED[1] - _MEASURED[0])
-    room = (free - (small - a_token * _MEASURED[0])) / a_token
-    return 0 if room < 1 else min(_MOST, 1 << int(room).bit_length() - 1)
 
 
-def _pass(policy: TrainedPolicy, tokens: int) -> None:
-    mask = tuple(int(i % _SAMPLED == 0) for i in range(tokens - 1))
-    sample = Sample(question_id="", prompt_ids=(0,), response_ids=(0,) * (tokens - 1), action_mask=mask)
-    batch = make_batch([sample], [[0.0] * len(sample.positions)], packed=policy.packed)
-    policy.run(batch, Sft(logits_mib=policy.config.logits_mib).loss, None)[0].backward()
+def _pass(policy: TrainedPolicy, tokens: int, longest: int, taught: bool) -> None:
+    """Of rows of ``longest`` tokens, and one of those that are left."""
+    width = max(2, min(longest, tokens))
+    widths = [width] * (tokens // width) + [tokens % width] * (tokens % width > 1)
+    samples = [_sample(width, taught) for width in widths]
+    batch = make_batch(samples, [[0.0] * len(s.positions) for s in samples], packed=policy.packed)
+    policy.run(batch, Sft(logits_mib=policy.config.logits_mib).loss, "current" if taught else None)[0].backward()
+
+
+def _sample(width: int, taught: bool) -> Sample:
+    mask = tuple(int(i % _SAMPLED == 0) for i in range(width - 1))
+    teacher = (0,) if taught else None
+    return Sample(
+        question_id="", prompt_ids=(0,), response_ids=(0,) * (width - 1), action_mask=mask, teacher_prompt_ids=teacher
+    )

@@ -221,8 +221,12 @@ class _Step:
         self._sum_up()
 
     def _sum_up(self) -> None:
-        for key, value in self.pending:
-            self.unfinished.sums[key] = self.unfinished.sums.get(key, 0.0) + float(value)
+        """Add up what is pending: one transfer, whatever the number of passes."""
+        if not self.pending:
+            return
+        values = torch.stack([value.detach().to(self.policy.device) for _, value in self.pending]).tolist()
+        for (key, _), value in zip(self.pending, values, strict=True):
+            self.unfinished.sums[key] = self.unfinished.sums.get(key, 0.0) + value
         self.pending.clear()
 
     def figures(self, updates: int) -> dict[str, float]:

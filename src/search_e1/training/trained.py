@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from search_e1.config import Sharding, TrainingConfig
 from search_e1.runs import ranks
-from search_e1.training.batch import Batch, make_batch, micro_batches, packs
+from search_e1.training.attention import attending
+from search_e1.training.batch import Batch, make_batch, micro_batches, pack, plain_model
 from search_e1.training.head import Head, split_head
 from search_e1.training.logprobs import fused_token_loss
 from search_e1.training.policy import merge_adapter
@@ -103,7 +104,8 @@ class TrainedPolicy:
         decoder, head = split_head(model)
         on_cpu = model.device.type == "cpu"
         self.micro_batch_tokens = config.micro_batch_tokens or (2048 if on_cpu else 16_384)
-        self.packed = not on_cpu and packs(model)
+        self._attention = plain_model(model).config._attn_implementation  # that of sampling; passes may have another
+        self.packed = not on_cpu and pack(model, dtype)
         frozen = frozen_start and not isinstance(model, PeftModel)
         copied = copy.deepcopy(decoder).requires_grad_(False).eval() if frozen else None
         self._roles = _Roles(model, decoder, copied, dtype)
@@ -191,11 +193,10 @@ class TrainedPolicy:
     @contextmanager
     def sampled(self) -> Iterator[Any]:
         """The plain model with the weights as they are now, to sample from, in the type in which it computes."""
-        if self._replica:  # each rank samples at its own pace, and so with all weights
-            with self._replica.filled(self.model, self.dtype) as model:
-                yield _plain(model)
-        else:
-            yield _plain(self.model)
+        # Each rank samples at its own pace, and so with all weights.
+        lent = self._replica.filled(self.model, self.dtype) if self._replica else nullcontext(self.model)
+        with lent as model, attending(plain_model(model), self._attention):
+            yield plain_model(model)
 
     def scale_adapter(self, strength: float) -> None:
         """From now on the adapters add ``strength`` times what they were trained to add."""
@@ -211,17 +212,14 @@ class TrainedPolicy:
         In float32 where the weights that were trained are, so that neither saving nor merging rounds steps away.
         """
         model = self._replica.fill(self.model) if self._replica and self._sharded else self.model
+        if (plain := plain_model(model)).config._attn_implementation != self._attention:
+            plain.set_attn_implementation(self._attention)
         if self.checkpointing:
             model.gradient_checkpointing_disable()
             model.disable_input_require_grads()  # which enabling has put on the embeddings
         if self.config.master_weights:
             model = model.float()
         return (merge_adapter(model) if isinstance(model, PeftModel) else model).eval()
-
-
-def _plain(model: Any) -> Any:
-    """Without peft's wrapper, whose generation config would rule; the adapters are inside the layers."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _filler(samples: Sequence[Sample]) -> Sample:

@@ -1,0 +1,123 @@
+"""Attention over packed rows that costs what the rows cost: flash attention of variable lengths, as torch brings it.
+
+Transformers tells packed rows apart by a mask of every position by every other, which grows with the square of the pack.
+Here the borders of the rows go to the kernel instead: ``Rows`` carries them from where they are known, on the host, and
+transformers hands them through to the attention function of each layer, by its own names for them.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import varlen
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+logger = logging.getLogger(__name__)
+
+PACKED = "search_e1_packed"
+"""Its name in transformers. No mask function has this name, so that models make no mask."""
+_LAYERS = {"full_attention", "sliding_attention"}
+_HALVES = (torch.bfloat16, torch.float16)
+_CAPABILITY = (8, 0)  # of the oldest GPUs that flash attention runs on
+_UNKNOWN = ("softcap", "s_aux", "position_bias")
+"""Arguments with which an attention differs from the plain one."""
+
+
+def takes_borders(decoder: nn.Module) -> bool:
+    """Whether the layers of ``decoder`` attend by the borders of packed rows."""
+    return getattr(getattr(decoder, "config", None), "_attn_implementation", None) == PACKED
+
+
+def borders(cu_seq: Tensor, longest: int) -> dict[str, Any]:
+    """The arguments of a decoder's forward pass that tell where packed rows begin and end."""
+    return dict(cu_seq_lens_q=cu_seq, cu_seq_lens_k=cu_seq, max_length_q=longest, max_length_k=longest)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: ``query`` is [1, heads, total, width], packed, or [rows, heads, width of a row, width].
+
+    Raises:
+        NotImplementedError: the layer asks for more than plain causal attention.
+    """
+    rows, _, length, _ = query.shape
+    unknown = [name for name in _UNKNOWN if others.get(name) is not None]
+    unknown += ["dropout"] * (dropout > 0) + ["a mask of its own"] * (attention_mask is not None)
+    unknown += ["a view of what follows"] * (others.get("is_causal") is False or not getattr(module, "is_causal", True))
+    if unknown:
+        raise NotImplementedError(f"attention with {unknown[0]}")
+    if key.shape[2] != length:
+        raise NotImplementedError("attention over a cache; TrainedPolicy.sampled lends the model for that")
+    if cu_seq_lens_q is None or max_length_q is None:  # rows padded on the right are rows of one length
+        cu_seq_lens_q = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=query.device)
+        max_length_q = length
+    # Rotary embeddings of float32 weights leave float32 behind, and autocast knows nothing of this kernel.
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    q, k, v = (states.transpose(1, 2).flatten(0, 1).to(dtype) for states in (query, key, value))
+    attended = varlen.varlen_attn(
+        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+        scale=scaling, window_size=(sliding_window - 1 if sliding_window else -1, 0), enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    assert isinstance(attended, Tensor)
+    return attended.unflatten(0, (rows, length)), None
+
+
+AttentionInterface.register(PACKED, _attention)
+
+
+def obstacle(model: Any, dtype: torch.dtype) -> str | None:
+    """Why the layers of ``model``, computing in ``dtype``, cannot attend by the borders of rows, as far as that is known
+    beforehand; ``batch.packs`` tries the rest."""
+    if dtype not in _HALVES:
+        return f"it computes in {str(dtype).removeprefix('torch.')}"
+    if model.device.type != "cuda":
+        return f"there is no such kernel for {model.device.type}"
+    if torch.cuda.get_device_capability(model.device) < _CAPABILITY:
+        return "the GPU is too old for flash attention"
+    return None
+
+
+def attend_by_borders(model: PreTrainedModel) -> int:
+    """Let the layers of ``model`` attend by the borders of rows from now on; the width of its widest sliding window, or 0.
+
+    Raises:
+        NotImplementedError: its layers are of other kinds, or do not ask transformers for their attention.
+    """
+    types, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    if others := set(types) - _LAYERS:
+        raise NotImplementedError(f"layers of kind {min(others)}")
+    if not model._can_set_attn_implementation():
+        raise NotImplementedError("an attention of its own")
+    model.set_attn_implementation(PACKED)
+    return max(option.get("sliding_window") or 0 for option in options)
+
+
+@contextmanager
+def attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """``model`` with another attention of transformers for as long as the context lasts."""
+    before = model.config._attn_implementation
+    if before == implementation:
+        yield
+        return
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
