@@ -200,7 +200,7 @@ def row(id, text, *answers):
 
 
 def test_lines_that_no_run_reads_are_collected(tmp_path):
-    path = lines(tmp_path / "q.jsonl", row("1", "Who?", "Gil"), "{", row("1", "Where?", "Bel"), row("2", "When?"))
+    path = lines(tmp_path / "q.jsonl", row("1", "Who?", "Gil"), "{", row("1", "Where?", "Bel"), row("2", "When?", ""))
     found = read_source(path, "q", "eval")
     assert [q.id for _, q in found.rows] == ["1"]
     assert [where.rpartition(":")[2] for where, _ in found.refused] == ["2", "3", "4"]

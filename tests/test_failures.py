@@ -33,8 +33,8 @@ STOPS = {
 }
 
 
-def judged(*turns: Turn, gold=("Oslo",), stop: str | None = None, corpus: bool | None = True):
-    question = Question(id="q", text="?", answers=gold)
+def judged(*turns: Turn, gold=("Oslo",), stop: str | None = None, corpus: bool | None = True, **metadata: bool):
+    question = Question(id="q", text="?", answers=gold, metadata=metadata)
     said = turns[-1].argument if stop is None else None
     trajectory = Trajectory(
         question_id="q",
@@ -79,6 +79,10 @@ CASES = {
     "yes comes before wording": (judged(answer("yes, it is"), gold=("yes",), corpus=None), Failure.YES_NO),
     "more than the answer": (judged(search("x", OSLO), answer("the city of Oslo")), Failure.WORDING),
     "more than the answer, not read": (judged(answer("Oslo, Norway")), Failure.WORDING),
+    "answered, and there is none": (
+        judged(search("a", OSLO), answer("Oslo"), gold=("none",), corpus=None, unanswerable=True),
+        Failure.INVENTED,
+    ),
     "read and not said": (judged(search("x", OSLO), answer("Norway")), Failure.NOT_READ_OUT),
     "from memory": (judged(answer("Rome")), Failure.NO_SEARCH),
     "from memory, corpus unknown": (judged(answer("Rome"), corpus=None), Failure.NO_SEARCH),

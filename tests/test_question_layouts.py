@@ -155,7 +155,9 @@ def test_musique_without_its_unanswerable_questions(tmp_path: Path) -> None:
         "metadata": {"hops": 2, "supporting_titles": ["Green (album)", "Miquette Giraudy"]},
     }
     (_, other), warnings = read(path, keep_unanswerable=True)
-    assert warnings == []
+    assert warnings == [
+        f"musique_full_v1.train.jsonl: 1 questions are unanswerable ({path}:2); a run on them needs rollout.rewards.not_found"
+    ]
     assert other["metadata"] == {"hops": 2, "supporting_titles": ["Miquette Giraudy"], "unanswerable": True}
     with pytest.raises(DataError, match=r"no questions in it but unanswerable ones \(--keep-unanswerable\)"):
         read(file(tmp_path / "none.jsonl", [UNANSWERABLE]))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from search_e1.data.questions import load_many, load_questions, subset
+from search_e1.data.questions import load_many, load_questions, subset, to_question, to_record
 from search_e1.errors import DataError
 from search_e1.types import Question
 
@@ -46,6 +46,28 @@ def test_golds_that_nothing_matches_are_said(tmp_path: Path, caplog) -> None:
     assert caplog.messages == [said]
 
 
+def test_an_empty_list_marks_what_the_documents_do_not_answer(tmp_path: Path) -> None:
+    none, marked = {**GOOD, "golden_answers": []}, {**GOOD, "id": "q2", "metadata": {"unanswerable": True}}
+    path = write(tmp_path / "q.jsonl", none, marked, {**GOOD, "id": "q3"})
+    [plain, own, other] = load_questions(path)
+    assert (plain.unanswerable, plain.answers, plain.hops) == (True, (), 2)
+    assert (own.unanswerable, own.answers, other.unanswerable) == (True, ("Ann", "Anna"), False)
+    assert to_record(plain) == {**none, "metadata": {**GOOD["metadata"], "unanswerable": True}}
+    texts = ("not in the documents", "unknown")
+    assert [q.answers for q in load_questions(path, not_found=texts)] == [texts, texts, ("Ann", "Anna")]
+    with pytest.raises(DataError) as caught:
+        load_questions(path, not_found=())
+    assert str(caught.value).startswith(
+        f"{path}:1: a question without answers (golden_answers = []); set rollout.rewards.not_f"
+    )
+    [kept] = load_questions(write(tmp_path / "m.jsonl", marked), not_found=())  # a run that does not know the kind counts EM
+    assert kept.answers == ("Ann", "Anna")
+    with pytest.raises(DataError, match=r"here: a question without answers \(golden_answers = \[\]\); give at least one"):
+        to_question(none, "", "here")  # a benchmark from the Hub
+    with pytest.raises(ValueError, match=r"needs an answer, or metadata.unanswerable = true"):
+        Question(id="a", text="Who?", answers=())
+
+
 @pytest.mark.parametrize("hops", [2, 2.0, "2", " 2.0 "])
 def test_hops_as_tables_write_them(tmp_path: Path, hops: object) -> None:
     [question] = load_questions(write(tmp_path / "q.jsonl", {**GOOD, "metadata": {"hops": hops}}))
@@ -68,7 +90,14 @@ def test_gz_and_plain_hold_the_same(tmp_path: Path) -> None:
         ({"id": "a", "golden_answers": ["x"]}, "field 'question' is missing"),
         ({"id": "a", "question": "Who?"}, "field 'golden_answers' is missing"),
         ('{"id": "a", "question": "W\\udc00", "golden_answers": ["x"]}', "half of a surrogate pair"),
-        ({"id": "a", "question": "Who?", "golden_answers": []}, "a question without answers"),
+        (
+            {"id": "a", "question": "Who?", "golden_answers": [], "metadata": {"unanswerable": False}},
+            "metadata.unanswerable = false, and golden_answers = []",
+        ),
+        (
+            {"id": "a", "question": "Who?", "golden_answers": ["x"], "metadata": {"unanswerable": 1}},
+            "metadata.unanswerable = 1",
+        ),
         ({"id": "a", "question": "Who?", "golden_answers": ["", " "]}, "a question without answers"),
         ({"id": "a", "question": "Who?", "golden_answers": ["x", ""]}, "an empty answer (golden_answers = ['x', ''])"),
         ('{"id": "a", "question": "Who?", "golden_answers": [NaN]}', "golden_answers = [nan] is not a list of texts"),

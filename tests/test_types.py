@@ -145,7 +145,7 @@ def test_an_unanswered_search_is_not_counted() -> None:
             lambda: Pair(question=QUESTION, reference=trajectory(answer()), student=trajectory(answer(), question_id="z")),
             "a pair across questions",
         ),
-        (lambda: Question(id="q", text="Who?", answers=()), "at least 1 item"),
+        (lambda: Question(id="q", text="Who?", answers=()), "a question needs an answer, or metadata.unanswerable"),
         (lambda: Question(id="q", text="Who?", answers=("x",), gold="x"), "Extra inputs"),
     ],
 )

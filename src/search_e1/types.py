@@ -29,14 +29,25 @@ def _short(text: str | None) -> str | None:
 
 
 class Question(Record):
-    """A question and every answer that counts as right."""
+    """A question and every answer that counts as right; none only where the documents hold none."""
 
     id: str = Field(min_length=1)
     text: str = Field(min_length=1)
-    answers: tuple[str, ...] = Field(min_length=1)
+    answers: tuple[str, ...]
     benchmark: str = ""
     hops: int | None = None
     metadata: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _check_answers(self) -> Self:
+        if not self.answers and not self.unanswerable:
+            raise ValueError("a question needs an answer, or metadata.unanswerable = true")
+        return self
+
+    @property
+    def unanswerable(self) -> bool:
+        """Whether its metadata says that the documents hold no answer. In a run, ``rollout.rewards.not_found`` is right."""
+        return self.metadata.get("unanswerable") is True
 
     def __repr_args__(self) -> _Shown:
         more = f"and {len(self.answers) - 3} more"
@@ -242,8 +253,11 @@ class Group(Record):
 
     @property
     def reference(self) -> Trajectory | None:
-        """The correct trajectory with the fewest searches (ties: fewest sampled tokens, then the first), if any."""
-        correct = [t for t in self.trajectories if t.correct]
+        """The correct trajectory with the fewest searches (ties: fewest sampled tokens, then the first), if any.
+
+        Of an unanswerable question, one that searched: else nobody can know that nothing is to be found.
+        """
+        correct = [t for t in self.trajectories if t.correct and (t.searches or not self.question.unanswerable)]
         return min(correct, key=lambda t: (t.searches, t.sampled_tokens), default=None)
 
 

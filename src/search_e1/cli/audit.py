@@ -82,8 +82,9 @@ def _sources(config: "Config | None", train: list[Path] | None, eval: list[str] 
         raise ConfigError("nothing to audit; give --config FILE, or question files with --train and --eval")
     if repeated := next((name for i, (name, _) in enumerate(named) if name in dict(named[:i])), None):
         raise ConfigError(f"--eval: two files are called {repeated!r}; name one, as in --eval NAME=FILE")
-    sources = [read_source(path, path.name.partition(".jsonl")[0], "train") for path in trained]
-    return sources + [read_source(path, name, "eval") for name, path in named]
+    not_found = config.rollout.rewards.not_found if config else None
+    sources = [read_source(path, path.name.partition(".jsonl")[0], "train", not_found) for path in trained]
+    return sources + [read_source(path, name, "eval", not_found) for name, path in named]
 
 
 def _named(word: str) -> tuple[str, Path]:

@@ -66,7 +66,7 @@ def prepare(
     separator: Annotated[str | None, typer.Option(help="Separates several answers in one cell, e.g. '|'.")] = None,
     duplicates: Annotated[Duplicates, typer.Option(help="What to do with duplicate questions.")] = Duplicates.KEEP,
     keep_unanswerable: Annotated[
-        bool, typer.Option("--keep-unanswerable", help="Keep questions that their data set (MuSiQue) calls unanswerable.")
+        bool, typer.Option("--keep-unanswerable", help="Keep questions without an answer, and those that MuSiQue calls so.")
     ] = False,
     drop_leaks: Annotated[bool, typer.Option("--drop-leaks", help="Remove evaluation questions from training.")] = False,
     dev_share: Annotated[float | None, typer.Option(help="Share of your own training file set aside for evaluation.")] = None,

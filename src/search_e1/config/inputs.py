@@ -38,7 +38,8 @@ class DataConfig(Section):
     prefix_ids: bool = False
     """Put the name of its corpus before the id of each passage, as in `wiki:17`, where two corpora use the same ids."""
     train: Annotated[Paths, Field(min_length=1)]
-    """Question file or files, JSON lines (plain or .gz) with `id`, `question`, `golden_answers`, perhaps `metadata`."""
+    """Question file or files, JSON lines (plain or .gz) with `id`, `question`, `golden_answers`, perhaps `metadata`. An empty
+    list of answers needs `rollout.rewards.not_found`."""
     demonstrations: Path | None = None
     """What an expert did for training questions, for `pairs.references_by = "gold"`: JSON lines of `id` and `text`, or `id`
     and `turns`. `docs/distillation.md` tells more."""

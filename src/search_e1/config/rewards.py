@@ -55,7 +55,8 @@ class RewardsConfig(Section):
     date_order: Literal["DMY", "MDY", "YMD"] = "MDY"
     """How a `date` like 5/6/2020 is read."""
     not_found: tuple[str, ...] = ()
-    """Answers that mean that the documents do not hold one, e.g. `["not in the documents"]`: right for questions whose metadata
-    says `unanswerable: true`, where nothing else is, and wrong for all others. `prompts.instruction` must name one of them."""
+    """Answers that mean that the documents do not hold one, e.g. `["not in the documents"]`: right for questions without
+    answers, or whose metadata says `unanswerable: true`, where nothing else is, and wrong for all others. `prompts.instruction`
+    must name one of them."""
     judge: JudgeConfig | None = None
     """The model that is asked by `reward = "judge"`."""

@@ -45,7 +45,7 @@ class Request:
     duplicates: Duplicates = "keep"
     """What to do with duplicates in the training files together, or in one evaluation file."""
     keep_unanswerable: bool = False
-    """Keep questions of users' files that their data set calls unanswerable."""
+    """Keep questions of users' files without an answer, and those that their data set calls unanswerable."""
     drop_leaks: bool = False
     """Remove training questions that are also evaluation questions."""
     dev_share: float | None = None

@@ -38,28 +38,49 @@ class Loaded:
     """How the file was read where it could be read otherwise, a line each."""
 
 
-def load_questions(path: str | Path, benchmark: str = "") -> list[Question]:
+def load_questions(path: str | Path, benchmark: str = "", not_found: Sequence[str] | None = None) -> list[Question]:
     """The questions of one file, in its order.
 
-    Each line (plain, ``.gz`` or ``.zst``) holds ``id``, ``question``, ``golden_answers`` (a list; any of them is right) and
-    optionally ``metadata``, whose ``hops`` becomes ``Question.hops``. Other keys are ignored; an id may be a number.
-    ``benchmark`` names the questions in evaluation.
+    Each line (plain, ``.gz`` or ``.zst``) holds ``id``, ``question``, ``golden_answers`` (a list; any of them is right; empty
+    where the documents hold none) and optionally ``metadata``, whose ``hops`` becomes ``Question.hops``. Other keys are
+    ignored; an id may be a number. ``benchmark`` names the questions in evaluation; for ``not_found`` see ``settle``.
 
     Raises:
-        DataError: the file cannot be read or is empty, a line is no question, a question has no answers or an empty one,
-            or an id is used twice; names file and line.
+        DataError: the file cannot be read or is empty, a line is no question, a question has an empty answer, or an id is
+            used twice; see also ``settle``. Names file and line.
     """
-    return _unique(read_questions(Path(path), benchmark), f"{path}")
+    return load_many([Path(path)], benchmark, not_found)
 
 
-def load_many(paths: Iterable[Path], benchmark: str = "") -> list[Question]:
+def load_many(paths: Iterable[Path], benchmark: str = "", not_found: Sequence[str] | None = None) -> list[Question]:
     """The questions of several files, one after the other; ids must differ across all of them.
 
     Raises:
         DataError: as ``load_questions``.
     """
     paths = list(paths)
-    return _unique((item for path in paths for item in read_questions(path, benchmark)), ", ".join(map(str, paths)))
+    found = ((where, settle(q, not_found, where)) for path in paths for where, q in read_questions(path, benchmark))
+    return _unique(found, ", ".join(map(str, paths)))
+
+
+def settle(question: Question, not_found: Sequence[str] | None, where: str) -> Question:
+    """``question`` as a run takes it: of an unanswerable one, ``not_found`` (``rollout.rewards``) are the right answers.
+
+    As it is for ``None``, and for no texts if it has answers.
+
+    Raises:
+        DataError: it has no answer, and ``not_found`` no text; begins with ``where``.
+    """
+    if not_found is None or not question.unanswerable:
+        return question
+    if not_found:
+        return question.model_copy(update={"answers": tuple(not_found)})
+    if not question.answers:
+        raise DataError(
+            f"{where}: a question without answers (golden_answers = []); set rollout.rewards.not_found to what is right where "
+            "the documents hold no answer, give one, or remove the question"
+        )
+    return question
 
 
 def subset(questions: Sequence[Question], n: int, seed: int) -> list[Question]:
@@ -83,7 +104,7 @@ def read_questions(path: Path, benchmark: str = "") -> Iterator[tuple[str, Quest
     number = 0
     for number, record in read_lines(path):
         where = f"{path}:{number}"
-        yield where, to_question(record, benchmark, where)
+        yield where, to_question(record, benchmark, where, may_lack_answers=True)
     if not number:
         raise DataError(f"{path}: no questions in it; {_HOLDS}")
 
@@ -96,7 +117,7 @@ def _unique(items: Iterable[tuple[str, Question]], files: str) -> list[Question]
             raise DataError(f"{where}: id {question.id!r} was used at {places[question.id]}; give every question its own")
         places[question.id] = where
         questions.append(question)
-    dead = [(q.id, q.answers) for q in questions if not any(map(normalize_answer, q.answers))]
+    dead = [(q.id, q.answers) for q in questions if q.answers and not any(map(normalize_answer, q.answers))]
     if dead and ranks.is_first():
         logger.warning(
             "%s: %d questions have only answers of punctuation and articles (%s: %s), which no answer matches",
@@ -123,8 +144,10 @@ def to_record(question: Question) -> dict[str, Any]:
     return {**record, "metadata": metadata} if metadata else record
 
 
-def to_question(record: Mapping[str, Any], benchmark: str, where: str) -> Question:
+def to_question(record: Mapping[str, Any], benchmark: str, where: str, *, may_lack_answers: bool = False) -> Question:
     """The question in a record of ``id``, ``question``, ``golden_answers`` and perhaps ``metadata``.
+
+    ``may_lack_answers``: an empty list of answers marks it as unanswerable.
 
     Raises:
         DataError: it is none; the message begins with ``where``.
@@ -137,12 +160,18 @@ def to_question(record: Mapping[str, Any], benchmark: str, where: str) -> Questi
         raise DataError(
             f'{where}: golden_answers = {answers!r} is not a list of texts; write ["..."], as `search-e1 data prepare` does'
         )
-    if not any(map(str.strip, answers)):
+    if not any(map(str.strip, answers)) and (answers or not may_lack_answers):
         raise DataError(f"{where}: a question without answers (golden_answers = {answers!r}); give at least one")
     if not all(map(str.strip, answers)):
         raise DataError(f"{where}: an empty answer (golden_answers = {answers!r}); remove it")
     if not isinstance(metadata, dict):
         raise DataError(f"{where}: metadata is {type(metadata).__name__}, not an object; write {{...}} or leave it out")
+    if not isinstance(marked := metadata.get("unanswerable"), bool | None):
+        raise DataError(f"{where}: metadata.unanswerable = {marked!r}; write true or false")
+    if not answers:
+        if marked is False:
+            raise DataError(f"{where}: metadata.unanswerable = false, and golden_answers = []; mend one of them")
+        metadata = {**metadata, "unanswerable": True}
     id, hops, text = record["id"], metadata.get("hops"), record["question"]
     if hops is not None and not whole_number(hops):
         raise DataError(f"{where}: metadata.hops = {hops!r}: hops are a whole number from 1")

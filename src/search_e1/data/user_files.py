@@ -42,6 +42,8 @@ _LIST = re.compile(rf"\[{_SERIES.format(_ITEM)}\]|\({_SERIES.format(_QUOTED)}\)|
 _ARRAY = re.compile(r"(?:np\.|numpy\.)?array\((\[.*\])(?:,\s*dtype=[^)]*)?\)", re.DOTALL)
 _BRACKETED = re.compile(r"""[\[({]\s*['"{\[(].*[\])}]|(?:np\.|numpy\.)?array\(.*\)""", re.DOTALL)
 """What only a program writes: a list, an object, an array."""
+_UNANSWERABLE = "{} questions are unanswerable ({}); a run on them needs rollout.rewards.not_found"
+_TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _WHOLE_FLOAT = re.compile(r"\A\s*(-?\d+)\.0\s*\Z")
 
 
@@ -102,7 +104,8 @@ def load(path: Path, name: str, columns: Columns, *, keep_unanswerable: bool = F
     """The questions of one file; ``name`` is their benchmark and the prefix of generated ids.
 
     A generated id is a hash of question and answers, so that it does not depend on the order of the rows. Without columns of
-    its own, a file in the layout of a published data set is read as such; questions that it calls unanswerable are left out.
+    its own, a file in the layout of a published data set is read as such. Questions that it calls unanswerable are left out,
+    and rows without an answer refused; with ``keep_unanswerable`` both become unanswerable questions.
 
     Raises:
         DataError: the file cannot be read, lacks a column, or a row is no question; names file and line (of Parquet, row).
@@ -126,8 +129,15 @@ def load(path: Path, name: str, columns: Columns, *, keep_unanswerable: bool = F
             id = f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
             made[id] = made.get(id, 0) + 1
             record["id"] = id if made[id] == 1 else f"{id}_{made[id]}"
-        questions.append((where, to_question(record, name, where)))
-    said = (*(read.lines() if read else ()), *sheet_notes, *notes.lines())
+        if not (record["golden_answers"] or keep_unanswerable):
+            raise DataError(
+                f"{where}: a question without answers; give at least one, or, if the documents hold none, keep it with "
+                "--keep-unanswerable"
+            )
+        questions.append((where, to_question(record, name, where, may_lack_answers=keep_unanswerable)))
+    unanswerable = [where for where, question in questions if question.unanswerable]
+    marked = [_UNANSWERABLE.format(len(unanswerable), unanswerable[0])] if unanswerable else []
+    said = (*(read.lines() if read else ()), *sheet_notes, *notes.lines(), *marked)
     if not questions:
         alone = " but unanswerable ones (--keep-unanswerable)" if read and read.left_out else ""
         raise DataError(f"{path}: no questions in it{alone}; give a file with a question a line")
@@ -272,6 +282,8 @@ def _record(row: Mapping[str, Any], columns: Columns, where: str) -> dict[str, A
     if metadata and not isinstance(metadata, dict):
         raise DataError(f"{where}: column {columns.metadata or 'metadata'!r} is {type(metadata).__name__}; write a JSON object")
     metadata = {**(metadata or {}), **{key: _dig(row, column, where) for key, column in columns.more}}
+    if isinstance(marked := metadata.get("unanswerable"), str):  # a table has texts alone
+        metadata["unanswerable"] = _TRUTHS.get(marked.strip().lower(), marked) if marked.strip() else None
     if columns.hops or "hops" in row:
         metadata["hops"] = _whole(_dig(row, columns.hops or "hops", where), columns.hops or "hops", where)
     question = _dig(row, columns.question, where)

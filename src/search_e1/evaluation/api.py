@@ -11,7 +11,7 @@ from typing import Any
 from search_e1 import runs
 from search_e1.config import EvaluationConfig, PolicyConfig, RolloutConfig, default_of
 from search_e1.data.answers import in_language
-from search_e1.data.questions import load_questions
+from search_e1.data.questions import load_questions, settle
 from search_e1.errors import ConfigError
 from search_e1.evaluation import compare as comparing
 from search_e1.evaluation import results
@@ -98,7 +98,8 @@ def evaluate(
         RetrievalError: from the retriever.
         RunError: ``out`` holds something else.
     """
-    limits, asked = limits or RolloutConfig(), _by_benchmark(questions)
+    limits = limits or RolloutConfig()
+    asked = _by_benchmark(questions, limits.rewards.not_found)
     settings = EvaluationConfig(samples=samples, temperature=temperature, latency=0, recall=False)
     place = Path(out) if out is not None else None
     loaded, identity = _policy(policy, place)
@@ -144,15 +145,15 @@ def _policy(policy: Policy | str | Path, out: Path | None) -> tuple[Policy, str]
 
 
 def _by_benchmark(
-    questions: Sequence[Question] | Mapping[str, Sequence[Question]] | str | Path,
+    questions: Sequence[Question] | Mapping[str, Sequence[Question]] | str | Path, not_found: Sequence[str]
 ) -> Mapping[str, Sequence[Question]]:
     if isinstance(questions, Mapping):
-        return questions
+        return {name: [settle(q, not_found, f"question {q.id!r}") for q in part] for name, part in questions.items()}
     if isinstance(questions, str | Path):
         questions = load_questions(questions)
     grouped: dict[str, list[Question]] = {}
     for question in questions:
-        grouped.setdefault(question.benchmark or UNNAMED, []).append(question)
+        grouped.setdefault(question.benchmark or UNNAMED, []).append(settle(question, not_found, f"question {question.id!r}"))
     return grouped
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from search_e1.data.answers import language_in_force, normalize_answer
 from search_e1.data.lines import parse, raw_lines
 from search_e1.data.parts import question_key
-from search_e1.data.questions import to_question
+from search_e1.data.questions import settle, to_question
 from search_e1.errors import DataError
 from search_e1.evaluation import reach
 from search_e1.evaluation.preflight import Finding, Level
@@ -23,7 +23,6 @@ from search_e1.evaluation.reach import Reach, Reached
 from search_e1.evaluation.recall import is_yes_no, words
 from search_e1.evaluation.verdict import COMMON, FileAudit, Role, find
 from search_e1.retrieval.analysis import one_a_script
-from search_e1.rollout.rewards.scorer import is_unanswerable
 from search_e1.runs.languages import ENGLISH
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Question, Record
@@ -99,8 +98,8 @@ class _Row:
     """Problem -> detail."""
 
 
-def read_source(path: Path, name: str, role: Role) -> Source:
-    """The questions of ``path``; what no run would read is collected, not raised.
+def read_source(path: Path, name: str, role: Role, not_found: Sequence[str] | None = None) -> Source:
+    """The questions of ``path``; what no run would read is collected, not raised. ``not_found``: of the run's rewards.
 
     Raises:
         DataError: the file cannot be read, or holds no question.
@@ -109,7 +108,9 @@ def read_source(path: Path, name: str, role: Role) -> Source:
     for number, line in raw_lines(path):
         where = f"{path}:{number}"
         try:
-            question = to_question(parse(line, where, unique=True), "" if role == "train" else name, where)
+            benchmark = "" if role == "train" else name
+            question = to_question(parse(line, where, unique=True), benchmark, where, may_lack_answers=True)
+            question = settle(question, not_found, where)
             if question.id in places:
                 raise DataError(f"{where}: id {question.id!r} was used at {places[question.id]}; give every question its own")
         except DataError as error:
@@ -200,6 +201,8 @@ def _find_unsayable(rows: Sequence[_Row], tokenizer: Any, most: int) -> None:
             elif normalize_answer(tokenizer.decode(ids, skip_special_tokens=True)) != normalize_answer(answer):
                 fault[answer] = "has characters that the tokenizer cannot write"
     for row, answers in zip(rows, countable, strict=True):
+        if not row.question.answers:
+            continue
         if not answers:
             row.problems["unsayable"] = "exact match keeps nothing of it"
         elif all(answer in fault for answer in answers):
@@ -212,10 +215,14 @@ def _find_conflicts(rows: Sequence[_Row]) -> None:
     for row in rows:
         own = set(map(normalize_answer, row.question.answers))
         for other, answers in first[row.key]:
-            if not own & answers:
-                row.problems.setdefault("conflict", f"{other.where or other.question.id}: {' | '.join(other.question.answers)}")
-                other.problems.setdefault("conflict", f"{row.where or row.question.id}: {' | '.join(row.question.answers)}")
+            if own != answers and not own & answers:
+                row.problems.setdefault("conflict", f"{other.where or other.question.id}: {_answers(other)}")
+                other.problems.setdefault("conflict", f"{row.where or row.question.id}: {_answers(row)}")
         first[row.key].append((row, own))
+
+
+def _answers(row: _Row) -> str:
+    return " | ".join(row.question.answers) or "unanswerable"
 
 
 def _find_leaks(rows: Sequence[_Row]) -> None:
@@ -247,8 +254,8 @@ def _named(row: _Row) -> str:
 
 def _place(rows: Sequence[_Row], found: Reached) -> None:
     for row, own in zip(rows, found.by_question, strict=True):
-        row.reach = None if is_unanswerable(row.question) else own
-        if own is None or row.reach is None:
+        row.reach = own
+        if own is None:
             continue
         if not own.passages:
             row.problems["out of reach"] = ""
@@ -268,7 +275,7 @@ def _figures(name: str, role: Role, sources: Sequence[Source], rows: Sequence[_R
         role=role,
         questions=len(rows),
         yes_no=sum(is_yes_no(row.question) for row in rows),
-        unanswerable=sum(is_unanswerable(row.question) for row in rows),
+        unanswerable=sum(row.question.unanswerable for row in rows),
         in_corpus=len(held) / len(own) if own else None,
         in_top={k: sum(rank <= k for rank in ranks) / len(own) for k in depths} if own else {},
         rank=median(ranks) if ranks else None,
@@ -291,7 +298,7 @@ def _examples(sources: Sequence[Source], rows: Sequence[_Row]) -> list[Example]:
         made += [
             Example(
                 problem=problem, file=row.source.name, where=row.where, id=row.question.id, question=row.question.text,
-                answers=" | ".join(row.question.answers), detail=row.problems[problem],
+                answers=_answers(row), detail=row.problems[problem],
             )
             for row in rows
             if problem in row.problems

@@ -18,7 +18,7 @@ from search_e1.evaluation.results import Evaluation, Result
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.engines.base import Engine
 from search_e1.rollout.progress import RolloutProgress
-from search_e1.rollout.rewards.scorer import Scorer, is_unanswerable, open_scorer
+from search_e1.rollout.rewards.scorer import Scorer, open_scorer
 from search_e1.rollout.sampler import RolloutSampler, empty_searches, warn_of_empty_searches
 from search_e1.rollout.sharing import Part, write_parts
 from search_e1.runs import derived_seed, ranks, read_records
@@ -148,7 +148,7 @@ def _scored(judged: Sequence[Result], scorer: Scorer, questions: Sequence[Questi
         scorer.begin(result.answer, question)
     made = []
     for result, question in zip(judged, questions, strict=True):
-        kind = "unanswerable" if is_unanswerable(question) else question.metadata.get("answer_type")
+        kind = "unanswerable" if question.unanswerable else question.metadata.get("answer_type")
         worth = scorer(result.answer, question)
         made.append(result.model_copy(update={"reward": worth, "answer_type": kind if isinstance(kind, str) else None}))
     scorer.tell()
@@ -160,7 +160,7 @@ def judge(benchmark: str, group: Group, recall: Recall | None = None) -> Result:
     [trajectory], question = group.trajectories, group.question
     covers, yes_no = cover_match(trajectory.answer, question.answers), is_yes_no(question)
     read = holds(_read_passages(trajectory), patterns(question))
-    in_corpus = recall.in_corpus if recall else None
+    in_corpus, nowhere = recall.in_corpus if recall else None, question.unanswerable
     return Result(
         benchmark=benchmark,
         id=question.id,
@@ -178,7 +178,7 @@ def judge(benchmark: str, group: Group, recall: Recall | None = None) -> Result:
         read=read,
         in_topk=recall.in_topk if recall else None,
         in_corpus=in_corpus,
-        failure=classify(trajectory, covers=bool(covers), yes_no=yes_no, read=read, in_corpus=in_corpus),
+        failure=classify(trajectory, covers=bool(covers), yes_no=yes_no, read=read, in_corpus=in_corpus, unanswerable=nowhere),
     )
 
 

@@ -20,11 +20,13 @@ class Failure(StrEnum):
     FORMAT = "format"
     """No answer: the last generation was neither a search nor an answer."""
     REPEATED_SEARCH = "repeated_search"
-    """A query was repeated, and the policy gave no answer, or one that is none of the three classes after ``BUDGET``."""
+    """A query was repeated, and the policy gave no answer, or one that is none of the four classes after ``BUDGET``."""
     BUDGET = "budget"
     """No answer: searches or tokens ran out."""
     YES_NO = "yes_no"
     """The answer is yes or no, and the policy said something else."""
+    INVENTED = "invented"
+    """The documents hold no answer, and the policy gave one."""
     WORDING = "wording"
     """The answer contains a right one as whole words, and more."""
     NOT_READ_OUT = "not_read_out"
@@ -36,15 +38,22 @@ class Failure(StrEnum):
 
 
 def classify(
-    trajectory: Trajectory, *, covers: bool, yes_no: bool, read: bool | None, in_corpus: bool | None
+    trajectory: Trajectory,
+    *,
+    covers: bool,
+    yes_no: bool,
+    read: bool | None,
+    in_corpus: bool | None,
+    unanswerable: bool = False,
 ) -> Failure | None:
     """The class of ``trajectory``; ``None`` if its answer is right.
 
     Args:
         covers: its answer contains a right one.
         yes_no: the right answers are yes or no.
-        read: a passage that it read contains an answer; ``None`` for yes/no questions.
+        read: a passage that it read contains an answer; ``None`` for yes/no questions and unanswerable ones.
         in_corpus: some passage of the corpus does; ``None`` if unknown.
+        unanswerable: the right answer is that there is none.
     """
     if trajectory.correct:
         return None
@@ -56,12 +65,14 @@ def classify(
     if trajectory.stop_reason is StopReason.MALFORMED:
         return Failure.FORMAT
     answered = trajectory.stop_reason is StopReason.ANSWERED
-    if not (answered and (yes_no or covers or read)) and repeats(trajectory):
+    if not (answered and (yes_no or unanswerable or covers or read)) and repeats(trajectory):
         return Failure.REPEATED_SEARCH
     if not answered:
         return Failure.BUDGET
     if yes_no:
         return Failure.YES_NO
+    if unanswerable and not covers:
+        return Failure.INVENTED
     if covers:
         return Failure.WORDING
     if read:

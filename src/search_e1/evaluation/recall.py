@@ -3,7 +3,7 @@
 A text contains an answer if the answer's words occur in it consecutively: runs of letters and digits, ignoring case and the
 articles a, an and the. Unlike in EM, punctuation separates words: "Paris" is found in "Paris-based", "1963" in "1961/1963". In
 another language than English words and articles are its own (``data.answers``). Questions answered by yes or no
-only are excluded (``None``): no passage contains such an answer.
+only, and unanswerable ones, are excluded (``None``): no passage contains such an answer.
 """
 
 from collections import defaultdict
@@ -28,9 +28,10 @@ class Recall(Record):
     benchmark: str
     id: str
     in_topk: bool | None
-    """The first ``rollout.topk`` passages for the question itself contain an answer; ``None`` for yes/no questions."""
+    """The first ``rollout.topk`` passages for the question itself contain an answer; ``None`` for yes/no questions and
+    unanswerable ones."""
     in_corpus: bool | None
-    """Some passage contains an answer; ``None`` for yes/no questions, and if the passages cannot be read (a server's)."""
+    """Some passage contains an answer; ``None`` likewise, and if the passages cannot be read (a server's)."""
 
 
 Recalls = Mapping[tuple[str, str], Recall]
@@ -66,7 +67,7 @@ def measure(
 
 
 def figures(rows: Sequence[Recall]) -> dict[str, float | None]:
-    """Shares over the questions that are not yes/no; ``None`` if there is none."""
+    """Shares over the questions with an answer to look for; ``None`` if there is none."""
     return {name: share_of(getattr(row, name) for row in rows) for name in ("in_topk", "in_corpus")}
 
 
@@ -78,12 +79,13 @@ def share_of(values: Iterable[bool | None]) -> float | None:
 
 def is_yes_no(question: Question) -> bool:
     """Whether every right answer is yes or no."""
-    return all(words(answer) in _YES_NO for answer in question.answers)
+    return bool(question.answers) and all(words(answer) in _YES_NO for answer in question.answers)
 
 
 def patterns(question: Question) -> tuple[str, ...]:
-    """The word sequences to search for: each answer's words, without duplicates, yes, no and empty ones."""
-    return patterns_of(question.answers)
+    """The word sequences to search for: each answer's words, without duplicates, yes, no and empty ones. None of an
+    unanswerable question."""
+    return () if question.unanswerable else patterns_of(question.answers)
 
 
 def patterns_of(texts: Iterable[str]) -> tuple[str, ...]:

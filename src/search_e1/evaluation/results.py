@@ -51,7 +51,7 @@ class Result(Record):
     yes_no: bool
     """The right answers are yes or no, which no passage contains."""
     read: bool | None
-    """A passage, as the policy read it, contains an answer; ``None`` for yes/no questions."""
+    """A passage, as the policy read it, contains an answer; ``None`` for yes/no questions and unanswerable ones."""
     in_topk: bool | None
     """See ``recall.Recall``; ``None`` if it was not measured."""
     in_corpus: bool | None
@@ -84,12 +84,12 @@ class Scores(Record):
     em_by_sample: tuple[float, ...]
     """EM of every question's first sampled trajectory, of every second, ...: like runs with different sampling seeds."""
     answerable: int | None
-    """Questions other than yes/no whose answer is in the corpus; ``None`` if that is unknown."""
+    """Questions with an answer to look for (not yes/no) that is in the corpus; ``None`` if that is unknown."""
     em_answerable: float | None
     """EM over these; ``None`` if there is none."""
     em_answerable_interval: Interval | None
     read: float | None
-    """Share of the questions, other than yes/no, with an answer in what was read; likewise the next two."""
+    """Share of the questions with an answer to look for that is in what was read; likewise the next two."""
     in_topk: float | None
     in_corpus: float | None
     failures: dict[Failure, int]

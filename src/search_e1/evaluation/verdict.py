@@ -98,12 +98,18 @@ def records(totals: Sequence[FileAudit], found: Reached | None, skipped: Mapping
 
 def wording(totals: Sequence[FileAudit]) -> Finding:
     """Can every answer be given, and is there one truth?"""
-    count, yes_no, unsayable, conflicts = (
-        sum(getattr(total, name) for total in totals) for name in ("questions", "yes_no", "unsayable", "conflicts")
+    count, yes_no, unanswerable, unsayable, conflicts = (
+        sum(getattr(total, name) for total in totals)
+        for name in ("questions", "yes_no", "unanswerable", "unsayable", "conflicts")
     )
     text = f"{yes_no / count:.0%} of {count:,} questions are answered by yes or no"
+    text += f", and {_are(unanswerable, 'question')} marked as unanswerable" if unanswerable else ""
     if not unsayable + conflicts:
-        return Finding(check="wording", level=Level.OK, text=f"{text}; every question has an answer that can be given.")
+        return Finding(
+            check="wording",
+            level=Level.OK,
+            text=f"{text}; every {'other ' if unanswerable else ''}question has an answer that can be given.",
+        )
     parts = [f"no policy can give the answer of {unsayable:,}"] if unsayable else []
     parts += [f"{_are(conflicts, 'question')} asked with other answers elsewhere"] if conflicts else []
     remedy = "Mend their answers: search-e1 data audit --out lists them."

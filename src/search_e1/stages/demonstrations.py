@@ -70,7 +70,8 @@ def gather(run: Inputs, writer: Writer, corpus: Mapping[str, Passage], context: 
         return _from_file(run, writer)
     if chosen == ("endpoint",):
         return _from_endpoint(run, writer, context)
-    named = [q for q in run.train_questions if passages.names_passages(q)] if "passages" in chosen else []
+    taught_by_passages = (q for q in run.train_questions if passages.names_passages(q) and not q.unanswerable)
+    named = list(taught_by_passages) if "passages" in chosen else []
     supported = hops.lessons(passages.plans(named, corpus, seed=run.config.seed), writer, context.progress)
     if "questions" not in chosen:
         return Taught(supported, {"passages": len(supported)})

@@ -59,15 +59,16 @@ class Inputs:
     @cached_property
     def train_questions(self) -> list[Question]:
         """The training questions, or the subset of them that the config asks for."""
-        questions = load_many(self.config.data.train)
+        questions = load_many(self.config.data.train, not_found=self.config.rollout.rewards.not_found)
         return subsample(questions, self.config.data.max_train, self.config.seed)
 
     @cached_property
     def eval_questions(self) -> dict[str, list[Question]]:
         """Benchmark -> its questions."""
-        data = self.config.data
+        data, not_found = self.config.data, self.config.rollout.rewards.not_found
         return {
-            name: subsample(load_questions(path, name), data.max_eval, self.config.seed) for name, path in data.eval.items()
+            name: subsample(load_questions(path, name, not_found), data.max_eval, self.config.seed)
+            for name, path in data.eval.items()
         }
 
     @cached_property

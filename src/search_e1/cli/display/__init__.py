@@ -179,6 +179,7 @@ _FAILURES = {
     "not_in_corpus": "not in\ncorpus",
     "repeated_search": "re-\npeated",
     "yes_no": "yes/no",
+    "invented": "in-\nvented",
     "wording": "word-\ning",
     "not_read_out": "not\nread\nout",
     "no_search": "no\nsearch",

@@ -110,8 +110,8 @@ def lessons(groups: Iterable[Group], writer: Writer, *, seed: int = 0) -> list[L
 def _best(group: Group) -> Trajectory | None:
     """Only searches and an answer can be written again: what other tools have shown cannot be had from the retriever."""
     kinds = {ActionKind.SEARCH, ActionKind.ANSWER}
-    correct = [t for t in group.trajectories if t.correct and {turn.kind for turn in t.turns} <= kinds]
-    return min(correct, key=lambda t: (t.searches, t.sampled_tokens), default=None)
+    written = [t for t in group.trajectories if {turn.kind for turn in t.turns} <= kinds]
+    return group.model_copy(update={"trajectories": tuple(written)}).reference
 
 
 def _rewritten(turn: Turn, said: Protocol, writer: Writer) -> Turn:

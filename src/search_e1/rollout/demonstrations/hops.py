@@ -107,6 +107,10 @@ class _Narrator:
     def _turns(self) -> list[Turn] | None:
         """A search for each hop that no earlier search has satisfied, each after a thought on what was read; the answer."""
         hops, answers = self.plan.hops, self.question.answers
+        if self.question.unanswerable:
+            [query] = hops[0].queries
+            search = self.writer.search(_goal(hops[0], query, self.question), query)
+            return [search, self.writer.answer(f"No passage says it. So the answer is {answers[0]}.", answers[0])]
         turns: list[Turn] = []
         thought = answer = read = ""  # `read`: every observation so far
         for number, hop in enumerate(hops):
@@ -143,8 +147,7 @@ class _Narrator:
         for query in hop.queries:
             if not self.writer.retrieves(query, hop.ids):
                 continue
-            goal = f"I need to find {hop.name}." if query != self.question.text else "I will search for the question."
-            turn = self.writer.search(thought + goal, query)
+            turn = self.writer.search(thought + _goal(hop, query, self.question), query)
             shown = self._shown(hop, turn.observation_text)
             if shown and (not answers or any(find_name(a, turn.observation_text) for a in answers)):
                 return turn
@@ -168,6 +171,10 @@ class _Narrator:
             if find_name(passage.title, subject) and find_name(value, read):
                 return f"{relation} {value}"
         return _opening(passage.text)
+
+
+def _goal(hop: Hop, query: str, question: Question) -> str:
+    return f"I need to find {hop.name}." if query != question.text else "I will search for the question."
 
 
 def _quotes(text: str, target: str, question: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 The passages that hold it take the place of the supporting passages. They may hold it by chance, which no one can tell here:
 answers that nearly every passage would hold (yes, no, a single character), and those that the question holds, teach nothing.
+An unanswerable question teaches to search, read, and say so.
 """
 
 import random
@@ -36,7 +37,7 @@ def plans(questions: Sequence[Question], writer: Writer, *, seed: int = 0, progr
     names = {question.id: _names_asked(question, writer) for question in questions}
     writer.retrieve((name for question in questions for name in names[question.id]), progress)
     hops = {question.id: _one_hop(question, names[question.id], writer) for question in questions}
-    rest = [question for question in questions if not hops[question.id] and _answers(question)]
+    rest = [q for q in questions if not (hops[q.id] or q.unanswerable) and _answers(q)]
     bridges = {question.id: list(_bridges(question, names[question.id], writer)) for question in rest}
     writer.retrieve((second for found in bridges.values() for _, _, second in found), progress)
     hops |= {question.id: _two_hops(question, bridges[question.id], writer) for question in rest}
@@ -75,6 +76,8 @@ def _one_hop(question: Question, names: Sequence[str], writer: Writer) -> list[H
     answers = _answers(question)
     for name in (*names, ""):
         query = name or question.text
+        if question.unanswerable and (found := writer.passages(query)):
+            return [Hop(tuple(found), name, (query,))]
         if holding := _holding(writer.passages(query), answers):
             return [Hop(holding, name, (query,))]
     return []

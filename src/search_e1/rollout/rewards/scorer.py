@@ -19,11 +19,6 @@ TYPES = {"text": "em", "number": "number", "date": "date", "list": "list", "yes_
 """``metadata.answer_type`` -> reward, where ``rollout.rewards.types`` says nothing else."""
 
 
-def is_unanswerable(question: Question) -> bool:
-    """Whether its metadata says that the documents hold no answer."""
-    return question.metadata.get("unanswerable") is True
-
-
 class Scorer:
     """What an answer to a question is worth, from 0 to 1."""
 
@@ -76,7 +71,7 @@ class Scorer:
         if not self._not_found:
             return None
         says_so = normalize_answer(answer) in self._not_found
-        return float(says_so) if is_unanswerable(question) else 0.0 if says_so else None
+        return float(says_so) if question.unanswerable else 0.0 if says_so else None
 
     def _of(self, question: Question) -> "Reward | Judge":
         kind = question.metadata.get("answer_type") if self._by_type else None
