@@ -27,6 +27,7 @@ class Calls:
         self._queue: SimpleQueue[tuple[Future[Answered], _Batch] | None] = SimpleQueue()
         self.interrupted: Callable[[], bool] = never
         self.under_way: list[Future[Answered]] = []
+        self._marked: list[Future[Answered]] = []
 
     def __enter__(self) -> "Calls":
         # A daemon, unlike an executor's threads: a process that is to end does not wait for a server's time-out.
@@ -56,16 +57,21 @@ class Calls:
             self.under_way.append(Future())
             self._queue.put((self.under_way[-1], calls))
 
-    def collect(self) -> Answered:
-        """Wait for all that was launched.
+    def mark(self) -> None:
+        """Tell the calls under way from those that will be launched."""
+        self._marked = list(self.under_way)
+
+    def collect(self, *, marked: bool = False) -> Answered:
+        """Wait for all that was launched, or for what was under way at the last ``mark``.
 
         Raises:
             Interrupted: before all were answered.
         """
-        while wait(self.under_way, timeout=_POLL).not_done:
+        batches = [batch for batch in self.under_way if not marked or batch in self._marked]
+        while wait(batches, timeout=_POLL).not_done:
             if self.interrupted():
                 raise Interrupted
-        return self._take(self.under_way)
+        return self._take(batches)
 
     def ready(self, *, wait: bool) -> Answered:
         """What is answered by now; with ``wait``, after a while in which something may be."""

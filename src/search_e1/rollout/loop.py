@@ -301,13 +301,16 @@ class RolloutLoop:
         complete, self._complete = self._complete, []
         self._answer(complete)
         if self.calls.under_way and (not self.sampling or self._steps % self.session.admission_interval == 0):
+            # Where a step takes long, the retriever has one to work beside.
+            beside = bool(self.sampling) and getattr(self.session, "answers_wait", False)
             with spent._on("retrieval"):
-                answered = self.calls.collect() if self.waits_for_all else self.calls.ready(wait=not self.sampling)
+                answered = self.calls.collect(marked=beside) if self.waits_for_all else self.calls.ready(wait=not self.sampling)
             for i, draft, passages in answered:
                 self._take(i, draft, passages)
         if self.interrupted():
             raise Interrupted
         if self.sampling:
+            self.calls.mark()
             with spent._on("sampling"):
                 finished = self.session.step()
             self._steps += 1

@@ -6,20 +6,26 @@ cache; the common beginning of all prompts (the instruction) is computed once a 
 """
 
 import gc
+import logging
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from random import Random
 
 import torch
 from transformers import PreTrainedModel
 
 from search_e1.errors import ModelError
 from search_e1.rollout.engines.base import Generation, Interrupted, Request, never
+from search_e1.rollout.engines.decoding import STEPS, DecodeLoop, Next
+from search_e1.rollout.engines.graphs import CaptureError
 from search_e1.rollout.engines.ragged import RaggedCache
-from search_e1.rollout.engines.sampling import Ends, draw
+from search_e1.rollout.engines.sampling import Ends, Numbers, draw
 
+logger = logging.getLogger(__name__)
+_Tokens = Sequence[tuple[int, float]]
+"""Sampled ids and their log-probabilities."""
 _PREFILL, _CPU_PREFILL = 8192, 1024
 """Most tokens, padding included, of one forward pass over prompts or observations. A signal waits for one pass, and on a CPU
 larger ones are no faster."""
@@ -41,7 +47,7 @@ class _Row:
     """How many of ``ids`` are the prompt."""
     end: int = 0
     """Length of ``ids`` once ``max_new_tokens`` are sampled."""
-    source: Random = field(init=False)
+    source: Numbers = field(init=False)
     temperature: float | None = None
     logprobs: list[float] = field(default_factory=list)
     unfinished: bool = True
@@ -56,7 +62,7 @@ class _Row:
             len(prompt),
             len(prompt) + request.max_new_tokens,
         )
-        self.source, self.logprobs, self.unfinished = Random(request.seed), list(request.begun.logprobs or ()), True
+        self.source, self.logprobs, self.unfinished = Numbers(request.seed), list(request.begun.logprobs or ()), True
         self.temperature = request.temperature
         for _ in request.begun.ids:
             self.source.random()
@@ -70,8 +76,10 @@ class _Row:
 class ContinuousSession:
     """A ``Session`` over a transformers model."""
 
-    admission_interval = 8
     interrupted = staticmethod(never)
+    admission_interval = STEPS
+    answers_wait = False
+    """Whether a step takes long enough for a retriever to work beside it: answers are then taken a step later. Optional."""
 
     def __init__(
         self,
@@ -80,9 +88,10 @@ class ContinuousSession:
         *,
         temperature: float,
         rows: int,
+        decoder: Callable[[int], DecodeLoop] | None = None,
     ) -> None:
-        """``rows``: most that hold a slot."""
-        self._model, self._ends, self._temperature = model, ends, temperature
+        """``rows``: most that hold a slot. ``decoder``: what samples several tokens a step of as many rows, with its cache."""
+        self._model, self._ends, self._temperature, self._decoder = model, ends, temperature, decoder
         self._prefill_tokens = _CPU_PREFILL if model.device.type == "cpu" else _PREFILL
         self._rows: dict[int, _Row] = {}
         self._waiting: list[_Row] = []
@@ -94,7 +103,11 @@ class ContinuousSession:
         self._held: list[_Row | None] = [None] * rows  # by slot
         self._active = 0
         self._prefix: list[int] | None = None  # until the first prompts have shown what they have in common
-        self._cache = RaggedCache(self._model, rows + 1)  # the last slot holds the prefix
+        self.loop = self._decoder(rows) if self._decoder else None
+        self._cache = self.loop.cache if self.loop else RaggedCache(self._model, rows + 1)  # slot `rows` holds the prefix
+        if self.loop:
+            self.loop.open(self._ends)
+            self.admission_interval, self.answers_wait = 1, True
 
     def submit(self, request: Request) -> None:
         """See ``Session``."""
@@ -144,20 +157,50 @@ class ContinuousSession:
 
     def _sample(self) -> list[tuple[int, Generation]]:
         rows = [row for row in self._held[: self._active] if row]
-        logits = self._cache.forward(range(len(rows)), [row.num_cached for row in rows], [row.ids[-1:] for row in rows])
-        ids, logprobs = self._draw(logits, rows)
-        finished, ends = [], self._ends
-        for row, id, logprob in zip(rows, ids, logprobs, strict=True):
+        sampled = (self.loop and self._sample_ahead(self.loop, rows)) or self._sample_one(rows)
+        finished = [row for row, tokens in zip(rows, sampled, strict=True) if self._take(row, tokens)]
+        for row in reversed(finished):
+            self._leave(row)
+        return [(row.key, Generation(tuple(row.ids[row.prompt :]), tuple(row.logprobs))) for row in finished]
+
+    def _take(self, row: _Row, tokens: _Tokens) -> bool:
+        """Add sampled tokens to a row up to its end; whether it has ended."""
+        ends = self._ends
+        for id, logprob in tokens:
+            if math.isnan(logprob):
+                raise FloatingPointError("logits that are not finite")
             row.num_cached += 1
             row.ids.append(id)
             row.logprobs.append(logprob)
             last = (ends.candidates is None or id in ends.candidates) and ends.at(row.ids, row.prompt)
             if last or len(row.ids) >= row.end:
                 row.unfinished = False
-                finished.append(row)
-        for row in reversed(finished):
-            self._leave(row)
-        return [(row.key, Generation(tuple(row.ids[row.prompt :]), tuple(row.logprobs))) for row in finished]
+                break
+        return not row.unfinished
+
+    def _sample_one(self, rows: Sequence[_Row]) -> Sequence[_Tokens]:
+        pending_ids = [row.ids[-1:] for row in rows]
+        logits = RaggedCache.forward(self._cache, range(len(rows)), [row.num_cached for row in rows], pending_ids)
+        return [[token] for token in zip(*self._draw(logits, rows), strict=True)]
+
+    def _sample_ahead(self, loop: DecodeLoop, rows: Sequence[_Row]) -> Sequence[_Tokens]:
+        """Tokens of several steps; none if the loop turned out not to work, which ends its use."""
+        own = [self._temperature if row.temperature is None else row.temperature for row in rows]
+        todo = [
+            Next(row.ids[-1], row.num_cached, row.end - len(row.ids), temperature, row.source.peek(STEPS))
+            for row, temperature in zip(rows, own, strict=True)
+        ]
+        try:
+            sampled = loop.run(todo)
+        except CaptureError as error:
+            logger.warning("decoding without CUDA graphs, which is slower: %s", error)
+            self.loop = self._decoder = None
+            self.admission_interval, self.answers_wait = STEPS, False
+            return []
+        for row, tokens in zip(rows, sampled, strict=True):
+            for _ in tokens:
+                row.source.random()
+        return sampled
 
     def _draw(self, logits: torch.Tensor, rows: Sequence[_Row]) -> tuple[Sequence[int], Sequence[float]]:
         """Rows of one temperature are drawn together, as ``draw`` does."""
@@ -224,9 +267,13 @@ class ContinuousSession:
         """Fill the cache up to the last id of each row; ``rows`` are sorted, the longest prefill first."""
         at, most = 0, self._prefill_tokens
         while at < len(rows) and rows[at].pending_ids:
-            width, end = min(len(rows[at].pending_ids), most), at + 1
-            # Padding to twice a row's length costs more than another pass.
-            while end < len(rows) and (end + 1 - at) * width <= most and len(rows[end].pending_ids) * 2 > width:
+            width = total = min(len(rows[at].pending_ids), most)
+            end = at + 1
+            while end < len(rows) and (new := len(rows[end].pending_ids)):
+                total += width if self._cache.padded else new
+                # Padding to twice a row's length costs more than another pass.
+                if total > most or (self._cache.padded and new * 2 <= width):
+                    break
                 end += 1
             part = rows[at:end]
             if self.interrupted():
@@ -271,6 +318,7 @@ class ContinuousSession:
             stacklevel=2,
         )
         del self._cache
+        self.loop = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

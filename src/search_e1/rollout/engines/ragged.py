@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import chain, zip_longest
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -25,23 +26,30 @@ class RaggedCache(Cache):
     Slots side by side are read in place, others are gathered.
     """
 
-    def __init__(self, model: PreTrainedModel, slots: int) -> None:
+    padded = True
+    """Whether the new tokens of several rows take as much room as those of the longest."""
+
+    def __init__(self, model: PreTrainedModel, slots: int, capacity: int = 0) -> None:
+        """``capacity``: positions of a slot that are reserved at once; more are when they are needed."""
         super().__init__(layers=[])
-        self._model = model
+        self._weak_model = ref(model)  # a cache that an engine keeps for its next session must not keep the model
         config = model.config.get_text_config(decoder=True)
         types, kwargs = get_layer_types_and_kwargs(config)
         if not set(types) <= _LAYERS or config._attn_implementation not in ("sdpa", "eager"):
             raise NotImplementedError(f"layers {sorted(set(types))} with {config._attn_implementation} attention")
-        self._types = types
+        self._types, self._layer_kwargs = types, kwargs
         self._windows = {k["sliding_window"] for k, t in zip(kwargs, types, strict=True) if t == "sliding_attention"}
         self._additive = config._attn_implementation == "eager"
         self._longest = context_length(config)
         self.slots = slots
-        self._capacity = 0
+        self.capacity = self._rounded(capacity)
+        self.moved = 0
+        """How often keys and values were moved to new memory."""
         self._attention: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._convolution: dict[int, torch.Tensor] = {}
         self._rows = self._positions = self._counts = torch.empty(0)
         self._at: slice | torch.Tensor = slice(0)
+        self._read: slice | torch.Tensor = slice(0)
         self._extent = 0
 
     def forward(self, slots: Sequence[int], num_cached: Sequence[int], ids: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -55,19 +63,42 @@ class RaggedCache(Cache):
         self._extent = max(num_cached) + width
         self._rows = self._tensor(slots)[:, None]
         beside = list(slots) == list(range(slots[0], slots[0] + len(slots)))
-        self._at = slice(slots[0], slots[0] + len(slots)) if beside else self._rows[:, 0]
+        self._at = self._read = slice(slots[0], slots[0] + len(slots)) if beside else self._rows[:, 0]
         self._counts = self._tensor(list(map(len, ids)))
-        self._reserve(self._extent)
+        self.reserve(self._extent)
+        return self._logits(pending_ids, self._masks())[:, -1]
+
+    def step(self, ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, extent: int) -> torch.Tensor:
+        """Logits, [rows, vocabulary], after one token of each row; all that varies is on the device, as a graph needs it.
+
+        The rows lie in slots 0, 1, and so on; ``slots``, [rows], says where each writes: there, or into a slot that nobody
+        reads. ``extent``, at most ``capacity``: how many positions attention reads.
+        """
+        self._place(positions, slots, extent)
+        return self._logits(ids[:, None], self._masks())[:, -1]
+
+    def _place(self, positions: torch.Tensor, slots: torch.Tensor, extent: int) -> None:
+        self._positions, self._rows, self._extent = positions[:, None], slots[:, None], extent
+        self._at, self._counts = slots, torch.ones_like(positions)
+        self._read = slice(len(slots))  # in place; what a row that writes elsewhere makes of it, nobody looks at
+
+    def _logits(self, ids: torch.Tensor, masks: Any, keep: int | torch.Tensor = 1) -> torch.Tensor:
         output = self._model(
-            input_ids=pending_ids,
-            attention_mask=self._masks(),
+            input_ids=ids,
+            attention_mask=masks,
             position_ids=self._positions.clamp(max=self._longest - 1),  # padding may reach beyond
             past_key_values=self,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
         )
-        logits: torch.Tensor = output.logits[:, -1]
+        logits: torch.Tensor = output.logits
         return logits
+
+    @property
+    def _model(self) -> PreTrainedModel:
+        model = self._weak_model()
+        assert model is not None, "whoever samples holds it"
+        return model
 
     def move(self, to: Sequence[int], of: Sequence[int], length: int) -> None:
         """Copy the first ``length`` positions of slots ``of`` over those of slots ``to``."""
@@ -82,6 +113,25 @@ class RaggedCache(Cache):
         """Make slots ready for rows that begin. (Keys and values need nothing: the mask hides them.)"""
         for state in self._convolution.values():
             state[slots] = 0
+
+    @property
+    def convolves(self) -> bool:
+        """Whether layers have states that a token changes for good, unlike keys and values, which later ones overwrite."""
+        return "conv" in self._types
+
+    def states(self) -> dict[int, torch.Tensor]:
+        """A copy of the states of convolutions, for ``restore``."""
+        return {layer: state.clone() for layer, state in self._convolution.items()}
+
+    def restore(self, states: dict[int, torch.Tensor]) -> None:
+        """Undo what happened to the states of convolutions; keys and values need nothing."""
+        for layer, state in states.items():
+            self._convolution[layer].copy_(state)
+
+    @property
+    def bytes(self) -> int:
+        """Of all that it holds."""
+        return sum(kept.nbytes for kept in (*chain.from_iterable(self._attention.values()), *self._convolution.values()))
 
     def bytes_per_position(self) -> int:
         """Of one row's keys and values, once something was computed."""
@@ -109,15 +159,20 @@ class RaggedCache(Cache):
         dtype = self._model.dtype
         return mask if mask is None else torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
 
-    def _reserve(self, length: int) -> None:
-        if length <= self._capacity:
+    def reserve(self, length: int) -> None:
+        """Make room for rows of ``length`` positions."""
+        if length <= self.capacity:
             return
-        self._capacity = -(-max(length, min(2 * self._capacity, 4096)) // _ROUND) * _ROUND
+        self.capacity = self._rounded(max(length, min(2 * self.capacity, 4096)))
+        self.moved += bool(self._attention)
         for layer, (keys, values) in list(self._attention.items()):
             self._attention[layer] = self._grown(keys), self._grown(values)
 
+    def _rounded(self, length: int) -> int:
+        return -(-length // _ROUND) * _ROUND
+
     def _grown(self, old: torch.Tensor) -> torch.Tensor:
-        new = old.new_zeros(self.slots, self._capacity, *old.shape[2:])
+        new = old.new_zeros(self.slots, self.capacity, *old.shape[2:])
         new[:, : old.shape[1]] = old
         return new
 
@@ -136,12 +191,12 @@ class RaggedCache(Cache):
 
     def _whole(self, kept: torch.Tensor) -> torch.Tensor:
         kept = kept[:, : self._extent]
-        at = self._at
+        at = self._read
         return (kept[at] if isinstance(at, slice) else kept.index_select(0, at)).transpose(1, 2)
 
     def _room(self, states: torch.Tensor) -> torch.Tensor:
         _, heads, _, width = states.shape
-        return states.new_zeros(self.slots, self._capacity, heads, width)
+        return states.new_zeros(self.slots, self.capacity, heads, width)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         """The rows' last inputs, [rows, channels, kernel], to be written in place when one token is added.

@@ -1,10 +1,12 @@
 """How the next ids are drawn, and when a row has ended: the same for every way of running a transformers model."""
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import islice
 from random import Random
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -12,8 +14,37 @@ from transformers import PreTrainedModel
 _AT_ONCE = 2**23
 """Most entries of a distribution that are summed in double precision together: 64 MiB."""
 
+_BLOCK = 128
+"""Entries that are summed as one before the drawn one is searched among them."""
+Mode = Literal["greedy", "sampled", "mixed"]
+"""Whether rows take the most likely id, draw, or some take and some draw."""
 
-def draw(logits: torch.Tensor, temperature: float, sources: Sequence[Random]) -> tuple[list[int], list[float]]:
+
+class Source(Protocol):
+    """What numbers between 0 and 1 are drawn from."""
+
+    def random(self) -> float: ...
+
+
+class Numbers:
+    """A row's random numbers, one a token. What was looked at ahead is given out first."""
+
+    def __init__(self, seed: int) -> None:
+        self._source = Random(seed)
+        self._ahead: deque[float] = deque()
+
+    def random(self) -> float:
+        """The next number."""
+        return self._ahead.popleft() if self._ahead else self._source.random()
+
+    def peek(self, count: int) -> list[float]:
+        """The next numbers, which ``random`` will give out."""
+        while len(self._ahead) < count:
+            self._ahead.append(self._source.random())
+        return list(islice(self._ahead, count))
+
+
+def draw(logits: torch.Tensor, temperature: float, sources: Sequence[Source]) -> tuple[list[int], list[float]]:
     """The next id of each row, and its log-probability under the distribution that was sampled from.
 
     ``logits`` is [rows, vocabulary]; temperature 0 takes the most likely id and tells its log-probability at temperature 1.
@@ -46,6 +77,40 @@ def _inverse(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor
     return ids.clamp_(max=probabilities.shape[1] - 1)
 
 
+def draw_on_device(
+    logits: torch.Tensor, temperatures: torch.Tensor, numbers: torch.Tensor, mode: Mode
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``draw``, without a look from the host: ids and log-probabilities, both [rows].
+
+    ``temperatures`` and ``numbers`` (double precision) are [rows]. Log-probabilities are NaN where ``draw`` would raise. Ids
+    differ from those of ``draw`` only where a number lies within double precision's rounding of the border between two.
+    """
+    logits = logits.float()
+    if mode != "greedy":
+        logits = logits / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
+    probabilities = torch.softmax(logits, -1)
+    ids = probabilities.argmax(-1) if mode == "greedy" else _inverse_by_blocks(probabilities, numbers)
+    if mode == "mixed":
+        ids = torch.where(temperatures > 0, ids, probabilities.argmax(-1))
+    return ids, probabilities.gather(1, ids[:, None])[:, 0].log()
+
+
+def _inverse_by_blocks(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """``_inverse`` for GPUs: a cumulative sum over all of a large vocabulary takes them ten times as long as a plain one."""
+    rows, vocabulary = probabilities.shape
+    blocks = torch.nn.functional.pad(probabilities, (0, -vocabulary % _BLOCK)).view(rows, -1, _BLOCK)
+    sums = blocks.sum(-1, dtype=torch.float64)
+    cumulative = sums.cumsum(-1)
+    wanted = numbers[:, None] * cumulative[:, -1:]
+    block = torch.searchsorted(cumulative, wanted, right=True).clamp_(max=blocks.shape[1] - 1)
+    rest = wanted - (cumulative.gather(1, block) - sums.gather(1, block))
+    within = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
+    # Rounding must not lead beyond the block's entries, nor to one without a share.
+    rest = rest.clamp(min=0.0).minimum(torch.nextafter(within[:, -1:], torch.zeros_like(rest)))
+    ids = block * _BLOCK + torch.searchsorted(within, rest, right=True)
+    return ids[:, 0].clamp_(max=vocabulary - 1)
+
+
 class Ends:
     """Tells when a row has ended."""
 
@@ -59,6 +124,8 @@ class Ends:
         self.candidates = None if last is None else last.keys() | self._end_ids
         """No other id ends a row; ``None`` if any may."""
         self._end_ids |= {id for id, whole in (last or {}).items() if whole}  # their text need not be looked at
+        self.certain = {id for id in self._end_ids if id is not None}
+        """Ids that end a row whatever is before them."""
 
     def at(self, ids: Sequence[int], begin: int = 0) -> bool:
         """Whether the last of ``ids`` is an end token, or completes a stop string of what follows ``begin``."""

@@ -1,9 +1,11 @@
 """The engine over a transformers model in memory: a trainer can lend its own."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from random import Random
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import psutil
 import torch
@@ -19,12 +21,18 @@ from transformers import (
 from search_e1.errors import ModelError
 from search_e1.rollout.engines.base import BatchEngine, Generation, Request, Session
 from search_e1.rollout.engines.continuous import ContinuousSession
+from search_e1.rollout.engines.decoding import DecodeLoop, tolerance, weights_of
+from search_e1.rollout.engines.graphs import CudaGraphs, Recorder
+from search_e1.rollout.engines.paged import PagedCache
 from search_e1.rollout.engines.ragged import RaggedCache
-from search_e1.rollout.engines.sampling import Ends, draw
+from search_e1.rollout.engines.sampling import Ends, Numbers, draw
 from search_e1.training.policy import context_length
 
+logger = logging.getLogger(__name__)
 _MEMORY = 0.6
 """Share of free memory that the cache may take. The rest is for what a forward pass needs."""
+_KEPT = 0.25
+"""Share of free memory up to which a GPU's cache, and the graphs that point at it, are kept for the model's next session."""
 
 
 class TorchEngine:
@@ -57,12 +65,63 @@ class TorchEngine:
                 with plain.session(temperature=temperature, stop=stop, max_tokens=max_tokens) as batches:
                     yield batches
                 return
+            ends, recorder = Ends(self.model, self.tokenizer, stop), _recorder(self.model.device)
+            if recorder and self.model not in _refused:
+                with self._on_gpu(recorder, ends, size, temperature, max_tokens) as session:
+                    yield session
+                return
             rows = max(1, min(self.batch_size, int(_MEMORY * _free_memory(self.model.device) / (size * max_tokens)) - 1))
-            ends = Ends(self.model, self.tokenizer, stop)
             session = ContinuousSession(self.model, ends, temperature=temperature, rows=rows)
             yield session
             if session.rows < rows:  # memory ran out; it would again
                 self.batch_size = session.rows
+
+    @contextmanager
+    def _on_gpu(
+        self, recorder: Recorder, ends: Ends, size: int, temperature: float, max_tokens: int
+    ) -> Iterator[ContinuousSession]:
+        """A session that replays recorded steps; if memory has room for them, they and their cache stay for the next one."""
+        model, weights, wanted = self.model, weights_of(self.model), self.batch_size
+        kept = _kept.pop(model, None)
+        loops = [kept.loop] if kept and kept.serves(weights, wanted, max_tokens) else []
+        del kept
+        free = _free_memory(model.device)
+        keep, rows = bool(loops), max(1, min(wanted, int(_MEMORY * free / (size * max_tokens)) - 2))
+        if loops:
+            rows = loops[0].rows
+
+        def decoder(rows: int) -> DecodeLoop:
+            return loops.pop() if loops else DecodeLoop(model, _cache_of(model)(model, rows + 2, max_tokens), rows, recorder)
+
+        session = ContinuousSession(model, ends, temperature=temperature, rows=rows, decoder=decoder)
+        yield session
+        if session.rows < rows:
+            self.batch_size = session.rows
+        if session.loop is None:
+            _refused.add(model)
+        elif keep or session.loop.cache.bytes <= _KEPT * free:
+            _kept[model] = _Kept(session.loop, weights, self.batch_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    loop: DecodeLoop
+    weights: tuple[object, ...]
+    batch_size: int
+
+    def serves(self, weights: tuple[object, ...], batch_size: int, max_tokens: int) -> bool:
+        """Whether a session would make the same anew."""
+        return (self.weights, self.batch_size) == (weights, batch_size) and max_tokens <= self.loop.cache.capacity
+
+
+_kept: WeakKeyDictionary[PreTrainedModel, _Kept] = WeakKeyDictionary()
+"""What models' last sessions left behind for their next. An update in place changes what it samples, not where it lies."""
+_refused: WeakSet[PreTrainedModel] = WeakSet()
+"""Models whose steps cannot be replayed."""
+
+
+def _recorder(device: torch.device) -> Recorder | None:
+    return CudaGraphs() if device.type == "cuda" else None
 
 
 class PlainEngine(BatchEngine):
@@ -131,7 +190,7 @@ class _Drawn(LogitsProcessor):
         self.criterion = _Done(self)
         self.done = [False] * len(requests)
         self._requests = requests
-        self._sources = [Random(request.seed) for request in requests]
+        self._sources = [Numbers(request.seed) for request in requests]
         self._temperature, self._ends = temperature, ends
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -176,35 +235,43 @@ def _lent(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = defaults
 
 
-_tried: dict[tuple[type, str], int | None] = {}
+_tried: dict[tuple[type, str, type], int | None] = {}
 
 
-def _bytes_per_position(model: PreTrainedModel) -> int | None:
+def _bytes_per_position(model: PreTrainedModel, kind: type[RaggedCache] = RaggedCache) -> int | None:
     """What a token of one row takes in the cache; ``None`` if the model does not work with rows of differing lengths."""
-    key = type(model), model.config.to_json_string()
+    key = type(model), model.config.to_json_string(), kind
     if key not in _tried:
-        _tried[key] = _try(model)
+        try:
+            _tried[key] = _try(model, kind)
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, TypeError, ValueError, LookupError, AttributeError, RuntimeError, ImportError) as error:
+            _tried[key] = None
+            if kind is PagedCache:
+                reason = str(error).partition("\n")[0].partition(". ")[0]
+                logger.warning("sampling without flash attention, which is slower: %s", reason)
     return _tried[key]
 
 
-def _try(model: PreTrainedModel) -> int | None:
+def _cache_of(model: PreTrainedModel) -> type[RaggedCache]:
+    return PagedCache if _bytes_per_position(model, PagedCache) else RaggedCache
+
+
+def _try(model: PreTrainedModel, kind: type[RaggedCache]) -> int:
     """Two rows of differing lengths that change places and go on must have the logits that each has alone."""
     a, b, more = [1, 2, 3, 4, 5], [6, 7, 8], [9, 10, 11]
-    try:
-        cache = RaggedCache(model, 3)
-        cache.forward([1, 2], [0, 0], [a, b])
-        cache.move([1, 2], [2, 1], len(a))
-        cache.forward([1], [len(b)], [more])
-        together = cache.forward([1, 2], [len(b) + len(more), len(a)], [[12], [13]]).float()
-    except torch.OutOfMemoryError:
-        raise
-    except (NotImplementedError, TypeError, ValueError, LookupError, AttributeError, RuntimeError):
-        return None
+    cache = kind(model, 3)
+    cache.forward([1, 2], [0, 0], [a, b])
+    cache.move([1, 2], [2, 1], len(a))
+    cache.forward([1], [len(b)], [more])
+    together = cache.forward([1, 2], [len(b) + len(more), len(a)], [[12], [13]]).float()
     whole = ([*b, *more, 12], [*a, 13])
     alone = torch.cat([model(input_ids=torch.tensor([ids], device=model.device)).logits[:, -1] for ids in whole]).float()
     spread = (alone - alone.mean(-1, keepdim=True)).norm()
-    close = (together - alone).norm() <= (1e-3 if model.dtype == torch.float32 else 0.05) * spread
-    return cache.bytes_per_position() if close else None
+    if not (together - alone).norm() <= tolerance(model.dtype) * spread:
+        raise NotImplementedError("rows that are sampled together differ from what they are alone")
+    return cache.bytes_per_position()
 
 
 def _free_memory(device: torch.device) -> int:

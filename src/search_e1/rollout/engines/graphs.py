@@ -1,0 +1,83 @@
+"""Steps that are recorded once and replayed without Python: CUDA graphs, which spare a GPU the launch of each kernel."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Step = Callable[[], torch.Tensor]
+_HOST_READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"}
+
+
+class CaptureError(Exception):
+    """A step cannot be replayed; the message says why."""
+
+
+class Recorder(Protocol):
+    """Records steps."""
+
+    def capture(self, step: Step) -> tuple[Callable[[], object], torch.Tensor]:
+        """A function that repeats ``step``, and the tensor that it leaves the step's result in.
+
+        ``step`` runs a few times, and repeated on the memory that it had then: what changes must change in place.
+
+        Raises:
+            CaptureError: it cannot be repeated.
+        """
+        ...
+
+
+class CudaGraphs:
+    """Records CUDA graphs, which share their memory: one runs at a time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def capture(self, step: Step) -> tuple[Callable[[], object], torch.Tensor]:
+        """See ``Recorder``."""
+        before = torch.cuda.current_stream()
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(self._stream):
+            step()  # what is set up or chosen at first use is not for the graph
+            with NoHostReads():  # a capture that fails half-way leaves torch's random generator unusable
+                step()
+        before.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # A retriever's encoder may allocate in its own thread meanwhile, hence "thread_local".
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = step()
+        except RuntimeError as error:
+            torch.cuda.set_stream(before)  # the context that failed did not
+            if out_of_memory := _out_of_memory(error):
+                raise out_of_memory from None
+            raise CaptureError(str(error).partition("\n")[0]) from error
+        return graph.replay, result
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises ``CaptureError`` where the host would wait for a number from the device, or send it one."""
+
+    def __init__(self, device: str = "cuda") -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        result = func(*args, **(kwargs or {}))
+        devices = {one.device.type for one in args if isinstance(one, torch.Tensor)}
+        read = name in _HOST_READS and self._device in devices
+        if read or (name in ("_to_copy", "copy_") and len(devices | {result.device.type}) > 1):
+            raise CaptureError(f"the model computes on the host ({name})")
+        return result
+
+
+def _out_of_memory(error: BaseException | None) -> torch.OutOfMemoryError | None:
+    """Ending a capture that ran out of memory raises another error over it."""
+    while error:
+        if isinstance(error, torch.OutOfMemoryError):
+            return error
+        error = error.__context__
+    return None

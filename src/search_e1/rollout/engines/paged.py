@@ -1,0 +1,164 @@
+"""A ``RaggedCache`` that flash attention reads in place: each row as far as it reaches, keys and values once for grouped heads.
+
+torch's ``varlen_attn`` takes a pool of pages and a table of which pages each row has; a slot is a stretch of such pages. The
+kernel needs CUDA, half precision, compute capability 8.0 and a head size that is a multiple of 8, at most 256. None of this is
+asked here: the engine tries the cache on the model, and goes without where the kernel refuses.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+
+from search_e1.rollout.engines.ragged import RaggedCache
+
+PAGE = 256
+"""Positions of a page; the kernel takes multiples of this."""
+_NAME = "search_e1_paged"
+_EXTRAS = ("softcap", "s_aux", "position_bias")
+"""What attention functions of transformers may be given that the kernel cannot do."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reach:
+    """What the new tokens of a pass read."""
+
+    starts: torch.Tensor
+    """[rows + 1], int32: where the new tokens of each row begin, all rows one after another."""
+    width: int
+    """Most new tokens of a row."""
+    lengths: torch.Tensor
+    """[rows], int32: positions of each row, new ones included."""
+    pages: torch.Tensor
+    """[rows, pages of a slot], int32."""
+
+
+class PagedCache(RaggedCache):
+    """See the module. Rows are packed without padding, unless the model has convolutions, which would run from row to row."""
+
+    def __init__(self, model: PreTrainedModel, slots: int, capacity: int = 0) -> None:
+        super().__init__(model, slots, capacity)
+        if self._additive:
+            raise NotImplementedError("eager attention")
+        windows = [k.get("sliding_window") for k in self._layer_kwargs]
+        self._window_of = {layer: -1 if window is None else window - 1 for layer, window in enumerate(windows)}
+        self.padded = self.convolves
+        self._reach: _Reach | None = None
+        self._layer = 0
+
+    def forward(self, slots: Sequence[int], num_cached: Sequence[int], ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        """See ``RaggedCache``."""
+        widths = list(map(len, ids))
+        if self.padded and len(set(widths)) > 1:
+            return super().forward(slots, num_cached, ids)
+        self.reserve(max(n + width for n, width in zip(num_cached, widths, strict=True)))
+        place, cached, counts = self._tensor(slots), self._tensor(num_cached), self._tensor(widths)
+        starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        shape = (len(slots), -1) if self.padded else (1, -1)
+        row = torch.repeat_interleave(torch.arange(len(slots), device=counts.device), counts, output_size=sum(widths))
+        offset = torch.arange(sum(widths), device=counts.device) - starts[row]
+        self._rows, self._positions = place[row].view(shape), (cached[row] + offset).view(shape)
+        self._at, self._counts, self._extent = place, counts, self.capacity
+        reach = _Reach(starts.int(), max(widths), (cached + counts).int(), self._pages(place))
+        pending_ids = self._tensor(list(chain.from_iterable(ids))).view(shape)
+        with self._read_by_pages(reach):
+            if self.padded:
+                return self._logits(pending_ids, self._no_masks())[:, -1]
+            return self._logits(pending_ids, self._no_masks(), starts[1:] - 1)[0]
+
+    def step(self, ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, extent: int) -> torch.Tensor:
+        """See ``RaggedCache``; each row reads as far as it reaches, whatever ``extent`` is."""
+        self._place(positions, slots, extent)
+        starts = torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device)
+        with self._read_by_pages(_Reach(starts, 1, (positions + 1).int(), self._pages(slots))):
+            return self._logits(ids[:, None], self._no_masks())[:, -1]
+
+    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None) -> torch.Tensor:
+        """Queries [rows, heads, new, width] of the layer that was updated last to outputs [rows, new, heads, width].
+
+        Keys and values are those of all slots.
+        """
+        from torch.nn.attention.varlen import varlen_attn  # not in all versions with what it needs: a reason to go without
+
+        reach = self._reach
+        assert reach is not None
+        window = self._window_of[self._layer]
+        # One new token sees all there is: without a window the kernel then reads keys and values once for grouped heads.
+        right = -1 if reach.width == 1 and window < 0 else 0
+        rows, heads, new, width = query.shape
+        output = varlen_attn(
+            query.transpose(1, 2).reshape(rows * new, heads, width),
+            keys.view(-1, PAGE, *keys.shape[2:]),
+            values.view(-1, PAGE, *values.shape[2:]),
+            reach.starts,
+            reach.starts,  # of the keys: must be there, is not read where there are pages
+            reach.width,
+            self.capacity,
+            scale=scale,
+            window_size=(window, right),
+            enable_gqa=True,
+            seqused_k=reach.lengths,
+            block_table=reach.pages,
+            num_splits=1,  # more would sum a row's keys in an order that depends on the longest row beside it
+        )
+        assert isinstance(output, torch.Tensor)
+        return output.view(rows, new, heads, -1)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``RaggedCache``; while pages are read, all slots go out."""
+        self._layer = layer_idx
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _whole(self, kept: torch.Tensor) -> torch.Tensor:
+        return super()._whole(kept) if self._reach is None else kept
+
+    def _rounded(self, length: int) -> int:
+        return -(-length // PAGE) * PAGE
+
+    def _pages(self, slots: torch.Tensor) -> torch.Tensor:
+        each = self.capacity // PAGE
+        return (slots[:, None] * each + torch.arange(each, device=slots.device)).int()
+
+    def _no_masks(self) -> Any:
+        return None if len(set(self._types)) == 1 else dict.fromkeys(self._types)
+
+    @contextmanager
+    def _read_by_pages(self, reach: _Reach) -> Iterator[None]:
+        config: Any = self._model.config.get_text_config(decoder=True)
+        before, self._reach = config._attn_implementation, reach
+        config._attn_implementation = _NAME
+        token = _reading.set(self)
+        try:
+            yield
+        finally:
+            _reading.reset(token)
+            config._attn_implementation, self._reach = before, None
+
+
+_reading: ContextVar[PagedCache] = ContextVar("_reading")  # not every model passes what it is given down to its attention
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers calls it."""
+    if extras := [name for name in _EXTRAS if kwargs.get(name) is not None]:
+        raise NotImplementedError(f"attention with {extras[0]}")
+    return _reading.get().attend(query, key, value, scaling), None
+
+
+AttentionInterface.register(_NAME, _attention)

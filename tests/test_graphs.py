@@ -1,0 +1,433 @@
+"""Decoding by recorded steps, as on a GPU, simulated on the CPU: it samples what the plain path does, whatever happens."""
+
+import inspect
+import random
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.attention.varlen as varlen
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+
+import replay
+from chat import chat_tokenizer
+from conftest import PASSAGES, TinyRetriever
+from replay import Tape
+from search_e1.errors import ModelError
+from search_e1.rollout.engines import torch as hf
+from search_e1.rollout.engines.base import Generation, Request, generate
+from search_e1.rollout.engines.decoding import STEPS, _buckets
+from search_e1.rollout.engines.sampling import Numbers, draw, draw_on_device
+from search_e1.rollout.engines.torch import TorchEngine
+from search_e1.rollout.loop import rollout, starts
+from test_engine import FAMILIES, LIMITS, PROMPTS, QUESTIONS, ids, play, random_policy
+
+torch_varlen_attn = varlen.varlen_attn
+
+
+@pytest.fixture
+def tape(monkeypatch) -> Tape:
+    """Records steps of models on the CPU, too."""
+    tape = Tape()
+    monkeypatch.setattr(hf, "_recorder", lambda device: tape)
+    monkeypatch.setattr(hf, "_tried", {})
+    return tape
+
+
+@pytest.fixture
+def paged(monkeypatch) -> None:
+    """Flash attention on a CPU."""
+    monkeypatch.setattr(varlen, "varlen_attn", replay.varlen_attn)
+
+
+def plainly(sample: Callable[[], Any]) -> Any:
+    """What the path of CPUs samples."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf, "_recorder", lambda device: None)
+        return sample()
+
+
+def prompts(lengths) -> list[list[int]]:
+    return [[(7 * i + j) % 200 for j in range(length)] for i, length in enumerate(lengths)]
+
+
+def tokens(policy, lengths=(5, 60, 9, 33), *, stop=(), temperature=1.0, new=20, **engine) -> list[tuple[int, ...]]:
+    made = TorchEngine(policy.model, policy.tokenizer, **engine)
+    done = generate(made, prompts(lengths), max_new_tokens=new, temperature=temperature, stop=stop)
+    assert all(len(one.ids) == len(one.logprobs or ()) for one in done)
+    return [one.ids for one in done]
+
+
+@pytest.mark.parametrize("reading", ["masks", "pages"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_samples_what_the_plain_path_does(family: str, reading: str, tape: Tape, request, caplog) -> None:
+    if reading == "pages":
+        request.getfixturevalue("paged")
+    policy = random_policy(family)
+    expected = plainly(lambda: play(policy, TorchEngine(policy.model, policy.tokenizer), 1.0, seed=1))
+    shuffled = random.Random(0).sample(range(len(expected)), len(expected))
+    for size, order in ((64, range(len(expected))), (4, shuffled)):
+        done = play(policy, TorchEngine(policy.model, policy.tokenizer, batch_size=size), 1.0, seed=1, order=order)
+        assert ids(done) == ids(expected)
+        for a, b in zip(done, expected, strict=True):
+            for one, other in zip(a.turns, b.turns, strict=True):
+                assert one.sampling_logprobs == pytest.approx(other.sampling_logprobs, abs=1e-4)
+    assert tape.replays > tape.captures > 0
+    pages = hf._cache_of(policy.model) is hf.PagedCache
+    assert pages == (reading == "pages" and family != "gemma2")  # its attention is eager
+    assert ("eager attention" if family == "gemma2" else "") in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("family", "stop"), [("qwen2", ("e",)), ("qwen2", ("\u00e9",)), ("lfm2", ("e",)), ("lfm2", (" ",))], ids=str
+)  # tokens that can complete the first of each can be told by their looks
+def test_what_is_sampled_beyond_a_row_s_end_counts_nowhere(family: str, stop: tuple[str, ...], tape: Tape) -> None:
+    policy = random_policy(family)
+    expected = plainly(lambda: tokens(policy, stop=stop))
+    assert tokens(policy, stop=stop) == expected
+    assert min(map(len, expected)) < 20, "rows end at different steps"
+    assert tape.replays
+
+
+def test_each_row_has_its_own_limit_and_temperature(tape: Tape) -> None:
+    policy = random_policy("qwen2")
+    wanted = [(3, None), (19, 0.0), (1, 0.7), (8, 1.0), (16, 0.0)]
+
+    def sampled() -> list[Generation]:
+        done: dict[int, Generation] = {}
+        with TorchEngine(policy.model, policy.tokenizer).session(temperature=1.0, stop=(), max_tokens=100) as session:
+            for key, (most, temperature) in enumerate(wanted):
+                session.submit(Request(key, [5, 6, 7], most, key, temperature=temperature))
+            while len(done) < len(wanted):
+                done |= dict(session.step())
+        return [done[key] for key in range(len(wanted))]
+
+    expected, done = plainly(sampled), sampled()
+    assert [one.ids for one in done] == [one.ids for one in expected]
+    assert [len(one.ids) for one in done] == [most for most, _ in wanted]
+    for ours, theirs in zip(done, expected, strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+def test_an_interrupted_row_goes_on_with_its_own_numbers(tape: Tape) -> None:
+    policy = random_policy("qwen2")
+    engine = TorchEngine(policy.model, policy.tokenizer)
+
+    def run(begun: Generation, steps: int | None = None) -> tuple[Generation, dict[int, Generation]]:
+        with engine.session(temperature=1.0, stop=(), max_tokens=100) as session:
+            session.submit(Request(0, [5, 6, 7], 30, 9, begun))
+            for _ in range(steps or 9):
+                if done := session.step():
+                    return done[0][1], {}
+            return begun, session.begun()
+
+    whole, _ = run(Generation(()))
+    _, unfinished = run(Generation(()), steps=2)
+    assert unfinished[0].ids == whole.ids[: 2 * STEPS]
+    assert run(unfinished[0])[0].ids == whole.ids
+    [plain] = plainly(lambda: generate(engine, [[5, 6, 7]], max_new_tokens=30, temperature=1.0, stop=(), seed=9))
+    assert plain.ids == whole.ids
+
+
+# Updates.
+
+
+def test_weights_that_were_updated_in_place_are_sampled_from_without_a_new_capture(tape: Tape, paged) -> None:
+    policy = random_policy("qwen2")
+    before = tokens(policy)
+    captures = tape.captures
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    after = tokens(policy)
+    assert tape.captures == captures > 0
+    assert after == plainly(lambda: tokens(policy)) != before
+
+
+def test_weights_that_lie_elsewhere_are_captured_anew(tape: Tape) -> None:
+    policy = random_policy("qwen2")
+    tokens(policy)
+    captures = tape.captures
+    head = policy.model.lm_head
+    head.weight = torch.nn.Parameter(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(1)))
+    assert tokens(policy) == plainly(lambda: tokens(policy))
+    assert tape.captures > captures
+
+
+def test_adapters_that_are_applied_otherwise_are_captured_anew(tape: Tape) -> None:
+    policy = random_policy("qwen2")
+    adapted = get_peft_model(policy.model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    policy.model = adapted.get_base_model()
+    seen = [tokens(policy)]
+    for strength in (3.0, 0.0):
+        for module in adapted.modules():
+            if isinstance(module, LoraLayer):
+                module.set_scale("default", strength)
+        seen.append(tokens(policy))
+        assert seen[-1] == plainly(lambda: tokens(policy))
+    with adapted.disable_adapter():
+        assert tokens(policy) == seen[-1]
+    assert len(set(map(str, seen))) == 3
+
+
+# Memory.
+
+
+def test_a_cache_that_grows_is_captured_anew(tape: Tape, paged) -> None:
+    policy = random_policy("qwen2")
+    policy.model.config.max_position_embeddings = 1024
+    expected = plainly(lambda: tokens(policy, (5, 600), new=10))
+    with TorchEngine(policy.model, policy.tokenizer).session(temperature=1.0, stop=(), max_tokens=100) as session:
+        done: dict[int, Generation] = {}
+        for key, prompt in enumerate(prompts((5, 600))):
+            session.submit(Request(key, prompt, 10, key))
+            done |= dict(session.step())
+            if not key:
+                cache, captures = session.loop.cache, tape.captures
+                assert cache.capacity == 256
+        while len(done) < 2:
+            done |= dict(session.step())
+    assert cache.capacity >= 610
+    assert tape.captures > captures
+    assert [done[key].ids for key in range(2)] == expected
+
+
+def test_a_graph_is_not_replayed_for_a_longer_row(tape: Tape, monkeypatch) -> None:
+    policy = random_policy("qwen2")
+    policy.model.config.max_position_embeddings = 1024
+    expected = plainly(lambda: tokens(policy, (505, 20), new=20))
+    kept: dict = {}
+    monkeypatch.setattr(hf, "_kept", kept)
+    assert tokens(policy, (505, 20), new=20) == expected
+    assert {key.extent for key in kept[policy.model].loop._recorded} == {512, 576}  # the second: all there is
+
+
+def test_steps_are_captured_for_few_numbers_of_rows(tape: Tape, monkeypatch) -> None:
+    assert list(_buckets(320)) == [1, 4, 16, 64, 128, 192, 256, 320]
+    assert [list(_buckets(n)) for n in (1, 4, 5, 100)] == [[1], [1, 4], [1, 4, 5], [1, 4, 16, 64, 100]]
+    policy, kept = random_policy("qwen2"), {}
+    monkeypatch.setattr(hf, "_kept", kept)
+    lengths = tuple(range(3, 9))  # six rows, of which some end early
+    assert tokens(policy, lengths, stop=("e",)) == plainly(lambda: tokens(policy, lengths, stop=("e",)))
+    assert {key.rows for key in kept[policy.model].loop._recorded} == {4, 16}
+
+
+def test_a_cache_is_kept_if_memory_has_room_for_it(tape: Tape, monkeypatch) -> None:
+    policy, kept = random_policy("qwen2"), {}
+    monkeypatch.setattr(hf, "_kept", kept)
+    tokens(policy, batch_size=2)
+    held = kept[policy.model].loop.cache.bytes
+    assert held == (2 + 2) * 128 * hf._bytes_per_position(policy.model)  # slots, positions of each
+    for free, stays in ((4 * held, True), (4 * held - 4, False)):
+        kept.clear()
+        monkeypatch.setattr(hf, "_free_memory", lambda device, free=free: free)
+        tokens(policy, batch_size=2)
+        assert bool(kept) == stays
+
+
+class _Broken:
+    """A recorder of which something goes wrong."""
+
+    def __init__(self, tape: Tape, wrong: Callable[[torch.Tensor], None]) -> None:
+        self.tape, self.wrong = tape, wrong
+
+    def capture(self, step):
+        repeat, result = self.tape.capture(step)
+
+        def replay() -> None:
+            repeat()
+            self.wrong(result)
+
+        return replay, result
+
+
+def test_logits_that_differ_from_the_plain_step_s_end_the_use_of_graphs(tape: Tape, monkeypatch, caplog) -> None:
+    for family in ("qwen2", "lfm2"):
+        policy = random_policy(family)
+        expected = plainly(lambda policy=policy: tokens(policy))
+        broken = _Broken(tape, lambda logits: logits[1:2].mul_(1.1))
+        monkeypatch.setattr(hf, "_recorder", lambda device, broken=broken: broken)
+        caplog.clear()
+        assert tokens(policy) == expected
+        assert tokens(policy) == expected
+        assert caplog.text.count("decoding without CUDA graphs, which is slower: its logits differ from the plain") == 1
+
+
+def test_a_model_that_computes_on_the_host_is_sampled_without_graphs(tape: Tape, monkeypatch, caplog) -> None:
+    policy = random_policy("qwen2")
+    expected, forward = plainly(lambda: tokens(policy)), policy.model.forward
+
+    def reading(*args, position_ids, **kwargs):
+        return forward(*args, position_ids=position_ids + 0 * int(position_ids.max()), **kwargs)
+
+    monkeypatch.setattr(policy.model, "forward", reading)
+    assert tokens(policy) == expected
+    assert "without CUDA graphs, which is slower: the model computes on the host (_local_scalar_dense)" in caplog.text
+    assert not tape.replays
+
+
+def test_memory_that_runs_out_while_capturing_halves_the_rows(tape: Tape, monkeypatch) -> None:
+    policy = random_policy("qwen2")
+    expected, capture = plainly(lambda: tokens(policy)), tape.capture
+
+    def crowded(step):
+        if step().shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return capture(step)
+
+    monkeypatch.setattr(tape, "capture", crowded)
+    engine = TorchEngine(policy.model, policy.tokenizer, batch_size=4)
+    with pytest.warns(UserWarning, match="2 trajectories are sampled together instead of 4"):
+        done = generate(engine, prompts((5, 60, 9, 33)), max_new_tokens=20, temperature=1.0, stop=())
+    assert [one.ids for one in done] == expected
+    assert (engine.batch_size, tape.replays > 0) == (2, True)
+
+
+def test_logits_that_are_not_finite_stop_sampling(tape: Tape) -> None:
+    policy = random_policy("qwen2")
+    tokens(policy)
+    with torch.no_grad():
+        policy.model.model.norm.weight[3] = torch.nan
+    with pytest.raises(ModelError, match=r"logits that are not finite while sampling"):
+        tokens(policy)
+
+
+# Attention.
+
+
+def test_torch_takes_what_the_stand_in_takes() -> None:
+    ours, theirs = (inspect.signature(function).parameters for function in (replay.varlen_attn, torch_varlen_attn))
+    assert [(one.name, one.kind, one.default) for one in ours.values()] == [
+        (one.name, one.kind, one.default) for one in theirs.values()
+    ]
+
+
+def test_without_flash_attention_masks_are_used_and_it_is_said_once(tape: Tape, caplog) -> None:
+    policy = random_policy("qwen2")
+    assert tokens(policy) == tokens(policy) == plainly(lambda: tokens(policy))
+    assert caplog.text.count("sampling without flash attention, which is slower: Could not run") == 1
+
+
+def test_prompts_are_packed_without_padding(tape: Tape, paged, monkeypatch) -> None:
+    policy, passes = random_policy("qwen2"), []
+    tokens(policy)  # what is tried on the model is behind it
+    forward = policy.model.forward
+
+    def counting(*args, position_ids, **kwargs):
+        passes.append(position_ids.numel())
+        return forward(*args, position_ids=position_ids, **kwargs)
+
+    monkeypatch.setattr(policy.model, "forward", counting)
+    tokens(policy, (60, 9, 33, 2), new=1)
+    assert passes[0] == 59 + 8 + 32 + 1
+
+
+# Drawing.
+
+
+@pytest.mark.parametrize("vocabulary", [1, 127, 128, 1000])
+def test_ids_are_drawn_as_on_the_host(vocabulary: int) -> None:
+    logits = 3 * torch.randn(500, vocabulary, generator=torch.Generator().manual_seed(0))
+    logits[:, ::3] = -torch.inf if vocabulary > 1 else 0.0
+    for temperature in (0.0, 0.7, 1.0):
+        expected = draw(logits, temperature, [random.Random(seed) for seed in range(500)])
+        numbers = torch.tensor([random.Random(seed).random() for seed in range(500)], dtype=torch.float64)
+        mode = "sampled" if temperature else "greedy"
+        drawn, logprobs = draw_on_device(logits, torch.full((500,), temperature), numbers, mode)
+        assert drawn.tolist() == expected[0]
+        assert logprobs.tolist() == pytest.approx(expected[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("number", [0.0, 0.25, 0.5, 1 - 2**-53])
+def test_no_id_without_a_share_is_drawn(number: float) -> None:
+    logits = torch.full((1, 700), -torch.inf)
+    logits[0, [130, 131, 400, 401]] = torch.tensor([0.0, 0.0, 0.0, 0.0])
+    numbers = torch.full((1,), number, dtype=torch.float64)
+    drawn, logprobs = draw_on_device(logits, torch.ones(1), numbers, "sampled")
+    assert drawn.tolist() == [{0.0: 130, 0.25: 131, 0.5: 400}.get(number, 401)]
+    assert logprobs.tolist() == pytest.approx([-1.3862944])
+
+
+def test_rows_that_draw_and_rows_that_do_not_are_told_apart() -> None:
+    logits = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    drawn, _ = draw_on_device(logits, torch.tensor([0.0, 1.0]), torch.tensor([0.99, 0.99], dtype=torch.float64), "mixed")
+    assert drawn.tolist() == [1, 2]
+
+
+def test_numbers_that_were_looked_at_come_again() -> None:
+    numbers, source = Numbers(3), random.Random(3)
+    expected = [source.random() for _ in range(6)]
+    assert numbers.peek(2) == expected[:2]
+    assert numbers.random() == expected[0]
+    assert numbers.peek(4) == expected[1:5]
+    assert [numbers.random() for _ in range(5)] == expected[1:]
+
+
+# The retriever.
+
+
+class _Stepping:
+    """A session whose steps take long: the first row searches in the first, the second goes on until the fourth."""
+
+    admission_interval, answers_wait, steps = 1, True, 0
+
+    def __init__(self, tokenizer, gone_on: threading.Event) -> None:
+        said = {(0, 1): "<search>Arda</search>", (1, 4): "<answer>x</answer>", (0, 4): "<answer>Bel</answer>"}
+        self.said = {at: Generation(tuple(tokenizer.encode(text))) for at, text in said.items()}
+        self.gone_on, self.joined, self.waiting = gone_on, [], set()
+
+    def submit(self, request) -> None:
+        self.waiting.add(request.key)
+        self.joined.append((request.key, self.steps))
+
+    def release(self, key) -> None:
+        pass
+
+    def step(self):
+        self.steps += 1
+        if self.steps == 2:
+            self.gone_on.set()
+        done = [(key, self.said[key, self.steps]) for key in sorted(self.waiting) if (key, self.steps) in self.said]
+        self.waiting -= {key for key, _ in done}
+        return done
+
+
+def test_a_retriever_has_a_whole_step_to_work_beside() -> None:
+    tokenizer, gone_on = chat_tokenizer(), threading.Event()
+    session = _Stepping(tokenizer, gone_on)
+
+    class Steps:
+        context_length = 1000
+
+        def __init__(self) -> None:
+            self.tokenizer = tokenizer
+
+        def session(self, **_):
+            return nullcontext(session)
+
+    class Slow(TinyRetriever):
+        def search(self, queries, topk):
+            assert gone_on.wait(30), "nobody went on"
+            return super().search(queries, topk)
+
+    begun = starts(tokenizer, PROMPTS, QUESTIONS[:2])
+    done = rollout(Steps(), Slow(PASSAGES), begun, LIMITS, temperature=1.0, seed=0, prompts=PROMPTS)
+    assert [t.answer for t in done] == ["Bel", "x"]
+    assert session.joined == [(0, 0), (1, 0), (0, 2)]
+
+
+def test_when_the_retriever_answers_changes_nothing(tape: Tape) -> None:
+    policy, pauses = random_policy("qwen2"), random.Random(0)
+
+    class Late(TinyRetriever):
+        def search(self, queries, topk):
+            threading.Event().wait(pauses.random() / 100)
+            return super().search(queries, topk)
+
+    engine = TorchEngine(policy.model, policy.tokenizer)
+    first = play(policy, engine, 1.0, retriever=Late(PASSAGES))
+    assert play(policy, engine, 1.0, retriever=Late(PASSAGES)) == first  # log-probabilities to the bit
