@@ -1,26 +1,28 @@
-"""What most tests need: a policy of a few thousand weights, and a retriever over a handful of passages."""
+"""What most tests need: a policy of a few thousand weights, and a retriever over a handful of passages.
 
+It imports neither torch nor transformers: under ``pytest -n`` the process that only hands out tests reads it first.
+"""
+
+import gc
 import os
-
-# Two OpenMP threads that spin on busy cores are many times slower than one; must be set before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from search_e1.cli import main as cli
 from search_e1.config import Prompts
-from search_e1.training.policy import Policy
 from search_e1.types import Passage
 
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from search_e1.training.policy import Policy
+
+# Two OpenMP threads that spin on busy cores are many times slower than one; must be set before torch is imported.
+os.environ["OMP_WAIT_POLICY"], os.environ["OMP_NUM_THREADS"] = "PASSIVE", "1"
 
 TAGS = ("think", "search", "information", "answer")
 TINY_PROMPTS = Prompts(
@@ -37,8 +39,30 @@ PASSAGES = (
 )
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Without garbage collection: imports make a million objects that stay, and searching them takes a quarter of the time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Unless told otherwise a process runs neighbours one after another: what the tests of a file share is made once."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.option.dist == "load" else None
+
+
+def byte_tokenizer() -> "PreTrainedTokenizerFast":
     """One id for each byte and for each protocol tag; any text encodes and decodes to itself."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -47,8 +71,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
 
 
-def make_tiny_policy(seed: int = 0) -> Policy:
+def make_tiny_policy(seed: int = 0) -> "Policy":
     """A random Qwen2 of 2 layers and width 32 with short prompts; the same for a seed, to the bit."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from search_e1.training.policy import Policy
+
     tokenizer = byte_tokenizer()
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -88,7 +117,7 @@ class TinyRetriever:
 
 
 @pytest.fixture
-def tiny_policy() -> Policy:
+def tiny_policy() -> "Policy":
     return make_tiny_policy()
 
 
