@@ -5,6 +5,7 @@ as the gradient; see ``projection``.
 """
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from search_e1.errors import ConfigError
 from search_e1.training.head import Head
+from search_e1.training.kernels import launch
+from search_e1.training.kernels.choice import use_kernels
 from search_e1.training.projection import (
     HALVES,
     Chunk,
@@ -19,7 +22,9 @@ from search_e1.training.projection import (
     Gradients,
     budget,
     chunks,
+    kernel_chunks,
     mean_weights,
+    multiply,
     project,
     slope_of_cap,
 )
@@ -39,6 +44,7 @@ class _Options(NamedTuple):
     wanted: bool
     """Whether a gradient is."""
     top_k: int | None
+    kernel: bool
 
 
 def fused_divergence(
@@ -56,6 +62,7 @@ def fused_divergence(
     teacher_temperature: float = 1.0,
     teacher_head: Head | None = None,
     logits_mib: float | None = None,
+    kernel: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The divergence of teacher and student at N positions, clipped, as a weighted sum.
 
@@ -80,6 +87,7 @@ def fused_divergence(
         weights: [N], of each position in the sum; 1/N if not given, so that it is the mean.
         teacher_head: of the same vocabulary, where the teacher has another one; constant.
         logits_mib: MiB for logits in memory at a time; at least one position's. Default: 64 on a CPU, 1,024 elsewhere.
+        kernel: whether Triton's kernels are used, which know no ``top_k`` and no float64. Default: where they run, on CUDA.
 
     Returns:
         The loss (scalar) and each position's clipped divergence ([N], without gradient), in nats; float32 for inputs of
@@ -87,7 +95,7 @@ def fused_divergence(
         loss cannot be differentiated twice.
 
     Raises:
-        ConfigError: shapes that do not agree, or a beta outside (0, 1).
+        ConfigError: shapes that do not agree, a beta outside (0, 1), or a kernel asked for what it does not know.
     """
     teacher_head = head if teacher_head is None else teacher_head
     _check(student_hidden, teacher_hidden, head, teacher_head)
@@ -105,6 +113,7 @@ def fused_divergence(
         memory=budget(logits_mib, student_hidden.device),
         wanted=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained),
         top_k=top_k,
+        kernel=use_kernels(kernel, ((student_hidden, head), (teacher_hidden, teacher_head)), top_k),
     )
     with torch.autocast(student_hidden.device.type, enabled=False):  # it would round what is summed
         return _FusedDivergence.apply(*trained, head, teacher_hidden.detach(), teacher_head, weights, options)
@@ -142,23 +151,51 @@ class _FusedDivergence(FusedPass):
         per_token = student_hidden.new_zeros(len(student_hidden), dtype=kind)
         needed = [need and options.wanted for need in ctx.needs_input_grad[:3]]
         gradients = Gradients(student_hidden, student_head, needed, kind)
-        for chunk in chunks(len(student_hidden), len(weight), per_token, options.memory, roles=2):
+        differentiate = _by_kernel if options.kernel else _by_torch
+        for chunk in _chunks(student_hidden, weight, per_token, gradients, options):
             rows = chunk.rows
-            log_z = project(chunk, (student_hidden[rows], teacher_hidden[rows]), heads, options.temperatures)
-            compare = _compare if options.top_k is None else _compare_top
-            per_token[rows], mass = compare(chunk, log_z, student_head, options)
+            hidden = student_hidden[rows], teacher_hidden[rows]
+            per_token[rows], by_logits = differentiate(chunk, hidden, heads, options)
             if options.wanted:
                 factors = weights[rows] * (head.scale / options.temperatures[0])
                 if options.clip == "token":
                     factors = factors * (per_token[rows] <= options.tau)
-                # d sum(f) / d z[j] = d[j] - p_s[j] * sum(d), see `_compare`
-                by_logits = (by_logit.addcmul_(p_student, mass, value=-1) for p_student, by_logit in chunk.tiles)
                 gradients.add(chunk, by_logits, factors, student_hidden[rows], student_head)
         if options.clip == "token":
             per_token.clamp_(max=options.tau)
         FusedPass.keep(ctx, gradients, student_hidden, weight)
         ctx.mark_non_differentiable(per_token)
         return (weights * per_token).sum(), per_token
+
+
+def _chunks(hidden: Tensor, weight: Tensor, like: Tensor, gradients: Gradients, options: _Options) -> Iterator[Chunk]:
+    if options.kernel:
+        by_logits = gradients.by_logits if options.wanted else None
+        return kernel_chunks(len(hidden), len(weight), like, options.memory, 2, by_logits)
+    return chunks(len(hidden), len(weight), like, options.memory, 2)
+
+
+def _by_kernel(
+    chunk: Chunk, hidden: Sequence[Tensor], heads: Sequence[Head], options: _Options
+) -> tuple[Tensor, Iterable[Tensor]]:
+    """Each row's divergence, entries clipped, and the gradient by the student's logits, tile by tile."""
+    ((_, logits),) = multiply(chunk, hidden, heads)
+    tau = options.tau if options.clip == "entry" else None
+    sums = launch.divergence(
+        logits, chunk.gradient, heads, options.temperatures, kind=options.divergence, beta=options.beta, tau=tau
+    )
+    return sums, [] if chunk.gradient is None else [chunk.gradient]
+
+
+def _by_torch(
+    chunk: Chunk, hidden: Sequence[Tensor], heads: Sequence[Head], options: _Options
+) -> tuple[Tensor, Iterable[Tensor]]:
+    """The same; the gradient is formed as it is asked for."""
+    log_z = project(chunk, hidden, heads, options.temperatures)
+    compare = _compare if options.top_k is None else _compare_top
+    sums, mass = compare(chunk, log_z, heads[0], options)
+    # d sum(f) / d z[j] = d[j] - p_s[j] * sum(d), see `_compare`
+    return sums, (by_logit.addcmul_(p_student, mass, value=-1) for p_student, by_logit in chunk.tiles)
 
 
 def _compare(chunk: Chunk, log_z: Tensor, head: Head, options: _Options) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,15 @@ Cross-entropy (``-log p``) and the clipped policy-gradient loss are such losses.
 log-probability is ``onehot - p``, so that the whole gradient is formed while the logits of a chunk exist.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from search_e1.training.head import Head
+from search_e1.training.kernels import launch
+from search_e1.training.kernels.choice import use_kernels
 from search_e1.training.projection import (
     HALVES,
     Chunk,
@@ -18,7 +20,9 @@ from search_e1.training.projection import (
     Gradients,
     budget,
     chunks,
+    kernel_chunks,
     mean_weights,
+    multiply,
     project,
     slope_of_cap,
 )
@@ -36,6 +40,14 @@ class TokenStates(NamedTuple):
     loss: Tensor
 
 
+class _Options(NamedTuple):
+    temperature: float
+    memory: int  # bytes
+    wanted: bool
+    """Whether a gradient is."""
+    kernel: bool
+
+
 def negative_log_likelihood(logprobs: Tensor, rows: slice) -> Tensor:
     """The ``TokenLoss`` of cross-entropy."""
     return -logprobs
@@ -50,6 +62,7 @@ def fused_token_loss(
     weights: Tensor | None = None,
     temperature: float = 1.0,
     logits_mib: float | None = None,
+    kernel: bool | None = None,
 ) -> tuple[Tensor, TokenStates]:
     """The weighted sum over N positions of a loss of the log-probability that each gives to its id.
 
@@ -61,18 +74,26 @@ def fused_token_loss(
         weights: [N], of each position in the sum; 1/N if not given, so that it is the mean.
         temperature: logits are divided by it.
         logits_mib: MiB for logits in memory at a time. Default: 64 on a CPU, 1,024 elsewhere.
+        kernel: whether Triton's kernels are used, which know no float64. Default: where they run, on CUDA.
 
     Returns:
         The loss (scalar) and the figures of each position; float32 for inputs of half precision, else of the inputs' type.
         The gradients are constants: the loss cannot be differentiated twice.
+
+    Raises:
+        ConfigError: a kernel is asked for what it does not know.
     """
     if weights is None:
         weights = mean_weights(hidden)
     trained = (hidden, head.weight, head.bias)
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained)
-    memory = budget(logits_mib, hidden.device)
+    options = _Options(
+        temperature=temperature,
+        memory=budget(logits_mib, hidden.device),
+        wanted=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained),
+        kernel=use_kernels(kernel, ((hidden, head),)),
+    )
     with torch.autocast(hidden.device.type, enabled=False):  # it would round what is summed
-        loss, *states = _TokenLoss.apply(*trained, head, targets, token_loss, weights, temperature, memory, wanted)
+        loss, *states = _TokenLoss.apply(*trained, head, targets, token_loss, weights, options)
     return loss, TokenStates(*states)
 
 
@@ -87,27 +108,51 @@ class _TokenLoss(FusedPass):
         targets: Tensor,
         token_loss: TokenLoss,
         weights: Tensor,
-        temperature: float,
-        memory: int,
-        wanted: bool,
+        options: _Options,
     ) -> tuple[Tensor, ...]:
         head = head._replace(weight=weight.detach(), bias=None if bias is None else bias.detach())
         kind = torch.float32 if hidden.dtype in HALVES else hidden.dtype
         weights = weights.to(kind)
         logprobs, entropy, losses = (hidden.new_zeros(len(hidden), dtype=kind) for _ in range(3))
-        gradients = Gradients(hidden, head, [need and wanted for need in ctx.needs_input_grad[:3]], kind)
-        for chunk in chunks(len(hidden), len(weight), logprobs, memory, roles=1):
+        gradients = Gradients(hidden, head, [need and options.wanted for need in ctx.needs_input_grad[:3]], kind)
+        differentiate = _by_kernel if options.kernel else _by_torch
+        for chunk in _chunks(hidden, weight, logprobs, gradients, options):
             rows = chunk.rows
-            log_z = project(chunk, [hidden[rows]], [head], [temperature])[0]
-            logprobs[rows] = _logits_at(chunk, targets[rows]) - log_z[:, 0]
-            slopes = _normalise(chunk, log_z, head, temperature, entropy[rows], wanted)
-            losses[rows], factors = _derivative(token_loss, logprobs[rows], rows, wanted)
-            if wanted:
-                factors = factors * weights[rows] * (head.scale / temperature)
-                gradients.add(chunk, _by_logits(chunk, targets[rows], slopes), factors, hidden[rows], head)
+            logprobs[rows], entropy[rows], by_logits = differentiate(chunk, hidden[rows], targets[rows], head, options)
+            losses[rows], factors = _derivative(token_loss, logprobs[rows], rows, options.wanted)
+            if options.wanted:
+                factors = factors * weights[rows] * (head.scale / options.temperature)
+                gradients.add(chunk, by_logits, factors, hidden[rows], head)
         FusedPass.keep(ctx, gradients, hidden, weight)
         ctx.mark_non_differentiable(logprobs, entropy, losses)
         return (weights * losses).sum(), logprobs, entropy, losses
+
+
+def _chunks(hidden: Tensor, weight: Tensor, like: Tensor, gradients: Gradients, options: _Options) -> Iterator[Chunk]:
+    if options.kernel:
+        by_logits = gradients.by_logits if options.wanted else None
+        return kernel_chunks(len(hidden), len(weight), like, options.memory, 1, by_logits)
+    return chunks(len(hidden), len(weight), like, options.memory, 1)
+
+
+def _by_kernel(
+    chunk: Chunk, hidden: Tensor, targets: Tensor, head: Head, options: _Options
+) -> tuple[Tensor, Tensor, Iterable[Tensor]]:
+    """Log-probabilities, entropies and the gradient of the former by the logits, tile by tile."""
+    ((_, (logits,)),) = multiply(chunk, [hidden], [head])
+    logprobs, entropy = launch.token(logits, chunk.gradient, targets, head, options.temperature)
+    return logprobs, entropy, [] if chunk.gradient is None else [chunk.gradient]
+
+
+def _by_torch(
+    chunk: Chunk, hidden: Tensor, targets: Tensor, head: Head, options: _Options
+) -> tuple[Tensor, Tensor, Iterable[Tensor]]:
+    """The same; the gradient is formed as it is asked for."""
+    log_z = project(chunk, [hidden], [head], [options.temperature])[0]
+    logprobs = _logits_at(chunk, targets) - log_z[:, 0]
+    entropy = torch.zeros_like(logprobs)
+    slopes = _normalise(chunk, log_z, head, options.temperature, entropy, options.wanted)
+    return logprobs, entropy, _by_logits(chunk, targets, slopes)
 
 
 def _logits_at(chunk: Chunk, targets: Tensor) -> Tensor:

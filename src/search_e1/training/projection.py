@@ -1,8 +1,8 @@
 """What every fused pass over the output head shares: logits of a few positions at a time, and gradients formed beside them.
 
 Logits exist for as many positions as a memory budget allows, in buffers that end as the gradient by the logits, so that
-nothing of size [positions, vocabulary] outlives its chunk. A chunk is laid out in tiles of the vocabulary: what is done
-entry by entry is done while a tile is in the cache.
+nothing of size [positions, vocabulary] outlives its chunk. For plain torch a chunk is laid out in tiles of the vocabulary:
+what is done entry by entry is done while a tile is in the cache. For the kernels (``kernels``) it is one tile.
 """
 
 import math
@@ -19,6 +19,11 @@ HALVES = (torch.bfloat16, torch.float16)
 # launches do not count.
 _CPU_TILE = 2**17
 _DEVICE_TILE = 2**24
+# Most entries of a role's logits in a chunk for the kernels: 441 positions of a vocabulary of 151,936. Larger products are
+# not faster.
+_KERNEL_TILE = 2**26
+# Positions that the products on a GPU take together; other numbers leave a part of it idle.
+_KERNEL_ROWS = 64
 
 
 class Chunk(NamedTuple):
@@ -28,6 +33,8 @@ class Chunk(NamedTuple):
     columns: list[slice]
     tiles: list[Tensor]
     """A contiguous [roles, rows, width] for each of ``columns``."""
+    gradient: Tensor | None = None
+    """[rows, V], which kernels fill with the gradient by the logits; may be the last role's logits."""
 
 
 def budget(logits_mib: float | None, device: torch.device) -> int:
@@ -63,6 +70,30 @@ def chunks(positions: int, vocabulary: int, like: Tensor, memory: int, roles: in
         yield Chunk(rows, columns, tiles)
 
 
+def kernel_chunks(
+    positions: int, vocabulary: int, like: Tensor, memory: int, roles: int, gradient: torch.dtype | None
+) -> Iterator[Chunk]:
+    """The same in one tile each, with room for a ``gradient`` of that type where there is to be one.
+
+    One of half precision, as its products take it, lies beside the logits; one of their own type over the last role's.
+    """
+    beside = gradient is not None and gradient is not like.dtype
+    entry = roles * like.element_size() + (gradient.itemsize if gradient is not None and beside else 0)
+    fitting = max(1, min(memory // (entry * vocabulary), _KERNEL_TILE // vocabulary))
+    unit = _KERNEL_ROWS if fitting >= _KERNEL_ROWS else 1
+    fitting -= fitting % unit
+    size = math.ceil(positions / max(1, math.ceil(positions / fitting)))
+    size = min(positions, size + -size % unit)
+    buffer = like.new_empty(roles * size * vocabulary)
+    written = like.new_empty(size * vocabulary, dtype=gradient) if beside else None
+    for at in range(0, positions, max(1, size)):
+        n = min(size, positions - at)
+        logits = buffer[: roles * n * vocabulary].view(roles, n, vocabulary)
+        over = None if gradient is None else logits[-1]
+        target = over if written is None else written[: n * vocabulary].view(n, vocabulary)
+        yield Chunk(slice(at, at + n), [slice(0, vocabulary)], [logits], target)
+
+
 def project(chunk: Chunk, hidden: Sequence[Tensor], heads: Sequence[Head], temperatures: Sequence[float]) -> Tensor:
     """Fill the chunk with logits over temperature, a role for each of ``hidden`` [rows, H].
 
@@ -70,14 +101,7 @@ def project(chunk: Chunk, hidden: Sequence[Tensor], heads: Sequence[Head], tempe
         The logarithms of their partition functions, [roles, rows, 1].
     """
     log_z = chunk.tiles[0].new_zeros(len(hidden), len(chunk.columns), len(hidden[0]))
-    shared = len(hidden) > 1 and all(head is heads[0] for head in heads)
-    stacked = torch.cat(list(hidden)) if shared else None
-    for i, (columns, tile) in enumerate(zip(chunk.columns, chunk.tiles, strict=True)):
-        if stacked is not None:  # one large product is faster than two
-            _matmul(stacked, heads[0].weight[columns].t(), out=tile.flatten(0, 1))
-        else:
-            for logits, states, head in zip(tile, hidden, heads, strict=True):
-                _matmul(states, head.weight[columns].t(), out=logits)
+    for i, (columns, tile) in enumerate(multiply(chunk, hidden, heads)):
         for logits, head, temperature in zip(tile, heads, temperatures, strict=True):
             if head.bias is not None:
                 logits.add_(head.bias[columns])
@@ -87,6 +111,19 @@ def project(chunk: Chunk, hidden: Sequence[Tensor], heads: Sequence[Head], tempe
                 logits.mul_(head.scale / temperature)
         torch.logsumexp(tile, -1, out=log_z[:, i])
     return log_z.logsumexp(1)[..., None]
+
+
+def multiply(chunk: Chunk, hidden: Sequence[Tensor], heads: Sequence[Head]) -> Iterator[tuple[slice, Tensor]]:
+    """Fill the chunk's tiles with the products of ``hidden`` and the heads' weights, one after the other."""
+    shared = len(hidden) > 1 and all(head is heads[0] for head in heads)
+    stacked = torch.cat(list(hidden)) if shared else None
+    for columns, tile in zip(chunk.columns, chunk.tiles, strict=True):
+        if stacked is not None:  # one large product is faster than two
+            _matmul(stacked, heads[0].weight[columns].t(), out=tile.flatten(0, 1))
+        else:
+            for logits, states, head in zip(tile, hidden, heads, strict=True):
+                _matmul(states, head.weight[columns].t(), out=logits)
+        yield columns, tile
 
 
 def slope_of_cap(logits: Tensor, head: Head, temperature: float) -> Tensor | None:
@@ -99,6 +136,9 @@ class Gradients:
 
     def __init__(self, hidden: Tensor, head: Head, needed: Sequence[bool], dtype: torch.dtype) -> None:
         """``needed``: whether hidden states, weight and bias need a gradient."""
+        halves = hidden.dtype is head.weight.dtype and hidden.dtype in HALVES and not needed[2]
+        self.by_logits = hidden.dtype if halves else dtype
+        """The type in which kernels write the gradient by the logits, so that the products with it need no cast."""
         self.by_hidden, self.by_weight, self.by_bias = (
             torch.zeros_like(tensor, dtype=dtype) if tensor is not None and wanted else None
             for tensor, wanted in zip((hidden, head.weight, head.bias), needed, strict=True)
@@ -152,8 +192,8 @@ def _matmul(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 
 
 def _add_matmul(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """``out += left @ right``, where ``out`` and ``left`` have the type that is summed in."""
+    """``out += left @ right``, where ``out`` has the type that is summed in."""
     if right.is_cuda and right.dtype in HALVES:
-        out.add_(torch.mm(left.to(right.dtype), right, out_dtype=torch.float32))
+        torch.addmm(out, left.to(right.dtype), right, out_dtype=torch.float32, out=out)
     else:
-        out.addmm_(left, right.to(out.dtype))
+        out.addmm_(left.to(out.dtype), right.to(out.dtype))
