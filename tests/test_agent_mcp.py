@@ -2,8 +2,8 @@
 
 import asyncio
 import json
+import shlex
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ pytest.importorskip("mcp")
 from mcp import Client, StdioServerParameters
 
 from agent_serving import Gated, make_bundle, scripted
+from forking import Verb
 from search_e1.agent import mcp as agent_mcp
 from search_e1.agent.agent import Agent
 from search_e1.agent.settings import ServeSettings
@@ -92,24 +93,25 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("mcp") / "agent")
 
 
-def test_over_standard_output_comes_nothing_but_the_protocol(bundle: Path) -> None:
-    place = StdioServerParameters(command=sys.executable, args=[*COMMAND, str(bundle)])
+def test_over_standard_output_comes_nothing_but_the_protocol(bundle: Path, tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    command = f"{shlex.join([sys.executable, *COMMAND, str(bundle)])} | tee {shlex.quote(str(said))}"
+    place = StdioServerParameters(command="sh", args=["-c", command])
     asked, found = called(place, ("ask", {"question": "Who?"}), ("search", {"query": "mayor", "topk": 1}))
     assert asked.structured_content["found"] is False  # its weights are random
     assert [p["id"] for p in found.structured_content["passages"]] == ["p2"]
-    running = subprocess.Popen(
-        [sys.executable, *COMMAND, str(bundle)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    told = [json.loads(line) for line in said.read_text().splitlines()]
+    assert {line["jsonrpc"] for line in told} == {"2.0"}
+    assert told[-1]["result"]["structuredContent"] == found.structured_content
+
+
+def test_a_line_that_is_no_json_is_no_end_and_the_end_of_input_is_one(bundle: Path) -> None:
+    running = Verb("mcp", bundle)
     hello = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "x", "version": "0"}}
-    said, errors = running.communicate(
-        json.dumps({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": hello}) + "\nnot json\n", timeout=120
-    )
-    assert running.returncode == 0, errors
-    assert [json.loads(line)["jsonrpc"] for line in said.splitlines()][:1] == ["2.0"]
+    running.stdin.write(f"no json\n{json.dumps({'jsonrpc': '2.0', 'id': 1, 'method': 'initialize', 'params': hello})}\n")
+    status, said, errors = running.communicate()
+    assert status == 0, errors
+    assert 1 in [json.loads(line).get("id") for line in said.splitlines()]
     assert "Traceback" not in errors
 
 

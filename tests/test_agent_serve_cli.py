@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -14,6 +15,7 @@ pytest.importorskip("fastapi")
 
 from agent_serving import make_bundle
 from conftest import PASSAGES
+from forking import Verb
 from search_e1.retrieval.bm25 import Bm25Index
 from test_cli import run
 
@@ -26,13 +28,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("served") / "agent")
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_it_answers_until_it_is_told_to_stop_and_finishes_what_it_has_begun(bundle: Path, stop: signal.Signals) -> None:
-    running = subprocess.Popen(
-        [*COMMAND, str(bundle), "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={"SEARCH_E1_SERVE_KEY": "a-key", "PATH": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-    )  # fmt: skip
-    assert running.stdout
+def answered_until(stop: signal.Signals, running: Any) -> None:
+    """The rest of an answer comes after ``running``, a served agent, is told to ``stop``."""
     line = running.stdout.readline()
     assert line.startswith("tiny answers at http://127.0.0.1:")
     assert line.endswith("/; with the key; Ctrl-C stops it\n")
@@ -51,8 +48,22 @@ def test_it_answers_until_it_is_told_to_stop_and_finishes_what_it_has_begun(bund
         told = [line for line in events if line]
     assert told[-1] == "data: [DONE]"
     assert json.loads(told[-2][6:])["choices"][0]["finish_reason"] in ("stop", "length")
+
+
+def test_it_answers_until_it_is_told_to_stop_and_finishes_what_it_has_begun(bundle: Path) -> None:
+    running = subprocess.Popen(
+        [*COMMAND, str(bundle), "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={"SEARCH_E1_SERVE_KEY": "a-key", "PATH": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+    )  # fmt: skip
+    answered_until(signal.SIGTERM, running)
     said, errors = running.communicate(timeout=60)
     assert (running.returncode, said, errors) == (0, "stopped\n", "")
+
+
+def test_ctrl_c_is_no_other_end(bundle: Path) -> None:
+    running = Verb("serve", bundle, "--port", 0, SEARCH_E1_SERVE_KEY="a-key")
+    answered_until(signal.SIGINT, running)
+    assert running.communicate() == (0, "stopped\n", "")
 
 
 def test_a_port_in_use_is_found_before_anything_is_loaded(monkeypatch, capsys, tmp_path: Path) -> None:
