@@ -68,8 +68,11 @@ class NoHostReads(TorchDispatchMode):
         name = func.overloadpacket.__name__
         result = func(*args, **(kwargs or {}))
         devices = {one.device.type for one in args if isinstance(one, torch.Tensor)}
-        read = name in _HOST_READS and self._device in devices
-        if read or (name in ("_to_copy", "copy_") and len(devices | {result.device.type}) > 1):
+        if (
+            (name in _HOST_READS and self._device in devices)
+            or (name == "lift_fresh" and result.device.type == self._device)  # a tensor of Python's numbers
+            or (name in ("_to_copy", "copy_") and len(devices | {result.device.type}) > 1)
+        ):
             raise CaptureError(f"the model computes on the host ({name})")
         return result
 
