@@ -1,6 +1,6 @@
 """Memory of one GPU in each stage, at its peak."""
 
-import itertools
+from bisect import bisect_left
 from functools import cache
 from typing import NamedTuple
 
@@ -82,11 +82,13 @@ class MemoryModel:
         longest = self.longest_privileged if job.has_teacher else self.longest
         sizes = [tokens] if tokens else [1 << n for n in range(16, 9, -1) if 1 << n >= longest] or [longest]
         recomputes = (False, True) if training.gradient_checkpointing is None else (training.gradient_checkpointing,)
-        for recompute, size in itertools.product(recomputes, sizes):
-            memory = self._update(stage, job, size, recompute)
-            if memory.total <= self.usable:
-                break
-        return memory
+        for recompute in recomputes:
+            needed = cache(lambda size, recompute=recompute: self._update(stage, job, size, recompute))
+            if needed(sizes[0]).total <= self.usable:
+                return needed(sizes[0])
+            if needed(sizes[-1]).total <= self.usable:  # a trace takes a second: the largest that fits is found by halving
+                return needed(sizes[bisect_left(sizes, True, key=lambda size: needed(size).total <= self.usable)])
+        return needed(sizes[-1])
 
     def _update(self, stage: str, job: Job, tokens: int, recompute: bool) -> Memory:
         sharded = self.sharded
