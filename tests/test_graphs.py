@@ -1,10 +1,12 @@
 """Decoding by recorded steps, as on a GPU, simulated on the CPU: it samples what the plain path does, whatever happens."""
 
+import gc
 import inspect
 import random
 import threading
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -208,6 +210,28 @@ def test_a_cache_that_grows_is_captured_anew(tape: Tape) -> None:
             session.release(key)
             assert session.loop.cache.capacity == (640 if key == 0 else 1280)
     assert [done[key].ids for key in range(3)] == expected
+
+
+def test_rows_that_fill_the_cache_do_not_make_it_grow(tape: Tape) -> None:
+    policy, done = random_policy("qwen2"), {}
+    with TorchEngine(policy.model, policy.tokenizer).session(temperature=1.0, stop=(), max_tokens=128) as session:
+        for key, (length, most) in enumerate(((125, 3), (50, 30))):
+            session.submit(Request(key, prompts((length,))[0], most, key))
+        while len(done) < 2:
+            done |= dict(session.step())
+        cache = session.loop.cache
+    assert (cache.capacity, cache.moved) == (128, 0)
+    assert [len(done[key].ids) for key in range(2)] == [3, 30]
+
+
+def test_what_is_kept_goes_with_the_model(tape: Tape) -> None:
+    policy = random_policy("qwen2")
+    tokens(policy)
+    cache = ref(hf._kept[policy.model].loop.cache)
+    assert cache() is not None
+    del policy
+    gc.collect()
+    assert cache() is None
 
 
 def test_a_graph_is_not_replayed_for_a_longer_row(tape: Tape, monkeypatch) -> None:

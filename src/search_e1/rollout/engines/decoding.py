@@ -124,7 +124,7 @@ class DecodeLoop:
     # Recording.
 
     def _key(self, rows: Sequence[Next], steps: int) -> _Key:
-        longest = max(row.position for row in rows) + steps
+        longest = max(row.position + min(row.left, steps) for row in rows)
         self.cache.reserve(longest)
         if self._moved != self.cache.moved:
             self._recorded, self._moved = {}, self.cache.moved  # they point at memory that is no longer the cache's
@@ -178,9 +178,10 @@ class DecodeLoop:
         self.cache.restore(states)
         recorded.replay()
         differ = (recorded.logits[: len(rows)].float() - expected).norm(dim=-1)
-        spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
-        dtype, recorded.logits = recorded.logits.dtype, None  # its memory serves the next graph
-        if not bool((differ <= tolerance(dtype) * spread).all()):
+        differ /= (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
+        near, recorded.logits = tolerance(recorded.logits.dtype), None  # its memory serves the next graph
+        # Half of the rows as near as any two ways to compute them; the farthest of hundreds may be farther.
+        if not bool((differ.median() <= near) & (differ.max() <= 5 * near)):
             self.cache.restore(states)
             raise CaptureError("its logits differ from the plain step's")
 
