@@ -199,6 +199,30 @@ def test_a_kernel_without_windows_is_found_out(monkeypatch, caplog) -> None:
     assert packs(model)
 
 
+@pytest.mark.usefixtures("any_device")
+def test_a_kernel_without_a_way_back_is_found_out(monkeypatch, caplog) -> None:
+    caplog.set_level(logging.INFO)
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, states):
+            return states.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("FlashAttention backward for head dim > 192 requires A100/A800 or H100/H800\nmore")
+
+    def one_way(*arguments, **options):
+        return Forward.apply(stand_in(*arguments, **options))
+
+    monkeypatch.setattr(attention.varlen, "varlen_attn", one_way)
+    model = family("llama")
+    assert pack(model, torch.float32)
+    assert caplog.messages[-1].endswith(": FlashAttention backward for head dim > 192 requires A100/A800 or H100/H800")
+    assert not attention.takes_borders(model.get_decoder())
+    assert all(weight.grad is None for weight in model.parameters())
+
+
 def test_obstacles() -> None:
     model = make_tiny_policy().model
     assert attention.obstacle(model, torch.float32) == "it computes in float32"

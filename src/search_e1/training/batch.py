@@ -185,6 +185,7 @@ def pack(model: Any, dtype: torch.dtype) -> bool:
         if reason is None:
             window = attention.attend_by_borders(plain)
             if packs(model, dtype) and _agrees(model, dtype, before, window):
+                _go_back(model, dtype)
                 return True
             reason = "its hidden states are not those of each row alone"
     except torch.OutOfMemoryError:
@@ -221,6 +222,27 @@ def _agrees(model: Any, dtype: torch.dtype, implementation: str, window: int) ->
     with attention.attending(plain_model(model), implementation):
         alone = _hidden(model, dtype, [row]).float()
     return bool((together - alone).norm() <= _CLOSE * alone.norm())
+
+
+@torch.enable_grad()
+def _go_back(model: Any, dtype: torch.dtype) -> None:
+    """A backward pass to the embeddings, which leaves no gradient: some GPUs go forward with heads too wide for the way back.
+
+    Raises:
+        RuntimeError: the kernel's, where it cannot.
+    """
+    embedded: list[Tensor] = []
+
+    def cut(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(cut)
+    try:
+        hidden = _hidden(model, dtype, _probe(model, 2, _PROBE_TOKENS))
+        torch.autograd.grad(hidden.float().sum(), embedded)
+    finally:
+        hook.remove()
 
 
 def plain_model(model: Any) -> Any:
