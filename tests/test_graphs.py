@@ -80,6 +80,19 @@ def test_a_family_samples_what_the_plain_path_does(family: str, reading: str, ta
     assert ("eager attention" if family == "gemma2" else "") in caplog.text
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "lfm2"])
+def test_half_precision_is_near_enough_to_the_plain_step(family: str, dtype: torch.dtype, tape: Tape, paged, caplog) -> None:
+    policy = random_policy(family)
+    policy.model = policy.model.to(dtype)
+    ours, theirs = (sampled() for sampled in (lambda: tokens(policy, new=1), lambda: plainly(lambda: tokens(policy, new=1))))
+    assert ours == theirs  # one token: rounding may lead the next ones apart
+    tokens(policy)
+    assert type(hf._kept[policy.model].loop.cache) is hf.PagedCache
+    assert tape.replays > 20
+    assert not [record for record in caplog.records if record.name.startswith("search_e1")]
+
+
 @pytest.mark.parametrize(
     ("family", "stop"), [("qwen2", ("e",)), ("qwen2", ("\u00e9",)), ("lfm2", ("e",)), ("lfm2", (" ",))], ids=str
 )  # tokens that can complete the first of each can be told by their looks
