@@ -1,6 +1,8 @@
 """Headless Chromium for tests: Debian's, driven by selenium."""
 
+import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,3 +31,53 @@ def opened(profile: Path, width: int = 1280, height: int = 900) -> Iterator[Any]
         yield driver
     finally:
         driver.quit()
+
+
+class Page:
+    """A page in the browser, of whatever program."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def load(self, address: str, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+        """From an empty page; below a width of 600 on a phone."""
+        self.look(width, height, dark)
+        self.driver.get("about:blank")
+        self.driver.get(address)
+
+    def look(self, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+        device = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", device)
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+
+    def js(self, expression: str) -> Any:
+        return self.driver.execute_script(f"return {expression}")
+
+    def wait(self, condition: str) -> None:
+        end = time.monotonic() + 60
+        while not self.js(condition):
+            assert time.monotonic() < end, f"never: {condition}\n{self.js('document.body.innerText')}"
+            time.sleep(0.02)
+
+    def texts(self, selector: str) -> list[str]:
+        return self.js(f"[...document.querySelectorAll({json.dumps(selector)})].map((one) => one.textContent)")
+
+    def text(self, selector: str) -> str:
+        [text] = self.texts(selector)
+        return text
+
+    def count(self, selector: str) -> int:
+        return len(self.texts(selector))
+
+    def click(self, selector: str) -> None:
+        self.js(f"document.querySelector({json.dumps(selector)}).click()")
+
+    def press(self, key: str, shift: bool = False) -> None:
+        """As the keyboard would, wherever the focus is."""
+        code = {"Escape": 27, "Enter": 13, "Tab": 9}.get(key, 0)
+        event = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 8 if shift else 0}
+        if text := {"Enter": "\r"}.get(key, key if len(key) == 1 else ""):
+            event["text"] = text
+        for kind in ("keyDown", "keyUp"):
+            self.driver.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": kind, **event})

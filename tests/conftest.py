@@ -6,7 +6,7 @@ It imports neither torch nor transformers: under ``pytest -n`` the process that 
 import gc
 import os
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -124,6 +124,15 @@ def tiny_policy() -> "Policy":
 @pytest.fixture
 def tiny_retriever() -> TinyRetriever:
     return TinyRetriever(PASSAGES)
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Headless Chromium, started once."""
+    import chromium
+
+    with chromium.opened(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
 
 
 @pytest.fixture

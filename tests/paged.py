@@ -2,12 +2,14 @@
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from page_server import Standin, answered, bare, source
+import pytest
+
+import chromium
+from page_server import Standin, answered, bare, source, standing_in
 
 ASKED = "Who wrote the novel Moby Dick?"
 MOBY = source(
@@ -30,51 +32,17 @@ STEPS = [
 ANSWER = answered(ASKED, "Herman Melville", "held", [MOBY, WHALE, AHAB])
 
 
-class Page:
-    """The page in the browser. ``failures``: what the browser itself may say of requests, and must have said."""
+class Page(chromium.Page):
+    """The agent's page. ``failures``: what the browser itself may say of requests, and must have said."""
 
     def __init__(self, driver: Any, server: Standin) -> None:
-        self.driver, self.server, self.failures = driver, server, ""
+        super().__init__(driver)
+        self.server, self.failures = server, ""
 
     def open(self, place: str = "", width: int = 1280, height: int = 900, dark: bool = False) -> "Page":
-        self.look(width, height, dark)
-        self.driver.get("about:blank")
-        self.driver.get(self.server.url + place)
+        self.load(self.server.url + place, width, height, dark)
         self.wait("document.getElementById('agent').textContent || document.querySelector('.problem, .asked')")
         return self
-
-    def look(self, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        device = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", device)
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-
-    def js(self, expression: str) -> Any:
-        return self.driver.execute_script(f"return {expression}")
-
-    def wait(self, condition: str) -> None:
-        end = time.monotonic() + 60
-        while not self.js(condition):
-            assert time.monotonic() < end, f"never: {condition}\n{self.js('document.body.innerText')}"
-            time.sleep(0.02)
-
-    def texts(self, selector: str) -> list[str]:
-        return self.js(f"[...document.querySelectorAll({json.dumps(selector)})].map((one) => one.textContent)")
-
-    def text(self, selector: str) -> str:
-        [text] = self.texts(selector)
-        return text
-
-    def click(self, selector: str) -> None:
-        self.js(f"document.querySelector({json.dumps(selector)}).click()")
-
-    def press(self, key: str, shift: bool = False) -> None:
-        """As the keyboard would, wherever the focus is."""
-        code = {"Escape": 27, "Enter": 13, "Tab": 9}.get(key, 0)
-        event = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 8 if shift else 0}
-        text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
-        for kind in ("keyDown", "keyUp"):
-            self.driver.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": kind, **event, **({"text": text} if text else {})})
 
     def type(self, text: str) -> None:
         self.driver.execute_cdp_cmd("Input.insertText", {"text": text})
@@ -102,3 +70,18 @@ def browsing(driver: Any, server: Standin) -> Iterator[Page]:
     driver.get("about:blank")
     assert [one for one in said if not page.failures or not re.search(page.failures, one)] == []
     assert bool(said) == bool(page.failures)
+
+
+@pytest.fixture
+def server() -> Iterator[Standin]:
+    """A stand-in that answers ``ASKED``."""
+    with standing_in() as standin:
+        standin.scripts = {ASKED: [*STEPS, ("answer", ANSWER)]}
+        yield standin
+
+
+@pytest.fixture
+def page(driver: Any, server: Standin) -> Iterator[Page]:
+    """Its page, not yet opened."""
+    with browsing(driver, server) as page:
+        yield page

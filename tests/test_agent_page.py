@@ -5,29 +5,12 @@ import re
 import pytest
 
 import chromium
-from page_server import answered, bare, standing_in
-from paged import AHAB, ANSWER, ASKED, MOBY, STEPS, WHALE, browsing
+from page_server import answered, bare
+from paged import AHAB, ANSWER, ASKED, MOBY, STEPS, WHALE
+from paged import page as page
+from paged import server as server
 
 pytestmark = pytest.mark.skipif(chromium.MISSING is not None, reason=str(chromium.MISSING))
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    with chromium.opened(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
-
-
-@pytest.fixture
-def server():
-    with standing_in() as standin:
-        standin.scripts = {ASKED: [*STEPS, ("answer", ANSWER)]}
-        yield standin
-
-
-@pytest.fixture
-def page(driver, server):
-    with browsing(driver, server) as page:
-        yield page
 
 
 def test_thoughts_searches_and_passages_come_as_they_are_sampled(page, server):

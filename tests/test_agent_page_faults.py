@@ -7,28 +7,11 @@ import pytest
 
 import chromium
 from page_server import PAGE, answered, source, standing_in
-from paged import ANSWER, ASKED, STEPS, Page, browsing
+from paged import ANSWER, ASKED, STEPS, Page
+from paged import page as page
+from paged import server as server
 
 pytestmark = pytest.mark.skipif(chromium.MISSING is not None, reason=str(chromium.MISSING))
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    with chromium.opened(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
-
-
-@pytest.fixture
-def server():
-    with standing_in() as standin:
-        standin.scripts = {ASKED: [*STEPS, ("answer", ANSWER)]}
-        yield standin
-
-
-@pytest.fixture
-def page(driver, server):
-    with browsing(driver, server) as page:
-        yield page
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(page, server):

@@ -7,31 +7,14 @@ from pathlib import Path
 import pytest
 
 import chromium
-from page_server import PAGE, answered, bare, source, standing_in
-from paged import AHAB, ANSWER, ASKED, MOBY, STEPS, WHALE, browsing
+from page_server import PAGE, answered, bare, source
+from paged import AHAB, ANSWER, ASKED, MOBY, STEPS, WHALE
+from paged import page as page
+from paged import server as server
 
 pytestmark = pytest.mark.skipif(chromium.MISSING is not None, reason=str(chromium.MISSING))
 AXE = os.environ.get("AXE_CORE")
 """axe.min.js of `npm pack axe-core`, which is not kept here."""
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    with chromium.opened(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
-
-
-@pytest.fixture
-def server():
-    with standing_in() as standin:
-        standin.scripts = {ASKED: [*STEPS, ("answer", ANSWER)]}
-        yield standin
-
-
-@pytest.fixture
-def page(driver, server):
-    with browsing(driver, server) as page:
-        yield page
 
 
 def test_the_themes_and_their_palette(page):

@@ -14,12 +14,6 @@ from paged import browsing
 pytestmark = pytest.mark.skipif(chromium.MISSING is not None, reason=str(chromium.MISSING))
 
 
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    with chromium.opened(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
-
-
 def test_answers_guesses_and_failures_of_the_real_server(driver):
     with serving_agent(scripted()) as url, browsing(driver, Standin(f"{url}/")) as page:
         page.open()

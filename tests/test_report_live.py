@@ -15,9 +15,9 @@ import pytest
 
 import chromium
 from made_run import make_run
+from report_page import Page
 from search_e1.errors import RunError
 from search_e1.evaluation.report.live import LiveReport
-from test_report_browser import Page
 
 STEP = '{{"step": {}, "reward": 0.5}}\n'
 
@@ -59,53 +59,53 @@ def growing(tmp_path):
 
 
 @pytest.mark.skipif(chromium.MISSING is not None, reason=str(chromium.MISSING))
-def test_the_page_follows_the_run_and_keeps_what_is_selected(growing, tmp_path):
+def test_the_page_follows_the_run_and_keeps_what_is_selected(growing, driver):
     whole, run = growing
+    driver.get_log("browser")
     served = Served(run)
     try:
-        with chromium.opened(tmp_path / "profile") as driver:
-            page = Page(driver, served).open("#trajectories")
-            assert page.texts("#run-state") == ["live · grpo-1"]
-            page.choose("Outcome", "wrong")
-            page.press("j")
-            page.type("gold")
-            page.js("document.querySelector('.detail').scrollTo(0, 40)")
-            selected, question = page.js("location.hash"), page.texts(".detail h2")
-            page.js("window.before = document.querySelector('.detail article')")
-            # A step more: the figures change, the list does not.
-            with (run / ".grpo-1.partial" / "steps.jsonl").open("a") as steps:
-                steps.write(STEP.format(3))
-            page.wait("overview.curves[0].step.length === 3")
-            # GRPO is complete and evaluated.
-            shutil.rmtree(run / ".grpo-1.partial")
-            for name in ("grpo-1", "evaluation-grpo-1"):
-                shutil.copytree(whole / name, run / name)
-            page.wait("records.trajectories.length === 15")  # two evaluations of six, and a group of three
-            assert page.js("location.hash") == selected
-            assert page.texts(".detail h2") == question
-            assert page.js("document.querySelector('.detail article') === before")
-            assert page.js("document.querySelector('input[type=search]').value") == "gold"
-            assert page.texts(".count")[0].endswith("of 15 trajectories")
-            page.open("#loop")
-            assert page.texts("h1")[0].startswith("From base to grpo-1")
-            # Damage is told, and the page keeps what it has.
-            page.js("window.scrollTo(0, 300)")
-            evaluation = run / "evaluation-grpo-1" / "manifest.json"
-            good = evaluation.read_text()
-            evaluation.write_text("{")
-            page.wait("document.getElementById('run-state').textContent.includes('damaged; remove')")
-            assert page.texts("h1")[0].startswith("From base to grpo-1")
-            evaluation.write_text(good)
-            (run / ".holder.json").unlink()
-            page.wait("document.getElementById('run-state').textContent === 'stopped: no process works in it'")
-            assert page.js("window.scrollY") == 300
-            for name in whole.iterdir():
-                if name.is_dir() and not (run / name.name).exists():
-                    shutil.copytree(name, run / name.name)
-            page.wait("document.getElementById('run-state').textContent === 'finished: nothing more to come'")
-            assert page.texts("h1")[0].startswith("From base to ofsd-2")
-            assert [entry["message"] for entry in driver.get_log("browser")] == []
-            driver.get("about:blank")
+        page = Page(driver, served).open("#trajectories")
+        assert page.texts("#run-state") == ["live · grpo-1"]
+        page.choose("Outcome", "wrong")
+        page.press("j")
+        page.type("gold")
+        page.js("document.querySelector('.detail').scrollTo(0, 40)")
+        selected, question = page.js("location.hash"), page.texts(".detail h2")
+        page.js("window.before = document.querySelector('.detail article')")
+        # A step more: the figures change, the list does not.
+        with (run / ".grpo-1.partial" / "steps.jsonl").open("a") as steps:
+            steps.write(STEP.format(3))
+        page.wait("overview.curves[0].step.length === 3")
+        # GRPO is complete and evaluated.
+        shutil.rmtree(run / ".grpo-1.partial")
+        for name in ("grpo-1", "evaluation-grpo-1"):
+            shutil.copytree(whole / name, run / name)
+        page.wait("records.trajectories.length === 15")  # two evaluations of six, and a group of three
+        assert page.js("location.hash") == selected
+        assert page.texts(".detail h2") == question
+        assert page.js("document.querySelector('.detail article') === before")
+        assert page.js("document.querySelector('input[type=search]').value") == "gold"
+        assert page.texts(".count")[0].endswith("of 15 trajectories")
+        page.open("#loop")
+        assert page.texts("h1")[0].startswith("From base to grpo-1")
+        # Damage is told, and the page keeps what it has.
+        page.js("window.scrollTo(0, 300)")
+        evaluation = run / "evaluation-grpo-1" / "manifest.json"
+        good = evaluation.read_text()
+        evaluation.write_text("{")
+        page.wait("document.getElementById('run-state').textContent.includes('damaged; remove')")
+        assert page.texts("h1")[0].startswith("From base to grpo-1")
+        evaluation.write_text(good)
+        (run / ".holder.json").unlink()
+        page.wait("document.getElementById('run-state').textContent === 'stopped: no process works in it'")
+        assert page.js("window.scrollY") == 300
+        for name in whole.iterdir():
+            if name.is_dir() and not (run / name.name).exists():
+                shutil.copytree(name, run / name.name)
+        page.wait("document.getElementById('run-state').textContent === 'finished: nothing more to come'")
+        assert page.texts("h1")[0].startswith("From base to ofsd-2")
+        assert [entry["message"] for entry in driver.get_log("browser")] == []
+        driver.get("about:blank")
     finally:
         status, said = served.stop()
     assert (status, said) == (0, "stopped\n")
