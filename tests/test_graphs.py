@@ -187,6 +187,7 @@ def test_weights_that_lie_elsewhere_are_captured_anew(tape: Tape) -> None:
     head.weight = torch.nn.Parameter(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(1)))
     assert tokens(policy) == plainly(lambda: tokens(policy))
     assert tape.captures > captures
+    assert policy.model not in hf._kept, "it would be kept in vain"
 
 
 def test_adapters_that_are_applied_otherwise_are_captured_anew(tape: Tape) -> None:

@@ -84,6 +84,8 @@ class TorchEngine:
         model, weights, wanted = self.model, weights_of(self.model), self.batch_size
         kept = _kept.pop(model, None)
         loops = [kept.loop] if kept and kept.serves(weights, wanted, max_tokens) else []
+        if kept and kept.weights != weights:
+            _moving.add(model)
         del kept
         free = _free_memory(model.device)
         keep, rows = bool(loops), max(1, min(wanted, int(_MEMORY * free / (size * max_tokens)) - 2))
@@ -99,7 +101,7 @@ class TorchEngine:
             self.batch_size = session.rows
         if session.loop is None:
             _refused.add(model)
-        elif keep or session.loop.cache.bytes <= _KEPT * free:
+        elif model not in _moving and (keep or session.loop.cache.bytes <= _KEPT * free):
             _kept[model] = _Kept(session.loop, weights, self.batch_size)
 
 
@@ -116,6 +118,8 @@ class _Kept:
 
 _kept: WeakKeyDictionary[PreTrainedModel, _Kept] = WeakKeyDictionary()
 """What models' last sessions left behind for their next. An update in place changes what it samples, not where it lies."""
+_moving: WeakSet[PreTrainedModel] = WeakSet()
+"""Models whose weights are put elsewhere between sessions, as those of a sharded one: nothing is kept in vain again."""
 _refused: WeakSet[PreTrainedModel] = WeakSet()
 """Models whose steps cannot be replayed."""
 
