@@ -30,7 +30,8 @@ class Corpus:
     or a data set on the Hub: ``owner/name``, ``owner/name:config`` or ``owner/name:config:split``. A record holds ``id`` (or
     ``_id``) and ``contents`` (the title in quotes, a new line, the text), or ``id``, ``text`` and perhaps ``title``; perhaps
     ``metadata``, an object, and ``file``, ``page``, ``heading`` and ``url`` beside it; or ``columns`` say where these are.
-    Other keys are ignored; an id may be a number.
+    Other keys are ignored; an id may be a number. Passages of several places carry the name of theirs as ``corpus`` in their
+    metadata, unless the record has one.
 
     Iterating raises ``DataError`` if a place cannot be read or is empty, and, with file and line, for a record that is no
     passage, has no text, is too long, or repeats an id. With ``skip_bad_lines`` such records are skipped and counted.
@@ -52,14 +53,15 @@ class Corpus:
         self.places, self.columns = places, columns
         self.skip_bad_lines, self.most_bytes = skip_bad_lines, most_bytes
         self.prefixes = _prefixes(places) if prefix_ids else [""] * len(places)
+        self._names = _names(places) if len(places) > 1 else [""] * len(places)
         self.skipped: Counter[str] = Counter()
         """Fault -> records skipped by the last iteration so far."""
         self.first: dict[str, str] = {}
         """Fault -> place of its first occurrence."""
 
     def checksum(self) -> str:
-        """The sha256, in hexadecimal, of everything that determines the passages: the bytes of the files, or the Hub's
-        commit, how they are read, and what is skipped.
+        """The sha256, in hexadecimal, of what determines the passages: the bytes of the files, or the Hub's commit, how they
+        are read, and what is skipped. The names of several corpora are no part of it.
 
         Raises:
             DataError: a place cannot be read.
@@ -73,12 +75,12 @@ class Corpus:
         self.skipped, self.first = Counter(), {}
         seen, passage = _Seen(), None
         unseen = {name for name, given in self.columns.given.items() if given}
-        for prefix, where, record in self._records():
+        for prefix, name, where, record in self._records():
             try:
                 fields = _parsed(record, where, self.most_bytes)
                 if unseen:
                     unseen -= {name for name in unseen if self.columns.get(fields, name) is not MISSING}
-                passage = _passage(fields, where, prefix, self.columns, self.most_bytes)
+                passage = _passage(fields, where, prefix, name, self.columns, self.most_bytes)
                 if seen.twice(passage.id):
                     self._refuse_second(passage.id, where)
             except BadRecordError as error:
@@ -90,11 +92,11 @@ class Corpus:
                 yield passage
         if passage is None or not len(seen):
             left_out = f" ({self.report()})" if self.skipped else ""
-            raise DataError(f"{self._names()}: no passages in it{left_out}; {HOLDS}")
+            raise DataError(f"{self._listed()}: no passages in it{left_out}; {HOLDS}")
         if unseen:
             columns = " or ".join(map(repr, self.columns.given[min(unseen)]))
             raise DataError(
-                f"{self._names()}: no record has the column {columns} that {min(unseen)!r} is read from; mend its name"
+                f"{self._listed()}: no record has the column {columns} that {min(unseen)!r} is read from; mend its name"
             )
 
     def report(self) -> str:
@@ -102,20 +104,20 @@ class Corpus:
         parts = [f"{number:,} {kind} (first {self.first[kind]})" for kind, number in self.skipped.most_common()]
         return f"{self.skipped.total():,} records left out: {', '.join(parts)}" if parts else "nothing left out"
 
-    def _names(self) -> str:
+    def _listed(self) -> str:
         return ", ".join(map(str, self.places))
 
-    def _records(self) -> Iterator[tuple[str, str, sources.Record]]:
-        """Prefix of the id, place and content of each record."""
+    def _records(self) -> Iterator[tuple[str, str, str, sources.Record]]:
+        """Prefix of the id, name of the corpus if there are several, place and content of each record."""
         # JSON may escape a character as six bytes; a longer line cannot hold a valid passage.
-        for prefix, place in zip(self.prefixes, self.places, strict=True):
+        for prefix, name, place in zip(self.prefixes, self._names, self.places, strict=True):
             for where, record in sources.records(place, 6 * self.most_bytes + 2**16, self.columns):
-                yield prefix, where, record
+                yield prefix, name, where, record
 
     def _refuse_second(self, id: str, where: str) -> None:
         if self.skip_bad_lines:
             raise BadRecordError("with an id that came before", "")
-        for prefix, first, record in self._records():
+        for prefix, _, first, record in self._records():
             if first == where:
                 return  # two ids with the same hash
             if self._id(record, first, prefix) == id:
@@ -130,16 +132,20 @@ class Corpus:
             return None
 
 
-def _prefixes(places: Sequence[str | Path]) -> list[str]:
+def _names(places: Sequence[str | Path]) -> list[str]:
     """Names of ``places`` up to the first dot, with that of the directory where two are the same."""
     names = [Path(str(place).partition(":")[0]).name.partition(".")[0] for place in places]
-    longer = [
+    return [
         f"{Path(place).parent.name}-{name}" if names.count(name) > 1 else name
         for place, name in zip(places, names, strict=True)
     ]
-    if twice := next((name for name in longer if longer.count(name) > 1), None):
+
+
+def _prefixes(places: Sequence[str | Path]) -> list[str]:
+    names = _names(places)
+    if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"two corpora are called {twice!r}, so that a name before their ids is no help; rename one")
-    return [f"{name}:" for name in longer]
+    return [f"{name}:" for name in names]
 
 
 class _Seen:
@@ -195,14 +201,15 @@ def _parsed(record: sources.Record, where: str, most: int) -> Mapping[str, Any]:
     return record
 
 
-def _passage(record: Mapping[str, Any], where: str, prefix: str, columns: CorpusColumns, most: int) -> Passage:
-    """The passage in ``record``.
+def _passage(record: Mapping[str, Any], where: str, prefix: str, name: str, columns: CorpusColumns, most: int) -> Passage:
+    """The passage in ``record`` of the corpus ``name``, if it has one.
 
     Raises:
         BadRecordError: it is unusable.
     """
     fields = _fields(record, where, prefix, columns)
-    passage = (Passage.from_contents if "contents" in fields else Passage)(**fields, metadata=columns.metadata(record))
+    metadata = {**({"corpus": name} if name else {}), **columns.metadata(record)}
+    passage = (Passage.from_contents if "contents" in fields else Passage)(**fields, metadata=metadata)
     length = len(passage.title) + len(passage.text)
     if 4 * length > most and (length := len(passage.title.encode()) + len(passage.text.encode())) > most:
         raise _too_long(where, f"{length:,}", most)

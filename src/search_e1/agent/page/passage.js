@@ -5,7 +5,7 @@ import { h, line, link, marked, plural, said } from "./dom.js";
 
 const panel = document.getElementById("passage");
 const narrow = matchMedia("(max-width: 999px)");
-const NAMED = ["file", "page", "heading", "url", "query"];
+const NAMED = ["corpus", "file", "page", "heading", "url", "query"];
 const OWN = ["id", "title", "text", "marks", "holds"];
 let returnTo = null;
 let moving = false; // from panel to sheet or back

@@ -31,9 +31,10 @@ def show_answer(console: Console, answer: Answer) -> None:
 
 
 def origin(source: Source) -> str:
-    """Title, and what the corpus tells: file, page, heading, link."""
+    """Title, and what the corpus tells: its name among several, file, page, heading, link."""
     told = source.passage.metadata
-    parts = [source.passage.title or source.passage.id, *(f"{told[key]}" for key in ("file", "heading", "url") if key in told)]
+    keys = ("corpus", "file", "heading", "url")
+    parts = [source.passage.title or source.passage.id, *(f"{told[key]}" for key in keys if key in told)]
     if "page" in told:
         parts.append(f"page {told['page']}")
     return printable(", ".join(parts))
