@@ -49,7 +49,22 @@ def test_the_tables_fit_a_terminal_of_80_columns(monkeypatch, capsys, config) ->
     for stage in ("grpo: sample", "grpo: update", "pool, eval.", "lead", "distill: update"):
         assert stage in out
     assert "Files not here, assumed: 169,615 training questions, 3,610 of nq." in out
+    assert "Hours: the error was not measured; shares of the data sheet are assumed" in " ".join(out.split())
     assert out.endswith("It fits.\n")
+
+
+def test_hours_carry_the_error_that_was_measured(monkeypatch, capsys, config, tmp_path) -> None:
+    told = '[measured]\ndevice = "NVIDIA H200"\norigin = "benchmarks/gpu.py"\nhours_error = 0.17\n'
+    (tmp_path / "measured.toml").write_text("[hours]\ntraining = 0.41\n" + told)
+    for gpu, said in (("h200", "on NVIDIA H200."), ("h100", "on NVIDIA H200, another GPU.")):
+        words = ("--config", config, "--gpu", gpu, "--constants", tmp_path / "measured.toml")
+        _, out, _ = run(monkeypatch, capsys, *words)
+        assert f"Hours, for so many tokens: within 17% of what was measured {said}" in " ".join(out.split())
+        assert max(map(len, out.splitlines())) <= 80
+    (tmp_path / "measured.toml").write_text("[measured]\nhours_error = 0.17\n")
+    status, out, err = run(monkeypatch, capsys, *words)
+    assert (status, out) == (2, "")
+    assert "measured.device: Field required" in err
 
 
 def test_json_holds_everything(monkeypatch, capsys, config) -> None:

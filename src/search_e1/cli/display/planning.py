@@ -16,13 +16,22 @@ def show_plan(console: Console, plan: Plan) -> None:
     for table in (_memory(plan), _work(plan)):
         console.print()
         console.print(table)
+    console.print(Text(f"\n{_error(plan)}", style="dim"))
     disk = ", ".join(f"{name} {_gib(size)}" for name, size in plan.disk.items())
-    console.print(f"\nDisk, GiB: {disk}, sum {_gib(sum(plan.disk.values()))}; an index not counted.", style="dim")
+    console.print(f"Disk, GiB: {disk}, sum {_gib(sum(plan.disk.values()))}; an index not counted.", style="dim")
     if plan.assumed:
         console.print(Text(f"Files not here, assumed: {printable(', '.join(plan.assumed))}.", style="dim"))
     for warning in (*plan.problems, *plan.warnings):
         console.print(Text(f"! {printable(warning)}", style="yellow"))
     console.print("It does not fit." if plan.problems else "It fits.", style="red" if plan.problems else "green")
+
+
+def _error(plan: Plan) -> str:
+    """How far hours may be off."""
+    if plan.measured is None:
+        return "Hours: the error was not measured; shares of the data sheet are assumed (constants.toml)."
+    there = "" if plan.gpu.name.split("-")[0] in plan.measured.device.lower() else ", another GPU"
+    return f"Hours, for so many tokens: within {plan.measured.hours_error:.0%} of what was measured on {plan.measured.device}{there}."
 
 
 def _memory(plan: Plan) -> Table:

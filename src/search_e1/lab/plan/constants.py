@@ -1,5 +1,7 @@
-"""The planner's constants: ``constants.toml``, and a file of measurements that replaces some of them."""
+"""The planner's constants: ``constants.toml``, what was measured on a GPU in place of some (``measured.toml``, which
+``benchmarks/gpu_report.py`` writes; absent until then), and a file that replaces others."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from search_e1.errors import ConfigError
 from search_e1.types import Record
 
 GIB = 2**30
+_HERE, _MEASURED = Path(__file__).parent, "measured.toml"
 
 
 class Gpu(Record):
@@ -23,9 +26,23 @@ class Gpu(Record):
     gb_per_second: PositiveFloat = 1
 
 
+class Measured(Record):
+    """Where constants of ``[hours]`` come from, if they were measured, and how well they fit what was."""
+
+    device: str
+    """The GPU, as its driver names it."""
+    origin: str
+    """The command, versions."""
+    hours_error: PositiveFloat
+    """Largest relative error of the seconds that the constants give, over all updates and decoding steps measured."""
+    memory_error: PositiveFloat | None = None
+    """The same of a GPU's memory at the peak."""
+
+
 class Constants(Record):
     """The sections of ``constants.toml``, where each key is explained."""
 
+    measured: Measured | None = None
     hours: dict[str, PositiveFloat]
     memory: dict[str, PositiveFloat]
     lengths: dict[str, PositiveFloat]
@@ -40,6 +57,13 @@ class Constants(Record):
                 return gpu
         raise ConfigError(f"--gpu {name}: unknown (known: {', '.join(self.gpus)}; others by [gpus] in --constants FILE)")
 
+    def gpu_of_device(self, name: str, memory_gib: float) -> Gpu | None:
+        """The data sheet of a GPU that its driver calls ``name``; the one of like memory where a model has several."""
+        words = set(re.split(r"[^a-z0-9]+", name.lower()))
+        known = [gpu for gpu in self.gpus.values() if gpu.name.split("-")[0] in words]
+        known = [gpu for gpu in known if ("pcie" in gpu.name) == ("pcie" in words)] or known
+        return min(known, key=lambda gpu: abs(gpu.memory_gib - memory_gib), default=None)
+
 
 def load_constants(path: Path | None = None) -> Constants:
     """The package's constants, with those in the TOML file ``path`` in their place.
@@ -47,15 +71,25 @@ def load_constants(path: Path | None = None) -> Constants:
     Raises:
         ConfigError: the file cannot be read, or a key is unknown or has an impossible value.
     """
-    raw = tomllib.loads((Path(__file__).parent / "constants.toml").read_text(encoding="utf-8"))
-    for section, values in (read_toml(path, "--constants") if path else {}).items():
-        known = raw.get(section, {})
-        if section not in ("gpus", "models") and (unknown := set(values) - set(known)):
-            raise ConfigError(f"{path}: unknown {section}.{min(unknown)}; known: {', '.join(known or raw)}")
-        raw[section] = known | values
+    raw = tomllib.loads((_HERE / "constants.toml").read_text(encoding="utf-8"))
+    if (_HERE / _MEASURED).is_file():
+        _replace(raw, tomllib.loads((_HERE / _MEASURED).read_text(encoding="utf-8")), _HERE / _MEASURED)
+    if path:
+        given = read_toml(path, "--constants")
+        if given.get("hours"):
+            raw.pop("measured", None)  # its error is that of other constants
+        _replace(raw, given, path)
     raw["gpus"] = {name: {"name": name, **sheet} for name, sheet in raw["gpus"].items()}
     try:
         return Constants.model_validate(raw)
     except ValidationError as error:
         problem = error.errors()[0]
         raise ConfigError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+
+
+def _replace(raw: dict[str, Any], given: dict[str, Any], path: Path) -> None:
+    for section, values in given.items():
+        known = raw.get(section, {})
+        if section not in ("gpus", "models", "measured") and (unknown := set(values) - set(known)):
+            raise ConfigError(f"{path}: unknown {section}.{min(unknown)}; known: {', '.join(known or raw)}")
+        raw[section] = known | values

@@ -10,7 +10,7 @@ from search_e1.config import Config
 from search_e1.data.benchmarks import TEST_SIZES
 from search_e1.data.lines import raw_lines
 from search_e1.errors import ConfigError, ModelError
-from search_e1.lab.plan.constants import GIB, Constants, Gpu, load_constants
+from search_e1.lab.plan.constants import GIB, Constants, Gpu, Measured, load_constants
 from search_e1.lab.plan.memory import Memory, MemoryModel, training_jobs
 from search_e1.lab.plan.shapes import Shape, read_config, shape_of
 from search_e1.lab.plan.work import Work, WorkModel
@@ -35,6 +35,7 @@ class Plan(Record):
     problems: tuple[str, ...]  # stages that do not fit, and what to change
     warnings: tuple[str, ...]  # settings that defeat their purpose
     assumed: tuple[str, ...]
+    measured: Measured | None = None  # what the hours rest on; None: on assumptions
 
     @property
     def hours(self) -> float:
@@ -61,7 +62,7 @@ def make_plan(config: Config, gpu: Gpu, gpus: int, constants: Constants) -> Plan
     return Plan(
         model=config.policy.model, shape=shape, gpu=gpu, gpus=gpus, usable=memory_model.usable, memory=memory,
         work=tuple(work), disk=disk, problems=tuple(filter(None, (misfit(memory_model, m) for m in memory))),
-        warnings=tuple(_warnings(config)), assumed=tuple(assumed),
+        warnings=tuple(_warnings(config)), assumed=tuple(assumed), measured=constants.measured,
     )  # fmt: skip
 
 
