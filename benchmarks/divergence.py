@@ -12,13 +12,12 @@ candidate masks them as its library does, unless they are selected before.
 import argparse
 import ctypes
 import json
+import math
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -31,6 +30,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+from contest import measured, versions  # beside this file
 
 CASES = {  # share of sampled positions, and whether they are selected before the loss
     "all positions": (1.0, False),
@@ -92,8 +93,8 @@ def main() -> None:
     out = Console(width=None if sys.stdout.isatty() else 100)
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{os.cpu_count()} cores {platform.machine()}"
     out.print(
-        f"{device}, {arguments.threads} thread(s); torch {torch.__version__}, trl {version('trl')}, liger-kernel "
-        f"{version('liger-kernel')}; {arguments.positions} positions, vocabulary {arguments.vocabulary}, width "
+        f"{device}, {arguments.threads} thread(s); {versions('torch', 'trl', 'liger-kernel')}; "
+        f"{arguments.positions} positions, vocabulary {arguments.vocabulary}, width "
         f"{arguments.width}, {arguments.dtype}, {'trained' if arguments.trained_head else 'frozen'} head; "
         f"{arguments.repeats} repeats in turn"
     )
@@ -122,44 +123,46 @@ def parse() -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> list[dict]:
     """A row for each case and candidate."""
-    measured: dict[tuple[str, str], list[dict]] = {}
+    found: dict[tuple[str, str], list[dict]] = {}
     for repeat in range(arguments.repeats):
         for case, name in product(arguments.cases, arguments.candidates):
-            command = [sys.executable, *sys.argv, "--child", name, case]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"{name}, {case}: {done.stderr.strip().splitlines()[-1]}")
-            measured.setdefault((case, name), []).append(one := json.loads(done.stdout.splitlines()[-1]))
-            figures = f"{one['peak_mib']:,.0f} MiB, {one['seconds']:.2f} s"
+            one = measured([sys.executable, __file__, *sys.argv[1:], "--child", name, case])
+            found.setdefault((case, name), []).append(one)
+            figures = one.get("failed") or f"{one['peak_mib']:,.0f} MiB, {one['seconds']:.2f} s"
             print(f"repeat {repeat + 1} of {arguments.repeats}: {case}, {name}: {figures}", file=sys.stderr)
-    return [
-        {
-            "case": case,
-            "candidate": name,
-            "peak_mib": max(one["peak_mib"] for one in ones),
-            "seconds_min": min(one["seconds"] for one in ones),
-            "seconds_median": median(one["seconds"] for one in ones),
-            "wall_min": min(one["wall"] for one in ones),
-            "loss": ones[0]["loss"],
-            "gradient_norm": ones[0]["gradient_norm"],
-            "repeats": len(ones),
-        }
-        for (case, name), ones in measured.items()
-    ]
+    return [{"case": case, "candidate": name, **summary(ones)} for (case, name), ones in found.items()]
+
+
+def summary(ones: list[dict]) -> dict[str, Any]:
+    """Of the repeats of one candidate."""
+    if failed := next((one["failed"] for one in ones if "failed" in one), None):
+        return {"failed": failed}
+    return {
+        "peak_mib": max(one["peak_mib"] for one in ones),
+        "seconds_min": min(one["seconds"] for one in ones),
+        "seconds_median": median(one["seconds"] for one in ones),
+        "wall_min": min(one["wall"] for one in ones),
+        "loss": ones[0]["loss"],
+        "gradient_norm": ones[0]["gradient_norm"],
+        "repeats": len(ones),
+    }
 
 
 def table(case: str, rows: list[dict]) -> Table:
-    own = next((row for row in rows if row["candidate"] == "ours"), None)
-    spread = max(row["gradient_norm"] for row in rows) / min(row["gradient_norm"] for row in rows) - 1
-    losses = f"{min(row['loss'] for row in rows):.6f} to {max(row['loss'] for row in rows):.6f}"
+    good = [row for row in rows if "failed" not in row]
+    own = next((row for row in good if row["candidate"] == "ours"), None)
+    norms, losses = ([row[key] for row in good] or [math.nan] for key in ("gradient_norm", "loss"))
     made = Table(
         title=case,
-        caption=f"memory, time: what ours takes of the other's (at most, as asked)\nlosses {losses}, norms of gradients "
-        f"within {spread:.0e}",
+        caption=f"memory, time: what ours takes of the other's (at most, as asked)\nlosses {min(losses):.6f} to "
+        f"{max(losses):.6f}, norms of gradients within {max(norms) / min(norms) - 1:.0e}",
     )
     for heading in ("", "peak MiB", "s, min", "s, median", "memory", "time"):
         made.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in rows:
+        if "failed" in row:
+            made.add_row(row["candidate"], row["failed"])
+            continue
         cells = ["", ""]
         if own and own is not row:
             memory, seconds = own["peak_mib"] / row["peak_mib"], own["seconds_min"] / row["seconds_min"]

@@ -6,9 +6,10 @@
     python benchmarks/plan.py --scaling configs/search-e1-3b.toml          # computed alone: from 1 to 64 GPUs
 
 Every measurement is a process of its own, with random weights: passes of the training loop over made trajectories, then its
-optimizer. On a CPU memory is the rise of the peak resident size from before the policy is made, on a GPU the allocator's
-peak. `share` is operations a second over those of large matrix products here (on a GPU over its data sheet, with --gpu);
---constants writes the least of them, for `search-e1 plan --constants`.
+optimizer; then the same trajectories are scored, forward alone. On a CPU memory is the rise of the peak resident size from
+before the policy is made, on a GPU the allocator's peak. `share` is operations a second over those of large matrix products
+here (on a GPU over its data sheet, with --gpu), in training and in `scoring`; --constants writes the least of them, for
+`search-e1 plan --constants`.
 """
 
 import argparse
@@ -18,11 +19,9 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -35,6 +34,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from contest import measured as in_a_process  # beside this file
+from contest import versions
 from search_e1.config import Config, load
 from search_e1.lab.plan.constants import GIB, Gpu, load_constants
 from search_e1.lab.plan.memory import Memory, MemoryModel, training_jobs
@@ -51,6 +52,8 @@ OWN_SHAPES = {
 STAGES = ("grpo", "grpo-lora", "distill", "distill-all")
 CONSTANTS = load_constants()
 MICRO_BATCHES = 2
+SHARES = {"training": "share", "forward": "scoring"}
+"""The planner's constants, and the columns that they are the least of."""
 
 
 def main() -> None:
@@ -70,27 +73,29 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(arguments.measure, arguments.shapes[0], arguments)))
+        print(json.dumps(row_of(arguments.measure, arguments.shapes[0], arguments)))
         return
     rows = scale(arguments) if arguments.scaling else compare(arguments)
     out = Console(width=110)
     if not arguments.scaling:
         device = torch.cuda.get_device_name() if arguments.device != "cpu" else f"{os.cpu_count()} cores"
         out.print(
-            f"{platform.machine()}, {device}, torch {torch.__version__} ({torch.get_num_threads()} threads), transformers "
-            f"{version('transformers')}; {arguments.dtype}, {MICRO_BATCHES} passes of {arguments.rows} x "
+            f"{platform.machine()}, {device}, {versions('torch', 'transformers')} "
+            f"({torch.get_num_threads()} threads); {arguments.dtype}, {MICRO_BATCHES} passes of {arguments.rows} x "
             f"{arguments.tokens} tokens, one repeat"
         )
-        errors = [abs(row["ratio"] - 1) for row in rows]
-        out.print(f"memory: median error {statistics.median(errors):.1%}, largest {max(errors):.1%}")
-    table = Table(*rows[0], box=None, pad_edge=False)
+        if errors := [abs(row["ratio"] - 1) for row in rows if "failed" not in row]:
+            out.print(f"memory: median error {statistics.median(errors):.1%}, largest {max(errors):.1%}")
+    table = Table(*max(rows, key=len), box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
     out.print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
     if arguments.constants:
-        arguments.constants.write_text(f"[hours]\ntraining = {min(row['share'] for row in rows):.3f}\n")
+        least = {key: min(row[name] for row in rows if "failed" not in row) for key, name in SHARES.items()}
+        lines = (f"{key} = {share:.3f}\n" for key, share in least.items())
+        arguments.constants.write_text("".join(("[hours]\n", *lines)))
 
 
 def scale(arguments: argparse.Namespace) -> list[dict]:
@@ -106,37 +111,34 @@ def scale(arguments: argparse.Namespace) -> list[dict]:
 
 def compare(arguments: argparse.Namespace) -> list[dict]:
     """A row for each stage and shape; ``ratio``: computed / measured."""
-    peak = product_flops(arguments)
+    # Freed memory goes back at once, so that the resident size is what is alive.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_TRIM_THRESHOLD_": str(2**18)}
     rows = []
     for stage in arguments.stages:
         for shape in arguments.shapes:
-            measured = in_a_process(stage, shape, arguments)
-            memory, flops = compute(stage, shape, arguments)
-            row = {
-                "stage": stage,
-                "shape": shape,
-                "M weights": round(shape_of(model_config(shape)).parameters / 1e6, 1),
-                "MiB measured": measured["bytes"] / 2**20,
-                "computed": memory.total / 2**20,
-                "ratio": memory.total / measured["bytes"],
-                "s": measured["seconds"],
-                "share": flops / measured["seconds"] / peak,
-            }
+            command = [sys.executable, __file__, *sys.argv[1:], "--measure", stage, "--shapes", shape]
+            row = {"stage": stage, "shape": shape, **in_a_process(command, environment=environment)}
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)  # for a long run that is cut short
     return rows
 
 
-def in_a_process(stage: str, shape: str, arguments: argparse.Namespace) -> dict:
-    command = [sys.executable, __file__, "--measure", stage, "--shapes", shape, "--device", arguments.device]
-    command += ["--dtype", arguments.dtype, "--rows", str(arguments.rows), "--tokens", str(arguments.tokens)]
-    command += ["--checkpointing"] * arguments.checkpointing + ["--mixed"] * arguments.mixed
-    # Freed memory goes back at once, so that the resident size is what is alive.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_TRIM_THRESHOLD_": str(2**18)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(f"{stage}, {shape}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def row_of(stage: str, shape: str, arguments: argparse.Namespace) -> dict:
+    found, peak = measure(stage, shape, arguments), product_flops(arguments)
+    memory, trained, taught, scored = compute(stage, shape, arguments)
+    hours = CONSTANTS.hours
+    seconds = (trained / hours["training"] + taught / hours["forward"]) / peak
+    return {
+        "M weights": round(shape_of(model_config(shape)).parameters / 1e6, 1),
+        "MiB measured": found["bytes"] / 2**20,
+        "computed": memory.total / 2**20,
+        "ratio": memory.total / found["bytes"],
+        "s": found["seconds"],
+        "s computed": seconds,
+        "s ratio": seconds / found["seconds"],
+        "share": (trained + taught) / found["seconds"] / peak,
+        "scoring": scored / found["scoring"] / peak,
+    }
 
 
 def product_flops(arguments: argparse.Namespace) -> float:
@@ -179,21 +181,20 @@ def stage_config(stage: str, arguments: argparse.Namespace) -> Config:
     })  # fmt: skip
 
 
-def compute(stage: str, shape: str, arguments: argparse.Namespace) -> tuple[Memory, float]:
-    """Memory and operations of an update."""
+def compute(stage: str, shape: str, arguments: argparse.Namespace) -> tuple[Memory, float, float, float]:
+    """Memory of an update, operations of its training passes and of its teacher's, and those of scoring."""
     config, settings = stage_config(stage, arguments), model_config(shape)
     counted, kind = shape_of(settings), stage.partition("-")[0]
     job = training_jobs(config)[kind]
     memory = MemoryModel(settings, counted, config, Gpu(name="any", memory_gib=80), 1, CONSTANTS).update(kind, job)
     tokens = MICRO_BATCHES * arguments.rows * arguments.tokens
-    flops = training_flops(counted, tokens, arguments.tokens, tokens / 2, job)
-    if job.has_teacher:
-        flops += forward_flops(counted, 2 * tokens, 2 * arguments.tokens) + counted.head * tokens
-    return memory, flops
+    trained = training_flops(counted, tokens, arguments.tokens, tokens / 2, job)
+    taught = forward_flops(counted, 2 * tokens, 2 * arguments.tokens) + counted.head * tokens if job.has_teacher else 0.0
+    return memory, trained, taught, forward_flops(counted, tokens, arguments.tokens) + counted.head * tokens
 
 
 def measure(stage: str, shape: str, arguments: argparse.Namespace) -> dict:
-    """Seconds of an update by the parts of the training loop, the best of two, and the rise of the peak memory."""
+    """Seconds of an update by the parts of the training loop and of scoring, the best of two each, and the peak of memory."""
     from search_e1.training.batch import make_batch, micro_batches, normalised_weights
     from search_e1.training.objectives.grpo import Grpo
     from search_e1.training.objectives.self_distillation import SelfDistillation
@@ -228,7 +229,13 @@ def measure(stage: str, shape: str, arguments: argparse.Namespace) -> dict:
             optimizer.step()
             optimizer.zero_grad()
         seconds.append(now(arguments.device) - started)
-    return {"seconds": min(seconds[1:]), "bytes": peak(arguments.device) - before}
+    risen = peak(arguments.device) - before
+    scoring, rows = [], [s.model_copy(update={"teacher_prompt_ids": None}) for s in samples]
+    for _ in range(3):
+        started = now(arguments.device)
+        policy.logprobs(rows)
+        scoring.append(now(arguments.device) - started)
+    return {"seconds": min(seconds[1:]), "scoring": min(scoring[1:]), "bytes": risen}
 
 
 def make_samples(count: int, tokens: int, *, has_teacher: bool) -> list[Sample]:

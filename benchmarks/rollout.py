@@ -11,6 +11,7 @@ is of the main thread's CPU time.
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -47,6 +48,7 @@ from search_e1.runs.allocation import keep_freed_memory
 from search_e1.text.prompts import INFORMATION_CLOSE, INFORMATION_OPEN, STOP_STRINGS
 from search_e1.text.protocol import parse_action
 from search_e1.text.protocols import protocol_of
+from search_e1.training import memory
 from search_e1.training import policy as policies
 from search_e1.training.policy import Policy
 from search_e1.types import ActionKind, Question
@@ -92,8 +94,16 @@ def main() -> None:
         contestants = small_world(arguments, Path(directory))
         rounds: dict[str, list[Run]] = {name: [] for name in contestants}
         for number in range(arguments.rounds + 1):
-            for name, play in contestants.items():
-                played = play()
+            for name, play in list(contestants.items()):
+                try:
+                    played = play()
+                except (RuntimeError, MemoryError) as error:
+                    if not memory.ran_out(error):
+                        raise
+                    del contestants[name]  # it would again
+                    rounds[name].clear()
+                    print(f"round {number}, {name}: out of memory", file=sys.stderr)
+                    continue
                 if number:  # the first is for warming up
                     rounds[name].append(played)
                 print(f"round {number}, {name}: {played}", file=sys.stderr)
@@ -112,7 +122,7 @@ def small_world(arguments: argparse.Namespace, directory: Path) -> dict[str, Cal
     world = make_world(0)
     build_index(world.passages, directory / "index")
     retriever = open_index(directory / "index")
-    policy = policies.load(policies.SMALL, PolicyConfig(model=policies.SMALL))
+    policy = policies.load("small", PolicyConfig(model="small"))
     questions = world.questions("train", arguments.questions)
     begun = starts(policy.tokenizer, policy.prompts, questions, arguments.group)
 
@@ -170,7 +180,7 @@ def trl_loop(
     policy: Policy, retriever: Any, questions: Sequence[Question], arguments: argparse.Namespace, directory: Path
 ) -> Callable[[], Run]:
     """TRL's own loop, over the same ids: its chat template writes what our protocol does."""
-    own = policies.load(policies.SMALL, PolicyConfig(model=policies.SMALL))
+    own = policies.load("small", PolicyConfig(model="small"))
     tokenizer, model, protocol = own.tokenizer, own.model, protocol_of(policy.tokenizer, policy.prompts)
 
     class Environment:
@@ -259,8 +269,11 @@ def table(rounds: dict[str, list[Run]]) -> Table:
     for column in ("", "a second, median", "min-max", "tokens", "searches", "EM", "outside forward", "ours is"):
         shown.add_column(column, justify="left" if not column else "right")
     for name, runs in rounds.items():
+        if not runs:
+            shown.add_row(name, "out of memory")
+            continue
         rates = [run.trajectories / run.seconds for run in runs]
-        ratios = [run.seconds / ours.seconds for run, ours in zip(runs, rounds["ours"], strict=True)]
+        ratios = [run.seconds / ours.seconds for run, ours in zip(runs, rounds["ours"], strict=False)] or [math.nan]
         first = runs[0]
         shown.add_row(
             name, f"{median(rates):.1f}", f"{min(rates):.1f}-{max(rates):.1f}", f"{first.sampled:.1f}", f"{first.searches:.2f}",

@@ -3,18 +3,21 @@
     python benchmarks/rollout_shape.py --shape qwen2.5-3b --device cuda --dtype bfloat16
 
 Every trajectory samples ``--action`` tokens, four times, and reads ``--observation`` tokens after each of the first three. The
-other side is the same engine with one turn: as many prompt and observation tokens in its prompt, as many sampled after it. Both
-take turns. ``plain`` is transformers' own ``generate``, turn by turn.
+other side is the same engine with one turn: as many prompt and observation tokens in its prompt, as many sampled after it.
+``plain`` is transformers' own ``generate``, turn by turn. Each contestant is a process of its own.
 """
 
 import argparse
+import json
 import os
 import platform
 import random
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
+from typing import Any
 from unittest.mock import patch
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -23,18 +26,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from contest import measured  # beside this file
 from search_e1.config import PolicyConfig, Prompts, RolloutConfig
-from search_e1.lab.plan.shapes import SHAPES
 from search_e1.rollout.engines.base import Engine, generate
 from search_e1.rollout.engines.torch import PlainEngine, TorchEngine
 from search_e1.rollout.loop import Start, rollout
 from search_e1.text.protocol import Action, Tags
 from search_e1.training import policy as policies
 from search_e1.types import ActionKind, Passage, Question
+from shapes import ALL, random_model
 
 TURNS = 4
+CONTESTANTS = ("single turn", f"{TURNS} turns", f"{TURNS} turns, plain")
 
 
 class Searching(Tags):
@@ -55,8 +59,7 @@ class Endless:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-3b")
-    parser.add_argument("--layers", type=int, help="fewer than the shape has, for a try")
+    parser.add_argument("--shape", choices=ALL, default="qwen2.5-3b")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--questions", type=int, default=64)
@@ -67,32 +70,45 @@ def main() -> None:
     parser.add_argument("--observation", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plain", action="store_true", help="time transformers' own generate as well")
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    contestants = prepared(arguments)
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(arguments.rounds + 1):
-        for name, play in contestants.items():
-            clock = time.perf_counter()
-            sampled = play()
-            if number:  # the first is for warming up
-                seconds[name].append((time.perf_counter() - clock) / sampled)
-            print(f"round {number}, {name}: {sampled} tokens, {time.perf_counter() - clock:.1f} s", file=sys.stderr)
+    if arguments.contestant:
+        print(json.dumps(measure(arguments)))
+        return
+    rows: list[dict[str, Any]] = []
+    for name in CONTESTANTS[: 3 if arguments.plain else 2]:
+        row = measured([sys.executable, __file__, *sys.argv[1:], "--contestant", name])
+        rows.append({"contestant": name, **row})
+        print(json.dumps(rows[-1]), file=sys.stderr)
     cuda = arguments.device.startswith("cuda")
     device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
-    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most" if cuda else ""
     out = Console(width=None if sys.stdout.isatty() else 100)
-    out.print(f"{platform.machine()}, {device}, torch {torch.__version__}, {vars(arguments)}{memory}", soft_wrap=True)
-    out.print(table(seconds))
+    out.print(f"{platform.machine()}, {device}, torch {torch.__version__}, {vars(arguments)}", soft_wrap=True)
+    out.print(table(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def prepared(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
-    small = policies.load(policies.SMALL, PolicyConfig(model=policies.SMALL))
-    shape = dict(SHAPES[arguments.shape]) | ({"num_hidden_layers": arguments.layers} if arguments.layers else {})
-    config = AutoConfig.for_model(shape.pop("model_type"), **shape, bos_token_id=None, eos_token_id=None)
-    with torch.device(arguments.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, arguments.dtype)).eval()
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One contestant, in this process; the first round is for warming up."""
+    play, rates = prepared(arguments), []
+    for number in range(arguments.rounds + 1):
+        clock = time.perf_counter()
+        sampled = play()
+        if number:
+            rates.append(sampled / (time.perf_counter() - clock))
+    gib = torch.cuda.max_memory_allocated() / 2**30 if arguments.device.startswith("cuda") else None
+    return {"tokens": sampled, "tokens_s": median(rates), "least": min(rates), "most": max(rates), "gib": gib}
+
+
+def prepared(arguments: argparse.Namespace) -> Callable[[], int]:
+    """What samples all trajectories of the contestant, and tells how many tokens it sampled."""
+    small = policies.load("small", PolicyConfig(model="small"))
+    model = random_model(arguments.shape, arguments.device, getattr(torch, arguments.dtype)).eval()
+    most = min(model.config.vocab_size, len(small.tokenizer)) - 10
     draw = random.Random(0)
-    ids = lambda n: tuple(draw.randrange(len(small.tokenizer) - 10) for _ in range(n))  # noqa: E731
+    ids = lambda n: tuple(draw.randrange(most) for _ in range(n))  # noqa: E731
     prompts = [ids(arguments.prompt) for _ in range(arguments.questions)]
     begun = [
         Start(Question(id=str(i), text="?", answers=("x",)), prompt, sample=sample)
@@ -111,28 +127,28 @@ def prepared(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
         return sum(t.sampled_tokens for t in done)
 
     def single() -> int:
-        most = TURNS * arguments.action
-        return sum(len(g.ids) for g in generate(ours(), longer, max_new_tokens=most, temperature=1.0, stop=()))
+        action = TURNS * arguments.action
+        return sum(len(g.ids) for g in generate(ours(), longer, max_new_tokens=action, temperature=1.0, stop=()))
 
     def ours() -> Engine:
         return TorchEngine(model, small.tokenizer, batch_size=arguments.batch_size)
 
-    contestants: dict[str, Callable[[], int]] = {"single turn": single, f"{TURNS} turns": lambda: turns(ours())}
-    if arguments.plain:
-        plain = PlainEngine(model, small.tokenizer, batch_size=arguments.batch_size)
-        contestants[f"{TURNS} turns, plain"] = lambda: turns(plain)
-    return contestants
+    plain = PlainEngine(model, small.tokenizer, batch_size=arguments.batch_size)
+    return dict(zip(CONTESTANTS, (single, lambda: turns(ours()), lambda: turns(plain)), strict=True))[arguments.contestant]
 
 
-def table(seconds: dict[str, list[float]]) -> Table:
-    """A row a contestant; shares are of the same round, and their median is told."""
+def table(rows: list[dict[str, Any]]) -> Table:
+    """A row a contestant; shares are of the single turn's median."""
     shown = Table(title="Sampled tokens a second")
     for column in ("", "median", "min-max", "of the single turn's"):
         shown.add_column(column, justify="left" if not column else "right")
-    for name, costs in seconds.items():
-        rates = [1 / cost for cost in costs]
-        shares = [single / cost for single, cost in zip(seconds["single turn"], costs, strict=True)]
-        shown.add_row(name, f"{median(rates):,.0f}", f"{min(rates):,.0f}-{max(rates):,.0f}", f"{median(shares):.2f}")
+    single = rows[0].get("tokens_s")
+    for row in rows:
+        if "failed" in row:
+            shown.add_row(row["contestant"], row["failed"])
+            continue
+        share = f"{row['tokens_s'] / single:.2f}" if single else ""
+        shown.add_row(row["contestant"], f"{row['tokens_s']:,.0f}", f"{row['least']:,.0f}-{row['most']:,.0f}", share)
     return shown
 
 

@@ -13,7 +13,9 @@ PATH = Path(__file__).parent.parent / "benchmarks" / "divergence.py"
 def divergence():
     spec = importlib.util.spec_from_file_location("benchmark_divergence", PATH)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(PATH.parent)  # what is beside it
+        spec.loader.exec_module(module)
     return module
 
 
@@ -30,9 +32,11 @@ def test_candidates_agree(divergence, case):
 def test_the_table_tells_what_was_asked(divergence, capsys):
     figures = dict(case="x", seconds_median=2.0, loss=0.5, gradient_norm=0.1)
     rows = [
+        dict(candidate="naive", case="x", failed="out of memory"),
         dict(candidate="ours", peak_mib=50.0, seconds_min=1.0, **figures),
         dict(candidate="TRL", peak_mib=600.0, seconds_min=2.0, **figures),
     ]
     divergence.Console(width=80).print(divergence.table("x", rows))
     assert "1/12.0 (1/10)" in (out := capsys.readouterr().out)
     assert "0.50 (0.75)" in out
+    assert "out of memory" in out

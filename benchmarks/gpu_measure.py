@@ -1,0 +1,161 @@
+"""What `gpu.py` measures that no other script here does: the machine, its ceilings, decoding, and the tests of its CUDA paths.
+
+    python benchmarks/gpu_measure.py ceilings --device cuda
+    python benchmarks/gpu_measure.py decoding --shape qwen2.5-3b --rows 320 --positions 1500 --device cuda --dtype bfloat16
+
+Prints one JSON object. Decoding is the engine's own session, and so whatever it does on a GPU: all rows have joined and a
+first call of steps is over before the clock runs.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+from contest import installed  # beside this file
+
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "trl", "liger-kernel")
+_GROUP = 5  # rows of one prompt
+TESTS = Path(__file__).parent.parent / "tests"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["machine", "ceilings", "decoding", "tests"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--size", type=int, default=8192, help="of the multiplied matrices; copies are of four times as much")
+    parser.add_argument("--shape", default="qwen2.5-3b")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--positions", type=int, default=1000, help="of each row when the clock starts")
+    parser.add_argument("--tokens", type=int, default=64, help="that each row samples under the clock")
+    arguments = parser.parse_args()
+    print(json.dumps(globals()[arguments.what](arguments)))
+
+
+def machine(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The device, and the planner's name for it, if it has one; versions."""
+    from search_e1.lab.plan.constants import load_constants
+
+    versions = {name: installed(name) for name in _PACKAGES} | {"python": platform.python_version()}
+    if arguments.device == "cpu":
+        device = {"device": f"{os.cpu_count()} cores {platform.machine()}", "gpu": None}
+    else:
+        properties = torch.cuda.get_device_properties(0)
+        known = load_constants().gpu_of_device(properties.name, properties.total_memory / 2**30)
+        device = {
+            "device": properties.name,
+            "gpu": known and known.name,
+            "gib": properties.total_memory / 2**30,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+        }
+    return {**device, "versions": versions}
+
+
+def ceilings(arguments: argparse.Namespace) -> dict[str, float]:
+    """Dense products in 10^12 operations a second, and a copy in 10^9 bytes a second, read and written; the best of ten."""
+    size, found = arguments.size, {}
+    for name in ("bfloat16", "float32"):
+        left, right = (torch.randn(size, size, device=arguments.device, dtype=getattr(torch, name)) for _ in range(2))
+        out = torch.empty_like(left)
+        found[f"tflops_{name}"] = 2 * size**3 / _best(arguments, lambda a=left, b=right, c=out: torch.mm(a, b, out=c)) / 1e12
+    source = torch.empty(4 * size * size, device=arguments.device, dtype=torch.float32)
+    target = torch.empty_like(source)
+    seconds = _best(arguments, lambda: target.copy_(source))
+    return {**found, "copy_gb_s": 2 * source.nbytes / seconds / 1e9}
+
+
+def _best(arguments: argparse.Namespace, work: Any) -> float:
+    """Seconds. Ten at a time, so that the launch does not count; the best of ten such."""
+    seconds = []
+    repeats = 10 if arguments.device != "cpu" else 1
+    for _ in range(10):
+        begun = _now(arguments)
+        for _ in range(repeats):
+            work()
+        seconds.append((_now(arguments) - begun) / repeats)
+    return min(seconds)
+
+
+def _now(arguments: argparse.Namespace) -> float:
+    if arguments.device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def decoding(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds that all rows take for a token each, and bytes that such a step has to read: weights, keys and values."""
+    from search_e1.config import PolicyConfig
+    from search_e1.lab.plan.shapes import shape_of
+    from search_e1.rollout.engines.base import Request
+    from search_e1.rollout.engines.torch import TorchEngine
+    from search_e1.training import policy as policies
+    from shapes import random_model
+
+    dtype = getattr(torch, arguments.dtype)
+    model = random_model(arguments.shape, arguments.device, dtype).eval()
+    tokenizer = policies.load_reader("small", PolicyConfig(model="small")).tokenizer
+    draw, rows = random.Random(0), arguments.rows
+    most = min(model.config.vocab_size, len(tokenizer)) - 10
+    prompts = [tuple(draw.randrange(most) for _ in range(arguments.positions)) for _ in range(-(-rows // _GROUP))]
+    engine, room = TorchEngine(model, tokenizer, batch_size=rows), 3 * arguments.tokens
+    with engine.session(temperature=1.0, stop=(), max_tokens=arguments.positions + room) as session:
+        ended: list[int] = []  # lengths of rows that drew an end token
+
+        def step() -> None:
+            ended.extend(len(generation.ids) for _, generation in session.step())
+            if len(ended) > rows // 10 + 1:
+                raise SystemExit("rows came to their end before all had joined: their cache does not fit side by side")
+
+        def sampled() -> int:
+            return sum(ended) + sum(len(generation.ids) for generation in session.begun().values())
+
+        for key in range(rows):
+            session.submit(Request(key=key, prompt=prompts[key // _GROUP], max_new_tokens=room, seed=key))
+        while len(session.begun()) + len(ended) < rows:
+            step()
+        for _ in range(2):
+            step()
+        before, begun = sampled(), _now(arguments)
+        while sampled() - before < arguments.tokens * (rows - len(ended)):
+            step()
+        tokens, seconds = sampled() - before, _now(arguments) - begun
+        held = session.rows if hasattr(session, "rows") else rows
+    shape = shape_of(model.config)
+    read = dtype.itemsize * (shape.active + shape.head + rows * arguments.positions * shape.cached)
+    gib = torch.cuda.max_memory_allocated() / 2**30 if arguments.device != "cpu" else None
+    return {
+        "ms": 1000 * seconds * rows / tokens, "tokens_s": tokens / seconds, "bytes": read, "layers": shape.layers,
+        "rows_held": held, "gib": gib,
+    }  # fmt: skip
+
+
+def tests(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`pytest -m gpu` over the files that have such tests."""
+    files = [str(path) for path in sorted(TESTS.glob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, check=False)
+    if "No module named pytest" in done.stderr:
+        return {"failed": "pytest is not installed"}
+    dots = re.findall(r"^([.sFE]+)\s+\[", done.stdout, re.MULTILINE)  # the project's `-q` and ours leave no summary
+    by_letter = {"passed": ".", "skipped": "s", "broken": "F", "errors": "E"}
+    counts = {word: sum(line.count(letter) for line in dots) for word, letter in by_letter.items()}
+    names = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return {**counts, "status": done.returncode, "names": names}
+
+
+if __name__ == "__main__":
+    main()
