@@ -28,10 +28,11 @@ def show_plan(console: Console, plan: Plan) -> None:
 
 def _error(plan: Plan) -> str:
     """How far hours may be off."""
-    if plan.measured is None:
+    measured = plan.measured
+    if measured is None:
         return "Hours: the error was not measured; shares of the data sheet are assumed (constants.toml)."
-    there = "" if plan.gpu.name.split("-")[0] in plan.measured.device.lower() else ", another GPU"
-    return f"Hours, for so many tokens: within {plan.measured.hours_error:.0%} of what was measured on {plan.measured.device}{there}."
+    there = "" if plan.gpu.name.split("-")[0] in measured.device.lower() else ", another GPU"
+    return f"Hours, for so many tokens: within {measured.hours_error:.0%} of what was measured on {measured.device}{there}."
 
 
 def _memory(plan: Plan) -> Table:
