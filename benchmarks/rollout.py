@@ -11,7 +11,6 @@ is of the main thread's CPU time.
 
 import argparse
 import json
-import math
 import os
 import platform
 import re
@@ -273,12 +272,12 @@ def table(rounds: dict[str, list[Run]]) -> Table:
             shown.add_row(name, "out of memory")
             continue
         rates = [run.trajectories / run.seconds for run in runs]
-        ratios = [run.seconds / ours.seconds for run, ours in zip(runs, rounds["ours"], strict=False)] or [math.nan]
+        ratios = [run.seconds / ours.seconds for run, ours in zip(runs, rounds["ours"], strict=False)]
         first = runs[0]
         shown.add_row(
             name, f"{median(rates):.1f}", f"{min(rates):.1f}-{max(rates):.1f}", f"{first.sampled:.1f}", f"{first.searches:.2f}",
             f"{median(run.em for run in runs):.3f}", f"{median(run.outside for run in runs):.0%}",
-            "" if name == "ours" else f"{median(ratios):.2f}x",
+            "" if name == "ours" or not rounds["ours"] else f"{median(ratios):.2f}x",
         )  # fmt: skip
     return shown
 
