@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from search_e1.rollout.engines.graphs import CaptureError, Recorder
@@ -193,6 +192,8 @@ def tolerance(dtype: torch.dtype) -> float:
 
 def weights_of(model: PreTrainedModel) -> tuple[object, ...]:
     """Where weights lie and how adapters are applied: while this is the same, a recorded step computes what the model does."""
+    from peft.tuners.lora import LoraLayer  # nothing of it is loaded by what only asks an agent on a CPU
+
     tensors = chain(model.parameters(), model.buffers())
     adapters = (
         (module.disable_adapters, module.merged, tuple(module.active_adapters), tuple(module.scaling.items()))
