@@ -114,7 +114,7 @@ def url() -> Iterator[str]:
         yield url
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
 @pytest.mark.filterwarnings("ignore")
 def _of_the_schema(case: Any) -> None:
     response = case.call(timeout=20)

@@ -2,11 +2,9 @@
 
 import errno
 import json
-import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from search_e1.runs.opening import CONFIG
 from search_e1.training import policy as policies
 from search_e1.types import Group, Passage, Trajectory
 from serving import serving
+from test_cli import run as command
 from test_evolve import config
 from test_evolve import project as project
 from tiny_encoder import make_tiny_encoder
@@ -127,21 +126,6 @@ def test_auto_is_what_the_run_computed_in(
     assert make_bundle(run, tmp_path / "out").dtype == dtype
     [weights, *_] = load_file(tmp_path / "out" / "model.safetensors").values()
     assert str(weights.dtype) == f"torch.{dtype}"
-
-
-IMPORTS = """
-import sys
-import search_e1
-with search_e1.Agent.open(sys.argv[1]) as agent:
-    agent.ask("capital of Arda?")
-heavy = ["datasets", "diskcache", "faiss", "fastapi", "peft", "pyarrow", "sentence_transformers"]
-print([name for name in [*heavy, "search_e1.training.trained", "search_e1.stages"] if name in sys.modules])
-"""
-
-
-def test_opening_one_imports_nothing_that_only_trains(run: Path) -> None:
-    command = [sys.executable, "-c", IMPORTS, str(run / "agent")]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1] == "[]"
 
 
 def test_it_tells_what_was_measured_and_nothing_of_the_machine(run: Path) -> None:
@@ -435,24 +419,22 @@ def test_a_modelfile_has_the_prompt_of_training_and_says_what_is_lost(run: Path,
 
 # The Hub
 
-HUB = """
-import contextlib, io, json, os, sys
-from search_e1.cli.main import main
-told = []
-for token, words in json.loads(sys.argv[1]):
-    os.environ.update(HF_TOKEN=token) if token else os.environ.pop("HF_TOKEN", None)
-    sys.argv = ["search-e1", *words]
-    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
-        try:
-            status = main()
-        except SystemExit as left:
-            status = left.code
-    told.append([status or 0, err.getvalue(), out.getvalue()])
-print(json.dumps(told))
-"""
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The directory of a Hub on the loopback, which everything here goes to."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with fake_hub.serve(tmp_path / "hub") as address:
+        told = {
+            "ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": True,
+        }  # fmt: skip
+        for name, value in told.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        yield tmp_path / "hub"
 
 
-def test_a_bundle_is_pushed_to_the_hub_and_opened_from_there(run: Path, tmp_path: Path) -> None:
+def test_a_bundle_is_pushed_to_the_hub_and_opened_from_there(run: Path, hub: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     question, agent = "capital of Arda?", str(run / "agent")
     bare = str(make_bundle(run, tmp_path / "bare", searched=Searched(copied=False)).directory)
     push, ask = ("--push", "me/agent"), ("ask", question, "--agent", "me/agent", "--json")
@@ -465,26 +447,25 @@ def test_a_bundle_is_pushed_to_the_hub_and_opened_from_there(run: Path, tmp_path
         (fake_hub.READER, ask),
         (fake_hub.WRITER, ("bundle", bare, *push)),
     ]
-    with fake_hub.serve(tmp_path / "hub") as address:
-        clean = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
-        home = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-c", HUB, json.dumps(commands)]
-        done = subprocess.run(command, env=clean | home, capture_output=True, text=True, check=True)
-    unknown, no_right, missing, pushed, closed, opened, again = json.loads(done.stdout.splitlines()[-1])
-    for (status, err, _), said in (
+    said = []
+    for token, words in commands:
+        monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN", raising=False)
+        said.append(command(monkeypatch, capsys, *words))
+    unknown, no_right, missing, pushed, closed, opened, again = said
+    for (status, _, err), line in (
         (unknown, "me/agent: your token is not valid (401)"),
         (no_right, "me/agent: your token has no right to do this (403)"),
         (missing, "me/agent: neither a directory nor found on the Hub, or closed to you"),
         (closed, "me/agent: not found, or your token is not valid (401)"),
     ):
         assert (status, len(err.splitlines())) == (2, 1)
-        assert said in err
+        assert line in err
     assert (pushed[0], opened[0], again[0]) == (0, 0, 0)
-    assert "pushes the texts of 5 passages too" in pushed[2]
+    assert "pushes the texts of 5 passages too" in pushed[1]
     with Agent.open(agent) as local:
-        assert json.loads(opened[2]) == json.loads(json.dumps(local.ask(question).as_json()))
+        assert json.loads(opened[1]) == json.loads(json.dumps(local.ask(question).as_json()))
     files = [name for name in listing(Path(bare)) if (Path(bare) / name).is_file()]
-    assert [name for name in listing(tmp_path / "hub") if (tmp_path / "hub" / name).is_file()] == files  # no passages are left
+    assert [name for name in listing(hub) if (hub / name).is_file()] == files  # no passages are left
 
 
 def test_a_dead_hub_is_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -233,11 +231,6 @@ def test_the_encoder_half_of_a_t5(tmp_path: Path) -> None:
         mean = model(input_ids=ids).last_hidden_state[0].mean(0).numpy()
     vectors = Encoder.open(directory, dtype="float32").queries(["Oslo"])
     np.testing.assert_allclose(vectors[0], mean / np.sqrt((mean**2).sum()), atol=2e-6)
-
-
-def test_sentence_transformers_loads_with_the_first_encoder_only() -> None:
-    code = "import sys, search_e1.retrieval.encoder; assert 'sentence_transformers' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 import copy
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -88,14 +86,10 @@ def test_adapters_over_bfloat16_are_merged_in_float32() -> None:
     torch.testing.assert_close(found - before["model.layers.0.mlp.down_proj.weight"], change.float(), rtol=1e-4, atol=1e-6)
 
 
-def test_compiled_kernels_are_few_before_the_first_product(tmp_path: Path) -> None:
+def test_a_policy_in_bfloat16_is_loaded_with_few_compiled_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_tiny_policy().save(tmp_path)
-    script = (
-        "import os; from search_e1.config import PolicyConfig; from search_e1.training.policy import load; "
-        f"load({str(tmp_path)!r}, PolicyConfig(model='', device='cpu', dtype='bfloat16')); "
-        "print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'], os.environ['LRU_CACHE_CAPACITY'])"
-    )
-    environment = {**os.environ, "LRU_CACHE_CAPACITY": "9"}
-    environment.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "64 9\n"
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "9")
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    policies.load(str(tmp_path), PolicyConfig(model="", device="cpu", dtype="bfloat16"))
+    assert (os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"]) == ("64", "9")
