@@ -17,6 +17,7 @@ from search_e1.lab.plan.plan import misfit
 from search_e1.lab.plan.shapes import empty_model, shape_of
 from search_e1.lab.plan.trace import Activations, TracedModel
 from search_e1.training.policy import with_adapter
+from search_e1.training.trained import cast_adapter_inputs
 
 SIZE = shape_of(tiny()).parameters
 ADAPTERS = sum(a + b for a, b in [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)])
@@ -66,6 +67,7 @@ def test_a_traced_pass_keeps_what_a_real_one_keeps(lora: LoraConfig | None, auto
     planned = traced(lora=lora)
     real = AutoModelForCausalLM.from_config(tiny(), dtype=torch.float32)
     model = (with_adapter(real, lora) if lora else real).train()
+    cast_adapter_inputs(model, not autocast)  # as ``TrainedPolicy`` does
     gc.collect()
     with Kept(model) as kept, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         decoder = (model.get_base_model() if lora else model).get_decoder()

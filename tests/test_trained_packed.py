@@ -14,7 +14,7 @@ from search_e1.training import attention, batch
 from search_e1.training.batch import make_batch, pack, packs
 from search_e1.training.objectives.sft import Sft
 from search_e1.training.policy import with_adapter
-from search_e1.training.trained import TrainedPolicy
+from search_e1.training.trained import TrainedPolicy, cast_adapter_inputs
 from trained import assert_near, grpo, opinionated, sample, weights
 
 SHAPE = dict(
@@ -133,6 +133,38 @@ def test_sampling_and_what_is_saved_have_the_models_own_attention() -> None:
     again = model(torch.tensor([[0, 5, 6]]), attention_mask=torch.tensor([[0, 1, 1]])).logits
     assert torch.equal(left_padded, again)
     assert not CALLS
+
+
+def test_adapters_take_halves_as_they_are_and_nothing_changes_by_a_bit() -> None:
+    """bfloat16 weights under float32 adapters, as they are trained: less is kept for the backward pass."""
+
+    def kept(cast: bool) -> tuple[int, float, dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
+        model = with_adapter(family("llama").to(torch.bfloat16), LoraConfig(rank=2))
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+        policy = TrainedPolicy(model, TrainingConfig(), frozen_start=False, dtype=torch.bfloat16)
+        with policy.sampled() as lent, torch.no_grad():
+            lent(torch.tensor([[5, 6]]))  # without autocast
+        if cast:
+            cast_adapter_inputs(model, True)
+        sizes = {}
+
+        def pack_tensor(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        rows = make_batch(SAMPLES, [[0.01] * len(s.positions) for s in SAMPLES], packed=False)
+        with torch.autograd.graph.saved_tensors_hooks(pack_tensor, lambda tensor: tensor):
+            loss, _ = policy.run(rows, Sft().loss, None)
+        loss.backward()
+        return sum(sizes.values()), loss.item(), {name: weight.grad for name, weight in policy.parameters.items()}
+
+    (less, loss, found), (more, expected, others) = kept(False), kept(True)
+    assert less < 0.95 * more
+    assert loss == expected
+    assert all(torch.equal(found[name], others[name]) for name in found)
 
 
 @pytest.mark.usefixtures("any_device")

@@ -113,6 +113,8 @@ class TrainedPolicy:
         if frozen:
             bias = None if head.bias is None else head.bias.detach().clone()
             self._roles.frozen_head = head._replace(weight=head.weight.detach().clone(), bias=bias)
+        self._half = dtype != torch.float32
+        cast_adapter_inputs(model, not self._half)
         self.fitted = self.checkpointing = False
         if config.gradient_checkpointing:
             self.enable_checkpointing()
@@ -196,7 +198,11 @@ class TrainedPolicy:
         # Each rank samples at its own pace, and so with all weights.
         lent = self._replica.filled(self.model, self.dtype) if self._replica else nullcontext(self.model)
         with lent as model, attending(plain_model(model), self._attention):
-            yield plain_model(model)
+            cast_adapter_inputs(model, True)
+            try:
+                yield plain_model(model)
+            finally:
+                cast_adapter_inputs(model, not self._half)
 
     def scale_adapter(self, strength: float) -> None:
         """From now on the adapters add ``strength`` times what they were trained to add."""
@@ -214,12 +220,23 @@ class TrainedPolicy:
         model = self._replica.fill(self.model) if self._replica and self._sharded else self.model
         if (plain := plain_model(model)).config._attn_implementation != self._attention:
             plain.set_attn_implementation(self._attention)
+        cast_adapter_inputs(model, True)
         if self.checkpointing:
             model.gradient_checkpointing_disable()
             model.disable_input_require_grads()  # which enabling has put on the embeddings
         if self.config.master_weights:
             model = model.float()
         return (merge_adapter(model) if isinstance(model, PeftModel) else model).eval()
+
+
+def cast_adapter_inputs(model: nn.Module, enabled: bool) -> None:
+    """Whether the adapters in ``model`` turn their inputs into the type of their weights, as peft does unless told.
+
+    Under autocast that is a copy in float32 for each matrix, and one back, kept for the backward pass, for the same bits.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = enabled
 
 
 def _filler(samples: Sequence[Sample]) -> Sample:

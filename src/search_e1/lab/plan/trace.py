@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from search_e1.config import LoraConfig
 from search_e1.lab.plan.shapes import empty_model
 from search_e1.training.policy import with_adapter
+from search_e1.training.trained import cast_adapter_inputs
 
 _ATTENTION = "search_e1_traced"
 
@@ -60,6 +61,7 @@ class TracedModel:
         passes are present, the head's too.
         """
         self.model.train()
+        cast_adapter_inputs(self.model, not autocast)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         with self._mode, _Counter(self.model) as counter:
             hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in trained if streamed]
@@ -79,6 +81,7 @@ class TracedModel:
     def forward(self, rows: int, width: int) -> int:
         """Peak bytes of a pass without gradients."""
         self.model.eval()
+        cast_adapter_inputs(self.model, True)
         with self._mode, _Counter(self.model) as counter:
             self.decoder(torch.zeros(rows, width, dtype=torch.long), use_cache=False)
         return counter.peak
