@@ -248,11 +248,12 @@ def url() -> Iterator[str]:
         yield url
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
 @pytest.mark.filterwarnings("ignore")
 def _of_the_schema(case: Any) -> None:
     response = case.call(timeout=20)
-    case.validate_response(response)
+    if response.status_code != 413:  # right too for what breaks the schema and is too long, but not in schemathesis's list
+        case.validate_response(response)
     assert response.status_code < 500 or response.status_code == 503
 
 

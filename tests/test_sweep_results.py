@@ -13,16 +13,16 @@ from search_e1.lab.sweep import comparison, plot, results
 from search_e1.lab.sweep.results import Cost
 
 
-@pytest.fixture
-def found(tmp_path) -> list[results.PolicyResult]:
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[results.PolicyResult]:
     """Reference: GRPO for two rounds. The other distils after the first, and is refused after the second."""
-    base = (0, 0, 0, 0)
+    directory, base = tmp_path_factory.mktemp("sweep"), (0, 0, 0, 0)
     runs = [
-        make(tmp_path, "grpo", 0, {"base": base, "grpo-1": (1, 0, 0, 0), "grpo-2": (1, 1, 0, 0)}),
-        make(tmp_path, "grpo", 1, {"base": base, "grpo-1": (0, 0, 0, 0), "grpo-2": (1, 0, 0, 0)}),
-        make(tmp_path, "ofsd", 0, {"base": base, "grpo-1": (1, 0, 0, 0), "ofsd-1": (1, 1, 1, 0), "grpo-2": (1, 1, 1, 1)},
+        make(directory, "grpo", 0, {"base": base, "grpo-1": (1, 0, 0, 0), "grpo-2": (1, 1, 0, 0)}),
+        make(directory, "grpo", 1, {"base": base, "grpo-1": (0, 0, 0, 0), "grpo-2": (1, 0, 0, 0)}),
+        make(directory, "ofsd", 0, {"base": base, "grpo-1": (1, 0, 0, 0), "ofsd-1": (1, 1, 1, 0), "grpo-2": (1, 1, 1, 1)},
              refused="2"),
-        make(tmp_path, "ofsd", 1, {"base": base, "grpo-1": (0, 0, 0, 0), "ofsd-1": (1, 1, 0, 0), "grpo-2": (1, 1, 0, 0)},
+        make(directory, "ofsd", 1, {"base": base, "grpo-1": (0, 0, 0, 0), "ofsd-1": (1, 1, 0, 0), "grpo-2": (1, 1, 0, 0)},
              refused="2"),
     ]  # fmt: skip
     return [evaluation for run in runs for evaluation in results.read_results(run)]
@@ -155,7 +155,7 @@ def test_the_plot_names_every_variant_and_is_the_same_each_time(found, tmp_path)
 
 
 def test_the_plot_shows_many_variants(tmp_path):
-    names = [f"a-variant-of-a-grid-of-many-values+number-{i}" for i in range(30)]
+    names = [f"a-variant-of-a-grid-of-many-values+number-{i}" for i in range(16)]
     runs = [make(tmp_path, name, 0, {"base": (0, 0), "ofsd-1": (1, 0)}) for name in names]
     texts = texts_of_the_plot([one for run in runs for one in results.read_results(run)], names[0], tmp_path / "p.svg")
     assert texts.count(names[0]) == 1  # in the legend
