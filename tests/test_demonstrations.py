@@ -256,7 +256,7 @@ def test_cold_start_makes_a_policy_that_loads(tmp_path: Path):
             "run": tmp_path / "run",
             "policy": {"model": "new", "device": "cpu"},
             "data": {"corpus": corpus, "train": [train], "eval": {"x": train}},
-            "rollout": {"topk": 2},
+            "rollout": {"topk": 2, "max_searches": 2, "max_action_tokens": 60},  # the probe samples as long as it may
             "coldstart": {
                 "new_policy": {"hidden_size": 32, "heads": 2, "layers": 2, "vocabulary": 400},
                 "training": {"optimizer": "muon"},
