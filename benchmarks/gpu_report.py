@@ -54,7 +54,8 @@ def show(report: dict[str, Any]) -> None:
     out = Console(width=None if sys.stdout.isatty() else 110)
     out.print(described(report["machine"]))
     for name, part in PARTS.items():
-        table = Table(title=part.title, box=None, pad_edge=False, title_justify="left")
+        out.print(f"[bold]{part.title}[/bold]")
+        table = Table(box=None, pad_edge=False)
         heads, *rows = cells_of(name, report) or [["not measured"]]
         for i, head in enumerate(heads):
             table.add_column(head, justify="right" if i and rows else "left")
