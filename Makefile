@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[documents,serve]"
 	touch $@
 
-# liger-kernel is what tests and benchmarks compare with; of it they need plain torch code, not the triton that it requires.
+# liger-kernel is what tests and benchmarks compare with. Without what it requires: a triton, which exists for Linux alone.
 $(VENV)/.ready: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --group dev --editable .
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps liger-kernel
