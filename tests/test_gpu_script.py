@@ -25,8 +25,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     path = tmp_path_factory.mktemp("gpu") / "gpu.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        for library in ("trl", "liger_kernel"):
-            patch.setitem(sys.modules, library, None)
+        libraries = {"trl", "liger_kernel"}  # and their parts, which other tests may have imported
+        for name in libraries | {name for name in sys.modules if name.partition(".")[0] in libraries}:
+            patch.setitem(sys.modules, name, None)
         import gpu
 
         patch.setattr(gpu, "run", run)

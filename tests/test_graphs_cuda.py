@@ -17,6 +17,7 @@ class _Cuda:
 
     CUDAGraph = type("CUDAGraph", (), {"replay": lambda self: "replayed"})
     graph_pool_handle = staticmethod(lambda: "pool")
+    device = staticmethod(lambda device: nullcontext())
     real_graph = inspect.signature(torch.cuda.graph.__init__)
 
     def __init__(self, failure: Exception | None) -> None:
@@ -25,6 +26,10 @@ class _Cuda:
     class Stream:
         def wait_stream(self, stream) -> None:
             pass
+
+    def take_over(self, monkeypatch) -> None:
+        for name in ("CUDAGraph", "Stream", "current_stream", "set_stream", "stream", "graph", "graph_pool_handle", "device"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
 
     def current_stream(self):
         return self.current
@@ -63,17 +68,29 @@ class _Cuda:
 def test_a_capture_that_fails_says_why_and_leaves_the_stream_as_it_was(failure, raised, message: str, monkeypatch) -> None:
     fake, ran = _Cuda(failure), []
     before = fake.current
-    for name in ("CUDAGraph", "Stream", "current_stream", "set_stream", "stream", "graph", "graph_pool_handle"):
-        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    fake.take_over(monkeypatch)
 
     def step() -> torch.Tensor:
         ran.append((fake.current is before, fake.capturing))
         return torch.zeros(1)
 
     with pytest.raises(raised, match=message) if raised else nullcontext():
-        replay, result = CudaGraphs().capture(step)
+        replay, result = CudaGraphs(torch.device("cuda")).capture(step)
         assert (replay(), result.tolist()) == ("replayed", [0.0])
     assert ran == [(False, False), (False, False), (False, True)]
+    assert fake.current is before
+
+
+def test_a_step_that_fails_before_its_capture_says_why(monkeypatch) -> None:
+    fake = _Cuda(None)
+    before = fake.current
+    fake.take_over(monkeypatch)
+
+    def step() -> torch.Tensor:
+        raise NotImplementedError("no kernel for 80 heads\nand more")
+
+    with pytest.raises(CaptureError, match=r"^no kernel for 80 heads$"):
+        CudaGraphs(torch.device("cuda")).capture(step)
     assert fake.current is before
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,20 +184,18 @@ def test_a_line_says_once_why_they_are_not_used(name, result, reason, monkeypatc
 
 @pytest.mark.parametrize(("factor", "said"), [(1.0, None), (1.1, "by 0.1"), (float("nan"), "by nan")])
 def test_the_trial_compares_with_torch(factor, said, monkeypatch):
-    def divergence(logits, gradient, heads, temperatures, **options):
-        student, teacher = logits.log_softmax(-1)
-        gradient.copy_(student.exp() - teacher.exp())
-        return (teacher.exp() * (teacher - student)).sum(-1) * factor
+    def plain(*args, kernel, **options):
+        loss, figures = fused_divergence(*args, kernel=False, **options)
+        return (loss * factor if kernel else loss), figures
 
-    def token(logits, gradient, targets, head, temperature):
-        logp = logits.log_softmax(-1)
-        gradient.copy_(torch.eye(50)[targets] - logp.exp())
-        return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
-
-    monkeypatch.setattr(launch, "divergence", divergence)
-    monkeypatch.setattr(launch, "token", token)
+    monkeypatch.setattr("search_e1.training.divergence.fused_divergence", plain)
+    monkeypatch.setattr("search_e1.training.logprobs.fused_token_loss", partial(without_kernel, fused_token_loss))
     found = choice._differs(torch.device("cpu"))
     assert found == (said and f"they differ from torch, relatively {said}")
+
+
+def without_kernel(function, *args, kernel, **options):
+    return function(*args, kernel=False, **options)
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ class Gradients:
 
     def __init__(self, hidden: Tensor, head: Head, needed: Sequence[bool], dtype: torch.dtype) -> None:
         """``needed``: whether hidden states, weight and bias need a gradient."""
-        halves = hidden.dtype is head.weight.dtype and hidden.dtype in HALVES and not needed[2]
+        halves = hidden.dtype is head.weight.dtype is torch.bfloat16 and not needed[2]
         self.by_logits = hidden.dtype if halves else dtype
         """The type in which kernels write the gradient by the logits, so that the products with it need no cast."""
         self.by_hidden, self.by_weight, self.by_bias = (
@@ -146,7 +146,7 @@ class Gradients:
 
     def add(self, chunk: Chunk, by_logits: Iterable[Tensor], factors: Tensor, hidden: Tensor, head: Head) -> None:
         """Add a chunk's part: ``by_logits`` [rows, width], a tile for each of its columns, times ``factors`` [rows]."""
-        scaled = (hidden * factors[:, None]).to(hidden.dtype if hidden.is_cuda else factors.dtype)
+        scaled = (hidden * factors[:, None]).to(hidden.dtype if _narrow(hidden) else factors.dtype)
         rows = None if self.by_hidden is None else self.by_hidden[chunk.rows]
         for columns, by_logit in zip(chunk.columns, by_logits, strict=True):
             if rows is not None:
@@ -193,7 +193,12 @@ def _matmul(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 
 def _add_matmul(out: Tensor, left: Tensor, right: Tensor) -> None:
     """``out += left @ right``, where ``out`` has the type that is summed in."""
-    if right.is_cuda and right.dtype in HALVES:
+    if _narrow(right):
         torch.addmm(out, left.to(right.dtype), right, out_dtype=torch.float32, out=out)
     else:
         out.addmm_(left.to(out.dtype), right.to(out.dtype))
+
+
+def _narrow(operand: Tensor) -> bool:
+    """Whether products of gradients are taken in the type of ``operand``: float16 would lose the small ones."""
+    return operand.is_cuda and operand.dtype is torch.bfloat16

@@ -29,15 +29,27 @@ class Recorder(Protocol):
 
 
 class CudaGraphs:
-    """Records CUDA graphs, which share their memory: one runs at a time."""
+    """Records CUDA graphs of one device, which share their memory: one runs at a time."""
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream()
 
     def capture(self, step: Step) -> tuple[Callable[[], object], torch.Tensor]:
         """See ``Recorder``."""
-        before = torch.cuda.current_stream()
+        with torch.cuda.device(self._device):
+            before = torch.cuda.current_stream()
+            try:
+                return self._capture(step, before)
+            except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+                torch.cuda.set_stream(before)  # the context that failed did not
+                if out_of_memory := _out_of_memory(error):
+                    raise out_of_memory from None
+                raise CaptureError(str(error).partition("\n")[0] or type(error).__name__) from error
+
+    def _capture(self, step: Step, before: torch.cuda.Stream) -> tuple[Callable[[], object], torch.Tensor]:
         self._stream.wait_stream(before)
         with torch.cuda.stream(self._stream):
             step()  # what is set up or chosen at first use is not for the graph
@@ -45,15 +57,9 @@ class CudaGraphs:
                 step()
         before.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        try:
-            # A retriever's encoder may allocate in its own thread meanwhile, hence "thread_local".
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                result = step()
-        except RuntimeError as error:
-            torch.cuda.set_stream(before)  # the context that failed did not
-            if out_of_memory := _out_of_memory(error):
-                raise out_of_memory from None
-            raise CaptureError(str(error).partition("\n")[0]) from error
+        # A retriever's encoder may allocate in its own thread meanwhile, hence "thread_local".
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = step()
         return graph.replay, result
 
 

@@ -125,7 +125,7 @@ _refused: WeakSet[PreTrainedModel] = WeakSet()
 
 
 def _recorder(device: torch.device) -> Recorder | None:
-    return CudaGraphs() if device.type == "cuda" else None
+    return CudaGraphs(device) if device.type == "cuda" else None
 
 
 class PlainEngine(BatchEngine):
@@ -239,12 +239,13 @@ def _lent(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = defaults
 
 
-_tried: dict[tuple[type, str, type], int | None] = {}
+_tried: dict[tuple[object, ...], int | None] = {}
 
 
 def _bytes_per_position(model: PreTrainedModel, kind: type[RaggedCache] = RaggedCache) -> int | None:
     """What a token of one row takes in the cache; ``None`` if the model does not work with rows of differing lengths."""
-    key = type(model), model.config.to_json_string(), kind
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    key = type(model), model.config.to_json_string(), kind, model.dtype, model.device.type, attention
     if key not in _tried:
         try:
             _tried[key] = _try(model, kind)

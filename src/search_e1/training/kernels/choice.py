@@ -1,18 +1,20 @@
 """Whether the kernels are used: on CUDA, where Triton is there and its kernels give what torch gives."""
 
 import functools
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from search_e1.errors import ConfigError
 from search_e1.training.head import Head
-from search_e1.training.kernels import launch
 from search_e1.training.precision import multiplies_bfloat16
 
 logger = logging.getLogger(__name__)
+
+_TRIAL_VOCABULARY = 5003  # more than two blocks, and no multiple of anything
 
 
 def use_kernels(wanted: bool | None, inputs: Sequence[tuple[Tensor, Head]], top_k: int | None = None) -> bool:
@@ -67,21 +69,36 @@ def _problem(device: torch.device) -> str | None:
 
 
 def _differs(device: torch.device) -> str | None:
-    """Run the kernels on a few logits and compare with torch."""
-    logits = torch.linspace(-3, 3, 2 * 3 * 50, dtype=torch.float32, device=device).mul_(37).sin_().mul_(4).view(2, 3, 50)
-    targets, head = torch.tensor([0, 17, 49], device=device), Head(logits[0])
-    student, teacher = logits.log_softmax(-1)
-    terms = teacher.exp() * (teacher - student)
-    gradient = torch.empty(3, 50, dtype=torch.bfloat16, device=device)
-    divergences = launch.divergence(logits, gradient, (head, head), (1.0, 1.0), kind="forward_kl", beta=0.0, tau=10.0)
-    pairs = [(divergences, terms.sum(-1)), (gradient, student.exp() - teacher.exp())]
-    figures = launch.token(logits[0], (onehot_less_p := torch.empty_like(gradient)), targets, head, 1.0)
-    expected = student.gather(1, targets[:, None])[:, 0], -(student.exp() * student).sum(-1)
-    pairs += zip(figures, expected, strict=True)
-    pairs.append((onehot_less_p, torch.nn.functional.one_hot(targets, 50) - student.exp()))
-    errors = [((got.float() - wanted).abs().max() / wanted.abs().max()).item() for got, wanted in pairs]
-    # NaN is worse than any bound.
-    return None if all(error < 1e-2 for error in errors) else f"they differ from torch, relatively by {max(errors):.1g}"
+    """Run the kernels in all of their variants on a few positions, and compare losses and gradients with plain torch's."""
+    errors = [
+        float((got - wanted).abs().max() / wanted.abs().max())
+        for results in zip(_trial(device, kernel=True), _trial(device, kernel=False), strict=True)
+        for got, wanted in zip(*results, strict=True)
+    ]
+    worst = float(torch.tensor(errors).max())  # NaN, if there is one
+    return None if worst < 1e-2 else f"they differ from torch, relatively by {worst:.1g}"
+
+
+def _trial(device: torch.device, kernel: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Figures of each position and gradients by hidden states, variant by variant: blocks of columns, some entries cut."""
+    from search_e1.training.divergence import fused_divergence  # which ask this module
+    from search_e1.training.logprobs import fused_token_loss
+
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, weight = (torch.randn(rows, 16, generator=generator) for rows in (4, 4, _TRIAL_VOCABULARY))
+    bias, targets = torch.randn(_TRIAL_VOCABULARY, generator=generator).to(device), torch.tensor([0, 17, 2048, 5000]).to(device)
+    for dtype, capped in itertools.product((torch.bfloat16, torch.float32), (False, True)):
+        states, others = student.to(device, dtype), teacher.to(device, dtype)
+        head = Head(weight.to(device, dtype), bias.to(dtype) if capped else None, softcap=5.0 if capped else None)
+        for kind in ("forward_kl", "reverse_kl", "js"):
+            hidden = states.clone().requires_grad_()
+            loss, divergences = fused_divergence(hidden, others, head, divergence=kind, tau=1e-3, kernel=kernel)
+            (gradient,) = torch.autograd.grad(loss, hidden)
+            yield divergences, gradient.float()
+        hidden = states.clone().requires_grad_()
+        loss, figures = fused_token_loss(hidden, targets, head, kernel=kernel)
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        yield torch.stack((figures.logprobs, figures.entropy)), gradient.float()
 
 
 def _line(error: Exception) -> str:
