@@ -139,9 +139,9 @@ def test_few_positions_and_whole_blocks(positions, vocabulary):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_vocabulary_of_real_size():
+def test_a_vocabulary_of_real_size(monkeypatch):
     """Sums over 151,936 entries in float32 keep five digits, and blocks are those of a GPU."""
-    launch.BLOCK = 2048
+    monkeypatch.setattr(launch, "BLOCK", 2048)
     student, teacher, weight = drawn(torch.bfloat16, (1, 8), (1, 8), (151_936, 8), seed=6)
     exact, _ = fused_divergence(student.double(), teacher.double(), Head(weight.double()), tau=10.0, kernel=False)
     loss, _ = fused_divergence(student, teacher, Head(weight), tau=10.0, kernel=True)
