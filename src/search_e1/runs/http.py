@@ -7,6 +7,7 @@ shown in one line, without the secrets that were sent to it.
 
 import asyncio
 import base64
+import functools
 import logging
 import math
 import os
@@ -177,7 +178,8 @@ class Server:
         # A copy: tenacity keeps the state of a call in the object.
         retrying = self.retrying.copy(stop=self._stop | _Early()) if early else self.retrying.copy()
         async with self._turns:
-            deadline = self._loop.time() + self._time_limit
+            # From the first attempt on, which tenacity's own clock does not start after: at the deadline it has stopped.
+            deadline = functools.cache(lambda: self._loop.time() + self._time_limit)
             result: Result = await retrying(self._ask_once, read, payload, deadline)
             return result
 
@@ -213,8 +215,8 @@ class Server:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.aclose()
 
-    async def _ask_once(self, read: Callable[[Reply], Result], payload: Any, deadline: float) -> Result:
-        reply = await self._send(payload, min(self._timeout, deadline - self._loop.time()))
+    async def _ask_once(self, read: Callable[[Reply], Result], payload: Any, deadline: Callable[[], float]) -> Result:
+        reply = await self._send(payload, min(self._timeout, deadline() - self._loop.time()))
         result = read(reply)
         if self._is_down:
             self._is_down = False
