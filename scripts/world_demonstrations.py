@@ -5,7 +5,7 @@ and words, is often wrong, and follows an example in its prompt, even from a bad
 
     python scripts/world_demonstrations.py runs/laboratory-world
 
-writes the efficient trajectories of that world's training questions into its ``demonstrations.jsonl``, for
+writes the efficient trajectories of that world's training questions, of the hard world's too, into its ``demonstrations.jsonl``, for
 ``pairs.references_by = "gold"``.
 """
 
@@ -20,8 +20,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from search_e1.config import PolicyConfig, Prompts
+from search_e1.data.corpus import read_corpus
 from search_e1.data.questions import load_questions
-from search_e1.data.world import RELATIONS, SPLITS, Entity, World, make_world
+from search_e1.data.world import HARD, RELATIONS, SPLITS, USUAL, Entity, World, make_world
 from search_e1.retrieval.base import Retriever
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.text.prompts import observation, plain_prompt, privileged_prompt
@@ -403,6 +404,11 @@ def batches(
 
 
 if __name__ == "__main__":
-    world = Path(sys.argv[1])
+    directory = Path(sys.argv[1])
+    there = {passage.id: passage.text for passage in read_corpus(directory / "corpus.jsonl")}
+    worlds = [make_world(difficulty=difficulty) for difficulty in (USUAL, HARD)]
+    made = next((world for world in worlds if {p.id: p.text for p in world.passages} == there), None)
+    if made is None:
+        sys.exit(f"{directory}: not a world of `search-e1 world`, whose facts would be known")
     reader = load_reader("small", PolicyConfig(model="small"))
-    write_gold(world / "demonstrations.jsonl", make_world(), load_questions(world / "train.jsonl"), reader)
+    write_gold(directory / "demonstrations.jsonl", made, load_questions(directory / "train.jsonl"), reader)
