@@ -5,8 +5,8 @@ and words, is often wrong, and follows an example in its prompt, even from a bad
 
     python scripts/world_demonstrations.py runs/laboratory-world
 
-writes the efficient trajectories of that world's training questions, of the hard world's too, into its ``demonstrations.jsonl``, for
-``pairs.references_by = "gold"``.
+writes the efficient trajectories of that world's training questions into its ``demonstrations.jsonl``, for
+``pairs.references_by = "gold"``; of the hard world's too.
 """
 
 import itertools
