@@ -5,7 +5,7 @@ as the gradient; see ``projection``.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,7 +22,6 @@ from search_e1.training.projection import (
     Gradients,
     budget,
     chunks,
-    kernel_chunks,
     mean_weights,
     multiply,
     project,
@@ -152,7 +151,7 @@ class _FusedDivergence(FusedPass):
         needed = [need and options.wanted for need in ctx.needs_input_grad[:3]]
         gradients = Gradients(student_hidden, student_head, needed, kind)
         differentiate = _by_kernel if options.kernel else _by_torch
-        for chunk in _chunks(student_hidden, weight, per_token, gradients, options):
+        for chunk in chunks(student_hidden, weight, per_token, options.memory, 2, gradients, options.kernel):
             rows = chunk.rows
             hidden = student_hidden[rows], teacher_hidden[rows]
             per_token[rows], by_logits = differentiate(chunk, hidden, heads, options)
@@ -166,13 +165,6 @@ class _FusedDivergence(FusedPass):
         FusedPass.keep(ctx, gradients, student_hidden, weight)
         ctx.mark_non_differentiable(per_token)
         return (weights * per_token).sum(), per_token
-
-
-def _chunks(hidden: Tensor, weight: Tensor, like: Tensor, gradients: Gradients, options: _Options) -> Iterator[Chunk]:
-    if options.kernel:
-        by_logits = gradients.by_logits if options.wanted else None
-        return kernel_chunks(len(hidden), len(weight), like, options.memory, 2, by_logits)
-    return chunks(len(hidden), len(weight), like, options.memory, 2)
 
 
 def _by_kernel(

@@ -20,7 +20,6 @@ from search_e1.training.projection import (
     Gradients,
     budget,
     chunks,
-    kernel_chunks,
     mean_weights,
     multiply,
     project,
@@ -116,7 +115,7 @@ class _TokenLoss(FusedPass):
         logprobs, entropy, losses = (hidden.new_zeros(len(hidden), dtype=kind) for _ in range(3))
         gradients = Gradients(hidden, head, [need and options.wanted for need in ctx.needs_input_grad[:3]], kind)
         differentiate = _by_kernel if options.kernel else _by_torch
-        for chunk in _chunks(hidden, weight, logprobs, gradients, options):
+        for chunk in chunks(hidden, weight, logprobs, options.memory, 1, gradients, options.kernel):
             rows = chunk.rows
             logprobs[rows], entropy[rows], by_logits = differentiate(chunk, hidden[rows], targets[rows], head, options)
             losses[rows], factors = _derivative(token_loss, logprobs[rows], rows, options.wanted)
@@ -126,13 +125,6 @@ class _TokenLoss(FusedPass):
         FusedPass.keep(ctx, gradients, hidden, weight)
         ctx.mark_non_differentiable(logprobs, entropy, losses)
         return (weights * losses).sum(), logprobs, entropy, losses
-
-
-def _chunks(hidden: Tensor, weight: Tensor, like: Tensor, gradients: Gradients, options: _Options) -> Iterator[Chunk]:
-    if options.kernel:
-        by_logits = gradients.by_logits if options.wanted else None
-        return kernel_chunks(len(hidden), len(weight), like, options.memory, 1, by_logits)
-    return chunks(len(hidden), len(weight), like, options.memory, 1)
 
 
 def _by_kernel(

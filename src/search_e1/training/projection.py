@@ -50,7 +50,15 @@ def mean_weights(hidden: Tensor) -> Tensor:
     return hidden.new_full((len(hidden),), 1 / max(1, len(hidden)), dtype=kind)
 
 
-def chunks(positions: int, vocabulary: int, like: Tensor, memory: int, roles: int) -> Iterator[Chunk]:
+def chunks(
+    hidden: Tensor, weight: Tensor, like: Tensor, memory: int, roles: int, gradients: "Gradients", kernel: bool
+) -> Iterator[Chunk]:
+    """Parts of the positions of ``hidden``, with buffers of the type of ``like``, as the kernels or plain torch want them."""
+    sizes = len(hidden), len(weight), like, memory, roles
+    return kernel_chunks(*sizes, gradients.by_logits) if kernel else tiled_chunks(*sizes)
+
+
+def tiled_chunks(positions: int, vocabulary: int, like: Tensor, memory: int, roles: int) -> Iterator[Chunk]:
     """Equal parts of the positions, whose logits for ``roles`` models and a few tiles fit into ``memory`` bytes.
 
     The buffer is used again: a chunk is gone when the next one is asked for.
@@ -137,7 +145,7 @@ class Gradients:
     def __init__(self, hidden: Tensor, head: Head, needed: Sequence[bool], dtype: torch.dtype) -> None:
         """``needed``: whether hidden states, weight and bias need a gradient."""
         halves = hidden.dtype is head.weight.dtype is torch.bfloat16 and not needed[2]
-        self.by_logits = hidden.dtype if halves else dtype
+        self.by_logits = (hidden.dtype if halves else dtype) if any(needed) else None
         """The type in which kernels write the gradient by the logits, so that the products with it need no cast."""
         self.by_hidden, self.by_weight, self.by_bias = (
             torch.zeros_like(tensor, dtype=dtype) if tensor is not None and wanted else None
