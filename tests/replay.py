@@ -14,6 +14,8 @@ class Tape:
     """A ``Recorder``. Replaying repeats each operation on the tensors of the recording, Python not included: what was a number
     in Python stays what it was, and what moved to other memory is read and written where it lay."""
 
+    bytes = 0
+
     def __init__(self) -> None:
         self.captures, self.replays = 0, 0
 

@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import itertools
 import random
 import threading
 from collections.abc import Callable
@@ -274,7 +275,8 @@ def test_a_cache_is_kept_if_memory_has_room_for_it(tape: Tape, monkeypatch) -> N
     tokens(policy, batch_size=2)
     held = kept[policy.model].loop.cache.bytes
     assert held == (2 + 2) * 128 * hf._bytes_per_position(policy.model)  # slots, positions of each
-    for free, stays in ((4 * held, True), (4 * held - 4, False)):
+    tape.bytes = 1000  # of the recorded steps
+    for free, stays in ((4 * (held + 1000), True), (4 * (held + 1000) - 4, False)):
         kept.clear()
         monkeypatch.setattr(hf, "_free_memory", lambda device, free=free: free)
         tokens(policy, batch_size=2)
@@ -282,31 +284,35 @@ def test_a_cache_is_kept_if_memory_has_room_for_it(tape: Tape, monkeypatch) -> N
 
 
 class _Broken:
-    """A recorder of which something goes wrong."""
+    """A recorder whose steps, from the replay ``first`` on, leave other logits of the second row."""
 
-    def __init__(self, tape: Tape, wrong: Callable[[torch.Tensor], None]) -> None:
-        self.tape, self.wrong = tape, wrong
+    def __init__(self, tape: Tape, first: int) -> None:
+        self.tape, self.first = tape, first
 
     def capture(self, step):
-        repeat, result = self.tape.capture(step)
+        (repeat, result), replays = self.tape.capture(step), itertools.count(1)
 
         def replay() -> None:
             repeat()
-            self.wrong(result)
+            if next(replays) >= self.first:
+                result[1:2].mul_(1.1)
 
         return replay, result
 
 
-def test_logits_that_differ_from_the_plain_step_s_end_the_use_of_graphs(tape: Tape, monkeypatch, caplog) -> None:
-    for family in ("qwen2", "lfm2"):
-        policy = random_policy(family)
-        expected = plainly(lambda policy=policy: tokens(policy))
-        broken = _Broken(tape, lambda logits: logits[1:2].mul_(1.1))
-        monkeypatch.setattr(hf, "_recorder", lambda device, broken=broken: broken)
-        caplog.clear()
-        assert tokens(policy) == expected
-        assert tokens(policy) == expected
-        assert caplog.text.count("decoding without CUDA graphs, which is slower: its logits differ from the plain") == 1
+@pytest.mark.parametrize("family", ["qwen2", "lfm2"])
+@pytest.mark.parametrize(("first", "where"), [(1, ""), (2, " at step 2"), (STEPS, f" at step {STEPS}")])
+def test_logits_that_differ_from_the_plain_step_s_end_the_use_of_graphs(
+    family: str, first: int, where: str, tape: Tape, monkeypatch, caplog
+) -> None:
+    policy = random_policy(family)
+    expected = plainly(lambda: tokens(policy))
+    monkeypatch.setattr(hf, "_recorder", lambda device: _Broken(tape, first))
+    assert tokens(policy) == expected
+    assert tokens(policy) == expected
+    said = f"decoding without CUDA graphs, which is slower: its logits differ from the plain step's{where}\n"
+    assert caplog.text.count(said) == 1
+    assert tape.replays == first
 
 
 def test_a_model_that_computes_on_the_host_is_sampled_without_graphs(tape: Tape, monkeypatch, caplog) -> None:

@@ -17,6 +17,7 @@ class _Cuda:
 
     CUDAGraph = type("CUDAGraph", (), {"replay": lambda self: "replayed"})
     graph_pool_handle = staticmethod(lambda: "pool")
+    memory_snapshot = staticmethod(lambda mempool_id: {"pool": [{"total_size": 2**21}, {"total_size": 2**20}]}[mempool_id])
     device = staticmethod(lambda device: nullcontext())
     real_graph = inspect.signature(torch.cuda.graph.__init__)
 
@@ -28,7 +29,10 @@ class _Cuda:
             pass
 
     def take_over(self, monkeypatch) -> None:
-        for name in ("CUDAGraph", "Stream", "current_stream", "set_stream", "stream", "graph", "graph_pool_handle", "device"):
+        for name in (
+            "CUDAGraph", "Stream", "current_stream", "set_stream", "stream", "graph", "graph_pool_handle", "device",
+            "memory_snapshot",
+        ):  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
 
     def current_stream(self):
@@ -81,6 +85,11 @@ def test_a_capture_that_fails_says_why_and_leaves_the_stream_as_it_was(failure, 
     assert fake.current is before
 
 
+def test_what_graphs_hold_are_the_segments_of_their_pool(monkeypatch) -> None:
+    _Cuda(None).take_over(monkeypatch)
+    assert CudaGraphs(torch.device("cuda")).bytes == 3 * 2**20
+
+
 def test_a_step_that_fails_before_its_capture_says_why(monkeypatch) -> None:
     fake = _Cuda(None)
     before = fake.current
@@ -131,7 +140,9 @@ def test_graphs_on_a_gpu_sample_from_updated_weights(family: str, dtype: torch.d
 def test_a_replay_on_a_gpu_waits_for_nothing(family: str, dtype: torch.dtype) -> None:
     policy = gpu_policy(family, dtype)
     tokens(policy)
-    [recorded] = hf._kept[policy.model].loop._recorded.values()
+    loop = hf._kept[policy.model].loop
+    assert loop.bytes > loop.cache.bytes
+    [recorded] = loop._recorded.values()
     torch.cuda.set_sync_debug_mode("error")
     try:
         recorded.replay()

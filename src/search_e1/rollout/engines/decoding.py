@@ -77,6 +77,11 @@ class DecodeLoop:
         self._pauses = torch.zeros(model.config.get_text_config(decoder=True).vocab_size, dtype=torch.bool, device=device)
         self._pausing: set[int] | None = set()
 
+    @property
+    def bytes(self) -> int:
+        """Of its cache and of the recorded steps."""
+        return self.cache.bytes + self._recorder.bytes
+
     def open(self, ends: Ends) -> None:
         """Begin to sample rows that end as ``ends`` says.
 
@@ -104,11 +109,10 @@ class DecodeLoop:
         recorded = self._recorded.get(key) or self._recorded.setdefault(key, self._record(key))
         self._give(rows)
         if recorded.logits is None:
-            recorded.replay()
+            for _ in range(steps):
+                recorded.replay()
         else:
-            self._compare(recorded, rows)
-        for _ in range(steps - 1):
-            recorded.replay()
+            self._compare(recorded, rows, steps)
         ids, logprobs = self._sampled[:, :steps, : len(rows)].transpose(1, 2).tolist()  # the one wait for the device
         return [self._until_pause(row, *pair) for row, *pair in zip(rows, ids, logprobs, strict=True)]
 
@@ -168,21 +172,26 @@ class DecodeLoop:
         self._numbers.copy_(there[_GIVEN:])
         self._at.zero_()
 
-    def _compare(self, recorded: _Recorded, rows: Sequence[Next]) -> None:
-        """Replay for the first time; logits must be those of the plain step."""
+    def _compare(self, recorded: _Recorded, rows: Sequence[Next], steps: int) -> None:
+        """Replay for the first time; after each step the logits of rows that went on must be those of the plain step."""
         assert recorded.logits is not None
-        states = self.cache.states()
-        places, ids = [row.position for row in rows], [[row.id] for row in rows]
-        expected = RaggedCache.forward(self.cache, range(len(rows)), places, ids).float()
-        self.cache.restore(states)
-        recorded.replay()
-        differ = (recorded.logits[: len(rows)].float() - expected).norm(dim=-1)
-        differ /= (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
-        near, recorded.logits = tolerance(recorded.logits.dtype), None  # its memory serves the next graph
-        # Half of the rows as near as any two ways to compute them; the farthest of hundreds may be farther.
-        if not bool((differ.median() <= near) & (differ.max() <= 5 * near)):
+        near, begun = tolerance(recorded.logits.dtype), self.cache.states()
+        for step in range(steps):
+            going = [i for i, left in enumerate(self._left[: len(rows)].tolist()) if left]
+            if not going:
+                break
+            ids = self._sampled[0, step - 1].tolist() if step else [row.id for row in rows]
+            places, states = [rows[i].position + step for i in going], self.cache.states()
+            expected = RaggedCache.forward(self.cache, going, places, [[int(ids[i])] for i in going]).float()
             self.cache.restore(states)
-            raise CaptureError("its logits differ from the plain step's")
+            recorded.replay()
+            differ = (recorded.logits[going].float() - expected).norm(dim=-1)
+            differ /= (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
+            # Half of the rows as near as any two ways to compute them; the farthest of hundreds may be farther.
+            if not bool((differ.median() <= near) & (differ.max() <= 5 * near)):
+                self.cache.restore(begun)
+                raise CaptureError(f"its logits differ from the plain step's{f' at step {step + 1}' if step else ''}")
+        recorded.logits = None  # its memory serves the next graph
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -17,6 +17,11 @@ class CaptureError(Exception):
 class Recorder(Protocol):
     """Records steps."""
 
+    @property
+    def bytes(self) -> int:
+        """Of memory that recorded steps hold beside the tensors that they read and leave."""
+        ...
+
     def capture(self, step: Step) -> tuple[Callable[[], object], torch.Tensor]:
         """A function that repeats ``step``, and the tensor that it leaves the step's result in.
 
@@ -36,6 +41,11 @@ class CudaGraphs:
         with torch.cuda.device(device):
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream()
+
+    @property
+    def bytes(self) -> int:
+        """See ``Recorder``. To torch most of it is reserved and not allocated; it serves these graphs alone all the same."""
+        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._pool))
 
     def capture(self, step: Step) -> tuple[Callable[[], object], torch.Tensor]:
         """See ``Recorder``."""

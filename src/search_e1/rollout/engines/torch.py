@@ -101,7 +101,7 @@ class TorchEngine:
             self.batch_size = session.rows
         if session.loop is None:
             _refused.add(model)
-        elif model not in _moving and (keep or session.loop.cache.bytes <= _KEPT * free):
+        elif model not in _moving and (keep or session.loop.bytes <= _KEPT * free):
             _kept[model] = _Kept(session.loop, weights, self.batch_size)
 
 
@@ -280,8 +280,8 @@ def _try(model: PreTrainedModel, kind: type[RaggedCache]) -> int:
 
 
 def _free_memory(device: torch.device) -> int:
-    """In bytes; what torch holds without using it is free too."""
+    """In bytes; what torch holds without using it is free too, but for what belongs to recorded graphs."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0] + unused)
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
