@@ -375,6 +375,38 @@ def test_without_flash_attention_masks_are_used_and_it_is_said_once(tape: Tape, 
     assert caplog.text.count("sampling without flash attention, which is slower: Could not run") == 1
 
 
+def _first_page(*arguments, block_table, **options):
+    """A kernel that reads a row's first page for each of its pages."""
+    return replay.varlen_attn(*arguments, block_table=block_table[:, :1].expand_as(block_table).contiguous(), **options)
+
+
+def _windowless(*arguments, window_size, **options):
+    return replay.varlen_attn(*arguments, window_size=(-1, 0), **options)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "family", "window"),
+    [(_first_page, "qwen2", None), (_windowless, "mistral", 9), (_windowless, "mistral", 300)],
+)
+def test_a_kernel_that_is_wrong_in_long_rows_alone_is_found_out(
+    kernel, family: str, window: int | None, tape: Tape, paged, monkeypatch, caplog
+) -> None:
+    policy = random_policy(family, sliding_window=window)
+    size = hf._bytes_per_position(policy.model)
+    assert hf._bytes_per_position(policy.model, hf.PagedCache) == size > 0
+    hf._tried.clear()
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    assert hf._bytes_per_position(policy.model, hf.PagedCache) is None
+    assert caplog.text.count("slower: rows that are sampled together differ from what they are alone") == 1
+
+
+@pytest.mark.parametrize(("window", "positions", "border"), [(9, 512, 256), (300, 512, 300), (5000, 9000, 256), (9, 64, 61)])
+def test_the_border_that_a_trial_crosses(window: int, positions: int, border: int) -> None:
+    policy = random_policy("mistral", sliding_window=window)
+    policy.model.config.max_position_embeddings = positions
+    assert hf.PagedCache(policy.model, 1).border == border
+
+
 def test_prompts_are_packed_without_padding(tape: Tape, paged, monkeypatch) -> None:
     policy, passes = random_policy("qwen2"), []
     tokens(policy)  # what is tried on the model is behind it

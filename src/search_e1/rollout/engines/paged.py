@@ -20,6 +20,8 @@ from search_e1.rollout.engines.ragged import RaggedCache
 PAGE = 256
 """Positions of a page; the kernel takes multiples of this."""
 _NAME = "search_e1_paged"
+_TRIED = 4096
+"""Wider sliding windows are not crossed when the kernel is tried: that would take more memory than it is worth."""
 _EXTRAS = ("softcap", "s_aux", "position_bias")
 """What attention functions of transformers may be given that the kernel cannot do."""
 
@@ -48,6 +50,7 @@ class PagedCache(RaggedCache):
         windows = [k.get("sliding_window") for k in self._layer_kwargs]
         self._window_of = {layer: -1 if window is None else window - 1 for layer, window in enumerate(windows)}
         self.padded = self.convolves
+        self.border = min(max([PAGE, *(width for width in self._windows if width <= _TRIED)]), self._longest - 3)
         self._reach: _Reach | None = None
         self._layer = 0
 

@@ -28,6 +28,8 @@ class RaggedCache(Cache):
 
     padded = True
     """Whether the new tokens of several rows take as much room as those of the longest."""
+    border = 0
+    """The position from which attention works otherwise than before it: what tries the cache on a model crosses it."""
 
     def __init__(self, model: PreTrainedModel, slots: int, capacity: int = 0) -> None:
         """``capacity``: positions of a slot that are reserved at once; more are when they are needed."""

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -264,15 +265,19 @@ def _cache_of(model: PreTrainedModel) -> type[RaggedCache]:
 
 
 def _try(model: PreTrainedModel, kind: type[RaggedCache]) -> int:
-    """Two rows of differing lengths that change places and go on must have the logits that each has alone."""
-    a, b, more = [1, 2, 3, 4, 5], [6, 7, 8], [9, 10, 11]
+    """Two rows of differing lengths that change places and go on must have the logits that each has alone.
+
+    One crosses the cache's border in its prompt, the other as it goes on.
+    """
     cache = kind(model, 3)
+    before, draw = max(0, cache.border - 4), Random(0)
+    a, b, more = (draw.choices(range(1, 14), k=length) for length in (before + 5, before + 3, 3))
     cache.forward([1, 2], [0, 0], [a, b])
     cache.move([1, 2], [2, 1], len(a))
     cache.forward([1], [len(b)], [more])
     together = cache.forward([1, 2], [len(b) + len(more), len(a)], [[12], [13]]).float()
-    whole = ([*b, *more, 12], [*a, 13])
-    alone = torch.cat([model(input_ids=torch.tensor([ids], device=model.device)).logits[:, -1] for ids in whole]).float()
+    whole = (torch.tensor([ids], device=model.device) for ids in ([*b, *more, 12], [*a, 13]))
+    alone = torch.cat([model(input_ids=ids, logits_to_keep=1).logits[:, -1] for ids in whole]).float()
     spread = (alone - alone.mean(-1, keepdim=True)).norm()
     if not (together - alone).norm() <= tolerance(model.dtype) * spread:
         raise NotImplementedError("rows that are sampled together differ from what they are alone")
