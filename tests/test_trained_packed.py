@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -180,6 +181,43 @@ def test_rows_that_are_not_packed_are_rows_of_one_length() -> None:
 
 
 # Where it cannot be.
+
+
+def gemma_with_eyes():
+    """Whose parts attend each in its own way."""
+    text = SHAPE | FAMILIES["gemma3_text"]
+    vision = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return AutoModelForCausalLM.from_config(config, attn_implementation={"text_config": "sdpa", "vision_config": "eager"})
+
+
+def test_each_part_gets_its_own_attention_back_whatever_happens() -> None:
+    model = gemma_with_eyes()
+    before = {"": "sdpa", "text_config": {"": "sdpa"}, "vision_config": {"": "eager"}}
+    assert attention.implementations(model.config) == before
+    everywhere = {"": "eager", "text_config": {"": "eager"}, "vision_config": {"": "eager"}}
+    for wrong in (everywhere, everywhere | {"vision_config": {"": "no such"}}):
+        with pytest.raises(ValueError, match="no such"), attention.attending(model, wrong):
+            assert attention.implementations(model.config) == everywhere
+            raise ValueError("no such")
+        assert attention.implementations(model.config) == before
+
+
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError("CUDA out of memory."), NotImplementedError("no kernel")], ids=str)
+@pytest.mark.usefixtures("any_device")
+def test_a_failed_trial_leaves_each_part_its_own_attention(failure: Exception, monkeypatch) -> None:
+    def failing(*arguments, **options):
+        raise failure
+
+    monkeypatch.setattr(attention.varlen, "varlen_attn", failing)
+    model = gemma_with_eyes()
+    before = attention.implementations(model.config)
+    fails = isinstance(failure, torch.OutOfMemoryError)
+    with pytest.raises(torch.OutOfMemoryError) if fails else nullcontext():
+        assert pack(model, torch.float32)
+    assert attention.implementations(model.config) == before
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import varlen
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 logger = logging.getLogger(__name__)
@@ -109,15 +109,24 @@ def attend_by_borders(model: PreTrainedModel) -> int:
     return max(option.get("sliding_window") or 0 for option in options)
 
 
+def implementations(config: PreTrainedConfig) -> dict[str, Any]:
+    """The attention of a model and of each of its parts, which may differ, as ``set_attn_implementation`` takes it."""
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    return {"": config._attn_implementation} | {name: implementations(part) for name, part in parts.items() if part}
+
+
+def attend(model: PreTrainedModel, implementation: dict[str, Any]) -> None:
+    """Let ``model`` have another attention of transformers from now on."""
+    if implementations(model.config) != implementation:  # transformers may warn of parts, whatever they have
+        model.set_attn_implementation(implementation)
+
+
 @contextmanager
-def attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """``model`` with another attention of transformers for as long as the context lasts."""
-    before = model.config._attn_implementation
-    if before == implementation:
-        yield
-        return
-    model.set_attn_implementation(implementation)
+def attending(model: PreTrainedModel, implementation: dict[str, Any]) -> Iterator[None]:
+    """The same for as long as the context lasts."""
+    before = implementations(model.config)
     try:
+        attend(model, implementation)
         yield
     finally:
-        model.set_attn_implementation(before)
+        attend(model, before)

@@ -8,6 +8,7 @@ a causal model looks, so that no attention mask is needed; on GPUs rows are pack
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -179,20 +180,22 @@ def pack(model: Any, dtype: torch.dtype) -> bool:
     Where it cannot, packed rows are told apart by a mask, which is quadratic in the pack.
     """
     plain = plain_model(model)
-    before = plain.config._attn_implementation
+    before = attention.implementations(plain.config)
     reason = attention.obstacle(plain, dtype)
-    try:
-        if reason is None:
-            window = attention.attend_by_borders(plain)
-            if packs(model, dtype) and _agrees(model, dtype, before, window):
-                _go_back(model, dtype)
-                return True
-            reason = "its hidden states are not those of each row alone"
-    except torch.OutOfMemoryError:
-        raise
-    except (NotImplementedError, TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    plain.set_attn_implementation(before)
+    with ExitStack() as unless_it_works:
+        unless_it_works.callback(attention.attend, plain, before)
+        try:
+            if reason is None:
+                window = attention.attend_by_borders(plain)
+                if packs(model, dtype) and _agrees(model, dtype, before, window):
+                    _go_back(model, dtype)
+                    unless_it_works.pop_all()
+                    return True
+                reason = "its hidden states are not those of each row alone"
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if may := packs(model, dtype):
         logger.info("packed rows are told apart by a mask, which takes longer than their borders would: %s", reason)
     return may
@@ -211,7 +214,7 @@ def packs(model: Any, dtype: torch.dtype = torch.float32) -> bool:
 
 
 @torch.no_grad()
-def _agrees(model: Any, dtype: torch.dtype, implementation: str, window: int) -> bool:
+def _agrees(model: Any, dtype: torch.dtype, implementation: dict[str, Any], window: int) -> bool:
     """Whether a row has the hidden states, after another one and by its borders, that it has alone, by ``implementation``.
 
     The row is longer than the sliding ``window``, as far as the model reads so far.

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from search_e1.config import Sharding, TrainingConfig
 from search_e1.runs import ranks
-from search_e1.training.attention import attending
+from search_e1.training.attention import attend, attending, implementations
 from search_e1.training.batch import Batch, make_batch, micro_batches, pack, plain_model
 from search_e1.training.head import Head, split_head
 from search_e1.training.logprobs import fused_token_loss
@@ -104,7 +104,7 @@ class TrainedPolicy:
         decoder, head = split_head(model)
         on_cpu = model.device.type == "cpu"
         self.micro_batch_tokens = config.micro_batch_tokens or (2048 if on_cpu else 16_384)
-        self._attention = plain_model(model).config._attn_implementation  # that of sampling; passes may have another
+        self._attention = implementations(plain_model(model).config)  # that of sampling; passes may have another
         self.packed = not on_cpu and pack(model, dtype)
         frozen = frozen_start and not isinstance(model, PeftModel)
         copied = copy.deepcopy(decoder).requires_grad_(False).eval() if frozen else None
@@ -218,8 +218,7 @@ class TrainedPolicy:
         In float32 where the weights that were trained are, so that neither saving nor merging rounds steps away.
         """
         model = self._replica.fill(self.model) if self._replica and self._sharded else self.model
-        if (plain := plain_model(model)).config._attn_implementation != self._attention:
-            plain.set_attn_implementation(self._attention)
+        attend(plain_model(model), self._attention)
         cast_adapter_inputs(model, True)
         if self.checkpointing:
             model.gradient_checkpointing_disable()
