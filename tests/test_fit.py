@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from conftest import make_tiny_policy
+from ranked import in_ranks
 from search_e1.config import TrainingConfig
+from search_e1.runs import ranks
 from search_e1.training import fit
 from search_e1.training.fit import fit_passes
 from search_e1.training.objectives.sft import Sft
@@ -122,6 +124,23 @@ def test_what_the_config_says_is_not_measured(monkeypatch, changes) -> None:
     meter = Meter(policy, 1e9, monkeypatch)
     fit_passes(policy, {"sft": [sample(0, 5, 8)]}, meter)
     assert (meter.passes, policy.micro_batch_tokens, policy.checkpointing) == (0, 300, False)
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_the_fullest_device_decides_for_all_ranks(sharding, monkeypatch, tmp_path) -> None:
+    """Ranks with room for 2,500 and 40,000 tokens measure the same passes, of which each has to make its part."""
+    model = make_tiny_policy().model
+    weights = sum(w.numel() for w in model.parameters())
+
+    def fitted() -> tuple[int, bool, int]:
+        policy = TrainedPolicy(model, TrainingConfig(), frozen_start=False, sharding=sharding)
+        states = 8 * weights / (2 if sharding == "fsdp2" else 1)
+        size = (FIXED + A_TOKEN * (2500, 40_000)[ranks.rank()] + states) / 0.85
+        meter = Meter(policy, size, monkeypatch)
+        fit_passes(policy, {"sft": [sample(0, 5, 500 + ranks.rank())]}, meter)
+        return policy.micro_batch_tokens, policy.checkpointing, meter.passes
+
+    assert in_ranks(2, fitted, tmp_path) == [(2048, False, 3)] * 2
 
 
 def test_on_a_cpu_passes_stay_small(tmp_path) -> None:

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from search_e1.runs import ranks
 from search_e1.runs.checkpoints import RANK
 from search_e1.training.guard import Guard
-from search_e1.training.sharding import full_state_dict, shard_like
+from search_e1.training.sharding import full_state_dict, local_part, shard_like
 from search_e1.training.trained import TrainedPolicy
 from search_e1.types import Sample
 
@@ -86,7 +86,7 @@ class TrainingState:
             if unfinished.passes:
                 gradients = {n: w.grad for n, w in self.policy.parameters.items() if w.grad is not None}
                 # Outside DDP's and FSDP's last pass of an update, gradients are each rank's own.
-                state["gradients"] = {name: _local(gradient) for name, gradient in gradients.items()}
+                state["gradients"] = {name: local_part(gradient) for name, gradient in gradients.items()}
         return state
 
     def restore(self, directory: Path | None) -> tuple[list[dict[str, float]], Unfinished | None]:
@@ -124,16 +124,10 @@ class TrainingState:
         for name, gradient in mine.get("gradients", {}).items():
             weight = self.policy.parameters[name]
             weight.grad = torch.zeros_like(weight)
-            _local(weight.grad).copy_(gradient)
+            local_part(weight.grad).copy_(gradient)
         kept = mine["unfinished"]
         samples = {name: [Sample.model_validate_json(s) for s in part] for name, part in kept.pop("samples").items()}
         return Unfinished(samples, **kept)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor."""
-    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local
 
 
 def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:

@@ -11,11 +11,13 @@ from search_e1.runs import ranks
 from search_e1.training import memory
 from search_e1.training.batch import make_batch
 from search_e1.training.objectives.sft import Sft
+from search_e1.training.sharding import local_part
 from search_e1.training.trained import TrainedPolicy
 from search_e1.types import Sample
 
 logger = logging.getLogger(__name__)
 
+_COUNTED = "cuda", "xpu"  # where torch counts memory
 _MEASURED = 1024, 2048  # tokens of the two passes
 _MOST = 65_536  # longer passes are no faster
 _USABLE = 0.85  # of what is free: memory fragments, and a teacher's pass or a longer row come beside what is measured
@@ -35,17 +37,20 @@ class Meter(Protocol):
 
 
 class AcceleratorMeter:
-    """Of the current accelerator, by torch's own count."""
+    """Of one accelerator, by its driver's and torch's own count."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def free(self) -> int:
-        unused = torch.accelerator.memory_reserved() - torch.accelerator.memory_allocated()
-        return int(torch.accelerator.get_memory_info()[0] + unused)
+        memory.release()  # what torch holds unused is not all free: recorded graphs have memory of their own
+        return int(torch.accelerator.get_memory_info(self._device)[0])
 
     def rise(self, run: Callable[[], None]) -> int:
-        torch.accelerator.reset_peak_memory_stats()
-        before = torch.accelerator.memory_allocated()
+        torch.accelerator.reset_peak_memory_stats(self._device)
+        before = torch.accelerator.memory_allocated(self._device)
         run()
-        return int(torch.accelerator.max_memory_allocated() - before)
+        return int(torch.accelerator.max_memory_allocated(self._device) - before)
 
 
 def fit_passes(policy: TrainedPolicy, samples: Mapping[str, Sequence[Sample]], meter: Meter | None = None) -> None:
@@ -55,20 +60,20 @@ def fit_passes(policy: TrainedPolicy, samples: Mapping[str, Sequence[Sample]], m
     whose memory fits beside the optimiser's states, as far as memory grows evenly. A pass of that size is then made, and the
     size halved until what it takes fits: a mask that tells packed rows apart grows with the square. Checkpointing is turned
     on where the longest of ``samples`` does not fit without it. On a CPU nothing is measured: small passes are fastest there.
-    Every rank has to call this.
+    Every rank has to call this, and all measure the same passes: the fullest device decides.
     """
     config, device = policy.config, policy.device.type
-    if policy.fitted or config.micro_batch_tokens is not None or (device == "cpu" and meter is None):
+    if policy.fitted or config.micro_batch_tokens is not None or (device not in _COUNTED and meter is None):
         return
-    meter, policy.fitted = meter or AcceleratorMeter(), True
+    meter, policy.fitted = meter or AcceleratorMeter(policy.device), True
     longest = max(ranks.all_gather_object(max((len(s) for part in samples.values() for s in part), default=0)))
     taught = any(ranks.all_gather_object(any(s.teacher_prompt_ids for part in samples.values() for s in part)))
     given = config.gradient_checkpointing
-    with torch.random.fork_rng(device_type=device if device != "cpu" else "cuda"):
+    with torch.random.fork_rng([] if device == "cpu" else [policy.device], device_type=device):
         for checkpointing in (False, True) if given is None else (given,):
             if checkpointing:
                 policy.enable_checkpointing()
-            tokens = min(ranks.all_gather_object(_fitting(policy, meter, longest, taught)))
+            tokens = _fitting(policy, meter, longest, taught)
             if tokens >= longest:
                 break
     policy.micro_batch_tokens = max(tokens, _MEASURED[0])
@@ -83,18 +88,21 @@ def _fitting(policy: TrainedPolicy, meter: Meter, longest: int, taught: bool) ->
     weights = policy.parameters.values()
 
     def rise(tokens: int) -> float:
+        taken = math.inf
         try:
-            return meter.rise(lambda: _pass(policy, tokens, longest, taught))
+            with policy.accumulating(last=False):  # without waiting for a rank whose memory has run out
+                taken = meter.rise(lambda: _pass(policy, tokens, longest, taught))
         except (RuntimeError, MemoryError) as error:
             if not memory.ran_out(error):
                 raise
-        memory.release()
-        return math.inf
+        if taken == math.inf:
+            memory.release()
+        return max(ranks.all_gather_object(taken))
 
     try:
         rise(_MEASURED[0])  # gradients exist from now on
-        states = 8 * sum(weight.numel() for weight in weights)  # AdamW's two, in float32
-        free = _USABLE * meter.free() - states
+        states = 8 * sum(local_part(weight).numel() for weight in weights)  # AdamW's two, in float32
+        free = min(ranks.all_gather_object(_USABLE * meter.free() - states))
         small, large = map(rise, _MEASURED)
         if math.inf in (small, large):
             return 0

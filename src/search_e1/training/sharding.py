@@ -16,6 +16,11 @@ def full_tensor(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank has of ``tensor``."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def full_state_dict(state: Any, keep: bool) -> Any:
     """``state`` with whole tensors on the CPU, for those ranks that ``keep`` them; the others only do their part."""
 
