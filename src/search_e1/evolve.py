@@ -9,6 +9,7 @@ from typing import Any
 from search_e1 import runs
 from search_e1.agent.make import SUMMARY, bundle_of_run
 from search_e1.config import NEW, Config, migrate_fingerprint
+from search_e1.errors import NoLeadError
 from search_e1.evaluation.preflight import Finding, Level
 from search_e1.evaluation.results import Evaluation
 from search_e1.evaluation.statistics import Interval
@@ -179,7 +180,11 @@ def train(
             if lead and (refusal := refused(Lead.model_validate(lead.manifest.result), config.lead)):
                 summary.end_round(round, pairs, lead, refused=refusal)
                 continue
-            distilled = summary.make(Distill(policy, pairs.path, lead.path if lead else None, round))
+            try:
+                distilled = summary.make(Distill(policy, pairs.path, lead.path if lead else None, round))
+            except NoLeadError as error:
+                summary.end_round(round, pairs, lead, refused=str(error))
+                continue
             summary.end_round(round, pairs, lead)
             policy = distilled.path / "policy"
             summary.evaluate(distilled.manifest.stage, policy)

@@ -133,6 +133,9 @@ class DistillConfig(Section):
     top_k: Positive | None = None
     """Tell only this many of the teacher's likeliest vocabulary entries apart, and count all others as one. Default: all are
     told apart (as published)."""
+    teachers: Literal["all", "verified"] = "all"
+    """All (as published), or those that are `verified` to follow their reference: asked once, greedily, with the reference in
+    the prompt, they answer right in no more searches than it takes. Costs a trajectory for each question."""
     teacher_temperature: Annotated[float, Field(gt=0)] = 1.0
     """Below 1 sharpens the teacher."""
     class_weights: ClassWeights = ClassWeights()
@@ -158,6 +161,8 @@ class DistillConfig(Section):
             raise ValueError(
                 f'students = "fresh" need a teacher, and objective = "{self.objective}" has none; take one of them out'
             )
+        if self.teachers == "verified" and not self.has_teacher:
+            raise ValueError(f'teachers = "verified", but objective = "{self.objective}" has none; take one of them out')
         if self.weights != "lora" and self.merge.strengths != (1.0,):
             raise ValueError('merge.strengths need weights = "lora": there is no adapter to merge a share of')
         return self

@@ -25,6 +25,7 @@ from search_e1.stages.lead import FILE as LEAD
 from search_e1.stages.merge import choose_strength
 from search_e1.stages.stage import Stage, sections
 from search_e1.stages.training_engine import check_training_engine
+from search_e1.stages.verified import verified
 from search_e1.training.loop import Schedule, train
 from search_e1.training.objectives import open_objective
 from search_e1.training.policy import Policy, context_length, with_adapter
@@ -40,7 +41,8 @@ class Distill(Stage):
     Figures: pairs (for ``sft`` distinct references), pairs_too_long, pairs_shortened (whose reference lacks passages, so that
     it fits), positions (tokens in the loss, an epoch), masked (share of sampled tokens without weight), steps, halved, the
     loss (kl or cross_entropy, nats a token) over the first and the last tenth of the steps, seconds; with adapters the merged
-    strength, and EM and tokens at each that was tried.
+    strength, and EM and tokens at each that was tried; of teachers that are verified, how many were asked, were right, and
+    searched beyond their reference.
     """
 
     policy: str | Path
@@ -85,19 +87,21 @@ class Distill(Stage):
         """
         Raises:
             DataError: no pairs, none that fits, or pairs of another tokenizer.
+            NoLeadError: no teacher follows its reference.
         """
         config = run.config.distill
         policy = run.load_to_train(self.policy, config.training, adapters=config.weights == "lora")
         pairs = files.read(self.pairs / files.TRAIN, policy.tokenizer)
         if config.order == "easiest_first":
             pairs.sort(key=lambda pair: (pair.reference.searches, pair.reference.sampled_tokens))
-        samples = make_samples(policy, pairs, config)
         model = with_adapter(policy.model, config.lora) if config.weights == "lora" else policy.model
         objective = open_objective(config.objective, "distill.objective", run.config)
         sharding = run.config.parallel.sharding
         trained = TrainedPolicy(
             model, config.training, frozen_start=objective.needs_start, sharding=sharding, dtype=policy.dtype
         )
+        pairs, asked = verified(run, trained, policy, pairs, context) if config.teachers == "verified" else (pairs, {})
+        samples = make_samples(policy, pairs, config)
         source: EpochSource | FreshStudents
         with ExitStack() as stack:
             if config.students == "fresh":
@@ -121,13 +125,15 @@ class Distill(Stage):
             "halved": sum(step.get("halved", 0) for step in steps),
             **ends(steps, "loss", 0.1, name="cross_entropy" if imitates else "kl"),
             **strength,
+            **asked,
             "seconds": sum(step["seconds"] for step in steps),
         }
 
 
 def _samples(config: Config) -> bool:
     """Whether the stage samples from the policy, so that more than its pairs decides about the result."""
-    return config.distill.students == "fresh" or len(config.distill.merge.strengths) > 1
+    distill = config.distill
+    return distill.students == "fresh" or distill.teachers == "verified" or len(distill.merge.strengths) > 1
 
 
 def make_samples(policy: Policy, pairs: Sequence[Pair], config: DistillConfig) -> list[Sample]:

@@ -1,0 +1,75 @@
+"""Which teachers follow their reference: each is asked its question once, before it teaches.
+
+A policy that was never shown such a reference may search on beyond its end and still be right, since its prompt holds the
+answer. Its student, which does not see it, learns to search beyond what it needs, and is wrong.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from search_e1.errors import NoLeadError
+from search_e1.rollout.engines.torch import TorchEngine
+from search_e1.rollout.loop import Start, rollout
+from search_e1.rollout.sharing import Part, write_parts
+from search_e1.rollout.unfinished import unfinished_in
+from search_e1.runs.context import StageContext
+from search_e1.stages.inputs import Inputs
+from search_e1.training.policy import Policy
+from search_e1.training.trained import TrainedPolicy
+from search_e1.types import Pair
+
+FILE = "teachers.jsonl"
+
+
+def verified(
+    run: Inputs, trained: TrainedPolicy, policy: Policy, pairs: Sequence[Pair], context: StageContext
+) -> tuple[list[Pair], Mapping[str, Any]]:
+    """The pairs whose teacher, greedily, answers right in no more searches than its reference. All ranks call it.
+
+    A line for each question is written into ``teachers.jsonl``. ``trained`` must not have learnt anything yet.
+
+    Returns:
+        Those pairs, in their order, and figures: teachers asked, how many are right, how many search more than the reference.
+
+    Raises:
+        Stopped: a signal asked to stop.
+        RetrievalError: from the retriever.
+        NoLeadError: no pair is left.
+    """
+    limits, path = run.config.rollout, context.out / FILE
+    asked = list({pair.question.id: pair for pair in pairs}.values())
+    longer = max((len(pair.teacher_prompt_ids) - len(pair.student.prompt_ids) for pair in asked), default=0)
+    roomier = limits.model_copy(update={"max_tokens": limits.max_tokens + max(0, longer)})
+    with trained.sampled() as model:
+        engine = TorchEngine(model, policy.tokenizer, batch_size=limits.batch_size)
+
+        def make(chunk: Sequence[Pair], _: Mapping[str, float]) -> tuple[Iterator[str], Mapping[str, float]]:
+            trajectories = rollout(
+                engine, run.retriever, [Start(pair.question, pair.teacher_prompt_ids) for pair in chunk], roomier,
+                temperature=0.0, seed=context.seed, prompts=policy.prompts, unfinished=unfinished_in(context.checkpointer),
+            )  # fmt: skip
+            rows = (
+                {"id": pair.question.id, "right": t.correct, "searches": t.searches, "reference": pair.reference.searches}
+                for pair, t in zip(chunk, trajectories, strict=True)
+            )
+            return (json.dumps(row) for row in rows), {}
+
+        chunks = [asked[at : at + limits.batch_size] for at in range(0, len(asked), limits.batch_size)]
+        write_parts(context.checkpointer, [Part(path, chunks, make)])
+    with path.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    follow = {row["id"] for row in rows if row["right"] and row["searches"] <= row["reference"]}
+    figures = {
+        "teachers": len(rows),
+        "teachers_right": sum(row["right"] for row in rows),
+        "teachers_beyond": sum(row["searches"] > row["reference"] for row in rows),
+        "teachers_verified": len(follow),
+    }
+    if rows and not follow:
+        raise NoLeadError(
+            f"none of {len(rows)} teachers follows its reference: {figures['teachers_right']} answer right, and "
+            f"{figures['teachers_beyond']} search beyond it; mend prompts.privileged, or train the policy so that it follows a "
+            "reference (grpo.replay)"
+        )
+    return [pair for pair in pairs if pair.question.id in follow], figures
