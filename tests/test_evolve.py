@@ -22,7 +22,7 @@ from search_e1 import evolve, runs
 from search_e1.cli import main as cli
 from search_e1.cli.display import summary_table
 from search_e1.config import CheckpointsConfig, Config
-from search_e1.errors import ConfigError, DataError, RunError, SearchE1Error
+from search_e1.errors import ConfigError, DataError, NoLeadError, RunError, SearchE1Error
 from search_e1.stages import tracking
 from taught import QUESTIONS, teach
 from test_report import report
@@ -250,6 +250,20 @@ def test_without_a_lead_nothing_is_distilled_and_the_run_says_why(project, tmp_p
     assert summary.rounds["1"].refused
     assert "the teacher does not lead" in summary.rounds["1"].refused
     assert summary.lead["1"] is not None
+
+
+def test_where_no_teacher_follows_its_reference_nothing_is_distilled_and_the_run_says_why(project, tmp_path, monkeypatch):
+    def none_follows(*_):
+        raise NoLeadError("none of 3 teachers follows its reference")
+
+    monkeypatch.setattr("search_e1.stages.distill.verified", none_follows)
+    base = config(project, tmp_path / "run")
+    settings = base.model_copy(update={"distill": base.distill.model_copy(update={"teachers": "verified"})})
+    summary = evolve.train(settings)
+    assert [p.stage for p in summary.policies] == ["base", "grpo-1"]
+    assert summary.rounds["1"].refused == "none of 3 teachers follows its reference"
+    assert summary.rounds["1"].lead is not None
+    assert not (settings.run / "ofsd-1").exists()
 
 
 def test_a_run_directory_of_another_config_is_refused(finished, project):
