@@ -79,7 +79,11 @@ def test_a_preset_lies_under_the_file_and_the_flags(tmp_path: Path) -> None:
     assert load(path, ["--preset", "search-e1", "--pool.group_size", "8"]) == plain
     assert load(written(tmp_path), ["--preset", "concise"]).fingerprint() != plain.fingerprint()
     harmless = load(written(tmp_path), ["--preset", "harmless", "--distill.merge.questions", "50"])
-    assert (harmless.pairs.max_searches, harmless.distill.merge.strengths[0], harmless.distill.merge.questions) == (1, 0.0, 50)
+    assert (harmless.distill.teachers, harmless.distill.merge.strengths[0], harmless.distill.merge.questions) == (
+        "verified",
+        0.0,
+        50,
+    )
     with pytest.raises(ConfigError, match=r"preset = 'fast': Input should be 'search-e1', 'concise' or 'harmless'"):
         load(path, ["--preset", "fast"])
     with pytest.raises(ConfigError, match=r"preset = \['concise'\]: "):

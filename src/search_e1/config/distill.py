@@ -153,6 +153,11 @@ class DistillConfig(Section):
         """Whether a teacher's lead is measured before this objective."""
         return self.objective != "sft"
 
+    @property
+    def verifies(self) -> bool:
+        """Whether teachers are asked before they teach."""
+        return self.has_teacher and self.teachers == "verified"
+
     @model_validator(mode="after")
     def _is_used(self) -> "DistillConfig":
         if self.beta != 0.5 and self.divergence != "js":
@@ -161,8 +166,6 @@ class DistillConfig(Section):
             raise ValueError(
                 f'students = "fresh" need a teacher, and objective = "{self.objective}" has none; take one of them out'
             )
-        if self.teachers == "verified" and not self.has_teacher:
-            raise ValueError(f'teachers = "verified", but objective = "{self.objective}" has none; take one of them out')
         if self.weights != "lora" and self.merge.strengths != (1.0,):
             raise ValueError('merge.strengths need weights = "lora": there is no adapter to merge a share of')
         return self

@@ -10,11 +10,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "search-e1": {},
     # GRPO, once self-distillation from all that the policy does, and GRPO again: docs/when-it-pays.md.
     "concise": {"ofsd": "first_round", "pairs": {"students": 4, "students_by": "any"}},
-    # The same from questions that one search answers, and only as much of it as costs no EM on training questions.
+    # The same from teachers that follow their reference, and only as much of it as costs no EM on training questions.
     "harmless": {
         "ofsd": "first_round",
-        "pairs": {"students": 4, "students_by": "any", "max_searches": 1},
-        "distill": {"merge": {"strengths": [0.0, 0.25, 0.5, 0.75, 1.0], "questions": 200}},
+        "pairs": {"students": 4, "students_by": "any"},
+        "distill": {"teachers": "verified", "merge": {"strengths": [0.0, 0.25, 0.5, 0.75, 1.0], "questions": 200}},
     },
 }
 

@@ -26,8 +26,8 @@ class Config(Section):
     """Every stage draws its own seed from it."""
     preset: Preset = "search-e1"
     """What keys that are not given are: `search-e1`, as published, the defaults that stand here; `harmless`, which
-    distils once, from easy questions, and only as much as costs no EM on training questions (when-it-pays.md); `concise`,
-    which distils once from all questions, with the GRPO that follows to repair it."""
+    distils once, from teachers that follow their reference, and only as much as costs no EM on training questions
+    (when-it-pays.md); `concise`, which distils once from all, with the GRPO that follows to repair it."""
     rounds: Positive = 2
     """Rounds of GRPO and OFSD."""
     ofsd: Literal["every_round", "first_round", "last_round", "never"] = "every_round"

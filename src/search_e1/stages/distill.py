@@ -100,7 +100,7 @@ class Distill(Stage):
         trained = TrainedPolicy(
             model, config.training, frozen_start=objective.needs_start, sharding=sharding, dtype=policy.dtype
         )
-        pairs, asked = verified(run, trained, policy, pairs, context) if config.teachers == "verified" else (pairs, {})
+        pairs, asked = verified(run, trained, policy, pairs, context) if config.verifies else (pairs, {})
         samples = make_samples(policy, pairs, config)
         source: EpochSource | FreshStudents
         with ExitStack() as stack:
@@ -133,7 +133,7 @@ class Distill(Stage):
 def _samples(config: Config) -> bool:
     """Whether the stage samples from the policy, so that more than its pairs decides about the result."""
     distill = config.distill
-    return distill.students == "fresh" or distill.teachers == "verified" or len(distill.merge.strengths) > 1
+    return distill.students == "fresh" or distill.verifies or len(distill.merge.strengths) > 1
 
 
 def make_samples(policy: Policy, pairs: Sequence[Pair], config: DistillConfig) -> list[Sample]:
