@@ -145,6 +145,23 @@ def test_a_teacher_that_is_only_shorter_passes_unless_it_is_worse_for_sure(tiny_
         gate(same.model_copy(update={"em_privileged": 0.1, "low": -0.5, "high": -0.3}), LeadConfig())
 
 
+def test_a_teacher_that_searches_more_is_refused_unless_each_is_verified(tiny_policy, tiny_retriever):
+    lead = measured(tiny_policy, tiny_retriever, pairs_of(tiny_policy))
+    more = lead.model_copy(update={"searches_plain": 2.0, "searches_privileged": 2.5})
+    assert more.added_searches == 0.5
+    with pytest.raises(
+        NoLeadError, match=r"2\.50 searches a question .* 2\.00 without \(4 pairs\), .*lead\.searches = 0\.2 more"
+    ) as refused:
+        gate(more, LeadConfig())
+    assert "\n" not in str(refused.value)
+    gate(more, LeadConfig(), verified=True)
+    gate(more, LeadConfig(searches=0.5))
+    gate(more, LeadConfig(enforce=False))
+    worse = more.model_copy(update={"em_privileged": 0.0, "low": -0.5, "high": 0.1})
+    with pytest.raises(NoLeadError, match="does not lead"):
+        gate(worse, LeadConfig(saving=1), verified=True)
+
+
 def test_the_gate_on_the_lower_end(tiny_policy, tiny_retriever):
     low = LeadConfig(gate="low", minimum=0.5, saving=1)
     lead = measured(tiny_policy, tiny_retriever, pairs_of(tiny_policy))

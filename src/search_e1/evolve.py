@@ -16,7 +16,7 @@ from search_e1.evaluation.statistics import Interval
 from search_e1.runs import Artifact, notebook, ranks
 from search_e1.runs.opening import opened
 from search_e1.runs.stopping import Stop
-from search_e1.selfdistill.lead import Lead, refused
+from search_e1.selfdistill.lead import Lead
 from search_e1.stages import preflight
 from search_e1.stages.coldstart import Coldstart
 from search_e1.stages.distill import Distill
@@ -177,9 +177,6 @@ def train(
                 summary.end_round(round, pairs, None, refused="no pairs: " + _why_no_pairs(pairs))
                 continue
             lead = summary.make(MeasureLead(policy, pairs.path, round)) if config.distill.has_teacher else None
-            if lead and (refusal := refused(Lead.model_validate(lead.manifest.result), config.lead)):
-                summary.end_round(round, pairs, lead, refused=refusal)
-                continue
             try:
                 distilled = summary.make(Distill(policy, pairs.path, lead.path if lead else None, round))
             except NoLeadError as error:

@@ -71,6 +71,9 @@ class LeadConfig(Section):
     saving: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Or the share of the sampled tokens that the reference saves: a teacher that is no better but shorter by it passes
     too, unless the interval of its lead lies below 0. 1: only EM counts."""
+    searches: NonNegativeFloat = 0.2
+    """Most searches a question that the reference may add: a student that learns to search on lacks what makes up for it. Does
+    not concern teachers that are verified one by one (`distill.teachers`)."""
     enforce: bool = True
     """Refuse to distil without a lead. Turned off, the lead is measured and reported only. It does not concern `sft`."""
 

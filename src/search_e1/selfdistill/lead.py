@@ -67,6 +67,11 @@ class Lead(Record):
         return 1 - self.tokens_privileged / self.tokens_plain if self.tokens_plain else 0.0
 
     @property
+    def added_searches(self) -> float:
+        """Searches a question that the reference adds, from the question on; below 0 where it saves some."""
+        return self.searches_privileged - self.searches_plain
+
+    @property
     def lead_off_track(self) -> float | None:
         if self.em_privileged_off_track is None or self.em_plain_off_track is None:
             return None
@@ -144,15 +149,24 @@ def measure(
     return lead, divergences
 
 
-def refused(lead: Lead, config: LeadConfig) -> str | None:
+def _refused(lead: Lead, config: LeadConfig, *, verified: bool = False) -> str | None:
     """Why a distillation is refused, if it is.
 
-    It is where what ``config.gate`` names is below ``config.minimum``, the teacher is not shorter by ``config.saving`` either
-    (or its lead is below 0 for sure), and ``config.enforce`` is on.
+    It is where what ``config.gate`` names is below ``config.minimum`` and the teacher is not shorter by ``config.saving``
+    either (or its lead is below 0 for sure); and where the reference adds more than ``config.searches``, unless the teachers
+    are ``verified`` one by one. ``config.enforce`` must be on.
     """
+    if not config.enforce:
+        return None
+    if not verified and lead.added_searches > config.searches:
+        return (
+            f"the teacher searches too far: {lead.searches_privileged:.2f} searches a question with the reference in the "
+            f"prompt, {lead.searches_plain:.2f} without ({lead.pairs} pairs), which is more than lead.searches = {config.searches:g} "
+            'more; a student that learns it answers worse; set distill.teachers = "verified", which leaves such teachers out'
+        )
     measured = lead.lead if config.gate == "mean" else lead.low
     shorter = lead.saving >= config.saving and lead.high >= 0
-    if not config.enforce or measured >= config.minimum or shorter:
+    if measured >= config.minimum or shorter:
         return None
     unsure = config.gate == "low" and lead.lead >= config.minimum
     return (
@@ -166,13 +180,13 @@ def refused(lead: Lead, config: LeadConfig) -> str | None:
     )
 
 
-def gate(lead: Lead, config: LeadConfig) -> None:
+def gate(lead: Lead, config: LeadConfig, *, verified: bool = False) -> None:
     """Let a distillation pass.
 
     Raises:
         NoLeadError: it is refused.
     """
-    if why := refused(lead, config):
+    if why := _refused(lead, config, verified=verified):
         raise NoLeadError(why)
 
 

@@ -70,7 +70,8 @@ class Distill(Stage):
         run.sampled_by(self.pairs, self.policy, self.other_policy)
         if run.config.distill.has_teacher:
             assert self.lead, "nothing is distilled unmeasured"
-            gate(Lead.model_validate_json((self.lead / LEAD).read_text()), run.config.lead)
+            measured = Lead.model_validate_json((self.lead / LEAD).read_text())
+            gate(measured, run.config.lead, verified=run.config.distill.verifies)
         sampled = run.sampled_on(self.policy) if _samples(run.config) else {"policy": run.checksum(self.policy)}
         return {**sampled, "pairs": runs.checksum(self.pairs / files.TRAIN)}
 
