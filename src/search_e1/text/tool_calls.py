@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
+from pydantic_core import from_json
 
 from search_e1.config import Prompts
 from search_e1.errors import ModelError
-from search_e1.runs.http import read_json
 from search_e1.text.prompts import (
     NO_TEMPLATE,
     enclosed,
@@ -150,7 +150,7 @@ def _call(said: str, tools: Sequence[Tool]) -> Action:
     if len(calls) != 1 or len(_CALL_TAG.findall(said)) != 2:
         return MALFORMED
     try:
-        call = read_json(calls[0])
+        call = from_json(calls[0])  # refuses what is nested too deep
         [tool] = (tool for tool in tools if tool.name == call["name"])
         argument = call["arguments"][tool.parameter].strip()
         argument.encode()  # halves of characters, which no server and no file takes

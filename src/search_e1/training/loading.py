@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedConfig, Pre
 from transformers.quantizers import AutoHfQuantizer
 
 from search_e1.errors import ModelError
-from search_e1.training.gguf_file import tensor_sizes
 from search_e1.training.sources import ADAPTER_WEIGHTS, Source
 
 _ADAPTER = "policy"
@@ -83,6 +82,8 @@ def _check_report(model: str, report: dict[str, Any]) -> None:
 
 def _check_all_used(model: str, file: Path, loaded: PreTrainedModel) -> None:
     """Transformers passes over tensors of a GGUF file that it does not know: factors of a rope scaling, for instance."""
+    from search_e1.training.gguf_file import tensor_sizes
+
     sizes, places = tensor_sizes(file), sum(weight.numel() for weight in _distinct(loaded.state_dict().values()))
     if loaded.config.get_text_config().tie_word_embeddings:
         sizes.pop("output.weight", None)  # the embedding once more

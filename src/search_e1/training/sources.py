@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from search_e1.config import NEW
 from search_e1.errors import ModelError, SearchE1Error
 from search_e1.runs.devices import no_bars
-from search_e1.training.gguf_file import check_gguf
 
 SMALL = "small"
 _SMALL_DIRECTORY = Path(__file__).parent.parent / "data" / "small_policy"
@@ -128,6 +127,8 @@ def opened(model: str | Path) -> Iterator[Source]:
     path, base = resolve(model), base_of(model)
     weights = resolve(base) if base else path
     if is_gguf(weights):
+        from search_e1.training.gguf_file import check_gguf  # needs a reader of such files, which others do not
+
         check_gguf(model, Path(weights))
     try:
         empty = TemporaryDirectory(prefix="search-e1-gguf-") if is_gguf(weights) else nullcontext("")
