@@ -5,10 +5,11 @@
     python benchmarks/gpu.py --again updates                   # measured once more
     python benchmarks/gpu.py --tiny --json tiny.json           # small sizes on a CPU: whether all of it works
 
-Needs a GPU, torch, transformers, peft, accelerate and what the package itself needs; rows of TRL, Liger and pytest say so where
-these are not installed. Each measurement is a process of its own, and each row is written to the file when it is there: a
-command that is cut off goes on where it was. A contestant that runs out of memory is a row. What is not begun within a part's
-time is measured by the next call. `gpu_report.py` makes the tables of docs/performance.md, and the planner's constants, of it.
+Needs a GPU, torch, transformers, peft, accelerate and triton, and PYTHONPATH=src where the package is not installed; rows of
+TRL, Liger and pytest say so where these are not. Each measurement is a process of its own, and each row is written to the file
+when it is there: a command that is cut off goes on where it was. A contestant that runs out of memory is a row. What is not
+begun within a part's time is measured by the next call. `gpu_report.py` makes the tables of docs/performance.md, and the
+planner's constants, of it.
 """
 
 import argparse
@@ -204,7 +205,7 @@ class Report:
         """What ``path`` has so far. Ends the program where that is of another machine."""
         machine = run(["gpu_measure.py", "machine", *sizes.place], 300)
         if "failed" in machine:
-            sys.exit(f"no {sizes.place[1]} device: {machine['failed']}")
+            sys.exit(f"nothing can be measured on {sizes.place[1]}: {machine['failed']}")
         if not path.exists():
             return cls(path, machine)
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -129,16 +130,18 @@ def decoding(arguments: argparse.Namespace) -> dict[str, Any]:
             step()
         for _ in range(2):
             step()
-        before, begun = sampled(), _now(arguments)
-        while sampled() - before < arguments.tokens * (rows - len(ended)):
+        rates, begun = [], sampled()  # the median's step is none in which a graph was recorded, or a row ended
+        while sampled() - begun < arguments.tokens * (rows - len(ended)):
+            before, clock = sampled(), _now(arguments)
             step()
-        tokens, seconds = sampled() - before, _now(arguments) - begun
+            seconds = _now(arguments) - clock
+            rates.append((sampled() - before) / seconds)
         held = session.rows if hasattr(session, "rows") else rows
     shape = shape_of(model.config)
     read = dtype.itemsize * (shape.active + shape.head + rows * arguments.positions * shape.cached)
     gib = torch.cuda.max_memory_allocated() / 2**30 if arguments.device != "cpu" else None
     return {
-        "ms": 1000 * seconds * rows / tokens, "tokens_s": tokens / seconds, "bytes": read, "layers": shape.layers,
+        "ms": 1000 * rows / median(rates), "tokens_s": median(rates), "bytes": read, "layers": shape.layers,
         "rows_held": held, "gib": gib,
     }  # fmt: skip
 
@@ -150,6 +153,8 @@ def tests(arguments: argparse.Namespace) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, check=False)
     if "No module named pytest" in done.stderr:
         return {"failed": "pytest is not installed"}
+    if done.returncode > 1:  # no tests that failed: none that ran
+        return {"failed": f"pytest: {((done.stderr or done.stdout).strip() or f'status {done.returncode}').splitlines()[-1]}"}
     dots = re.findall(r"^([.sFE]+)\s+\[", done.stdout, re.MULTILINE)  # the project's `-q` and ours leave no summary
     by_letter = {"passed": ".", "skipped": "s", "broken": "F", "errors": "E"}
     counts = {word: sum(line.count(letter) for line in dots) for word, letter in by_letter.items()}

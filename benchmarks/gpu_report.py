@@ -61,7 +61,7 @@ def show(report: dict[str, Any]) -> None:
             table.add_column(head, justify="right" if i and rows else "left")
         for row in rows:
             table.add_row(*row)
-        out.print(table, "")
+        out.print(table, *notes_of(name, report), "", sep="\n")
     if made := constants_of(report):
         out.print(f"planner: {made['hours']}, error {made['measured']['hours_error']:.0%}")
 
@@ -96,7 +96,8 @@ def markdown(name: str, report: dict[str, Any]) -> str:
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     rest = "" if report["parts"][name]["complete"] else f" Incomplete: `python benchmarks/gpu.py --parts {name}` goes on."
-    return f"{table}\n\n{described(report['machine'])}.{rest}"
+    notes = "".join(f"\n\n{note}" for note in notes_of(name, report))
+    return f"{table}{notes}\n\n{described(report['machine'])}.{rest}"
 
 
 # Tables: a line of headings, then rows.
@@ -117,6 +118,12 @@ def cells_of(name: str, report: dict[str, Any]) -> Cells:
         else:
             cells.append([*first, *(column(row, report) for column in columns.values())])
     return [heads, *cells]
+
+
+def notes_of(name: str, report: dict[str, Any]) -> list[str]:
+    """What was measured in a slower way than the one that is meant, and why."""
+    rows = report["parts"].get(name, {}).get("rows", [])
+    return [f"{', '.join(map(str, row['of'].values()))}: {said}" for row in rows for said in row.get("slower", [])]
 
 
 def _figure(key: str, form: str, times: float = 1.0) -> Callable[[dict[str, Any], dict[str, Any]], str]:
@@ -147,8 +154,8 @@ def _ceilings(report: dict[str, Any]) -> dict[str, Any] | None:
 
 _UPDATE = {
     "s": _figure("seconds", ".2f"), "tokens/s": _figure("tokens_s", ",.0f"), "of the ceiling": _of_ceiling,
-    "head's share": _figure("head_share", ".0%"), "peak GiB": _figure("mib", ".1f", 1 / 1024), "loss": _figure("loss", ".5f"),
-    "norm": _figure("norm", ".4f"), "tokens a pass": _figure("pass_tokens", ",.0f"),
+    "head's share": _figure("head_share", ".0%"), "GiB beside weights and optimizer": _figure("mib", ".1f", 1 / 1024),
+    "loss": _figure("loss", ".5f"), "norm": _figure("norm", ".4f"), "tokens a pass": _figure("pass_tokens", ",.0f"),
 }  # fmt: skip
 _COLUMNS: dict[str, dict[str, Callable[[dict[str, Any], dict[str, Any]], str]]] = {
     "ceilings": {

@@ -1,6 +1,7 @@
 """All that `benchmarks/gpu.py` measures, at tiny sizes on a CPU; its file, its tables, and the planner's constants of it."""
 
 import json
+import subprocess
 import sys
 import tomllib
 from dataclasses import replace
@@ -145,6 +146,11 @@ def test_processes_are_rows() -> None:
         return measured([sys.executable, "-c", code], **options)
 
     assert ran("print('x'); print('{\"a\": 1}')") == {"a": 1}
+    said = "x\\nsampling without y, which is slower: z\\n"
+    assert ran(f"import sys; sys.stderr.write('{said}'); print('{{}}')") == {
+        "slower": ["sampling without y, which is slower: z"]
+    }
+    assert ran("print('no JSON')") == ran("") == {"failed": "it printed no figures"}
     assert ran("raise MemoryError") == {"failed": "out of memory"}
     assert ran("import time; time.sleep(60)", seconds=0.2) == {"failed": "not done in 0 s"}
 
@@ -203,6 +209,10 @@ def test_tables_say_what_was_measured_and_what_was_not() -> None:
     assert lines[5].startswith("| grpo | a | lora | TRL, 8 rows a pass | out of memory | ")
     assert {line.count("|") for line in lines[:6]} == {13}
     assert text.endswith("\n\nNVIDIA H200; torch 2.13.0, trl not installed.")
+    slow = a_report()
+    slow["parts"]["updates"]["rows"][1]["slower"] = ["decoding without CUDA graphs, which is slower: no"]
+    note = "grpo, b, lora, ours: decoding without CUDA graphs, which is slower: no"
+    assert gpu_report.markdown("updates", slow) == text.replace("\n\nNVIDIA", f"\n\n{note}\n\nNVIDIA")
     assert gpu_report.markdown("plan", a_report()).endswith(" Incomplete: `python benchmarks/gpu.py --parts plan` goes on.")
     assert gpu_report.markdown("coldstart", a_report()) == "Not measured yet: `python benchmarks/gpu.py --parts coldstart`."
 
@@ -231,6 +241,22 @@ def test_the_tests_of_the_cuda_paths_are_counted(monkeypatch) -> None:
     monkeypatch.setattr(gpu_measure.subprocess, "run", ran)
     found = gpu_measure.tests(None)
     assert found == {"passed": 8, "skipped": 1, "broken": 1, "errors": 1, "status": 1, "names": ["tests/test_gpu.py::test_x"]}
+    broken = type("Done", (), {"stdout": "", "stderr": "ImportError while loading conftest\nE   No module named 'x'\n"})
+    broken.returncode = 4
+    monkeypatch.setattr(gpu_measure.subprocess, "run", lambda *_, **__: broken)
+    assert gpu_measure.tests(None) == {"failed": "pytest: E   No module named 'x'"}
+
+
+def test_a_bare_machine_is_enough(tmp_path: Path) -> None:
+    """What the package needs beside the libraries that train is not asked for."""
+    for name in ("bm25s", "dateutil", "gguf", "httpx", "Stemmer", "tenacity", "tomli_w"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
+    scripts = "gpu, gpu_measure, gpu_report, divergence, plan, rollout_shape, update, search_e1.training.divergence"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"import {scripts}"], env={"PYTHONPATH": f"{tmp_path}:{BENCHMARKS}"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

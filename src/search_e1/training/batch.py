@@ -182,10 +182,11 @@ def pack(model: Any, dtype: torch.dtype) -> bool:
     plain = plain_model(model)
     before = attention.implementations(plain.config)
     reason = attention.obstacle(plain, dtype)
+    tried = reason is None
     with ExitStack() as unless_it_works:
         unless_it_works.callback(attention.attend, plain, before)
         try:
-            if reason is None:
+            if tried:
                 window = attention.attend_by_borders(plain)
                 if packs(model, dtype) and _agrees(model, dtype, before, window):
                     _go_back(model, dtype)
@@ -197,7 +198,8 @@ def pack(model: Any, dtype: torch.dtype) -> bool:
         except (NotImplementedError, TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if may := packs(model, dtype):
-        logger.info("packed rows are told apart by a mask, which takes longer than their borders would: %s", reason)
+        said = "packed rows are told apart by a mask, which is slower: %s"
+        logger.log(logging.WARNING if tried else logging.INFO, said, reason)
     return may
 
 
