@@ -29,7 +29,7 @@ def test_the_themes_and_their_palette(page):
     page.click("#theme")
     assert page.js(back) == "rgb(244, 245, 247)"
     page.driver.refresh()
-    assert page.js(back) == "rgb(244, 245, 247)"
+    page.wait(f"{back} == 'rgb(244, 245, 247)'")
     page.click("#theme")
     page.open()
     assert page.js(back) == "rgb(15, 18, 21)"

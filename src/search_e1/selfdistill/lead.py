@@ -149,7 +149,7 @@ def measure(
     return lead, divergences
 
 
-def _refused(lead: Lead, config: LeadConfig, *, verified: bool = False) -> str | None:
+def refused(lead: Lead, config: LeadConfig, *, verified: bool = False) -> str | None:
     """Why a distillation is refused, if it is.
 
     It is where what ``config.gate`` names is below ``config.minimum`` and the teacher is not shorter by ``config.saving``
@@ -187,7 +187,7 @@ def gate(lead: Lead, config: LeadConfig, *, verified: bool = False) -> None:
     Raises:
         NoLeadError: it is refused.
     """
-    if why := _refused(lead, config, verified=verified):
+    if why := refused(lead, config, verified=verified):
         raise NoLeadError(why)
 
 
