@@ -191,6 +191,12 @@ def gate(lead: Lead, config: LeadConfig, *, verified: bool = False) -> None:
         raise NoLeadError(why)
 
 
+def with_room(rollout: RolloutConfig, pairs: Sequence[Pair]) -> RolloutConfig:
+    """Limits under which a teacher has as much room to act as the plain policy: longer by what its prompt is longer."""
+    longer = max((len(pair.teacher_prompt_ids) - len(pair.student.prompt_ids) for pair in pairs), default=0)
+    return rollout.model_copy(update={"max_tokens": rollout.max_tokens + max(0, longer)})
+
+
 def _prefix(student: Trajectory, rollout: RolloutConfig) -> tuple[Turn, ...]:
     """The first half of a wrong student's turns, at least one; empty if that leaves nothing to do."""
     if student.correct:
@@ -215,8 +221,7 @@ def _sample(
     """For the plain prompt, then the privileged: the samples of each begin (a pair's index and its first turns)."""
     plain = [pair.student.prompt_ids for pair in pairs]
     privileged = [pair.teacher_prompt_ids for pair in pairs]
-    longer = max(len(b) - len(a) for a, b in zip(plain, privileged, strict=True))
-    roomier = rollout.model_copy(update={"max_tokens": rollout.max_tokens + max(0, longer)})
+    roomier = with_room(rollout, pairs)
     total = 2 * config.samples * len(begins)
     checkpointer, told = checkpointer or Checkpointer(), RolloutProgress(progress, total, "sampled EM")
 

@@ -14,6 +14,7 @@ from search_e1.rollout.loop import Start, rollout
 from search_e1.rollout.sharing import Part, write_parts
 from search_e1.rollout.unfinished import unfinished_in
 from search_e1.runs.context import StageContext
+from search_e1.selfdistill.lead import with_room
 from search_e1.stages.inputs import Inputs
 from search_e1.training.policy import Policy
 from search_e1.training.trained import TrainedPolicy
@@ -39,8 +40,7 @@ def verified(
     """
     limits, path = run.config.rollout, context.out / FILE
     asked = list({pair.question.id: pair for pair in pairs}.values())
-    longer = max((len(pair.teacher_prompt_ids) - len(pair.student.prompt_ids) for pair in asked), default=0)
-    roomier = limits.model_copy(update={"max_tokens": limits.max_tokens + max(0, longer)})
+    roomier = with_room(limits, asked)
     with trained.sampled() as model:
         engine = TorchEngine(model, policy.tokenizer, batch_size=limits.batch_size)
 
