@@ -174,6 +174,7 @@ def test_the_same_seed_gives_the_same_weights_to_the_bit(taught, tmp_path):
 def test_what_is_turned_off_changes_no_bit(taught, tmp_path):
     off = {
         "hindsight": {"weight": 0.0}, "evidence": {"strength": 0.0, "bound": 0.5}, "gated": {"weight": 0.0},
+        "correction": {"strength": 0.0, "bound": 1.0},
         "replay": {"examples_per_step": 2, "weight": 0},
     }  # fmt: skip
     results = {}
@@ -182,7 +183,9 @@ def test_what_is_turned_off_changes_no_bit(taught, tmp_path):
         "off": {"grpo": off},
         # A teacher that sees nothing has no lead.
         "null": {"grpo": {"evidence": {"strength": 1.0}}, "reference": {"shows": "none"}},
+        "null correction": {"grpo": {"correction": {"strength": 1.0}}, "reference": {"shows": "none"}},
         "on": {"grpo": {"evidence": {"strength": 1.0}}},
+        "correction": {"grpo": {"correction": {"strength": 0.2}}},
         "gated": {"grpo": {"gated": {"weight": 0.01}}},
     }.items():
         policy = copy.deepcopy(taught)
@@ -190,7 +193,9 @@ def test_what_is_turned_off_changes_no_bit(taught, tmp_path):
         results[name] = weights(policy.model)
     assert equal(results["plain"], results["off"])
     assert equal(results["plain"], results["null"])
+    assert equal(results["plain"], results["null correction"])
     assert not equal(results["plain"], results["on"])
+    assert not equal(results["plain"], results["correction"])
     assert not equal(results["plain"], results["gated"])
 
 

@@ -21,7 +21,15 @@ from search_e1.config.files import (
     read_toml,
     with_overrides,
 )
-from search_e1.config.grpo import EvidenceConfig, GatedConfig, GrpoConfig, GuardConfig, HindsightConfig, ReplayConfig
+from search_e1.config.grpo import (
+    CorrectionConfig,
+    EvidenceConfig,
+    GatedConfig,
+    GrpoConfig,
+    GuardConfig,
+    HindsightConfig,
+    ReplayConfig,
+)
 from search_e1.config.inputs import NEW, DataConfig, PolicyConfig, RetrievalConfig
 from search_e1.config.prompts import Prompts
 from search_e1.config.rewards import JudgeConfig, RewardsConfig
@@ -37,6 +45,7 @@ __all__ = [
     "ClassWeights",
     "ColdstartConfig",
     "Config",
+    "CorrectionConfig",
     "DataConfig",
     "DistillConfig",
     "EndpointConfig",

@@ -60,6 +60,19 @@ class EvidenceConfig(Section):
     """Farthest that a factor may be from 1."""
 
 
+class CorrectionConfig(Section):
+    """Each token's advantage plus the lead there of a policy that knows more.
+
+    At searches that is one that sees a group's reference, passages included, at answers one that sees the right answer, after
+    the summary of EviSD (arXiv:2608.01359). Every advantage may change its sign, and groups with equal rewards teach too.
+    """
+
+    strength: NonNegativeFloat = 0.0
+    """What a lead of one nat adds to an advantage; 0.2 there. 0 turns it off."""
+    bound: Annotated[float, Field(gt=0)] = 5.0
+    """Larger leads, up or down, count as this many nats; 5 there."""
+
+
 class GuardConfig(Section):
     """Ends the stage where training has collapsed, with the policy that did best as its result (docs/grpo.md)."""
 
@@ -110,11 +123,16 @@ class GrpoConfig(Section):
     hindsight: HindsightConfig = HindsightConfig()
     gated: GatedConfig = GatedConfig()
     evidence: EvidenceConfig = EvidenceConfig()
+    correction: CorrectionConfig = CorrectionConfig()
     guard: GuardConfig = GuardConfig()
     training: TrainingConfig = TrainingConfig()
 
     @property
     def shows_references(self) -> bool:
         """Whether anything in this stage depends on what a reference shows."""
-        replayed = self.replay.examples_per_step and self.replay.weight
-        return bool(replayed or self.hindsight.weight or self.gated.weight or self.evidence.strength)
+        return bool(self.replay.examples_per_step and self.replay.weight) or self.asks_teachers
+
+    @property
+    def asks_teachers(self) -> bool:
+        """Whether a step makes passes over trajectories under a teacher's prompt."""
+        return bool(self.hindsight.weight or self.gated.weight or self.evidence.strength or self.correction.strength)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from search_e1.config import Config, GrpoConfig, default_of
+from search_e1.config import Config, GrpoConfig, ReferenceConfig, default_of
 from search_e1.errors import ConfigError, DataError
 from search_e1.rollout.loop import Start, rollout, starts
 from search_e1.rollout.progress import StepRollouts
@@ -20,7 +20,9 @@ from search_e1.stages.inputs import Inputs
 from search_e1.stages.kept import Groups, keeping
 from search_e1.stages.replay import replay_samples, taught_samples
 from search_e1.stages.stage import Stage, sections
+from search_e1.stages.token_advantages import corrected, weighed_by_evidence
 from search_e1.stages.training_engine import check_training_engine, open_training_engine
+from search_e1.training.fit import fit_passes
 from search_e1.training.guard import Collapse, Guard
 from search_e1.training.loop import Schedule, train
 from search_e1.training.objectives import open_objective
@@ -127,8 +129,7 @@ def check(config: GrpoConfig, questions: Sequence[Question]) -> None:
 def make_objectives(config: Config) -> dict[str, Objective]:
     """What a GRPO step learns by: the policy gradient first, then what may be added to it."""
     grpo = config.grpo
-    name = "evidence" if grpo.objective == "grpo" and grpo.evidence.strength else grpo.objective
-    objectives: dict[str, Objective] = {"grpo": open_objective(name, "grpo.objective", config)}
+    objectives: dict[str, Objective] = {"grpo": open_objective(grpo.objective, "grpo.objective", config)}
     if grpo.hindsight.weight:
         objectives["hindsight"] = Hindsight(grpo.hindsight.weight, grpo.training.logits_mib)
     if grpo.gated.weight:
@@ -211,27 +212,29 @@ class GroupSource:
         self, groups: Sequence[Group], rewards: Sequence[Sequence[float]], everyone: Sequence[Group]
     ) -> dict[str, list[Sample]]:
         run, config, policy = self._run, self._config, self._policy
-        context = self._engine.context_length
+        context, shown = self._engine.context_length, run.config.reference
+
+        def teach(shown: ReferenceConfig, classes: Sequence[str] = ()) -> list[Sample | None]:
+            return taught_samples(policy, groups, context, shown, classes)
+
         samples: dict[str, list[Sample]] = {"grpo": []}
         for group, own in zip(groups, rewards, strict=True):
             gains = advantages(own, scaled=config.scale_advantages)
             for trajectory, gain in zip(group.trajectories, gains, strict=True):
                 samples["grpo"].append(sample_of(trajectory, gain, reweighed=self._engine.reweighed))
-        if config.evidence.strength:
-            taught = taught_samples(policy, groups, context, run.config.reference)
-            samples["grpo"] = [
-                s.model_copy(update={"teacher_prompt_ids": t.teacher_prompt_ids}) if t else s
-                for s, t in zip(samples["grpo"], taught, strict=True)
-            ]
         if config.hindsight.weight:
-            taught = taught_samples(policy, groups, context, run.config.reference, classes=("search",))
-            samples["hindsight"] = [sample for sample in taught if sample]
+            samples["hindsight"] = [sample for sample in teach(shown, ("search",)) if sample]
         if config.gated.weight:
-            taught = taught_samples(policy, groups, context, run.config.reference)
-            samples["gated"] = [sample for sample in taught if sample]
+            samples["gated"] = [sample for sample in teach(shown) if sample]
         if config.replay.examples_per_step and config.replay.weight:
-            every = replay_samples(policy, everyone, config.replay, context, run.config.reference)
+            every = replay_samples(policy, everyone, config.replay, context, shown)
             samples["replay"] = every[ranks.rank() :: ranks.count()]
+        if config.evidence.strength or config.correction.strength:
+            fit_passes(self._trained, {**samples, "taught": [sample for sample in teach(shown) if sample]})
+        if config.evidence.strength:
+            samples["grpo"] = weighed_by_evidence(self._trained, samples["grpo"], teach, shown, config.evidence)
+        if config.correction.strength:
+            samples["grpo"] = corrected(self._trained, samples["grpo"], teach, shown, config.correction)
         return samples
 
 

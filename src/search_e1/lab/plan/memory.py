@@ -51,8 +51,7 @@ def training_jobs(config: Config) -> dict[str, Job]:
     """By stage, those that ``config`` has: ``grpo``, ``distill``."""
     grpo, distill, jobs = config.grpo, config.distill, {}
     if grpo.steps:
-        privileged = bool(grpo.evidence.strength or grpo.hindsight.weight or grpo.gated.weight)
-        jobs["grpo"] = Job(grpo.lora, grpo.training, privileged, grpo.kl_coefficient > 0 and not grpo.lora)
+        jobs["grpo"] = Job(grpo.lora, grpo.training, grpo.asks_teachers, grpo.kl_coefficient > 0 and not grpo.lora)
     if config.distillations:
         lora = distill.lora if distill.weights == "lora" else None
         jobs["distill"] = Job(lora, distill.training, distill.has_teacher, distill.has_teacher and not lora)

@@ -9,14 +9,12 @@ from collections.abc import Callable
 from search_e1.config import Config
 from search_e1.runs.registry import Registry
 from search_e1.training.objectives.base import Objective
-from search_e1.training.objectives.evidence import Evidence
 from search_e1.training.objectives.grpo import Grpo
 from search_e1.training.objectives.self_distillation import SelfDistillation
 from search_e1.training.objectives.sft import Sft
 
 objectives: Registry[Callable[[Config], Objective]] = Registry("objective")
 objectives.register("grpo")(lambda config: Grpo(config.grpo, config.rollout.max_tokens))
-objectives.register("evidence")(lambda config: Evidence(config.grpo, config.rollout.max_tokens))
 objectives.register("self_distillation")(lambda config: SelfDistillation(config.distill))
 objectives.register("sft")(lambda config: Sft(logits_mib=config.distill.training.logits_mib))
 
