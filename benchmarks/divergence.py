@@ -4,7 +4,7 @@
     python benchmarks/divergence.py --device cuda --dtype bfloat16 --positions 8192 --width 2048
 
 Every measurement is a process of its own, and the candidates take turns, so that neither what one leaves behind nor a
-busy machine favours another. Memory is what the process needs beyond its inputs: on a CPU the rise of its peak resident
+busy machine favors another. Memory is what the process needs beyond its inputs: on a CPU the rise of its peak resident
 size (VmHWM, reset before), on a GPU that of the allocator's peak. Where only a share of the positions is sampled, each
 candidate masks them as its library does, unless they are selected before.
 """

@@ -138,7 +138,7 @@ def build_ours(arguments: argparse.Namespace, number: int) -> dict:
 
 
 def build_theirs(arguments: argparse.Namespace, number: int) -> dict:
-    """bm25s's own way for a corpus that is streamed: its tokeniser, its builder, its files."""
+    """bm25s's own way for a corpus that is streamed: its tokenizer, its builder, its files."""
     corpus, out = corpus_file(arguments, number), arguments.work / f"{number}.bm25s"
 
     def build() -> None:

@@ -106,7 +106,7 @@ def recall(benchmark: str, index: str, ranks: Sequence[int]) -> dict:
 
 
 def first_rank(hits: Sequence[Passage], answers: Sequence[str]) -> int:
-    """From 1, of the first passage that holds an answer as whole words, both normalised as exact match does."""
+    """From 1, of the first passage that holds an answer as whole words, both normalized as exact match does."""
     gold = [f" {normalize_answer(answer)} " for answer in answers if normalize_answer(answer)]
     for rank, hit in enumerate(hits, 1):
         words = f" {normalize_answer(f'{hit.title} {hit.text}')} "

@@ -6,7 +6,7 @@
 
 Weights are random, ids too; the lengths of prompts, actions and observations are those of trajectories of real questions
 (real_lengths.json). Each measurement is a process of its own, and the contestants take turns. Time is from samples in memory
-to the optimiser's step; memory is the peak beyond what the process held with model and samples in memory. On a GPU a step
+to the optimizer's step; memory is the peak beyond what the process held with model and samples in memory. On a GPU a step
 comes before those that are measured, in which kernels are compiled and the size of a pass is found.
 
 TRL's GRPO is its trainer. TRL's distillation is its chunked loss in plain passes over padded rows: its trainer samples for

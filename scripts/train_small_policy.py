@@ -117,8 +117,8 @@ def make_policy(arguments: argparse.Namespace, directory: Path) -> Policy:
         if done % 50 == 0:
             print(f"step {done}/{total}  {figure}  {time.perf_counter() - started:.0f} s", flush=True)
 
-    # First to read, search and follow examples; then the bad habits, which are quickly learnt and quickly unlearnt; the last to
-    # fill its thoughts with words.
+    # First to read, search and follow examples; then the bad habits, which are quickly learned and quickly unlearned; the last
+    # to fill its thoughts with words.
     for steps, drills, slips, off_track, rate, seed in (
         (arguments.steps, arguments.drills, Slips(), 0.6, arguments.learning_rate, arguments.seed),
         (arguments.habit_steps, 0, HABITS, 0.75, arguments.learning_rate * 0.4, arguments.seed),

@@ -71,8 +71,8 @@ def learn(policy: Policy, trajectories: Sequence[Trajectory], steps: int) -> Non
         ids[i, : len(row)] = torch.tensor(row)
         mask = torch.tensor([0] * len(t.prompt_ids) + list(t.action_mask)).bool()
         labels[i, : len(row)][mask] = ids[i, : len(row)][mask]
-    optimiser = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
     for _ in range(steps):
         policy.model(input_ids=ids, labels=labels).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -122,7 +122,7 @@ def test_teacher_and_student_read_the_same_response(family):
     assert student == plain_prompt(tokenizer, TINY_PROMPTS, QUESTION.text)
     teacher = privileged_prompt(tokenizer, TINY_PROMPTS, QUESTION.text, pair.reference.text)
     assert sample.teacher_prompt_ids == teacher
-    # The end token is among what is learnt, in both rows, and is the last of each action.
+    # The end token is among what is learned, in both rows, and is the last of each action.
     assert response[-1] == tokenizer.eos_token_id
     assert [turn.action_ids[-1] for turn in pair.student.turns] == [tokenizer.eos_token_id] * 2
     assert classes[-1] is TokenClass.TAG

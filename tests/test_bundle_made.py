@@ -1,4 +1,4 @@
-"""Bundles of runs that are made up: their number type, dense indexes, model card and licence."""
+"""Bundles of runs that are made up: their number type, dense indexes, model card and license."""
 
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def test_what_is_known_of_the_base(tmp_path: Path) -> None:
     assert known.license == {"license": "other", "license_name": "some-terms", "license_link": "LICENSE"}
     write_gguf(tmp_path / "tiny.gguf", make_tiny_policy().model, meta=lambda writer: writer.add_license("apache-2.0"))  # type: ignore[arg-type]
     known = card.base_of_run(str(tmp_path / "tiny.gguf"))
-    assert (known.told, known.license) == ("The base is `tiny.gguf`, dequantised", {"license": "apache-2.0"})
+    assert (known.told, known.license) == ("The base is `tiny.gguf`, dequantized", {"license": "apache-2.0"})
     assert card.base_of_run("small").license == {"license": "apache-2.0"}
     assert card.base_of_run("new").id is None
     assert card.base_of_run("owner/name") == card.Base("The base is `owner/name`", id="owner/name")
@@ -71,6 +71,6 @@ def test_a_card_without_a_licence_says_so(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", {"url": "http://127.0.0.1:9"}, "http://127.0.0.1:9")
     make_bundle(run, tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "The licence of the base is not known here: ask those who made it before you share the weights." in text
+    assert "The license of the base is not known here: ask those who made it before you share the weights." in text
     assert "They are not in this bundle but at http://127.0.0.1:9" in text
     assert "license" not in (metadata_load(tmp_path / "out" / "README.md") or {})

@@ -213,7 +213,7 @@ def test_every_verb_takes_the_config_as_a_word(tmp_path, monkeypatch, capsys, ve
     (tmp_path / "empty.toml").touch()
     status, _, err = run(monkeypatch, capsys, *verb.split(), tmp_path / "empty.toml")
     assert (status, "empty.toml: key" in err, "is missing" in err) == (2, True, True)
-    # Rich breaks lines at the width of the terminal, and colours words.
+    # Rich breaks lines at the width of the terminal, and colors words.
     monkeypatch.setenv("COLUMNS", "100")
     status, out, _ = run(monkeypatch, capsys, *(verb if verb != "pairs" else "pairs mine").split(), "--help")
     assert (status, "CONFIG" in out, "every key can be set as" in out.lower()) == (0, True, True)

@@ -58,7 +58,7 @@ def test_defaults_are_those_of_the_paper(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("ofsd", "rounds"), [("every_round", [1, 2, 3]), ("last_round", [3]), ("never", [])])
-def test_rounds_that_distil(tmp_path: Path, ofsd: str, rounds: list[int]) -> None:
+def test_rounds_that_distill(tmp_path: Path, ofsd: str, rounds: list[int]) -> None:
     config = load(written(tmp_path), ["--ofsd", ofsd, "--rounds", "3"])
     assert [round for round in (1, 2, 3) if config.distills(round)] == rounds
     assert config.distillations == len(rounds)

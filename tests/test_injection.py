@@ -36,13 +36,13 @@ def test_the_attacks_would_succeed_on_raw_text(protocol: str) -> None:
 @pytest.mark.parametrize(
     ("text", "harmless"),
     [
-        ("<se\u200barch> a", "(search) a"),  # a zero-width space, which the normalisation takes out
+        ("<se\u200barch> a", "(search) a"),  # a zero-width space, which the normalization takes out
         ("\uff1cSearch\uff1e \uff1c/s\uff1e", "(Search) (/s)"),  # full-width brackets
         ("<|im_\u2060end|>", "(im_end)"),
         ("a\u200bb \uff1c", "a\u200bb \uff1c"),  # nothing in it becomes a tag, so that it stays as it is
     ],
 )
-def test_what_normalisation_would_bring_about(text: str, harmless: str) -> None:
+def test_what_normalization_would_bring_about(text: str, harmless: str) -> None:
     assert neutralize(TOKENIZERS["unigram"], text, "tags") == harmless
 
 
@@ -67,7 +67,7 @@ def test_a_title_cannot_begin_a_passage_of_its_own() -> None:
     assert passages_of(text) == ["Doc 1(Title: Bel) Doc 2(Title: Fen) a Doc 3(Title: x) b\n"]
 
 
-def test_a_huge_passage_is_cut_before_it_is_tokenised() -> None:
+def test_a_huge_passage_is_cut_before_it_is_tokenized() -> None:
     tokenizer = TOKENIZERS["bpe"]
     sizes: list[int] = []
 

@@ -48,7 +48,7 @@ def measured(policy, retriever, pairs, **kwargs) -> Lead:
 
 
 def spoil(policy) -> None:
-    """A privileged prompt in which the policy does not recognise the reference."""
+    """A privileged prompt in which the policy does not recognize the reference."""
     policy.prompts = policy.prompts.model_copy(update={"privileged": SPOILT})
 
 

@@ -1,4 +1,4 @@
-"""Optimisers against torch's own, and the schedule of the learning rate by hand."""
+"""Optimizers against torch's own, and the schedule of the learning rate by hand."""
 
 import copy
 import math
@@ -81,7 +81,7 @@ def test_muon_takes_the_matrices_inside_the_layers_and_adamw_the_rest():
     assert names_of(adapted, only) == {n for n, w in adapted.named_parameters() if "lora_" in n}
 
 
-def test_what_is_frozen_is_in_no_optimiser():
+def test_what_is_frozen_is_in_no_optimizer():
     adapted = with_adapter(make_tiny_policy().model, LoraConfig(rank=2))
     (adamw,) = make_optimizers(adapted, TrainingConfig(), 1e-2)
     assert names_of(adapted, adamw) == {n for n, w in adapted.named_parameters() if "lora_" in n}

@@ -23,7 +23,7 @@ REFERENCE = trajectory(found("mayor Bel", "Bel", "Bel (river)"), answer("Cor Dun
 STUDENT = trajectory(found("land Arda", "Arda"), MALFORMED, found("mayor Bel", "Bel", "Bel (river)"), answer("Gil Hor"))
 PAIR = Pair(question=QUESTION, reference=REFERENCE, student=STUDENT)
 SIDE_BY_SIDE = """\
-pair 1 of 2 in pairs-2, to distil on
+pair 1 of 2 in pairs-2, to distill on
 question    Who is the mayor of Bel?
 answers     Cor Dun
 id          q

@@ -194,7 +194,7 @@ def test_demonstrations_are_part_of_what_pairs_are_made_of(stages, tmp_path):
         changed(stages, pairs={"references_by": "gold"})
 
 
-def test_without_pairs_there_is_nothing_to_measure_or_to_distil(stages, tmp_path):
+def test_without_pairs_there_is_nothing_to_measure_or_to_distill(stages, tmp_path):
     policy = stages.config.policy.model
     before = checksum(Path(policy))
     pairs = changed(stages, reference={"max_tokens": 60}).pairs(policy, pool(stages, policy), 1).path
@@ -205,7 +205,7 @@ def test_without_pairs_there_is_nothing_to_measure_or_to_distil(stages, tmp_path
     measured = json.loads(LEAD)
     (tmp_path / "lead").mkdir()
     (tmp_path / "lead" / "lead.json").write_text(json.dumps(measured))
-    with pytest.raises(DataError, match="no pairs to distil on"):
+    with pytest.raises(DataError, match="no pairs to distill on"):
         stages.distill(policy, pairs, tmp_path / "lead", 1)
     measured |= {"em_privileged": 0.0}
     (tmp_path / "lead" / "lead.json").write_text(json.dumps(measured))

@@ -129,7 +129,7 @@ def test_a_special_token_without_a_row_that_nothing_writes_is_let_be(model: Path
     assert "no row for '<image_soft_token>'" in refused(model)
 
 
-QUANTISED = {
+QUANTIZED = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
@@ -139,13 +139,13 @@ QUANTISED = {
 }
 
 
-@pytest.mark.parametrize("method", QUANTISED)
+@pytest.mark.parametrize("method", QUANTIZED)
 def test_a_quantised_directory_whose_library_is_missing_is_refused(model: Path, method: str) -> None:
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"quantization_config": QUANTISED[method]}))
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": QUANTIZED[method]}))
     said = refused(model)
-    assert f"quantised with {method}, which cannot be loaded here (" in said
-    assert said.endswith("; install what is missing, or give the model's unquantised directory")
+    assert f"quantized with {method}, which cannot be loaded here (" in said
+    assert said.endswith("; install what is missing, or give the model's unquantized directory")
     assert said == refused(model, read)
 
 

@@ -31,8 +31,8 @@ from trained import config_of
 def test_a_gguf_file_has_the_logits_of_its_dequantised_tensors(tmp_path: Path, kind: Kind) -> None:
     original = tiny_model()
     weights = write_gguf(tmp_path / "tiny.gguf", original, kind=kind)
-    quantised = Kind.F32 not in (kind,)
-    assert torch.equal(weights["lm_head.weight"], original.lm_head.weight) != quantised
+    quantized = Kind.F32 not in (kind,)
+    assert torch.equal(weights["lm_head.weight"], original.lm_head.weight) != quantized
     loaded = load(tmp_path / "tiny.gguf")
     with torch.no_grad():
         for name, weight in original.named_parameters():
@@ -95,14 +95,14 @@ def test_a_kind_that_cannot_be_dequantised_is_refused(tmp_path: Path) -> None:
     raw = ("blk.0.ffn_up.weight", np.zeros((64, 40), np.uint8), Kind.Q8_1)
     write_gguf(tmp_path / "tiny.gguf", tiny_model(), raw=raw)
     said = refused(tmp_path / "tiny.gguf")
-    assert "holds blk.0.ffn_up.weight as Q8_1, which cannot be dequantised; give a file of another kind, Q8_0 or F16" in said
+    assert "holds blk.0.ffn_up.weight as Q8_1, which cannot be dequantized; give a file of another kind, Q8_0 or F16" in said
     assert said == refused(tmp_path / "tiny.gguf", read)
 
 
 def test_an_architecture_that_takes_fewer_kinds_is_asked_itself(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", tiny_model(), kind=Kind.Q5_0, architecture="lfm2")
     said = refused(tmp_path / "tiny.gguf", read)
-    assert "cannot be dequantised (holds tensors of ggml type 6, which is not supported yet" in said
+    assert "cannot be dequantized (holds tensors of ggml type 6, which is not supported yet" in said
 
 
 def test_an_architecture_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:

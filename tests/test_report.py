@@ -250,7 +250,7 @@ def test_an_empty_view_says_why(run, tmp_path):
     assert report(copy, tmp_path / "r.html")[0]["holder"] is None
     (copy / "config.json").write_text('{"ofsd": "never"}')
     overview, _ = report(copy, tmp_path / "r.html")
-    assert overview["empty"]["pairs"].startswith('No pairs: the run does not distil (ofsd = "never"), so it mines none. ')
+    assert overview["empty"]["pairs"].startswith('No pairs: the run does not distill (ofsd = "never"), so it mines none. ')
 
 
 def test_the_glossary_says_what_the_documentation_says():
@@ -397,7 +397,7 @@ def _contrast(a: str, b: str) -> float:
 
 @pytest.mark.parametrize("theme", [0, 1, 2])
 def test_text_can_be_read_in_both_themes(theme):
-    """4.5 to 1 (AA) for every colour of text on every colour that it stands on; both dark themes are the same."""
+    """4.5 to 1 (AA) for every color of text on every color that it stands on; both dark themes are the same."""
     blocks = re.findall(r"\{([^{}]*--ink[^{}]*)\}", REPORT_CSS.read_text())
     colors = dict(re.findall(r"--([\w-]+):\s*(#[0-9a-f]{6})", blocks[theme]))
     for text in ("ink", "muted", "accent", "right", "wrong"):

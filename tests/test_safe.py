@@ -46,7 +46,7 @@ def test_nothing_printable_steers_and_an_error_is_plain(text: str) -> None:
 
 
 def printed(show) -> str:
-    """What ``show`` prints into a terminal without colours."""
+    """What ``show`` prints into a terminal without colors."""
     stream = io.StringIO()
     show(Console(file=stream, force_terminal=True, color_system=None, width=80, markup=False, emoji=False))
     return stream.getvalue()

@@ -1,4 +1,4 @@
-"""From pairs to what is learnt: which token is of which class, what it weighs, and in which order samples come."""
+"""From pairs to what is learned: which token is of which class, what it weighs, and in which order samples come."""
 
 import pytest
 
@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_left_out_and_nothing_left_is_refused(tiny_policy):
     assert len(make_samples(tiny_policy, [long, fits, short], DistillConfig())) == 2
     with pytest.raises(DataError, match="none of the 1 pairs fits the policy's context of 1024"):
         make_samples(tiny_policy, [long], DistillConfig())
-    with pytest.raises(DataError, match="no pairs to distil on; sample a larger pool"):
+    with pytest.raises(DataError, match="no pairs to distill on; sample a larger pool"):
         make_samples(tiny_policy, [], DistillConfig())
     # The reference of the same pair is short.
     assert len(make_samples(tiny_policy, [long], DistillConfig(objective="sft"))) == 1

@@ -15,7 +15,7 @@ from search_e1.lab.sweep.results import Cost
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[results.PolicyResult]:
-    """Reference: GRPO for two rounds. The other distils after the first, and is refused after the second."""
+    """Reference: GRPO for two rounds. The other distills after the first, and is refused after the second."""
     directory, base = tmp_path_factory.mktemp("sweep"), (0, 0, 0, 0)
     runs = [
         make(directory, "grpo", 0, {"base": base, "grpo-1": (1, 0, 0, 0), "grpo-2": (1, 1, 0, 0)}),

@@ -44,7 +44,7 @@ def write_gguf(
     raw: tuple[str, np.ndarray, Kind] | None = None,
     meta: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> dict[str, torch.Tensor]:
-    """Write ``model`` with the matrices as ``kind``; returns the weights as they are dequantised, by transformers' names."""
+    """Write ``model`` with the matrices as ``kind``; returns the weights as they are dequantized, by transformers' names."""
     config, tokenizer = model.config, chat_tokenizer(MERGES)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")

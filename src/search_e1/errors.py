@@ -47,7 +47,7 @@ class RunError(SearchE1Error, RuntimeError):
 
 
 class NoLeadError(SearchE1Error, RuntimeError):
-    """The privileged prompt does not make the policy better, so there is nothing to distil."""
+    """The privileged prompt does not make the policy better, so there is nothing to distill."""
 
 
 class PreflightError(SearchE1Error, RuntimeError):

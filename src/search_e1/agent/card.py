@@ -58,7 +58,7 @@ with Agent.open("AGENT"{opening}) as agent:
 
 {table}
 
-EM: share of answers that equal a gold answer after normalisation, greedy, with its 95% interval. Searches and sampled tokens
+EM: share of answers that equal a gold answer after normalization, greedy, with its 95% interval. Searches and sampled tokens
 are means over questions.
 
 - Training questions: {train}. Evaluation questions: {eval}.
@@ -72,9 +72,9 @@ are means over questions.
 
 Loaded by plain transformers, vLLM or Ollama, there is {lost}. The figures above do not hold then.
 
-## Licence
+## License
 
-{licence} The licence of the passages and of the questions is that of their sources.
+{license} The license of the passages and of the questions is that of their sources.
 """
 
 
@@ -88,11 +88,11 @@ class Base:
     license: Mapping[str, Any] | None = None
     """``license``, ``license_name`` and ``license_link`` of a card."""
     notices: tuple[Path, ...] = ()
-    """Files with its licence."""
+    """Files with its license."""
 
 
 def base_of_run(model: str) -> Base:
-    """What is known of ``policy.model``: its name on the Hub, and its licence, from its card or its GGUF file."""
+    """What is known of ``policy.model``: its name on the Hub, and its license, from its card or its GGUF file."""
     if model == NEW:
         return Base("The policy was made from nothing (a cold start on demonstrations)")
     try:
@@ -119,7 +119,7 @@ def _of_gguf(file: Path) -> Base:
     license = metadata(file, "general.license")
     home = _HUB.match(metadata(file, "general.source.repo_url") or metadata(file, "general.base_model.0.repo_url") or "")
     return Base(
-        f"The base is `{file.name}`, dequantised",
+        f"The base is `{file.name}`, dequantized",
         id=home[1] if home else None,
         license={"license": license} if license else None,
         notices=tuple(other for other in sorted(file.parent.iterdir()) if _is_notice(other)),
@@ -143,7 +143,7 @@ def _front_matter(file: Path) -> dict[str, Any]:
     try:
         return metadata_load(file) or {}
     except Exception as error:  # whatever its YAML leads to
-        logger.warning("%s: cannot be read (%s); the bundle's card tells no licence", file, str(error).partition("\n")[0])
+        logger.warning("%s: cannot be read (%s); the bundle's card tells no license", file, str(error).partition("\n")[0])
         return {}
 
 
@@ -171,7 +171,7 @@ def text(bundle: Bundle, base: Base, indexes: Sequence[IndexManifest], encoder: 
         train=", ".join(f"`{name}`" for name in data["train"]),
         eval=", ".join(f"{name} (`{file}`)" for name, file in data["eval"].items()),
         versions=", ".join(f"{name} {version}" for name, version in trained["versions"].items()) or "not recorded",
-        licence=_licence(base),
+        license=_license(base),
     )  # fmt: skip
     return f"---\n{front.to_yaml()}\n---\n\n{body}"
 
@@ -206,10 +206,10 @@ def _searched(bundle: Bundle, indexes: Sequence[IndexManifest], encoder: str | N
     return " ".join(lines)
 
 
-def _licence(base: Base) -> str:
+def _license(base: Base) -> str:
     files = ", ".join(f"`{file.name}`" for file in base.notices)
     beside = f" Its files are beside this one: {files}." if files else ""
     if not base.license:
-        return f"The licence of the base is not known here: ask those who made it before you share the weights.{beside}"
+        return f"The license of the base is not known here: ask those who made it before you share the weights.{beside}"
     license = base.license.get("license_name") or base.license["license"]
     return f"The base is under `{license}`, as it says itself; so are the weights here, unless you say otherwise.{beside}"

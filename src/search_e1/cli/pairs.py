@@ -92,7 +92,7 @@ def _read(directory: Path) -> "list[tuple[Pair, str]]":
     """
     from search_e1.selfdistill import files
 
-    parts = zip(PAIRS, ("to distil on", "held out"), strict=True)
+    parts = zip(PAIRS, ("to distill on", "held out"), strict=True)
     pairs = [(pair, part) for name, part in parts for pair in files.read(directory / name)]
     if not pairs:
         raise DataError(f"{directory}: it holds no pairs; its manifest.json says what the pool was like")

@@ -126,7 +126,7 @@ def distill(
     out: OutOption = None,
     other: OtherPolicyOption = False,
 ) -> None:
-    """Measure the lead if it is not measured yet, distil, and merge the adapter. Refused without a lead.
+    """Measure the lead if it is not measured yet, distill, and merge the adapter. Refused without a lead.
 
     With distill.objective = "sft" the references are imitated instead, and no lead is asked for.
     """

@@ -58,9 +58,9 @@ class ColdstartConfig(Section):
     """Training questions that are asked before and after, greedily, for the share of malformed and of searching trajectories:
     first those without a demonstration. 0 leaves it out."""
     steps: Positive = 100
-    """Optimiser steps."""
+    """Optimizer steps."""
     batch_size: Positive = 16
-    """Demonstrations an optimiser step."""
+    """Demonstrations an optimizer step."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     lora: LoraConfig | None = None
     """Train adapters and merge them at the end of the stage; without it all weights are trained."""

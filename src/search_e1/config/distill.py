@@ -75,7 +75,7 @@ class LeadConfig(Section):
     """Most searches a question that the reference may add: a student that learns to search on lacks what makes up for it. Does
     not concern teachers that are verified one by one (`distill.teachers`)."""
     enforce: bool = True
-    """Refuse to distil without a lead. Turned off, the lead is measured and reported only. It does not concern `sft`."""
+    """Refuse to distill without a lead. Turned off, the lead is measured and reported only. It does not concern `sft`."""
 
 
 class ClassWeights(Section):
@@ -118,7 +118,7 @@ class DistillConfig(Section):
     epochs: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     batch_size: Positive = 16
-    """Pairs an optimiser step."""
+    """Pairs an optimizer step."""
     order: Literal["shuffled", "easiest_first"] = "shuffled"
     """Of the pairs in an epoch: by chance, or by their references' searches and then their sampled tokens, few first."""
     weights: Literal["lora", "all"] = "lora"
@@ -126,7 +126,7 @@ class DistillConfig(Section):
     lora: LoraConfig = LoraConfig()
     """With `weights = "lora"`."""
     divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
-    """KL(teacher || student) (as published), KL(student || teacher), or the generalised Jensen-Shannon divergence."""
+    """KL(teacher || student) (as published), KL(student || teacher), or the generalized Jensen-Shannon divergence."""
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """The teacher's share of the mixture of `js`; towards 0 it acts like `forward_kl`, towards 1 like `reverse_kl`."""
     tau: Annotated[float, Field(gt=0)] = 10.0

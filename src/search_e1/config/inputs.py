@@ -16,7 +16,7 @@ NEW = "new"
 
 class PolicyConfig(Section):
     model: str
-    """A Hugging Face directory, a Hub id, a GGUF file (dequantised), the directory of a PEFT adapter (merged onto its base;
+    """A Hugging Face directory, a Hub id, a GGUF file (dequantized), the directory of a PEFT adapter (merged onto its base;
     docs/policies.md), `small`: the policy that comes with the package, or `new`: one that the cold start makes from nothing
     (`coldstart.new_policy`)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -26,12 +26,12 @@ class Config(Section):
     """Every stage draws its own seed from it."""
     preset: Preset = "search-e1"
     """What keys that are not given are: `search-e1`, as published, the defaults that stand here; `harmless`, which
-    distils once, from teachers that follow their reference, and only as much as costs no EM on training questions
-    (when-it-pays.md); `concise`, which distils once from all, with the GRPO that follows to repair it."""
+    distills once, from teachers that follow their reference, and only as much as costs no EM on training questions
+    (when-it-pays.md); `concise`, which distills once from all, with the GRPO that follows to repair it."""
     rounds: Positive = 2
     """Rounds of GRPO and OFSD."""
     ofsd: Literal["every_round", "first_round", "last_round", "never"] = "every_round"
-    """After the GRPO of which rounds to distil; the others sample no pool and measure no lead. `never`: GRPO alone."""
+    """After the GRPO of which rounds to distill; the others sample no pool and measure no lead. `never`: GRPO alone."""
     preflight: Literal["stop", "warn", "off"] = "stop"
     """Before the first round: end a run that certainly cannot learn, with the remedy; only warn; or look for nothing
     (docs/doctor.md). It changes nothing in a run, and may change while a run goes on."""

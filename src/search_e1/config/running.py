@@ -31,4 +31,4 @@ class ParallelConfig(Section):
     """What several processes (torchrun, accelerate launch) divide among them. It changes nothing in a run but rounding."""
 
     sharding: Sharding = "none"
-    """In GRPO, distillation and cold start: nothing (DDP), or weights, gradients and optimiser states (`fsdp2`)."""
+    """In GRPO, distillation and cold start: nothing (DDP), or weights, gradients and optimizer states (`fsdp2`)."""

@@ -1,4 +1,4 @@
-"""How a stage trains: optimiser, learning-rate schedule, passes. The same section in every stage that trains."""
+"""How a stage trains: optimizer, learning-rate schedule, passes. The same section in every stage that trains."""
 
 from typing import Annotated, Literal
 

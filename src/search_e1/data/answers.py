@@ -71,7 +71,7 @@ def normalize_answer(text: str) -> str:
 
 
 def answer_words(text: str) -> list[str]:
-    """What F1 counts of ``text``, and what stands in passages: its words after normalisation."""
+    """What F1 counts of ``text``, and what stands in passages: its words after normalization."""
     return _apart(normalize_answer(text)).split()
 
 
@@ -138,18 +138,18 @@ def _beside_unspaced() -> re.Pattern[str]:
 
 
 def exact_match(answer: str | None, gold: Iterable[str]) -> float:
-    """1.0 if ``answer`` equals any gold answer after normalisation, else 0.0; no answer scores 0.0.
+    """1.0 if ``answer`` equals any gold answer after normalization, else 0.0; no answer scores 0.0.
 
-    Where nothing is left of an answer after normalisation, nothing equals it: else an empty answer would match ``!!!``.
+    Where nothing is left of an answer after normalization, nothing equals it: else an empty answer would match ``!!!``.
     """
     normalized = normalize_answer(answer or "")
     return float(bool(normalized) and any(normalized == normalize_answer(g) for g in gold))
 
 
 def cover_match(answer: str | None, gold: Iterable[str]) -> float:
-    """1.0 if ``answer`` holds any gold answer, both normalised, as whole words, else 0.0; no answer scores 0.0.
+    """1.0 if ``answer`` holds any gold answer, both normalized, as whole words, else 0.0; no answer scores 0.0.
 
-    Gold answers of which nothing is left after normalisation are held by no answer.
+    Gold answers of which nothing is left after normalization are held by no answer.
     """
     said = " ".join(answer_words(answer or ""))
     return float(any(g and f" {g} " in f" {said} " for g in (" ".join(answer_words(one)) for one in gold)))

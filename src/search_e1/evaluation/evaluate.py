@@ -190,7 +190,7 @@ def with_samples(result: Result, group: Group) -> Result:
 
 
 def _read_passages(trajectory: Trajectory) -> Iterator[str]:
-    """Title and text of every passage as the policy read it: tags neutralised, cut where it was cut."""
+    """Title and text of every passage as the policy read it: tags neutralized, cut where it was cut."""
     for turn in trajectory.turns:
         if turn.served:
             lines = turn.observation_text.splitlines()  # a passage each, between the protocol's own

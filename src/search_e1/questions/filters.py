@@ -92,7 +92,7 @@ def found_within(retriever: Retriever, depth: int) -> Filter:
 
 
 class Copies:
-    """Drops what shares most of its words with an earlier draft: Jaccard's measure of the normalised words.
+    """Drops what shares most of its words with an earlier draft: Jaccard's measure of the normalized words.
 
     Two sets with a Jaccard of ``least`` share a word among the first ``(1 - least) * size + 1`` of each in any fixed order
     (prefix filtering, Chaudhuri et al. 2006), so that few are compared. Long words first: they are rare.

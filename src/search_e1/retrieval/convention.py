@@ -1,4 +1,4 @@
-"""Encoder conventions: prefixes, pooling, normalisation and length.
+"""Encoder conventions: prefixes, pooling, normalization and length.
 
 They come from the encoder's files (those of sentence-transformers), or from what its family is known for: E5 states its
 prefixes only in the model card. What neither states must be given: a forgotten prefix raises no error, it only retrieves worse.

@@ -79,7 +79,7 @@ class Lead(Record):
 
 
 def hold_out(pairs: Sequence[Pair], config: LeadConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to distil on, and pairs to measure the lead on; no question is in both. Their order is kept.
+    """Pairs to distill on, and pairs to measure the lead on; no question is in both. Their order is kept.
 
     Counts questions: ``config.pairs`` of them, at most the share ``config.max_share``, but at least one, so that nothing is
     ever distilled unmeasured.

@@ -6,7 +6,7 @@ of actions: with A, B the sequences of actions (a search and its query, an answe
     divergence(a, b) = edit(A, B) / max(|A|, |B|)                                          in [0, 1],
 
 where inserting or deleting an action costs 1, and replacing x by y costs 1 if they are of another kind, else
-``1 - |W(x) & W(y)| / |W(x) | W(y)|`` with W the set of words of the argument after EM's normalisation.
+``1 - |W(x) & W(y)| / |W(x) | W(y)|`` with W the set of words of the argument after EM's normalization.
 """
 
 import random

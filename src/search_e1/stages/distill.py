@@ -138,13 +138,13 @@ def _samples(config: Config) -> bool:
 
 
 def make_samples(policy: Policy, pairs: Sequence[Pair], config: DistillConfig) -> list[Sample]:
-    """What is learnt from ``pairs``: students under their teacher, or for ``sft`` each reference once.
+    """What is learned from ``pairs``: students under their teacher, or for ``sft`` each reference once.
 
     Raises:
         DataError: no pairs, or none that fits the policy's context.
     """
     if not pairs:
-        raise DataError("no pairs to distil on; sample a larger pool (pool.questions, pool.group_size) or check its health")
+        raise DataError("no pairs to distill on; sample a larger pool (pool.questions, pool.group_size) or check its health")
     weights = config.class_weights.model_dump()
     classes = partial(classes_of, policy.tokenizer, policy.prompts)
     if config.objective == "sft":

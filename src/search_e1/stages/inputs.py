@@ -216,7 +216,7 @@ class Inputs:
             Demonstrations(config.data.demonstrations, reader.tokenizer, reader.prompts).check(self.train_questions)
         room = min(config.rollout.max_tokens, reader.context_length)
         for question in (*self.train_questions, *(q for qs in self.eval_questions.values() for q in qs)):
-            # A prompt has at most as many tokens as bytes, so that only the long ones are worth tokenising.
+            # A prompt has at most as many tokens as bytes, so that only the long ones are worth tokenizing.
             size = len(question.text.encode()) + len(reader.prompts.instruction.encode())
             if size + TEMPLATE_TOKENS[reader.prompts.protocol] < room:
                 continue

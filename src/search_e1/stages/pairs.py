@@ -1,4 +1,4 @@
-"""Pairs mined from a pool: to distil on, and held out to measure the lead on."""
+"""Pairs mined from a pool: to distill on, and held out to measure the lead on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

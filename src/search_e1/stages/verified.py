@@ -28,7 +28,7 @@ def verified(
 ) -> tuple[list[Pair], Mapping[str, Any]]:
     """The pairs whose teacher, greedily, answers right in no more searches than its reference. All ranks call it.
 
-    A line for each question is written into ``teachers.jsonl``. ``trained`` must not have learnt anything yet.
+    A line for each question is written into ``teachers.jsonl``. ``trained`` must not have learned anything yet.
 
     Returns:
         Those pairs, in their order, and figures: teachers asked, how many are right, how many search more than the reference.

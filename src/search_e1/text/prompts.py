@@ -29,7 +29,7 @@ _CONTROL = re.compile(
     r"<(\|[\w ./:-]{1,48}\|)>|<(\uff5c[^\uff5c<>\n]{1,48}\uff5c)>|<(<?/?SYS>?)>|\[(/?INST)\]|<(/?s)>|<((?:start|end)_of_turn)>"
 )
 """What chat templates write, whoever's: an endpoint's tokenizer is not known here, and some templates use plain text."""
-_MOST_CHARS = 64  # a token of an observation; more text than that is not even tokenised
+_MOST_CHARS = 64  # a token of an observation; more text than that is not even tokenized
 _PASSAGE_START = re.compile(r"^(?=Doc \d+\(Title: )", re.MULTILINE)
 
 
@@ -164,7 +164,7 @@ def _tag_pattern(names: tuple[str, ...]) -> re.Pattern[str]:
 def _as_read(tokenizer, harmless: Callable[[str], str], text: str) -> str:
     """``text``, made ``harmless`` also as the tokenizer reads it.
 
-    Normalisation can bring tags about: it takes a zero-width space out, or makes a full-width bracket a plain one. Where it
+    Normalization can bring tags about: it takes a zero-width space out, or makes a full-width bracket a plain one. Where it
     would, the text is replaced by its normal form.
     """
     text = harmless(text)
@@ -199,7 +199,7 @@ def _tag_tokens(tokenizer) -> tuple[str, ...]:
 
 
 def listed(answer: Sequence[Passage] | str, clean: Callable[[str], str]) -> str:
-    """Passages as they are shown, a line each, or a tool's text; ``clean`` neutralises what is not ours."""
+    """Passages as they are shown, a line each, or a tool's text; ``clean`` neutralizes what is not ours."""
     if isinstance(answer, str):
         return clean(answer)
 

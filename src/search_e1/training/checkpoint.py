@@ -41,7 +41,7 @@ class Unfinished:
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """The weights that are trained (the others are the policy's, on disk), optimisers, schedules, random states and records.
+    """The weights that are trained (the others are the policy's, on disk), optimizers, schedules, random states and records.
 
     What ranks divide among them is saved whole by rank 0, so that another number of them can go on. An unfinished step and
     random states are each rank's own: with another number of ranks, the step begins anew.

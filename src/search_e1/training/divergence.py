@@ -70,7 +70,7 @@ def fused_divergence(
     - ``forward_kl``: ``p_t[v] * (log p_t[v] - log p_s[v])``, so KL(teacher || student);
     - ``reverse_kl``: ``p_s[v] * (log p_s[v] - log p_t[v])``, so KL(student || teacher);
     - ``js``: ``beta * p_t[v] * (log p_t[v] - log m[v]) + (1 - beta) * p_s[v] * (log p_s[v] - log m[v])`` with the mixture
-      ``m = beta * p_t + (1 - beta) * p_s``: the generalised Jensen-Shannon divergence (GKD, arXiv:2306.13649, eq. 1) with
+      ``m = beta * p_t + (1 - beta) * p_s``: the generalized Jensen-Shannon divergence (GKD, arXiv:2306.13649, eq. 1) with
       beta as in TRL and Liger, where 0 and 1 stand for the forward and the reverse KL.
 
     ``clip="entry"`` (Search-E1, arXiv:2605.22511) cuts each contribution at ``tau`` before the sum over v, ``"token"`` cuts

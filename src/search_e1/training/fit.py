@@ -57,7 +57,7 @@ def fit_passes(policy: TrainedPolicy, samples: Mapping[str, Sequence[Sample]], m
     """Set the size of a pass, and gradient checkpointing, where the config leaves them open; once in a stage.
 
     Two passes are measured, of rows as long as the longest of ``samples``, and the size is the largest power of two of tokens
-    whose memory fits beside the optimiser's states, as far as memory grows evenly. A pass of that size is then made, and the
+    whose memory fits beside the optimizer's states, as far as memory grows evenly. A pass of that size is then made, and the
     size halved until what it takes fits: a mask that tells packed rows apart grows with the square. Checkpointing is turned
     on where the longest of ``samples`` does not fit without it. On a CPU nothing is measured: small passes are fastest there.
     Every rank has to call this, and all measure the same passes: the fullest device decides.

@@ -1,4 +1,4 @@
-"""What can be found out about a GGUF file before it is loaded: that it is whole, and that its kinds can be dequantised."""
+"""What can be found out about a GGUF file before it is loaded: that it is whole, and that its kinds can be dequantized."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from search_e1.errors import ModelError
 def check_gguf(model: str, path: Path) -> None:
     """
     Raises:
-        ModelError: ``path`` is no GGUF file, is truncated, one part of several, or of a kind that cannot be dequantised.
+        ModelError: ``path`` is no GGUF file, is truncated, one part of several, or of a kind that cannot be dequantized.
     """
     if problem := _problem(path, *_identity(path)):
         raise ModelError(f"policy.model = {model!r}: {path.name} {problem}")
@@ -59,19 +59,19 @@ def _problem(path: Path, size: int, changed: int) -> str | None:
         return f"is one of {parts} parts; join them with `llama-gguf-split --merge` and give the whole"
     kinds = {kind: name for name, (_, kind) in tensors.items()}
     for kind, name in kinds.items():
-        if not _dequantises(kind):
-            return f"holds {name} as {kind.name}, which cannot be dequantised; {_REMEDY}"
+        if not _dequantizes(kind):
+            return f"holds {name} as {kind.name}, which cannot be dequantized; {_REMEDY}"
     try:
         GgufHfQuantizer(GgufConfig(dequantize=True)).read_header(str(path))  # some architectures take fewer kinds
     except ValueError as error:
-        return f"cannot be dequantised ({str(error).removeprefix(str(path)).strip()}); {_REMEDY}"
+        return f"cannot be dequantized ({str(error).removeprefix(str(path)).strip()}); {_REMEDY}"
     return None
 
 
 _REMEDY = "give a file of another kind, Q8_0 or F16 say, or the model's Hugging Face directory"
 
 
-def _dequantises(kind: GGMLQuantizationType) -> bool:
+def _dequantizes(kind: GGMLQuantizationType) -> bool:
     """Tried on one block."""
     _, size = GGML_QUANT_SIZES[kind]
     plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}

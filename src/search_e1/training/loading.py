@@ -19,7 +19,7 @@ _ADAPTER = "policy"
 
 
 def load_weights(source: Source, trust_remote_code: bool, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """The weights of ``source``: GGUF dequantised, adapters merged (in float32, so that no difference is rounded away).
+    """The weights of ``source``: GGUF dequantized, adapters merged (in float32, so that no difference is rounded away).
 
     Raises:
         ModelError: weights are missing, left over, or of other shapes.
@@ -149,7 +149,7 @@ def _listed(names: list[str]) -> str:
 def check_quantization(model: str, config: PreTrainedConfig) -> None:
     """
     Raises:
-        ModelError: the weights are quantised in a way that transformers does not know, or whose library or device is missing.
+        ModelError: the weights are quantized in a way that transformers does not know, or whose library or device is missing.
     """
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
@@ -160,15 +160,15 @@ def check_quantization(model: str, config: PreTrainedConfig) -> None:
         AutoHfQuantizer.from_config(quantization, pre_quantized=True).validate_environment(device_map=None)
     except (ImportError, ValueError, RuntimeError, TypeError) as error:
         raise ModelError(
-            f"policy.model = {model!r}: quantised with {method}, which cannot be loaded here ({_reason(error)}); install what "
-            "is missing, or give the model's unquantised directory"
+            f"policy.model = {model!r}: quantized with {method}, which cannot be loaded here ({_reason(error)}); install what "
+            "is missing, or give the model's unquantized directory"
         ) from None
 
 
 def check_tokenizer(model: str, tokenizer: Any, config: PreTrainedConfig) -> None:
     """Every id that can come up has a row of the embedding.
 
-    Special tokens that neither the chat template nor generation uses cannot: what is read is neutralised
+    Special tokens that neither the chat template nor generation uses cannot: what is read is neutralized
     (``prompts.neutralize``). Text models cut out of multimodal ones have such, for images; and transformers adds an unknown
     token to byte-level tokenizers, which know everything.
 

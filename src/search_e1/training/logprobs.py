@@ -143,7 +143,7 @@ def _by_torch(
     log_z = project(chunk, [hidden], [head], [options.temperature])[0]
     logprobs = _logits_at(chunk, targets) - log_z[:, 0]
     entropy = torch.zeros_like(logprobs)
-    slopes = _normalise(chunk, log_z, head, options.temperature, entropy, options.wanted)
+    slopes = _normalize(chunk, log_z, head, options.temperature, entropy, options.wanted)
     return logprobs, entropy, _by_logits(chunk, targets, slopes)
 
 
@@ -162,7 +162,7 @@ def _inside(columns: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
     return inside, torch.where(inside, targets - columns.start, 0)[:, None]
 
 
-def _normalise(
+def _normalize(
     chunk: Chunk, log_z: Tensor, head: Head, temperature: float, entropy: Tensor, wanted: bool
 ) -> list[Tensor | None]:
     """Turn the chunk's logits into probabilities and add up ``entropy``; returns the slopes of a soft cap, tile by tile."""

@@ -1,6 +1,6 @@
 """The training loop. Cold start, GRPO, distillation and fine-tuning differ in their source and objectives alone.
 
-A step takes samples from its source and makes one optimiser update of them, or several (mini-batches, epochs). An update goes
+A step takes samples from its source and makes one optimizer update of them, or several (mini-batches, epochs). An update goes
 through the model in micro-batches, whose losses add up to the update's whatever their number, on however many ranks.
 """
 
@@ -57,7 +57,7 @@ class Schedule:
 
     @property
     def updates(self) -> int:
-        """Optimiser updates a step."""
+        """Optimizer updates a step."""
         return self.mini_batches * self.epochs
 
 

@@ -1,4 +1,4 @@
-"""Memory that runs out: recognised, released, and translated into a message."""
+"""Memory that runs out: recognized, released, and translated into a message."""
 
 import gc
 from collections.abc import Iterator

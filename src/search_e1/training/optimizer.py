@@ -1,4 +1,4 @@
-"""Optimisers and the schedule of the learning rate; the same for every stage that trains."""
+"""Optimizers and the schedule of the learning rate; the same for every stage that trains."""
 
 import math
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from search_e1.training.sharding import full_tensor, shard_like
 def make_optimizers(model: Any, config: TrainingConfig, learning_rate: float) -> list[torch.optim.Optimizer]:
     """What ``config.optimizer`` names, over the weights of ``model`` that are trained.
 
-    Muon optimises matrices inside the layers and AdamW the rest (embeddings, head, norms, convolutions). Its update is scaled
+    Muon optimizes matrices inside the layers and AdamW the rest (embeddings, head, norms, convolutions). Its update is scaled
     to the root mean square of AdamW's, so that both share the learning rate.
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
     to the root mean square of AdamW's (Liu et al., arXiv:2502.16982).
 
     ``torch.optim.Muon`` computes in bfloat16, which many CPUs emulate: there its step costs more than forward and backward
-    pass of a small model together. Of a sharded matrix each rank orthogonalises the whole, and keeps its part.
+    pass of a small model together. Of a sharded matrix each rank orthogonalizes the whole, and keeps its part.
     """
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimiser states divided among ranks (FSDP2), as a whole again."""
+"""Weights, gradients and optimizer states divided among ranks (FSDP2), as a whole again."""
 
 import copy
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """Question files in the layouts that their makers publish: HotpotQA, 2WikiMultihopQA, MuSiQue, TriviaQA and KILT.
 
-NQ-open (``question`` and a list ``answer``) needs none of this. A file is recognised by the keys of its first row.
+NQ-open (``question`` and a list ``answer``) needs none of this. A file is recognized by the keys of its first row.
 """
 
 from collections.abc import Callable, Mapping

@@ -89,7 +89,7 @@ def _no_pairs(run: Run) -> str | None:
         counts = [f"round {round}: {stage.figures.get('usable', 0)} usable questions" for round, stage in pairs.items()]
         return f"none was held out to measure the lead on ({'; '.join(counts)}); a larger pool.questions would give some"
     if run.config.get("ofsd") == "never":
-        return 'the run does not distil (ofsd = "never"), so it mines none'
+        return 'the run does not distill (ofsd = "never"), so it mines none'
     return "the run has not reached mining, which follows GRPO and the pool"
 
 

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 FILE = "comparison.svg"
 _TITLES = {"em": "EM, greedy", "em_sampled": "EM, sampled", "searches": "searches", "tokens": "sampled tokens"}
-_COLOURS = ("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito, 2008
-_LINES = ("-", "--", ":", "-.")  # for more variants than colours
+_COLORS = ("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito, 2008
+_LINES = ("-", "--", ":", "-.")  # for more variants than colors
 _LINE_INCHES = 0.22
 
 
@@ -42,8 +42,8 @@ def _draw_curves(ax: "Axes", comparison: Comparison, names: Sequence[str]) -> No
         policies = [row for row in comparison.rows if row.variant == name and row.benchmark == "all"]
         policies = sorted((row for row in policies if row.stage != LAST), key=_cpu_seconds)
         style: dict[str, Any] = {
-            "color": _COLOURS[i % len(_COLOURS)],
-            "linestyle": _LINES[i // len(_COLOURS) % len(_LINES)],
+            "color": _COLORS[i % len(_COLORS)],
+            "linestyle": _LINES[i // len(_COLORS) % len(_LINES)],
         }
         means, errors = _means_and_errors(policies, "em", "metrics")
         ax.errorbar([_cpu_seconds(row) for row in policies], means, errors, label=name, marker="o", markersize=4, **style)
@@ -60,8 +60,8 @@ def _draw_differences(ax: "Axes", name: str, rows: Sequence[VariantRow]) -> None
     places = [rows.index(row) for row in measured]
     for place, row, mean, low, high in zip(places, measured, means, *errors, strict=True):
         begin, end = row.differences[name].interval
-        colour = "#999999" if begin <= 0 <= end else "#0072b2"
-        ax.errorbar(mean, place, xerr=[[low], [high]], marker="o", markersize=5, color=colour)
+        color = "#999999" if begin <= 0 <= end else "#0072b2"
+        ax.errorbar(mean, place, xerr=[[low], [high]], marker="o", markersize=5, color=color)
     ax.set_title(_TITLES[name], fontsize="small")
     ax.set_yticks(range(len(rows)), [row.variant for row in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5)

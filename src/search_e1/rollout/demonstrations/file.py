@@ -63,7 +63,7 @@ class Demonstrations:
         return [self._trajectory(question, steps, where) for where, steps in self._found.get(question.id, ())]
 
     def check(self, questions: Iterable[Question]) -> None:
-        """Find every mistake in the demonstrations of ``questions``, without tokenising them.
+        """Find every mistake in the demonstrations of ``questions``, without tokenizing them.
 
         Raises:
             DataError: see ``__call__``; or none of the questions has one.

@@ -17,7 +17,7 @@ from search_e1.types import Passage, Question
 _QUOTED = re.compile(r"[\"\u201c]([^\"\u201c\u201d]{2,80})[\"\u201d]")
 _CAPITAL = r"[^\W\d_a-z]"
 _WORD = rf"(?:{_CAPITAL}\.)+|{_CAPITAL}(?:[.'\u2019&-]?\w)*"
-_CAPITALISED = re.compile(rf"(?:{_WORD})(?:(?: (?:of|the|and|de|von|van|&))* (?:{_WORD})| \d+)*")
+_CAPITALIZED = re.compile(rf"(?:{_WORD})(?:(?: (?:of|the|and|de|von|van|&))* (?:{_WORD})| \d+)*")
 _FUNCTION_WORDS = (
     "a an and are at but by can did do does during for from had has have he her his how i if in is it its name of on one or "
     "she that the their these they this to was were what when where which while who whom whose why with"
@@ -45,9 +45,9 @@ def plans(questions: Sequence[Question], writer: Writer, *, seed: int = 0, progr
 
 
 def names_in(text: str) -> list[str]:
-    """What looks like a name in ``text``: what is quoted, and capitalised words side by side."""
+    """What looks like a name in ``text``: what is quoted, and capitalized words side by side."""
     found = _QUOTED.findall(text)
-    for match in _CAPITALISED.finditer(text):
+    for match in _CAPITALIZED.finditer(text):
         words = match[0].split()
         while words and words[0].casefold() in _NO_NAMES:
             del words[0]

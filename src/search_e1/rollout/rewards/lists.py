@@ -21,7 +21,7 @@ def list_f1(answer: str | None, golds: Sequence[str]) -> float:
 
 
 def items(text: str) -> frozenset[str]:
-    """The items, normalised as EM does: parted by ``;``, ``|`` and new lines, or without these by commas, ``and``, ``&``."""
+    """The items, normalized as EM does: parted by ``;``, ``|`` and new lines, or without these by commas, ``and``, ``&``."""
     parts = (_STRONG if _STRONG.search(text.strip()) else _WEAK).split(text)
     return frozenset(filter(None, (normalize_answer(_BULLET.sub("", part)) for part in parts)))
 

@@ -1,7 +1,7 @@
 // What charts are drawn on: a frame that follows its width, axes, grids, numbers.
 
 const LEFT = 46, RIGHT_EDGE = 18, TOP = 20, BOTTOM = 40;
-const SERIES = 4; // colours; further series repeat them, dashed
+const SERIES = 4; // colors; further series repeat them, dashed
 
 const seriesClass = (index) => `series-${index % SERIES}${index >= SERIES ? " again" : ""}`;
 
@@ -54,7 +54,7 @@ function vertical(values, width, height, { zero = false, bottom = BOTTOM } = {})
   return { y, grid };
 }
 
-/** Centres of `count` slots across the drawing. */
+/** Centers of `count` slots across the drawing. */
 function slots(count, width) {
   const step = (width - LEFT - RIGHT_EDGE) / count;
   return Array.from({ length: count }, (_, i) => LEFT + step * (i + 0.5));

@@ -1,6 +1,6 @@
 // A pair: the reference in the teacher's prompt, and the student with the divergence of each of its tokens.
 
-const heat = (kl) => 1 - Math.exp(-kl); // the same colour for the same KL in every pair
+const heat = (kl) => 1 - Math.exp(-kl); // the same color for the same KL in every pair
 const meanKl = (pair) => (pair.kl && pair.kl.kl.length ? pair.kl.kl.reduce((a, b) => a + b, 0) / pair.kl.kl.length : null);
 
 function pairsView(state, changed) {
@@ -47,7 +47,7 @@ class PairView {
     return h("p", null, "Point at a token, or use ← and →, and n for the next peak: its KL, its probability with and without the reference, and the teacher's first choice.");
   }
 
-  /** The student's turns: sampled tokens in the colour of their divergence, observations plain and folded. */
+  /** The student's turns: sampled tokens in the color of their divergence, observations plain and folded. */
   heatMap(marked) {
     const { kl } = this.pair;
     let at = 0;

@@ -21,7 +21,7 @@ window.addEventListener("scroll", hideTip, { capture: true, passive: true });
 
 /**
  * Crosshair and values of a chart under the mouse, a finger, or the arrow keys. Its `stops` are
- * [{x, title, rows: [{series, name, text}]}] from left to right; `series` is the class of the row's colour.
+ * [{x, title, rows: [{series, name, text}]}] from left to right; `series` is the class of the row's color.
  */
 class Crosshair {
   constructor(box, image, label) {

@@ -1,4 +1,4 @@
-// A trajectory: thought, search, passages and answer differ in label, shape and colour.
+// A trajectory: thought, search, passages and answer differ in label, shape and color.
 
 const TAG = /<\/?(?:think|search|answer|tool_call)>/g;
 const ACTION = /<(search|answer|tool_call)>([\s\S]*?)(?:<\/\1>|$)/g;
