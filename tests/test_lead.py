@@ -150,7 +150,8 @@ def test_a_teacher_that_searches_more_is_refused_unless_each_is_verified(tiny_po
     more = lead.model_copy(update={"searches_plain": 2.0, "searches_privileged": 2.5})
     assert more.added_searches == 0.5
     with pytest.raises(
-        NoLeadError, match=r"2\.50 searches a question .* 2\.00 without \(4 pairs\), .*lead\.searches = 0\.2 more"
+        NoLeadError,
+        match=r"2\.50 searches a question .* 2\.00 without \(4 pairs\), and the difference exceeds lead\.searches = 0\.2; ",
     ) as refused:
         gate(more, LeadConfig())
     assert "\n" not in str(refused.value)

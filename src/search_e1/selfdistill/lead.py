@@ -161,8 +161,8 @@ def refused(lead: Lead, config: LeadConfig, *, verified: bool = False) -> str | 
     if not verified and lead.added_searches > config.searches:
         return (
             f"the teacher searches too far: {lead.searches_privileged:.2f} searches a question with the reference in the "
-            f"prompt, {lead.searches_plain:.2f} without ({lead.pairs} pairs), which is more than "
-            f"lead.searches = {config.searches:g} more; a student that learns it answers worse; "
+            f"prompt, {lead.searches_plain:.2f} without ({lead.pairs} pairs), and the difference exceeds "
+            f"lead.searches = {config.searches:g}; a student that learns this answers worse; "
             'set distill.teachers = "verified", which leaves such teachers out'
         )
     measured = lead.lead if config.gate == "mean" else lead.low
