@@ -42,7 +42,8 @@ from search_e1.data.world import make_world
 from search_e1.retrieval.indexes import build_index, open_index
 from search_e1.rollout.engines.base import Engine
 from search_e1.rollout.engines.torch import PlainEngine, TorchEngine
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import starts
 from search_e1.runs.allocation import keep_freed_memory
 from search_e1.text.prompts import INFORMATION_CLOSE, INFORMATION_OPEN, STOP_STRINGS
 from search_e1.text.protocol import parse_action

@@ -31,7 +31,8 @@ from contest import measured  # beside this file
 from search_e1.config import PolicyConfig, Prompts, RolloutConfig
 from search_e1.rollout.engines.base import Engine, generate
 from search_e1.rollout.engines.torch import PlainEngine, TorchEngine
-from search_e1.rollout.loop import Start, rollout
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import Start
 from search_e1.text.protocol import Action, Tags
 from search_e1.training import policy as policies
 from search_e1.types import ActionKind, Passage, Question

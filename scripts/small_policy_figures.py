@@ -18,7 +18,8 @@ from search_e1.config import PolicyConfig, RolloutConfig
 from search_e1.data.world import make_world
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.rollout.engines.torch import TorchEngine
-from search_e1.rollout.loop import Start, rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import Start, starts
 from search_e1.text.prompts import privileged_prompt
 from search_e1.training.policy import Policy, load
 from search_e1.types import ActionKind, Question, Trajectory, Turn

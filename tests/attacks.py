@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from chat import CHATML_TOOLS, call, chat_tokenizer
 from search_e1.config import Prompts, RolloutConfig
 from search_e1.rollout.engines.base import BatchEngine, Generation, Request
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import starts
 from search_e1.text.prompts import plain_prompt
 from search_e1.text.protocols import protocol_of
 from search_e1.types import ActionKind, Passage, Question, StopReason, Trajectory

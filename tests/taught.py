@@ -10,7 +10,8 @@ import torch
 from conftest import PASSAGES, TinyRetriever, make_tiny_policy
 from search_e1.config import RolloutConfig
 from search_e1.rollout.engines.base import BatchEngine, Generation
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import starts
 from search_e1.training.policy import Policy
 from search_e1.types import Question, Trajectory
 

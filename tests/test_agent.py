@@ -14,7 +14,8 @@ from search_e1.agent.scheduler import TextStream
 from search_e1.config import Prompts, RolloutConfig
 from search_e1.errors import ConfigError, ModelError, RetrievalError, SearchE1Error
 from search_e1.rollout.engines.torch import TorchEngine
-from search_e1.rollout.loop import Start, rollout
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import Start
 from search_e1.text.prompts import plain_prompt
 from search_e1.types import Passage, Question, StopReason
 

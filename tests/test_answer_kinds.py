@@ -14,12 +14,13 @@ from search_e1.config import Config, EvaluationConfig, JudgeConfig, RewardsConfi
 from search_e1.errors import ConfigError, DataError, EndpointError
 from search_e1.evaluation.evaluate import evaluate
 from search_e1.evaluation.results import EVALUATION, QUESTIONS
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
 from search_e1.rollout.rewards import open_reward
 from search_e1.rollout.rewards.dates import Day, read_date
 from search_e1.rollout.rewards.judge import Judge
 from search_e1.rollout.rewards.numbers import Quantity, quantity
 from search_e1.rollout.rewards.scorer import open_scorer
+from search_e1.rollout.starts import starts
 from search_e1.types import Question
 from serving import misbehaving
 

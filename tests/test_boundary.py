@@ -11,7 +11,8 @@ from conftest import PASSAGES, TINY_PROMPTS, TinyRetriever
 from scripted import ScriptedEngine
 from search_e1.config import PairsConfig, ReferenceConfig, RolloutConfig
 from search_e1.errors import DataError
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import starts
 from search_e1.selfdistill.files import check_tokenizer
 from search_e1.selfdistill.pairs import select
 from search_e1.selfdistill.samples import classes_of, sample_of

@@ -25,7 +25,8 @@ from search_e1.config import Config, PolicyConfig, Prompts
 from search_e1.errors import DataError, RunError, SearchE1Error
 from search_e1.retrieval.indexes import build_index, open_indexes
 from search_e1.rollout.engines.torch import TorchEngine
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import starts
 from search_e1.runs.opening import CONFIG
 from search_e1.training import policy as policies
 from search_e1.types import Group, Passage, Trajectory

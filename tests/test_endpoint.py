@@ -14,7 +14,8 @@ from search_e1.rollout.engines.base import generate
 from search_e1.rollout.engines.endpoint import Endpoint, EndpointEngine
 from search_e1.rollout.engines.remote import API_KEY, key_headers
 from search_e1.rollout.engines.words import Words
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import starts
 from search_e1.types import ActionKind, Question, StopReason, Trajectory
 from serving import Misbehaving, misbehaving
 

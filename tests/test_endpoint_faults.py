@@ -18,7 +18,8 @@ from search_e1.evaluation.results import read as read_results
 from search_e1.rollout.engines.base import Request
 from search_e1.rollout.engines.endpoint import Endpoint, EndpointEngine
 from search_e1.rollout.engines.words import Words
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import starts
 from search_e1.runs.http import Reply, TransientError
 from search_e1.text.protocols import protocol_of
 from search_e1.types import ActionKind, Question, StopReason

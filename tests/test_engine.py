@@ -23,7 +23,8 @@ from search_e1.rollout.engines.continuous import ContinuousSession
 from search_e1.rollout.engines.registry import check_engine, open_engine
 from search_e1.rollout.engines.sampling import Ends, draw
 from search_e1.rollout.engines.torch import PlainEngine, TorchEngine
-from search_e1.rollout.loop import Spent, rollout, starts
+from search_e1.rollout.loop import Spent, rollout
+from search_e1.rollout.starts import starts
 from search_e1.text.prompts import STOP_STRINGS
 from search_e1.training.policy import Policy
 from search_e1.types import Question, Trajectory

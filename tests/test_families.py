@@ -13,7 +13,8 @@ from conftest import PASSAGES, TinyRetriever
 from search_e1.config import PolicyConfig, Prompts, RolloutConfig
 from search_e1.rollout.engines.continuous import ContinuousSession
 from search_e1.rollout.engines.torch import PlainEngine, TorchEngine
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import starts
 from search_e1.training.policy import Policy, load
 from search_e1.types import Pair, Question
 from stages_run import run_distill, run_grpo

@@ -15,7 +15,8 @@ from search_e1.retrieval.cache import CachedRetriever
 from search_e1.retrieval.passages import Passages
 from search_e1.rollout.engines.base import BatchEngine, Generation, Request
 from search_e1.rollout.environment import Environment, ToolCall
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import starts
 from search_e1.text.prompts import plain_prompt
 from search_e1.text.protocol import Action
 from search_e1.text.protocols import protocol_of

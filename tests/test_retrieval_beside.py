@@ -6,7 +6,8 @@ from contextlib import nullcontext
 from chat import chat_tokenizer
 from conftest import PASSAGES, TinyRetriever
 from search_e1.rollout.engines.base import Generation
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import starts
 from test_engine import LIMITS, PROMPTS, QUESTIONS
 
 

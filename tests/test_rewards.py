@@ -6,8 +6,9 @@ from conftest import PASSAGES, TINY_PROMPTS, TinyRetriever
 from scripted import ScriptedEngine
 from search_e1.config import RolloutConfig
 from search_e1.errors import ConfigError
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
 from search_e1.rollout.rewards import open_reward
+from search_e1.rollout.starts import starts
 from search_e1.types import Question, Trajectory
 
 

@@ -10,7 +10,8 @@ from search_e1.config import Prompts, RolloutConfig
 from search_e1.errors import ModelError, RetrievalError
 from search_e1.rollout.engines.base import generate
 from search_e1.rollout.engines.torch import TorchEngine
-from search_e1.rollout.loop import Start, rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import Start, starts
 from search_e1.text.prompts import STOP_STRINGS, observation
 from search_e1.text.protocol import Action, parse_action
 from search_e1.training.policy import Policy

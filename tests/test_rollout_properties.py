@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from chat import call, chat_tokenizer
 from search_e1.config import Prompts, RolloutConfig
 from search_e1.rollout.engines.base import BatchEngine, Generation
-from search_e1.rollout.loop import Start, rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import Start, starts
 from search_e1.text.protocols import protocol_of
 from search_e1.types import ActionKind, Passage, Question, StopReason
 

@@ -8,7 +8,8 @@ from chat import CHATML_TOOLS, call, chat_tokenizer
 from conftest import PASSAGES, TINY_PROMPTS, TinyRetriever
 from search_e1.config import Prompts, ReferenceConfig, RolloutConfig
 from search_e1.errors import ModelError
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import starts
 from search_e1.text.prompts import plain_prompt, privileged_prompt
 from search_e1.text.protocol import Action
 from search_e1.text.protocols import protocol_of

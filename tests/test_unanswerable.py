@@ -20,7 +20,8 @@ from search_e1.evaluation.failures import Failure
 from search_e1.evaluation.recall import is_yes_no, patterns
 from search_e1.rollout.demonstrations import hops, questions
 from search_e1.rollout.demonstrations.writer import Writer
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import starts
 from search_e1.stages.inputs import Inputs
 from search_e1.types import Group, Question
 

@@ -16,7 +16,8 @@ from search_e1.errors import RetrievalError
 from search_e1.rollout.engines.continuous import ContinuousSession
 from search_e1.rollout.engines.endpoint import Endpoint, EndpointEngine
 from search_e1.rollout.engines.torch import TorchEngine
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import starts
 from search_e1.rollout.unfinished import Unfinished
 from search_e1.runs.stopping import Stop, Stopped
 from search_e1.types import Question, Trajectory

@@ -7,7 +7,8 @@ import pytest
 from conftest import PASSAGES, TinyRetriever
 from search_e1.errors import NoLeadError
 from search_e1.rollout.engines.torch import TorchEngine
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import starts
 from search_e1.training.policy import Policy
 from search_e1.types import Pair, Question
 from stages_run import run_distill

@@ -22,7 +22,8 @@ from search_e1.rollout.engines.base import Engine, Request, generate
 from search_e1.rollout.engines.torch import TorchEngine
 from search_e1.rollout.engines.vllm import VllmLaunch
 from search_e1.rollout.engines.vllm_server import VllmServerEngine
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import starts
 from search_e1.runs.context import StageContext
 from search_e1.stages.grpo import Grpo
 from search_e1.text.prompts import STOP_STRINGS

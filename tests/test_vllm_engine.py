@@ -18,7 +18,8 @@ from search_e1.config.prompts import ProtocolName
 from search_e1.rollout.engines.base import Engine, Generation, generate
 from search_e1.rollout.engines.torch import TorchEngine
 from search_e1.rollout.engines.vllm import VllmEngine, VllmLaunch, _VLLMSession
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import starts
 from search_e1.text.prompts import STOP_STRINGS
 from search_e1.training.policy import Policy
 from search_e1.types import Question, Trajectory

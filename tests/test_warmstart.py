@@ -15,7 +15,8 @@ from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.rollout.demonstrations.file import Demonstrations
 from search_e1.rollout.engines.base import BatchEngine, Generation
 from search_e1.rollout.engines.torch import TorchEngine
-from search_e1.rollout.loop import Start, rollout, starts
+from search_e1.rollout.loop import rollout
+from search_e1.rollout.starts import Start, starts
 from search_e1.text.prompts import observation, plain_prompt, privileged_prompt
 from search_e1.text.protocol import parse_action
 from search_e1.training.policy import Policy, load

@@ -19,7 +19,8 @@ from search_e1.data.answers import in_language
 from search_e1.errors import ModelError, SearchE1Error
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.engines.base import Engine
-from search_e1.rollout.loop import RolloutLoop, Spent, Start, open_loop
+from search_e1.rollout.loop import RolloutLoop, Spent, open_loop
+from search_e1.rollout.starts import Start
 from search_e1.text.prompts import plain_prompt
 from search_e1.text.protocols import protocol_of
 from search_e1.types import Passage, Question, Trajectory, Turn

@@ -5,7 +5,6 @@ not wait for one another: while some are being sampled, the retriever answers ot
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,21 +12,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from search_e1.config import Prompts, RolloutConfig
-from search_e1.data.answers import f1
 from search_e1.errors import ModelError
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.calls import Calls, Draft
 from search_e1.rollout.engines.base import Engine, Generation, Interrupted, Request, Session
 from search_e1.rollout.environment import Environment, ToolCall
 from search_e1.rollout.rewards.scorer import Scorer, open_scorer
+from search_e1.rollout.starts import Row, Start
+from search_e1.rollout.starts import starts as starts  # stages/grpo.py asks for it here
 from search_e1.rollout.unfinished import Unfinished, UnfinishedRow
 from search_e1.runs import derived_seed
 from search_e1.runs.stopping import Stop
-from search_e1.text.prompts import plain_prompt
 from search_e1.text.protocol import MALFORMED, Protocol
 from search_e1.text.protocols import protocol_of
 from search_e1.text.tools import SEARCH, Call
-from search_e1.types import ActionKind, Passage, Question, StopReason, Trajectory, Turn
+from search_e1.types import ActionKind, Passage, StopReason, Trajectory, Turn
 
 logger = logging.getLogger(__name__)
 OnTurn = Callable[[int, Turn, Sequence[Passage]], None]
@@ -49,73 +48,6 @@ class Spent:
         clock = time.perf_counter()
         yield
         setattr(self, part, getattr(self, part) + time.perf_counter() - clock)
-
-
-@dataclass(slots=True)
-class Start:
-    """Where a rollout begins: a question, the prompt to ask it with, and turns that were already taken (none, usually)."""
-
-    question: Question
-    prompt_ids: tuple[int, ...]
-    turns: Sequence[Turn] = ()
-    sample: int = 0
-    """Which of the question's trajectories it is. Two with the same number would be sampled alike."""
-    seed: int | None = None
-    """The trajectory's own, in place of the loop's."""
-    temperature: float | None = None
-    """The trajectory's own, in place of the session's."""
-    max_sampled: int | None = None
-    """Most ids that are sampled of it, all its actions together."""
-
-
-@dataclass(slots=True)
-class _Row:
-    """A trajectory in the making."""
-
-    start: Start
-    reward: Scorer
-    turns: list[Turn] = field(default_factory=list)
-    context: list[int] = field(default_factory=list)
-    stop: StopReason | None = None
-
-    def __post_init__(self) -> None:
-        self.context += self.start.prompt_ids
-        for turn in self.start.turns:
-            self.append(turn)
-
-    @property
-    def budget(self) -> float:
-        """How many ids may still be sampled, whatever the context has room for."""
-        if self.start.max_sampled is None:
-            return math.inf
-        return self.start.max_sampled - sum(len(turn.action_ids) for turn in self.turns[len(self.start.turns) :])
-
-    @property
-    def answer(self) -> str | None:
-        """Of a trajectory that has ended; ``None`` if it gave none."""
-        return self.turns[-1].argument if self.stop is StopReason.ANSWERED else None
-
-    def append(self, turn: Turn) -> None:
-        self.turns.append(turn)
-        self.context += turn.action_ids + turn.observation_ids
-
-    def finish(self) -> Trajectory:
-        assert self.stop is not None
-        # An observation that no action followed (the context was full) was never read: it is not part of the record.
-        if self.turns and self.turns[-1].observation_ids:
-            last = self.turns[-1]
-            self.turns[-1] = last.model_copy(update={"observation_ids": (), "observation_text": "", "passage_ids": ()})
-        question, answer = self.start.question, self.answer
-        return Trajectory(
-            question_id=question.id, prompt_ids=self.start.prompt_ids, turns=tuple(self.turns), stop_reason=self.stop,
-            answer=answer, reward=self.reward(answer, question), f1=f1(answer, question.answers),
-        )  # fmt: skip
-
-
-def starts(tokenizer, prompts: Prompts, questions: Sequence[Question], group_size: int = 1) -> list[Start]:
-    """Plain starts, ``group_size`` for each question, siblings side by side."""
-    asked = ((question, plain_prompt(tokenizer, prompts, question.text)) for question in questions)
-    return [Start(question, ids, sample=sample) for question, ids in asked for sample in range(group_size)]
 
 
 def rollout(
@@ -229,7 +161,7 @@ class RolloutLoop:
     seed: int
     on_turn: OnTurn | None
     on_trajectory: OnTrajectory | None
-    rows: dict[int, _Row] = field(default_factory=dict)
+    rows: dict[int, Row] = field(default_factory=dict)
     """All that were added and not dropped, ended ones too."""
     sampling: set[int] = field(default_factory=set)
     """Rows that the session has."""
@@ -262,7 +194,7 @@ class RolloutLoop:
         Raises:
             ModelError: its context leaves no room for a single token.
         """
-        row = _Row(start, self.reward)
+        row = Row(start, self.reward)
         if len(row.context) >= self.limit:
             raise ModelError(
                 f"question {start.question.id!r}: a context of {len(row.context)} tokens does not fit into {self.limit}; "
@@ -358,7 +290,7 @@ class RolloutLoop:
                 self._take(i, draft)
         self.calls.launch(calls)
 
-    def _draft(self, row: _Row, generation: Generation) -> Draft:
+    def _draft(self, row: Row, generation: Generation) -> Draft:
         """What a generation says, with the correction that a malformed one gets; sets ``stop`` on a row that ends with it."""
         text = self.tokenizer.decode(generation.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         action = MALFORMED if generation.stop else self.protocol.parse(text)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from search_e1.config import Prompts, RolloutConfig
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.engines.base import Engine
-from search_e1.rollout.loop import OnTrajectory, Spent, rollout, starts
+from search_e1.rollout.loop import OnTrajectory, Spent, rollout
+from search_e1.rollout.starts import starts
 from search_e1.rollout.unfinished import unfinished_in
 from search_e1.runs.checkpoints import Checkpointer
 from search_e1.types import Group, Question, Trajectory

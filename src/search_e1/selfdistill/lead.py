@@ -16,6 +16,7 @@ from search_e1.rollout import loop
 from search_e1.rollout.engines.base import Engine
 from search_e1.rollout.progress import RolloutProgress
 from search_e1.rollout.sharing import Part, write_parts
+from search_e1.rollout.starts import Start
 from search_e1.rollout.unfinished import unfinished_in
 from search_e1.runs import read_records
 from search_e1.runs.checkpoints import Checkpointer
@@ -243,7 +244,7 @@ def _sample(
 
     chunks: list[_Chunk] = []
     for prompts, limits in ((plain, rollout), (privileged, roomier)):
-        starts = [loop.Start(pairs[i].question, prompts[i], turns, k) for i, turns in begins for k in range(config.samples)]
+        starts = [Start(pairs[i].question, prompts[i], turns, k) for i, turns in begins for k in range(config.samples)]
         at_once = rollout.batch_size
         chunks += [(starts[at : at + at_once], limits) for at in range(0, len(starts), at_once)]
     with checkpointer.scratch() as scratch:
@@ -254,7 +255,7 @@ def _sample(
     return [each[: len(begins)], each[len(begins) :]]
 
 
-_Chunk = tuple[Sequence[loop.Start], RolloutConfig]
+_Chunk = tuple[Sequence[Start], RolloutConfig]
 
 
 def _em(samples: Sequence[Trajectory]) -> float:

@@ -11,8 +11,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from search_e1.rollout.loop import rollout, starts
+from search_e1.rollout.loop import rollout
 from search_e1.rollout.progress import StepRollouts
+from search_e1.rollout.starts import starts
 from search_e1.rollout.unfinished import unfinished_in
 from search_e1.runs import derived_seed, ranks
 from search_e1.runs.context import StageContext

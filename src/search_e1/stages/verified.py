@@ -10,8 +10,9 @@ from typing import Any
 
 from search_e1.errors import NoLeadError
 from search_e1.rollout.engines.torch import TorchEngine
-from search_e1.rollout.loop import Start, rollout
+from search_e1.rollout.loop import rollout
 from search_e1.rollout.sharing import Part, write_parts
+from search_e1.rollout.starts import Start
 from search_e1.rollout.unfinished import unfinished_in
 from search_e1.runs.context import StageContext
 from search_e1.selfdistill.lead import with_room

@@ -1,0 +1,78 @@
+"""Where rollouts begin, and the rows that grow from there into trajectories."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from search_e1.config import Prompts
+from search_e1.data.answers import f1
+from search_e1.rollout.rewards.scorer import Scorer
+from search_e1.text.prompts import plain_prompt
+from search_e1.types import Question, StopReason, Trajectory, Turn
+
+
+@dataclass(slots=True)
+class Start:
+    """Where a rollout begins: a question, the prompt to ask it with, and turns that were already taken (none, usually)."""
+
+    question: Question
+    prompt_ids: tuple[int, ...]
+    turns: Sequence[Turn] = ()
+    sample: int = 0
+    """Which of the question's trajectories it is. Two with the same number would be sampled alike."""
+    seed: int | None = None
+    """The trajectory's own, in place of the loop's."""
+    temperature: float | None = None
+    """The trajectory's own, in place of the session's."""
+    max_sampled: int | None = None
+    """Most ids that are sampled of it, all its actions together."""
+
+
+@dataclass(slots=True)
+class Row:
+    """A trajectory in the making."""
+
+    start: Start
+    reward: Scorer
+    turns: list[Turn] = field(default_factory=list)
+    context: list[int] = field(default_factory=list)
+    stop: StopReason | None = None
+
+    def __post_init__(self) -> None:
+        self.context += self.start.prompt_ids
+        for turn in self.start.turns:
+            self.append(turn)
+
+    @property
+    def budget(self) -> float:
+        """How many ids may still be sampled, whatever the context has room for."""
+        if self.start.max_sampled is None:
+            return math.inf
+        return self.start.max_sampled - sum(len(turn.action_ids) for turn in self.turns[len(self.start.turns) :])
+
+    @property
+    def answer(self) -> str | None:
+        """Of a trajectory that has ended; ``None`` if it gave none."""
+        return self.turns[-1].argument if self.stop is StopReason.ANSWERED else None
+
+    def append(self, turn: Turn) -> None:
+        self.turns.append(turn)
+        self.context += turn.action_ids + turn.observation_ids
+
+    def finish(self) -> Trajectory:
+        assert self.stop is not None
+        # An observation that no action followed (the context was full) was never read: it is not part of the record.
+        if self.turns and self.turns[-1].observation_ids:
+            last = self.turns[-1]
+            self.turns[-1] = last.model_copy(update={"observation_ids": (), "observation_text": "", "passage_ids": ()})
+        question, answer = self.start.question, self.answer
+        return Trajectory(
+            question_id=question.id, prompt_ids=self.start.prompt_ids, turns=tuple(self.turns), stop_reason=self.stop,
+            answer=answer, reward=self.reward(answer, question), f1=f1(answer, question.answers),
+        )  # fmt: skip
+
+
+def starts(tokenizer, prompts: Prompts, questions: Sequence[Question], group_size: int = 1) -> list[Start]:
+    """Plain starts, ``group_size`` for each question, siblings side by side."""
+    asked = ((question, plain_prompt(tokenizer, prompts, question.text)) for question in questions)
+    return [Start(question, ids, sample=sample) for question, ids in asked for sample in range(group_size)]
