@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from search_e1.stages.token_advantages import correct, weigh
+from search_e1.stages.token_advantages import correct_advantages, reweight_advantages
 from search_e1.training.objectives.grpo import advantages, length_penalties
 from search_e1.types import ActionKind, StopReason, Trajectory, Turn
 from test_objectives import tiny as tiny
@@ -98,7 +98,7 @@ def test_the_correction_of_evidence_by_hand():
     lead = [0.0, two, -two, 0.1]
 
     def made(gain):
-        return weigh([gain] * 4, lead, strength=0.5, bound=0.2)
+        return reweight_advantages([gain] * 4, lead, strength=0.5, bound=0.2)
 
     assert made(2.0) == pytest.approx([2.0, 2.2, 1.8, 2.105171], abs=1e-6)
     assert made(-1.0) == pytest.approx([-1.0, -0.9, -1.1, -0.952419], abs=1e-6)
@@ -107,14 +107,14 @@ def test_the_correction_of_evidence_by_hand():
 
 def test_the_correction_of_evidence_is_bounded_and_keeps_signs():
     lead = [1e4, -1e4, 3.0, -3.0]
-    up = weigh([1.5] * 4, lead, strength=1.0, bound=0.99)
+    up = reweight_advantages([1.5] * 4, lead, strength=1.0, bound=0.99)
     assert [one / 1.5 for one in up] == pytest.approx([1.99, 0.01, 1.99, math.exp(-3)])
-    down = weigh([-0.5] * 4, lead, strength=1.0, bound=0.99)
+    down = reweight_advantages([-0.5] * 4, lead, strength=1.0, bound=0.99)
     assert [one / -0.5 for one in down] == pytest.approx([0.01, 1.99, math.exp(-3), 1.99])
-    assert weigh([1.5] * 4, lead, strength=0.0, bound=0.5) == (1.5,) * 4
+    assert reweight_advantages([1.5] * 4, lead, strength=0.0, bound=0.5) == (1.5,) * 4
 
 
 def test_a_correction_is_added_and_bounded():
     lead = [0.0, 1.0, -2.0, 1e4, -1e4]
-    assert correct([0.5] * 5, lead, strength=0.2, bound=5.0) == pytest.approx([0.5, 0.7, 0.1, 1.5, -0.5])
-    assert correct([0.0] * 5, lead, strength=0.2, bound=0.5) == pytest.approx([0.0, 0.1, -0.1, 0.1, -0.1])
+    assert correct_advantages([0.5] * 5, lead, strength=0.2, bound=5.0) == pytest.approx([0.5, 0.7, 0.1, 1.5, -0.5])
+    assert correct_advantages([0.0] * 5, lead, strength=0.2, bound=0.5) == pytest.approx([0.0, 0.1, -0.1, 0.1, -0.1])

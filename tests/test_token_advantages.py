@@ -8,7 +8,7 @@ import torch
 
 from conftest import make_tiny_policy
 from search_e1.config import WHOLE, CorrectionConfig, EvidenceConfig, ReferenceConfig
-from search_e1.stages.token_advantages import corrected, weighed_by_evidence
+from search_e1.stages.token_advantages import apply_correction, apply_evidence
 from search_e1.training.trained import TrainedPolicy
 from trained import CONFIG, opinionated, sample, token_logprobs
 
@@ -56,7 +56,7 @@ def lead_of(policy, s, shows):
 
 def test_evidence_weighs_each_token_by_the_lead_of_the_teacher(policy, samples):
     shown = ReferenceConfig(shows="searches")
-    made = weighed_by_evidence(policy, samples, teaching(samples), shown, EvidenceConfig(strength=0.5, bound=0.3))
+    made = apply_evidence(policy, samples, teaching(samples), shown, EvidenceConfig(strength=0.5, bound=0.3))
     assert made[2] == samples[2]
     factors = set()
     for before, after in zip(samples[:2], made, strict=False):
@@ -70,7 +70,7 @@ def test_evidence_weighs_each_token_by_the_lead_of_the_teacher(policy, samples):
 
 
 def test_searches_are_corrected_by_who_sees_the_passages_and_answers_by_who_sees_the_answer(policy, samples):
-    made = corrected(policy, samples, teaching(samples), WHOLE, CorrectionConfig(strength=0.2, bound=0.5))
+    made = apply_correction(policy, samples, teaching(samples), WHOLE, CorrectionConfig(strength=0.2, bound=0.5))
     assert made[2] == samples[2]
     for before, after in zip(samples[:2], made, strict=False):
         assert after.teacher_prompt_ids is after.weights is None
@@ -84,4 +84,4 @@ def test_searches_are_corrected_by_who_sees_the_passages_and_answers_by_who_sees
 
 def test_a_teacher_that_sees_nothing_corrects_nothing(policy, samples):
     nothing = ReferenceConfig(shows="none")
-    assert corrected(policy, samples, teaching(samples), nothing, CorrectionConfig(strength=1.0)) == samples
+    assert apply_correction(policy, samples, teaching(samples), nothing, CorrectionConfig(strength=1.0)) == samples

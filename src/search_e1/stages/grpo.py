@@ -20,7 +20,7 @@ from search_e1.stages.inputs import Inputs
 from search_e1.stages.kept import Groups, keeping
 from search_e1.stages.replay import replay_samples, taught_samples
 from search_e1.stages.stage import Stage, sections
-from search_e1.stages.token_advantages import corrected, weighed_by_evidence
+from search_e1.stages.token_advantages import apply_correction, apply_evidence
 from search_e1.stages.training_engine import check_training_engine, open_training_engine
 from search_e1.training.fit import fit_passes
 from search_e1.training.guard import Collapse, Guard
@@ -232,9 +232,9 @@ class GroupSource:
         if config.evidence.strength or config.correction.strength:
             fit_passes(self._trained, {**samples, "taught": [sample for sample in teach(shown) if sample]})
         if config.evidence.strength:
-            samples["grpo"] = weighed_by_evidence(self._trained, samples["grpo"], teach, shown, config.evidence)
+            samples["grpo"] = apply_evidence(self._trained, samples["grpo"], teach, shown, config.evidence)
         if config.correction.strength:
-            samples["grpo"] = corrected(self._trained, samples["grpo"], teach, shown, config.correction)
+            samples["grpo"] = apply_correction(self._trained, samples["grpo"], teach, shown, config.correction)
         return samples
 
 

@@ -1,4 +1,8 @@
-"""Advantages of single tokens: GRPO gives a trajectory's tokens one advantage; who has seen a right one tells them apart."""
+"""Per-token advantages for GRPO, which gives all tokens of a trajectory the same one.
+
+The policy that sees a correct trajectory of the group (the teacher) rates each token; its lead over the plain policy changes
+the token's advantage.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,21 +13,21 @@ from search_e1.training.trained import TrainedPolicy
 from search_e1.types import Sample
 
 Taught = Sequence[Sample | None]
-"""Of each trajectory, it with the prompt of a teacher; ``None`` where there is no teacher."""
+"""Each trajectory of a step with its teacher's prompt; ``None`` where it has no teacher."""
 _Lead = tuple[float, ...]
 
 
 class Teach(Protocol):
-    """Makes ``Taught`` of a step's trajectories, for tokens of ``classes`` (all, if there are none)."""
+    """Adds teachers' prompts to the step's trajectories; only tokens of ``classes`` are rated (default: all)."""
 
     def __call__(self, shown: ReferenceConfig, classes: Sequence[str] = ()) -> Taught: ...
 
 
-def weigh(advantages: Sequence[float], lead: Sequence[float], strength: float, bound: float) -> tuple[float, ...]:
+def reweight_advantages(advantages: Sequence[float], lead: Sequence[float], strength: float, bound: float) -> tuple[float, ...]:
     """``A * (1 + strength * (clip(exp(sign(A) * lead), 1 - bound, 1 + bound) - 1))``: the weights of RLSD (arXiv:2604.03128).
 
-    What speaks for a right trajectory or against a wrong one counts for more, the rest for less. With ``strength`` at most 1
-    and ``bound`` below 1 no sign changes; where the lead is 0 nothing does.
+    Tokens that the teacher prefers count for more in a correct trajectory and for less in a wrong one. With ``strength`` at
+    most 1 and ``bound`` below 1 no advantage changes sign. A lead of 0 changes nothing.
     """
     limit = math.log(1 + bound) + 1  # beyond it the clip holds, and exp could overflow
     ratios = (math.exp(min(limit, math.copysign(1, a) * gap)) for a, gap in zip(advantages, lead, strict=True))
@@ -31,33 +35,38 @@ def weigh(advantages: Sequence[float], lead: Sequence[float], strength: float, b
     return tuple(a * (1 + strength * (ratio - 1)) for a, ratio in zip(advantages, clipped, strict=True))
 
 
-def correct(advantages: Sequence[float], lead: Sequence[float], strength: float, bound: float) -> tuple[float, ...]:
-    """``A + strength * clip(lead, -bound, bound)``: tokens are told apart where a group's rewards are equal, too."""
+def correct_advantages(advantages: Sequence[float], lead: Sequence[float], strength: float, bound: float) -> tuple[float, ...]:
+    """``A + strength * clip(lead, -bound, bound)``, which also distinguishes tokens in groups whose rewards are equal."""
     return tuple(a + strength * min(max(gap, -bound), bound) for a, gap in zip(advantages, lead, strict=True))
 
 
-def weighed_by_evidence(
+def apply_evidence(
     policy: TrainedPolicy, samples: Sequence[Sample], teach: Teach, shown: ReferenceConfig, config: EvidenceConfig
 ) -> list[Sample]:
-    """``samples`` with advantages weighed by the lead of the policy that sees the reference as ``shown`` says."""
-    return _changed(samples, leads(policy, teach(shown)), lambda a, lead: weigh(a, lead, config.strength, config.bound))
+    """``samples`` with advantages reweighted by the lead of the teacher, who sees the reference as ``shown`` says."""
+    return _changed(
+        samples, leads(policy, teach(shown)), lambda a, lead: reweight_advantages(a, lead, config.strength, config.bound)
+    )
 
 
-def corrected(
+def apply_correction(
     policy: TrainedPolicy, samples: Sequence[Sample], teach: Teach, shown: ReferenceConfig, config: CorrectionConfig
 ) -> list[Sample]:
-    """``samples`` with advantages corrected: of searches by who sees the whole reference, of answers by who sees its answer."""
+    """``samples`` with advantages corrected by two teachers.
+
+    Search tokens are rated by the policy that sees the whole reference, answer tokens by the one that sees only its answer.
+    """
     for classes, shows in (("search",), "whole"), (("answer",), "answer"):
         seen = shown if shown.shows == "none" else shown.model_copy(update={"shows": shows})
         lead = leads(policy, teach(seen, classes))
-        samples = _changed(samples, lead, lambda a, lead: correct(a, lead, config.strength, config.bound))
+        samples = _changed(samples, lead, lambda a, lead: correct_advantages(a, lead, config.strength, config.bound))
     return list(samples)
 
 
 def leads(policy: TrainedPolicy, taught: Taught) -> list[_Lead | None]:
-    """``log p(token | teacher's prompt) - log p(token | plain prompt)`` of each response token, 0 where none is asked for.
+    """``log p(token | teacher's prompt) - log p(token | plain prompt)`` of each response token, 0 for unrated ones.
 
-    Every rank has to call it.
+    Every rank must call it.
     """
     present = [sample for sample in taught if sample and sample.positions]
     plain = [sample.model_copy(update={"teacher_prompt_ids": None}) for sample in present]
