@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from search_e1 import config, evolve
-from search_e1.data.corpus import read_corpus
+from search_e1.data.corpus import Corpus
 from search_e1.errors import SearchE1Error
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.runs.checkpoints import Checkpointer
@@ -57,7 +57,7 @@ def trials(root: Path, count: int, rng: random.Random) -> list[dict[str, Any]]:
     if search_e1("train", "--config", settings, log=root / "log"):
         raise SystemExit((root / "log").read_text())
     run = root / "run"
-    Bm25Index.build(read_corpus(root / "world" / "corpus.jsonl"), root / "given")
+    Bm25Index.build(Corpus(root / "world" / "corpus.jsonl"), root / "given")
     loaded = config.load(settings)
     given = loaded.model_copy(update={"retrieval": loaded.retrieval.model_copy(update={"index": (root / "given",)})})
     checkpoints(root / "work")

@@ -133,11 +133,11 @@ def small_policy(device: str) -> Policy:
 
 def world_pairs(directory: Path, count: int) -> list[Pair]:
     """Pairs of the small world, mined from a pool as a run does."""
-    from search_e1.data.corpus import read_corpus
+    from search_e1.data.corpus import Corpus
     from search_e1.data.questions import load_questions
 
     write(make_world(), directory / "world", train=300, dev=1, test=1, seed=0)
-    index = Bm25Index.build(read_corpus(directory / "world" / "corpus.jsonl"), directory / "index")
+    index = Bm25Index.build(Corpus(directory / "world" / "corpus.jsonl"), directory / "index")
     policy = small_policy("cpu")
     limits = RolloutConfig(
         topk=2, max_searches=5, max_action_tokens=48, max_observation_tokens=128, max_tokens=1024, batch_size=128

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -26,6 +26,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from contest import installed  # beside this file
+
+if TYPE_CHECKING:
+    from search_e1.lab.plan.constants import Gpu
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "trl", "liger-kernel")
 _GROUP = 5  # rows of one prompt
@@ -48,14 +51,12 @@ def main() -> None:
 
 def machine(arguments: argparse.Namespace) -> dict[str, Any]:
     """The device, and the planner's name for it, if it has one; versions."""
-    from search_e1.lab.plan.constants import load_constants
-
     versions = {name: installed(name) for name in _PACKAGES} | {"python": platform.python_version()}
     if arguments.device == "cpu":
         device = {"device": f"{os.cpu_count()} cores {platform.machine()}", "gpu": None}
     else:
         properties = torch.cuda.get_device_properties(0)
-        known = load_constants().gpu_of_device(properties.name, properties.total_memory / 2**30)
+        known = sheet_of(properties.name, properties.total_memory / 2**30)
         device = {
             "device": properties.name,
             "gpu": known and known.name,
@@ -64,6 +65,16 @@ def machine(arguments: argparse.Namespace) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return {**device, "versions": versions}
+
+
+def sheet_of(name: str, memory_gib: float) -> "Gpu | None":
+    """The planner's data sheet of a GPU that its driver calls ``name``; the one of like memory where a model has several."""
+    from search_e1.lab.plan.constants import load_constants
+
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    known = [gpu for gpu in load_constants().gpus.values() if gpu.name.split("-")[0] in words]
+    known = [gpu for gpu in known if ("pcie" in gpu.name) == ("pcie" in words)] or known
+    return min(known, key=lambda gpu: abs(gpu.memory_gib - memory_gib), default=None)
 
 
 def ceilings(arguments: argparse.Namespace) -> dict[str, float]:

@@ -25,7 +25,7 @@ from rich.table import Table
 from torchmetrics.functional.text import squad
 
 from search_e1.data.answers import exact_match, f1
-from search_e1.data.corpus import read_corpus
+from search_e1.data.corpus import Corpus
 from search_e1.data.questions import load_questions
 from search_e1.evaluation.recall import in_corpus, patterns
 from search_e1.types import Question
@@ -100,7 +100,7 @@ def agreement(made: Sequence[tuple[str, str, tuple[str, ...]]]) -> tuple[list[di
 def found_in(corpus: Path, questions: Sequence[Question]) -> tuple[list[bool | None], float]:
     """Whether the corpus holds an answer to each question (``None``: nothing to look for), and the seconds it took."""
     clock = time.perf_counter()
-    texts = (f"{passage.title} {passage.text}" for passage in read_corpus(corpus))
+    texts = (f"{passage.title} {passage.text}" for passage in Corpus(corpus))
     return in_corpus(texts, [patterns(question) for question in questions]), time.perf_counter() - clock
 
 

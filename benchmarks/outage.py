@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 
 from search_e1 import evolve  # noqa: F401  loaded once, before processes are forked
-from search_e1.data.corpus import read_corpus
+from search_e1.data.corpus import Corpus
 from search_e1.retrieval.bm25 import Bm25Index
 from small_run import contents, prepare, search_e1
 
@@ -86,7 +86,7 @@ class Server:
 
 def measure(root: Path, seconds: float) -> dict[str, Any]:
     prepare(root)
-    Bm25Index.build(read_corpus(root / "world" / "corpus.jsonl"), root / "given")
+    Bm25Index.build(Corpus(root / "world" / "corpus.jsonl"), root / "given")
     server = Server(root)
     try:
         settings = prepare(root, f'url = "http://127.0.0.1:{server.port}"\ncache = false', steps=3)

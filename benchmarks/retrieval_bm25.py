@@ -28,7 +28,7 @@ import Stemmer
 from rich.console import Console
 from rich.table import Table
 
-from search_e1.data.corpus import read_corpus
+from search_e1.data.corpus import Corpus
 from search_e1.data.questions import load_questions
 from search_e1.retrieval.bm25 import K1, B, Bm25Index
 from search_e1.retrieval.bm25s_import import bm25s  # not by itself: it would import JAX
@@ -123,7 +123,7 @@ def varied(passages: Sequence[Passage], number: int) -> Iterator[Passage]:
 def corpus_file(arguments: argparse.Namespace, number: int) -> Path:
     path = arguments.work / f"{number}.jsonl"
     if not path.exists():
-        real = list(read_corpus(arguments.corpus))
+        real = list(Corpus(arguments.corpus))
         partial = path.with_suffix(".partial")
         with partial.open("w") as file:
             for passage in varied(real, number):
@@ -134,7 +134,7 @@ def corpus_file(arguments: argparse.Namespace, number: int) -> Path:
 
 def build_ours(arguments: argparse.Namespace, number: int) -> dict:
     corpus, out = corpus_file(arguments, number), arguments.work / f"{number}.index"
-    return built(lambda: Bm25Index.build(read_corpus(corpus), out, processes=arguments.processes), out, number)
+    return built(lambda: Bm25Index.build(Corpus(corpus), out, processes=arguments.processes), out, number)
 
 
 def build_theirs(arguments: argparse.Namespace, number: int) -> dict:
@@ -143,7 +143,7 @@ def build_theirs(arguments: argparse.Namespace, number: int) -> dict:
 
     def build() -> None:
         tokenizer = bm25s.tokenization.Tokenizer(stopwords="english", stemmer=Stemmer.Stemmer("english"))
-        texts = (f"{passage.title} {passage.text}" for passage in read_corpus(corpus))
+        texts = (f"{passage.title} {passage.text}" for passage in Corpus(corpus))
         ids = list(tokenizer.streaming_tokenize(texts, allow_empty=False))
         index = bm25s.BM25(k1=K1, b=B)
         index.index((ids, tokenizer.get_vocab_dict()), show_progress=False)

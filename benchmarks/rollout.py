@@ -45,7 +45,7 @@ from search_e1.rollout.engines.torch import PlainEngine, TorchEngine
 from search_e1.rollout.loop import rollout
 from search_e1.rollout.starts import starts
 from search_e1.runs.allocation import keep_freed_memory
-from search_e1.text.prompts import INFORMATION_CLOSE, INFORMATION_OPEN, STOP_STRINGS
+from search_e1.text.prompts import INFORMATION_CLOSE, INFORMATION_OPEN
 from search_e1.text.protocol import parse_action
 from search_e1.text.protocols import protocol_of
 from search_e1.training import memory
@@ -207,7 +207,7 @@ def trl_loop(
         return message
 
     tokenizer.chat_template, tokenizer.response_schema, tokenizer.parse_response = TEMPLATE, {"type": "object"}, parsed
-    ends = {*STOP_STRINGS, tokenizer.eos_token}
+    ends = {"</search>", "</answer>", tokenizer.eos_token}
     model.generation_config.eos_token_id = [i for i in range(len(tokenizer)) if tokenizer.decode([i]).strip() in ends]
     size = arguments.questions * arguments.group
     answers = {question.text: question for question in questions}

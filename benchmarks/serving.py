@@ -67,7 +67,7 @@ def make(directory: Path, questions: int) -> None:
     """A bundle in ``directory / "agent"``, and ``questions.json`` beside it."""
     from search_e1.agent.bundle import Bundle
     from search_e1.config import PolicyConfig, load
-    from search_e1.data.corpus import read_corpus
+    from search_e1.data.corpus import Corpus
     from search_e1.data.questions import load_questions
     from search_e1.data.world import make_world, write
     from search_e1.retrieval.bm25 import Bm25Index
@@ -78,7 +78,7 @@ def make(directory: Path, questions: int) -> None:
     (directory / "questions.json").write_text(json.dumps([q.model_dump() for q in asked]))
     bundle = directory / "agent"
     policies.load("small", PolicyConfig(model="small", dtype="float32", device="cpu")).save(bundle)
-    index = Bm25Index.build(list(read_corpus(directory / "world" / "corpus.jsonl")), bundle / "index")
+    index = Bm25Index.build(list(Corpus(directory / "world" / "corpus.jsonl")), bundle / "index")
     limits = load(Path(__file__).parent.parent / "configs" / "quickstart.toml", []).rollout
     weights = {file.name: file.stat().st_size for file in bundle.glob("*.safetensors")}
     Bundle(

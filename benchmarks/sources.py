@@ -27,7 +27,7 @@ from search_e1.agent.agent import Agent
 from search_e1.agent.answer import Answer
 from search_e1.config import PolicyConfig, RolloutConfig
 from search_e1.data.answers import exact_match
-from search_e1.data.corpus import read_corpus
+from search_e1.data.corpus import Corpus
 from search_e1.data.questions import load_questions
 from search_e1.evaluation.recall import patterns, words
 from search_e1.evaluation.statistics import wilson
@@ -54,7 +54,7 @@ def main() -> None:
         max_observation_tokens=arguments.max_observation_tokens, max_tokens=arguments.max_tokens, batch_size=64,
     )  # fmt: skip
     asked = [q for file in arguments.questions for q in load_questions(file, file.name.partition(".")[0])]
-    passages = list(read_corpus(arguments.corpus))
+    passages = list(Corpus(arguments.corpus))
     holding = passages_that_hold(asked, passages)
     known = [q for q in asked if 0 < len(holding[q.id]) <= arguments.most]
     chosen = random.Random(arguments.seed).sample(known, min(arguments.number, len(known)))

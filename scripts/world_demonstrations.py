@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from search_e1.config import PolicyConfig, Prompts
-from search_e1.data.corpus import read_corpus
+from search_e1.data.corpus import Corpus
 from search_e1.data.questions import load_questions
 from search_e1.data.world import HARD, RELATIONS, SPLITS, USUAL, Entity, World, make_world
 from search_e1.retrieval.base import Retriever
@@ -405,7 +405,7 @@ def batches(
 
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
-    there = {passage.id: passage.text for passage in read_corpus(directory / "corpus.jsonl")}
+    there = {passage.id: passage.text for passage in Corpus(directory / "corpus.jsonl")}
     worlds = [make_world(difficulty=difficulty) for difficulty in (USUAL, HARD)]
     made = next((world for world in worlds if {p.id: p.text for p in world.passages} == there), None)
     if made is None:

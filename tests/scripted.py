@@ -6,6 +6,9 @@ from typing import Any
 from search_e1.rollout.engines.base import BatchEngine, Generation, Request
 from search_e1.text.prompts import INFORMATION_CLOSE
 
+STOP_STRINGS = ("</search>", "</answer>")
+"""What ends a generation that uses tags."""
+
 
 class ScriptedEngine(BatchEngine):
     """Says ``script[question][i]`` as the ``i``-th action of the question that its prompt holds.

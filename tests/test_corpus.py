@@ -14,7 +14,7 @@ from pyarrow import parquet
 import fake_hub
 from search_e1.data import corpus as corpora
 from search_e1.data import sources
-from search_e1.data.corpus import Corpus, read_corpus
+from search_e1.data.corpus import Corpus
 from search_e1.data.lines import checksum
 from search_e1.errors import DataError
 from search_e1.retrieval.passages import Passages
@@ -30,7 +30,7 @@ def write(path: Path, *lines: object) -> Path:
 
 def refusal(path: Path) -> str:
     with pytest.raises(DataError) as caught:
-        list(read_corpus(path))
+        list(Corpus(path))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -43,16 +43,16 @@ def test_both_forms_of_a_line(tmp_path: Path) -> None:
         Passage(id="1", title="Fen", text="A city."),
         Passage(id="2", title="", text="No title."),
     ]
-    assert list(read_corpus(path)) == expected
+    assert list(Corpus(path)) == expected
     packed = tmp_path / "c.jsonl.gz"
     packed.write_bytes(gzip.compress(path.read_bytes()))
-    assert list(read_corpus(packed)) == expected
+    assert list(Corpus(packed)) == expected
 
 
 def test_where_a_passage_comes_from_is_kept(tmp_path: Path) -> None:
     told = {"file": "a.pdf", "page": 3, "heading": None, "score": 0.5, "tags": ["x"]}
     lines = [GOOD | {"metadata": told, "url": "http://x/a"}, {"id": "1", "title": "B", "text": "b", "metadata": "all"}]
-    first, second = read_corpus(write(tmp_path / "c.jsonl", *lines))
+    first, second = Corpus(write(tmp_path / "c.jsonl", *lines))
     assert first.metadata == {"file": "a.pdf", "page": 3, "score": "0.5", "tags": '["x"]', "url": "http://x/a"}
     assert second.metadata == {}
     stored = Passages.write([first, second], tmp_path)
@@ -64,7 +64,7 @@ def test_where_a_passage_comes_from_is_kept(tmp_path: Path) -> None:
 
 def test_it_streams(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", GOOD, "{broken")
-    assert [p.id for p in islice(read_corpus(path), 1)] == ["0"]
+    assert [p.id for p in islice(Corpus(path), 1)] == ["0"]
 
 
 @pytest.mark.parametrize(
@@ -130,11 +130,11 @@ def zst(path: Path, content: bytes) -> Path:
 def test_zstandard(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"id": i, "contents": f"stone {i * i}"}) + "\n" for i in range(3000)).encode()
     path = zst(tmp_path / "c.jsonl.zst", lines)
-    assert [p.text for p in read_corpus(path)] == [f"stone {i * i}" for i in range(3000)]
+    assert [p.text for p in Corpus(path)] == [f"stone {i * i}" for i in range(3000)]
     (tmp_path / "two.jsonl.zst").write_bytes(
         path.read_bytes() + zst(tmp_path / "more.zst", b'{"id": "a", "contents": "x"}').read_bytes()
     )
-    assert len(list(read_corpus(tmp_path / "two.jsonl.zst"))) == 3001
+    assert len(list(Corpus(tmp_path / "two.jsonl.zst"))) == 3001
     path.write_bytes(path.read_bytes()[:-9])
     assert "cannot be read (Truncated compressed stream); give the path of a JSON lines file" in refusal(path)
     path.write_bytes(b"no zstandard at all")
@@ -149,9 +149,9 @@ def table(path: Path, rows: list[dict], **options: int) -> Path:
 def test_parquet(tmp_path: Path) -> None:
     rows = [{"id": i, "contents": f'"Bel"\nstone {i}', "embedding": [0.5]} for i in range(2500)]
     path = table(tmp_path / "c.parquet", rows, row_group_size=1000)
-    assert list(read_corpus(path)) == [Passage(id=str(i), title="Bel", text=f"stone {i}") for i in range(2500)]
+    assert list(Corpus(path)) == [Passage(id=str(i), title="Bel", text=f"stone {i}") for i in range(2500)]
     parts = table(tmp_path / "parts.parquet", [{"id": "a", "title": "Bel", "text": "A city."}])
-    assert list(read_corpus(parts)) == [Passage(id="a", title="Bel", text="A city.")]
+    assert list(Corpus(parts)) == [Passage(id="a", title="Bel", text="A city.")]
     again = table(tmp_path / "again.parquet", [*rows[:1500], rows[3]])
     assert refusal(again).startswith(f"{again}:1501: id '3' was used in {again}:4;")
     none = table(tmp_path / "none.parquet", [{"id": "a", "contents": "x"}, {"id": "b", "contents": None}])
@@ -180,10 +180,10 @@ def test_several_files_and_directories_are_one_corpus(tmp_path: Path) -> None:
     (tmp_path / "d" / ".hidden").mkdir()
     write(tmp_path / "d" / ".hidden" / "e.jsonl", "nor this")
     last = write(tmp_path / "last.jsonl", {"id": "d", "contents": "x"})
-    assert [p.id for p in read_corpus(tmp_path / "d", last)] == ["a", "b", "c", "d"]
+    assert [p.id for p in Corpus(tmp_path / "d", last)] == ["a", "b", "c", "d"]
     second = write(tmp_path / "second.jsonl", {"id": "b", "contents": "y"})
     with pytest.raises(DataError, match=r"second.jsonl:1: id 'b' was used in .*b.jsonl:1; give"):
-        list(read_corpus(tmp_path / "d", second))
+        list(Corpus(tmp_path / "d", second))
 
 
 def test_bad_lines_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_two_ids_with_one_hash_are_not_the_same(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(corpora._Seen, "twice", lambda self, text: True)
     path = write(tmp_path / "c.jsonl", GOOD, {"id": "1", "contents": "x"})
     monkeypatch.setattr(corpora._Seen, "__len__", lambda self: 2)
-    assert [p.id for p in read_corpus(path)] == ["0", "1"]
+    assert [p.id for p in Corpus(path)] == ["0", "1"]
 
 
 def test_the_checksum_is_of_all_that_decides(tmp_path: Path) -> None:

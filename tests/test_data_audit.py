@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from search_e1.cli import main as cli
 from search_e1.data.answers import in_language
-from search_e1.data.corpus import read_corpus
+from search_e1.data.corpus import Corpus
 from search_e1.data.world import make_world, write
 from search_e1.errors import DataError
 from search_e1.evaluation.audit import Source, audit, read_source
@@ -52,7 +52,7 @@ def test_reach_by_hand():
 def test_ranks_are_those_of_the_index(tmp_path):
     write(make_world(), tmp_path / "world", train=30, dev=10, test=10, seed=0)
     source = read_source(tmp_path / "world" / "train.jsonl", "train", "train")
-    passages = list(read_corpus(tmp_path / "world" / "corpus.jsonl"))
+    passages = list(Corpus(tmp_path / "world" / "corpus.jsonl"))
     index = Bm25Index.build(passages, tmp_path / "index")
     asked = [q for _, q in source.rows]
     found = measure(texts(passages), asked)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from chat import chat_tokenizer
 from conftest import PASSAGES, TinyRetriever, byte_tokenizer
+from scripted import STOP_STRINGS
 from search_e1.config import Prompts, RolloutConfig
 from search_e1.errors import ConfigError, ModelError
 from search_e1.rollout.engines import continuous
@@ -25,7 +26,6 @@ from search_e1.rollout.engines.sampling import Ends, draw
 from search_e1.rollout.engines.torch import PlainEngine, TorchEngine
 from search_e1.rollout.loop import Spent, rollout
 from search_e1.rollout.starts import starts
-from search_e1.text.prompts import STOP_STRINGS
 from search_e1.training.policy import Policy
 from search_e1.types import Question, Trajectory
 from trained import config_of

@@ -272,5 +272,7 @@ def test_a_bare_machine_is_enough(tmp_path: Path) -> None:
     ],
 )
 def test_a_gpus_data_sheet_is_found_by_its_drivers_name(device: str, gib: float, name: str | None) -> None:
-    found = load_constants().gpu_of_device(device, gib)
+    from gpu_measure import sheet_of
+
+    found = sheet_of(device, gib)
     assert (found and found.name) == name

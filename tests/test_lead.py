@@ -60,7 +60,7 @@ def test_a_sound_privileged_prompt_leads_and_passes(tiny_policy, tiny_retriever)
     assert lead.low == pytest.approx(4 / 6 - 1.96 * (7 / 18 / 6) ** 0.5)
     assert lead.high == 1.0
     assert (lead.pairs, lead.pairs_off_track, lead.samples, lead.too_long) == (4, 4, 2, 0)
-    assert (lead.em_plain_off_track, lead.em_privileged_off_track, lead.lead_off_track) == (0.0, 1.0, 1.0)
+    assert (lead.em_plain_off_track, lead.em_privileged_off_track) == (0.0, 1.0)
     assert (lead.searches_plain, lead.searches_privileged) == (1, 0)
     tokenizer = tiny_policy.tokenizer
     assert lead.tokens_privileged == len(tokenizer.encode("<answer>Cor Dun</answer>"))
@@ -92,7 +92,7 @@ def test_off_track_starts_are_for_wrong_students_with_something_left_to_do(tiny_
     right = right.model_copy(update={"student": right.student.model_copy(update={"reward": 1.0})})
     lead = measured(tiny_policy, tiny_retriever, [one_turn, right])
     assert (lead.pairs, lead.pairs_off_track) == (2, 0)
-    assert lead.em_plain_off_track is lead.em_privileged_off_track is lead.lead_off_track is None
+    assert lead.em_plain_off_track is lead.em_privileged_off_track is None
 
 
 def test_the_interval_is_of_paired_differences(tiny_policy, tiny_retriever):

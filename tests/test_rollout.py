@@ -5,14 +5,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from scripted import ScriptedEngine
+from scripted import STOP_STRINGS, ScriptedEngine
 from search_e1.config import Prompts, RolloutConfig
 from search_e1.errors import ModelError, RetrievalError
 from search_e1.rollout.engines.base import generate
 from search_e1.rollout.engines.torch import TorchEngine
 from search_e1.rollout.loop import rollout
 from search_e1.rollout.starts import Start, starts
-from search_e1.text.prompts import STOP_STRINGS, observation
+from search_e1.text.prompts import observation
 from search_e1.text.protocol import Action, parse_action
 from search_e1.training.policy import Policy
 from search_e1.types import ActionKind, Question, StopReason, Trajectory

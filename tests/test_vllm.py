@@ -15,6 +15,7 @@ from tenacity import wait_none
 import fake_vllm
 from conftest import PASSAGES, TinyRetriever
 from fake_vllm import LLM
+from scripted import STOP_STRINGS
 from search_e1.config import PolicyConfig, VllmConfig
 from search_e1.errors import ConfigError, EndpointError, ModelError, RetrievalError, SearchE1Error
 from search_e1.rollout.engines import vllm
@@ -26,7 +27,6 @@ from search_e1.rollout.loop import rollout
 from search_e1.rollout.starts import starts
 from search_e1.runs.context import StageContext
 from search_e1.stages.grpo import Grpo
-from search_e1.text.prompts import STOP_STRINGS
 from search_e1.training.policy import Policy
 from search_e1.types import Trajectory
 from serving import misbehaving

@@ -13,6 +13,7 @@ pytest.importorskip("vllm", reason="needs search-e1[vllm]")
 
 from chat import call, chat_tokenizer
 from conftest import PASSAGES, TinyRetriever
+from scripted import STOP_STRINGS
 from search_e1.config import PolicyConfig, Prompts, RolloutConfig, VllmConfig
 from search_e1.config.prompts import ProtocolName
 from search_e1.rollout.engines.base import Engine, Generation, generate
@@ -20,7 +21,6 @@ from search_e1.rollout.engines.torch import TorchEngine
 from search_e1.rollout.engines.vllm import VllmEngine, VllmLaunch, _VLLMSession
 from search_e1.rollout.loop import rollout
 from search_e1.rollout.starts import starts
-from search_e1.text.prompts import STOP_STRINGS
 from search_e1.training.policy import Policy
 from search_e1.types import Question, Trajectory
 from taught import learn, scripted

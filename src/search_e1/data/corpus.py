@@ -18,11 +18,6 @@ MOST_BYTES = 2**20
 _USUAL = CorpusColumns()
 
 
-def read_corpus(*places: str | Path) -> Iterator[Passage]:
-    """The passages of ``places``: see ``Corpus``."""
-    return iter(Corpus(*places))
-
-
 class Corpus:
     """The passages of one or more places, as an iterable; 8 to 24 bytes of memory are kept for each.
 

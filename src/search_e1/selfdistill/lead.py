@@ -72,12 +72,6 @@ class Lead(Record):
         """Searches a question that the reference adds, from the question on; below 0 where it saves some."""
         return self.searches_privileged - self.searches_plain
 
-    @property
-    def lead_off_track(self) -> float | None:
-        if self.em_privileged_off_track is None or self.em_plain_off_track is None:
-            return None
-        return self.em_privileged_off_track - self.em_plain_off_track
-
 
 def hold_out(pairs: Sequence[Pair], config: LeadConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Pairs to distill on, and pairs to measure the lead on; no question is in both. Their order is kept.

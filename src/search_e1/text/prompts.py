@@ -16,7 +16,6 @@ from search_e1.errors import ConfigError, ModelError, SearchE1Error
 from search_e1.text.tools import SEARCH, tools_of
 from search_e1.types import Passage
 
-STOP_STRINGS = ("</search>", "</answer>")
 INFORMATION_OPEN, INFORMATION_CLOSE = "\n\n<information>\n", "</information>\n\n"
 TEMPLATE_TOKENS: dict[ProtocolName, int] = {"tags": 64, "tools": 1024}
 """More than a chat template adds around a message, and what it says of the tools."""

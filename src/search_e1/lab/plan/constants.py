@@ -1,7 +1,6 @@
 """The planner's constants: ``constants.toml``, what was measured on a GPU in place of some (``measured.toml``, which
 ``benchmarks/gpu_report.py`` writes; absent until then), and a file that replaces others."""
 
-import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -56,13 +55,6 @@ class Constants(Record):
             if f"{gpu.name}-".startswith(f"{name.lower()}-"):
                 return gpu
         raise ConfigError(f"--gpu {name}: unknown (known: {', '.join(self.gpus)}; others by [gpus] in --constants FILE)")
-
-    def gpu_of_device(self, name: str, memory_gib: float) -> Gpu | None:
-        """The data sheet of a GPU that its driver calls ``name``; the one of like memory where a model has several."""
-        words = set(re.split(r"[^a-z0-9]+", name.lower()))
-        known = [gpu for gpu in self.gpus.values() if gpu.name.split("-")[0] in words]
-        known = [gpu for gpu in known if ("pcie" in gpu.name) == ("pcie" in words)] or known
-        return min(known, key=lambda gpu: abs(gpu.memory_gib - memory_gib), default=None)
 
 
 def load_constants(path: Path | None = None) -> Constants:
