@@ -1,4 +1,4 @@
-"""The cold start: a pretrained policy, or one from nothing, is fine-tuned on demonstrations of the protocol."""
+"""The cold start: fine-tunes a pretrained or newly initialized policy on demonstrations of the protocol."""
 
 import itertools
 import random
@@ -28,8 +28,8 @@ _LAST = 20  # steps whose mean loss is reported
 
 
 class Coldstart(Stage):
-    """Writes ``policy/`` and ``steps.jsonl``. Figures: questions that gave a demonstration, first and last loss in nats a
-    token, trained tokens a second."""
+    """Writes ``policy/`` and ``steps.jsonl``. Figures: demonstrations by source, questions without one, first and last loss
+    in nats per token, tokens per second."""
 
     id = StageId("coldstart")
 
@@ -43,7 +43,7 @@ class Coldstart(Stage):
     def check(self, run: Inputs) -> None:
         """
         Raises:
-            ConfigError: the config lacks the section, or what demonstrations or a policy from nothing are made of.
+            ConfigError: the section is missing, or data that the demonstrations or a new policy need.
         """
         config = run.config
         if config.coldstart is None:
@@ -55,31 +55,31 @@ class Coldstart(Stage):
     def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
         """
         Raises:
-            DataError: no question gives a demonstration, or one names a passage that the corpus lacks; see
+            DataError: no question yields a demonstration, or a question names a passage that the corpus lacks; see
                 ``demonstrations.gather``.
         """
         coldstart = run.config.coldstart
         assert coldstart
         passages = {passage.id: passage for passage in run.corpus or ()}
-        policy = _start(run, passages)
+        policy = _initial_policy(run, passages)
         longest = min(run.config.rollout.max_tokens, context_length(policy.model.config))
         limits = run.config.rollout.model_copy(update={"max_tokens": longest})
         writer = Writer(policy.tokenizer, policy.prompts, limits, run.retriever)
         lessons, sources = demonstrations.gather(run, writer, passages, context)
-        drawn = batches(lessons, coldstart, seed=run.config.seed)
+        drawn_batches = batches(lessons, coldstart, seed=run.config.seed)
         model = with_adapter(policy.model, coldstart.lora) if coldstart.lora else policy.model
         sharding = run.config.parallel.sharding
         trained = TrainedPolicy(model, coldstart.training, frozen_start=False, sharding=sharding, dtype=policy.dtype)
         schedule = Schedule(coldstart.steps, coldstart.learning_rate)
         objective = Sft(logits_mib=coldstart.training.logits_mib)
-        source = BatchSource(drawn, context_length(policy.model.config))
-        asked = probe.questions_of(run.train_questions, lessons, coldstart.probe, run.config.seed)
+        source = BatchSource(drawn_batches, context_length(policy.model.config))
+        probe_questions = probe.questions_of(run.train_questions, lessons, coldstart.probe, run.config.seed)
         probed = {}
-        if asked and run.config.policy.model != NEW:
-            probed["before"] = probe.measure(run, trained, policy, asked, "before.jsonl", context)
+        if probe_questions and run.config.policy.model != NEW:
+            probed["before"] = probe.measure(run, trained, policy, probe_questions, "before.jsonl", context)
         steps = train(trained, source, {"sft": objective}, coldstart.training, schedule, context)
-        if asked:
-            probed["after"] = probe.measure(run, trained, policy, asked, "after.jsonl", context)
+        if probe_questions:
+            probed["after"] = probe.measure(run, trained, policy, probe_questions, "after.jsonl", context)
         policy.model = trained.finish()
         if ranks.is_first():
             policy.save(context.out / "policy")
@@ -100,8 +100,8 @@ class Coldstart(Stage):
         }
 
 
-def _start(run: Inputs, passages: Mapping[str, Passage]) -> Policy:
-    """The policy of the config, or one from nothing."""
+def _initial_policy(run: Inputs, passages: Mapping[str, Passage]) -> Policy:
+    """The config's policy, or a newly initialized one for ``policy.model = "new"``."""
     config = run.config
     assert config.coldstart
     if config.policy.model != NEW:
@@ -115,7 +115,7 @@ def _start(run: Inputs, passages: Mapping[str, Passage]) -> Policy:
 
 
 class BatchSource:
-    """The samples of each step from an iterator that gives a step's samples at a time, the same for a seed."""
+    """Serves the training loop from an iterator of batches, one per step. The iterator must be deterministic for resuming."""
 
     def __init__(self, batches: Iterator[Sequence[Sample]], context_length: int) -> None:
         self.figures: Mapping[str, float] = {}
@@ -124,7 +124,7 @@ class BatchSource:
     def next(self, step: int) -> Mapping[str, Sequence[Sample]]:
         """
         Raises:
-            DataError: the iterator has ended, or a sample is longer than the policy's context.
+            DataError: the iterator is exhausted, or a sample is longer than the policy's context.
         """
         batch = next(itertools.islice(self._batches, step - self._drawn, None), None)
         if not batch:
@@ -141,7 +141,7 @@ class BatchSource:
 def _tokenizer_texts(
     questions: Sequence[Question], passages: Mapping[str, Passage], prompts: Prompts, count: int, seed: int
 ) -> list[str]:
-    """What the tokenizer is trained on: questions, a sample of the passages, and the words around them."""
+    """Training texts of the tokenizer: questions, ``count`` passages, and the prompts' and protocol's phrases, repeated."""
     sample = random.Random(seed).sample(list(passages), min(count, len(passages)))
     phrases = (
         "I need to find",

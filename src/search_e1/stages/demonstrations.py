@@ -1,4 +1,4 @@
-"""The demonstrations of a cold start, from wherever ``coldstart.demonstrations`` says."""
+"""The demonstrations of a cold start, from the source that ``coldstart.demonstrations`` names."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -20,11 +20,11 @@ Source = Literal["passages", "questions", "endpoint", "file"]
 class Taught(NamedTuple):
     lessons: Sequence[Lesson]
     figures: Mapping[str, Any]
-    """Demonstrations by source, and more of what the source has to say."""
+    """Number of demonstrations by source, and the source's own figures."""
 
 
 def sources(config: Config) -> tuple[Source, ...]:
-    """Where demonstrations come from. Of passages and questions, questions are for those that name no passages."""
+    """The sources of demonstrations. With both passages and questions, "questions" serves questions that name no passages."""
     assert config.coldstart
     if config.coldstart.demonstrations != "auto":
         return (config.coldstart.demonstrations,)
@@ -38,7 +38,7 @@ def sources(config: Config) -> tuple[Source, ...]:
 def check(config: Config) -> None:
     """
     Raises:
-        ConfigError: what the source needs is missing, or the endpoint's URL is none.
+        ConfigError: data that the source needs is missing, or the endpoint's URL is invalid.
     """
     chosen = sources(config)
     if chosen == ("passages",) and not config.data.corpus:
@@ -52,7 +52,7 @@ def check(config: Config) -> None:
 
 
 def inputs(run: Inputs) -> Mapping[str, str]:
-    """What demonstrations are made of, beside the training questions and the passages."""
+    """Checksum of the demonstration file, if it is the source; questions and passages are inputs of the stage already."""
     path = run.config.data.demonstrations
     return {"demonstrations": run.checksum(path)} if path and sources(run.config) == ("file",) else {}
 
@@ -61,7 +61,7 @@ def gather(run: Inputs, writer: Writer, corpus: Mapping[str, Passage], context: 
     """The demonstrations of the training questions.
 
     Raises:
-        DataError: a question names a passage that ``corpus`` lacks; see ``Demonstrations.lessons`` for the file.
+        DataError: a question names a passage that ``corpus`` lacks; for a file, see ``Demonstrations.lessons``.
         EndpointError: see ``endpoint.sample``.
         RetrievalError: from the retriever.
     """
@@ -70,23 +70,23 @@ def gather(run: Inputs, writer: Writer, corpus: Mapping[str, Passage], context: 
         return _from_file(run, writer)
     if chosen == ("endpoint",):
         return _from_endpoint(run, writer, context)
-    taught_by_passages = (q for q in run.train_questions if passages.names_passages(q) and not q.unanswerable)
-    named = list(taught_by_passages) if "passages" in chosen else []
+    naming_passages = (q for q in run.train_questions if passages.names_passages(q) and not q.unanswerable)
+    named = list(naming_passages) if "passages" in chosen else []
     supported = hops.lessons(passages.plans(named, corpus, seed=run.config.seed), writer, context.progress)
     if "questions" not in chosen:
         return Taught(supported, {"passages": len(supported)})
-    known = {question.id for question in named}
-    rest = [question for question in run.train_questions if question.id not in known]
+    named_ids = {question.id for question in named}
+    rest = [question for question in run.train_questions if question.id not in named_ids]
     plans = questions.plans(rest, writer, seed=run.config.seed, progress=context.progress)
-    found = hops.lessons(plans, writer, context.progress)
-    return Taught([*supported, *found], {"passages": len(supported), "questions": len(found)})
+    searched = hops.lessons(plans, writer, context.progress)
+    return Taught([*supported, *searched], {"passages": len(supported), "questions": len(searched)})
 
 
 def _from_file(run: Inputs, writer: Writer) -> Taught:
     path = run.config.data.demonstrations
     assert path
-    given = Demonstrations(path, writer.tokenizer, writer.prompts)
-    lessons, left_out = given.lessons(run.train_questions, writer, seed=run.config.seed)
+    demonstrations = Demonstrations(path, writer.tokenizer, writer.prompts)
+    lessons, left_out = demonstrations.lessons(run.train_questions, writer, seed=run.config.seed)
     return Taught(lessons, {"file": len(lessons), "wrong or too long": left_out})
 
 
@@ -94,9 +94,9 @@ def _from_endpoint(run: Inputs, writer: Writer, context: StageContext) -> Taught
     config = run.config
     assert config.coldstart
     assert config.coldstart.endpoint
-    asked = subsample(run.train_questions, config.coldstart.endpoint.questions, config.seed)
+    questions = subsample(run.train_questions, config.coldstart.endpoint.questions, config.seed)
     figures = endpoint.sample(
-        config.coldstart.endpoint, asked, run.retriever, writer.prompts, config.rollout,
+        config.coldstart.endpoint, questions, run.retriever, writer.prompts, config.rollout,
         seed=context.seed, out=context.out, progress=context.progress, checkpointer=context.checkpointer,
     )  # fmt: skip
     lessons = endpoint.lessons(pool.read(context.out / pool.FILE), writer, seed=config.seed)

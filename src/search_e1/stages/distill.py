@@ -1,4 +1,4 @@
-"""Distillation, or fine-tuning on the same references: the policy learns from stored pairs."""
+"""Distillation on stored pairs, or supervised fine-tuning on their references."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -36,13 +36,13 @@ from search_e1.types import Pair, Sample
 
 @dataclass(frozen=True, slots=True)
 class Distill(Stage):
-    """``policy`` distilled on the pairs; an adapter is merged. Writes ``policy/`` and ``steps.jsonl``.
+    """Distills ``policy`` on the pairs; adapters are merged. Writes ``policy/`` and ``steps.jsonl``.
 
-    Figures: pairs (for ``sft`` distinct references), pairs_too_long, pairs_shortened (whose reference lacks passages, so that
-    it fits), positions (tokens in the loss, an epoch), masked (share of sampled tokens without weight), steps, halved, the
-    loss (kl or cross_entropy, nats a token) over the first and the last tenth of the steps, seconds; with adapters the merged
-    strength, and EM and tokens at each that was tried; of teachers that are verified, how many were asked, were right, and
-    searched beyond their reference.
+    Figures: pairs (for ``sft`` distinct references), pairs_too_long, pairs_shortened (passages dropped from the reference to
+    fit the context), positions (tokens in the loss per epoch), masked (share of sampled tokens without weight), steps, halved,
+    mean loss (kl or cross_entropy, nats per token) over the first and the last tenth of the steps, seconds. With adapters: the
+    merged strength, and EM and tokens for each strength tried. With verified teachers: how many were sampled, were correct,
+    and searched more than their reference.
     """
 
     policy: str | Path
@@ -52,19 +52,19 @@ class Distill(Stage):
     """The measured lead's directory; ``None`` where the objective has no teacher."""
     round: int
     other_policy: bool = False
-    """Whether another policy's pairs will do."""
+    """Whether pairs of another policy are accepted."""
 
     @property
     def id(self) -> StageId:
         return StageId("ofsd", self.round)
 
     def settings(self, config: Config) -> Mapping[str, Any]:
-        return sections(config, "distill", *(("rollout", "pool") if _samples(config) else ()))
+        return sections(config, "distill", *(("rollout", "pool") if _needs_sampling(config) else ()))
 
     def inputs(self, run: Inputs) -> Mapping[str, str]:
         """
         Raises:
-            RunError: another policy's pairs.
+            RunError: the pairs come from another policy.
             NoLeadError: the measured lead does not pass the gate.
         """
         run.sampled_by(self.pairs, self.policy, self.other_policy)
@@ -72,7 +72,7 @@ class Distill(Stage):
             assert self.lead, "nothing is distilled unmeasured"
             measured = Lead.model_validate_json((self.lead / LEAD).read_text())
             gate(measured, run.config.lead, verified=run.config.distill.verifies)
-        sampled = run.sampled_on(self.policy) if _samples(run.config) else {"policy": run.checksum(self.policy)}
+        sampled = run.sampled_on(self.policy) if _needs_sampling(run.config) else {"policy": run.checksum(self.policy)}
         return {**sampled, "pairs": runs.checksum(self.pairs / files.TRAIN)}
 
     def check(self, run: Inputs) -> None:
@@ -87,7 +87,7 @@ class Distill(Stage):
     def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
         """
         Raises:
-            DataError: no pairs, none that fits, or pairs of another tokenizer.
+            DataError: no pairs, none that fits the context, or pairs of another tokenizer.
             NoLeadError: no teacher follows its reference.
         """
         config = run.config.distill
@@ -101,7 +101,7 @@ class Distill(Stage):
         trained = TrainedPolicy(
             model, config.training, frozen_start=objective.needs_start, sharding=sharding, dtype=policy.dtype
         )
-        pairs, asked = verified(run, trained, policy, pairs, context) if config.verifies else (pairs, {})
+        pairs, verification = verified(run, trained, policy, pairs, context) if config.verifies else (pairs, {})
         samples = make_samples(policy, pairs, config)
         source: EpochSource | FreshStudents
         with ExitStack() as stack:
@@ -126,22 +126,22 @@ class Distill(Stage):
             "halved": sum(step.get("halved", 0) for step in steps),
             **ends(steps, "loss", 0.1, name="cross_entropy" if imitates else "kl"),
             **strength,
-            **asked,
+            **verification,
             "seconds": sum(step["seconds"] for step in steps),
         }
 
 
-def _samples(config: Config) -> bool:
-    """Whether the stage samples from the policy, so that more than its pairs decides about the result."""
+def _needs_sampling(config: Config) -> bool:
+    """Whether the stage samples from the policy, so that its result depends on questions and retrieval too."""
     distill = config.distill
     return distill.students == "fresh" or distill.verifies or len(distill.merge.strengths) > 1
 
 
 def make_samples(policy: Policy, pairs: Sequence[Pair], config: DistillConfig) -> list[Sample]:
-    """What is learned from ``pairs``: students under their teacher, or for ``sft`` each reference once.
+    """The training samples of ``pairs``: each student with its teacher's prompt, or for ``sft`` each distinct reference.
 
     Raises:
-        DataError: no pairs, or none that fits the policy's context.
+        DataError: no pairs, or none fits the policy's context.
     """
     if not pairs:
         raise DataError("no pairs to distill on; sample a larger pool (pool.questions, pool.group_size) or check its health")
@@ -163,7 +163,7 @@ def make_samples(policy: Policy, pairs: Sequence[Pair], config: DistillConfig) -
 
 
 def masked_share(samples: Sequence[Sample]) -> float:
-    """Of the students' sampled tokens, the share that has no weight in the loss."""
+    """Share of the students' sampled tokens without weight in the loss."""
     sampled = sum(sum(sample.action_mask) for sample in samples)
     return 1 - sum(len(sample.positions) for sample in samples) / sampled
 
@@ -173,17 +173,17 @@ def _examples(pairs: Sequence[Pair], config: DistillConfig) -> int:
 
 
 class EpochSource:
-    """All samples once an epoch; this rank's share of each batch.
+    """Serves every sample once per epoch; each call returns this rank's share of the batch.
 
-    If ``shuffled``, in an order that follows from seed and epoch and makes batches of like lengths (transformers'
-    length-grouped order), so that little is padded; else as they are given.
+    ``shuffled``: in transformers' length-grouped order, derived from seed and epoch, which keeps padding low; else in the
+    given order.
     """
 
     def __init__(self, samples: Sequence[Sample], batch_size: int, seed: int, *, shuffled: bool = True) -> None:
         self.figures: Mapping[str, float] = {}
         self._samples, self._size, self._seed, self._shuffled = samples, batch_size, seed, shuffled
         self.steps = -(-len(samples) // batch_size)
-        """Batches an epoch; the last may be smaller."""
+        """Batches per epoch; the last may be smaller."""
 
     def next(self, step: int) -> Mapping[str, Sequence[Sample]]:
         epoch, at = divmod(step, self.steps)

@@ -1,4 +1,4 @@
-"""Evaluation of a policy on the evaluation questions, and what retrieval makes possible there."""
+"""Evaluation of a policy on the evaluation questions, and retrieval recall on them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from search_e1.stages.stage import Stage, sections
 
 @dataclass(frozen=True, slots=True)
 class Recall(Stage):
-    """What retrieval can do for each evaluation question, whatever the policy; in ``recall.jsonl``."""
+    """Retrieval recall of each evaluation question, independent of the policy; writes ``recall.jsonl``."""
 
     parallel = False
     uses_device = False
@@ -36,8 +36,8 @@ class Recall(Stage):
         return sections(config, "rollout", "data.max_eval")
 
     def inputs(self, run: Inputs) -> Mapping[str, str]:
-        known = {"corpus": run.corpus_checksum} if run.config.retrieval.url and run.config.data.corpus else {}
-        return {**run.evaluated_on(), **known}
+        corpus = {"corpus": run.corpus_checksum} if run.config.retrieval.url and run.config.data.corpus else {}
+        return {**run.evaluated_on(), **corpus}
 
     def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
         topk = run.config.rollout.topk
@@ -49,19 +49,19 @@ class Recall(Stage):
 
 @dataclass(frozen=True, slots=True)
 class Evaluate(Stage):
-    """``policy``, or what an endpoint serves, on the evaluation questions; see ``evaluation.evaluate`` for the files."""
+    """Evaluates ``policy``, or an endpoint's model, on the evaluation questions; see ``evaluation.evaluate`` for the files."""
 
     policy: str | Path | Endpoint
     name: str
     recall: Artifact | None = None
     benchmarks: Sequence[str] = ()
-    """Those of ``data.eval`` that are asked; all, if none is named."""
+    """Benchmarks of ``data.eval`` to evaluate on; empty: all."""
 
     @property
     def id(self) -> StageId:
         """
         Raises:
-            ConfigError: no directory can have this name.
+            ConfigError: ``name`` cannot be the name of a directory.
         """
         if not is_name(self.name):
             raise ConfigError(
@@ -71,7 +71,7 @@ class Evaluate(Stage):
 
     @property
     def seed_name(self) -> str:
-        return "evaluation"  # the same for every policy: what differs between two evaluations is the policy
+        return "evaluation"  # the same for every policy, so that two evaluations differ in the policy alone
 
     def settings(self, config: Config) -> Mapping[str, Any]:
         return sections(config, "evaluation", "rollout", "data.max_eval")
@@ -79,13 +79,13 @@ class Evaluate(Stage):
     def inputs(self, run: Inputs) -> Mapping[str, str]:
         policy = self.policy
         if isinstance(policy, Endpoint):
-            asked = {"endpoint": policy.address, "model": policy.model, "ids": "words of an endpoint, not trainable"}
+            evaluated = {"endpoint": policy.address, "model": policy.model, "ids": "words of an endpoint, not trainable"}
         else:
-            asked = {"policy": run.checksum(policy)}
-        found = {**asked, **run.evaluated_on(run.benchmarks(self.benchmarks))}
+            evaluated = {"policy": run.checksum(policy)}
+        inputs = {**evaluated, **run.evaluated_on(run.benchmarks(self.benchmarks))}
         if self.recall:
-            found["recall"] = runs.checksum(self.recall.path / recalls.FILE)
-        return found
+            inputs["recall"] = runs.checksum(self.recall.path / recalls.FILE)
+        return inputs
 
     def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
         rows = recalls.read(self.recall.path / recalls.FILE) if self.recall else ()

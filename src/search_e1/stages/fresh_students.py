@@ -1,8 +1,8 @@
-"""On-policy self-distillation: the students of a step are sampled from the policy as it is in that step.
+"""On-policy self-distillation: each step samples its students from the current policy.
 
-Stored students are off-policy as soon as the policy moves: it is then taught in states that it no longer visits. On-policy
-forms are SDFT (arXiv:2601.19897) and OPSD (arXiv:2601.18734); version 2 of Search-E1 (arXiv:2605.22511) names its method so.
-The teacher is the same as offline: the policy as the stage began, with the reference in its prompt.
+Stored students go off-policy as soon as the policy changes: it is then trained on states that it no longer visits. SDFT
+(arXiv:2601.19897) and OPSD (arXiv:2601.18734) are on-policy; version 2 of Search-E1 (arXiv:2605.22511) calls its method
+on-policy too. The teacher is the same as offline: the stage's initial policy under the privileged prompt.
 """
 
 import random
@@ -26,7 +26,7 @@ from search_e1.types import Pair, Sample
 
 
 class FreshStudents:
-    """One new trajectory a step for each of ``distill.batch_size`` references, all references once an epoch."""
+    """Samples one new student for each of ``distill.batch_size`` references per step; every reference once per epoch."""
 
     def __init__(
         self,
@@ -38,15 +38,15 @@ class FreshStudents:
         path: str | Path,
         stack: ExitStack,
     ) -> None:
-        """``path``: what an engine beside the policy loads first; ``stack`` closes it."""
+        """``path``: the policy that an engine other than ``torch`` loads first; ``stack`` closes the engine."""
         self.figures: Mapping[str, float] = {}
         self._run, self._policy, self._context = run, policy, context
         self._pairs = list({(p.question.id, p.reference.response_ids): p for p in reversed(pairs)}.values())[::-1]
         self._size = run.config.distill.batch_size
         self.steps = -(-len(self._pairs) // self._size)
-        """An epoch."""
+        """Steps per epoch."""
         self._engine = stack.enter_context(open_training_engine(run.config, path, trained, policy.tokenizer))
-        self._told = StepRollouts(context.progress, self.steps * run.config.distill.epochs)
+        self._rollout_progress = StepRollouts(context.progress, self.steps * run.config.distill.epochs)
 
     def next(self, step: int) -> Mapping[str, Sequence[Sample]]:
         epoch, at = divmod(step, self.steps)
@@ -54,7 +54,7 @@ class FreshStudents:
         if self._run.config.distill.order == "shuffled":
             order = random.Random(derived_seed(self._context.seed, "epoch", epoch)).sample(order, len(order))
         places = range(at * self._size, min((at + 1) * self._size, len(order)))[ranks.rank() :: ranks.count()]
-        pairs = self._sampled(step, places, [order[place] for place in places])
+        pairs = self._with_fresh_students(step, places, [order[place] for place in places])
         config, policy = self._run.config.distill, self._policy
         weights = config.class_weights.model_dump()
         samples = [
@@ -64,8 +64,8 @@ class FreshStudents:
         self.figures = _figures(pairs, samples, fitting)
         return {"distill": fitting}
 
-    def _sampled(self, step: int, places: Sequence[int], pairs: Sequence[Pair]) -> list[Pair]:
-        """``pairs`` with students of the policy as it is now."""
+    def _with_fresh_students(self, step: int, places: Sequence[int], pairs: Sequence[Pair]) -> list[Pair]:
+        """``pairs`` with students sampled from the current policy."""
         config, prompts = self._run.config, self._policy.prompts
         plain = starts(self._policy.tokenizer, prompts, [pair.question for pair in pairs])
         begun = [replace(start, sample=place) for start, place in zip(plain, places, strict=True)]
@@ -73,13 +73,13 @@ class FreshStudents:
             trajectories = rollout(
                 engine, self._run.retriever, begun, config.rollout,
                 temperature=config.pool.temperature, seed=derived_seed(self._context.seed, step), prompts=prompts,
-                unfinished=unfinished_in(self._context.checkpointer), on_trajectory=self._told.of(step, len(begun)),
+                unfinished=unfinished_in(self._context.checkpointer), on_trajectory=self._rollout_progress.of(step, len(begun)),
             )  # fmt: skip
         return [pair.model_copy(update={"student": t}) for pair, t in zip(pairs, trajectories, strict=True)]
 
 
 def _figures(pairs: Sequence[Pair], samples: Sequence[Sample], fitting: Sequence[Sample]) -> dict[str, float]:
-    """Means over the step's students, of all ranks; ``masked``: the share of their sampled tokens without weight."""
+    """Means over the step's students on all ranks; ``masked``: the share of their sampled tokens without weight."""
     sums = {
         "students": float(len(pairs)),
         "reward": sum(pair.student.reward for pair in pairs),

@@ -1,4 +1,4 @@
-"""Questions answered greedily by a policy that is in training: what a stage judges its own work by."""
+"""Greedy answers of a policy in training, by which a stage judges its own progress."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -15,8 +15,8 @@ from search_e1.types import Group, Question, Trajectory
 def answer_greedily(
     run: Inputs, trained: TrainedPolicy, policy: Policy, questions: Sequence[Question], name: str, context: StageContext
 ) -> list[Trajectory]:
-    """A trajectory for each question, in their order; written into ``name`` in ``context.out``, and not sampled again where
-    it is there. All ranks call it.
+    """One greedy trajectory per question, in order; written to ``name`` in ``context.out`` and reused from there. All ranks
+    must call it.
 
     Raises:
         Stopped: a signal asked to stop.

@@ -41,12 +41,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Grpo(Stage):
-    """``policy`` trained for one round.
+    """Trains ``policy`` for one round.
 
     Writes ``policy/``, ``steps.jsonl`` and, with ``grpo.keep_groups``, ``groups.jsonl``. Figures: steps, seconds, mean reward
-    of the first and of the last quarter of the steps, the share of groups with mixed rewards (the others teach nothing),
-    searches and sampled tokens of a trajectory in the last quarter, and how often a pass was halved for lack of memory.
-    ``stopped_early``, only where the guard ended the stage: a ``Collapse``; the policy is the best one before it.
+    over the first and the last quarter of the steps, the share of groups with mixed rewards (only these have advantages),
+    searches and sampled tokens per trajectory over the last quarter, and how often a pass was halved for lack of memory.
+    ``stopped_early``, if the guard ended the stage: a ``Collapse``; the policy is then the best one before it.
     """
 
     policy: str | Path
@@ -66,8 +66,8 @@ class Grpo(Stage):
     def check(self, run: Inputs) -> None:
         """
         Raises:
-            ConfigError: an unknown objective, sizes that do not fit together, or an engine that keeps the first policy.
-            DataError: two questions with one id.
+            ConfigError: an unknown objective, sizes that do not fit together, or an engine whose weights cannot be updated.
+            DataError: two questions share an id.
         """
         check(run.config.grpo, run.train_questions)
         make_objectives(run.config)
@@ -97,7 +97,7 @@ class Grpo(Stage):
                 steps = train(trained, source, objectives, config.training, schedule, context, headline="reward", guard=guard)
                 collapse = guard.collapsed(steps)
                 if kept and collapse:
-                    kept.add(collapse.kept, [])  # drops what was sampled since
+                    kept.add(collapse.kept, [])  # drops the groups sampled since
             policy.model = trained.finish()
         if ranks.is_first():
             policy.save(context.out / "policy")
@@ -107,10 +107,11 @@ class Grpo(Stage):
 
 
 def check(config: GrpoConfig, questions: Sequence[Question]) -> None:
-    """See that a step can be made of these questions.
+    """Check that the questions suffice for a step and can be shared by the ranks.
 
     Raises:
-        ConfigError, DataError: it cannot.
+        ConfigError: too few questions, or fewer questions per step than ranks.
+        DataError: two questions share an id.
     """
     if len({question.id for question in questions}) < len(questions):
         raise DataError("two training questions have the same id; give each its own")
@@ -127,7 +128,7 @@ def check(config: GrpoConfig, questions: Sequence[Question]) -> None:
 
 
 def make_objectives(config: Config) -> dict[str, Objective]:
-    """What a GRPO step learns by: the policy gradient first, then what may be added to it."""
+    """The objectives of a GRPO step: the policy gradient, then the optional additions."""
     grpo = config.grpo
     objectives: dict[str, Objective] = {"grpo": open_objective(grpo.objective, "grpo.objective", config)}
     if grpo.hindsight.weight:
@@ -140,16 +141,16 @@ def make_objectives(config: Config) -> dict[str, Objective]:
 
 
 def question_order(questions: Sequence[Question], config: GrpoConfig, seed: int) -> list[Question]:
-    """The questions of all steps: pass after pass over all questions, each shuffled anew."""
+    """The questions of all steps: repeated passes over ``questions``, reshuffled each pass."""
     shuffler, count = random.Random(seed), config.steps * config.questions_per_step
-    asked: list[Question] = []
-    while len(asked) < count:
-        asked += shuffler.sample(list(questions), len(questions))
-    return asked[:count]
+    order: list[Question] = []
+    while len(order) < count:
+        order += shuffler.sample(list(questions), len(questions))
+    return order[:count]
 
 
 class GroupSource:
-    """Samples the groups of a step from the current policy: this rank's share of its questions."""
+    """Samples this rank's share of a step's groups from the current policy."""
 
     def __init__(
         self,
@@ -161,13 +162,13 @@ class GroupSource:
         kept: Groups | None,
         stack: ExitStack,
     ) -> None:
-        """``path``: what an engine beside the policy loads first; ``stack`` closes it."""
+        """``path``: the policy that an engine other than ``torch`` loads first; ``stack`` closes the engine."""
         self.figures: Mapping[str, float] = {}
         self._run, self._policy, self._trained, self._context, self._kept = run, policy, trained, context, kept
         self._config = run.config.grpo
         self._order = question_order(run.train_questions, self._config, context.seed)
         self._engine = stack.enter_context(open_training_engine(run.config, path, trained, policy.tokenizer))
-        self._told = StepRollouts(context.progress, self._config.steps)
+        self._rollout_progress = StepRollouts(context.progress, self._config.steps)
 
     def next(self, step: int) -> Mapping[str, Sequence[Sample]]:
         config = self._config
@@ -176,32 +177,32 @@ class GroupSource:
         groups = self._sample(step, [(place - begin, self._order[place]) for place in places])
         rewards = [self._rewards(group) for group in groups]
         self.figures = _figures(groups, rewards, config)
-        everyone: list[Group] = []
+        all_groups: list[Group] = []
         if config.replay.examples_per_step or config.keep_groups:
-            everyone = _interleaved(ranks.all_gather_object(groups))
+            all_groups = _interleaved(ranks.all_gather_object(groups))
             if self._kept and ranks.is_first():
-                self._kept.add(step, everyone)
-        return self._samples(groups, rewards, everyone)
+                self._kept.add(step, all_groups)
+        return self._samples(groups, rewards, all_groups)
 
-    def _sample(self, step: int, asked: Sequence[tuple[int, Question]]) -> list[Group]:
+    def _sample(self, step: int, questions: Sequence[tuple[int, Question]]) -> list[Group]:
         policy, size = self._policy, self._config.group_size
         begun: list[Start] = []
-        for place, question in asked:
+        for place, question in questions:
             (plain,) = starts(policy.tokenizer, policy.prompts, [question])
             begun += [replace(plain, sample=place * size + i) for i in range(size)]
         with self._engine.updated() as engine:
             trajectories = rollout(
                 engine, self._run.retriever, begun, self._run.config.rollout,
                 temperature=self._config.temperature, seed=derived_seed(self._context.seed, step), prompts=policy.prompts,
-                unfinished=unfinished_in(self._context.checkpointer), on_trajectory=self._told.of(step, len(begun)),
+                unfinished=unfinished_in(self._context.checkpointer), on_trajectory=self._rollout_progress.of(step, len(begun)),
             )  # fmt: skip
         return [
             Group(question=question, trajectories=tuple(trajectories[i * size : (i + 1) * size]))
-            for i, (_, question) in enumerate(asked)
+            for i, (_, question) in enumerate(questions)
         ]
 
     def _rewards(self, group: Group) -> list[float]:
-        """What the trajectories of a group are compared by."""
+        """The rewards that advantages are computed from: each trajectory's own, plus a length penalty if configured."""
         own = [trajectory.reward for trajectory in group.trajectories]
         if not self._config.length_penalty:
             return own
@@ -209,7 +210,7 @@ class GroupSource:
         return [reward + penalty for reward, penalty in zip(own, penalties, strict=True)]
 
     def _samples(
-        self, groups: Sequence[Group], rewards: Sequence[Sequence[float]], everyone: Sequence[Group]
+        self, groups: Sequence[Group], rewards: Sequence[Sequence[float]], all_groups: Sequence[Group]
     ) -> dict[str, list[Sample]]:
         run, config, policy = self._run, self._config, self._policy
         context, shown = self._engine.context_length, run.config.reference
@@ -227,8 +228,8 @@ class GroupSource:
         if config.gated.weight:
             samples["gated"] = [sample for sample in teach(shown) if sample]
         if config.replay.examples_per_step and config.replay.weight:
-            every = replay_samples(policy, everyone, config.replay, context, shown)
-            samples["replay"] = every[ranks.rank() :: ranks.count()]
+            replayed = replay_samples(policy, all_groups, config.replay, context, shown)
+            samples["replay"] = replayed[ranks.rank() :: ranks.count()]
         if config.evidence.strength or config.correction.strength:
             fit_passes(self._trained, {**samples, "taught": [sample for sample in teach(shown) if sample]})
         if config.evidence.strength:
@@ -239,7 +240,7 @@ class GroupSource:
 
 
 def sample_of(trajectory: Trajectory, advantage: float, *, reweighed: bool = False) -> Sample:
-    """What GRPO learns from a trajectory; ``reweighed``: by the log-probabilities of the engine that sampled it."""
+    """The GRPO sample of a trajectory; ``reweighed``: with the sampling log-probabilities, for importance weights."""
     response, logprobs = trajectory.response_ids, None
     if reweighed:
         rows = [(*(turn.sampling_logprobs or ()), *[0.0] * len(turn.observation_ids)) for turn in trajectory.turns]
@@ -255,13 +256,13 @@ def sample_of(trajectory: Trajectory, advantage: float, *, reweighed: bool = Fal
 
 
 def _interleaved(parts: Sequence[Sequence[Group]]) -> list[Group]:
-    """The step's groups in their order, of which each rank has every n-th."""
+    """The step's groups in question order; rank r of n holds groups r, r + n, r + 2n, ..."""
     longest = max(map(len, parts))
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
 
 def _figures(groups: Sequence[Group], rewards: Sequence[Sequence[float]], config: GrpoConfig) -> dict[str, float]:
-    """Means over the step's trajectories, of all ranks."""
+    """Means over the step's trajectories on all ranks."""
     trajectories = [t for group in groups for t in group.trajectories]
     sums = {
         "trajectories": float(len(trajectories)),
@@ -283,7 +284,7 @@ def _figures(groups: Sequence[Group], rewards: Sequence[Sequence[float]], config
 
 
 def describe_collapse(stage: str, collapse: Collapse, config: GrpoConfig) -> str:
-    """One line: steps, figures, what the stage's policy is, and the remedy."""
+    """One line: step, figures, which policy is kept, and the remedy."""
     what = {"reward": "the mean reward", "answered": "the share of answered trajectories"}[collapse.figure]
     before = f"step {collapse.kept - 1}" if collapse.kept > 1 else "the beginning of the stage"
     return (

@@ -1,4 +1,4 @@
-"""What the stages of a run read: questions, passages, the retriever, policies and engines; each opened once."""
+"""Inputs of a run's stages: questions, passages, retriever, policies and engines."""
 
 import difflib
 import logging
@@ -39,7 +39,7 @@ from search_e1.types import Question
 logger = logging.getLogger(__name__)
 
 Watch = Callable[[str], AbstractContextManager[Progress]]
-"""Called with the name of a stage that is about to work; its context gives the stage something to tell progress to."""
+"""Called with the name of a stage about to run; the context yields the stage's progress callback."""
 
 
 def no_progress(stage: str) -> AbstractContextManager[Progress]:
@@ -48,7 +48,7 @@ def no_progress(stage: str) -> AbstractContextManager[Progress]:
 
 
 class Inputs:
-    """Questions, passages and retriever of the run in ``root`` under ``config``."""
+    """Inputs of the run in ``root`` under ``config``; questions and retriever are opened on first use, once."""
 
     def __init__(self, config: Config, root: Path, watch: Watch = no_progress) -> None:
         self.config = config
@@ -58,7 +58,7 @@ class Inputs:
 
     @cached_property
     def train_questions(self) -> list[Question]:
-        """The training questions, or the subset of them that the config asks for."""
+        """The training questions, at most ``data.max_train`` of them."""
         questions = load_many(self.config.data.train, not_found=self.config.rollout.rewards.not_found)
         return subsample(questions, self.config.data.max_train, self.config.seed)
 
@@ -73,7 +73,7 @@ class Inputs:
 
     @cached_property
     def retriever(self) -> Retriever:
-        """The retriever, connected and probed, behind its query cache if it has one."""
+        """The retriever, connected and probed; behind a query cache if ``retrieval.cache`` applies."""
         section = self.config.retrieval
         if section.cache is False or (section.cache is True and self._kinds):
             return self._index
@@ -97,7 +97,7 @@ class Inputs:
 
     @cached_property
     def _verified(self) -> Retriever:
-        """The index with every byte verified; one that the run has built is verified with its artifact."""
+        """The index, with given directories verified by checksum; an index built by the run is verified with its artifact."""
         for directory in self.config.retrieval.index:
             with self.watch("index check") as progress:
                 directories.verify(directory, progress)
@@ -105,22 +105,22 @@ class Inputs:
 
     @property
     def _indexes(self) -> Sequence[Path]:
-        """Directories of indexes over the same passages: given, or built."""
+        """Directories of the indexes, given or built; all over the same passages."""
         return self.config.retrieval.index or [self.index.path / kind for kind in self._kinds]
 
     @property
     def _kinds(self) -> tuple[str, ...]:
-        """Kinds of index that are searched; empty for a server or a user's own retriever."""
+        """Kinds of the indexes searched; empty for a server or a user's own retriever."""
         return index_kinds(self.config.retrieval)
 
     @property
     def _server_key(self) -> str | None:
-        """What names the passages behind a server or a user's own retriever."""
+        """Identifies the passages behind a server or a user's own retriever: its checksum, else ``retrieval.cache_key``."""
         return getattr(self._index, "checksum", None) or self.config.retrieval.cache_key
 
     @cached_property
     def corpus(self) -> Corpus | None:
-        """The passages of ``data.corpus``, which are read when it is iterated over; ``None`` without it.
+        """The passages of ``data.corpus``, read lazily; ``None`` if it is not given.
 
         Raises:
             DataError: a file does not exist.
@@ -141,7 +141,7 @@ class Inputs:
 
     @cached_property
     def index(self) -> Artifact:
-        """The index of ``data.corpus``, or both if they are to be fused, each in a directory named by its kind."""
+        """The artifact with the index of ``data.corpus``, or with both for ``hybrid``; one subdirectory per kind."""
         corpus = self.corpus
         if corpus is None:
             raise DataError("data.corpus is missing; give it, or retrieval.index, or retrieval.url")
@@ -149,9 +149,9 @@ class Inputs:
 
         def make(out: Path) -> dict[str, Any]:
             for kind in self._kinds:
-                # Encoding can take hours, and what it has written outlives a kill here, unlike in the artifact's directory.
+                # Encoding can take hours. Partial results survive preemption here, but not in the artifact's directory.
                 place = self.root / f".index-{kind}"
-                shutil.rmtree(place, ignore_errors=True)  # complete, but perhaps of other settings
+                shutil.rmtree(place, ignore_errors=True)  # complete, but maybe built with other settings
                 dense = DenseSettings(retrieval.encoder, retrieval.faiss) if kind == "dense" and retrieval.encoder else None
                 with self.watch("index") as progress:
                     build_index(corpus, place, progress, dense=dense, source=checksum, language=retrieval.language)
@@ -166,21 +166,21 @@ class Inputs:
         )  # fmt: skip
 
     def passage_texts(self) -> Iterable[str] | None:
-        """Title and text of all passages: the index's, or ``data.corpus`` beside a server, else ``None``."""
+        """Title and text of all passages, from the index, else from ``data.corpus``; ``None`` if neither is available."""
         if self._kinds:
             return Passages.open(self._indexes[0]).texts()
         return (f"{passage.title} {passage.text}" for passage in self.corpus) if self.corpus else None
 
     @property
     def passage_count(self) -> int | None:
-        """Passages that are searched; ``None`` where a server has them."""
+        """Number of passages searched; ``None`` for a server or a user's own retriever."""
         return len(Passages.open(self._indexes[0])) if self._kinds else None
 
     def benchmarks(self, names: Sequence[str] = ()) -> list[str]:
         """The benchmarks of ``data.eval``, or ``names`` of them, in the config's order.
 
         Raises:
-            ConfigError: there is no such benchmark; suggests the nearest.
+            ConfigError: an unknown benchmark; suggests the closest name.
         """
         known = list(self.config.data.eval)
         for name in names:
@@ -191,7 +191,7 @@ class Inputs:
         return [name for name in known if name in names or not names]
 
     def check(self, policy: str | Path | Endpoint) -> None:
-        """Find every mistake that can be found before any work: questions, retriever, policy, prompt length.
+        """Check everything that can be checked before any work: questions, retriever, policy, prompt length.
 
         Raises:
             SearchE1Error: the first mistake found.
@@ -216,7 +216,7 @@ class Inputs:
             Demonstrations(config.data.demonstrations, reader.tokenizer, reader.prompts).check(self.train_questions)
         room = min(config.rollout.max_tokens, reader.context_length)
         for question in (*self.train_questions, *(q for qs in self.eval_questions.values() for q in qs)):
-            # A prompt has at most as many tokens as bytes, so that only the long ones are worth tokenizing.
+            # A prompt has at most as many tokens as bytes: only long ones need to be tokenized.
             size = len(question.text.encode()) + len(reader.prompts.instruction.encode())
             if size + TEMPLATE_TOKENS[reader.prompts.protocol] < room:
                 continue
@@ -228,7 +228,7 @@ class Inputs:
                 )
 
     def load(self, policy: str | Path, *, master_weights: bool = False) -> Policy:
-        """``policy`` on this rank's device; ``master_weights``: in float32, to be trained.
+        """Load ``policy`` onto this rank's device; ``master_weights``: in float32, for training.
 
         Raises:
             ModelError: it cannot be loaded, or its tokenizer does not fit the protocol.
@@ -238,9 +238,9 @@ class Inputs:
         return loaded
 
     def load_to_train(self, policy: str | Path, training: TrainingConfig, *, adapters: bool) -> Policy:
-        """The same, in the types that training takes: float32 master weights; what is frozen under adapters as it computes.
+        """Load ``policy`` with float32 master weights; base weights under adapters stay in the compute dtype.
 
-        FSDP2 shards weights of one type only, and so all are float32 there.
+        FSDP2 shards weights of a single dtype, so with sharding all weights are float32.
         """
         frozen = adapters and self.config.parallel.sharding == "none"
         loaded = self.load(policy, master_weights=training.master_weights and not frozen)
@@ -250,24 +250,24 @@ class Inputs:
         return loaded
 
     def load_reader(self, policy: str | Path) -> Reader:
-        """``policy`` without its weights; raises as ``load``."""
+        """``policy`` without its weights (tokenizer, prompts, context length). Raises like ``load``."""
         reader = policies.load_reader(policy, self.config.policy, self.config.prompts)
         protocol_of(reader.tokenizer, reader.prompts)
         return reader
 
     def has_prompts(self, policy: str | Path) -> bool:
-        """Whether a run has saved with ``policy`` what it is asked with."""
+        """Whether prompts were saved with ``policy``, as a run does."""
         source = resolve(str(policy))
         return isinstance(source, Path) and Prompts.saved_in(source)
 
     def engine(
         self, policy: str | Path | Endpoint, loaded: Policy | None = None
     ) -> AbstractContextManager[tuple[Engine, Prompts]]:
-        """An engine that samples from ``policy``, and the prompts to ask it with; ``loaded`` where it is in memory already."""
+        """An engine that samples from ``policy``, and its prompts; ``loaded``: the policy, if already in memory."""
         return open_engine(self.config, policy, loaded)
 
     def checksum(self, policy: str | Path) -> str:
-        """Checksum of a policy's directory, or of a file, computed once; a Hub id as it is. Of an adapter, its base's too."""
+        """Checksum of a policy's directory or of a file, cached; a Hub id as is. An adapter's includes its base's."""
         key = str(policy)
         if key not in self._checksums:
             source = resolve(key) if not Path(key).is_file() else Path(key)
@@ -277,18 +277,18 @@ class Inputs:
         return self._checksums[key]
 
     def sampled_on(self, policy: str | Path | None) -> dict[str, str]:
-        """Checksums of what sampling on the training questions depends on."""
+        """Checksums of all that sampling on the training questions depends on."""
         train = {f"train.{i}": self.checksum(path) for i, path in enumerate(self.config.data.train)}
         start = {} if policy is None else {"policy": self.checksum(policy)}
         return {**start, "retrieval": self.retrieval_checksum(), **train, "max_train": str(self.config.data.max_train)}
 
     def sampled_by(self, path: Path, policy: str | Path, other_policy: bool) -> str:
-        """Checksum of the policy whose trajectories a pool or pairs hold: ``policy``, unless another is allowed.
+        """Checksum of the policy that sampled the pool or pairs in ``path``; ``policy``'s if there is no manifest.
 
-        Without a manifest nobody knows; another tokenizer is still noticed by the ids.
+        Without a manifest only another tokenizer is noticed, later, by the token ids.
 
         Raises:
-            RunError: another policy sampled them.
+            RunError: another policy sampled them, and ``other_policy`` is false.
         """
         given = self.checksum(policy)
         known = runs.read(path).manifest.inputs.get("policy") if (path / runs.MANIFEST).exists() else None
@@ -300,13 +300,13 @@ class Inputs:
         )
 
     def evaluated_on(self, benchmarks: Sequence[str] | None = None) -> dict[str, str]:
-        """Checksums of what is evaluated on."""
+        """Checksums of the retrieval and of the files of ``benchmarks`` (default: all)."""
         files = self.config.data.eval
         chosen = {f"eval.{name}": self.checksum(files[name]) for name in (files if benchmarks is None else benchmarks)}
         return {"retrieval": self.retrieval_checksum(), **chosen}
 
     def retrieval_checksum(self) -> str:
-        """Checksum of the index; for a server that sends none, the name of what it serves."""
+        """Checksum of the index; for a server that sends none, ``retrieval.cache_key``, its URL, or the kind."""
         section = self.config.retrieval
         if self._kinds:
             return self._verified.checksum  # type: ignore[attr-defined]
@@ -314,5 +314,5 @@ class Inputs:
 
 
 def subsample(questions: list[Question], most: int | None, seed: int) -> list[Question]:
-    """A random subset of ``most`` questions, the same for a seed; all of them if there are not more."""
+    """A random subset of at most ``most`` questions, determined by ``seed``."""
     return questions if most is None else subset(questions, min(most, len(questions)), seed)

@@ -1,4 +1,4 @@
-"""The groups that GRPO samples, kept for a pool that samples nothing: of each question the newest."""
+"""Groups sampled by GRPO, kept as a pool without further sampling: the latest group of each question."""
 
 import json
 import os
@@ -13,21 +13,21 @@ from search_e1.types import Group
 
 
 class Groups:
-    """A file that groups are appended to, each with the step that it was sampled for."""
+    """An append-only file of groups, each with the step it was sampled in."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._path.touch()
 
     def add(self, step: int, groups: Sequence[Group]) -> None:
-        """Append the groups of ``step``; on disk when this returns, since a checkpoint may be next.
+        """Append the groups of ``step``; synced to disk before it returns, since a checkpoint may follow.
 
-        What lies there of this and later steps is dropped: they are sampled again after a kill.
+        Groups of this and later steps already in the file are dropped: a resumed run samples them again.
         """
         partial = self._path.with_suffix(".partial")
         with self._path.open("rb") as before:
-            redone = any(int(line.split(b"\t", 1)[0]) >= step for line in before if line.endswith(b"\n"))
-        if redone:
+            has_later = any(int(line.split(b"\t", 1)[0]) >= step for line in before if line.endswith(b"\n"))
+        if has_later:
             with self._path.open("rb") as before, partial.open("wb") as file:
                 whole = (line for line in before if line.endswith(b"\n"))
                 file.writelines(line for line in whole if int(line.split(b"\t", 1)[0]) < step)
@@ -39,7 +39,7 @@ class Groups:
             os.fsync(file.fileno())
 
     def write_newest(self, path: Path) -> None:
-        """A line for each question, as in a pool's file; those that were sampled last come first."""
+        """Write the latest group of each question in a pool's format, most recently sampled first."""
         places: dict[bytes, int] = {}
         with self._path.open("rb") as file, path.open("wb") as out:
             at = 0
@@ -55,7 +55,7 @@ class Groups:
 
 @contextmanager
 def keeping(wanted: bool, context: StageContext) -> Iterator[Groups | None]:
-    """Where rank 0 puts the groups, if they are ``wanted``; at the end they are in ``groups.jsonl``."""
+    """Yields the file for rank 0 to add groups to, if ``wanted``; writes ``groups.jsonl`` on exit."""
     if not (wanted and ranks.is_first()):
         yield None
         return

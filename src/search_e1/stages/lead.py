@@ -19,9 +19,9 @@ FILE = "lead.json"
 
 @dataclass(frozen=True, slots=True)
 class MeasureLead(Stage):
-    """How much better ``policy`` is when it sees the reference, on the held-out pairs.
+    """Measures the teacher's lead on the held-out pairs.
 
-    Writes ``lead.json``, and ``kl.jsonl`` with the per-token divergence of these pairs.
+    Writes ``lead.json``, and ``kl.jsonl`` with the per-token divergence on these pairs.
     """
 
     policy: str | Path
@@ -29,7 +29,7 @@ class MeasureLead(Stage):
     """The pairs' directory."""
     round: int
     other_policy: bool = False
-    """Whether another policy's pairs will do."""
+    """Whether pairs of another policy are accepted."""
 
     @property
     def id(self) -> StageId:
@@ -41,7 +41,7 @@ class MeasureLead(Stage):
     def inputs(self, run: Inputs) -> Mapping[str, str]:
         """
         Raises:
-            RunError: another policy's pairs.
+            RunError: the pairs come from another policy.
         """
         run.sampled_by(self.pairs, self.policy, self.other_policy)
         return {**run.sampled_on(self.policy), "pairs": runs.checksum(self.pairs / files.HELD_OUT)}
@@ -49,7 +49,7 @@ class MeasureLead(Stage):
     def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
         """
         Raises:
-            DataError: no pair is held out, so that nothing can be measured; or pairs of another tokenizer.
+            DataError: no held-out pairs, or pairs of another tokenizer.
         """
         policy = run.load(self.policy)
         pairs = files.read(self.pairs / files.HELD_OUT, policy.tokenizer)

@@ -1,4 +1,4 @@
-"""How much of a distilled adapter is merged, chosen by the policy's answers to training questions outside the distillation."""
+"""The strength at which a distilled adapter is merged, chosen on training questions that were not distilled on."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,23 +14,23 @@ from search_e1.types import Pair, Question
 
 
 class Tried(NamedTuple):
-    """What the policy did with a share of its adapter, question by question."""
+    """The policy's results per question, with its adapter scaled by ``strength``."""
 
     strength: float
     rewards: Sequence[float]
     tokens: Sequence[float]
-    """Sampled ones."""
+    """Sampled tokens."""
 
 
 def choose_strength(
     run: Inputs, trained: TrainedPolicy, policy: Policy, pairs: Sequence[Pair], context: StageContext
 ) -> Mapping[str, Any]:
-    """Give the adapter the strength that ``best`` names, of those that ``distill.merge`` lists. All ranks call it.
+    """Scale the adapter by the best of the strengths in ``distill.merge`` (see ``best``). All ranks must call it.
 
-    Each strength answers the same training questions greedily; the trajectories are written into ``merge-STRENGTH.jsonl``.
+    The policy answers the same training questions greedily at each strength; trajectories go to ``merge-STRENGTH.jsonl``.
 
     Returns:
-        The strength, and the curve: EM (mean reward) and sampled tokens a question at each.
+        The chosen strength, and for each strength EM (mean reward) and sampled tokens per question.
 
     Raises:
         RetrievalError: from the retriever.
@@ -54,8 +54,8 @@ def choose_strength(
 def best(tried: Sequence[Tried]) -> float:
     """The strength with the fewest tokens among those whose EM is at most one standard error below the highest.
 
-    The error is that of the mean paired difference over questions: the one-standard-error rule (Breiman et al.,
-    Classification and Regression Trees, 1984).
+    The standard error is that of the mean paired difference over questions. One-standard-error rule: Breiman et al.,
+    Classification and Regression Trees, 1984.
     """
     top = max(tried, key=lambda t: (fmean(t.rewards), -fmean(t.tokens)))
 
@@ -68,7 +68,7 @@ def best(tried: Sequence[Tried]) -> float:
 
 
 def _questions(questions: Sequence[Question], pairs: Sequence[Pair], count: int, seed: int) -> list[Question]:
-    """``count`` of ``questions``, the same for a seed; those that are distilled on only where there are not enough others."""
+    """A random subset of at most ``count`` questions; distilled ones only if there are too few others."""
     distilled = {pair.question.id for pair in pairs}
     others = subsample([q for q in questions if q.id not in distilled], count, seed)
     return others + subsample([q for q in questions if q.id in distilled], count - len(others), seed)

@@ -1,4 +1,4 @@
-"""Pairs mined from a pool: to distill on, and held out to measure the lead on."""
+"""Pairs mined from a pool, split into training pairs and held-out pairs for the lead."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from search_e1.stages.stage import Stage, sections
 
 @dataclass(frozen=True, slots=True)
 class Pairs(Stage):
-    """Writes ``train.jsonl`` and ``held_out.jsonl``. Figures: ``selfdistill.pairs.PoolHealth`` and the numbers of pairs."""
+    """Writes ``train.jsonl`` and ``held_out.jsonl``. Figures: ``selfdistill.pairs.PoolHealth`` and the pair counts."""
 
     policy: str | Path
     pool: Path
     """The pool's directory."""
     round: int
     other_policy: bool = False
-    """Whether another policy may have sampled the pool."""
+    """Whether a pool sampled by another policy is accepted."""
     parallel = False
     uses_device = False
 
@@ -42,17 +42,17 @@ class Pairs(Stage):
             RunError: another policy sampled the pool.
         """
         sampled_by = run.sampled_by(self.pool, self.policy, self.other_policy)
-        found = {"policy": sampled_by, "reader": run.checksum(self.policy)}
+        inputs = {"policy": sampled_by, "reader": run.checksum(self.policy)}
         if run.config.pairs.references_by == "gold" and run.config.data.demonstrations:
-            found["demonstrations"] = lines.checksum(run.config.data.demonstrations)
+            inputs["demonstrations"] = lines.checksum(run.config.data.demonstrations)
         if (self.pool / pool.FILE).is_file():
-            found["pool"] = runs.checksum(self.pool / pool.FILE)
-        return found
+            inputs["pool"] = runs.checksum(self.pool / pool.FILE)
+        return inputs
 
     def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
         """
         Raises:
-            DataError: another tokenizer sampled the pool.
+            DataError: the pool was sampled with another tokenizer.
         """
         reader = run.load_reader(self.policy)
         return files.mine(self.pool / pool.FILE, reader, run.config, seed=context.seed, out=context.out)

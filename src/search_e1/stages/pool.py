@@ -1,4 +1,4 @@
-"""The pool: trajectories that pairs are mined from, sampled for the purpose or kept by GRPO."""
+"""The pool: trajectories that pairs are mined from, freshly sampled or kept by GRPO."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from search_e1.stages.stage import Stage, sections
 
 @dataclass(frozen=True, slots=True)
 class Pool(Stage):
-    """Groups sampled from ``policy``, in ``groups.jsonl``."""
+    """Samples groups from ``policy`` into ``groups.jsonl``."""
 
     policy: str | Path
     round: int
@@ -45,7 +45,7 @@ class Pool(Stage):
 
 @dataclass(frozen=True, slots=True)
 class KeptPool(Stage):
-    """The groups that GRPO kept beside ``policy``, for ``pool.source = "grpo"``."""
+    """Takes the groups that GRPO kept beside ``policy``, for ``pool.source = "grpo"``."""
 
     policy: str | Path
     round: int
@@ -66,7 +66,7 @@ class KeptPool(Stage):
     def inputs(self, run: Inputs) -> Mapping[str, str]:
         """
         Raises:
-            RunError: GRPO kept none.
+            RunError: GRPO kept no groups.
         """
         if not self.source.is_file():
             raise RunError(
@@ -81,5 +81,5 @@ class KeptPool(Stage):
 
 
 def pool_stage(config: Config, policy: str | Path, round: int) -> Stage:
-    """What ``pool.source`` names."""
+    """The pool stage for ``pool.source``."""
     return (KeptPool if config.pool.source == "grpo" else Pool)(policy, round)

@@ -1,4 +1,4 @@
-"""Preflight: what the first evaluation, and a few groups where it leaves a doubt, say of whether the run can learn."""
+"""Preflight: judges from the first evaluation, and in doubt from a few sampled groups, whether the run can learn."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,11 +24,11 @@ _QUESTIONS, _SEARCHED = 16, 64
 
 @dataclass(frozen=True, slots=True)
 class Preflight(Stage):
-    """Findings about ``policy``, from which the loop begins, in ``preflight.json``.
+    """Writes findings about the initial ``policy`` to ``preflight.json``.
 
-    They come from its evaluation. Where no trajectory has a reward there, groups of training questions are sampled as GRPO
-    would, into ``groups.jsonl``, and the passages are searched for the answers of training questions: only these say that
-    nothing can be learned.
+    They come from its evaluation. If no trajectory there has a reward, groups of training questions are sampled as in GRPO,
+    into ``groups.jsonl``. If these have no reward either, passages are searched for the answers of training questions. Only
+    then can a finding say that nothing can be learned.
     """
 
     policy: str | Path
@@ -42,12 +42,12 @@ class Preflight(Stage):
         return sections(config, "rollout", "grpo.group_size", "grpo.temperature", "data.max_train", "data.max_eval")
 
     def inputs(self, run: Inputs) -> Mapping[str, str]:
-        judged = runs.checksum(self.evaluation.path / results.QUESTIONS)
-        return {**run.sampled_on(self.policy), **run.evaluated_on(), "evaluation": judged}
+        evaluated = runs.checksum(self.evaluation.path / results.QUESTIONS)
+        return {**run.sampled_on(self.policy), **run.evaluated_on(), "evaluation": evaluated}
 
     def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
-        judged = list(results.read(self.evaluation.path / results.QUESTIONS)) if ranks.is_first() else []
-        seen, rows = ranks.broadcast_object((preflight.observe_results(judged), _recalls(judged)))
+        evaluated = list(results.read(self.evaluation.path / results.QUESTIONS)) if ranks.is_first() else []
+        seen, rows = ranks.broadcast_object((preflight.observe_results(evaluated), _recalls(evaluated)))
         if not seen.rewarded:
             sampled = self._probe(run, context)
             seen += sampled
@@ -63,7 +63,7 @@ class Preflight(Stage):
         return {"worst": preflight.worst(found), "observed": seen.model_dump()}
 
     def _probe(self, run: Inputs, context: StageContext) -> Observed:
-        """Groups of training questions, by all ranks."""
+        """Sample groups of training questions on all ranks and count their outcomes."""
         config = run.config
         questions = subsample(run.train_questions, _QUESTIONS, context.seed)
         size = max(config.grpo.group_size, -(-preflight.CERTAIN_TRAJECTORIES // len(questions)))
@@ -78,28 +78,28 @@ class Preflight(Stage):
 
 
 def findings(run: Inputs, seen: Observed, rows: Sequence[recall.Recall], policy: str | Path) -> list[Finding]:
-    """What ``seen`` and the recall of some questions come to, and what is in the files."""
+    """All findings: from the trajectories in ``seen``, from the recall ``rows``, and from the files."""
     found = [preflight.form(seen), preflight.search(seen)]
     found += [preflight.groups(seen)] if seen.groups else []
     return [*found, *of_files(run, seen, rows), *filter(None, [_template(run, policy)])]
 
 
 def of_files(run: Inputs, seen: Observed, rows: Sequence[recall.Recall]) -> list[Finding]:
-    """What passages and questions promise, whatever the policy."""
+    """Findings about passages and questions, independent of the policy."""
     topk, count = run.config.rollout.topk, run.passage_count
     few = None if count is None else preflight.passages(count, topk)
-    said = [preflight.answers(rows, topk, seen), few, preflight.overlap(run.train_questions, run.eval_questions)]
-    return [finding for finding in said if finding]
+    possible = [preflight.answers(rows, topk, seen), few, preflight.overlap(run.train_questions, run.eval_questions)]
+    return [finding for finding in possible if finding]
 
 
 def _template(run: Inputs, policy: str | Path) -> Finding | None:
     if run.config.coldstart or run.has_prompts(policy):
-        return None  # it was, or is, taught what it reads
+        return None  # trained on the prompts already, or by the cold start
     return preflight.template(bool(run.load_reader(policy).tokenizer.chat_template))
 
 
 def train_recall(run: Inputs, seed: int, most: int = _SEARCHED) -> list[recall.Recall]:
-    """The recall of some training questions. The whole corpus is read only where few are answered by what they find."""
+    """The recall of up to ``most`` training questions. The whole corpus is read only if no top-k has an answer."""
     questions = {"train": subsample(run.train_questions, most, seed)}
     rows = recall.measure(run.retriever, None, questions, run.config.rollout.topk)
     if any(row.in_topk for row in rows):
@@ -107,13 +107,13 @@ def train_recall(run: Inputs, seed: int, most: int = _SEARCHED) -> list[recall.R
     return recall.measure(run.retriever, run.passage_texts(), questions, run.config.rollout.topk)
 
 
-def _recalls(judged: Iterable[results.Result]) -> list[recall.Recall]:
-    known = (r for r in judged if r.in_topk is not None)
+def _recalls(evaluated: Iterable[results.Result]) -> list[recall.Recall]:
+    known = (r for r in evaluated if r.in_topk is not None)
     return [recall.Recall(benchmark=r.benchmark, id=r.id, in_topk=r.in_topk, in_corpus=r.in_corpus) for r in known]
 
 
 def read(artifact: Artifact, config: Config) -> list[Finding]:
-    """The findings of a preflight's artifact. One that learns from ``data.demonstrations`` may learn all the same."""
+    """The findings of a preflight's artifact; only warnings if the run distills from demonstrations, which may still work."""
     rows = json.loads((artifact.path / preflight.FILE).read_text(encoding="utf-8"))
     found = [Finding.model_validate(row) for row in rows]
     demonstrated = config.pairs.references_by == "gold" and config.distillations
@@ -121,7 +121,7 @@ def read(artifact: Artifact, config: Config) -> list[Finding]:
 
 
 def duration(run: Inputs, evaluation: Artifact) -> Finding:
-    """How long sampling will take, at the speed of an evaluation's greedy trajectories."""
+    """Estimated sampling time of the run, at the speed of an evaluation's greedy trajectories."""
     timings = json.loads((evaluation.path / TIMINGS).read_text(encoding="utf-8"))
     by_benchmark = evaluation.manifest.result["by_benchmark"]
     count = sum(by_benchmark[name]["n"] for name in timings)

@@ -1,4 +1,4 @@
-"""How a policy acts before and after its cold start: a few training questions, asked greedily."""
+"""Behavior of a policy before and after its cold start, on a few training questions answered greedily."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +14,7 @@ FIGURES = ("malformed", "searching", "em")
 
 
 def questions_of(questions: Sequence[Question], lessons: Sequence[Lesson], count: int, seed: int) -> list[Question]:
-    """``count`` of ``questions``, the same for a seed; first those that no lesson is about. Lessons stay as they are."""
+    """A random subset of at most ``count`` questions; those with a lesson only if there are too few others."""
     taught = {lesson.question.id for lesson in lessons}
     others, rest = ([q for q in questions if (q.id in taught) is known] for known in (False, True))
     chosen = subsample(others, count, seed) if count else []
@@ -24,17 +24,17 @@ def questions_of(questions: Sequence[Question], lessons: Sequence[Lesson], count
 def measure(
     run: Inputs, trained: TrainedPolicy, policy: Policy, questions: Sequence[Question], name: str, context: StageContext
 ) -> Mapping[str, float]:
-    """Shares of the trajectories that end malformed, that search, and that are correct. The trajectories are written into
-    ``name`` in ``context.out``, and are not sampled again where they are there. All ranks call it.
+    """Shares of trajectories that end malformed, that search, and that are correct. Trajectories are written to ``name`` in
+    ``context.out`` and reused from there. All ranks must call it.
 
     Raises:
         Stopped: a signal asked to stop.
         RetrievalError: from the retriever.
     """
-    counted = [_counted(t) for t in answer_greedily(run, trained, policy, questions, name, context)]
-    return {name: sum(one[name] for one in counted) / len(questions) for name in FIGURES}
+    indicators = [_indicators(t) for t in answer_greedily(run, trained, policy, questions, name, context)]
+    return {name: sum(one[name] for one in indicators) / len(questions) for name in FIGURES}
 
 
-def _counted(trajectory: Trajectory) -> Mapping[str, float]:
+def _indicators(trajectory: Trajectory) -> Mapping[str, float]:
     malformed = trajectory.stop_reason is StopReason.MALFORMED
     return dict(malformed=malformed, searching=trajectory.searches > 0, em=trajectory.correct)

@@ -1,4 +1,4 @@
-"""Samples made of the groups that a GRPO step has sampled anyway: of following a reference, and of siblings with a teacher."""
+"""Extra samples from a GRPO step's own groups: references to follow (replay), and siblings with a teacher's prompt."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,14 +12,14 @@ from search_e1.types import ActionKind, Group, Sample, Turn
 def replay_samples(
     policy: Policy, groups: Iterable[Group], config: ReplayConfig, context_length: int, shown: ReferenceConfig
 ) -> list[Sample]:
-    """At most ``config.examples_per_step`` samples, at most one a group, of the first groups that have a reference.
+    """At most ``config.examples_per_step`` samples, one per group, from the first groups that have a reference.
 
-    GRPO trains the plain prompt alone, and a small policy forgets within some tens of steps what to do with a reference in
-    its prompt. Such samples, the reference's own ids after the privileged prompt that shows it, keep that alive. One that does
-    not fit into ``context_length``, shortened as ``shown`` says, is left out.
+    GRPO trains only under the plain prompt, and a small policy forgets within tens of steps how to use a reference in its
+    prompt. These samples, the reference's ids after its privileged prompt, prevent that. A sample that does not fit into
+    ``context_length``, even shortened as ``shown`` allows, is left out.
     """
     samples: list[Sample] = []
-    if shown.shows == "none":  # nothing that could be followed
+    if shown.shows == "none":  # nothing to follow
         return samples
     for group in groups:
         if len(samples) == config.examples_per_step:
@@ -27,7 +27,7 @@ def replay_samples(
         if group.reference is None:
             continue
         number = len(samples)
-        # Spreads the detours evenly: with a share of 0.5 every second sample has one.
+        # Spreads detours evenly: with a share of 0.5 every second sample has one.
         wants_detour = int((number + 1) * config.detours) > int(number * config.detours)
         detour = _detour(group) if wants_detour else ()
         off_track = tuple(i for turn in detour for i in turn.action_ids + turn.observation_ids)
@@ -48,7 +48,7 @@ def replay_samples(
 
 
 def _detour(group: Group) -> tuple[Turn, ...]:
-    """The first search of the first sibling that begins with one that the reference did without."""
+    """The first turn of the first sibling that starts with a search that the reference does not make; else empty."""
     assert group.reference is not None
     needed = {turn.argument for turn in group.reference.turns if turn.kind is ActionKind.SEARCH}
     for sibling in group.trajectories:
@@ -65,10 +65,10 @@ def taught_samples(
     shown: ReferenceConfig,
     classes: Sequence[str] = (),
 ) -> list[Sample | None]:
-    """Each trajectory of ``groups`` with the prompt that shows its group's reference; ``None`` where there is no teacher.
+    """One sample per trajectory, with the prompt that shows its group's reference; ``None`` if it has no teacher.
 
-    There is none for the reference itself and what equals it, in groups without a reference, and for what does not fit into
-    ``context_length``. With ``classes`` only tokens of these have weight.
+    A trajectory has no teacher if its group has no reference, if it equals the reference, or if it does not fit into
+    ``context_length`` with it. With ``classes`` only tokens of these classes have weight.
     """
     samples: list[Sample | None] = []
     for group in groups:

@@ -1,4 +1,4 @@
-"""The one runner: makes a stage's artifact, or returns it if it is complete."""
+"""The stage runner: makes a stage's artifact, or returns it if it is complete."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +26,7 @@ from search_e1.training import policy as policies
 
 
 class StageRunner:
-    """Makes the artifacts of a run. Under torchrun every rank has one, and all run the same stages in the same order."""
+    """Makes the artifacts of a run. Under torchrun every rank has a runner, and all run the same stages in the same order."""
 
     def __init__(self, run: Inputs, stop: Stop | None = None) -> None:
         """``stop`` says when to stop; see ``stopping.on_signals``."""
@@ -34,10 +34,10 @@ class StageRunner:
         self.stop = stop or Stop()
 
     def check(self) -> None:
-        """See that the trackers are there, and that each rank has a device of its own.
+        """Check that the trackers are installed and that each rank has its own device.
 
         Raises:
-            ConfigError: they are not, or it has not.
+            ConfigError: a tracker is missing, or a rank has no device of its own.
         """
         tracking.check(self.run.config.tracking)
         if ranks.count() == 1:
@@ -53,11 +53,11 @@ class StageRunner:
             )
 
     def make(self, stage: Stage, out: Path | None = None) -> Artifact:
-        """The artifact of ``stage``: made in ``out`` or the stage's place in the run, or as it lies there, complete.
+        """The artifact of ``stage`` in ``out`` (default: its place in the run); made unless it is complete already.
 
         Raises:
-            RunError: another artifact is in that place, or it is damaged.
-            SearchE1Error: whatever the stage raises.
+            RunError: the directory holds another artifact, or a damaged one.
+            SearchE1Error: from the stage.
         """
         with in_language(self.run.config.rollout.answer_language):
             return self._make(stage, out)
@@ -66,7 +66,7 @@ class StageRunner:
         config = self.run.config
         stage.check(self.run)
         if stage.parallel and ranks.count() > 1:
-            assert self.run.retriever  # made by all ranks together, before rank 0 alone asks for its checksum
+            assert self.run.retriever  # opened by all ranks together, before rank 0 alone computes its checksum
         devices = ranks.count() if stage.parallel else 1
         return runs.artifact(
             out or self.run.root / str(stage.id),
@@ -88,7 +88,7 @@ class StageRunner:
         checkpointer = Checkpointer(out / runs.WORK, **config.checkpoints.model_dump(), stop=self.stop)
         with self.run.watch(str(stage.id)) as progress, tracker as track, memory.translate_oom(str(stage.id)):
             set_seed(seed)
-            # Other ranks make what rank 0 asks of them, and nobody watches them.
+            # Only rank 0 tracks.
             context = StageContext(out, seed, progress, track if ranks.is_first() else untracked, checkpointer)
             result = stage.work(self.run, context)
             if figures := tracking.figures_of(stage.id, result):

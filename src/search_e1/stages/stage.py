@@ -1,4 +1,4 @@
-"""What a stage is: its name, what its artifact is made of, and its work. The runner knows no more of it."""
+"""The interface of a stage: its name, what its artifact depends on, and its work. The runner knows no more."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from search_e1.stages.inputs import Inputs
 
 
 class Stage(ABC):
-    """One stage of a run. All ranks run the same stage; those that are not ``parallel`` run on rank 0 alone."""
+    """One stage of a run. All ranks run it, or rank 0 alone if it is not ``parallel``."""
 
     parallel: ClassVar[bool] = True
     uses_device: ClassVar[bool] = True
@@ -22,14 +22,14 @@ class Stage(ABC):
 
     @abstractmethod
     def settings(self, config: Config) -> Mapping[str, Any]:
-        """The settings that the artifact depends on, beside ``prompts`` and ``policy``, on which all do."""
+        """The settings that the artifact depends on. ``prompts`` and ``policy`` are added for every stage."""
 
     @abstractmethod
     def inputs(self, run: Inputs) -> Mapping[str, str]:
-        """Name of each input of the artifact -> its checksum."""
+        """Name of each input -> its checksum."""
 
     def check(self, run: Inputs) -> None:
-        """Find mistakes of config and data before any work. All ranks call it, and the outer loop before its first stage.
+        """Check config and data before any work. Called on all ranks, and by the outer loop before its first stage.
 
         Raises:
             SearchE1Error: the first mistake found.
@@ -42,12 +42,12 @@ class Stage(ABC):
 
     @property
     def seed_name(self) -> str:
-        """What the stage's seed is derived from."""
+        """Name that the stage's seed is derived from."""
         return str(self.id)
 
 
 def sections(config: Config, *names: str) -> dict[str, Any]:
-    """The named sections and keys of the config, as JSON has them."""
+    """The named sections and (dotted) keys of the config, as JSON values."""
     dumped = config.model_dump(mode="json")
     found: dict[str, Any] = {}
     for name in names:

@@ -1,7 +1,7 @@
-"""Per-token advantages for GRPO, which gives all tokens of a trajectory the same one.
+"""Per-token advantages for GRPO, whose advantage is otherwise shared by all tokens of a trajectory.
 
-The policy that sees a correct trajectory of the group (the teacher) rates each token; its lead over the plain policy changes
-the token's advantage.
+The teacher (the policy with the group's reference in its prompt) rates each token: its log-probability minus the plain
+policy's, the token's lead, changes the token's advantage.
 """
 
 import math
@@ -13,12 +13,12 @@ from search_e1.training.trained import TrainedPolicy
 from search_e1.types import Sample
 
 Taught = Sequence[Sample | None]
-"""Each trajectory of a step with its teacher's prompt; ``None`` where it has no teacher."""
+"""One sample per trajectory of a step, with its teacher's prompt; ``None`` if it has no teacher."""
 _Lead = tuple[float, ...]
 
 
 class Teach(Protocol):
-    """Adds teachers' prompts to the step's trajectories; only tokens of ``classes`` are rated (default: all)."""
+    """Adds teachers' prompts to a step's trajectories; only tokens of ``classes`` are rated (default: all)."""
 
     def __call__(self, shown: ReferenceConfig, classes: Sequence[str] = ()) -> Taught: ...
 
@@ -26,10 +26,10 @@ class Teach(Protocol):
 def reweight_advantages(advantages: Sequence[float], lead: Sequence[float], strength: float, bound: float) -> tuple[float, ...]:
     """``A * (1 + strength * (clip(exp(sign(A) * lead), 1 - bound, 1 + bound) - 1))``: the weights of RLSD (arXiv:2604.03128).
 
-    Tokens that the teacher prefers count for more in a correct trajectory and for less in a wrong one. With ``strength`` at
-    most 1 and ``bound`` below 1 no advantage changes sign. A lead of 0 changes nothing.
+    Tokens that the teacher prefers get more weight in a correct trajectory and less in a wrong one. With ``strength`` at most
+    1 and ``bound`` below 1 no advantage changes sign. A lead of 0 changes nothing.
     """
-    limit = math.log(1 + bound) + 1  # beyond it the clip holds, and exp could overflow
+    limit = math.log(1 + bound) + 1  # above this the ratio is clipped anyway, and exp could overflow
     ratios = (math.exp(min(limit, math.copysign(1, a) * gap)) for a, gap in zip(advantages, lead, strict=True))
     clipped = (min(max(ratio, 1 - bound), 1 + bound) for ratio in ratios)
     return tuple(a * (1 + strength * (ratio - 1)) for a, ratio in zip(advantages, clipped, strict=True))
@@ -43,8 +43,8 @@ def correct_advantages(advantages: Sequence[float], lead: Sequence[float], stren
 def apply_evidence(
     policy: TrainedPolicy, samples: Sequence[Sample], teach: Teach, shown: ReferenceConfig, config: EvidenceConfig
 ) -> list[Sample]:
-    """``samples`` with advantages reweighted by the lead of the teacher, who sees the reference as ``shown`` says."""
-    return _changed(
+    """``samples`` with advantages reweighted by the lead of the teacher, whose reference is rendered as ``shown`` says."""
+    return _with_advantages(
         samples, leads(policy, teach(shown)), lambda a, lead: reweight_advantages(a, lead, config.strength, config.bound)
     )
 
@@ -54,19 +54,19 @@ def apply_correction(
 ) -> list[Sample]:
     """``samples`` with advantages corrected by two teachers.
 
-    Search tokens are rated by the policy that sees the whole reference, answer tokens by the one that sees only its answer.
+    The teacher of search tokens sees the whole reference, the teacher of answer tokens only its answer.
     """
     for classes, shows in (("search",), "whole"), (("answer",), "answer"):
         seen = shown if shown.shows == "none" else shown.model_copy(update={"shows": shows})
         lead = leads(policy, teach(seen, classes))
-        samples = _changed(samples, lead, lambda a, lead: correct_advantages(a, lead, config.strength, config.bound))
+        samples = _with_advantages(samples, lead, lambda a, lead: correct_advantages(a, lead, config.strength, config.bound))
     return list(samples)
 
 
 def leads(policy: TrainedPolicy, taught: Taught) -> list[_Lead | None]:
-    """``log p(token | teacher's prompt) - log p(token | plain prompt)`` of each response token, 0 for unrated ones.
+    """``log p(token | teacher's prompt) - log p(token | plain prompt)`` of each response token, 0 for unrated tokens.
 
-    Every rank must call it.
+    All ranks must call it.
     """
     present = [sample for sample in taught if sample and sample.positions]
     plain = [sample.model_copy(update={"teacher_prompt_ids": None}) for sample in present]
@@ -75,7 +75,7 @@ def leads(policy: TrainedPolicy, taught: Taught) -> list[_Lead | None]:
     return [found.get(id(sample)) for sample in taught]
 
 
-def _changed(
+def _with_advantages(
     samples: Sequence[Sample],
     leads: Sequence[_Lead | None],
     change: Callable[[Sequence[float], _Lead], tuple[float, ...]],

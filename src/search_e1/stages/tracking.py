@@ -1,8 +1,8 @@
-"""Live tracking: every stage's figures to TensorBoard, Weights & Biases, Trackio, ..., through transformers' integrations.
+"""Live tracking: logs stage figures to TensorBoard, Weights & Biases, Trackio, ..., through transformers' integrations.
 
-A stage is a run of the tracker, so that the rounds lie over one another in one chart. Figures have the names that they have in
-``steps.jsonl``, in manifests and in the report, behind the prefix that transformers gives to all of them: ``train/reward``.
-But for EM, of which charts hold two kinds: an evaluation's ``em`` is ``eval/em_greedy``, a pool's ``train/pool/em_sampled``.
+Each stage that trains is its own tracker run, so that one chart overlays the rounds. Figures are named as in ``steps.jsonl``,
+manifests and the report, with the prefix that transformers adds: ``train/reward``. Only EM is renamed, since charts hold two
+kinds: an evaluation's ``em`` becomes ``eval/em_greedy``, a pool's ``train/pool/em_sampled``.
 """
 
 import difflib
@@ -32,10 +32,10 @@ _PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard
 
 
 def check(config: TrackingConfig) -> None:
-    """Find out before any work whether the trackers are there.
+    """Check that the trackers are known and installed.
 
     Raises:
-        ConfigError: a tracker that transformers does not know, or whose package is not installed.
+        ConfigError: transformers does not know a tracker, or its package is not installed.
     """
     for name in config.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
@@ -49,14 +49,14 @@ def check(config: TrackingConfig) -> None:
 
 @contextmanager
 def tracked(config: TrackingConfig, run: Path, name: str, settings: Mapping[str, Any], *, anew: bool = True) -> Iterator[Track]:
-    """What tells the trackers a step's figures, as the tracker's run ``name`` in ``config.project``.
+    """A function that logs a step's figures to the trackers, as tracker run ``name`` in ``config.project``.
 
-    TensorBoard's files go to ``run / "tracking" / name``. ``anew`` removes those of a stage that was killed.
+    TensorBoard writes to ``run / "tracking" / name``. ``anew`` first removes the files of an interrupted stage.
 
     Raises:
         ConfigError: see ``check``.
     """
-    if not config.report_to or not ranks.is_first():  # one process of several tells
+    if not config.report_to or not ranks.is_first():  # only rank 0 tracks
         yield untracked
         return
     check(config)
@@ -68,7 +68,7 @@ def tracked(config: TrackingConfig, run: Path, name: str, settings: Mapping[str,
     state, control = TrainerState(is_world_process_zero=True, is_local_process_zero=True), TrainerControl()
     trackers = [INTEGRATION_TO_CALLBACK[tracker]() for tracker in config.report_to]
     for tracker in trackers:
-        if hasattr(tracker, "logging_dir"):  # TensorBoard's; its own default would be lost with an artifact in the making
+        if hasattr(tracker, "logging_dir"):  # TensorBoard; its default directory is lost with an unfinished artifact
             tracker.logging_dir = str(directory)
         tracker.on_train_begin(arguments, state, control, model=None)
 
@@ -83,14 +83,14 @@ def tracked(config: TrackingConfig, run: Path, name: str, settings: Mapping[str,
         for tracker in trackers:
             tracker.on_train_end(arguments, state, control, model=None)
         if "wandb" in config.report_to:
-            import_module("wandb").finish()  # transformers leaves it open, and the next stage would go on in it
+            import_module("wandb").finish()  # transformers leaves the run open, and the next stage would continue it
 
 
 def run_of(stage: StageId) -> tuple[str, int]:
-    """The tracker's run that a stage belongs to, and the stage's step in it.
+    """The tracker run that a stage belongs to, and its step there.
 
-    A stage that trains is a run of its own. Evaluated policies are the steps of one run (0 is base, then two a round), and so
-    are the rounds, with what pool, pairs and lead came to.
+    A stage that trains is a tracker run of its own. All evaluations are steps of one run (0 is the base policy, then two per
+    round). The figures of pool, pairs and lead are in one run whose steps are the rounds.
     """
     if stage.kind in ("pool", "pairs", "lead"):
         return "rounds", stage.round or 0
@@ -103,10 +103,10 @@ def run_of(stage: StageId) -> tuple[str, int]:
 
 
 def figures_of(stage: StageId, result: Mapping[str, Any]) -> dict[str, float]:
-    """What trackers get of a stage when it is complete; nothing of one that tracked its steps. ``eval_`` becomes ``eval/``.
+    """The figures logged when a stage completes; none for a stage that logs its steps.
 
-    Side by side in one place, every EM says whether it is greedy or sampled: an evaluation's ``em`` is the one, a pool's the
-    other.
+    transformers turns the prefix ``eval_`` into ``eval/``. Every EM is named greedy or sampled, since charts show both: an
+    evaluation's is greedy, a pool's sampled.
     """
     if stage.kind == "evaluation":
         parts = {f"{name}/em": scores["em"] for name, scores in result.get("by_benchmark", {}).items()}
@@ -118,13 +118,13 @@ def figures_of(stage: StageId, result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _numbers(figures: Mapping[str, Any], prefix: str, em: str) -> dict[str, float]:
-    """What of ``figures`` is a number; EM that does not say it is greedy or sampled is ``em``."""
+    """The numbers in ``figures``, with ``prefix``; ``em`` is appended to EM names unless they say "sampled"."""
     named = {_EM.sub(rf"\1em_{em}", name): value for name, value in figures.items()}
     return {f"{prefix}{name}": value for name, value in named.items() if isinstance(value, int | float)}
 
 
 class _Arguments(TrainingArguments):
-    """What trackers ask of a trainer's arguments; as settings they get the run's own."""
+    """The trainer arguments that trackers read; reports the run's settings as its own."""
 
     def __init__(self, settings: Mapping[str, Any], **kwargs: Any) -> None:
         super().__init__(report_to="none", use_cpu=True, **kwargs)

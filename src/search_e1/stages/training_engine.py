@@ -1,4 +1,4 @@
-"""What GRPO samples with while the policy changes: the trained model itself, or an engine that is given its weights."""
+"""Engines that sample from a policy in training: the trained model itself, or vLLM with updated weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,18 +22,18 @@ class TrainingEngine(Protocol):
 
     context_length: int
     reweighed: bool
-    """Its arithmetic is not the trainer's, so that its log-probabilities matter."""
+    """Whether its numerics differ from the trainer's, so that the loss needs its sampling log-probabilities."""
 
     def updated(self) -> Any:
-        """A context with an engine that samples from the weights as they are now."""
+        """A context that yields an engine with the current weights."""
         ...
 
 
 def check_training_engine(config: Config, policy: str | Path, stage: str) -> None:
-    """See that ``rollout.engine`` can sample from a policy that changes.
+    """Check that the weights of ``rollout.engine`` can be updated.
 
     Raises:
-        ConfigError: it keeps the first policy.
+        ConfigError: they cannot.
     """
     engine = config.rollout.engine
     if engine == "vllm":
@@ -46,7 +46,7 @@ def check_training_engine(config: Config, policy: str | Path, stage: str) -> Non
 
 @contextmanager
 def open_training_engine(config: Config, path: str | Path, trained: TrainedPolicy, tokenizer: Any) -> Iterator[TrainingEngine]:
-    """What ``rollout.engine`` names. ``path``: the policy that an engine beside the trainer loads first."""
+    """The engine that ``rollout.engine`` names. ``path``: the policy that vLLM loads first."""
     if config.rollout.engine != "vllm":
         yield _OwnModel(trained, tokenizer, config.rollout.batch_size)
         return
@@ -87,7 +87,7 @@ class _Vllm:
 
 @contextmanager
 def _merged(model: Any) -> Iterator[None]:
-    """With adapters merged into the weights that they belong to, for as long as the context lasts."""
+    """Merges adapters into their base weights for the duration of the context."""
     if not isinstance(model, PeftModel):
         yield
         return
@@ -99,7 +99,7 @@ def _merged(model: Any) -> Iterator[None]:
 
 
 def _plain_weights(model: Any) -> Iterator[tuple[str, Any]]:
-    """Name and value of each weight as the plain model has it."""
+    """Name and value of each weight, under the plain model's names."""
     for name, weight in model.named_parameters():
         if "lora_" not in name:
             yield name.replace(".base_layer", ""), weight.detach()

@@ -1,7 +1,7 @@
-"""Which teachers follow their reference: each is asked its question once, before it teaches.
+"""Verification of teachers before distillation: each answers its question once and must follow its reference.
 
-A policy that was never shown such a reference may search on beyond its end and still be right, since its prompt holds the
-answer. Its student, which does not see it, learns to search beyond what it needs, and is wrong.
+A policy never trained on references may keep searching past the reference's end and still be correct, since its prompt holds
+the answer. A student without the reference then learns to search more than it needs, and gets worse.
 """
 
 import json
@@ -27,12 +27,12 @@ FILE = "teachers.jsonl"
 def verified(
     run: Inputs, trained: TrainedPolicy, policy: Policy, pairs: Sequence[Pair], context: StageContext
 ) -> tuple[list[Pair], Mapping[str, Any]]:
-    """The pairs whose teacher, greedily, answers right in no more searches than its reference. All ranks call it.
+    """The pairs whose greedy teacher is correct with no more searches than its reference. All ranks must call it.
 
-    A line for each question is written into ``teachers.jsonl``. ``trained`` must not have learned anything yet.
+    Writes one line per question to ``teachers.jsonl``. ``trained`` must still hold the initial weights.
 
     Returns:
-        Those pairs, in their order, and figures: teachers asked, how many are right, how many search more than the reference.
+        Those pairs, in order, and figures: teachers sampled, correct, searching more than the reference, and verified.
 
     Raises:
         Stopped: a signal asked to stop.
@@ -40,8 +40,8 @@ def verified(
         NoLeadError: no pair is left.
     """
     limits, path = run.config.rollout, context.out / FILE
-    asked = list({pair.question.id: pair for pair in pairs}.values())
-    roomier = with_room(limits, asked)
+    distinct = list({pair.question.id: pair for pair in pairs}.values())
+    roomier = with_room(limits, distinct)
     with trained.sampled() as model:
         engine = TorchEngine(model, policy.tokenizer, batch_size=limits.batch_size)
 
@@ -56,7 +56,7 @@ def verified(
             )
             return (json.dumps(row) for row in rows), {}
 
-        chunks = [asked[at : at + limits.batch_size] for at in range(0, len(asked), limits.batch_size)]
+        chunks = [distinct[at : at + limits.batch_size] for at in range(0, len(distinct), limits.batch_size)]
         write_parts(context.checkpointer, [Part(path, chunks, make)])
     with path.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
