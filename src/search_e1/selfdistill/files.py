@@ -1,4 +1,4 @@
-"""Pairs on disk: mined from a pool's file, and read by those who measure on them and learn from them."""
+"""Pairs on disk: mines a pool's file for pairs, and reads them for lead measurement and training."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,17 +17,17 @@ from search_e1.types import Group, Pair, Question, Trajectory
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 _CHECKED = 64
-"""Groups or pairs of a file whose ids are decoded to see whether the tokenizer is theirs."""
+"""Groups or pairs of a file whose ids are decoded to check the tokenizer."""
 
 
 def mine(pool_file: Path, reader: Reader, config: Config, *, seed: int, out: Path) -> dict[str, Any]:
-    """Mine a pool for pairs that ``reader``'s policy can hold; write ``out / TRAIN`` and ``out / HELD_OUT``.
+    """Mine a pool for pairs that fit the context of ``reader``'s policy; write ``out / TRAIN`` and ``out / HELD_OUT``.
 
     Returns:
         ``PoolHealth``, train_pairs, held_out_pairs.
 
     Raises:
-        DataError: a file that is no pool, or one that was sampled with another tokenizer; demonstrations that are none.
+        DataError: the file is not a pool, or was sampled with another tokenizer; or the demonstrations are invalid.
     """
 
     def groups() -> Iterator[Group]:
@@ -57,7 +57,7 @@ def read(path: Path, tokenizer: Any = None) -> list[Pair]:
     """The pairs of a file that ``mine`` wrote.
 
     Raises:
-        DataError: the file is not there, a line is not a pair (named), or its ids are not ``tokenizer``'s, if that is given.
+        DataError: the file is missing, a line is not a pair (named), or its ids are not those of ``tokenizer``, if given.
     """
     pairs = list(read_records(path, Pair, "make the pairs with `search-e1 pairs`"))
     if tokenizer is not None:
@@ -66,16 +66,16 @@ def read(path: Path, tokenizer: Any = None) -> list[Pair]:
 
 
 def check_tokenizer(tokenizer: Any, trajectories: Iterable[Trajectory], source: object) -> None:
-    """See that ``trajectories``, read from ``source``, were sampled with ``tokenizer``: their ids must decode to their text.
+    """Check that ``trajectories``, read from ``source``, were sampled with ``tokenizer``: their ids must decode to their text.
 
     Raises:
-        DataError: they do not.
+        DataError: the ids decode to another text.
     """
     for trajectory in trajectories:
         for turn in trajectory.turns:
             try:
                 text = tokenizer.decode(turn.action_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            except (IndexError, KeyError, OverflowError, TypeError, ValueError):  # tokenizers differ in what they do
+            except (IndexError, KeyError, OverflowError, TypeError, ValueError):  # tokenizers reject unknown ids differently
                 text = None
             if text != turn.action_text:
                 raise DataError(

@@ -1,7 +1,7 @@
-"""The teacher's lead: how much better the policy is when its prompt shows the reference. It decides whether distilling pays.
+"""The teacher's lead: how much better the policy is with the reference in its prompt. It decides whether distillation pays.
 
-Measured on pairs that are held out from distillation, by sampling under both prompts: from the question on, and from the
-middle of what a wrong student did ("off track"), which is where distillation asks the teacher for its opinion.
+Measured on held-out pairs by sampling under both prompts: from the question, and from the middle of a wrong student's
+trajectory ("off track"), where distillation queries the teacher.
 """
 
 import math
@@ -29,15 +29,15 @@ from search_e1.types import Pair, Record, Trajectory, Turn
 
 
 class Lead(Record):
-    """What was measured. EM, searches and sampled tokens are means over pairs of the mean over their samples."""
+    """A measured lead. EM, searches and sampled tokens are averaged over each pair's samples, then over pairs."""
 
     pairs: int
     too_long: int
-    """Held-out pairs left out because the policy's context cannot hold them with the reference in the prompt."""
+    """Held-out pairs left out because they exceed the policy's context with the reference in the prompt."""
     shortened: int = 0
-    """Pairs whose reference lacks some of its passages, so that the prompt fits."""
+    """Pairs whose reference was shortened to fit the context."""
     samples: int
-    """Trajectories for each pair, prompt and kind of start."""
+    """Trajectories per pair, prompt and kind of start."""
     em_plain: float
     em_privileged: float
     low: float
@@ -48,36 +48,36 @@ class Lead(Record):
     tokens_plain: float
     tokens_privileged: float
     pairs_off_track: int
-    """Pairs whose student is wrong and can be interrupted: after the first half of its turns, at least one."""
+    """Pairs with a wrong student that can be cut off track: after the first half of its turns, at least one."""
     em_plain_off_track: float | None
-    """``None`` without such pairs."""
+    """``None`` if there are no such pairs."""
     em_privileged_off_track: float | None
     kl: dict[TokenClass, ClassKL]
-    """On the students' trajectories; classes that do not occur are absent."""
+    """Per token class, on the students' trajectories; classes that do not occur are absent."""
     sampled_tokens: int = 0
-    """Of all trajectories of the measurement together."""
+    """Total over all trajectories of the measurement."""
 
     @property
     def lead(self) -> float:
-        """In EM, from the question on."""
+        """The lead in EM, from the question."""
         return self.em_privileged - self.em_plain
 
     @property
     def saving(self) -> float:
-        """Share of the sampled tokens that the reference saves, from the question on; below 0 where it costs some."""
+        """Share of sampled tokens that the reference saves, from the question; negative if it costs tokens."""
         return 1 - self.tokens_privileged / self.tokens_plain if self.tokens_plain else 0.0
 
     @property
     def added_searches(self) -> float:
-        """Searches a question that the reference adds, from the question on; below 0 where it saves some."""
+        """Searches per question that the reference adds, from the question; negative if it saves searches."""
         return self.searches_privileged - self.searches_plain
 
 
 def hold_out(pairs: Sequence[Pair], config: LeadConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to distill on, and pairs to measure the lead on; no question is in both. Their order is kept.
+    """Split pairs by question into training pairs and held-out pairs, each in the original order.
 
-    Counts questions: ``config.pairs`` of them, at most the share ``config.max_share``, but at least one, so that nothing is
-    ever distilled unmeasured.
+    Holds out ``config.pairs`` questions, at most the share ``config.max_share``, but at least one: distillation always has a
+    measured lead.
     """
     questions = sorted({pair.question.id for pair in pairs})
     count = max(1, min(config.pairs, int(config.max_share * len(questions)))) if questions else 0
@@ -99,14 +99,14 @@ def measure(
     progress: Progress = silent,
     checkpointer: Checkpointer | None = None,
 ) -> tuple[Lead, list[PairKL]]:
-    """Sample under the plain and the privileged prompt and compare; also the per-token divergence of each pair measured.
+    """The lead, from sampling under the plain and the privileged prompt, and the per-token divergence of each measured pair.
 
-    The pairs of one question share their reference, so only the first of them is measured. Rollouts under the privileged
-    prompt may be longer by as much as that prompt is, so that both have the same room to act. What ``checkpointer`` holds is
-    not sampled again.
+    Pairs of one question share their reference, so only the first is measured. The token limit under the privileged prompt is
+    raised by that prompt's extra length, so that both policies have the same budget. Trajectories that ``checkpointer`` holds
+    are reused.
 
     Raises:
-        DataError: no pairs, or none that fits the policy's context.
+        DataError: no pairs, or none fits the policy's context.
         RetrievalError: from the retriever.
     """
     first = list({pair.question.id: pair for pair in reversed(pairs)}.values())[::-1]
@@ -116,8 +116,8 @@ def measure(
         why = f"all {len(first)} are too long for the policy's context of {length}" if first else "there are none"
         raise DataError(f"no pair to measure the teacher's lead on: {why}; sample a larger pool (pool.questions)")
     off_track = [(i, prefix) for i, pair in enumerate(kept) if (prefix := _prefix(pair.student, rollout))]
-    begins = [*((i, ()) for i in range(len(kept))), *off_track]
-    outcomes = _sample(policy, generator, retriever, kept, begins, config, rollout, temperature, seed, progress, checkpointer)
+    prefixes = [*((i, ()) for i in range(len(kept))), *off_track]
+    outcomes = _sample(policy, generator, retriever, kept, prefixes, config, rollout, temperature, seed, progress, checkpointer)
     plain, privileged = outcomes[0][: len(kept)], outcomes[1][: len(kept)]
     plain_off, privileged_off = outcomes[0][len(kept) :], outcomes[1][len(kept) :]
     low, high = interval([_em(b) - _em(a) for a, b in zip(plain, privileged, strict=True)])
@@ -145,11 +145,11 @@ def measure(
 
 
 def refused(lead: Lead, config: LeadConfig, *, verified: bool = False) -> str | None:
-    """Why a distillation is refused, if it is.
+    """The reason why distillation is refused; ``None`` if it is not, or if ``config.enforce`` is off.
 
-    It is where what ``config.gate`` names is below ``config.minimum`` and the teacher is not shorter by ``config.saving``
-    either (or its lead is below 0 for sure); and where the reference adds more than ``config.searches``, unless the teachers
-    are ``verified`` one by one. ``config.enforce`` must be on.
+    Refused if the reference adds more than ``config.searches`` searches, unless teachers are ``verified`` one by one. Refused
+    too if the lead (mean or lower bound, see ``config.gate``) is below ``config.minimum``, unless the teacher saves the share
+    ``config.saving`` of tokens and the interval of its lead does not lie below 0.
     """
     if not config.enforce:
         return None
@@ -177,23 +177,22 @@ def refused(lead: Lead, config: LeadConfig, *, verified: bool = False) -> str | 
 
 
 def gate(lead: Lead, config: LeadConfig, *, verified: bool = False) -> None:
-    """Let a distillation pass.
-
+    """
     Raises:
-        NoLeadError: it is refused.
+        NoLeadError: distillation is refused; see ``refused``.
     """
     if why := refused(lead, config, verified=verified):
         raise NoLeadError(why)
 
 
 def with_room(rollout: RolloutConfig, pairs: Sequence[Pair]) -> RolloutConfig:
-    """Limits under which a teacher has as much room to act as the plain policy: longer by what its prompt is longer."""
+    """``rollout`` with ``max_tokens`` raised by the largest extra length of a teacher's prompt over the plain one."""
     longer = max((len(pair.teacher_prompt_ids) - len(pair.student.prompt_ids) for pair in pairs), default=0)
     return rollout.model_copy(update={"max_tokens": rollout.max_tokens + max(0, longer)})
 
 
 def _prefix(student: Trajectory, rollout: RolloutConfig) -> tuple[Turn, ...]:
-    """The first half of a wrong student's turns, at least one; empty if that leaves nothing to do."""
+    """The first half of a wrong student's turns, at least one; empty if no turn or search would be left."""
     if student.correct:
         return ()
     count = max(1, len(student.turns) // 2)
@@ -205,7 +204,7 @@ def _sample(
     generator: Engine,
     retriever: Retriever,
     pairs: Sequence[Pair],
-    begins: Sequence[tuple[int, Sequence[Turn]]],
+    prefixes: Sequence[tuple[int, Sequence[Turn]]],
     config: LeadConfig,
     rollout: RolloutConfig,
     temperature: float,
@@ -213,12 +212,12 @@ def _sample(
     progress: Progress,
     checkpointer: Checkpointer | None,
 ) -> list[list[list[Trajectory]]]:
-    """For the plain prompt, then the privileged: the samples of each begin (a pair's index and its first turns)."""
+    """For the plain and then the privileged prompt: the samples of each prefix (a pair's index and its first turns)."""
     plain = [pair.student.prompt_ids for pair in pairs]
     privileged = [pair.teacher_prompt_ids for pair in pairs]
     roomier = with_room(rollout, pairs)
-    total = 2 * config.samples * len(begins)
-    checkpointer, told = checkpointer or Checkpointer(), RolloutProgress(progress, total, "sampled EM")
+    total = 2 * config.samples * len(prefixes)
+    checkpointer, reported = checkpointer or Checkpointer(), RolloutProgress(progress, total, "sampled EM")
 
     def make(chunk: _Chunk, before: Mapping[str, float]) -> tuple[Iterator[str], dict[str, float]]:
         starts, limits = chunk
@@ -228,9 +227,9 @@ def _sample(
             starts,
             limits,
             temperature=temperature,
-            seed=seed,  # the same for both prompts: what differs is what the policy sees
+            seed=seed,  # the same for both prompts, so that only the prompt differs
             prompts=policy.prompts,
-            on_trajectory=told.after(before),
+            on_trajectory=reported.after(before),
             unfinished=unfinished_in(checkpointer),
         )
         own = {"trajectories": float(len(sampled)), "em": sum(trajectory.reward for trajectory in sampled)}
@@ -238,7 +237,7 @@ def _sample(
 
     chunks: list[_Chunk] = []
     for prompts, limits in ((plain, rollout), (privileged, roomier)):
-        starts = [Start(pairs[i].question, prompts[i], turns, k) for i, turns in begins for k in range(config.samples)]
+        starts = [Start(pairs[i].question, prompts[i], turns, k) for i, turns in prefixes for k in range(config.samples)]
         at_once = rollout.batch_size
         chunks += [(starts[at : at + at_once], limits) for at in range(0, len(starts), at_once)]
     with checkpointer.scratch() as scratch:
@@ -246,7 +245,7 @@ def _sample(
         write_parts(checkpointer, [Part(path, chunks, make)])
         sampled = list(read_records(path, Trajectory, "measure the lead again"))
     each = [sampled[at : at + config.samples] for at in range(0, len(sampled), config.samples)]
-    return [each[: len(begins)], each[len(begins) :]]
+    return [each[: len(prefixes)], each[len(prefixes) :]]
 
 
 _Chunk = tuple[Sequence[Start], RolloutConfig]
@@ -259,9 +258,9 @@ def _em(samples: Sequence[Trajectory]) -> float:
 def interval(differences: Sequence[float]) -> tuple[float, float]:
     """The 95% interval of the mean of paired differences in [-1, 1] (EM with the reference minus EM without).
 
-    Agresti and Min's (Statistics in Medicine 24, 2005) for matched proportions: normal, after half an observation is added
-    to each cell of the table (+1, -1 and twice 0). The plain normal interval has no width where all pairs agree, and is too
-    narrow for few pairs; so is the bootstrap.
+    Agresti and Min's interval for matched proportions (Statistics in Medicine 24, 2005): a normal interval after adding half
+    an observation to each cell of the table (+1, -1 and twice 0). The plain normal interval has zero width if all pairs agree
+    and is too narrow for few pairs; so is the bootstrap.
     """
     n = len(differences) + 2
     mean = sum(differences) / n

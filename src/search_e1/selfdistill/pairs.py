@@ -1,11 +1,11 @@
-"""From a pool to pairs: which trajectory is shown to the teacher, and which siblings are to learn from it.
+"""Mines a pool for pairs: chooses each question's reference, and the siblings that learn from it.
 
-How far a sibling b is from the reference a is the edit distance between what they did, divided by the longer one's number
-of actions: with A, B the sequences of actions (a search and its query, an answer, a malformed action),
+The divergence of sibling b from reference a is the edit distance of their actions, divided by the number of actions of the
+longer one. With A, B the sequences of actions (a search and its query, an answer, a malformed action),
 
     divergence(a, b) = edit(A, B) / max(|A|, |B|)                                          in [0, 1],
 
-where inserting or deleting an action costs 1, and replacing x by y costs 1 if they are of another kind, else
+where inserting or deleting an action costs 1, and replacing x by y costs 1 if their kinds differ, else
 ``1 - |W(x) & W(y)| / |W(x) | W(y)|`` with W the set of words of the argument after EM's normalization.
 """
 
@@ -21,55 +21,55 @@ from search_e1.text.reference import RenderedReference
 from search_e1.types import Group, Pair, Question, Record, StopReason, Trajectory, Turn
 
 VERBOSE = 1.25
-"""A correct sibling with as many searches as the reference is less efficient from this many times its sampled tokens on."""
+"""A correct sibling is less efficient if it samples at least this many times the reference's tokens."""
 
 Gold = Callable[[Question], list[Trajectory]]
-"""A question's demonstrations; none is an empty list."""
+"""Returns a question's demonstrations, possibly none."""
 
 Render = Callable[[Question, Trajectory, Trajectory], RenderedReference | None]
-"""From a question, a reference and a student to what the teacher sees; ``None`` if that cannot be made to fit."""
+"""Renders a reference for the teacher, given question, reference and student; ``None`` if it cannot fit the context."""
 
 
 class PoolHealth(Record):
-    """What a pool held and what became of it. Counts are of questions unless they say otherwise; means are 0 of nothing."""
+    """Statistics of a pool and of its pairs. Counts are questions unless stated otherwise; a mean of nothing is 0."""
 
     questions: int
     trajectories: int
     never_correct: int
-    """Without a pair: no trajectory is correct, so there is nothing to show."""
+    """No pair: no trajectory is correct, so there is no reference."""
     no_demonstration: int = 0
-    """Without a pair: references are demonstrations, and there is none."""
+    """No pair: references are demonstrations, and the question has none."""
     too_many_searches: int = 0
-    """Without a pair: the reference has more searches than ``pairs.max_searches``."""
+    """No pair: the reference has more searches than ``pairs.max_searches``."""
     nothing_to_learn: int
-    """Without a pair: no sibling is one to learn from its reference."""
+    """No pair: no sibling can learn from the reference."""
     none_fits: int
-    """Without a pair: those that there were are all too long."""
+    """No pair: all candidates are too long."""
     usable: int
-    """With at least one pair; ``questions`` is the sum of this and the counts without a pair."""
+    """At least one pair; ``questions`` is the sum of this and the counts without a pair."""
     all_correct: int
-    """Every trajectory is correct, usable or not."""
+    """Every trajectory is correct; independent of the other counts."""
     pairs: int
     wrong_students: int
-    """Pairs whose student is wrong; the other students are correct and less efficient."""
+    """Pairs with a wrong student; the other students are correct and less efficient."""
     shortened: int
-    """Pairs whose teacher sees a reference without some of its passages, so that the prompt fits."""
+    """Pairs whose reference was shortened to fit the context."""
     too_long: int
-    """Pairs that were left out because no reference that may be shown fits; the next sibling took their place, if any."""
+    """Pairs left out because the rendered reference does not fit; replaced by the next sibling, if any."""
     em: float
-    """Of all trajectories, like the next two."""
+    """Mean over all trajectories, like the next two."""
     searches: float
     tokens: float
-    """Sampled tokens of a trajectory."""
+    """Sampled tokens per trajectory."""
     reference_searches: float
-    """Of the pairs' references, like the next."""
+    """Mean over the pairs' references, like the next."""
     reference_tokens: float
     student_searches: float
     student_tokens: float
     divergence: float
     """Mean over pairs."""
     stop_reasons: dict[StopReason, int]
-    """Of all trajectories."""
+    """Counts over all trajectories."""
 
 
 _COUNTS = (
@@ -79,7 +79,7 @@ _COUNTS = (
 
 
 class _Figures(NamedTuple):
-    """What is kept of a trajectory, so that a pool need not be in memory."""
+    """The figures kept of each trajectory, so that the pool need not be in memory."""
 
     reward: float
     searches: int
@@ -90,10 +90,10 @@ class _Figures(NamedTuple):
 def select(
     groups: Iterable[Group], config: PairsConfig, render: Render, *, seed: int = 0, gold: Gold | None = None
 ) -> tuple[list[Pair], PoolHealth]:
-    """The pairs of a pool, in the order of its groups, and what the pool was like.
+    """The pairs of a pool, in the order of its groups, and the pool's health.
 
-    With ``gold`` demonstrations are the references, and no trajectory of the pool is one. What is drawn at random depends on
-    ``seed`` and the question's id alone, not on the other groups.
+    With ``gold``, references are demonstrations instead of trajectories of the pool. Random choices depend on ``seed`` and the
+    question's id alone, not on other groups.
     """
     pairs: list[Pair] = []
     sampled: list[_Figures] = []
@@ -119,7 +119,7 @@ def select(
 
 
 def _pairs(group: Group, reference: Trajectory, config: PairsConfig, render: Render, seed: int) -> tuple[list[Pair], int]:
-    """The pairs of a group, and how many were too long."""
+    """The pairs of a group, and the number of candidates that were too long."""
     pairs: list[Pair] = []
     too_long = 0
     for student in find_students(group, reference, config, seed):
@@ -143,15 +143,14 @@ def _pairs(group: Group, reference: Trajectory, config: PairsConfig, render: Ren
 
 
 def find_students(group: Group, reference: Trajectory, config: PairsConfig, seed: int = 0) -> list[Trajectory]:
-    """Every sibling that may learn from ``reference``, the one to prefer first.
+    """Every sibling that may learn from ``reference``, in order of preference.
 
-    By ``wrong_first``: the wrong siblings, then the correct but less efficient ones (more searches, or ``VERBOSE`` times the
-    sampled tokens), within each the most divergent first (ties: the order in the group). One of siblings with the same ids
-    is enough.
+    ``wrong_first``: wrong siblings, then correct but less efficient ones (more searches, or ``VERBOSE`` times the sampled
+    tokens), each most divergent first (ties: group order). Siblings with the same ids count once.
 
-    By ``any``: every member of the group in random order, as often as it was sampled, the reference too, so that students are
-    distributed as the policy's own trajectories are. Mistakes alone show the student the states in which the teacher says no,
-    never those that look the same to the student and in which the teacher says yes.
+    ``any``: all members of the group in random order, the reference and duplicates included, so that students follow the
+    policy's own distribution. Students chosen for their mistakes are taught only in states where the teacher disagrees, never
+    in states that look the same to the student and where the teacher agrees.
     """
     if config.students_by == "any":
         students = [t for t in group.trajectories if t.turns]
@@ -174,47 +173,46 @@ def _less_efficient(sibling: Trajectory, reference: Trajectory) -> bool:
 
 
 class Step(NamedTuple):
-    """Two actions side by side: what replacing ``a`` by ``b`` costs, or 1 where one of them is missing."""
+    """Two aligned actions, and the cost of replacing ``a`` by ``b``; 1 if one of them is missing."""
 
     a: Turn | None
     b: Turn | None
     cost: float
 
 
-_Way = tuple[float, int, list[Step]]
-"""Cost, steps without a partner, steps."""
+_Alignment = tuple[float, int, list[Step]]
+"""Cost, number of steps with a missing action, steps."""
 
 
 def divergence(a: Trajectory, b: Trajectory) -> float:
-    """How differently two trajectories acted, in [0, 1]; the module's head has the formula."""
+    """The divergence of two trajectories in [0, 1]; formula in the module's docstring."""
     return sum(step.cost for step in align(a, b)) / max(len(a.turns), len(b.turns), 1)
 
 
 def align(a: Trajectory, b: Trajectory) -> list[Step]:
-    """The cheapest way from the actions of ``a`` to those of ``b``, in order; of equally cheap ones the one that keeps most
-    actions side by side."""
-    ways: list[list[_Way]] = []  # for each pair of prefixes
+    """The cheapest alignment of the actions of ``a`` and ``b``, in order; ties: the fewest missing actions."""
+    best: list[list[_Alignment]] = []  # for each pair of prefixes
     for i in range(len(a.turns) + 1):
-        ways.append([])
+        best.append([])
         for j in range(len(b.turns) + 1):
-            options: list[_Way] = [] if i or j else [(0.0, 0, [])]
+            options: list[_Alignment] = [] if i or j else [(0.0, 0, [])]
             if i and j:
                 x, y = a.turns[i - 1], b.turns[j - 1]
-                options.append(_longer(ways[i - 1][j - 1], Step(x, y, _replacement(x, y))))
+                options.append(_extended(best[i - 1][j - 1], Step(x, y, _replacement_cost(x, y))))
             if i:
-                options.append(_longer(ways[i - 1][j], Step(a.turns[i - 1], None, 1.0)))
+                options.append(_extended(best[i - 1][j], Step(a.turns[i - 1], None, 1.0)))
             if j:
-                options.append(_longer(ways[i][j - 1], Step(None, b.turns[j - 1], 1.0)))
-            ways[i].append(min(options, key=lambda way: way[:2]))
-    return ways[-1][-1][2]
+                options.append(_extended(best[i][j - 1], Step(None, b.turns[j - 1], 1.0)))
+            best[i].append(min(options, key=lambda alignment: alignment[:2]))
+    return best[-1][-1][2]
 
 
-def _longer(way: _Way, step: Step) -> _Way:
-    cost, missing, steps = way
+def _extended(alignment: _Alignment, step: Step) -> _Alignment:
+    cost, missing, steps = alignment
     return cost + step.cost, missing + (step.a is None or step.b is None), [*steps, step]
 
 
-def _replacement(x: Turn, y: Turn) -> float:
+def _replacement_cost(x: Turn, y: Turn) -> float:
     if x.kind is not y.kind:
         return 1.0
     words_x, words_y = (set(normalize_answer(turn.argument or "").split()) for turn in (x, y))

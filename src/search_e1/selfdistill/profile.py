@@ -1,4 +1,4 @@
-"""Where on a student's trajectory teacher and student disagree, token by token, and what the teacher would have said."""
+"""The profile: per-token divergence of teacher and student on the student's trajectory, and the teacher's preferred tokens."""
 
 import math
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from search_e1.types import Pair, Record
 
 FILE = "kl.jsonl"
 _PASS_TOKENS = 8192
-_POSITIONS = 256  # whose probabilities are in memory together
-_WINDOW = 12  # ids that are decoded before an id to see what it adds to the text
+_POSITIONS = 256  # positions whose probabilities are in memory at once
+_WINDOW = 12  # ids decoded before an id to see what it adds to the text
 
 
 class ClassKL(Record):
@@ -28,17 +28,17 @@ class ClassKL(Record):
 
     tokens: int
     mean: float
-    """KL(teacher || student), nats a token, not clipped."""
+    """KL(teacher || student), nats per token, not clipped."""
     share: float
-    """Of the divergence of all sampled tokens."""
+    """Share of the divergence of all sampled tokens."""
 
 
 class PairKL(Record):
-    """The sampled tokens of a pair's student, in order; all lists are as long as its ``sampled_tokens``."""
+    """Per-token values of a pair's student, one for each sampled token, in order."""
 
     question_id: str
     pieces: tuple[str, ...]
-    """What each token adds to the text of its turn; joined, the text. Empty for all but the last token of a character."""
+    """The text that each token adds to its turn; joined, the text. A character of several tokens is in the last one's piece."""
     classes: tuple[TokenClass, ...]
     kl: tuple[float, ...]
     """KL(teacher || student) in nats, not clipped."""
@@ -47,12 +47,12 @@ class PairKL(Record):
     teacher: tuple[float, ...]
     """Probability of the token under the privileged prompt."""
     preferred: tuple[str, ...]
-    """The teacher's most probable token in that place, decoded by itself."""
+    """The teacher's most probable token at that position, decoded by itself."""
 
 
 @torch.no_grad()
 def pair_kl(policy: Policy, pairs: Sequence[Pair]) -> list[PairKL]:
-    """The per-token divergence of each pair, in their order.
+    """The per-token divergence of each pair, in order.
 
     Raises:
         TrainingError: a divergence is not finite.
@@ -100,21 +100,21 @@ def by_class(profiles: Sequence[PairKL]) -> dict[TokenClass, ClassKL]:
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each id adds to the text of ``ids``: a character of several ids is the piece of the last of them."""
-    made: list[str] = []
+    """The text that each id adds to the text of ``ids``; a character of several ids is in the last one's piece."""
+    added: list[str] = []
     for end in range(1, len(ids) + 1):
         begin = max(0, end - 1 - _WINDOW)
-        # Decoded with what stands before it, an id keeps its leading space; an unfinished character ends in U+FFFD.
+        # Decoded after the preceding ids, an id keeps its leading space; an unfinished character decodes to U+FFFD.
         before, after = (
             tokenizer.decode(ids[begin:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
             for stop in (end - 1, end)
         )
-        made.append(after.rstrip("\N{REPLACEMENT CHARACTER}")[len(before.rstrip("\N{REPLACEMENT CHARACTER}")) :])
-    return made
+        added.append(after.rstrip("\N{REPLACEMENT CHARACTER}")[len(before.rstrip("\N{REPLACEMENT CHARACTER}")) :])
+    return added
 
 
 def _probabilities(head: Head, hidden: Tensor, ids: Tensor) -> tuple[list[float], list[int]]:
-    """For each position [N]: the probability of its id, and the most probable id."""
+    """For each of N positions (``hidden`` [N, H], ``ids`` [N]): the probability of its id, and the most probable id."""
     chosen: list[float] = []
     best: list[int] = []
     for part, part_ids in zip(hidden.split(_POSITIONS), ids.split(_POSITIONS), strict=True):

@@ -1,4 +1,4 @@
-"""From pairs to samples: what distillation and fine-tuning on references learn from."""
+"""Converts pairs to samples for distillation and for fine-tuning on references."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ def classes_of(tokenizer: Any, prompts: Prompts, trajectory: Trajectory) -> list
 
 
 def weights_of(trajectory: Trajectory, classes: Sequence[TokenClass], weights: Mapping[str, float]) -> tuple[float, ...]:
-    """The weight of each response token by its class; 0 for what was inserted."""
+    """The weight of each response token by its class; 0 for inserted tokens."""
     own = iter(classes)
     return tuple(weights[next(own)] if mask else 0.0 for mask in trajectory.action_mask)
 
@@ -23,29 +23,29 @@ def weights_of(trajectory: Trajectory, classes: Sequence[TokenClass], weights: M
 def sample_of(
     pair: Pair, classes: Sequence[TokenClass], weights: Mapping[str, float] | None = None, mask: Mask = "none"
 ) -> Sample:
-    """The student's response under the plain prompt and, for the teacher, under the privileged one.
+    """The student's response with the plain prompt, and the teacher's privileged prompt.
 
-    ``mask``: which tokens have no weight where the student could not know better; see ``knowable_tokens``.
+    ``mask``: which tokens get no weight where the student could not know the teacher's next step; see ``knowable_tokens``.
     """
-    given = weights_of(pair.student, classes, weights) if weights else None
+    token_weights = weights_of(pair.student, classes, weights) if weights else None
     if mask != "none":
-        taught = iter(knowable_tokens(pair, classes, mask))
-        given = tuple(
-            weight * next(taught) if sampled else 0.0
-            for weight, sampled in zip(given or pair.student.action_mask, pair.student.action_mask, strict=True)
+        kept = iter(knowable_tokens(pair, classes, mask))
+        token_weights = tuple(
+            weight * next(kept) if sampled else 0.0
+            for weight, sampled in zip(token_weights or pair.student.action_mask, pair.student.action_mask, strict=True)
         )
     return Sample(
         question_id=pair.question.id,
         prompt_ids=pair.student.prompt_ids,
         response_ids=pair.student.response_ids,
         action_mask=pair.student.action_mask,
-        weights=given,
+        weights=token_weights,
         teacher_prompt_ids=pair.teacher_prompt_ids,
     )
 
 
 def reference_sample_of(pair: Pair, classes: Sequence[TokenClass], weights: Mapping[str, float]) -> Sample:
-    """The reference under the plain prompt, to be imitated."""
+    """The reference with the plain prompt, for fine-tuning."""
     return Sample(
         question_id=pair.question.id,
         prompt_ids=pair.student.prompt_ids,
