@@ -1,4 +1,4 @@
-"""What sections are made of: their base, their values, and what several of them hold."""
+"""Building blocks of sections: the base class, constrained types, and shared sections."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,7 @@ class Section(BaseModel):
 
 
 class LoraConfig(Section):
-    """Low-rank adapters on all linear layers but the head."""
+    """Low-rank adapters on all linear layers except the head."""
 
     rank: Positive = 16
     alpha: Positive = 32

@@ -9,13 +9,13 @@ from search_e1.config.training import ColdstartTrainingConfig
 
 
 class NewPolicyConfig(Section):
-    """Sizes of the policy that `policy.model = "new"` makes from nothing, and of the tokenizer trained for it."""
+    """Sizes of the newly initialized policy for `policy.model = "new"`, and of the tokenizer trained for it."""
 
     hidden_size: Positive = 192
     layers: Annotated[int, Field(ge=2)] = 5
     heads: Positive = 6
     vocabulary: Positive = 8192
-    """Ids of the tokenizer that is trained on corpus and questions."""
+    """Vocabulary size of the tokenizer, which is trained on corpus and questions."""
     context_length: Positive = 2048
     tokenizer_passages: Positive = 20_000
     """Passages that the tokenizer is trained on."""
@@ -28,54 +28,55 @@ class NewPolicyConfig(Section):
 
 
 class EndpointConfig(Section):
-    """A model behind an OpenAI-compatible endpoint, whose correct trajectories are demonstrations. Its key, if it needs one, is
-    in the environment: `SEARCH_E1_API_KEY`."""
+    """A model behind an OpenAI-compatible endpoint, whose correct trajectories become demonstrations. An API key is read from
+    the environment variable `SEARCH_E1_API_KEY`."""
 
     url: str
-    """With or without `/v1` at its end."""
+    """With or without a trailing `/v1`."""
     model: str
-    """As the server names it."""
+    """The model's name on the server."""
     questions: Positive | None = None
-    """Ask it this many training questions (all, if not given)."""
+    """Number of training questions to sample. Default: all."""
     group_size: Positive = 4
-    """Trajectories a question, of which the best correct one is kept."""
+    """Trajectories per question; the best correct one becomes the demonstration."""
     temperature: NonNegativeFloat = 1.0
     timeout: Annotated[float, Field(gt=0)] = 300.0
-    """Seconds for one try of a request."""
+    """Seconds for one attempt of a request."""
     concurrency: Positive = 8
-    """Requests under way together."""
+    """Concurrent requests."""
 
 
 class ColdstartConfig(Section):
-    """Fine-tuning on demonstrations of the protocol, before the first round. `train` does it where this section is."""
+    """Fine-tuning on demonstrations of the protocol, before the first round. `train` runs it if this section is present."""
 
     demonstrations: Literal["auto", "passages", "questions", "endpoint", "file"] = "auto"
-    """Where they come from: the supporting `passages` that the training questions' metadata names in `data.corpus`; the
-    `questions` alone, where what they find holds the answer; `coldstart.endpoint`; or the `file` `data.demonstrations`. `auto`:
-    the endpoint if it is given, else the file if it is given, else passages, and questions where no passages are named."""
+    """Source of demonstrations. `passages`: the supporting passages in `data.corpus` that the training questions' metadata
+    names. `questions`: the questions alone, if the passages that they retrieve hold the answer. `endpoint`:
+    `coldstart.endpoint`. `file`: `data.demonstrations`. `auto`: the endpoint if given, else the file if given, else passages,
+    with questions for those that name no passages."""
     endpoint: EndpointConfig | None = None
     probe: NonNegative = 32
-    """Training questions that are asked before and after, greedily, for the share of malformed and of searching trajectories:
-    first those without a demonstration. 0 leaves it out."""
+    """Training questions answered greedily before and after, to report EM and the shares of malformed and of searching
+    trajectories; questions without a demonstration come first. 0 turns it off."""
     steps: Positive = 100
     """Optimizer steps."""
     batch_size: Positive = 16
-    """Demonstrations an optimizer step."""
+    """Demonstrations per optimizer step."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     lora: LoraConfig | None = None
-    """Train adapters and merge them at the end of the stage; without it all weights are trained."""
+    """Train adapters and merge them at the end of the stage. Default: all weights are trained."""
     drills: NonNegative = 0
-    """First steps: only the first query, of six times as many questions."""
+    """First N steps train on the first query alone, with six times as many questions per batch."""
     privileged: Share = 0.0
-    """Share of the demonstrations that follow a reference in the privileged prompt."""
+    """Share of demonstrations that follow a reference in the privileged prompt."""
     off_track: Share = 0.5
-    """Share of those that begin with a needless search, which is read and not imitated."""
+    """Share of those that begin with a needless search, which carries no loss."""
     irrelevant: Share = 0.0
-    """Share of the plain demonstrations with a search that leads nowhere."""
+    """Share of plain demonstrations with an irrelevant search."""
     duplicate: Share = 0.0
-    """Share of the plain demonstrations that ask the same thing twice."""
+    """Share of plain demonstrations that repeat their first search."""
     early: Share = 0.0
-    """Share of the plain demonstrations that stop after their first search and answer with the title it found."""
+    """Share of plain demonstrations that stop after the first search and answer with the title of its first passage."""
     new_policy: NewPolicyConfig = NewPolicyConfig()
     training: ColdstartTrainingConfig = ColdstartTrainingConfig()
 

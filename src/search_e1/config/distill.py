@@ -1,4 +1,4 @@
-"""Self-distillation, from the pool to the loss."""
+"""Sections of self-distillation, from the pool to the loss."""
 
 from typing import Annotated, Literal
 
@@ -11,75 +11,77 @@ Mask = Literal["none", "answers", "turns"]
 
 
 class PoolConfig(Section):
-    """Trajectories that pairs are mined from, sampled from the policy after GRPO."""
+    """Trajectories that pairs are mined from, of the policy after GRPO."""
 
     source: Literal["fresh", "grpo"] = "fresh"
-    """Sample them, or take those that GRPO sampled last: the newest groups, one a question, at GRPO's own group size and
-    temperature. `grpo` needs `grpo.keep_groups`."""
+    """`fresh`: sample new trajectories. `grpo`: take the latest group of each question from GRPO, at its group size and
+    temperature; needs `grpo.keep_groups`."""
     questions: Positive | None = None
-    """For this many training questions (all, if not given)."""
+    """Number of training questions. Default: all."""
     group_size: Annotated[int, Field(ge=2)] = 8
+    """Trajectories per question."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Also of the trajectories that the lead is measured with."""
+    """Sampling temperature, also for lead measurement and fresh students."""
 
 
 class ReferenceConfig(Section):
-    """What the teacher sees of a reference: the same in GRPO's replay, when the lead is measured and in distillation."""
+    """How a reference is rendered in the teacher's prompt, in GRPO, lead measurement and distillation alike."""
 
     shows: Literal["whole", "searches", "searches_and_answer", "answer", "none"] = "whole"
-    """The whole trajectory (as published), or its searches, its searches and its answer, its answer alone, each in its tags;
-    `none` is the null test of the method: the teacher's prompt is the plain one."""
+    """The whole trajectory (as published), or only its searches, its searches and answer, or its answer, each in its tags.
+    `none` is a null test of the method: the teacher gets the plain prompt."""
     max_tokens: Positive | None = None
-    """Most tokens of the teacher's prompt and the response together. Without it as many as the policy's context holds."""
+    """Maximum tokens of the teacher's prompt and the response together. Default: the policy's context."""
     shorten: Literal["passages", "evenly", "never"] = "passages"
-    """How a whole reference that does not fit is shortened: the last `passages` of its observations are left out, or all are
-    cut `evenly`, to as many of their first words. Its actions never are; what still does not fit is left out and counted."""
+    """How to shorten a whole reference that does not fit. `passages`: drop the last passages of its observations. `evenly`:
+    cut all passages to the same number of words. Actions are never cut; a reference that still does not fit is left out and
+    counted."""
 
 
 WHOLE = ReferenceConfig()
-"""As published."""
+"""The published setting."""
 
 
 class PairsConfig(Section):
-    """Which trajectory is shown to the teacher, and which siblings learn from it; see docs/distillation.md."""
+    """Which trajectory becomes the reference, and which siblings learn from it; see docs/distillation.md."""
 
     students: Positive = 1
-    """Most students of one reference; each makes a pair."""
+    """Maximum students per reference; each makes a pair."""
     students_by: Literal["wrong_first", "any"] = "wrong_first"
-    """Wrong siblings first, then correct but less efficient ones, the most divergent first (as published); or `any` member
-    of the group, so that students are what the policy does, not only what it does wrong."""
+    """`wrong_first`: wrong siblings, then correct but less efficient ones, most divergent first (as published). `any`: random
+    members of the group, so that students follow the policy's own distribution and are not only its mistakes."""
     max_searches: NonNegative | None = None
-    """Only references with at most this many searches, so that easy questions alone are taught. Default: any."""
+    """Use only references with at most this many searches, i.e. easy questions. Default: no limit."""
     references_by: Literal["fewest_searches", "gold"] = "fewest_searches"
-    """Which trajectory is shown: the correct one with the fewest searches (ties: fewest sampled tokens), or the question's
-    demonstration in `data.demonstrations`."""
+    """The reference: the correct trajectory with the fewest searches (ties: fewest sampled tokens), or with `gold` the
+    question's demonstration in `data.demonstrations`."""
 
 
 class LeadConfig(Section):
-    """How much better the policy is when it sees the reference: measured before every distillation, and its gate."""
+    """The teacher's lead, measured before every distillation, and its gate."""
 
     pairs: Positive = 64
-    """Pairs that are held out from distillation and measured on."""
+    """Questions whose pairs are held out from distillation and measured, one pair each."""
     max_share: Share = 0.25
-    """At most this share of all pairs is held out."""
+    """Maximum share of questions held out."""
     samples: Positive = 2
-    """Trajectories sampled for each pair, each prompt and each kind of start."""
+    """Trajectories sampled per pair, prompt and kind of start."""
     minimum: float = 0.02
-    """Lead in EM (privileged minus plain, from the question on) below which distillation is refused."""
+    """Lead in EM (privileged minus plain, from the question) below which distillation is refused."""
     gate: Literal["mean", "low"] = "mean"
     """What must reach `minimum`: the measured lead, or the lower end of its 95% interval."""
     saving: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Or the share of the sampled tokens that the reference saves: a teacher that is no better but shorter by it passes
-    too, unless the interval of its lead lies below 0. 1: only EM counts."""
+    """Alternative to `minimum`: a teacher whose reference saves this share of sampled tokens passes too, unless the interval of
+    its lead lies below 0. 1: only EM counts."""
     searches: NonNegativeFloat = 0.2
-    """Most searches a question that the reference may add: a student that learns to search on lacks what makes up for it. Does
-    not concern teachers that are verified one by one (`distill.teachers`)."""
+    """Maximum searches per question that the reference may add: a student that learns to search more lacks the reference that
+    makes up for it. Does not apply to teachers verified one by one (`distill.teachers`)."""
     enforce: bool = True
-    """Refuse to distill without a lead. Turned off, the lead is measured and reported only. It does not concern `sft`."""
+    """Refuse to distill without a lead. If off, the lead is only measured and reported. Does not apply to `sft`."""
 
 
 class ClassWeights(Section):
-    """Weights in the loss of the sampled tokens by what they are part of; the loss is the weighted mean."""
+    """Loss weights of sampled tokens by token class; the loss is the weighted mean."""
 
     thought: NonNegativeFloat = 1.0
     search: NonNegativeFloat = 1.0
@@ -95,13 +97,14 @@ class ClassWeights(Section):
 
 
 class MergeConfig(Section):
-    """How much of the adapter is merged when distillation ends."""
+    """The strength at which the adapter is merged when distillation ends."""
 
     strengths: Annotated[tuple[Share, ...], Field(min_length=1)] = (1.0,)
-    """Shares of the adapter: 1 merges all of it (as published), 0 is the policy before. Of several the one is merged that
-    answers `questions` with the fewest tokens among those as good as the best, by one standard error."""
+    """Scales of the adapter: 1 merges it fully (as published), 0 keeps the initial policy. If several are given, the policy
+    answers `questions` at each; of those whose EM is within one standard error of the best, the one with the fewest tokens is
+    merged."""
     questions: Annotated[int, Field(ge=2)] = 64
-    """Training questions that each of several strengths answers, greedily: first those that are not distilled on."""
+    """Training questions answered greedily at each of several strengths; questions not distilled on come first."""
 
     @model_validator(mode="after")
     def _distinct(self) -> "MergeConfig":
@@ -112,42 +115,44 @@ class MergeConfig(Section):
 
 class DistillConfig(Section):
     objective: str = "self_distillation"
-    """Name of a registered objective, or `module:attribute` of one's own. `self_distillation` (as published), or `sft`:
-    supervised fine-tuning on the same references, each once an epoch, under the plain prompt, with cross-entropy on its
-    sampled tokens. `sft` has no teacher: no lead is measured, and the keys on teacher and divergence do nothing."""
+    """Name of a registered objective, or `module:attribute` of your own. `self_distillation` (as published), or `sft`:
+    supervised fine-tuning on the same references, each once per epoch, under the plain prompt, with cross-entropy on its
+    sampled tokens. `sft` has no teacher: no lead is measured, and the keys for teacher and divergence have no effect."""
     epochs: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     batch_size: Positive = 16
-    """Pairs an optimizer step."""
+    """Pairs per optimizer step."""
     order: Literal["shuffled", "easiest_first"] = "shuffled"
-    """Of the pairs in an epoch: by chance, or by their references' searches and then their sampled tokens, few first."""
+    """Order of the pairs in an epoch. `easiest_first`: by ascending number of their references' searches, then sampled
+    tokens."""
     weights: Literal["lora", "all"] = "lora"
-    """What is trained: adapters, which are merged at the end (as published), or all weights; then a frozen copy teaches."""
+    """Train adapters, which are merged at the end (as published), or all weights, with a frozen copy as the teacher."""
     lora: LoraConfig = LoraConfig()
     """With `weights = "lora"`."""
     divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
     """KL(teacher || student) (as published), KL(student || teacher), or the generalized Jensen-Shannon divergence."""
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """The teacher's share of the mixture of `js`; towards 0 it acts like `forward_kl`, towards 1 like `reverse_kl`."""
+    """The teacher's weight in the mixture of `js`; towards 0 it acts like `forward_kl`, towards 1 like `reverse_kl`."""
     tau: Annotated[float, Field(gt=0)] = 10.0
-    """Where the divergence is clipped, in nats."""
+    """Upper limit of the clipped divergence, in nats."""
     clip: Literal["entry", "token", "none"] = "entry"
     """Clip each vocabulary entry's term before the sum (as published), each token's sum, or nothing."""
     top_k: Positive | None = None
-    """Tell only this many of the teacher's likeliest vocabulary entries apart, and count all others as one. Default: all are
-    told apart (as published)."""
+    """Compute the divergence over the teacher's k likeliest vocabulary entries, with all others summed into one. Default: over
+    the full vocabulary (as published)."""
     teachers: Literal["all", "verified"] = "all"
-    """All (as published), or those that are `verified` to follow their reference: asked once, greedily, with the reference in
-    the prompt, they answer right in no more searches than it takes. Costs a trajectory for each question."""
+    """`all` (as published), or only those `verified` to follow their reference: sampled once, greedily, with the reference in
+    the prompt, they answer correctly with no more searches than it has. Costs one trajectory per question."""
     teacher_temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Below 1 sharpens the teacher."""
+    """Temperature of the teacher's distribution; below 1 sharpens it."""
     class_weights: ClassWeights = ClassWeights()
     students: Literal["stored", "fresh"] = "stored"
-    """Whose tokens are taught: the pairs' stored students (as published, offline), or one sampled afresh for each reference
-    from the policy as it is at that step (on-policy), at `pool.temperature`."""
+    """`stored`: the pairs' students (as published, offline). `fresh`: one student per reference sampled from the current
+    policy at each step (on-policy), at `pool.temperature`."""
     mask: Mask = "none"
-    """Leave out what the student could not know: its `answers`, or whole `turns`, where the reference's action after as many
-    searches has words that occur neither in the question nor in what the student has read so far."""
+    """Exclude tokens where the student could not know the teacher's next step: its `answers`, or whole `turns`. A step is
+    unknowable if the reference's action after the same number of searches has words that occur neither in the question nor in
+    what the student has read, and the student has not read every passage that the reference had."""
     merge: MergeConfig = MergeConfig()
     training: DistillTrainingConfig = DistillTrainingConfig()
 
@@ -158,7 +163,7 @@ class DistillConfig(Section):
 
     @property
     def verifies(self) -> bool:
-        """Whether teachers are asked before they teach."""
+        """Whether teachers are verified before distillation."""
         return self.has_teacher and self.teachers == "verified"
 
     @model_validator(mode="after")

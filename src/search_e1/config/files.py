@@ -1,4 +1,4 @@
-"""From a TOML file and dotted flags to a configuration, and from its sections to the table of all keys."""
+"""Reads a configuration from a TOML file and dotted flags, and describes all keys as a table."""
 
 import datetime
 import difflib
@@ -22,14 +22,14 @@ _SHOWN_FILES = 4
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in the TOML file ``path``, with dotted flags laid over it.
+    """The configuration in the TOML file ``path``, overridden by dotted flags.
 
-    ``overrides`` is what stands on a command line: ``["--grpo.steps", "8", "--data.eval.nq=nq.jsonl"]``. Values are read
-    as TOML where they are TOML, and as text otherwise, or where the key takes no such value but a text (``--run 2025-11-28``).
-    Relative paths in the file are relative to the working directory.
+    ``overrides`` are command-line words: ``["--grpo.steps", "8", "--data.eval.nq=nq.jsonl"]``. A value is parsed as TOML if
+    possible, else taken as text; also as text if the key accepts only text (``--run 2025-11-28``). Relative paths in the file
+    are relative to the working directory.
 
     Raises:
-        ConfigError: the file cannot be read, or a key is unknown, missing or has an impossible value; names it.
+        ConfigError: the file cannot be read, or a key (named) is unknown, missing or has an invalid value.
     """
     flags = list(_words(overrides))
     read = [(key, _toml_value(text)) for key, text in flags]
@@ -37,15 +37,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return _validated(path, read)
     except ValidationError as error:
-        no_texts = {(*key,) for problem in error.errors() for key, value in read if _needs_text(problem, key, value)}
+        as_text = {(*key,) for problem in error.errors() for key, value in read if _needs_text(problem, key, value)}
         with suppress(ValidationError):
-            if no_texts:
-                return _validated(path, [(key, texts[(*key,)] if (*key,) in no_texts else value) for key, value in read])
+            if as_text:
+                return _validated(path, [(key, texts[(*key,)] if (*key,) in as_text else value) for key, value in read])
         raise ConfigError(f"{path}: {_first_problem(error)}") from None
 
 
 def with_overrides(path: str | Path, pairs: Iterable[tuple[list[str], Any]]) -> Config:
-    """The configuration in the TOML file ``path`` with keys set to other values, in order; raises as ``load``."""
+    """The configuration in the TOML file ``path`` with keys overridden in order. Raises like ``load``."""
     try:
         return _validated(path, pairs)
     except ValidationError as error:
@@ -60,30 +60,30 @@ def _validated(path: str | Path, pairs: Iterable[tuple[list[str], Any]]) -> Conf
 
 
 def _needs_text(problem: Mapping[str, Any], key: Sequence[str], value: Any) -> bool:
-    """Whether ``value``, a flag's, was refused for its kind alone."""
+    """Whether a flag's ``value`` is a TOML scalar that validation refused, so that its text may be meant."""
     return isinstance(value, _SCALARS) and tuple(map(str, problem["loc"][: len(key)])) == tuple(key)
 
 
 def read_toml(path: Path, flag: str) -> dict[str, Any]:
-    """What the TOML file holds; ``flag`` is how it is given.
+    """The contents of a TOML file; error messages name ``flag``, the flag that it is given with.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the file cannot be read, or is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors begin with a byte-order mark
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors write a byte-order mark
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; {_files_near(path, flag)}") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}; give the path of a TOML file with {flag}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not TOML: nested too deep") from None
-    except ValueError as error:  # of TOML, of UTF-8, or a number of too many digits
+    except ValueError as error:  # invalid TOML or UTF-8, or a number with too many digits
         raise ConfigError(f"{path}: not TOML: {error}") from None
 
 
 def _files_near(path: Path, flag: str) -> str:
-    """What the missing ``path`` may have been meant to be."""
+    """A hint for the missing ``path``: a similar file, or the TOML files nearby."""
     there = sorted(str(file) for folder in {path.parent, Path("configs")} for file in folder.glob("*.toml"))
     close = difflib.get_close_matches(str(path), there, n=1) or [file for file in there if Path(file).stem == path.stem]
     if close:
@@ -98,7 +98,7 @@ def parse_overrides(flags: Sequence[str]) -> list[tuple[list[str], Any]]:
     """``["--a.b", "1", "--c=x"]`` -> ``[(["a", "b"], 1), (["c"], "x")]``.
 
     Raises:
-        ConfigError: a word that is no flag, or a flag without a value.
+        ConfigError: a word is not a flag, or a flag has no value.
     """
     return [(key, _toml_value(text)) for key, text in _words(flags)]
 
@@ -122,7 +122,7 @@ def _toml_value(text: str) -> Any:
         read = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
         return text
-    return read["value"] if len(read) == 1 else text  # of several lines, which would be keys of their own
+    return read["value"] if len(read) == 1 else text  # a text of several lines can parse as several keys
 
 
 def _set(tree: dict[str, Any], key: list[str], value: Any) -> None:
@@ -134,7 +134,7 @@ def _set(tree: dict[str, Any], key: list[str], value: Any) -> None:
 
 
 def _first_problem(error: ValidationError) -> str:
-    """The first error in one line: the key, what was found, how to mend it."""
+    """The first error as one line: the key, its value, and the remedy."""
     problem = error.errors()[0]
     parts = [str(part) for part in problem["loc"]]
     key = ".".join(parts)
@@ -159,10 +159,10 @@ def _keys_at(path: Sequence[str]) -> list[str]:
 
 
 def migrate_fingerprint(there: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``Config.fingerprint`` of an earlier version as this version would give it.
+    """An earlier version's ``Config.fingerprint``, converted to this version's.
 
-    Keys added since stand at their defaults, and keys that no longer bind are left out. What this version cannot read is
-    returned unchanged.
+    Keys added since get their defaults; keys no longer part of the fingerprint are dropped. A fingerprint that this version
+    cannot read is returned unchanged.
     """
     try:
         return Config.model_validate({**there, "run": "."}).fingerprint()
@@ -171,10 +171,10 @@ def migrate_fingerprint(there: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def default_of(path: Sequence[str]) -> Any:
-    """The default of the key with this path, as JSON has it.
+    """The default of the key with this path, as a JSON value.
 
     Raises:
-        LookupError: there is no such key, or it has no default.
+        LookupError: the key does not exist or has no default.
     """
     section: type[BaseModel] | None = Config
     for part in path[:-1]:
@@ -185,7 +185,7 @@ def default_of(path: Sequence[str]) -> Any:
 
 
 def describe() -> str:
-    """Every key with its default and what it does, as Markdown: what `docs/configuration.md` holds."""
+    """Every key with its default and description, as Markdown: the text of `docs/configuration.md`."""
     lines = [
         "# Configuration",
         "",

@@ -1,4 +1,4 @@
-"""What a run is given: a policy, questions, and passages to search."""
+"""Sections of a run's inputs: policy, questions, and passages to search."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,39 +16,39 @@ NEW = "new"
 
 class PolicyConfig(Section):
     model: str
-    """A Hugging Face directory, a Hub id, a GGUF file (dequantized), the directory of a PEFT adapter (merged onto its base;
-    docs/policies.md), `small`: the policy that comes with the package, or `new`: one that the cold start makes from nothing
+    """A Hugging Face directory, a Hub id, a GGUF file (dequantized), the directory of a PEFT adapter (merged into its base;
+    docs/policies.md), `small`: the policy shipped with the package, or `new`: a policy that the cold start initializes
     (`coldstart.new_policy`)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number type of products in sampling and training, and of weights that are not trained. `auto`: bfloat16 on a GPU or CPU
-    that multiplies it and for 10 million weights or more, else float32."""
+    """Compute dtype of sampling and training, and dtype of frozen weights. `auto`: bfloat16 if the GPU or CPU supports it
+    natively and the policy has at least 10 million weights, else float32."""
     device: str = "auto"
-    """`auto` (an accelerator if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    """`auto` (an accelerator if available), `cpu`, `cuda`, `cuda:1`, ..."""
     trust_remote_code: bool = False
-    """Run Python code that the model directory or the Hub brings along."""
+    """Run Python code from the model directory or the Hub."""
 
 
 class DataConfig(Section):
     corpus: Paths = ()
-    """Passages: JSON lines, CSV or TSV (plain, .gz, .zst) or Parquet with `id` and `contents`, or `id`, `text` and perhaps
-    `title`, perhaps `metadata`; or a list of such files. Needed unless `retrieval.index` or `.url` is given."""
+    """Passages: JSON lines, CSV or TSV (plain, .gz, .zst) or Parquet with `id` and `contents`, or `id`, `text` and optional
+    `title`, and optional `metadata`; or a list of such files. Required unless `retrieval.index` or `.url` is given."""
     columns: dict[str, Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]] = {}
-    """Field of a passage -> its column in the corpus, e.g. `columns.text = "body"`, or several, of which a record's first is
-    read. An empty one for `id` makes ids of file and line."""
+    """Field of a passage -> its column in the corpus, e.g. `columns.text = "body"`, or several columns, of which the first that
+    a record has is read. An empty column for `id` derives ids from file and line."""
     prefix_ids: bool = False
-    """Put the name of its corpus before the id of each passage, as in `wiki:17`, where two corpora use the same ids."""
+    """Prefix passage ids with the name of their corpus, as in `wiki:17`, for corpora that share ids."""
     train: Annotated[Paths, Field(min_length=1)]
-    """Question file or files, JSON lines (plain or .gz) with `id`, `question`, `golden_answers`, perhaps `metadata`. An empty
-    list of answers needs `rollout.rewards.not_found`."""
+    """Question file or files, JSON lines (plain or .gz) with `id`, `question`, `golden_answers` and optional `metadata`. An
+    empty list of answers needs `rollout.rewards.not_found`."""
     demonstrations: Path | None = None
-    """What an expert did for training questions, for `pairs.references_by = "gold"`: JSON lines of `id` and `text`, or `id`
-    and `turns`. `docs/distillation.md` tells more."""
+    """Demonstrations for training questions, for the cold start and for `pairs.references_by = "gold"`: JSON lines of `id` and
+    `text`, or `id` and `turns`; see `docs/distillation.md`."""
     eval: dict[str, Path] = Field(min_length=1)
     """Benchmark name -> question file."""
     max_train: Positive | None = None
-    """Use a random subset of this many training questions (the same for a seed)."""
+    """Size of a random subset of the training questions, determined by `seed`. Default: all."""
     max_eval: Positive | None = None
-    """Use a random subset of this many questions of each benchmark."""
+    """Size of a random subset of each benchmark, determined by `seed`. Default: all."""
 
     @property
     def corpus_columns(self) -> CorpusColumns:
@@ -63,34 +63,36 @@ class DataConfig(Section):
 
 class RetrievalConfig(Section):
     kind: str = "bm25"
-    """`bm25`, `dense` or `hybrid` (both, with fused rankings): the index that is built from `data.corpus`. `url`: a server,
-    which a `url` alone says too. `module:attribute`: a retriever of your own, called with this section."""
+    """Kind of the index to build from `data.corpus`: `bm25`, `dense` or `hybrid` (both, with fused rankings). `url`: a server;
+    implied if `url` is given. `module:attribute`: your own retriever, called with this section."""
     index: Paths = ()
     """Directory of an index built by `search-e1 index build`, or a list of several with fused rankings. Default: an index of
     `data.corpus` in the run directory."""
     encoder: EncoderSettings | None = None
-    """Required for `dense` and `hybrid`. With `index`: where its encoder is now, and its device."""
+    """Required for `dense` and `hybrid`. With `index`: current location and device of its encoder."""
     language: str = "auto"
-    """Language of the words of a `bm25` index that is built from `data.corpus`, e.g. `de`, or several of different scripts:
-    `en+zh`. `auto`: the one that a sample of the passages is in; `none`: words without stems and stop words."""
+    """Language of a `bm25` index built from `data.corpus`, e.g. `de`, or several of different scripts: `en+zh`. `auto`:
+    detected from a sample of the passages; `none`: no stemming and no stop words."""
     faiss: str = "exact"
-    """Layout of a dense index to build: `exact`, `graph`, `compressed`, or a factory string of FAISS."""
+    """Layout of a dense index to build: `exact`, `graph`, `compressed`, or a FAISS factory string."""
     parameters: str | None = None
-    """FAISS search parameters, e.g. `nprobe=128,k_factor_rf=40`. Default: those of the preset, or of the build."""
+    """FAISS search parameters, e.g. `nprobe=128,k_factor_rf=40`. Default: those of the layout, or those the index was built
+    with."""
     url: str | None = None
     """A server that speaks Search-R1's `/retrieve`, e.g. `http://127.0.0.1:8000`. Used instead of an index."""
     timeout: Annotated[float, Field(gt=0)] = 30.0
     """Seconds for one attempt of a request to `url`, from connecting to the last byte of the response."""
     attempts: Positive | None = None
-    """Attempts of a request to `url` before the stage stops. Default: as many as `time_limit` allows."""
+    """Maximum attempts of a request to `url` before the stage stops. Default: as many as `time_limit` allows."""
     time_limit: Annotated[float, Field(gt=0)] = 180.0
-    """Seconds for all attempts of a request to `url`, waits included; then the stage stops. A server may be down that long."""
+    """Seconds for all attempts of a request to `url`, waits included, before the stage stops: how long a server may be
+    down."""
     cache: bool | Path = True
-    """Directory that keeps results for later rounds and other runs; several processes may share it. `true`: in the run
-    directory, unless an index is searched; `false`: none."""
+    """Directory that caches results for later rounds and other runs; several processes may share it. `true`: in the run
+    directory, unless an index is searched; `false`: no cache."""
     cache_key: str | None = None
-    """Name of what `url` serves, under which `cache` keeps its results. Only for a server that does not send the checksum of
-    its index; without a name its results are not kept."""
+    """Name of the data behind `url`, under which `cache` stores its results. Only for a server that does not send its index's
+    checksum; without a name such results are not cached."""
 
     @field_validator("kind")
     @classmethod

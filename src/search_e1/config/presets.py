@@ -1,4 +1,4 @@
-"""Named values for several keys at once. A file or a flag that gives one of the keys wins."""
+"""Presets: named values for several keys at once. A key given in the file or as a flag wins."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -8,9 +8,9 @@ Preset = Literal["search-e1", "concise", "harmless"]
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # As published: the default of every key.
     "search-e1": {},
-    # GRPO, once self-distillation from all that the policy does, and GRPO again: docs/when-it-pays.md.
+    # GRPO, one self-distillation on students of any kind, and GRPO again: docs/when-it-pays.md.
     "concise": {"ofsd": "first_round", "pairs": {"students": 4, "students_by": "any"}},
-    # The same from teachers that follow their reference, and only as much of it as costs no EM on training questions.
+    # The same with verified teachers only, merged at a strength that costs no EM on training questions.
     "harmless": {
         "ofsd": "first_round",
         "pairs": {"students": 4, "students_by": "any"},
@@ -20,7 +20,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 def apply_preset(preset: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """``given`` and, for keys that it does not give, the values of ``preset``; of one that is not known none."""
+    """``given`` with missing keys filled from ``preset``; an unknown preset fills none (validation refuses it later)."""
     return _merged(PRESETS.get(preset, {}) if isinstance(preset, str) else {}, given)
 
 

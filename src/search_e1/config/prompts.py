@@ -1,4 +1,4 @@
-"""The templates a policy works under: its instruction, its teacher's prompt, and its correction."""
+"""Prompt templates of a policy: instruction, privileged prompt, and correction."""
 
 import datetime
 import json
@@ -31,7 +31,7 @@ _OF_TOOLS = {
 
 
 class Prompts(BaseModel):
-    """The templates a policy works under. They are saved with the policy, so that whoever loads it asks it the same way.
+    """Prompt templates of a policy, saved with it so that it is always prompted the same way.
 
     The wording of ``instruction`` is Search-R1's. Search-E1 does not publish the wording of its privileged prompt.
     """
@@ -39,10 +39,10 @@ class Prompts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     protocol: ProtocolName = "tags"
-    """How a policy searches: Search-R1's `<search>` and `<information>` tags, or calls of a `search` tool in the format of
-    its own chat template. `tools` has defaults of its own for `instruction` and `correction`."""
+    """How a policy searches: with Search-R1's `<search>` and `<information>` tags, or with tool calls in the format of its chat
+    template. `tools` has its own defaults for `instruction` and `correction`."""
     tools: tuple[str, ...] = ("search",)
-    """What a policy can call: `search`; `open`, which shows a whole passage; or tools of your own, `module:attribute`."""
+    """Tools of the policy: `search`; `open`, which shows a whole passage; or your own, `module:attribute`."""
     instruction: str = (
         "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get new "
         "information. After reasoning, if you find you lack some knowledge, you can call a search engine by <search> query "
@@ -58,16 +58,16 @@ class Prompts(BaseModel):
     )
     """The teacher's user message; ``{instruction}`` (with its question) and ``{reference}`` are replaced."""
     correction: str = CORRECTION
-    """What a malformed action is answered with."""
+    """The observation after a malformed action."""
     date: datetime.date | None = None
-    """The day that a chat template which tells the date is given, e.g. `2025-11-28`. Default: the day on which the run was
-    begun; the policies that it makes keep that."""
+    """Date for chat templates that state the current date, e.g. `2025-11-28`. Default: the day on which the run began; its
+    policies keep that date."""
 
     @field_validator("date", mode="before")
     @classmethod
     def _is_date(cls, value: Any) -> Any:
         if not isinstance(value, str | datetime.date | None) or isinstance(value, datetime.datetime):
-            raise ValueError("no date; write YYYY-MM-DD")  # a number would count seconds
+            raise ValueError("no date; write YYYY-MM-DD")  # pydantic would read a number as seconds
         return value
 
     @model_validator(mode="before")
@@ -87,10 +87,10 @@ class Prompts(BaseModel):
 
     @classmethod
     def of_policy(cls, directory: Path) -> Self:
-        """The prompts saved beside a policy, or the defaults if it has none.
+        """The prompts saved with a policy, or the defaults if none are.
 
         Raises:
-            ConfigError: the file is there but cannot be read.
+            ConfigError: the file exists but cannot be read.
         """
         path = directory / _FILE
         if not path.exists():

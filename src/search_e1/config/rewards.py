@@ -1,4 +1,4 @@
-"""Settings of rewards for answers that are not names."""
+"""Settings of rewards other than exact match."""
 
 from typing import Annotated, Literal
 
@@ -15,26 +15,26 @@ JUDGE_PROMPT = (
 
 
 class JudgeConfig(Section):
-    """A model behind an OpenAI-compatible endpoint that says whether an answer is right. Its key, if it needs one, is in the
-    environment: `SEARCH_E1_API_KEY`."""
+    """A model behind an OpenAI-compatible endpoint that judges whether an answer is correct. An API key is read from the
+    environment variable `SEARCH_E1_API_KEY`."""
 
     url: str
-    """With or without `/v1` at its end."""
+    """With or without a trailing `/v1`."""
     model: str
-    """As the server names it."""
+    """The model's name on the server."""
     prompt: str = JUDGE_PROMPT
     """The user message. `{question}`, `{golds}` and `{answer}` are replaced by JSON; the reply must be one word, `correct` or
-    `incorrect`, and anything else stops the stage."""
+    `incorrect`; any other reply stops the stage."""
     max_tokens: Positive = 1024
-    """Most tokens of a reply, for models that think first."""
+    """Maximum tokens of a reply, with room for models that think first."""
     cache: str = "judge-cache.jsonl"
-    """File of all verdicts, which several runs may share: the same answer is judged once."""
+    """File of all verdicts, so that the same answer is judged once; several runs may share it."""
     timeout: Annotated[float, Field(gt=0)] = 60.0
     """Seconds for one attempt of a request."""
     time_limit: Annotated[float, Field(gt=0)] = 300.0
     """Seconds for all attempts of a request; then the stage stops."""
     concurrency: Positive = 16
-    """Requests under way together."""
+    """Concurrent requests."""
 
     @field_validator("prompt")
     @classmethod
@@ -45,18 +45,18 @@ class JudgeConfig(Section):
 
 
 class RewardsConfig(Section):
-    """What rewards of numbers, dates and kinds of answers go by."""
+    """Settings of rewards for numbers, dates, typed answers, unanswerable questions, and of the judge."""
 
     types: dict[str, str] = {}
-    """For `reward = "typed"`: kind of answer, as `metadata.answer_type` of a question names it -> reward. `number`, `date`,
-    `list` and `yes_no` have rewards of their names, `text` has `em`; here others are added or these replaced."""
+    """For `reward = "typed"`: answer type, as in a question's `metadata.answer_type` -> reward. By default `number`, `date`,
+    `list` and `yes_no` use the rewards of the same name and `text` uses `em`; entries add to or replace these."""
     tolerance: NonNegativeFloat = 1e-6
-    """Relative: how far a `number` may be from a gold one."""
+    """Relative tolerance of a `number`."""
     date_order: Literal["DMY", "MDY", "YMD"] = "MDY"
     """How a `date` like 5/6/2020 is read."""
     not_found: tuple[str, ...] = ()
-    """Answers that mean that the documents do not hold one, e.g. `["not in the documents"]`: right for questions without
-    answers, or whose metadata says `unanswerable: true`, where nothing else is, and wrong for all others. `prompts.instruction`
+    """Answers that say that the documents hold no answer, e.g. `["not in the documents"]`. For questions without answers, or
+    with `unanswerable: true` in their metadata, only these are correct; for all others they are wrong. `prompts.instruction`
     must name one of them."""
     judge: JudgeConfig | None = None
-    """The model that is asked by `reward = "judge"`."""
+    """The model behind `reward = "judge"`."""

@@ -1,4 +1,4 @@
-"""The configuration of a run: all sections, and what holds between them."""
+"""The configuration of a run: all sections, and checks across them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,24 +23,24 @@ class Config(Section):
     run: Path
     """Directory of the run."""
     seed: NonNegative = 0
-    """Every stage draws its own seed from it."""
+    """Every stage derives its own seed from it."""
     preset: Preset = "search-e1"
-    """What keys that are not given are: `search-e1`, as published, the defaults that stand here; `harmless`, which
-    distills once, from teachers that follow their reference, and only as much as costs no EM on training questions
-    (when-it-pays.md); `concise`, which distills once from all, with the GRPO that follows to repair it."""
+    """Values of keys that are not given. `search-e1`: the defaults listed here, as published. `harmless`: distill once, with
+    verified teachers, merged at a strength that costs no EM on training questions (when-it-pays.md). `concise`: distill once
+    with all teachers; the next round's GRPO repairs the damage."""
     rounds: Positive = 2
     """Rounds of GRPO and OFSD."""
     ofsd: Literal["every_round", "first_round", "last_round", "never"] = "every_round"
-    """After the GRPO of which rounds to distill; the others sample no pool and measure no lead. `never`: GRPO alone."""
+    """Rounds that distill after GRPO; other rounds sample no pool and measure no lead. `never`: GRPO alone."""
     preflight: Literal["stop", "warn", "off"] = "stop"
-    """Before the first round: end a run that certainly cannot learn, with the remedy; only warn; or look for nothing
-    (docs/doctor.md). It changes nothing in a run, and may change while a run goes on."""
+    """Before the first round: stop a run that certainly cannot learn and name the remedy, only warn, or skip the check
+    (docs/doctor.md). Does not affect results; may change during a run."""
     bundle: bool = True
-    """At the end of `train`, make the last policy a bundle to ask and to share: `agent` in the run's directory (docs/agent.md).
-    It changes nothing in a run, and may change while a run goes on."""
+    """At the end of `train`, export the last policy as a bundle to use and share: `agent` in the run directory (docs/agent.md).
+    Does not affect results; may change during a run."""
     policy: PolicyConfig
     prompts: Prompts | None = None
-    """Templates. Without them the policy's own (`search_e1.json` in its directory), else Search-R1's."""
+    """Prompt templates. Default: those saved with the policy (`search_e1.json` in its directory), else Search-R1's."""
     data: DataConfig
     retrieval: RetrievalConfig = RetrievalConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -56,7 +56,7 @@ class Config(Section):
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     parallel: ParallelConfig = ParallelConfig()
     coldstart: ColdstartConfig | None = None
-    """Fine-tuning on demonstrations before the first round; left out without this section."""
+    """Fine-tuning on demonstrations before the first round; only if this section is present."""
 
     @model_validator(mode="before")
     @classmethod
@@ -94,17 +94,17 @@ class Config(Section):
         return self
 
     def distills(self, round: int) -> bool:
-        """Whether ``round``, from 1 on, ends with distillation, if there is a lead."""
+        """Whether ``round`` (from 1) ends with distillation, given a lead."""
         only = {"first_round": 1, "last_round": self.rounds}
         return self.ofsd == "every_round" or only.get(self.ofsd) == round
 
     @property
     def distillations(self) -> int:
-        """Over all rounds."""
+        """Number of rounds that distill."""
         return sum(self.distills(round) for round in range(1, self.rounds + 1))
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a run directory belongs to, as JSON: all but its place and what changes nothing in a run."""
+        """Identifies a run directory, as JSON: all settings except its path and those that do not affect results."""
         waiting = {"timeout", "attempts", "time_limit", "cache"}
         place = {"url", "timeout", "gpu_memory_utilization", "shared_gpu_memory_utilization"}
         return self.model_dump(

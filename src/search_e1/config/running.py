@@ -1,4 +1,4 @@
-"""How a run is carried out and watched. Nothing here binds it, and all of it may change while the run goes on."""
+"""Sections on how a run is executed and tracked. None is part of its fingerprint; all may change during a run."""
 
 from typing import Annotated, Literal
 
@@ -10,25 +10,27 @@ Sharding = Literal["none", "fsdp2"]
 
 
 class TrackingConfig(Section):
-    """Live tracking through transformers' integrations. It changes nothing in a run, and may change while a run goes on."""
+    """Live tracking through transformers' integrations. Does not affect results; may change during a run."""
 
     report_to: tuple[str, ...] = ()
-    """Trackers to tell every stage's figures: `tensorboard` (into `tracking/` of the run), `wandb`, `trackio`, ..."""
+    """Trackers that receive every stage's figures: `tensorboard` (into `tracking/` in the run directory), `wandb`, `trackio`,
+    ..."""
     project: str = "search-e1"
-    """Project of the tracker, where it has such a thing."""
+    """Project name, for trackers that have projects."""
 
 
 class CheckpointsConfig(Section):
-    """How often a stage that trains saves how far it is. It changes nothing in a run, and may change while a run goes on."""
+    """How often a training stage saves a checkpoint. Does not affect results; may change during a run."""
 
     every_seconds: NonNegativeFloat = 60.0
-    """From one checkpoint to the next, at the end of a step. The last two are kept until the stage is complete."""
+    """Minimum time between checkpoints, which are saved at the end of a step. The last two are kept until the stage is
+    complete."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.02
-    """Of the time, at most, that checkpoints take: large ones are saved less often than `every_seconds`."""
+    """Maximum share of time spent on checkpoints: large ones are saved less often than `every_seconds`."""
 
 
 class ParallelConfig(Section):
-    """What several processes (torchrun, accelerate launch) divide among them. It changes nothing in a run but rounding."""
+    """What several processes (torchrun, accelerate launch) shard. Affects results only by rounding."""
 
     sharding: Sharding = "none"
-    """In GRPO, distillation and cold start: nothing (DDP), or weights, gradients and optimizer states (`fsdp2`)."""
+    """In GRPO, distillation and cold start: `none` (DDP), or weights, gradients and optimizer states (`fsdp2`)."""
