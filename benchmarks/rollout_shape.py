@@ -29,7 +29,7 @@ from rich.table import Table
 
 from contest import measured  # beside this file
 from search_e1.config import PolicyConfig, Prompts, RolloutConfig
-from search_e1.rollout.engines.base import Engine, generate
+from search_e1.rollout.engines.base import Engine, Request
 from search_e1.rollout.engines.torch import PlainEngine, TorchEngine
 from search_e1.rollout.loop import rollout
 from search_e1.rollout.starts import Start
@@ -129,7 +129,15 @@ def prepared(arguments: argparse.Namespace) -> Callable[[], int]:
 
     def single() -> int:
         action = TURNS * arguments.action
-        return sum(len(g.ids) for g in generate(ours(), longer, max_new_tokens=action, temperature=1.0, stop=()))
+        most, sampled, waiting = max(map(len, longer)) + action, 0, len(longer)
+        with ours().session(temperature=1.0, stop=(), max_tokens=most) as session:
+            for key, prompt in enumerate(longer):
+                session.submit(Request(key, prompt, action, key))
+            while waiting:
+                for key, generation in session.step():
+                    sampled, waiting = sampled + len(generation.ids), waiting - 1
+                    session.release(key)
+        return sampled
 
     def ours() -> Engine:
         return TorchEngine(model, small.tokenizer, batch_size=arguments.batch_size)

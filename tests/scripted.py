@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from search_e1.rollout.engines.base import BatchEngine, Generation, Request
+from search_e1.rollout.engines.base import BatchEngine, Engine, Generation, Request
 from search_e1.text.prompts import INFORMATION_CLOSE
 
 STOP_STRINGS = ("</search>", "</answer>")
@@ -46,3 +46,25 @@ class ScriptedEngine(BatchEngine):
             ids = tuple(self.tokenizer.encode(action, add_special_tokens=False))[: request.max_new_tokens]
             generations.append(Generation(ids, tuple(-0.5 - i for i in range(len(ids)))))
         return generations
+
+
+def generate(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    stop: Sequence[str],
+    seed: int = 0,
+) -> list[Generation]:
+    """One generation per prompt, in their order; each prompt's randomness is that of its place."""
+    most = max(map(len, prompts)) + max_new_tokens
+    done: dict[int, Generation] = {}
+    with engine.session(temperature=temperature, stop=stop, max_tokens=most) as session:
+        for key, prompt in enumerate(prompts):
+            session.submit(Request(key, prompt, max_new_tokens, seed + key))
+        while len(done) < len(prompts):
+            for key, generation in session.step():
+                done[key] = generation
+                session.release(key)
+    return [done[key] for key in range(len(prompts))]

@@ -7,10 +7,10 @@ import pytest
 from tenacity import wait_none
 
 from conftest import PASSAGES, TinyRetriever
+from scripted import generate
 from search_e1.config import EvaluationConfig, Prompts, RolloutConfig
 from search_e1.errors import ConfigError, EndpointError
 from search_e1.evaluation.evaluate import evaluate
-from search_e1.rollout.engines.base import generate
 from search_e1.rollout.engines.endpoint import Endpoint, EndpointEngine
 from search_e1.rollout.engines.remote import API_KEY, key_headers
 from search_e1.rollout.engines.words import Words

@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from chat import chat_tokenizer
 from conftest import PASSAGES, TinyRetriever, byte_tokenizer
-from scripted import STOP_STRINGS
+from scripted import STOP_STRINGS, generate
 from search_e1.config import Prompts, RolloutConfig
 from search_e1.errors import ConfigError, ModelError
 from search_e1.rollout.engines import continuous
 from search_e1.rollout.engines import torch as hf
-from search_e1.rollout.engines.base import Generation, Request, generate
+from search_e1.rollout.engines.base import Generation, Request
 from search_e1.rollout.engines.continuous import ContinuousSession
 from search_e1.rollout.engines.registry import check_engine, open_engine
 from search_e1.rollout.engines.sampling import Ends, draw

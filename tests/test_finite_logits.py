@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
+from scripted import generate
 from search_e1.errors import ModelError
-from search_e1.rollout.engines.base import generate
 from search_e1.rollout.engines.sampling import draw
 from search_e1.rollout.engines.torch import PlainEngine, TorchEngine
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import make_tiny_policy
+from scripted import generate
 from search_e1.config import DistillConfig, LoraConfig, TrainingConfig
-from search_e1.rollout.engines.base import generate
 from search_e1.rollout.engines.torch import PlainEngine, TorchEngine
 from search_e1.training import attention
 from search_e1.training.batch import make_batch

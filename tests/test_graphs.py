@@ -18,9 +18,10 @@ from peft.tuners.lora import LoraLayer
 import replay
 from conftest import PASSAGES, TinyRetriever
 from replay import Tape
+from scripted import generate
 from search_e1.errors import ModelError
 from search_e1.rollout.engines import torch as hf
-from search_e1.rollout.engines.base import Generation, Request, generate
+from search_e1.rollout.engines.base import Generation, Request
 from search_e1.rollout.engines.decoding import STEPS, _buckets
 from search_e1.rollout.engines.torch import TorchEngine
 from test_engine import FAMILIES, ids, play, random_policy

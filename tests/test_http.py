@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from tenacity import wait_none
 
+from scripted import generate
 from search_e1.config import Prompts
 from search_e1.errors import ConfigError, EndpointError, RetrievalError, SearchE1Error
 from search_e1.retrieval import client as retrieval
 from search_e1.retrieval.client import HttpRetriever
 from search_e1.rollout.engines import remote
-from search_e1.rollout.engines.base import generate
 from search_e1.rollout.engines.endpoint import Endpoint, EndpointEngine
 from search_e1.runs import http
 from serving import Reply, good, misbehaving

@@ -5,10 +5,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from scripted import STOP_STRINGS, ScriptedEngine
+from scripted import STOP_STRINGS, ScriptedEngine, generate
 from search_e1.config import Prompts, RolloutConfig
 from search_e1.errors import ModelError, RetrievalError
-from search_e1.rollout.engines.base import generate
 from search_e1.rollout.engines.torch import TorchEngine
 from search_e1.rollout.loop import rollout
 from search_e1.rollout.starts import Start, starts
@@ -172,18 +171,15 @@ def test_rows_end_at_different_times_and_keep_their_order(tiny_policy: Policy, t
         "fast?": ["<answer> Cor Dun </answer>"],
         "middle?": ["<search> arda </search>", "<answer> Bel </answer>"],
     }
-    turns: list[tuple[int, str | None]] = []
     ended: list[tuple[int, str | None]] = []
     done, generator = play(
         tiny_policy.tokenizer,
         tiny_retriever,
         script,
-        on_turn=lambda i, turn, passages: turns.append((i, turn.argument)),
         on_trajectory=lambda i, t: ended.append((i, t.answer)),
     )
     assert [(t.question_id, t.answer) for t in done] == [("slow?", "Gil Hor"), ("fast?", "Cor Dun"), ("middle?", "Bel")]
     assert [len(call["prompts"]) for call in generator.calls] == [3, 2, 1]
-    assert turns == [(1, "Cor Dun"), (0, "eth"), (2, "arda"), (2, "Bel"), (0, "fen"), (0, "Gil Hor")]
     assert ended == [(1, "Cor Dun"), (2, "Bel"), (0, "Gil Hor")]
     assert tiny_retriever.queries == ["eth", "arda", "fen"]
 

@@ -15,11 +15,11 @@ from tenacity import wait_none
 import fake_vllm
 from conftest import PASSAGES, TinyRetriever
 from fake_vllm import LLM
-from scripted import STOP_STRINGS
+from scripted import STOP_STRINGS, generate
 from search_e1.config import PolicyConfig, VllmConfig
 from search_e1.errors import ConfigError, EndpointError, ModelError, RetrievalError, SearchE1Error
 from search_e1.rollout.engines import vllm
-from search_e1.rollout.engines.base import Engine, Request, generate
+from search_e1.rollout.engines.base import Engine, Request
 from search_e1.rollout.engines.torch import TorchEngine
 from search_e1.rollout.engines.vllm import VllmLaunch
 from search_e1.rollout.engines.vllm_server import VllmServerEngine

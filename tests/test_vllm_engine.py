@@ -13,10 +13,10 @@ pytest.importorskip("vllm", reason="needs search-e1[vllm]")
 
 from chat import call, chat_tokenizer
 from conftest import PASSAGES, TinyRetriever
-from scripted import STOP_STRINGS
+from scripted import STOP_STRINGS, generate
 from search_e1.config import PolicyConfig, Prompts, RolloutConfig, VllmConfig
 from search_e1.config.prompts import ProtocolName
-from search_e1.rollout.engines.base import Engine, Generation, generate
+from search_e1.rollout.engines.base import Engine, Generation
 from search_e1.rollout.engines.torch import TorchEngine
 from search_e1.rollout.engines.vllm import VllmEngine, VllmLaunch, _VLLMSession
 from search_e1.rollout.loop import rollout

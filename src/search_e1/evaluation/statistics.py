@@ -82,7 +82,7 @@ def interval(*parts: Sequence[float], seed: int, resamples: int = RESAMPLES) -> 
     return float(low), float(high)
 
 
-def intervals_over_seeds(values: np.ndarray, *, seed: int, resamples: int = RESAMPLES) -> list[Interval]:
+def intervals_over_seeds(values: np.ndarray, *, seed: int) -> list[Interval]:
     """95% intervals of means over seeds and questions, resampled independently: Owen's pigeonhole bootstrap (Annals of Applied
     Statistics 1(2), 2007), for tables whose rows and columns are both samples.
 
@@ -103,7 +103,7 @@ def intervals_over_seeds(values: np.ndarray, *, seed: int, resamples: int = RESA
     rng = np.random.default_rng(seed)
     sums, counts = (table.reshape(figures * seeds, questions).T for table in (np.nan_to_num(values), present.astype(float)))
     whole, means = bool(present.all()), []
-    for drawn in _counts_drawn(rng, questions, resamples):
+    for drawn in _counts_drawn(rng, questions, RESAMPLES):
         picked = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(drawn))[:, None, :]
         shape = (len(drawn), figures, seeds)
         total = ((drawn @ sums).reshape(shape) * picked).sum(axis=2)

@@ -22,6 +22,7 @@ _REFERS = re.compile(
 )
 _LEADING_NUMBER = re.compile(r"^\s*\d+[.)]\s")
 _BATCH = 64  # queries a call of the retriever
+_ALIKE = 0.8  # the similarity of copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,22 +95,21 @@ def found_within(retriever: Retriever, depth: int) -> Filter:
 class Copies:
     """Drops what shares most of its words with an earlier draft: Jaccard's measure of the normalized words.
 
-    Two sets with a Jaccard of ``least`` share a word among the first ``(1 - least) * size + 1`` of each in any fixed order
-    (prefix filtering, Chaudhuri et al. 2006), so that few are compared. Long words first: they are rare.
+    Two sets with a Jaccard of j share a word among the first (1 - j) * size + 1 of each in any fixed order (prefix
+    filtering, Chaudhuri et al. 2006), so that few are compared. Long words first: they are rare.
     """
 
-    def __init__(self, least: float = 0.8) -> None:
-        self._least = least
+    def __init__(self) -> None:
         self._seen: list[tuple[frozenset[str], str]] = []
         self._by_word: dict[str, list[int]] = defaultdict(list)
 
     def __call__(self, draft: Draft) -> str:
         words = frozenset(normalize_answer(draft.text).split())
         order = sorted(words, key=lambda word: (-len(word), word))
-        prefix = order[: int((1 - self._least) * len(order) + 1e-9) + 1]
+        prefix = order[: int((1 - _ALIKE) * len(order) + 1e-9) + 1]
         for other in dict.fromkeys(number for word in prefix for number in self._by_word[word]):
             there, text = self._seen[other]
-            if jaccard(words, there) >= self._least:
+            if jaccard(words, there) >= _ALIKE:
                 return f"like {text!r}"
         for word in prefix:
             self._by_word[word].append(len(self._seen))

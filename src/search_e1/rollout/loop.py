@@ -59,7 +59,6 @@ def rollout(
     temperature: float,
     seed: int,
     prompts: Prompts | None = None,
-    on_turn: OnTurn | None = None,
     on_trajectory: OnTrajectory | None = None,
     spent: Spent | None = None,
     unfinished: Unfinished | None = None,
@@ -67,8 +66,8 @@ def rollout(
     """Roll out every start to its end; trajectories in the order of ``starts``.
 
     A policy takes at most ``config.max_searches`` turns that are answered (with passages, or with a correction) and
-    then one last generation. ``prompts`` says how it acts and is corrected (without them: Search-R1's tags). ``on_turn``
-    and ``on_trajectory`` are called with the index of the start as things happen.
+    then one last generation. ``prompts`` says how it acts and is corrected (without them: Search-R1's tags).
+    ``on_trajectory`` is called with the index of a start when its trajectory has ended.
 
     What a trajectory samples depends on ``seed``, its question's id and its ``sample``, not on the others, but for rounding:
     a matrix product of more rows may differ in the last bit. The same call gives the same bits: searches are answered at
@@ -88,9 +87,7 @@ def rollout(
     spent, unfinished = spent or Spent(), unfinished or Unfinished(None, Stop())
     call = _call(engine.tokenizer, starts, seed, temperature, config)
     clock, before = time.perf_counter(), spent.sampling + spent.retrieval
-    opened = open_loop(
-        engine, retriever, config, prompts, temperature=temperature, seed=seed, on_turn=on_turn, on_trajectory=on_trajectory
-    )
+    opened = open_loop(engine, retriever, config, prompts, temperature=temperature, seed=seed, on_trajectory=on_trajectory)
     with unfinished.stop.finishing(), opened as loop:
         loop.interrupted = lambda: unfinished.stop.asked is not None
         if keep := getattr(loop.session, "keep", None):

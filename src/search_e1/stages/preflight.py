@@ -98,9 +98,9 @@ def _template(run: Inputs, policy: str | Path) -> Finding | None:
     return preflight.template(bool(run.load_reader(policy).tokenizer.chat_template))
 
 
-def train_recall(run: Inputs, seed: int, most: int = _SEARCHED) -> list[recall.Recall]:
+def train_recall(run: Inputs, seed: int) -> list[recall.Recall]:
     """The recall of up to ``most`` training questions. The whole corpus is read only if no top-k has an answer."""
-    questions = {"train": subsample(run.train_questions, most, seed)}
+    questions = {"train": subsample(run.train_questions, _SEARCHED, seed)}
     rows = recall.measure(run.retriever, None, questions, run.config.rollout.topk)
     if any(row.in_topk for row in rows):
         return rows

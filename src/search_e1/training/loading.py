@@ -18,7 +18,7 @@ from search_e1.training.sources import ADAPTER_WEIGHTS, Source
 _ADAPTER = "policy"
 
 
-def load_weights(source: Source, trust_remote_code: bool, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+def load_weights(source: Source, trust_remote_code: bool) -> PreTrainedModel:
     """The weights of ``source``: GGUF dequantized, adapters merged (in float32, so that no difference is rounded away).
 
     Raises:
@@ -31,7 +31,7 @@ def load_weights(source: Source, trust_remote_code: bool, dtype: torch.dtype | s
     with _without_table():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.weights,
-            dtype=torch.float32 if source.adapter else dtype,
+            dtype=torch.float32 if source.adapter else "auto",
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are in the report, and refused below

@@ -144,25 +144,3 @@ class _Batches:
     def begun(self) -> dict[int, Generation]:
         """None: a batch is sampled whole."""
         return {}
-
-
-def generate(
-    engine: Engine,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    stop: Sequence[str],
-    seed: int = 0,
-) -> list[Generation]:
-    """One generation per prompt, in their order; each prompt's randomness is that of its place."""
-    most = max(map(len, prompts)) + max_new_tokens
-    done: dict[int, Generation] = {}
-    with engine.session(temperature=temperature, stop=stop, max_tokens=most) as session:
-        for key, prompt in enumerate(prompts):
-            session.submit(Request(key, prompt, max_new_tokens, seed + key))
-        while len(done) < len(prompts):
-            for key, generation in session.step():
-                done[key] = generation
-                session.release(key)
-    return [done[key] for key in range(len(prompts))]
