@@ -67,7 +67,7 @@ def test_passages_and_questions_are_used_as_they_are(here, monkeypatch, capsys):
     config = load(here / "faq.toml")
     assert config.policy.model == "own/model"
     assert config.data.train == (Path("faq-questions/faq.train.jsonl"),)
-    assert config.grpo.questions_per_step == 4  # of six questions one or two are set aside
+    assert (config.grpo.questions_per_step, config.coldstart.steps) == (4, 10)  # of six questions one or two are set aside
     prepared = run(monkeypatch, capsys, *commands(out)[0].split()[1:])
     assert prepared[0] == 0
     assert all(path.is_file() for path in (*config.data.train, *config.data.eval.values()))
@@ -154,6 +154,17 @@ def test_a_model_that_is_not_here_is_said_and_gets_adapters(here, monkeypatch, c
     assert "whether it fits h100-80gb is not known" in out
     assert "search-e1 plan mine.toml --gpu h100" in commands(out)
     assert load(here / "mine.toml").grpo.lora is not None
+
+
+@pytest.mark.parametrize(
+    ("questions", "small", "steps"),
+    [(16, True, 10), (40, True, 20), (121, True, 60), (1000, True, 60), (None, True, 60), (200, False, 25), (None, False, 40)],
+)
+def test_a_cold_start_takes_four_passes_over_few_questions(questions, small, steps):
+    """Four passes at 8 (32) a step, from 10 to 60 (40) steps; all of them where the questions cannot be counted."""
+    coldstart = replace(RECIPE, questions=questions, small=small).config().coldstart
+    assert coldstart is not None
+    assert coldstart.steps == steps
 
 
 @pytest.mark.parametrize(("gpu", "model"), [("h100", "Qwen/Qwen2.5-3B-Instruct"), ("4090", "Qwen/Qwen2.5-1.5B-Instruct")])

@@ -65,6 +65,7 @@ def init(
         eval=data.eval,
         small=card is None,
         questions_per_step=min(_MOST_A_STEP[card is None], data.number or _MOST_A_STEP[card is None]),
+        questions=data.number,
     )
     if card:
         try:

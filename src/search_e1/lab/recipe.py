@@ -1,6 +1,7 @@
 """A first config for one's own documents and questions, sized for the machine: what `search-e1 init` writes."""
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ SMALL_MODEL = "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
 """What scripts/fetch_smollm2.py writes; for machines without a GPU."""
 _MODELS = ((70.0, "Qwen/Qwen2.5-3B-Instruct"), (20.0, "Qwen/Qwen2.5-1.5B-Instruct"), (0.0, "Qwen/Qwen2.5-0.5B-Instruct"))
 """GiB of a GPU, and the model for it and larger ones."""
+_COLDSTART_PASSES, _COLDSTART_LEAST = 4, 10
+"""Passes over the demonstrations, and least steps."""
 
 _PASSAGES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
@@ -37,16 +40,31 @@ class Recipe:
     small: bool
     """For a model of some hundred million weights on a CPU."""
     questions_per_step: int
+    questions: int | None = None
+    """Training questions, where they can be counted."""
     lora: bool = False
     batch_size: int = 64
     max_tokens: int = 1408
+
+    @property
+    def coldstart_batch(self) -> int:
+        return 8 if self.small else 32
+
+    @property
+    def coldstart_steps(self) -> int:
+        """Enough for the passes over the demonstrations, one per question: more would learn few answers by heart."""
+        most = 60 if self.small else 40
+        if self.questions is None:
+            return most
+        return min(most, max(_COLDSTART_LEAST, math.ceil(_COLDSTART_PASSES * self.questions / self.coldstart_batch)))
 
     def toml(self) -> str:
         loader = PackageLoader("search_e1.lab", "")
         environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True)  # noqa: S701 - TOML, not HTML
         environment.filters["q"] = lambda text: json.dumps(text, ensure_ascii=False)
         template = environment.get_template("recipe.toml.j2")
-        text = template.render({field: getattr(self, field) for field in self.__dataclass_fields__})
+        names = (*self.__dataclass_fields__, "coldstart_batch", "coldstart_steps")
+        text = template.render({name: getattr(self, name) for name in names})
         return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
     def config(self) -> Config:
