@@ -1,8 +1,8 @@
 """Exact match, F1 and cover match of an answer, as in the Search-R1 protocol (the SQuAD definitions), by language.
 
-The language is the one in force (``in_language``), the run's ``rollout.answer_language``. English's rule is the published one,
-to the byte. All others fold text (``runs.languages.fold``), strip all of Unicode's punctuation, drop their own articles, and
-ignore white space beside scripts without spaces, whose characters count as words.
+The language in force (``in_language``) is the run's ``rollout.answer_language``. English uses exactly the published rule. All
+other languages fold text (``runs.languages.fold``), strip all Unicode punctuation, drop their own articles, and ignore white
+space next to characters of scripts without spaces, which count as words.
 """
 
 import re
@@ -27,7 +27,7 @@ _ARTICLES_OF = {
     "fr": "le la les un une des", "ga": "an na", "hu": "a az egy", "it": "il lo la i gli le un uno una",
     "nl": "de het een", "no": "en ei et", "pt": "o a os as um uma uns umas", "ro": "un o niște", "sv": "en ett",
 }  # fmt: skip
-"""Language -> its articles that are words of their own; others have none. Arabic's is a prefix."""
+"""Language -> its articles that are separate words; languages not listed have none. Arabic's article is a prefix."""
 _ELIDED = {"ca": "l", "fr": "l", "it": "l|un"}
 _ARABIC_ARTICLE = re.compile(r"\bال(?=\w{3})")
 _language: ContextVar[str] = ContextVar("answer language", default=ENGLISH)
@@ -35,10 +35,10 @@ _language: ContextVar[str] = ContextVar("answer language", default=ENGLISH)
 
 @contextmanager
 def in_language(language: str) -> Iterator[None]:
-    """In this block, in this thread, answers are compared by the rule of ``language``, codes such as ``de`` and ``en+zh``.
+    """Compares answers by the rule of ``language`` (codes such as ``de`` and ``en+zh``) within the block, in this thread.
 
     Raises:
-        ConfigError: there is no such language.
+        ConfigError: an unknown language.
     """
     parse(language, "rollout.answer_language")
     token = _language.set(language)
@@ -49,19 +49,19 @@ def in_language(language: str) -> Iterator[None]:
 
 
 def language_in_force() -> str:
-    """Codes; see ``in_language``."""
+    """The codes of the language in force; see ``in_language``."""
     return _language.get()
 
 
 def put_in_force(language: str) -> None:
-    """For the start of a thread that works for one where ``language`` is in force: threads do not inherit it."""
+    """Put ``language`` in force at the start of a thread, since threads do not inherit it."""
     _language.set(language)
 
 
 def normalize_answer(text: str) -> str:
     """Lower-case, strip ASCII punctuation, drop a/an/the, collapse white space, in this order; or by the language in force.
 
-    Beyond SQuAD's definition the result is in NFC, so that an accent counts the same however it is encoded.
+    Unlike SQuAD's definition the result is in NFC, so that different encodings of an accent are equal.
     """
     language = _language.get()
     if language != ENGLISH:
@@ -71,15 +71,15 @@ def normalize_answer(text: str) -> str:
 
 
 def answer_words(text: str) -> list[str]:
-    """What F1 counts of ``text``, and what stands in passages: its words after normalization."""
+    """The words of ``text`` after normalization, as F1 and cover match count them."""
     return _apart(normalize_answer(text)).split()
 
 
 def words(text: str) -> list[str]:
-    """The words of ``text`` that count where passages are searched for an answer: unlike EM's, punctuation separates them."""
+    """The words of ``text`` for finding answers in passages: unlike in EM, punctuation separates words."""
     language = _language.get()
     if language == ENGLISH:
-        plain = nfc(text.lower())  # a combining accent is no letter
+        plain = nfc(text.lower())  # a combining accent is not matched as a letter
         return [word for word in _ENGLISH_WORD.findall(plain) if word not in _ENGLISH_ARTICLES]
     codes = parse(language, "rollout.answer_language")
     found = _apart(" ".join(word_pattern().findall(fold(text, codes)))).split()
@@ -87,7 +87,7 @@ def words(text: str) -> list[str]:
 
 
 def word_spans(text: str) -> list[tuple[str, int, int]]:
-    """The same of ``text``, which is in NFC, each with its first character and the one after its last."""
+    """``words`` of ``text``, which must be in NFC, each with the offsets of its begin and end (exclusive)."""
     if _language.get() == ENGLISH:
         found = ((match[0].lower(), *match.span()) for match in _ENGLISH_WORD.finditer(text))
         return [(nfc(word), begin, end) for word, begin, end in found if word not in _ENGLISH_ARTICLES]
@@ -111,7 +111,7 @@ def _normalize(text: str, codes: tuple[str, ...]) -> str:
 
 
 def _apart(text: str) -> str:
-    """``text`` with a space around each character of an unspaced script."""
+    """``text`` with a space around each character of a script without spaces."""
     return text if _language.get() == ENGLISH else character_pattern().sub(r" \g<0> ", text)
 
 
@@ -121,7 +121,7 @@ def _without_article(word: str, codes: tuple[str, ...]) -> str:
 
 @cache
 def _articles(codes: tuple[str, ...]) -> frozenset[str]:
-    """In folded text, what is left of elided ones included."""
+    """The articles in folded text, including the remains of elided ones."""
     found = {fold(word, codes) for code in codes for word in _ARTICLES_OF.get(code, "").split()}
     return frozenset(found | {"l" for code in codes if code in _ELIDED})
 
@@ -140,23 +140,23 @@ def _beside_unspaced() -> re.Pattern[str]:
 def exact_match(answer: str | None, gold: Iterable[str]) -> float:
     """1.0 if ``answer`` equals any gold answer after normalization, else 0.0; no answer scores 0.0.
 
-    Where nothing is left of an answer after normalization, nothing equals it: else an empty answer would match ``!!!``.
+    An answer that is empty after normalization equals nothing: else an empty answer would match ``!!!``.
     """
     normalized = normalize_answer(answer or "")
     return float(bool(normalized) and any(normalized == normalize_answer(g) for g in gold))
 
 
 def cover_match(answer: str | None, gold: Iterable[str]) -> float:
-    """1.0 if ``answer`` holds any gold answer, both normalized, as whole words, else 0.0; no answer scores 0.0.
+    """1.0 if ``answer`` contains any gold answer, both normalized, as whole words, else 0.0; no answer scores 0.0.
 
-    Gold answers of which nothing is left after normalization are held by no answer.
+    A gold answer that is empty after normalization is contained in nothing.
     """
     said = " ".join(answer_words(answer or ""))
     return float(any(g and f" {g} " in f" {said} " for g in (" ".join(answer_words(one)) for one in gold)))
 
 
 def f1(answer: str | None, gold: Iterable[str]) -> float:
-    """Best token F1 over the gold answers. A yes, no or noanswer on either side must match exactly (HotpotQA's rule)."""
+    """Best token F1 over the gold answers. "yes", "no" and "noanswer" on either side must match exactly (HotpotQA's rule)."""
     return max((_f1(normalize_answer(answer), normalize_answer(g)) for g in gold), default=0.0) if answer else 0.0
 
 

@@ -1,7 +1,7 @@
-"""The seven benchmarks, from the Hub or from files laid out like it.
+"""The seven benchmarks, from the Hub or from local files in its layout.
 
-The questions are those of the FlashRAG collection (arXiv:2405.13576), which Search-R1 and its successors train and
-evaluate on: a directory for each benchmark, a JSON lines file for each split.
+The questions come from the FlashRAG collection (arXiv:2405.13576), which Search-R1 and its successors train and evaluate on:
+one directory per benchmark, one JSON lines file per split.
 """
 
 import difflib
@@ -27,26 +27,26 @@ SIZES = {
     "musique": {"train": 19938, "dev": 2417},
     "bamboogle": {"test": 125},
 }
-"""Benchmark -> split -> questions in the collection, by its own table."""
+"""Benchmark -> split -> number of questions, from the collection's own table."""
 BENCHMARKS = tuple(SIZES)
 TEST_SPLITS = {name: "test" if "test" in splits else "dev" for name, splits in SIZES.items()}
-"""What Search-R1 evaluates on: the test split where its answers are public, else dev."""
+"""Benchmark -> split that Search-R1 evaluates on: test if its answers are public, else dev."""
 TEST_SIZES = {name: splits[TEST_SPLITS[name]] for name, splits in SIZES.items()}
-"""Benchmark -> questions that the published figures are means over, in the order of the tables."""
+"""Benchmark -> number of questions behind the published figures, in the order of the tables."""
 TRAINING_MIX = ("nq", "hotpotqa")
-"""The benchmarks whose train splits the published policies are trained on."""
+"""The benchmarks whose train splits the published policies were trained on."""
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _HOPS = {"nq": 1, "triviaqa": 1, "popqa": 1, "hotpotqa": 2, "bamboogle": 2}
-# Retrieved or supporting text: it triples the files, and nothing reads it, since passages come from the corpus.
+# Retrieved or supporting text: triples the file size and is never read, since passages come from the corpus.
 _BULK = ("context", "paragraphs", "question_decomposition")
 
 
 def find(name: str) -> str:
-    """The benchmark called ``name``, whatever its case.
+    """The benchmark called ``name``, ignoring case and punctuation.
 
     Raises:
-        ConfigError: there is none; suggests the nearest.
+        ConfigError: an unknown benchmark; suggests the closest name.
     """
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
     if plain in SIZES:
@@ -61,7 +61,7 @@ def find(name: str) -> str:
 
 
 def splits(benchmark: str, directory: Path | None = None) -> tuple[str, ...]:
-    """The splits that the collection has of a benchmark, or that ``directory`` has files of."""
+    """The splits of a benchmark in the collection, or those with files in ``directory``."""
     if directory is None:
         return tuple(SIZES[benchmark])
     nested = {p.name.split(".")[0] for p in (directory / benchmark).glob("*") if p.name.lower().endswith(_SUFFIXES)}
@@ -70,16 +70,15 @@ def splits(benchmark: str, directory: Path | None = None) -> tuple[str, ...]:
 
 
 def load(benchmark: str, split: str, directory: Path | None = None, revision: str | None = None) -> Loaded:
-    """The questions of one split, from ``directory``, or from the Hub at ``revision`` (its newest commit).
+    """The questions of one split, from ``directory``, or from the Hub at ``revision`` (default: the newest commit).
 
     ``directory`` holds ``<benchmark>/<split>.jsonl`` (a copy of the Hub's repository) or ``<benchmark>.<split>.jsonl``, plain,
     ``.gz`` or ``.zst``. As in Search-R1, a question that does not end with a question mark gets one. Ids become
-    ``<benchmark>_<id>``, since the collection's own (``train_0``) return in every benchmark; ``metadata`` keeps them as
-    ``source_id``, and of the annotation ``hops``, ``supporting_titles`` and the triples in ``evidences``.
+    ``<benchmark>_<id>``, since the collection's own (``train_0``) repeat across benchmarks. ``metadata`` keeps the original id
+    as ``source_id``, and from the annotation ``hops``, ``supporting_titles`` and the triples in ``evidences``.
 
     Raises:
-        DataError: the Hub cannot be reached or has no such file, no file of that name is in ``directory``, or a line is no
-            question.
+        DataError: the Hub cannot be reached or lacks the file, ``directory`` lacks it, or a line is not a question.
     """
     if directory is None:
         return _from_hub(benchmark, split, revision)
@@ -112,7 +111,7 @@ def _from_hub(benchmark: str, split: str, revision: str | None) -> Loaded:
         raise ConfigError(f"{REPOSITORY} has no {file}; of {benchmark} it has {', '.join(SIZES[benchmark])}")
     instead = f"give --from DIR with {file} or {benchmark}.{split}.jsonl in it instead"
     commit = revision
-    if not datasets.config.HF_HUB_OFFLINE:  # else `datasets` reads its cache, or reports at once that it cannot
+    if not datasets.config.HF_HUB_OFFLINE:  # offline, `datasets` reads its cache or fails at once
         info = hub.info(REPOSITORY, f"{REPOSITORY}: ", instead, revision)
         commit = info.sha
         if commit is None or file not in {sibling.rfilename for sibling in info.siblings or ()}:
@@ -125,7 +124,7 @@ def _from_hub(benchmark: str, split: str, revision: str | None) -> Loaded:
     except Exception as error:  # see `hub.info`
         raise DataError(f"{REPOSITORY}/{file}: {hub.one_line(error)}; {instead}") from None
     found = Path(rows.cache_files[0]["filename"]).parent.name  # `datasets` names directories by commit
-    if commit and found != commit:  # the Hub became unreachable in between, and the cache holds another commit
+    if commit and found != commit:  # the Hub became unreachable meanwhile, and the cache holds another commit
         raise DataError(f"{REPOSITORY}/{file}: revision {commit} is not available, only {found} in the cache; {instead}")
     source = f"{REPOSITORY}/{file}"
     questions = [(f"{source}:{n}", _question(row, benchmark, f"{source}:{n}")) for n, row in enumerate(rows, 1)]
@@ -134,7 +133,7 @@ def _from_hub(benchmark: str, split: str, revision: str | None) -> Loaded:
 
 def _question(row: Mapping[str, Any], benchmark: str, where: str) -> Question:
     answers = row.get("golden_answers")
-    if isinstance(answers, list):  # the collection has empty ones beside others
+    if isinstance(answers, list):  # the collection has empty answers among others
         row = {**row, "golden_answers": [a for a in answers if not isinstance(a, str) or a.strip()]}
     question = to_question(row, benchmark, where)
     text = question.text.strip()
@@ -155,7 +154,7 @@ def _question(row: Mapping[str, Any], benchmark: str, where: str) -> Question:
 
 
 def annotation(metadata: Mapping[str, Any], benchmark: str) -> dict[str, Any]:
-    """``hops``, ``supporting_titles`` and ``evidences``, where the collection's metadata give them."""
+    """``hops``, ``supporting_titles`` and ``evidences``, as far as the collection's metadata give them."""
     found: dict[str, Any] = {}
     steps = metadata.get("question_decomposition") or []
     hops = len(steps) or _HOPS.get(benchmark)
@@ -169,7 +168,7 @@ def annotation(metadata: Mapping[str, Any], benchmark: str) -> dict[str, Any]:
     if any(titles):
         found["supporting_titles"] = list(dict.fromkeys(title for title in titles if title))
     evidences = metadata.get("evidences")
-    if isinstance(evidences, Mapping):  # columns instead of rows
+    if isinstance(evidences, Mapping):  # column-wise
         columns = [evidences.get(key) or () for key in ("fact", "relation", "entity")]
         evidences = [list(triple) for triple in zip(*columns, strict=False)]
     return {**found, "evidences": evidences} if evidences else found

@@ -1,4 +1,4 @@
-"""Passages from JSON lines, tables, Parquet or the Hub, checked one by one."""
+"""Passages from JSON lines, tables, Parquet or the Hub, each one validated."""
 
 import hashlib
 from array import array
@@ -14,21 +14,21 @@ from search_e1.errors import ConfigError, DataError
 from search_e1.types import Passage
 
 MOST_BYTES = 2**20
-"""Maximum size of a passage; a longer one is almost always a whole file."""
+"""Maximum size of a passage; a larger one is almost always a whole file."""
 _USUAL = CorpusColumns()
 
 
 class Corpus:
-    """The passages of one or more places, as an iterable; 8 to 24 bytes of memory are kept for each.
+    """An iterable of the passages of one or more places; keeps 8 to 24 bytes of memory per passage.
 
     A place is a file (JSON lines, CSV or TSV, plain or ``.gz`` or ``.zst``; a JSON array; Parquet), a directory of such files,
     or a data set on the Hub: ``owner/name``, ``owner/name:config`` or ``owner/name:config:split``. A record holds ``id`` (or
-    ``_id``) and ``contents`` (the title in quotes, a new line, the text), or ``id``, ``text`` and perhaps ``title``; perhaps
-    ``metadata``, an object, and ``file``, ``page``, ``heading`` and ``url`` beside it; or ``columns`` say where these are.
-    Other keys are ignored; an id may be a number. Passages of several places carry the name of theirs as ``corpus`` in their
-    metadata, unless the record has one.
+    ``_id``) and ``contents`` (the title in quotes, a new line, the text), or ``id``, ``text`` and optionally ``title``. Also
+    optional: ``metadata`` (an object), ``file``, ``page``, ``heading`` and ``url``. ``columns`` maps other names. Other keys
+    are ignored; an id may be a number. With several places, a passage's ``metadata`` names its place as ``corpus``, unless the
+    record already does.
 
-    Iterating raises ``DataError`` if a place cannot be read or is empty, and, with file and line, for a record that is no
+    Iterating raises ``DataError`` if a place cannot be read or is empty, and, with file and line, for a record that is not a
     passage, has no text, is too long, or repeats an id. With ``skip_bad_lines`` such records are skipped and counted.
     """
 
@@ -40,23 +40,23 @@ class Corpus:
         skip_bad_lines: bool = False,
         most_bytes: int = MOST_BYTES,
     ) -> None:
-        """``prefix_ids`` puts the name of its place before each id; ``most_bytes``: maximum of title and text in UTF-8.
+        """``prefix_ids``: prefix each id with the name of its place. ``most_bytes``: maximum size of title and text in UTF-8.
 
         Raises:
-            ConfigError: ids are to be prefixed, and two places have the same name.
+            ConfigError: with ``prefix_ids``, if two places have the same name.
         """
         self.places, self.columns = places, columns
         self.skip_bad_lines, self.most_bytes = skip_bad_lines, most_bytes
         self.prefixes = _prefixes(places) if prefix_ids else [""] * len(places)
         self._names = _names(places) if len(places) > 1 else [""] * len(places)
         self.skipped: Counter[str] = Counter()
-        """Fault -> records skipped by the last iteration so far."""
+        """Fault -> number of records skipped in the current or last iteration."""
         self.first: dict[str, str] = {}
         """Fault -> place of its first occurrence."""
 
     def checksum(self) -> str:
-        """The sha256, in hexadecimal, of what determines the passages: the bytes of the files, or the Hub's commit, how they
-        are read, and what is skipped. The names of several corpora are no part of it.
+        """The sha256, in hexadecimal, of everything that determines the passages: the files' bytes or the Hub's commit, how
+        they are read, and what is skipped. The names of the places are not included.
 
         Raises:
             DataError: a place cannot be read.
@@ -103,7 +103,7 @@ class Corpus:
         return ", ".join(map(str, self.places))
 
     def _records(self) -> Iterator[tuple[str, str, str, sources.Record]]:
-        """Prefix of the id, name of the corpus if there are several, place and content of each record."""
+        """For each record: prefix of its id, name of its corpus (if there are several), location and content."""
         # JSON may escape a character as six bytes; a longer line cannot hold a valid passage.
         for prefix, name, place in zip(self.prefixes, self._names, self.places, strict=True):
             for where, record in sources.records(place, 6 * self.most_bytes + 2**16, self.columns):
@@ -128,7 +128,7 @@ class Corpus:
 
 
 def _names(places: Sequence[str | Path]) -> list[str]:
-    """Names of ``places`` up to the first dot, with that of the directory where two are the same."""
+    """The names of ``places`` up to the first dot; equal names are prefixed with their directory's."""
     names = [Path(str(place).partition(":")[0]).name.partition(".")[0] for place in places]
     return [
         f"{Path(place).parent.name}-{name}" if names.count(name) > 1 else name
@@ -144,9 +144,9 @@ def _prefixes(places: Sequence[str | Path]) -> list[str]:
 
 
 class _Seen:
-    """A set of texts that stores 64 bits of each, in a hash table at most two thirds full.
+    """A set of texts that stores a 64-bit hash of each, in a hash table at most two thirds full.
 
-    A collision among 21 million texts occurs once in 80,000 corpora, and is checked for.
+    Among 21 million texts a hash collision occurs once in 80,000 corpora; the caller checks for it.
     """
 
     def __init__(self) -> None:
@@ -157,7 +157,7 @@ class _Seen:
         return self._held
 
     def twice(self, text: str) -> bool:
-        """Add ``text``; whether it was added before."""
+        """Add ``text``; returns whether it was already there."""
         # Python's hash of a text is 64 bits of SipHash; 0 marks a free slot.
         key = hash(text) % 2**64 or 1
         at = self._find(key)
@@ -173,7 +173,7 @@ class _Seen:
         return False
 
     def _find(self, key: int) -> int:
-        """The slot of ``key``, or the free one for it."""
+        """The slot of ``key``, or a free slot for it."""
         table, mask = self._table, len(self._table) - 1
         at = key & mask
         while table[at] and table[at] != key:
@@ -182,10 +182,10 @@ class _Seen:
 
 
 def _parsed(record: sources.Record, where: str, most: int) -> Mapping[str, Any]:
-    """The row, or the object in a line.
+    """The row itself, or the JSON object in a line.
 
     Raises:
-        BadRecordError: there is none.
+        BadRecordError: the record is unreadable, too long, or not a JSON object.
     """
     if isinstance(record, BadRecordError):
         raise record
@@ -197,10 +197,10 @@ def _parsed(record: sources.Record, where: str, most: int) -> Mapping[str, Any]:
 
 
 def _passage(record: Mapping[str, Any], where: str, prefix: str, name: str, columns: CorpusColumns, most: int) -> Passage:
-    """The passage in ``record`` of the corpus ``name``, if it has one.
+    """The passage in ``record``; ``name`` is its corpus, if there are several.
 
     Raises:
-        BadRecordError: it is unusable.
+        BadRecordError: the record is not a usable passage.
     """
     fields = _fields(record, where, prefix, columns)
     metadata = {**({"corpus": name} if name else {}), **columns.metadata(record)}

@@ -6,11 +6,12 @@ from search_e1.errors import ConfigError, DataError
 
 
 def info(name: str, subject: str, instead: str, revision: str | None = None) -> Any:
-    """The Hub's description of a data set: one request without retries, so that a dead network is reported fast.
+    """The Hub's description of a data set, from one request without retries, so that a dead network fails fast.
 
     Raises:
-        ConfigError: it has no such revision.
-        DataError: it is not found, or the Hub cannot be reached; the message begins with ``subject`` and ends with ``instead``.
+        ConfigError: the data set lacks this revision.
+        DataError: the data set is not found, or the Hub cannot be reached; the message begins with ``subject`` and ends with
+            ``instead``.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -21,7 +22,7 @@ def info(name: str, subject: str, instead: str, revision: str | None = None) -> 
         raise ConfigError(f"{name} has no revision {revision!r}; leave --revision out for the newest") from None
     except RepositoryNotFoundError:
         raise DataError(f"{subject}not found on the Hub, or closed to you; {instead}") from None
-    except Exception as error:  # the errors of the transport below are part of no interface
+    except Exception as error:  # huggingface_hub's transport errors are not part of its API
         raise DataError(f"{subject}the Hub cannot be reached ({one_line(error)}); {instead}") from None
 
 

@@ -1,4 +1,4 @@
-"""JSON lines: plain, ``.gz`` or ``.zst``."""
+"""Reads JSON lines: plain, ``.gz`` or ``.zst``."""
 
 import gzip
 import hashlib
@@ -13,23 +13,23 @@ from typing import Any, BinaryIO, cast
 
 from search_e1.errors import DataError
 
-_MOST_BYTES = 2**26  # of a line; a compressed file can expand to any size
+_MOST_BYTES = 2**26  # per line; a compressed file can expand to any size
 
 
 class BadRecordError(DataError):
     """One unusable record of a file whose other records may be usable."""
 
     def __init__(self, kind: str, message: str) -> None:
-        """``kind``: a few words, the same for all records with this fault, by which they are counted."""
+        """``kind``: a short description of the fault, by which records are counted."""
         super().__init__(message)
         self.kind = kind
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers, from 1, and the JSON objects of a plain, ``.gz`` or ``.zst`` file; blank lines are left out.
+    """Line numbers (from 1) and the JSON objects of a plain, ``.gz`` or ``.zst`` file, without blank lines.
 
     Raises:
-        DataError: the file cannot be read, or a line is not a JSON object, has a key twice or is far too long; names file and
+        DataError: the file cannot be read, or a line is not a JSON object, repeats a key or is far too long; names file and
             line.
     """
     for number, line in raw_lines(path, _MOST_BYTES):
@@ -39,10 +39,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def raw_lines(path: Path, most: int = -1) -> Iterator[tuple[int, bytes]]:
-    """Line numbers and lines that are not blank. Of one longer than ``most`` bytes only its first ``most + 1`` are given.
+    """Line numbers (from 1) and lines, without blank ones. A line longer than ``most`` bytes is cut to ``most + 1``.
 
     Raises:
-        DataError: the file cannot be read, is cut short or damaged.
+        DataError: the file cannot be read, is truncated or damaged.
     """
     number = 0
     try:
@@ -51,7 +51,7 @@ def raw_lines(path: Path, most: int = -1) -> Iterator[tuple[int, bytes]]:
                 number += 1
                 if line.strip():
                     yield number, line
-                while not line.endswith(b"\n") and line:  # the rest of one that is too long
+                while not line.endswith(b"\n") and line:  # the rest of an overlong line
                     line = file.readline(2**20)
     except (OSError, EOFError, zlib.error) as error:
         # Not a .gz, truncated, or damaged: an OSError without strerror, an EOFError, a zlib.error.
@@ -70,7 +70,7 @@ def open_binary(path: Path) -> BinaryIO:
     if suffix == ".zst":
         import pyarrow
 
-        # Not `zstandard`, whose reader takes a file that is cut short for one that ends there.
+        # Not `zstandard`, whose reader does not notice a truncated file.
         return io.BufferedReader(pyarrow.CompressedInputStream(path.open("rb"), "zstd"), 2**17)
     return path.open("rb")
 
@@ -89,13 +89,13 @@ def checksum(path: Path) -> str:
 
 
 def parse(line: bytes, where: str, nan: float | None = math.nan, *, unique: bool = False) -> dict[str, Any]:
-    """The JSON object in ``line``; ``nan`` stands for NaN, which Python writes and JSON lacks.
+    """The JSON object in ``line``; ``nan`` replaces NaN, which Python writes although JSON lacks it.
 
     Raises:
-        BadRecordError: there is none, or, if keys are to be ``unique``, one comes twice; says ``where``.
+        BadRecordError: the line is not a JSON object, or, with ``unique``, repeats a key; the message begins with ``where``.
     """
 
-    def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             names = [name for name, _ in pairs]
@@ -103,7 +103,7 @@ def parse(line: bytes, where: str, nan: float | None = math.nan, *, unique: bool
             raise BadRecordError("a key twice", f"{where}: key {twice!r} is there twice; give each its own name")
         return found
 
-    hook = no_key_twice if unique else None
+    hook = unique_keys if unique else None
     try:
         record = json.loads(line, parse_constant=lambda name: nan if name == "NaN" else float(name), object_pairs_hook=hook)
     except BadRecordError:
@@ -112,7 +112,7 @@ def parse(line: bytes, where: str, nan: float | None = math.nan, *, unique: bool
         raise BadRecordError("not UTF-8", f"{where}: not UTF-8 ({error}); write the file in UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise BadRecordError("not JSON", f"{where}: not JSON ({error}); write one JSON object a line") from None
-    if b"\\u" in line:  # JSON can escape half of a surrogate pair; no file or tokenizer can hold one
+    if b"\\u" in line:  # JSON can escape half of a surrogate pair, which no UTF-8 file or tokenizer can represent
         try:
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""The question files to be written: without duplicates and leaks, split, and cut to size."""
+"""Question files to be written: removes duplicates and leaks, splits, and cuts to size."""
 
 import hashlib
 import sys
@@ -20,7 +20,7 @@ EXAMPLES = 5
 
 
 class Row(NamedTuple):
-    """A question, its place, and the key that it shares with other wordings of it."""
+    """A question, its location, and the key that it shares with its other wordings."""
 
     where: str
     question: Question
@@ -28,7 +28,7 @@ class Row(NamedTuple):
 
 
 class Again(NamedTuple):
-    """A question that occurred before."""
+    """A repeated question."""
 
     where: str
     first: str
@@ -37,7 +37,7 @@ class Again(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One file to be written, and its source."""
+    """A file to be written, and its source."""
 
     name: str
     split: str
@@ -45,11 +45,11 @@ class Part:
     loaded: Loaded
     rows: list[Row]
     users: bool = False
-    """From a user's own file, not a benchmark."""
+    """Whether it comes from a user's own file, not a benchmark."""
     repeated: tuple[Again, ...] = ()
-    """Questions that occurred before."""
+    """Repeated questions."""
     leaked: int = 0
-    """Training questions that are also evaluation questions."""
+    """Number of training questions that are also evaluation questions."""
 
     @property
     def file(self) -> str:
@@ -64,23 +64,23 @@ class Leak:
     eval: str
     count: int
     examples: tuple[Again, ...]
-    """``where`` is in training, ``first`` in evaluation."""
+    """``where`` is the location in training, ``first`` in evaluation."""
 
 
 def question_key(text: str) -> str:
-    """The same key for all wordings that differ only in compatibility forms, case, punctuation, articles and white space."""
+    """A key shared by all wordings that differ only in compatibility forms, case, punctuation, articles and white space."""
     plain = unicodedata.normalize("NFKC", text).casefold().translate(_punctuation())
     return normalize_answer(plain) or text
 
 
 @cache
 def _punctuation() -> dict[int, None]:
-    """The punctuation of all scripts, as a table for ``str.translate`` that removes it."""
+    """A table for ``str.translate`` that removes the punctuation of all scripts."""
     return {i: None for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)).startswith("P")}
 
 
 def unique_answers(answers: Sequence[str]) -> tuple[str, ...]:
-    """The answers in order, without those that exact match cannot distinguish from an earlier one."""
+    """The answers in order, without those that are the same as an earlier one under exact match."""
     first: dict[str, str] = {}
     for answer in answers:
         first.setdefault(normalize_answer(answer) or answer, answer)
@@ -88,7 +88,11 @@ def unique_answers(answers: Sequence[str]) -> tuple[str, ...]:
 
 
 def without_duplicates(parts: Sequence[Part], duplicates: Duplicates) -> list[Part]:
-    """Duplicates are counted over all training files together, and within each evaluation file."""
+    """Handle duplicates across all training files together, and within each evaluation file.
+
+    Raises:
+        DataError: an id is repeated, or a question, if ``duplicates`` is "refuse".
+    """
     done: list[Part] = []
     train_ids: dict[str, Row] = {}
     train_keys: dict[str, Row] = {}
@@ -112,7 +116,12 @@ def without_duplicates(parts: Sequence[Part], duplicates: Duplicates) -> list[Pa
 
 
 def with_dev(parts: Sequence[Part], share: float, seed: int) -> list[Part]:
-    """Set a share of each of the user's training files aside; all wordings of one question stay together."""
+    """Split a dev share off each of the user's training files; all wordings of a question stay together.
+
+    Raises:
+        ConfigError: there is no training file of the user's own.
+        DataError: a file has too few questions to split.
+    """
     if not any(part.users and part.role == "train" for part in parts):
         raise ConfigError("--dev-share splits users' own training files; give one with --train FILE")
     done: list[Part] = []
@@ -134,7 +143,7 @@ def with_dev(parts: Sequence[Part], share: float, seed: int) -> list[Part]:
 
 
 def find_leaks(parts: Sequence[Part], drop: bool) -> tuple[list[Part], list[Leak]]:
-    """Training questions that are also evaluation questions, before any subset is drawn."""
+    """Find training questions that are also evaluation questions, and remove them if ``drop``; call before subsampling."""
     evaluated = [(part.file, {row.key: row for row in part.rows}) for part in parts if part.role == "eval"]
     done: list[Part] = []
     leaks: list[Leak] = []
@@ -152,7 +161,7 @@ def find_leaks(parts: Sequence[Part], drop: bool) -> tuple[list[Part], list[Leak
 
 
 def cut(part: Part, n: int | None, seed: int) -> Part:
-    """At most ``n`` questions in their order; which ones depends on the seed, not on the order."""
+    """At most ``n`` questions in their original order; the choice depends on the seed, not on the order."""
     if n is None or n >= len(part.rows):
         return part
     ranked = sorted(part.rows, key=lambda row: (_rank(seed, row.key), row.question.id))

@@ -1,4 +1,4 @@
-"""``search-e1 data prepare``: question files are read, checked against one another, and written with a manifest."""
+"""``search-e1 data prepare``: reads question files, checks them against each other, and writes them with a manifest."""
 
 import json
 import shutil
@@ -33,26 +33,26 @@ STAGE = "data"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to prepare. A source is ``BENCHMARK[:SPLIT]``, ``all[:SPLIT]`` or ``[NAME=]FILE``."""
+    """Sources and options. A source is ``BENCHMARK[:SPLIT]``, ``all[:SPLIT]`` or ``[NAME=]FILE``."""
 
     train: tuple[str, ...] = ()
     eval: tuple[str, ...] = ()
     directory: Path | None = None
-    """Directory of the benchmarks' files; ``None``: the Hub."""
+    """Directory with the benchmarks' files; ``None``: the Hub."""
     revision: str | None = None
     """Commit, branch or tag of the Hub's repository."""
     columns: Columns = field(default_factory=Columns)
     duplicates: Duplicates = "keep"
-    """What to do with duplicates in the training files together, or in one evaluation file."""
+    """How to handle duplicates across training files, and within each evaluation file."""
     keep_unanswerable: bool = False
-    """Keep questions of users' files without an answer, and those that their data set calls unanswerable."""
+    """Keep questions of users' files that have no answer or are marked unanswerable."""
     drop_leaks: bool = False
     """Remove training questions that are also evaluation questions."""
     dev_share: float | None = None
-    """Share of each of the user's training files that is set aside for evaluation."""
+    """Share of each of the user's training files to split off for evaluation."""
     max_train: int | None = None
     max_eval: int | None = None
-    """Maximum number of questions of one file."""
+    """Maximum number of questions per file."""
     seed: int = 0
 
 
@@ -85,11 +85,11 @@ class Prepared:
 
 
 def prepare(request: Request) -> Prepared:
-    """Read all sources and turn them into the files to write.
+    """Read all sources and build the files to write.
 
     Raises:
-        ConfigError: a source or an option that cannot be used.
-        DataError: a file cannot be read, a line is no question, a duplicate is refused, or no question is left.
+        ConfigError: an unusable source or option.
+        DataError: a file cannot be read, a line is not a question, a duplicate is refused, or no question is left.
     """
     parts = _load(request)
     warnings = [warning for part in parts for warning in _warnings(part)]
@@ -108,7 +108,7 @@ def prepare(request: Request) -> Prepared:
 
 
 def write(prepared: Prepared, request: Request, out: Path, *, overwrite: bool = False) -> runs.Artifact:
-    """Write the files and their manifest to the directory ``out``, whole or not at all.
+    """Write the files and their manifest to the directory ``out``, atomically.
 
     Raises:
         RunError: ``out`` exists and ``overwrite`` is not set, or it contains anything but prepared questions.
@@ -117,7 +117,7 @@ def write(prepared: Prepared, request: Request, out: Path, *, overwrite: bool = 
     new = out = out.resolve()
     if out.exists():
         new = out.with_name(f".{out.name}.new")
-        shutil.rmtree(new, ignore_errors=True)  # of a call that was killed
+        shutil.rmtree(new, ignore_errors=True)  # left by an interrupted call
 
     def make(directory: Path) -> Mapping[str, Any]:
         for part in prepared.parts:
@@ -147,7 +147,7 @@ def write(prepared: Prepared, request: Request, out: Path, *, overwrite: bool = 
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:
-    """Refuse an output directory that must not be replaced, before anything is read.
+    """Check the output directory before anything is read.
 
     Raises:
         RunError: as ``write``.
@@ -216,7 +216,10 @@ def _resolve(text: str, role: Role, request: Request) -> list[Part]:
 
 
 def _split(benchmark: str, role: Role, directory: Path | None, *, needed: bool = True) -> str:
-    """The default split for training and for evaluation questions."""
+    """The default split for ``role``: train for training, test or else dev for evaluation.
+
+    Returns "" if the benchmark has none and it is not ``needed``.
+    """
     present = benchmarks.splits(benchmark, directory)
     for split in ("train",) if role == "train" else ("test", "dev"):
         if split in present:

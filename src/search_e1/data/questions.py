@@ -25,35 +25,35 @@ _HOLDS = (
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The questions of one file, each with its place (``file:line``)."""
+    """The questions of one file, each with its location (``file:line``)."""
 
     questions: list[tuple[str, Question]]
     source: str
-    """The file, or its address on the Hub."""
+    """The file, or its path on the Hub."""
     checksum: str
-    """sha256 of a file, commit of a Hub repository."""
+    """sha256 of a file, or commit of a Hub repository."""
     expected: int | None = None
-    """Number of questions that the collection has in this split; ``None`` for other files."""
+    """Number of questions of this split in the collection; ``None`` for other files."""
     notes: tuple[str, ...] = ()
-    """How the file was read where it could be read otherwise, a line each."""
+    """How ambiguities in the file were resolved, one line each."""
 
 
 def load_questions(path: str | Path, benchmark: str = "", not_found: Sequence[str] | None = None) -> list[Question]:
-    """The questions of one file, in its order.
+    """The questions of one file, in order.
 
-    Each line (plain, ``.gz`` or ``.zst``) holds ``id``, ``question``, ``golden_answers`` (a list; any of them is right; empty
-    where the documents hold none) and optionally ``metadata``, whose ``hops`` becomes ``Question.hops``. Other keys are
-    ignored; an id may be a number. ``benchmark`` names the questions in evaluation; for ``not_found`` see ``settle``.
+    Each line (plain, ``.gz`` or ``.zst``) holds ``id``, ``question``, ``golden_answers`` (a list of alternatives; empty if the
+    documents hold no answer) and optionally ``metadata``, whose ``hops`` becomes ``Question.hops``. Other keys are ignored; an
+    id may be a number. ``benchmark`` names the questions in evaluation; for ``not_found`` see ``settle``.
 
     Raises:
-        DataError: the file cannot be read or is empty, a line is no question, a question has an empty answer, or an id is
-            used twice; see also ``settle``. Names file and line.
+        DataError: the file cannot be read or is empty, a line is not a question, a question has an empty answer, or an id is
+            repeated; see also ``settle``. Names file and line.
     """
     return load_many([Path(path)], benchmark, not_found)
 
 
 def load_many(paths: Iterable[Path], benchmark: str = "", not_found: Sequence[str] | None = None) -> list[Question]:
-    """The questions of several files, one after the other; ids must differ across all of them.
+    """The questions of several files, concatenated; ids must be unique across all of them.
 
     Raises:
         DataError: as ``load_questions``.
@@ -64,12 +64,12 @@ def load_many(paths: Iterable[Path], benchmark: str = "", not_found: Sequence[st
 
 
 def settle(question: Question, not_found: Sequence[str] | None, where: str) -> Question:
-    """``question`` as a run takes it: of an unanswerable one, ``not_found`` (``rollout.rewards``) are the right answers.
+    """``question``, with ``not_found`` (``rollout.rewards.not_found``) as its correct answers if it is unanswerable.
 
-    As it is for ``None``, and for no texts if it has answers.
+    Unchanged if ``not_found`` is ``None``, or if it is empty and the question has answers.
 
     Raises:
-        DataError: it has no answer, and ``not_found`` no text; begins with ``where``.
+        DataError: the question has no answers and ``not_found`` is empty; the message begins with ``where``.
     """
     if not_found is None or not question.unanswerable:
         return question
@@ -84,10 +84,10 @@ def settle(question: Question, not_found: Sequence[str] | None, where: str) -> Q
 
 
 def subset(questions: Sequence[Question], n: int, seed: int) -> list[Question]:
-    """``n`` questions drawn without replacement, in their order; the same ones for the same seed.
+    """``n`` questions drawn without replacement, in their original order; determined by ``seed``.
 
     Raises:
-        DataError: there are fewer than ``n``.
+        DataError: there are fewer than ``n`` questions.
     """
     if n > len(questions):
         raise DataError(f"{n} questions asked for, and there are {len(questions)}; ask for fewer")
@@ -96,10 +96,10 @@ def subset(questions: Sequence[Question], n: int, seed: int) -> list[Question]:
 
 
 def read_questions(path: Path, benchmark: str = "") -> Iterator[tuple[str, Question]]:
-    """Place (``file:line``) and content of each question; ids are not compared.
+    """Location (``file:line``) and content of each question; repeated ids are not checked.
 
     Raises:
-        DataError: the file cannot be read or is empty, or a line is no question.
+        DataError: the file cannot be read or is empty, or a line is not a question.
     """
     number = 0
     for number, record in read_lines(path):
@@ -129,7 +129,7 @@ def _unique(items: Iterable[tuple[str, Question]], files: str) -> list[Question]
 
 
 def whole_number(value: Any) -> int | None:
-    """The whole number from 1 that ``value`` is, or says (``"2"``; ``"2.0"``, as tables write it); ``None`` if it is none."""
+    """``value`` as a positive integer, also from text (``"2"``; ``"2.0"``, as tables write it); ``None`` if it is not one."""
     if isinstance(value, str):
         said = re.fullmatch(r"\s*(\d{1,18})(?:\.0+)?\s*", value)
         value = int(said[1]) if said else None
@@ -145,12 +145,12 @@ def to_record(question: Question) -> dict[str, Any]:
 
 
 def to_question(record: Mapping[str, Any], benchmark: str, where: str, *, may_lack_answers: bool = False) -> Question:
-    """The question in a record of ``id``, ``question``, ``golden_answers`` and perhaps ``metadata``.
+    """The question in a record with ``id``, ``question``, ``golden_answers`` and optionally ``metadata``.
 
-    ``may_lack_answers``: an empty list of answers marks it as unanswerable.
+    ``may_lack_answers``: an empty list of answers makes the question unanswerable instead of being refused.
 
     Raises:
-        DataError: it is none; the message begins with ``where``.
+        DataError: the record is not a question; the message begins with ``where``.
     """
     for field in ("id", "question", "golden_answers"):
         if field not in record:

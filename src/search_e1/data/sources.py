@@ -12,7 +12,7 @@ from search_e1.data.formats.passages import CorpusColumns
 from search_e1.errors import DataError
 
 Record = bytes | Mapping[str, Any] | lines.BadRecordError
-"""A line that is not parsed yet, or a row, or the error of one that cannot be read."""
+"""An unparsed line, a row, or the error of an unreadable row."""
 
 _LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 _PARQUET = ".parquet"
@@ -23,13 +23,13 @@ INSTEAD = "give a file of JSON lines, CSV or TSV (plain, .gz or .zst) or Parquet
 
 
 def records(place: str | Path, most: int, columns: CorpusColumns) -> Iterator[tuple[str, Record]]:
-    """Place (``corpus.jsonl:3``) and content of each record; of a line longer than ``most`` bytes, its beginning.
+    """Location (``corpus.jsonl:3``) and content of each record; a line longer than ``most`` bytes is cut.
 
     Raises:
         DataError: the place cannot be read, or a table lacks one of ``columns``.
     """
-    if asked := _hub(place):
-        yield from _hub_rows(str(place), asked, columns)
+    if dataset := _hub_dataset(place):
+        yield from _hub_rows(str(place), dataset, columns)
         return
     for file in files(Path(place)):
         if file.suffix.lower() == _PARQUET:
@@ -45,13 +45,13 @@ def records(place: str | Path, most: int, columns: CorpusColumns) -> Iterator[tu
 
 
 def checksum(place: str | Path) -> str:
-    """The checksum of the files' bytes, and of their names in a directory; of a data set on the Hub, its newest commit.
+    """The checksum of a file's bytes, or of a directory's file names and bytes; for a Hub data set, its newest commit.
 
     Raises:
         DataError: the place cannot be read.
     """
-    if asked := _hub(place):
-        return f"{place} {_commit(str(place), asked['name'])}"
+    if dataset := _hub_dataset(place):
+        return f"{place} {_commit(str(place), dataset['name'])}"
     found = files(Path(place))
     if found == [Path(place)]:
         return lines.checksum(found[0])
@@ -60,10 +60,10 @@ def checksum(place: str | Path) -> str:
 
 
 def files(path: Path) -> list[Path]:
-    """``path`` itself, or the corpus files in and below a directory, sorted by name, without hidden ones.
+    """``path`` itself, or the corpus files in and below a directory, sorted by name, without hidden files.
 
     Raises:
-        DataError: a directory holds none.
+        DataError: the directory holds no corpus file.
     """
     if not path.is_dir():
         return [path]
@@ -75,17 +75,17 @@ def files(path: Path) -> list[Path]:
 
 
 def parquet_rows(path: Path, wanted: CorpusColumns | None = None) -> Iterator[tuple[str, bytes | Mapping[str, Any]]]:
-    """Place and content of each row: all columns, or those of a passage.
+    """Location and content of each row: all columns, or those ``wanted``.
 
     Raises:
-        DataError: the file cannot be read, or lacks one that is ``wanted``.
+        DataError: the file cannot be read, or lacks a wanted column.
     """
     import pyarrow
     from pyarrow import parquet
 
     number = 0
     try:
-        # Without reading ahead: a row group may be the whole file.
+        # No pre-buffering: a row group may be the whole file.
         with parquet.ParquetFile(path, pre_buffer=False) as file:
             columns = None if wanted is None else wanted.choose(file.schema_arrow.names, str(path))
             for batch in file.iter_batches(_BATCH, columns=columns):
@@ -101,7 +101,7 @@ def parquet_rows(path: Path, wanted: CorpusColumns | None = None) -> Iterator[tu
 def _rows(batch: Any) -> Iterator[bytes | Mapping[str, Any]]:
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:  # in one cell: that row is given as a line of JSON with the same invalid bytes
+    except UnicodeDecodeError:  # in some cell: yield that row as a JSON line with the same invalid bytes, to be reported
         for i in range(len(batch)):
             try:
                 yield from batch.slice(i, 1).to_pylist()
@@ -109,23 +109,23 @@ def _rows(batch: Any) -> Iterator[bytes | Mapping[str, Any]]:
                 yield b'"' + error.object + b'"'
 
 
-def _hub(place: str | Path) -> dict[str, Any] | None:
-    """The name, configuration and split of a data set on the Hub, if ``place`` is not here and looks like one."""
+def _hub_dataset(place: str | Path) -> dict[str, Any] | None:
+    """Name, configuration and split of a Hub data set, if ``place`` is no local path and has that form."""
     if Path(place).is_absolute() or Path(place).exists():
         return None
-    asked = _HUB.fullmatch(str(place))
-    return asked.groupdict() if asked and not asked["name"].lower().endswith((*_FILES, ".gz", ".zst")) else None
+    match = _HUB.fullmatch(str(place))
+    return match.groupdict() if match and not match["name"].lower().endswith((*_FILES, ".gz", ".zst")) else None
 
 
-def _hub_rows(place: str, asked: Mapping[str, Any], columns: CorpusColumns) -> Iterator[tuple[str, Record]]:
+def _hub_rows(place: str, dataset: Mapping[str, Any], columns: CorpusColumns) -> Iterator[tuple[str, Record]]:
     import datasets
 
-    name, config = asked["name"], asked["config"] or None
+    name, config = dataset["name"], dataset["config"] or None
     commit = _commit(place, name)
     datasets.logging.set_verbosity_error()
     number = 0
     try:
-        split = asked["split"] or _only_split(place, datasets.get_dataset_split_names(name, config, revision=commit))
+        split = dataset["split"] or _only_split(place, datasets.get_dataset_split_names(name, config, revision=commit))
         for row in datasets.load_dataset(name, config, split=split, revision=commit, streaming=True):
             if not number:
                 columns.choose(list(row), place)

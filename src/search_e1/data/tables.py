@@ -15,21 +15,21 @@ from search_e1.errors import DataError
 
 _TSV = (".tsv", ".tsv.gz", ".tsv.zst")
 SUFFIXES = (".csv", ".csv.gz", ".csv.zst", *_TSV)
-_MOST_CHARACTERS = 2**24  # of a line
+_MOST_CHARACTERS = 2**24  # per line
 _QUOTED_CELL = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
 _NUMBERED_TEXT = re.compile(r"\ufeff?\d+\t[^\t]*\r?\n?")
-"""First line of MS MARCO's ``collection.tsv``: a number and a text where others name their columns."""
+"""First line of a file like MS MARCO's ``collection.tsv``: a number and a text instead of column names."""
 
 
 class Cell(str):
-    """Of a table, where numbers and lists are texts too."""
+    """Text of a table's cell, which may stand for a number or a list."""
 
 
 def table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a CSV file with a header; the delimiter is the one of ``, ; | tab`` that is most frequent in the header.
+    """Rows of a CSV file with a header; the delimiter is the most frequent of ``, ; | tab`` in the header.
 
     Raises:
-        DataError: the file cannot be read, is no table, or a row has more or fewer cells than the header.
+        DataError: the file cannot be read, is not a table, or a row has more or fewer cells than the header.
     """
     for where, row in _rows(path, _MOST_CHARACTERS, Cell):
         if isinstance(row, BadRecordError):
@@ -40,14 +40,14 @@ def table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def corpus_rows(
     path: Path, most: int, choose: Callable[[list[str], str], object]
 ) -> Iterator[tuple[str, dict[str, Any] | BadRecordError]]:
-    """Rows of a table of passages, one at a time; a row that is none is given as its error.
+    """Rows of a table of passages, streamed; an invalid row is yielded as its error.
 
-    ``choose`` is called with the names of the columns and their place, and raises if they are no corpus's. A file without a
-    header, whose lines are a number, a tab and a text, has the columns ``id`` and ``text``; quotes mean nothing in it. Of a
-    cell, at most ``most`` characters are read.
+    ``choose`` is called with the column names and their location, and raises if a corpus cannot have them. A TSV file without a
+    header whose lines are a number, a tab and a text has the columns ``id`` and ``text``, without quoting. Lines and cells are
+    limited to ``most`` characters.
 
     Raises:
-        DataError: the file cannot be read, or is no table.
+        DataError: the file cannot be read, or is not a table.
     """
     csv.field_size_limit(max(most, csv.field_size_limit()))
     if path.name.lower().endswith(_TSV):
@@ -89,7 +89,7 @@ def _rows(
             if names:
                 choose(names, str(path))
             for row in reader:
-                where, line = f"{path}:{line + 1}", reader.line_num  # a row may span lines; its first one is reported
+                where, line = f"{path}:{line + 1}", reader.line_num  # a row may span lines; the first is reported
                 if not any(row):
                     continue
                 if len(row) != len(names):
@@ -117,16 +117,16 @@ def _bounded(file: TextIO, most: int) -> Iterator[str]:
 
 
 def _is_line_a_row(path: Path, most: int) -> bool:
-    """Whether each line has as many tabs as the header, so that no quote need hold a tab or the end of a line."""
+    """Whether every line has as many tabs as the header, so that no quoted cell spans tabs or lines."""
     with _open_text(path) as file:
         return len({line.count("\t") for line in _bounded(file, most) if line.strip("\r\n")}) == 1
 
 
 def _is_plain(path: Path, most: int) -> bool:
-    """Whether the rules of CSV do not read the file, as of what knows no quotes: ``"Weird Al" Yankovic``.
+    """Whether CSV rules cannot parse the file, because it does not use quoting: ``"Weird Al" Yankovic``.
 
     Raises:
-        DataError: they do, and read another table than the lines are.
+        DataError: CSV rules parse it, but not into one row per line.
     """
     with _open_text(path) as file, _open_text(path) as again:
         lines = _TabReader(_bounded(file, most))
@@ -134,7 +134,7 @@ def _is_plain(path: Path, most: int) -> bool:
             rows = csv.reader(_bounded(again, most), delimiter="\t", strict=True)
             for row, other in zip_longest(lines, rows):
                 if row != other:
-                    deque(rows, maxlen=0)  # a later error may yet show that it is no CSV
+                    deque(rows, maxlen=0)  # a later csv.Error may still show that it is not CSV
                     raise DataError(
                         f"{path}:{lines.line_num}: a quote that is not closed, or in another line; double it, and put quotes "
                         'around the cell: """Weird Al"""'
@@ -145,7 +145,7 @@ def _is_plain(path: Path, most: int) -> bool:
 
 
 class _TabReader:
-    """A ``csv.reader`` of lines, in whose cells quotes count only where one is quoted as a whole."""
+    """A ``csv.reader`` of one row per line, where quotes count only around a whole cell."""
 
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines, self.line_num = lines, 0

@@ -1,4 +1,4 @@
-"""Users' own questions: JSON lines, CSV or Parquet, with columns of any name."""
+"""Users' own questions: JSON lines, CSV, Parquet or spreadsheets, with columns of any name."""
 
 import ast
 import contextlib
@@ -41,7 +41,7 @@ _SERIES = r"\s*(?:{0})(?:(?:\s*,\s*|\s+)(?:{0}))*\s*,?\s*"
 _LIST = re.compile(rf"\[{_SERIES.format(_ITEM)}\]|\({_SERIES.format(_QUOTED)}\)|\{{{_SERIES.format(_QUOTED)}\}}", re.DOTALL)
 _ARRAY = re.compile(r"(?:np\.|numpy\.)?array\((\[.*\])(?:,\s*dtype=[^)]*)?\)", re.DOTALL)
 _BRACKETED = re.compile(r"""[\[({]\s*['"{\[(].*[\])}]|(?:np\.|numpy\.)?array\(.*\)""", re.DOTALL)
-"""What only a program writes: a list, an object, an array."""
+"""Text that only a program writes: a list, an object, an array."""
 _UNANSWERABLE = "{} questions are unanswerable ({}); a run on them needs rollout.rewards.not_found"
 _TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _WHOLE_FLOAT = re.compile(r"\A\s*(-?\d+)\.0\s*\Z")
@@ -49,30 +49,30 @@ _WHOLE_FLOAT = re.compile(r"\A\s*(-?\d+)\.0\s*\Z")
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The column of each field. A dotted path leads into nested values, and into each item of a list."""
+    """The column of each field. A dotted path leads into nested objects, and into each item of a list."""
 
     question: str = "question"
     answers: tuple[str, ...] = ()
-    """The right answers of a question are those of all these. Empty: of all of golden_answers, answers, answer,
-    answer_aliases, possible_answers that the file has."""
+    """Columns whose answers are all correct. Empty: all of golden_answers, answers, answer, answer_aliases, possible_answers
+    that the file has."""
     id: str | None = None
-    """``None``: ``id`` if the file has it. Empty: none. Missing ids are generated."""
+    """``None``: ``id`` if the file has it. Empty: no column. Missing ids are generated."""
     hops: str | None = None
     metadata: str | None = None
-    """``None``, for both: the column of that name, if the file has it."""
+    """``None`` (both): the column of that name, if the file has it."""
     more: tuple[tuple[str, str], ...] = ()
     """Key of ``metadata`` -> column."""
     separator: str | None = None
-    """Separates several answers in one text."""
+    """Separator of several answers in one text."""
 
     @classmethod
     def parse(cls, mappings: Sequence[str], separator: str | None = None) -> "Columns":
-        """From ``["question=Frage", "answers=Antwort", "id=", "metadata.topic=Thema"]``; ``id=`` generates ids.
+        """Build from ``["question=Frage", "answers=Antwort", "id=", "metadata.topic=Thema"]``; ``id=`` generates ids.
 
-        ``answers`` may be given several times.
+        ``answers`` may be repeated.
 
         Raises:
-            ConfigError: a mapping has another form, or occurs twice.
+            ConfigError: a mapping is malformed or repeated, or names an unknown field; or the separator is empty.
         """
         chosen: dict[str, Any] = {}
         answers: list[str] = []
@@ -103,12 +103,12 @@ class Columns:
 def load(path: Path, name: str, columns: Columns, *, keep_unanswerable: bool = False) -> Loaded:
     """The questions of one file; ``name`` is their benchmark and the prefix of generated ids.
 
-    A generated id is a hash of question and answers, so that it does not depend on the order of the rows. Without columns of
-    its own, a file in the layout of a published data set is read as such. Questions that it calls unanswerable are left out,
-    and rows without an answer refused; with ``keep_unanswerable`` both become unanswerable questions.
+    A generated id is a hash of question and answers, independent of row order. Unless ``columns`` are given, a file in the
+    layout of a published data set is read as such. Questions that it marks unanswerable are left out, and rows without an
+    answer are refused; with ``keep_unanswerable`` both become unanswerable questions.
 
     Raises:
-        DataError: the file cannot be read, lacks a column, or a row is no question; names file and line (of Parquet, row).
+        DataError: the file cannot be read, lacks a column, or a row is not a question; names file and line (Parquet: row).
     """
     questions: list[tuple[str, Question]] = []
     made: dict[str, int] = {}
@@ -146,13 +146,13 @@ def load(path: Path, name: str, columns: Columns, *, keep_unanswerable: bool = F
 
 
 class _Published:
-    """How a file in the layout of a published data set is read; the layout is that of its first row."""
+    """Reads a file in the layout of a published data set, recognized by its first row."""
 
     def __init__(self, path: Path) -> None:
         self.aliases_file = path.with_name(layouts.ALIASES)
         self.aliases: layouts.Aliases = {}
         self.left_out: list[str] = []
-        """Places of unanswerable questions."""
+        """Locations of unanswerable questions."""
         self._layout: layouts.Layout | None = None
         self._first = True
 
@@ -176,7 +176,7 @@ class _Published:
 
 
 class _Notes:
-    """What a file could also mean, by the rows that were read."""
+    """Collects ambiguities of a file, from the rows read."""
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
@@ -217,12 +217,12 @@ class _Notes:
 
 
 def benchmark_name(path: Path) -> str:
-    """The default name of the questions in ``path``: the file's name up to its first dot."""
+    """The default benchmark name of ``path``: the file name up to its first dot."""
     return re.sub(r"[^\w-]+", "-", path.name.partition(".")[0]).strip("-") or "mine"
 
 
 def _rows(path: Path, question: str, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place and content of each row."""
+    """Location and content of each row."""
     name = path.name.lower()
     if name.endswith(TABLES):
         yield from table_rows(path)
@@ -248,10 +248,10 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _of_json(where: str, value: Any) -> Any:
-    """What JSON has no word for: dates become text, decimals numbers, bytes the text that they are.
+    """Converts values that JSON lacks: dates become text, decimals numbers or text, bytes UTF-8 text.
 
     Raises:
-        DataError: of anything else it is not known what it says.
+        DataError: any other type, or bytes that are not UTF-8.
     """
     if isinstance(value, datetime.date | datetime.time | datetime.timedelta | UUID):
         return str(value)
@@ -264,7 +264,7 @@ def _of_json(where: str, value: Any) -> Any:
 
 
 def _record(row: Mapping[str, Any], columns: Columns, where: str) -> dict[str, Any]:
-    """The row under the product's own names."""
+    """The row as a record with this project's field names."""
     id = row.get("id") if columns.id is None else _dig(row, columns.id, where) if columns.id else None
     if isinstance(id, bool) or not isinstance(id, str | int | float | None) or _text(id) is None:
         raise DataError(
@@ -282,7 +282,7 @@ def _record(row: Mapping[str, Any], columns: Columns, where: str) -> dict[str, A
     if metadata and not isinstance(metadata, dict):
         raise DataError(f"{where}: column {columns.metadata or 'metadata'!r} is {type(metadata).__name__}; write a JSON object")
     metadata = {**(metadata or {}), **{key: _dig(row, column, where) for key, column in columns.more}}
-    if isinstance(marked := metadata.get("unanswerable"), str):  # a table has texts alone
+    if isinstance(marked := metadata.get("unanswerable"), str):  # tables hold only text
         metadata["unanswerable"] = _TRUTHS.get(marked.strip().lower(), marked) if marked.strip() else None
     if columns.hops or "hops" in row:
         metadata["hops"] = _whole(_dig(row, columns.hops or "hops", where), columns.hops or "hops", where)
@@ -307,7 +307,7 @@ def _answers(row: Mapping[str, Any], columns: Columns, where: str) -> list[str]:
 
 
 def _answers_in(found: Any, column: str, separator: str | None, where: str) -> list[str]:
-    """The answers in one value; none in an empty one."""
+    """The answers in one value; none if it is empty."""
     if isinstance(found, str) and separator is None:
         found = _list_in(found)
         if isinstance(found, str) and _BRACKETED.fullmatch(found):
@@ -325,7 +325,7 @@ def _answers_in(found: Any, column: str, separator: str | None, where: str) -> l
 
 
 def _list_in(cell: str) -> Any:
-    """The list in a cell, written as JSON, Python or numpy do; any other text as it is (``[sic]`` is an answer)."""
+    """The list in a cell, in JSON, Python or numpy notation; any other text unchanged (``[sic]`` is an answer)."""
     text = cell.strip()
     text = array[1] if (array := _ARRAY.fullmatch(text)) else text
     if text.startswith("["):
@@ -338,7 +338,7 @@ def _list_in(cell: str) -> Any:
 
 
 def _text(item: Any) -> str | None:
-    """An answer as text: whole floats as integers, true as yes; empty for null, ``None`` for what is no text."""
+    """An answer as text: whole floats as integers, true as yes, null as empty; ``None`` for any other type."""
     if item is None:
         return ""
     if isinstance(item, bool):
@@ -351,7 +351,7 @@ def _text(item: Any) -> str | None:
 
 
 def _dig(value: Any, path: str, where: str) -> Any:
-    """The value at ``path``: the column of that name, else key by key; through a list, item by item."""
+    """The value at ``path``: the column with that name, else resolved key by key, and item by item in lists."""
     if isinstance(value, Mapping) and path in value:
         return value[path]
     if isinstance(value, list):

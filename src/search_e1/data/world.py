@@ -1,7 +1,7 @@
-"""A generated world: people, cities, films with invented names, a passage about each, and questions of one to four hops.
+"""A generated world: entities with invented names, one passage about each, and questions of one to six hops.
 
-It replaces Wikipedia and a question set, and needs no download. Everything follows from a seed. The entities are divided into
-three splits and no fact crosses splits, so the questions of one split share no entity and no name with another's.
+It replaces Wikipedia and a question set without a download, and is determined by a seed. Entities are divided into three splits
+and no fact crosses splits, so that questions of different splits share no entity and no name.
 """
 
 import json
@@ -36,7 +36,7 @@ RELATIONS = {
     "author": ("book", "person"),
     "publisher": ("book", "company"),
 }
-"""Relation -> kind of its subject, kind of its value. The subject's kind distinguishes homonyms."""
+"""Relation -> (kind of its subject, kind of its value). The subject's kind distinguishes homonyms."""
 
 _SYNONYMS = {
     "director": "filmmaker",
@@ -64,14 +64,14 @@ _WORDINGS = (
 
 @dataclass(frozen=True, slots=True)
 class Difficulty:
-    """What makes the questions of a world hard."""
+    """Parameters that determine how hard a world's questions are."""
 
     hops: dict[int, float]
-    """Number of hops -> share of the questions."""
+    """Number of hops -> share of questions."""
     homonyms: float
-    """Share of the entities that share their name with others, each of another kind."""
+    """Share of entities that share their name with entities of other kinds."""
     namesakes: int
-    """Entities that share one name. With more than the passages of a search, a name alone does not find the right one."""
+    """Entities per shared name. If more than ``topk`` share a name, searching for the name alone may miss the right one."""
 
 
 USUAL = Difficulty(hops={1: 0.3, 2: 0.4, 3: 0.25, 4: 0.05}, homonyms=0.25, namesakes=2)
@@ -80,7 +80,7 @@ HARD = Difficulty(hops={3: 0.2, 4: 0.3, 5: 0.3, 6: 0.2}, homonyms=0.6, namesakes
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """A named thing, and the facts that its passage states."""
+    """A named entity and the facts that its passage states."""
 
     id: str
     kind: str
@@ -92,14 +92,14 @@ class Entity:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """All entities, by id; made by ``make_world``."""
+    """All entities by id; built by ``make_world``."""
 
     entities: dict[str, Entity]
     difficulty: Difficulty = USUAL
 
     @property
     def passages(self) -> list[Passage]:
-        """One for each entity, with the entity's id and its name as the title."""
+        """One passage per entity, with the entity's id, and its name as title."""
         return [Passage(id=e.id, title=e.name, text=self._text(e)) for e in self.entities.values()]
 
     def _text(self, entity: Entity) -> str:
@@ -108,12 +108,12 @@ class World:
         return f"{entity.name} is a {entity.kind} with {listed}."
 
     def questions(self, split: str, n: int, seed: int = 0) -> list[Question]:
-        """``n`` different questions over entities of ``split``; the same ones for the same seed.
+        """``n`` distinct questions about entities of ``split``, determined by ``seed``.
 
         ``metadata`` holds the gold chain: ``entities`` (ids, the answer last), ``relations`` (one fewer) and ``hops``.
 
         Raises:
-            DataError: there is no such split, or it does not hold ``n`` questions.
+            DataError: an unknown split, or fewer than ``n`` questions in it.
         """
         if split not in SPLITS:
             raise DataError(f"the world has no split {split!r}; it has {', '.join(SPLITS)}")
@@ -136,7 +136,7 @@ class World:
         return list(made.values())
 
     def _chain(self, rng: random.Random, start: Entity, hops: int) -> tuple[list[Entity], list[str]] | None:
-        """A random walk of ``hops`` facts that never meets a name twice; None where it ends too early."""
+        """A random walk of ``hops`` facts that never repeats a name; ``None`` if it ends early."""
         entities, relations = [start], []
         for _ in range(hops):
             met = {e.name for e in entities}
@@ -151,8 +151,8 @@ class World:
 def make_world(seed: int = 0, *, practice: bool = False, difficulty: Difficulty = USUAL) -> World:
     """The world of a seed: about 4,700 entities and as many passages.
 
-    ``practice`` worlds share no name with other worlds, although their names consist of the same halves: a policy trained on
-    the former has seen no entity of the latter.
+    ``practice`` worlds share no name with other worlds, although their names combine the same halves: a policy trained on
+    practice worlds has seen no entity of the others.
     """
     rng = random.Random(f"{seed}/{practice}")
     names = _names(rng, practice)
@@ -164,7 +164,7 @@ def make_world(seed: int = 0, *, practice: bool = False, difficulty: Difficulty 
 
 
 def _part(rng: random.Random, split: str, names: Iterator[str], difficulty: Difficulty) -> list[Entity]:
-    """The entities of one split, facts among themselves."""
+    """The entities of one split, with facts among themselves."""
     kinds = [kind for kind, count in KINDS.items() for _ in range(round(count * _SHARES[split]))]
     named: list[list[str]] = [[kind, ""] for kind in kinds]
     order = rng.sample(range(len(kinds)), len(kinds))
@@ -193,7 +193,7 @@ def _part(rng: random.Random, split: str, names: Iterator[str], difficulty: Diff
 
 
 def _names(rng: random.Random, practice: bool) -> Iterator[str]:
-    """Two-word names in random order, none twice; a quarter of all combinations is kept from practice worlds."""
+    """Distinct two-word names in random order; practice worlds use three quarters of all combinations, others the rest."""
     first, last = name_halves()
     grid = [(i, j) for i in range(len(first)) for j in range(len(last)) if ((i + j) % 4 != 0) == practice]
     return (f"{first[i]} {last[j]}" for i, j in rng.sample(grid, len(grid)))
@@ -202,7 +202,7 @@ def _names(rng: random.Random, practice: bool) -> Iterator[str]:
 def name_halves() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The 135 first and 150 last halves that every world's names are made of."""
     rng = random.Random("halves")
-    # The endings keep them from English stop words and from one another's stems.
+    # The endings keep names distinct from English stop words and from each other after stemming.
     first = [a + b + c + d for a in "BDFGKLMNPRSTVZ" for b in "aeiou" for c in "bdgklmnrtvz" for d in "aiou"]
     last = [
         a + b + c + d for a in "BCDFGHJKLMNPRSTVWZ" for b in "aeiou" for c in "lmnrx" for d in ("dak", "gorn", "tim", "vok")
@@ -231,10 +231,10 @@ def _question(rng: random.Random, id: str, entities: Sequence[Entity], relations
 
 
 def write(world: World, directory: Path, *, train: int, dev: int, test: int, seed: int = 0) -> None:
-    """Write ``corpus.jsonl`` and that many questions into ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl``.
+    """Write ``corpus.jsonl``, and the given numbers of questions to ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl``.
 
     Raises:
-        DataError: a split does not hold that many questions; nothing is written then.
+        DataError: a split has too few questions; nothing is written.
     """
     questions = {split: world.questions(split, n, seed) for split, n in zip(SPLITS, (train, dev, test), strict=True)}
     directory.mkdir(parents=True, exist_ok=True)

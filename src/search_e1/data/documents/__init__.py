@@ -1,5 +1,5 @@
-"""A folder of documents becomes a corpus.
+"""Builds a corpus from a folder of documents.
 
-What is in it (``folder``), read (``readers``) in processes of their own (``workers``), cut into passages (``chunks``), and
-kept between runs (``store``).
+Files are listed (``folder``), read (``readers``) in separate processes (``workers``), cut into passages (``chunks``), and
+cached between runs (``store``).
 """

@@ -1,4 +1,4 @@
-"""Passages of a document: cut at headings, then by semantic-text-splitter at paragraphs, sentences, words."""
+"""Cuts a document into passages: at headings, then by semantic-text-splitter at paragraphs, sentences, words."""
 
 import re
 from bisect import bisect_right
@@ -9,35 +9,35 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 _WORD = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|\\w+")
-"""A word, or a letter of a script that puts no spaces between words; either is about a token."""
-_LONG_WORD = 12  # characters; more a word, as in minified code, and the characters count
+"""A word, or a letter of a script without spaces between words; either is about one token."""
+_LONG_WORD = 12  # characters per word above which characters are counted instead, as in minified code
 _FULLER = 1.25
-"""A passage may have this many times the words asked for, so that no section leaves a remainder of a few words."""
+"""A passage may exceed the requested words by this factor, so that a section leaves no remainder of a few words."""
 _MARKS = re.compile(r"[*_`]+")
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a document that no passage crosses: a page, or all of it."""
+    """A piece of a document that no passage crosses: a page, or the whole document."""
 
     text: str
     page: int | None = None
     heading: tuple[str, ...] = ()
     markdown: bool = False
-    """Its headings and tables are found."""
+    """Whether to parse headings and tables as Markdown."""
     whole: bool = False
-    """One passage."""
+    """Whether to keep it as one passage, unless it is more than twice the requested size."""
 
 
 class Chunk(NamedTuple):
-    """A passage without its document."""
+    """A passage, without its document's name and title."""
 
     text: str
     heading: tuple[str, ...]
     page: int | None
     start: int
     end: int
-    """``start:end``: where it stands in the text of its part."""
+    """``start:end``: its slice of the part's text."""
 
 
 class _Section(NamedTuple):
@@ -58,7 +58,7 @@ def count(text: str) -> int:
 
 
 def cut(parts: Iterable[Part], words: int, overlap: int) -> Iterator[Chunk]:
-    """Cut ``parts`` into passages of about ``words`` words, of which at most ``overlap`` repeat the end of the one before."""
+    """Cut ``parts`` into passages of about ``words`` words, which overlap by at most ``overlap`` words."""
     for part in parts:
         if part.whole and count(part.text) <= 2 * words:
             yield Chunk(part.text, part.heading, part.page, 0, len(part.text))
@@ -97,7 +97,7 @@ def _splitter(words: int, overlap: int, markdown: bool) -> Any:
 
 
 def _under_header(text: str, start: int, tables: list[_Table]) -> str:
-    """``text`` with the header of the table in whose rows it begins."""
+    """``text``, prefixed with the table's header if it begins inside a table's rows."""
     at = bisect_right(tables, start, key=lambda table: table.start) - 1
     if at < 0 or not tables[at].start + len(tables[at].header) <= start < tables[at].end:
         return text
@@ -109,12 +109,12 @@ def _parser() -> Any:
     from markdown_it import MarkdownIt
 
     parser = MarkdownIt("commonmark").enable("table")
-    parser.core.ruler.enableOnly(["normalize", "block"])  # of headings and tables; emphasis and links stay as they are
+    parser.core.ruler.enableOnly(["normalize", "block"])  # headings and tables only; no emphasis or links
     return parser
 
 
 def _outline(text: str) -> tuple[list[_Section], list[_Table]]:
-    """Sections of Markdown, each without its heading, and tables, in order."""
+    """Sections of Markdown, without their headings, and tables, each in order."""
     lines = text.split("\n")
     starts = list(accumulate((len(line) + 1 for line in lines), initial=0))
     sections, tables, path, begin = [], [], list[tuple[int, str]](), 0
@@ -132,4 +132,4 @@ def _outline(text: str) -> tuple[list[_Section], list[_Table]]:
         begin = min(starts[last], len(text))
     sections.append(_Section(tuple(heading for _, heading in path), begin, len(text)))
     filled = [section for section in sections if text[section.start : section.end].strip()]
-    return filled or [_Section((), 0, len(text))], tables  # of headings alone, those are the text
+    return filled or [_Section((), 0, len(text))], tables  # if there are only headings, they are the text

@@ -1,4 +1,4 @@
-"""What a folder holds: files to read, by kind, and what is not read and why."""
+"""Lists a folder: files to read, by kind, and skipped entries with reasons."""
 
 import fnmatch
 import os
@@ -25,7 +25,7 @@ _SUFFIXES = {
     ".cmake .gradle .tf .ex .exs .erl .hs .ml .clj .f90 .zig",
 }
 KINDS = {suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
-"""Suffix in lower case -> kind of file. A name without a suffix (README) is text."""
+"""Lower-case suffix -> kind of file. A file without a suffix (README) is text."""
 OTHER = "other"
 _OLD_OFFICE = {".doc": ".docx", ".ppt": ".pptx", ".xls": ".xlsx"}
 
@@ -35,7 +35,7 @@ class Found:
     """A file to read."""
 
     name: str
-    """Path below its folder, with slashes; of several folders, behind the folder's name."""
+    """Path below its folder, with slashes; prefixed with the folder's name if there are several."""
     path: Path
     kind: str
     size: int
@@ -44,7 +44,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """What is not read, or has nothing to read, and why."""
+    """An entry that was not read or yielded no passages, and the reason."""
 
     name: str
     kind: str
@@ -54,20 +54,20 @@ class Skipped:
 
 @dataclass(slots=True)
 class Folder:
-    """The content of one or more folders, sorted by name."""
+    """The contents of one or more folders, sorted by name."""
 
     files: list[Found] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
 
 
 def walk(folders: Sequence[Path], out: Path, exclude: Sequence[str] = ()) -> Folder:
-    """Everything in and below ``folders``, each directory once, without ``out`` and hidden names.
+    """Everything in and below ``folders``, each directory once; ``out`` is left out, hidden names are skipped.
 
-    ``exclude``: patterns of ``fnmatch`` that a name (``*.log``) or a path below the folder (``old/*``) matches.
+    ``exclude``: ``fnmatch`` patterns for names (``*.log``) or paths below the folder (``old/*``).
 
     Raises:
         ConfigError: two folders have the same name.
-        DataError: a folder cannot be opened, or nothing is in it.
+        DataError: a folder does not exist, or all are empty.
     """
     prefixes = [f"{folder.resolve().name}/" if len(folders) > 1 else "" for folder in folders]
     if len(set(prefixes)) < len(folders):
@@ -87,12 +87,12 @@ def walk(folders: Sequence[Path], out: Path, exclude: Sequence[str] = ()) -> Fol
 def _walk(folder: Path, prefix: str, out: Path, exclude: Sequence[str], found: Folder) -> None:
     visited = {_identity(folder.stat())}
     if out.exists():
-        visited.add(_identity(out.stat()))  # else each run would read the passages of the last
+        visited.add(_identity(out.stat()))  # else each run would read the last run's passages
     waiting, linked = [(folder, prefix)], list[tuple[Path, str]]()
     while waiting or linked:
         if waiting:
             directory, before = waiting.pop()
-        else:  # after all folders themselves, so that a file goes by the name of its place
+        else:  # links come after all real folders, so that a file is named by its real path
             directory, before = linked.pop()
             if _identity(directory.stat()) in visited:
                 if not (out.exists() and out.samefile(directory)):
@@ -146,11 +146,11 @@ def _identity(about: os.stat_result) -> tuple[int, int]:
 
 
 def _text(name: str) -> str:
-    """A file name as text; bytes that are no UTF-8 as ``\\xe9``."""
+    """A file name as text; bytes that are not UTF-8 as ``\\xe9``."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def kinds() -> Iterator[str]:
-    """Kinds in the order in which tables show them."""
+    """All kinds, in display order."""
     yield from _SUFFIXES
     yield OTHER

@@ -1,4 +1,4 @@
-"""A folder's files become a corpus; run again, it follows the folder: only new and changed files are read."""
+"""Turns folders of files into a corpus; later runs are incremental: only new and changed files are read."""
 
 import csv
 import io
@@ -25,24 +25,24 @@ DUPLICATE, SKIPPED = "duplicate", "skipped"
 
 @dataclass(slots=True)
 class Report:
-    """What one run did."""
+    """Results of one run."""
 
     files: Counter[str] = field(default_factory=Counter)
-    """Kind -> files of the folder."""
+    """Kind -> number of files in the folder."""
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    """``read`` (now), ``unchanged``, ``duplicate``, ``empty``, ``skipped`` -> kind -> files."""
+    """``read`` (in this run), ``unchanged``, ``duplicate``, ``empty``, ``skipped`` -> kind -> number of files."""
     passages: Counter[str] = field(default_factory=Counter)
-    """Kind -> passages of the corpus."""
+    """Kind -> number of passages in the corpus."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Kind -> seconds of reading, over all processes."""
+    """Kind -> seconds spent reading, summed over processes."""
     not_read: list[Skipped] = field(default_factory=list)
-    """Files without passages, and files of which a part was not read, by name."""
+    """Files without passages, and files read only in part, by name."""
     removed: int = 0
-    """Files of the last run that are gone."""
+    """Number of files that are gone since the last run."""
     all_again: bool = False
-    """Other settings than the last run's: what it had read was read again."""
+    """Whether settings changed since the last run, so that all files were read again."""
     changed: bool = False
-    """The corpus was written."""
+    """Whether the corpus was written."""
     elapsed: float = 0.0
     """Seconds."""
 
@@ -57,15 +57,15 @@ def ingest(
     processes: int = 1,
     progress: Progress = silent,
 ) -> Report:
-    """Make ``out`` the corpus of ``folders``, or bring it up to date.
+    """Build the corpus of ``folders`` in ``out``, or update it.
 
-    ``out/passages.jsonl`` is replaced as a whole, after all files were read; an interrupted run goes on where it was.
-    ``exclude``: see ``walk``. ``processes`` read files in parallel.
+    ``out/passages.jsonl`` is replaced atomically after all files are read; an interrupted run resumes where it stopped.
+    ``exclude``: see ``walk``. ``processes``: number of processes that read files in parallel.
 
     Raises:
         ConfigError: a package is missing, or ``out`` holds something else.
-        DataError: a folder is not there or empty, or no file has any text; the corpus stays as it was.
-        RunError: another process works in ``out``, or its disk is full.
+        DataError: a folder is missing or empty, or no file has any text; the corpus stays unchanged.
+        RunError: another process uses ``out``, or its disk is full.
     """
     check_extra()
     clock = time.perf_counter()
@@ -86,7 +86,7 @@ def ingest(
         reading = _to_read(files, sums, known, limits, store)
         todo = len(reading)
         for number, (file, outcome) in enumerate(read_all(reading, cutting, limits, min(processes, todo)), 1):
-            if _same(file):
+            if _unchanged(file):
                 store.put(file, sums[file.name], outcome, limits.model_dump_json())
                 report.counts[READ][file.kind] += outcome.status == READ
             else:
@@ -94,14 +94,17 @@ def ingest(
                 store.forget([file.name])
             report.seconds[file.kind] += outcome.seconds
             progress(number, todo, file.name)
-        _tell(report, store.known(), folder.skipped, {file.name for file in reading})
+        _summarize(report, store.known(), folder.skipped, {file.name for file in reading})
         _publish(out, store, report)
     report.elapsed = time.perf_counter() - clock
     return report
 
 
 def check_extra() -> None:
-    """Raise ``ConfigError`` if a package of the extra ``documents`` is missing."""
+    """
+    Raises:
+        ConfigError: a package of the extra ``documents`` is missing.
+    """
     missing = next((module for module in MODULES if find_spec(module) is None), None)
     if missing:
         raise ConfigError(
@@ -122,7 +125,7 @@ def _check_out(folders: Sequence[Path], out: Path) -> None:
 def _checksums(
     files: Sequence[Found], known: dict[str, Known], limits: Limits, skipped: list[Skipped]
 ) -> Iterator[tuple[str, str]]:
-    """Name and sha256 of each file that can be read; those that are as they were need not be read for it."""
+    """Name and sha256 of each readable file; files with unchanged size and mtime are not read again."""
     for file in files:
         before = known.get(file.name)
         if file.size > limits.file_mib * 2**20:
@@ -140,7 +143,7 @@ def _checksums(
 def _to_read(
     files: dict[str, Found], sums: dict[str, str], known: dict[str, Known], limits: Limits, store: Store
 ) -> list[Found]:
-    """The files of which nothing is known, one for each content; duplicates are noted in ``store``."""
+    """The files that must be read, one per distinct content; duplicates are recorded in ``store``."""
     by_content: dict[str, list[str]] = defaultdict(list)
     for name, checksum in sums.items():
         by_content[checksum].append(name)
@@ -167,8 +170,8 @@ def _is_known(before: Known | None, checksum: str, limits: Limits) -> bool:
     return before.status in (READ, EMPTY) or (before.status == FAILED and before.limits == limits.model_dump_json())
 
 
-def _same(file: Found) -> bool:
-    """Whether the file is still the one that its checksum was computed of."""
+def _unchanged(file: Found) -> bool:
+    """Whether the file's size and mtime are the same as when its checksum was computed."""
     try:
         about = file.path.stat()
     except OSError:
@@ -176,12 +179,12 @@ def _same(file: Found) -> bool:
     return (about.st_size, about.st_mtime_ns) == (file.size, file.mtime_ns)
 
 
-def _tell(report: Report, rows: dict[str, Known], skipped: Sequence[Skipped], now: set[str]) -> None:
-    """Fill ``report`` from what is known after the run."""
+def _summarize(report: Report, rows: dict[str, Known], skipped: Sequence[Skipped], now: set[str]) -> None:
+    """Fill ``report`` from the store's rows after the run; ``now``: names of files read in it."""
     for entry in skipped:
         report.counts[SKIPPED][entry.kind] += 1
         report.files[entry.kind] += 1
-    told = list(skipped)
+    not_read = list(skipped)
     for row in rows.values():
         report.files[row.kind] += 1
         report.passages[row.kind] += row.passages
@@ -191,12 +194,12 @@ def _tell(report: Report, rows: dict[str, Known], skipped: Sequence[Skipped], no
             report.counts[SKIPPED if row.status == FAILED else row.status][row.kind] += 1
         if row.status != READ or row.reason:
             status = {READ: "in part", FAILED: SKIPPED}.get(row.status, row.status)
-            told.append(Skipped(row.name, row.kind, row.reason, status))
-    report.not_read = sorted(told, key=lambda entry: entry.name)
+            not_read.append(Skipped(row.name, row.kind, row.reason, status))
+    report.not_read = sorted(not_read, key=lambda entry: entry.name)
 
 
 def _publish(out: Path, store: Store, report: Report) -> None:
-    """Write the list of what was not read, and the passages, if they are others than those that lie there."""
+    """Write the list of files not read, and the passages, if they changed."""
     table = io.StringIO()
     writer = csv.writer(table, delimiter="\t", lineterminator="\n")
     writer.writerow(("status", "file", "reason"))

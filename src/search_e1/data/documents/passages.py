@@ -1,4 +1,4 @@
-"""The passages of one file, as lines of a corpus."""
+"""Passages of one file as corpus lines."""
 
 import hashlib
 import json
@@ -13,25 +13,25 @@ from search_e1.data.documents.readers import Document
 from search_e1.types import Record
 
 _MOST_TITLE = 120  # characters of the document's title, and of each heading
-_LANGUAGE_SAMPLE, _LEAST_SAMPLE = 2000, 40  # characters; on less, a detector guesses
+_LANGUAGE_SAMPLE, _LEAST_SAMPLE = 2000, 40  # characters; with less, detection is a guess
 _PROSE = frozenset(("markdown", "text", "html", "pdf", "docx", "pptx", "epub", "mail"))
 
 
 class Cutting(Record):
-    """All that determines the passages of a file besides its content."""
+    """Everything besides a file's content that determines its passages."""
 
     words: int = 100
     overlap: int = 20
     language: str | None = None
-    """Of all files; ``None``: detected."""
+    """Language of all files; ``None``: detected per file."""
     format: int = 1
-    """Version of the readers and of this file; another one reads all files again."""
+    """Version of the readers and of this module; a change makes all files be read again."""
 
 
 def lines(name: str, kind: str, document: Document, cutting: Cutting) -> Iterator[bytes]:
-    """The passages of ``document``, a JSON object a line.
+    """The passages of ``document``, one JSON object per line.
 
-    An id comes from the file's name and the passage's text, so that it survives changes elsewhere in the file.
+    Ids are hashes of file name and passage text, so that they survive changes elsewhere in the file.
     """
     chunks = list(cut(document.parts, cutting.words, cutting.overlap))
     title = _title(name, document, chunks)
@@ -57,7 +57,7 @@ def lines(name: str, kind: str, document: Document, cutting: Cutting) -> Iterato
 
 
 def _title(name: str, document: Document, chunks: list[Chunk]) -> str:
-    """The document's own, else the heading above all others, else the file's name."""
+    """The document's own title, else its only top heading, else the file name."""
     tops = {chunk.heading[0] for chunk in chunks if chunk.heading}
     if not document.title and len(tops) == 1 and any(part.markdown for part in document.parts):
         return _short(tops.pop())
@@ -70,14 +70,14 @@ def _short(text: str) -> str:
 
 
 def _clean(value: Any) -> Any:
-    """Without halves of surrogate pairs, which no file in UTF-8 can hold."""
+    """Replaces halves of surrogate pairs, which UTF-8 cannot encode."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     return {key: _clean(inner) for key, inner in value.items()} if isinstance(value, dict) else value
 
 
 def _detect(kind: str, chunks: list[Chunk]) -> str:
-    """The language of the file's beginning as an ISO 639-1 code; empty for code, tables and very short texts."""
+    """The language of the beginning of the file, an ISO 639-1 code; empty for code, tables and very short texts."""
     sample = " ".join(chunk.text for chunk in chunks[:20])[:_LANGUAGE_SAMPLE]
     if kind not in _PROSE or sum(map(str.isalpha, sample)) < _LEAST_SAMPLE:
         return ""
@@ -88,6 +88,6 @@ def _detect(kind: str, chunks: list[Chunk]) -> str:
 def _detector() -> Any:
     import py3langid
 
-    # Its three-letter languages are rarer than its errors on short texts.
+    # py3langid's three-letter languages are rarer than its errors on short texts.
     py3langid.set_languages([code for code, _ in py3langid.rank("") if len(code) == 2])
     return py3langid.classify

@@ -1,4 +1,4 @@
-"""Text of a document: pages, headings and tables, by well-kept parsers. Each is imported only for the files that need it."""
+"""Extracts a document's text (pages, headings, tables) with parsers imported only for the files that need them."""
 
 import csv
 import email
@@ -26,22 +26,22 @@ MODULES = (
     "openpyxl",
     "pypdfium2",
 )
-"""What the extra ``documents`` installs, as far as it is imported here and in ``chunks``."""
+"""Modules of the extra ``documents`` that this package imports."""
 _MARKDOWN: dict[str, Any] = {
     "heading_style": "ATX",
     "strip": ["a", "img"],
     "escape_underscores": False,
     "escape_asterisks": False,
 }
-"""Of links their text: an address is as long as a sentence and says nothing to a reader."""
+"""Links are reduced to their text: a URL is as long as a sentence and carries no meaning."""
 _FRONT_MATTER = re.compile(r"---\n(?:.*\n)*?---\n")
 _TITLE = re.compile(r"^title:(.+)$", re.MULTILINE)
 _SLIDE = re.compile(r"<!-- Slide number: (\d+) -->\n?")
-_HEADER_ROWS = 20  # rows among which a table's header is looked for
+_HEADER_ROWS = 20  # rows searched for a table's header
 
 
 class UnreadableError(Exception):
-    """The file cannot be read; the message is a few words that say why."""
+    """The file cannot be read; the message is a short reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +51,17 @@ class Document:
     parts: list[Part] = field(default_factory=list)
     title: str = ""
     note: str = ""
-    """What of the file was not read, in a few words."""
+    """What was not read of the file, in a few words."""
     language: str = ""
-    """Where the file says it."""
+    """Language code, if the file states it."""
 
 
 def read(path: Path, kind: str, words: int, max_unpacked: int) -> Document:
-    """Read ``path``, a file of ``kind``. ``words``: size of a block of table rows. ``max_unpacked``: bytes of a zipped format.
+    """Read ``path``, a file of ``kind``. ``words``: size of a block of table rows. ``max_unpacked``: maximum unpacked bytes.
 
     Raises:
         UnreadableError: encrypted, damaged, binary, or too large when unpacked.
-        Exception: whatever a parser raises for a file that is not what it claims to be.
+        Exception: any error of a parser on a malformed file.
     """
     if kind in ("docx", "pptx", "xlsx", "epub"):
         _check_zip(path, max_unpacked)
@@ -71,30 +71,30 @@ def read(path: Path, kind: str, words: int, max_unpacked: int) -> Document:
 
 
 def _check_zip(path: Path, most: int) -> None:
-    if path.read_bytes()[:8] == b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1":  # what Office wraps a file with a password in
+    if path.read_bytes()[:8] == b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1":  # OLE container: Office's encrypted and old formats
         raise UnreadableError("encrypted, or of an old format under a new suffix")
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, EOFError) as error:
         raise UnreadableError(f"damaged ({error})") from None
-    # Python's zipfile never unpacks more of a member than its header says.
+    # Python's zipfile never unpacks more of a member than its header states.
     size = sum(member.file_size for member in members)
     if size > most:
         raise UnreadableError(f"unpacks to {size / 2**20:,.0f} MiB, more than --max-unpacked-mib {most / 2**20:g}")
 
 
 def decode(data: bytes) -> str:
-    """Text in UTF-8, UTF-16 with its mark, or what charset-normalizer finds; with ``\\n`` as the end of a line.
+    """Decode UTF-8, UTF-16 with a byte-order mark, or what charset-normalizer detects; line ends become ``\\n``.
 
     Raises:
-        UnreadableError: it is no text.
+        UnreadableError: the data is not text.
     """
     return _with_newlines(_decode(data))
 
 
 def _with_newlines(text: str) -> str:
-    """As the parser of Markdown counts lines."""
+    """Line ends as ``\\n``, as the Markdown parser counts lines."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -123,7 +123,7 @@ def _markdown(path: Path) -> Document:
     if front := _FRONT_MATTER.match(text):
         found = _TITLE.search(front[0])
         title = found[1].strip().strip("\"'") if found else ""
-        text = re.sub("[^\n]", " ", front[0]) + text[front.end() :]  # blank, so that offsets are those of the file
+        text = re.sub("[^\n]", " ", front[0]) + text[front.end() :]  # blanked, so that offsets stay those of the file
     return Document([Part(text, markdown=True)], title)
 
 
@@ -139,7 +139,7 @@ def html_document(html: bytes | str) -> Document:
     import bs4
     from markdownify import MarkdownConverter
 
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of pages that look like XML or a file name
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # on pages that look like XML or a file name
         soup = bs4.BeautifulSoup(html, "lxml")
     title = soup.title.get_text(" ", strip=True) if soup.title else ""
     language = str(soup.html.get("lang") or "") if soup.html else ""
@@ -168,7 +168,7 @@ def _pdf(path: Path) -> Document:
                 text = pdf[number - 1].get_textpage().get_text_bounded()
             except pypdfium2.PdfiumError as error:
                 raise UnreadableError(f"a damaged PDF (page {number}: {error})") from None
-            # Lines are those of the print; U+FFFE stands for a hyphen at the end of one.
+            # Lines are as printed; U+FFFE stands for a hyphen at the end of a line.
             text = " ".join(re.sub("[\ufffe\x02]\\s*", "", text).split())
             if text:
                 parts.append(Part(text, page=number))
@@ -194,8 +194,8 @@ def _epub(path: Path) -> Document:
 
     text = _converted(EpubConverter(), path)
     head, _, text = text.partition("\n\n")  # the book's metadata
-    told = dict(re.findall(r"^\*\*(Title|Language):\*\* (.+)$", head, re.MULTILINE))
-    return Document([Part(text, markdown=True)], told.get("Title", ""), language=told.get("Language", "")[:2].lower())
+    about = dict(re.findall(r"^\*\*(Title|Language):\*\* (.+)$", head, re.MULTILINE))
+    return Document([Part(text, markdown=True)], about.get("Title", ""), language=about.get("Language", "")[:2].lower())
 
 
 def _pptx(path: Path) -> Document:
@@ -231,7 +231,7 @@ def _mail(path: Path) -> Document:
         text = _content(body)
         html = body.get_content_type() == "text/html"
         found = html_document(text).parts[0] if html else Part(text)
-        # One text, so that a short mail is one passage, with its sender and date.
+        # As one text, so that a short mail becomes one passage with its sender and date.
         parts = [Part(f"{head.text}\n\n{found.text}".strip(), markdown=found.markdown)]
     names = [part.get_filename() or part.get_content_type() for part in message.iter_attachments()]
     note = f"attachments are not read ({', '.join(names)}); save them as files" if names else ""
@@ -268,9 +268,9 @@ def _csv(path: Path, words: int) -> Iterator[Part]:
 
 
 def _table(rows: Iterable[Iterable[Any]], heading: tuple[str, ...], words: int) -> Iterator[Part]:
-    """Blocks of rows, each under the header: the first row that is at least half as full as the fullest of the first 20."""
-    told = (cells for row in rows if any(cells := [_cell(value) for value in row]))
-    first = list(islice(told, _HEADER_ROWS))
+    """Blocks of rows, each under the header: the first row at least half as full as the fullest of the first 20 rows."""
+    nonempty = (cells for row in rows if any(cells := [_cell(value) for value in row]))
+    first = list(islice(nonempty, _HEADER_ROWS))
     if not first:
         return
     filled = [sum(map(bool, row)) for row in first]
@@ -279,7 +279,7 @@ def _table(rows: Iterable[Iterable[Any]], heading: tuple[str, ...], words: int) 
 
     def lines() -> Iterator[str]:
         yield from map(_line, first[at + 1 :])
-        yield from map(_line, told)
+        yield from map(_line, nonempty)
 
     if above:
         yield Part("\n".join(map(_line, above)), heading=heading)

@@ -1,4 +1,4 @@
-"""What earlier runs read: a row for each file, in SQLite beside the corpus, with the file's passages."""
+"""Cache of earlier runs: one row per file, with its passages, in SQLite beside the corpus."""
 
 import sqlite3
 import zlib
@@ -22,7 +22,7 @@ CREATE TABLE IF NOT EXISTS files (
 
 
 class Known(NamedTuple):
-    """What is known of a file, without its passages."""
+    """The row of a file, without its passages."""
 
     name: str
     kind: str
@@ -33,11 +33,11 @@ class Known(NamedTuple):
     reason: str
     passages: int
     limits: str
-    """Under which it was read, as JSON."""
+    """The limits that it was read under, as JSON."""
 
 
 class Store:
-    """Rows survive a kill of the process as soon as they are put."""
+    """Stores files and passages; a row survives a crash of the process once ``put`` returns."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         """Use ``opened``."""
@@ -46,15 +46,15 @@ class Store:
     @classmethod
     @contextmanager
     def opened(cls, out: Path) -> Iterator[Self]:
-        """The store of the corpus ``out``; made if it is not there.
+        """The store of the corpus ``out``, created if missing.
 
         Raises:
-            DataError: it is damaged.
+            DataError: the store is damaged, or the disk fails.
         """
         path = out / FILE
         connection = sqlite3.connect(path, isolation_level=None)
         try:
-            # A log ahead of the database: a commit need not wait for the disk, and no kill or power cut damages either.
+            # Write-ahead logging: commits need not wait for the disk, and a crash or power cut damages nothing.
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.executescript(_SCHEMA)
@@ -67,7 +67,7 @@ class Store:
             connection.close()
 
     def known(self) -> dict[str, Known]:
-        """Name -> what is known of that file."""
+        """Name -> row of that file."""
         rows = self._db.execute(f"SELECT {', '.join(Known._fields)} FROM files")
         return {row[0]: Known(*row) for row in rows}
 
@@ -76,46 +76,46 @@ class Store:
         self._changes([("INSERT OR REPLACE INTO files VALUES (?,?,?,?,?,?,?,?,?,?)", (*row, outcome.packed))])
 
     def touch(self, file: Found) -> None:
-        """The same content at another time."""
+        """Update the mtime of a file with unchanged content."""
         self._db.execute("UPDATE files SET mtime_ns = ? WHERE name = ?", (file.mtime_ns, file.name))
 
     def forget(self, names: list[str]) -> None:
         self._changes([("DELETE FROM files WHERE name = ?", (name,)) for name in names])
 
     def under(self, settings: str) -> bool:
-        """Whether all files were cut under ``settings``; if not, they are forgotten."""
-        before = self._told("settings")
+        """Whether the stored files were cut under ``settings``; if not, forgets them."""
+        before = self._get("settings")
         if before not in (None, settings):
             self._changes([("DELETE FROM files", ())])
-        self._tell("settings", settings)
+        self._set("settings", settings)
         return before in (None, settings)
 
     @property
     def published(self) -> bool:
-        """Whether the corpus holds what is here."""
-        return self._told("published") == "yes"
+        """Whether the corpus file is up to date with the store."""
+        return self._get("published") == "yes"
 
     def publish(self) -> None:
-        self._tell("published", "yes")
+        self._set("published", "yes")
 
     def passages(self) -> Iterator[bytes]:
-        """Lines of all files that were read, by name; one file is in memory at a time."""
+        """Corpus lines of all files read, by name; one file is in memory at a time."""
         rows = self._db.execute("SELECT packed FROM files WHERE status = ? ORDER BY name", (READ,))
         return (zlib.decompress(packed) for (packed,) in rows)
 
     def _changes(self, statements: list[tuple[str, tuple[object, ...]]]) -> None:
-        """One transaction, with the mark that the corpus has to be written again."""
+        """Run ``statements`` in one transaction and mark the corpus as out of date."""
         if not statements:
             return
         self._db.execute("BEGIN")
         for statement, values in statements:
             self._db.execute(statement, values)
-        self._tell("published", "no")
+        self._set("published", "no")
         self._db.execute("COMMIT")
 
-    def _told(self, key: str) -> str | None:
+    def _get(self, key: str) -> str | None:
         found = self._db.execute("SELECT value FROM about WHERE key = ?", (key,)).fetchone()
         return found and str(found[0])
 
-    def _tell(self, key: str, value: str) -> None:
+    def _set(self, key: str, value: str) -> None:
         self._db.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (key, value))

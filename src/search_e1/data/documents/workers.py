@@ -1,4 +1,4 @@
-"""Files are read in processes of their own, so that a parser that hangs, crashes or eats the memory costs one file."""
+"""Reads files in separate processes, so that a parser that hangs, crashes or exhausts memory costs only one file."""
 
 import multiprocessing
 import os
@@ -23,29 +23,29 @@ READ, EMPTY, FAILED = "read", "empty", "failed"
 
 
 class Limits(Record):
-    """What one file may cost; a file that failed is tried again under other limits."""
+    """Limits for one file; a failed file is retried when they change."""
 
     seconds: float = 60
     file_mib: float = 100
-    """Size of a file."""
+    """File size."""
     unpacked_mib: float = 1024
-    """Size of what a zipped format (DOCX, PPTX, XLSX, EPUB) holds."""
+    """Unpacked size of a zipped format (DOCX, PPTX, XLSX, EPUB)."""
     memory_mib: int = 4096
-    """Memory of a reading process, where the system limits it (Linux)."""
+    """Memory of a reading process, if the system can limit it (Linux)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a file."""
+    """The result of reading one file."""
 
     status: str
     """``read``, ``empty`` or ``failed``."""
     reason: str = ""
-    """Why it was not read, or what of it was not."""
+    """Why it was not read, or which part was not."""
     passages: int = 0
     seconds: float = 0.0
     packed: bytes = b""
-    """Lines of the corpus, zlib."""
+    """Its corpus lines, compressed with zlib."""
 
 
 @dataclass(slots=True)
@@ -58,8 +58,8 @@ class _Worker:
 
 
 def read_all(files: Iterable[Found], cutting: Cutting, limits: Limits, processes: int) -> Iterator[tuple[Found, Outcome]]:
-    """Read ``files`` in ``processes``, each file's outcome as it comes; at most one file a process is in memory."""
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    """Read ``files`` in ``processes``; yields outcomes as they arrive, with at most one file per process in memory."""
+    context = multiprocessing.get_context("spawn")  # forking a process with threads may hang
     waiting = iter(files)
     workers: list[_Worker] = []
 
@@ -96,7 +96,7 @@ def read_all(files: Iterable[Found], cutting: Cutting, limits: Limits, processes
                     continue
                 task, spent = worker.task, time.monotonic() - worker.since
                 worker.task = None
-                if outcome.status == FAILED and not outcome.seconds:  # the process is gone, or has to go
+                if outcome.status == FAILED and not outcome.seconds:  # the process died or exceeded the time limit
                     _end(worker)
                     workers[workers.index(worker)] = start()
                     outcome = Outcome(FAILED, outcome.reason, seconds=spent)
@@ -108,9 +108,9 @@ def read_all(files: Iterable[Found], cutting: Cutting, limits: Limits, processes
 
 
 def _hear(worker: _Worker) -> Outcome | None:
-    """What ``worker`` sent: an outcome, or that it is ready."""
+    """Receive an outcome from ``worker``; ``None`` if it only reported that it is ready."""
     try:
-        told = worker.pipe.recv()
+        message = worker.pipe.recv()
     except (EOFError, ConnectionResetError):
         worker.process.join(5)
         code = worker.process.exitcode or 0
@@ -118,8 +118,8 @@ def _hear(worker: _Worker) -> Outcome | None:
         if worker.task is None:
             raise RuntimeError(f"a process that reads files {how} before it began") from None
         return Outcome(FAILED, f"the process that read it {how}")
-    if isinstance(told, Outcome):
-        return told
+    if isinstance(message, Outcome):
+        return message
     worker.ready = True
     return None
 
@@ -131,11 +131,11 @@ def _end(worker: _Worker) -> None:
 
 
 def _serve(pipe: "Connection[Any, Any]", cutting: Cutting, limits: Limits) -> None:
-    """In the process: read what is sent until the other end is gone."""
+    """Main function of a worker process: read the files sent until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # what C libraries print; a crash is told by its signal
+    for stream in (1, 2):  # silences C libraries; a crash is reported by its signal
         os.dup2(nowhere, stream)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_DATA, (limits.memory_mib * 2**20, resource.getrlimit(resource.RLIMIT_DATA)[1]))
@@ -145,7 +145,7 @@ def _serve(pipe: "Connection[Any, Any]", cutting: Cutting, limits: Limits) -> No
             task = pipe.recv()
         except (EOFError, OSError):
             return
-        signal.alarm(int(limits.seconds) + 30)  # if nobody is left to end a parser that hangs
+        signal.alarm(int(limits.seconds) + 30)  # ends a hanging parser if the parent process is gone
         outcome = read_file(task, cutting, limits)
         signal.alarm(0)
         with suppress(BrokenPipeError):
@@ -159,8 +159,8 @@ def read_file(file: Found, cutting: Cutting, limits: Limits) -> Outcome:
     number, packer = 0, zlib.compressobj(1)
     try:
         with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("ignore")  # of a parser to its programmer
-            warnings.simplefilter("always", UserWarning)  # on the file
+            warnings.simplefilter("ignore")  # warnings to developers
+            warnings.simplefilter("always", UserWarning)  # warnings about the file
             document = read(file.path, file.kind, cutting.words, int(limits.unpacked_mib * 2**20))
         reason = document.note or (f"its reader warns: {str(said[0].message).partition(chr(10))[0][:200]}" if said else "")
         for line in lines(file.name, file.kind, document, cutting):
@@ -173,7 +173,7 @@ def read_file(file: Found, cutting: Cutting, limits: Limits) -> Outcome:
         status, reason = FAILED, f"needs more than --memory-mib {limits.memory_mib}"
     except OSError as error:
         status, reason = FAILED, f"cannot be read ({error.strerror or error})"
-    except Exception as error:  # a parser's, on a file that is not what its suffix says
+    except Exception as error:  # a parser may raise anything on a malformed file
         first = str(error).strip().partition("\n")[0][:200]
         status, reason = FAILED, f"not a sound {file.kind} file ({type(error).__name__}: {first})"
     if status == READ and not number:

@@ -1,4 +1,4 @@
-"""Records of a file that is one JSON array, which may be larger than memory."""
+"""Streams the records of a file that is a single JSON array, possibly larger than memory."""
 
 import io
 import json
@@ -13,14 +13,14 @@ from search_e1.errors import DataError
 
 _SUFFIXES = (".json", ".json.gz", ".json.zst")
 _START = re.compile(r'\s*(?:\{\s*"Data"\s*:\s*)?\[')
-"""An array, or TriviaQA's object with one under its first key."""
+"""An array, or TriviaQA's object with an array under its first key."""
 _BETWEEN = re.compile(r"[\s,]*")
 _CHUNK = 2**20  # characters
-_MOST = 2**26  # characters of an item
+_MOST = 2**26  # characters per item
 
 
 def is_array(path: Path) -> bool:
-    """Whether a ``.json`` file is one array of records rather than JSON lines; of one that cannot be read, false."""
+    """Whether a ``.json`` file is one array of records rather than JSON lines; false if it cannot be read."""
     try:
         with _open(path) as file:
             return path.name.lower().endswith(_SUFFIXES) and _START.match(file.read(2**12)) is not None
@@ -29,10 +29,10 @@ def is_array(path: Path) -> bool:
 
 
 def array_items(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number, from 1, and JSON of each item. At most two items are in memory.
+    """Number (from 1) and JSON of each item. At most two items are in memory.
 
     Raises:
-        DataError: the file cannot be read, is no JSON, or an item is far too long; names file and item.
+        DataError: the file cannot be read or is not JSON, or an item is far too long; names file and item.
     """
     number, decode = 1, json.JSONDecoder().raw_decode
     try:
@@ -43,7 +43,7 @@ def array_items(path: Path) -> Iterator[tuple[int, bytes]]:
             while not buffer.startswith("]", at := _skip(buffer, at)):
                 try:
                     end = decode(buffer, at)[1]
-                except (ValueError, RecursionError) as error:  # or the rest of the item is not read yet
+                except (ValueError, RecursionError) as error:  # broken JSON, or the rest of the item is not read yet
                     if len(buffer) - at > _MOST:
                         raise DataError(f"{path}:{number}: an item of more than {_MOST >> 20} MiB, or broken JSON") from None
                     if not (more := file.read(max(_CHUNK, len(buffer) - at))):

@@ -1,6 +1,6 @@
-"""Question files in the layouts that their makers publish: HotpotQA, 2WikiMultihopQA, MuSiQue, TriviaQA and KILT.
+"""Question files in their original layouts: HotpotQA, 2WikiMultihopQA, MuSiQue, TriviaQA and KILT.
 
-NQ-open (``question`` and a list ``answer``) needs none of this. A file is recognized by the keys of its first row.
+NQ-open (``question`` and a list ``answer``) needs no layout. A file is recognized by the keys of its first row.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,10 +12,10 @@ from search_e1.data.lines import read_lines
 from search_e1.errors import DataError
 
 ALIASES = "id_aliases.json"
-"""2WikiMultihopQA's other names of its answers, a file beside the questions: JSON lines of Q_id, aliases and demonyms."""
+"""2WikiMultihopQA's aliases of its answers, a file beside the questions: JSON lines of Q_id, aliases and demonyms."""
 Aliases = Mapping[str, list[str]]
 Record = dict[str, Any]
-"""A row as ``questions.to_question`` reads it."""
+"""A row in the form that ``questions.to_question`` reads."""
 
 
 class Layout(NamedTuple):
@@ -27,15 +27,15 @@ class Layout(NamedTuple):
 
 
 def layout_of(row: Mapping[str, Any]) -> Layout | None:
-    """The layout of a file whose first row is ``row``; ``None`` if it is none of those known here."""
+    """The layout of a file whose first row is ``row``; ``None`` if unknown."""
     return next((layout for layout in _LAYOUTS if layout.matches(row)), None)
 
 
 def read(layout: Layout, row: Mapping[str, Any], aliases: Aliases, where: str) -> Record:
-    """The row as a record; ``metadata.unanswerable`` is true where the row says that no answer is to be found.
+    """The row as a record; ``metadata.unanswerable`` is true if the row says so.
 
     Raises:
-        DataError: the row has another layout, or no answer, as in the test sets whose answers are kept secret.
+        DataError: the row has another layout, or no answer, as in test sets with hidden answers.
     """
     try:
         record = layout.read(row, aliases)
@@ -52,7 +52,7 @@ def read(layout: Layout, row: Mapping[str, Any], aliases: Aliases, where: str) -
 
 
 def read_aliases(path: Path) -> Aliases:
-    """Id of an answer -> its other names, as 2WikiMultihopQA's own evaluation takes them.
+    """Id of an answer -> its aliases, as 2WikiMultihopQA's own evaluation uses them.
 
     Raises:
         DataError: the file cannot be read.
@@ -72,7 +72,7 @@ def _hotpotqa(row: Mapping[str, Any], aliases: Aliases) -> Record:
     metadata |= {key: row[key] for key in ("type", "level") if key in known}
     answers = [row["answer"]] if row.get("answer") is not None else []
     answers += aliases.get(row.get("answer_id") or "", [])
-    return {"id": row["_id"] if "_id" in row else row["id"], **_asked(row["question"], answers, metadata)}
+    return {"id": row["_id"] if "_id" in row else row["id"], **_record(row["question"], answers, metadata)}
 
 
 def _musique(row: Mapping[str, Any], aliases: Aliases) -> Record:
@@ -85,14 +85,14 @@ def _musique(row: Mapping[str, Any], aliases: Aliases) -> Record:
     if row.get("answerable") is False:
         metadata["unanswerable"] = True
     answers = [row["answer"]] if row.get("answer") is not None else []
-    return {"id": row["id"], **_asked(row["question"], [*answers, *(row.get("answer_aliases") or ())], metadata)}
+    return {"id": row["id"], **_record(row["question"], [*answers, *(row.get("answer_aliases") or ())], metadata)}
 
 
 def _triviaqa(row: Mapping[str, Any], aliases: Aliases) -> Record:
     answer = row.get("Answer") or {}
     answers = [answer["Value"]] if "Value" in answer else []
     answers += [*(answer.get("Aliases") or ()), *(answer.get("HumanAnswers") or ())]
-    return {"id": row["QuestionId"], **_asked(row["Question"], answers, {"hops": 1})}
+    return {"id": row["QuestionId"], **_record(row["Question"], answers, {"hops": 1})}
 
 
 def _kilt(row: Mapping[str, Any], aliases: Aliases) -> Record:
@@ -100,17 +100,17 @@ def _kilt(row: Mapping[str, Any], aliases: Aliases) -> Record:
         raise ValueError("no 'input': KILT's files of TriviaQA hold ids alone, to which its own script adds the questions")
     outputs = row.get("output") or []
     answers = [output["answer"] for output in outputs if output.get("answer")]
-    # The provenance of one output is a whole set of evidence; those of the others are alternatives.
+    # One output's provenance is a complete set of evidence; other outputs are alternatives.
     evidence: list[Any] = next((output["provenance"] for output in outputs if output.get("provenance")), [])
     titles = list(dict.fromkeys(page["title"] for page in evidence if page.get("title")))
-    return {"id": row["id"], **_asked(row["input"], answers, {"supporting_titles": titles} if titles else {})}
+    return {"id": row["id"], **_record(row["input"], answers, {"supporting_titles": titles} if titles else {})}
 
 
-def _asked(question: Any, answers: list[Any], metadata: dict[str, Any]) -> Record:
+def _record(question: Any, answers: list[Any], metadata: dict[str, Any]) -> Record:
     texts = [answer.strip() if isinstance(answer, str) else answer for answer in answers]
     return {
         "question": question.strip(),
-        "golden_answers": [text for text in texts if text != ""],  # TriviaQA has empty ones beside others
+        "golden_answers": [text for text in texts if text != ""],  # TriviaQA has empty answers among others
         "metadata": metadata,
     }
 

@@ -1,4 +1,4 @@
-"""Which columns of a record of a corpus hold which field of a passage."""
+"""Maps the columns of a corpus record to the fields of a passage."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,27 +8,27 @@ from typing import Any
 from search_e1.errors import ConfigError, DataError
 
 ORIGIN = ("file", "page", "heading", "url")
-"""Fields that tell where a passage comes from, beside those in its ``metadata``."""
+"""Fields that give the origin of a passage; they are added to its ``metadata``."""
 FIELDS = ("id", "contents", "title", "text", "metadata", *ORIGIN)
 MISSING: Any = object()
 """Value of a column that a record lacks."""
-_USUAL = {**{name: (name,) for name in FIELDS}, "id": ("id", "_id")}  # the second: BEIR
+_USUAL = {**{name: (name,) for name in FIELDS}, "id": ("id", "_id")}  # `_id`: BEIR
 HOLDS = 'a record holds {"id", "contents"} or {"id", "title", "text"}; --column FIELD=COLUMN maps others'
 
 
 @dataclass(frozen=True, slots=True)
 class CorpusColumns:
-    """The columns of each field; of several, a record's first. A dotted path leads into nested objects."""
+    """The columns of each field; the first that a record has is read. A dotted path leads into nested objects."""
 
     given: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Field, or ``metadata.KEY`` -> columns. Fields that are not given have the columns of their own names."""
+    """Field or ``metadata.KEY`` -> columns. Fields not given are read from columns of the same name."""
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[str, str]]) -> "CorpusColumns":
-        """From pairs of field and column; an empty column for ``id`` makes ids of the places of the records.
+        """Build from pairs of field and column; an empty column for ``id`` derives ids from the records' locations.
 
         Raises:
-            ConfigError: a field that passages do not have, or an empty column.
+            ConfigError: an unknown field, an empty column for another field, or both ``contents`` and ``text``.
         """
         given: dict[str, tuple[str, ...]] = {}
         for name, column in pairs:
@@ -45,7 +45,7 @@ class CorpusColumns:
 
     @classmethod
     def parse(cls, mappings: Sequence[str]) -> "CorpusColumns":
-        """From ``["id=docid", "text=body", "text=content", "metadata.year=Jahr"]``; raises as ``of``."""
+        """Build from ``["id=docid", "text=body", "text=content", "metadata.year=Jahr"]``. Raises like ``of``."""
         if wrong := next((mapping for mapping in mappings if "=" not in mapping), None):
             raise ConfigError(f"--column {wrong}: write FIELD=COLUMN, e.g. --column text=body")
         return cls.of((name, column) for name, _, column in (mapping.partition("=") for mapping in mappings))
@@ -55,11 +55,11 @@ class CorpusColumns:
 
     @property
     def makes_ids(self) -> bool:
-        """Whether ids are made of the places of the records."""
+        """Whether ids are derived from the records' locations."""
         return self.given.get("id") == ()
 
     def of_field(self, name: str) -> tuple[str, ...]:
-        """The columns of a field; none of ``contents`` where ``text`` is given, and the other way round."""
+        """The columns of a field; none for ``contents`` if ``text`` is given, and vice versa."""
         if name in self.given:
             return self.given[name]
         other = {"contents": "text", "text": "contents"}.get(name)
@@ -73,17 +73,17 @@ class CorpusColumns:
         return MISSING
 
     def metadata(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Where the passage comes from and what else is asked for."""
+        """The passage's metadata: the record's own, its origin, and the ``metadata.KEY`` columns given."""
         whole = self.get(record, "metadata")
         keys = (*ORIGIN, *(name for name in self.given if name.startswith("metadata.")))
         found = {name.removeprefix("metadata."): self.get(record, name) for name in keys}
         return {**(whole if isinstance(whole, Mapping) else {}), **{k: v for k, v in found.items() if v is not MISSING}}
 
     def choose(self, names: Sequence[str], where: str) -> list[str]:
-        """Those of a table's columns that are read.
+        """The subset of a table's columns that is read.
 
         Raises:
-            DataError: the table lacks the fields of a passage, or a column that was given.
+            DataError: the table lacks the fields of a passage, or a given column.
         """
         heads = {name: [n for n in names for c in self.of_field(name) if n in (c, c.partition(".")[0])] for name in FIELDS}
         heads |= {
@@ -104,7 +104,7 @@ class CorpusColumns:
 
 
 def _dig(record: Mapping[str, Any], path: str) -> Any:
-    """The value at ``path``: the column of that name, else key by key."""
+    """The value at ``path``: the column with that name, else resolved key by key."""
     if path in record:
         return record[path]
     head, dot, rest = path.partition(".")

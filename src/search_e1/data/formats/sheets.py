@@ -1,4 +1,4 @@
-"""Rows of a spreadsheet (``.xlsx``). The only file of questions that imports openpyxl."""
+"""Rows of a spreadsheet (``.xlsx``). The only reader of questions that imports openpyxl."""
 
 import datetime
 from collections.abc import Iterator
@@ -13,14 +13,15 @@ SUFFIX = ".xlsx"
 
 
 def sheet_rows(path: Path, question: str, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place and cells of each row of the first sheet that holds any; its first row names the columns.
+    """Location and cells of each row of the first non-empty sheet; its first row names the columns.
 
-    A cell that is merged over rows counts for each of them. Dates become text as ISO 8601 writes them, percentages what is
-    seen. ``question`` is the column of the questions; ``notes`` gets a line for what could be read otherwise.
+    A cell merged over rows counts for each of them. Dates become ISO 8601 text, percentages text as displayed. ``question`` is
+    the column of the questions; ambiguities are appended to ``notes``.
 
     Raises:
         ConfigError: openpyxl is not installed.
-        DataError: the file cannot be read, or a cell cannot: an error, a formula without value, one merged over columns.
+        DataError: the file cannot be read, or holds an unusable cell: an error, a formula without value, a cell merged over
+            columns.
     """
     shown, formulas = _open(path, values=True), _open(path, values=False)
     filled = [sheet for sheet in shown.worksheets if any(cell.value is not None for row in sheet.iter_rows() for cell in row)]
@@ -61,13 +62,13 @@ def _open(path: Path, *, values: bool) -> Any:
         return openpyxl.load_workbook(path, data_only=values)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); give the path of a spreadsheet") from None
-    except (BadZipFile, KeyError, ValueError, TypeError, SyntaxError) as error:  # of what is no .xlsx, or a damaged one
+    except (BadZipFile, KeyError, ValueError, TypeError, SyntaxError) as error:  # not an .xlsx file, or a damaged one
         problem = " ".join(str(error).split())[:120]
         raise DataError(f"{path}: not a spreadsheet that can be read ({problem}); save it as .xlsx, or as CSV") from None
 
 
 def _merged(path: Path, sheet: Any, names: dict[int, str], question: str, head: int) -> dict[tuple[int, int], Any]:
-    """Row and column -> the cell that holds their value, where cells are merged."""
+    """(Row, column) of each merged cell -> the cell that holds its value."""
     found: dict[tuple[int, int], Any] = {}
     for area in sheet.merged_cells.ranges:
         where = f"{path}:{sheet.title}!{area.coord}"
