@@ -9,7 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, modeling_gguf_pytorch_utils
 
 from chat import chat_tokenizer
 from conftest import TINY_PROMPTS
@@ -41,6 +42,13 @@ def test_a_gguf_file_has_the_logits_of_its_dequantised_tensors(tmp_path: Path, k
     assert loaded.tokenizer("the <|im_end|><think>").input_ids == chat_tokenizer(MERGES)("the <|im_end|><think>").input_ids
     assert loaded.tokenizer.chat_template == chat_tokenizer().chat_template
     assert policies.load_reader(tmp_path / "tiny.gguf", PolicyConfig(model="x")).context_length == 512
+
+
+def test_dequantizing_writes_no_progress_bar_into_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_model(), kind=Kind.Q8_0)
+    load(tmp_path / "tiny.gguf")
+    assert capsys.readouterr() == ("", "")
+    assert modeling_gguf_pytorch_utils.tqdm is tqdm  # as before
 
 
 def test_a_policy_from_gguf_is_saved_as_a_plain_directory(tmp_path: Path) -> None:

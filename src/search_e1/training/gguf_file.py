@@ -1,11 +1,14 @@
 """What can be found out about a GGUF file before it is loaded: that it is whole, and that its kinds can be dequantized."""
 
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, dequantize
-from transformers import GgufConfig
+from transformers import GgufConfig, modeling_gguf_pytorch_utils
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from search_e1.errors import ModelError
@@ -30,6 +33,18 @@ def metadata(path: Path, key: str) -> str | None:
     field = GGUFReader(path).get_field(key)
     value = field.contents() if field else None
     return value if isinstance(value, str) else None
+
+
+@contextmanager
+def bar_on_a_terminal() -> Iterator[None]:
+    """Without transformers' progress bar of dequantizing where nobody watches: its own switch for bars does not reach this one,
+    tqdm's does (``disable=None``)."""
+    library: Any = modeling_gguf_pytorch_utils
+    own, library.tqdm = library.tqdm, partial(library.tqdm, disable=None)
+    try:
+        yield
+    finally:
+        library.tqdm = own
 
 
 def _identity(path: Path) -> tuple[int, int]:

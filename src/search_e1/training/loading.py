@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,13 @@ def load_weights(source: Source, trust_remote_code: bool) -> PreTrainedModel:
         OSError, ValueError, RuntimeError, ...: transformers cannot read them; ``sources.opened`` makes one line of it.
     """
     options: dict[str, Any] = dict(source.options)
+    bar: AbstractContextManager[None] = nullcontext()
     if source.gguf:
+        from search_e1.training.gguf_file import bar_on_a_terminal
+
         options["quantization_config"] = GgufConfig(dequantize=True)
-    with _without_table():
+        bar = bar_on_a_terminal()
+    with _without_table(), bar:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.weights,
             dtype=torch.float32 if source.adapter else "auto",
