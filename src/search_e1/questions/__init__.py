@@ -1,1 +1,1 @@
-"""Question-answer pairs made from a corpus of passages: written, filtered, split by document, and reviewed."""
+"""Generates question-answer pairs from a corpus: writes, filters, splits by document, and supports human review."""

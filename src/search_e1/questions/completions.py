@@ -1,4 +1,4 @@
-"""Completions of prompts, by an endpoint or by a policy in this process; each is on disk as soon as it arrives."""
+"""Completions of prompts, by an endpoint or by a policy in this process; each is saved to disk as soon as it arrives."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +26,13 @@ _POLICY_TOKENS = 192
 
 @dataclass(slots=True)
 class Costs:
-    """What was spent by this process; what an interrupted one had paid for is ``reused``."""
+    """Costs of this process."""
 
     requests: int = 0
     reused: int = 0
+    """Replies reused from an interrupted call."""
     prompt_tokens: int = 0
-    """As the endpoint counts them, where it does."""
+    """As reported by the endpoint, if it does."""
     completion_tokens: int = 0
 
 
@@ -40,7 +41,7 @@ class Completer(Protocol):
     costs: Costs
 
     def complete(self, prompts: Sequence[str], *, temperature: float, purpose: str, tell: Tell) -> list[str]:
-        """What follows each prompt, in their order; empty where an endpoint refuses. ``purpose`` is part of the seeds.
+        """The completion of each prompt, in order; empty if an endpoint refuses it. ``purpose`` is part of the seeds.
 
         Raises:
             EndpointError: the endpoint fails.
@@ -52,7 +53,7 @@ class Completer(Protocol):
 def open_endpoint(endpoint: Endpoint, answers: Answers, max_tokens: int | None, seed: int) -> Iterator["Completions"]:
     """
     Raises:
-        ConfigError: the endpoint's URL is none, or the environment's key cannot be sent.
+        ConfigError: the endpoint's URL is invalid, or the environment's API key cannot be sent.
     """
     engine = _Endpoint(endpoint)
     with engine.server:
@@ -92,7 +93,7 @@ class Completions:
         """See ``Completer``.
 
         Raises:
-            ModelError: a prompt fills the policy's context.
+            ModelError: a prompt and ``max_tokens`` exceed the context.
         """
         if not prompts:
             return []
@@ -108,11 +109,11 @@ class Completions:
         with self.engine.session(temperature=temperature, stop=(), max_tokens=limit) as session:
             if keep := getattr(session, "keep", None):
                 keep(self.answers)
-            asked = {}
+            cache_keys = {}
             for key, prompt in enumerate(prompts):
                 seed = artifacts.derived_seed(self.seed, purpose, prompt)
-                asked[key] = sha256_text(json.dumps([self.name, prompt, temperature, self.max_tokens, seed]))
-                kept = None if keep else self.answers.get(asked[key])
+                cache_keys[key] = sha256_text(json.dumps([self.name, prompt, temperature, self.max_tokens, seed]))
+                kept = None if keep else self.answers.get(cache_keys[key])
                 if kept is not None:
                     replies[key] = kept.decode()
                     self.costs.reused += 1
@@ -123,7 +124,7 @@ class Completions:
                     replies[key] = self._text(generation)
                     session.release(key)
                     if not keep:
-                        self.answers.put(asked[key], replies[key].encode())
+                        self.answers.put(cache_keys[key], replies[key].encode())
                         self.costs.requests += 1
                         self.costs.prompt_tokens += len(rows[key])
                         self.costs.completion_tokens += len(generation.ids)
@@ -139,12 +140,12 @@ class _Usage(BaseModel):
     completion_tokens: int | None = None
 
 
-class _Told(BaseModel):
+class _Response(BaseModel):
     usage: _Usage | None = None
 
 
 class _Endpoint(EndpointEngine):
-    """Asked for plain text: nothing stops it but its own end, and it is not told of tags."""
+    """An endpoint for plain text: no stop sequences, and no protocol tags."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         super().__init__(endpoint, _PROMPTS)
@@ -166,7 +167,7 @@ class _Endpoint(EndpointEngine):
         self.costs.reused = reused
         self.costs.requests += 1
         try:
-            usage = _Told.model_validate_json(reply.content).usage or _Usage()
+            usage = _Response.model_validate_json(reply.content).usage or _Usage()
         except ValidationError:
             usage = _Usage()
         self.costs.prompt_tokens += usage.prompt_tokens or 0
@@ -175,5 +176,5 @@ class _Endpoint(EndpointEngine):
 
 
 def journal(out: Path) -> Path:
-    """Where the replies for ``out`` are kept until it is complete."""
+    """The file that holds the replies for ``out`` until it is complete."""
     return out.with_name(f".{out.name}.answers.jsonl")

@@ -1,4 +1,4 @@
-"""What is written of passages, and which split a document belongs to."""
+"""Drafts of questions, and the split of documents."""
 
 import random
 from collections import Counter
@@ -11,20 +11,20 @@ from search_e1.runs import sha256_text
 from search_e1.types import Passage, Question, Record
 
 Candidate = tuple[Passage, ...]
-"""A passage, or two that are linked, in the order in which they are needed."""
+"""One passage, or two linked passages in the order in which they are needed."""
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
 
 
 class Draft(Record):
-    """A question as it was written, and what its checks need."""
+    """A question as written, with the data that filters need."""
 
     text: str
     answers: tuple[str, ...]
     passages: tuple[Passage, ...]
-    """Those it was written from, in the order in which they are needed."""
+    """The passages it was written from, in the order in which they are needed."""
     queries: tuple[str, ...]
-    """What finds each of ``passages``: the question, or the sub-questions of two hops."""
+    """A query for each of ``passages``: the question, or the sub-questions of two hops."""
     made_by: str
     rule: str = ""
 
@@ -37,7 +37,7 @@ class Draft(Record):
         return f"made-{sha256_text(' '.join((normalize_answer(self.text), *self.answers)))[:12]}"
 
     def question(self) -> Question:
-        """With the passages' ids and titles in the metadata, as ``rollout.demonstrations.passages`` reads them."""
+        """The draft as a question, with passage ids and titles in the metadata for ``rollout.demonstrations.passages``."""
         metadata: dict[str, Any] = {
             "gold_passage_ids": [passage.id for passage in self.passages],
             "supporting_titles": list(dict.fromkeys(passage.title for passage in self.passages if passage.title)),
@@ -49,15 +49,15 @@ class Draft(Record):
 
 
 def document_of(passage: Passage) -> str:
-    """The document that a passage is part of: its ``file``, else the page of its title, else itself."""
+    """The document that a passage belongs to: its ``file``, else its title, else its id."""
     return str(passage.metadata.get("file") or passage.title or passage.id)
 
 
 def split_documents(passages: Sequence[Passage], eval_share: float, seed: int) -> dict[str, Split]:
-    """The split of each document; those of ``eval`` hold about ``eval_share`` of the passages, and are at least one.
+    """The split of each document; ``eval`` gets at least one document, with about ``eval_share`` of the passages.
 
     Raises:
-        ConfigError: there is only one document to split.
+        ConfigError: there is only one document.
     """
     sizes = Counter(map(document_of, passages))
     if not eval_share:
@@ -71,7 +71,7 @@ def split_documents(passages: Sequence[Passage], eval_share: float, seed: int) -
     random.Random(seed).shuffle(order)
     split: dict[str, Split] = dict.fromkeys(sizes, "train")
     wanted, held = eval_share * len(passages), 0.0
-    for document in order[:-1]:  # one is left for training, whatever its size
+    for document in order[:-1]:  # the last one always stays in training
         if not held or held + sizes[document] / 2 <= wanted:
             split[document] = "eval"
             held += sizes[document]

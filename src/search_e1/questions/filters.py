@@ -1,4 +1,4 @@
-"""What a draft has to pass. A filter says of each draft why it is dropped; an empty reason keeps it."""
+"""Filters of drafts. A filter gives a reason to drop each draft; an empty reason keeps it."""
 
 import re
 from collections import defaultdict
@@ -12,7 +12,7 @@ from search_e1.retrieval.base import Retriever
 from search_e1.rollout.demonstrations.hops import find_name
 
 _WORDS = (4, 45)
-"""Fewest and most words of a question."""
+"""Minimum and maximum words of a question."""
 _ANSWER_WORDS, _ANSWER_CHARS = 10, 100
 _REFERS = re.compile(
     r"\b(?:this|the|these|above|given|following|provided|first|second|both|two)\s+"
@@ -21,15 +21,15 @@ _REFERS = re.compile(
     re.IGNORECASE,
 )
 _LEADING_NUMBER = re.compile(r"^\s*\d+[.)]\s")
-_BATCH = 64  # queries a call of the retriever
-_ALIKE = 0.8  # the similarity of copies
+_BATCH = 64  # queries per retriever call
+_ALIKE = 0.8  # minimum Jaccard similarity of copies
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
     name: str
     reasons: Callable[[Sequence[Draft]], list[str]]
-    """Why each draft is dropped; empty: it is kept."""
+    """Maps drafts to reasons to drop them; empty: kept."""
 
 
 def each(name: str, reason: Callable[[Draft], str]) -> Filter:
@@ -37,7 +37,7 @@ def each(name: str, reason: Callable[[Draft], str]) -> Filter:
 
 
 def well_formed(draft: Draft) -> str:
-    """A question by itself, with a short answer that it does not give away."""
+    """Requires a self-contained question with a short answer that the question does not contain."""
     text, words = draft.text.strip(), len(draft.text.split())
     if not text.endswith("?") or _LEADING_NUMBER.match(text):
         return "no question mark at its end" if not text.endswith("?") else "a number before it"
@@ -49,19 +49,19 @@ def well_formed(draft: Draft) -> str:
         return "a long answer"
     if not any(map(normalize_answer, draft.answers)):
         return "no answer"
-    asked = f" {normalize_answer(text)} "
-    given = (f" {normalize_answer(a)} " in asked or find_name(a, text) for a in draft.answers)
+    question = f" {normalize_answer(text)} "
+    given = (f" {normalize_answer(a)} " in question or find_name(a, text) for a in draft.answers)
     return "the answer is in the question" if any(given) else ""
 
 
 def in_passage(draft: Draft) -> str:
-    """An answer stands in the passage: of two, in the second."""
+    """Requires an answer to occur in the passage; with two passages, in the second."""
     last = draft.passages[-1]
     return "" if any(find_name(a, last.text) or a.casefold() in last.text.casefold() for a in draft.answers) else "not there"
 
 
 def needs_both(draft: Draft) -> str:
-    """Of two hops: what links the passages is not named, and the first passage does not have the answer."""
+    """For two hops: requires that the question does not name the second passage, and the first passage lacks the answer."""
     if draft.hops < 2:
         return ""
     if find_name(bare_title(draft.passages[1]), draft.text):
@@ -70,7 +70,7 @@ def needs_both(draft: Draft) -> str:
 
 
 def found_within(retriever: Retriever, depth: int) -> Filter:
-    """The retriever finds each passage among its first ``depth``, by the draft's query for it.
+    """Requires the retriever to find each passage in its top ``depth``, with the draft's query for it.
 
     Raises:
         RetrievalError: from the retriever.
@@ -93,10 +93,10 @@ def found_within(retriever: Retriever, depth: int) -> Filter:
 
 
 class Copies:
-    """Drops what shares most of its words with an earlier draft: Jaccard's measure of the normalized words.
+    """Drops near-copies of earlier drafts, by the Jaccard similarity of their normalized words.
 
-    Two sets with a Jaccard of j share a word among the first (1 - j) * size + 1 of each in any fixed order (prefix
-    filtering, Chaudhuri et al. 2006), so that few are compared. Long words first: they are rare.
+    Two sets with Jaccard similarity j share a word among the first (1 - j) * size + 1 of each in any fixed order (prefix
+    filtering, Chaudhuri et al. 2006), so that few drafts are compared. Long words come first, since they are rare.
     """
 
     def __init__(self) -> None:
@@ -122,5 +122,5 @@ def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
 
 
 def count_usable(drafts: Iterable[Draft]) -> int:
-    """How many are questions by themselves."""
+    """The number of well-formed drafts."""
     return sum(not well_formed(draft) for draft in drafts)

@@ -1,4 +1,4 @@
-"""Pairs of passages that an entity links: the title of the second occurs in the text of the first."""
+"""Pairs of passages linked by an entity: the title of the second occurs in the text of the first."""
 
 import re
 import sys
@@ -10,22 +10,22 @@ from search_e1.types import Passage
 _TOKEN = re.compile(r"\w+")
 _SENTENCE_START = re.compile(r"(?:^|[.!?:\n]\s*[\"'\u201c(]*)$")
 _PARENTHESIS = re.compile(r"\s*\([^()]*\)$")
-_MOST_WORDS = 8  # of a title; longer ones are sentences
-_SHORTEST = 4  # letters of a title
-_PASSAGES = 2  # of one title that a mention is linked to
-_COMMON = 20  # mentions, or one in a hundred passages: "American" links nothing
+_MOST_WORDS = 8  # per title; longer titles are sentences
+_SHORTEST = 4  # characters of a title
+_PASSAGES = 2  # passages per title that a mention links to
+_COMMON = 20  # maximum mentions of a title, or 1% of the passages: excludes titles like "American"
 
 
 def bare_title(passage: Passage) -> str:
-    """The title without a final parenthesis, which texts leave out: ``Mercury (planet)``."""
+    """The title without a final parenthesis, which running text omits: ``Mercury (planet)``."""
     return _PARENTHESIS.sub("", passage.title).strip()
 
 
 def links(passages: Sequence[Passage], most: int = sys.maxsize) -> list[tuple[Passage, Passage]]:
-    """Every pair, in the order of the first passages and of their mentions; each pair once.
+    """All linked pairs, without repeats, ordered by first passage and mention.
 
-    Case counts, a title of one word counts only within a sentence, and titles that very many passages mention link nothing.
-    Of more than ``most`` passages, only so many, evenly spread, are looked into as the first of a pair.
+    Matching is case-sensitive; a one-word title is not matched at the start of a sentence; titles that many passages mention
+    are ignored. At most ``most`` passages, evenly spread, are searched for mentions.
     """
     titles = _titles(passages)
     longest: dict[str, int] = {}
@@ -55,14 +55,14 @@ def _titles(passages: Sequence[Passage]) -> dict[tuple[str, ...], list[int]]:
     for number, passage in enumerate(passages):
         name = bare_title(passage)
         words = tuple(_TOKEN.findall(name))
-        vague = len(words) == 1 and name != passage.title.strip()  # what is written "Free (album)" is meant by no "Free"
+        vague = len(words) == 1 and name != passage.title.strip()  # the word "Free" does not refer to "Free (album)"
         if words and not vague and len(words) <= _MOST_WORDS and len(name) >= _SHORTEST and not "".join(words).isdigit():
             titles[words].append(number)
     return titles
 
 
 def _mentions(text: str, titles: dict[tuple[str, ...], list[int]], longest: dict[str, int]) -> Iterator[tuple[str, ...]]:
-    """Titles in ``text``, the longest at each place."""
+    """Titles mentioned in ``text``, the longest at each position."""
     tokens = list(_TOKEN.finditer(text))
     words = [token[0] for token in tokens]
     at = 0
@@ -77,6 +77,6 @@ def _mentions(text: str, titles: dict[tuple[str, ...], list[int]], longest: dict
 
 
 def _is_name(word: str, before: str) -> bool:
-    """Whether a single word is written as a name: with a capital or a digit, and not only because a sentence begins."""
+    """Whether a word is written as a name: with a capital or a digit, and not at the start of a sentence."""
     written = word[0].isupper() or any(c.isdigit() for c in word)
     return written and not _SENTENCE_START.search(before[-8:])

@@ -1,4 +1,4 @@
-"""``search-e1 data questions``: candidates are written of, what is written is filtered, what is left is split and stored."""
+"""``search-e1 data questions``: writes drafts from candidates, filters them, and stores the rest by split."""
 
 import json
 import math
@@ -26,31 +26,31 @@ from search_e1.types import Passage
 STAGE = "questions"
 WRITTEN, KEPT = "written", "kept"
 _LEAST, _MOST = 8, 256
-"""Candidates that are written of together."""
+"""Minimum and maximum number of candidates per chunk."""
 _LOWEST_RATE = 0.05
 _FIRSTS = 20_000
-"""Passages of a large corpus that are looked into for links; more where more questions are asked for."""
-_SHORTEST = 8  # words of a passage; less says hardly anything
+"""Minimum number of passages to search for links, in a large corpus; grows with the number of questions."""
+_SHORTEST = 8  # minimum words of a passage; shorter ones have hardly any content
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to make."""
+    """Settings of the questions to make."""
 
     corpus: tuple[str, ...]
     number: int = 200
-    """Questions of both splits together."""
+    """Total number of questions in both splits."""
     two_hop: float = 0.25
-    """Share of them that take two passages, where the corpus has enough that are linked."""
+    """Share of two-hop questions, if the corpus has enough linked passages."""
     depth: int = 10
-    """Passages within which the retriever has to find what a question needs."""
+    """Top-k within which the retriever must find a question's passages."""
     eval_share: float = 0.2
     per_passage: int = 2
     seed: int = 0
 
 
 class Writer(Protocol):
-    """``rules.RuleWriter``, ``writer.ModelWriter``."""
+    """Writes drafts; implemented by ``rules.RuleWriter`` and ``writer.ModelWriter``."""
 
     @property
     def name(self) -> str: ...
@@ -60,38 +60,38 @@ class Writer(Protocol):
         ...
 
     def filters(self) -> list[Filter]:
-        """Its own, after those that hold for all writers."""
+        """The writer's own filters, applied after the common ones."""
         ...
 
     def check(self) -> None:
         """
         Raises:
-            EndpointError, ModelError: it wrote nothing usable at all.
+            EndpointError, ModelError: nothing usable was written.
         """
         ...
 
 
 @dataclass(slots=True)
 class Made:
-    """The questions, and how they came about."""
+    """The questions, and statistics of how they were made."""
 
     questions: dict[Split, list[Draft]]
     funnel: dict[str, list[int]]
-    """Step -> drafts that are left after it, of one hop and of two."""
+    """Step -> [one-hop drafts, two-hop drafts] left after it."""
     dropped: list[tuple[Draft, str, str]] = field(default_factory=list)
-    """Each with the filter and its reason."""
+    """(draft, filter, reason)."""
     candidates: list[int] = field(default_factory=lambda: [0, 0])
-    """Passages, and linked pairs, that were written of."""
+    """[passages, linked pairs] given to the writer."""
     notes: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
-        """For the manifest."""
+        """The manifest's entries."""
         counts = {split: [sum(d.hops == hops for d in drafts) for hops in (1, 2)] for split, drafts in self.questions.items()}
         return {"questions": counts, "funnel": self.funnel, "candidates": self.candidates, "notes": self.notes}
 
 
 OpenWriter = Callable[[Sequence[Passage], Callable[[str], None]], AbstractContextManager[Writer]]
-"""From the passages, and what is told of what the writer is doing."""
+"""Opens a writer, given the passages and a callback for its progress messages."""
 
 
 def make_questions(
@@ -105,15 +105,15 @@ def make_questions(
     retriever: Retriever | None = None,
     progress: Progress = silent,
 ) -> Made:
-    """Make questions of ``passages`` into the new directory ``out``; interrupted, the same call goes on.
+    """Make questions from ``passages`` in the new directory ``out``; repeating an interrupted call resumes it.
 
-    ``checksum``: of the corpus. ``settings``: of writer and retriever. Without a ``retriever``, BM25 over ``passages``.
+    ``checksum``: of the corpus. ``settings``: of writer and retriever. ``retriever`` defaults to BM25 over ``passages``.
 
     Raises:
         ConfigError: the corpus cannot be split.
         DataError: no question survives.
         EndpointError, ModelError, RetrievalError: from the writer or the retriever.
-        RunError: ``out`` exists, another process makes it, or from the disk.
+        RunError: ``out`` exists, another process makes it, or the disk fails.
     """
     split = split_documents(passages, request.eval_share, request.seed)
     made = Made({}, {})
@@ -136,7 +136,7 @@ def make_questions(
 
 
 def write(made: Made, directory: Path) -> None:
-    """The split files, the review table, and what was dropped."""
+    """Write the split files, the review table, and the dropped drafts."""
     for name, drafts in made.questions.items():
         _write_lines(directory / f"{name}.jsonl", [to_record(draft.question()) for draft in drafts])
     checks = [step for step in made.funnel if step not in (WRITTEN, KEPT)]
@@ -152,7 +152,7 @@ def _write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 @dataclass(slots=True)
 class _Steps:
-    """Questions so far, for a listener that the writer tells of its own steps too."""
+    """Progress of kept questions, shared with the writer for its own messages."""
 
     progress: Progress
     total: int
@@ -163,7 +163,7 @@ class _Steps:
 
 
 class _Maker:
-    """Goes through candidates until there are enough questions of each split and number of hops, or no candidates left."""
+    """Processes candidates until each split has enough questions per number of hops, or candidates run out."""
 
     def __init__(self, request: Request, writer: Writer, retriever: Retriever, steps: "_Steps", made: Made) -> None:
         self._request, self._writer, self._steps, self._made = request, writer, steps, made
@@ -237,14 +237,14 @@ class _Maker:
 
 
 def _index(passages: Sequence[Passage], directory: Path, checksum: str, progress: Progress) -> Retriever:
-    """BM25 over ``passages``; an interrupted call finds it built."""
+    """BM25 over ``passages``; reused from an interrupted call."""
     if directory.exists():
         return Bm25Index.open(directory)
     return Bm25Index.build(passages, directory, progress, source=checksum)
 
 
 def _nothing(made: Made) -> str:
-    """Why there is no question, with the filter that dropped most."""
+    """Why there is no question, naming the filter that dropped most."""
     written = sum(made.funnel[WRITTEN])
     if not made.dropped:
         return (

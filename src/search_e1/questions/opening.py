@@ -1,4 +1,4 @@
-"""Open the writer that a call asks for: an endpoint, a policy, or rules."""
+"""Opens the requested writer: an endpoint, a policy, or rules."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +16,12 @@ from search_e1.rollout.unfinished import Answers
 from search_e1.types import Passage
 
 _NOT_SETTINGS = ("out", "endpoint", "concurrency", "timeout", "costs")
-"""What does not decide about the questions."""
+"""Fields that do not affect the questions."""
 
 
 @dataclass(slots=True)
 class By:
-    """Who writes: ``endpoint`` and ``model``, ``policy``, or, without either, rules."""
+    """Settings of the writer: ``endpoint`` and ``model``, ``policy``, or rules if neither is given."""
 
     out: Path
     endpoint: str | None
@@ -42,17 +42,17 @@ class By:
     def open(self, passages: Sequence[Passage], tell: Callable[[str], None]) -> Iterator[Writer]:
         """
         Raises:
-            ConfigError, ModelError: it cannot be opened.
+            ConfigError, ModelError: the writer cannot be opened.
         """
         if not (self.endpoint or self.policy):
             yield RuleWriter(passages, self.per_passage, self.seed)
             return
         answers = Answers(journal(self.out), "questions")
         if self.endpoint:
-            asked = Endpoint(
+            endpoint = Endpoint(
                 self.endpoint, str(self.model), timeout=self.timeout, concurrency=self.concurrency, keys="--endpoint, --model"
             )
-            opened = open_endpoint(asked, answers, self.max_tokens, self.seed)
+            opened = open_endpoint(endpoint, answers, self.max_tokens, self.seed)
         else:
             opened = open_policy(str(self.policy), answers, self.max_tokens, self.seed)
         with opened as completer:
@@ -62,9 +62,9 @@ class By:
                 yield writer
             except SearchE1Error:
                 if not writer.usable:
-                    self.forget()  # the next call may have a better model under the same name
+                    self.forget()  # the next call may reach a better model under the same name
                 raise
 
     def forget(self) -> None:
-        """Remove the kept replies."""
+        """Remove the saved replies."""
         journal(self.out).unlink(missing_ok=True)

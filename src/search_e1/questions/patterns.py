@@ -1,4 +1,4 @@
-"""What the rules look for in English text."""
+"""Patterns of the rules for English text."""
 
 import re
 
@@ -28,14 +28,14 @@ RELATIONS = {
     "named after": ("Who or what is {} named after?", ""),
     "based on": ("What is {} based on?", ""),
 }
-"""What stands before a name (a pattern) -> the question for that name, and, where it has one, how its subject describes it."""
+"""Pattern before a name -> (question that the name answers, description of the name by the subject; empty if none)."""
 DESCRIBING = re.compile(rf"\b(?:{'|'.join(phrase for phrase, (_, description) in RELATIONS.items() if description)}) $")
 
 NOT_ITS_OWN = re.compile(
     r"\b(?:novels?|book|play|story|comic|song|poem|script|screenplay|sequel|adaptation|remake|who|whose|which|where|when|that"
     r"|while|after|before|based on|son|daughter|wife|husband|father|mother|brother|sister)\b(?!.*\b(?:is|was) (?:a|an|the)\b)"
 )
-"""Before a relation: it may be another thing's."""
+"""Text before a relation after which the relation may belong to something else than the subject."""
 PRONOUN = re.compile(
     r"(?:It|He|She|The (?:film|movie|book|novel|album|song|band|single|series|show|company|town|city|village|building|station"
     r"|school|university|river|game|magazine|episode|club|team|product|device|software))(?= )"

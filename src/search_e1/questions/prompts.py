@@ -1,4 +1,4 @@
-"""What a writer is asked, and how its replies are read."""
+"""Prompts of the model writer, and parsing of its replies."""
 
 import re
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from search_e1.types import Passage
 
 _MOST_CHARS = 4000
-"""Of a passage; what is beyond is not read, and about 1,000 tokens leave room in a small context."""
+"""Maximum characters of a passage in a prompt; about 1,000 tokens, which fits a small context."""
 UNKNOWN = "unknown"
 _ONE = """{passages}
 
@@ -51,7 +51,7 @@ _QUOTES = "\"'\u201c\u201d\u2018\u2019` "
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A block of a reply."""
+    """A question-answer block of a reply."""
 
     question: str
     answer: str
@@ -76,7 +76,7 @@ def closed_book(question: str) -> str:
 
 
 def shown(*passages: Passage) -> str:
-    """Passages as a prompt shows them."""
+    """Passages as rendered in a prompt."""
     names = [f"Passage {i}" for i in range(1, len(passages) + 1)] if len(passages) > 1 else ["Passage"]
     return "\n\n".join(
         f"{name} ({p.title}):\n{p.text[:_MOST_CHARS]}" if p.title else f"{name}:\n{p.text[:_MOST_CHARS]}"
@@ -85,7 +85,7 @@ def shown(*passages: Passage) -> str:
 
 
 def read_written(reply: str) -> Iterator[Written]:
-    """The blocks of a reply that have a question and an answer, in their order; numbers, bullets and bold are passed over."""
+    """The blocks of a reply with question and answer, in order; numbering, bullets and bold are ignored."""
     block: dict[str, str] = {}
     for line in without_thinking(reply).splitlines():
         if not (match := _LABEL.match(line)) or not match[2]:
@@ -102,7 +102,7 @@ def read_written(reply: str) -> Iterator[Written]:
 
 
 def read_answer(reply: str) -> str:
-    """The first line that says something, without its label."""
+    """The first non-empty line, without an "Answer:" label."""
     lines = (line.strip() for line in without_thinking(reply).splitlines())
     line = next((line for line in lines if line), "")
     match = _LABEL.match(line)
@@ -114,5 +114,5 @@ def without_thinking(reply: str) -> str:
 
 
 def _filled(template: str, **values: str) -> str:
-    """Not ``str.format``, nor one replacement after another: passages are full of braces."""
+    """Fill a template in a single pass, not with ``str.format`` or successive replacements: passages may contain braces."""
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)

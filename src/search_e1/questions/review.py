@@ -1,4 +1,4 @@
-"""The review table: a row a question for a spreadsheet, and what a person's marks and edits make of the split files."""
+"""The review table: one row per question for a spreadsheet; a reviewer's marks and edits are applied to the split files."""
 
 import csv
 import json
@@ -25,14 +25,14 @@ COLUMNS = ("keep?", "question", "answers", "passage", "file", "split", "hops", "
 _NEEDED = ("keep?", "question", "answers", "passage", "id")
 _YES, _NO = frozenset({"yes", "y", "1", "true", "x", "ok", "keep"}), frozenset({"no", "n", "0", "false", "drop"})
 _SEPARATOR = " | "
-_CELL = 30_000  # characters; spreadsheets take 32,767
+_CELL = 30_000  # characters; spreadsheets allow 32,767
 _FORMULA = re.compile(r"^[=+\-@\t\r]")
 _ESCAPED = re.compile(r"^'(?=[=+\-@\t\r])")
 
 
 @dataclass(slots=True)
 class Reviewed:
-    """What became of the rows."""
+    """The reviewed questions and counts of decisions."""
 
     questions: dict[Split, list[Question]]
     counts: Counter[str] = field(default_factory=Counter)
@@ -41,7 +41,7 @@ class Reviewed:
 
 
 def write(path: Path, questions: Mapping[Split, Sequence[Draft]], checks: Sequence[str]) -> None:
-    """A row for each question, in UTF-8 with the mark by which spreadsheets know it. No cell is a formula."""
+    """Write one row per question, in UTF-8 with a byte-order mark for spreadsheets. Formulas are escaped."""
     with path.open("w", encoding="utf-8-sig", newline="") as file:
         table = csv.writer(file)
         table.writerow(COLUMNS)
@@ -55,12 +55,12 @@ def write(path: Path, questions: Mapping[Split, Sequence[Draft]], checks: Sequen
 
 
 def apply(table: Path, out: Path) -> Reviewed:
-    """Write the split files beside ``table`` into the new directory ``out``, as its rows say.
+    """Apply the review in ``table`` to the split files beside it, and write them to the new directory ``out``.
 
-    A row is dropped where ``keep?`` says no, or where it is gone; an edited question or answer replaces the first one.
+    A question is dropped if its ``keep?`` says no or its row was deleted; edited questions and answers replace the originals.
 
     Raises:
-        DataError: the table or a file beside it cannot be read, or a row cannot be understood; names its line.
+        DataError: the table or a file beside it cannot be read, or a row is invalid; names its line.
         RunError: ``out`` exists, another process makes it, or it cannot be written.
     """
     files: dict[Split, Path] = {split: file for split in SPLITS if (file := table.parent / f"{split}.jsonl").exists()}
@@ -87,7 +87,7 @@ def apply(table: Path, out: Path) -> Reviewed:
 
 
 def _rows(table: Path) -> dict[str, tuple[str, dict[str, str]]]:
-    """Place and cells of each row, by the id of its question."""
+    """Question id -> location and cells of its row."""
     rows: dict[str, tuple[str, dict[str, str]]] = {}
     for where, row in table_rows(table):
         if missing := next((name for name in _NEEDED if name not in row), None):

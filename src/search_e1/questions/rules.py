@@ -1,7 +1,7 @@
-"""Questions by rules, without a model: facts that are written in a form that a pattern knows.
+"""Questions by rules, without a model: facts in text that match a pattern.
 
-A fact has a template with a place for what it is about. One hop fills in the passage's title; two hops fill in a description
-by another passage: ``Who directed {}?`` and ``the writer of {}`` make "Who directed ...".
+A fact has a question template with a placeholder for its subject. One hop fills in the passage's title; two hops fill in a
+description from another passage: ``In what year was {} born?`` and ``the director of {}``.
 """
 
 import random
@@ -41,7 +41,7 @@ _MOST_KEY_WORDS, _MOST_VALUE_WORDS = 4, 8
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """``template`` has ``{}`` where its subject goes; without one it is a whole question."""
+    """A fact; ``template`` has ``{}`` for its subject, or is a complete question."""
 
     rule: str
     template: str
@@ -52,7 +52,7 @@ class Fact:
 
 
 class RuleWriter:
-    """Writes drafts of candidates by rules; deterministic by ``seed``."""
+    """Writes drafts of candidates by rules; determined by ``seed``."""
 
     name = NAME_OF_WRITER
 
@@ -70,14 +70,14 @@ class RuleWriter:
         return [each("one answer in the corpus", self._ambiguous)]
 
     def check(self) -> None:
-        """See ``make.Writer``: that rules find nothing is said of the corpus."""
+        """Never raises: if rules find nothing, the caller blames the corpus."""
 
     def _ambiguous(self, draft: Draft) -> str:
-        """Another passage of the same title answers the same question otherwise."""
-        last, asked = draft.passages[-1], draft.queries[-1]
+        """Drops a draft if another passage with the same title answers its question differently."""
+        last, question = draft.passages[-1], draft.queries[-1]
         for other in self._by_title[last.title]:
             for fact in self._known(other) if other.id != last.id else ():
-                if fact.about(last.title) == asked and fact.answer not in draft.answers:
+                if fact.about(last.title) == question and fact.answer not in draft.answers:
                     return f"{other.id} says {fact.answer!r}"
         return ""
 
@@ -97,7 +97,7 @@ class RuleWriter:
 
 
 def facts(passage: Passage) -> list[Fact]:
-    """The facts of ``passage`` about its title, each question once."""
+    """The facts of ``passage`` about its title, one per question template."""
     if not bare_title(passage):
         return []
     sentences = sentences_of(passage.text)
@@ -107,12 +107,12 @@ def facts(passage: Passage) -> list[Fact]:
     answers: dict[str, list[Fact]] = defaultdict(list)
     for fact in found:
         answers[fact.template].append(fact)
-    # A template with two answers in one passage has no single right one.
+    # A template with two different answers in a passage is ambiguous.
     return [of[0] for of in answers.values() if len({fact.answer for fact in of}) == 1]
 
 
 def sentences_of(text: str) -> list[str]:
-    """Sentences of running text, by punctuation; abbreviations end none."""
+    """Splits running text into sentences by punctuation, except after abbreviations."""
     found: list[str] = []
     for line in text.splitlines():
         start = 0
@@ -125,7 +125,7 @@ def sentences_of(text: str) -> list[str]:
 
 
 def _about_title(passage: Passage, sentences: Sequence[str]) -> list[str]:
-    """Sentences whose subject is the title, or a pronoun where the passage is about the title from its start."""
+    """Sentences whose subject is the title, or a pronoun if the passage begins with the title."""
     title = bare_title(passage)
     if not sentences or not sentences[0].startswith(title):
         return [s for s in sentences if s.startswith(title)]
@@ -141,10 +141,12 @@ def _one_hop(passage: Passage) -> Iterator[Draft]:
 
 
 def _two_hops(first: Passage, second: Passage, known: Callable[[Passage], list[Fact]]) -> Iterator[Draft]:
-    """What the second passage says of what the first one calls, e.g., its director. ``known``: ``facts``."""
+    """Facts of the second passage, whose subject is described by a relation in the first (e.g. its director). ``known``:
+    returns a passage's facts.
+    """
     subject = bare_title(second)
     if not any(DESCRIBING.search(before[-40:]) for before in first.text.split(subject)[:-1]):
-        return  # most pairs; the sentences need not be looked at
+        return  # true for most pairs; skips their sentences
     for sentence in _about_title(first, sentences_of(first.text)):
         for phrase, (question, description) in RELATIONS.items():
             match = (
@@ -163,7 +165,7 @@ def _two_hops(first: Passage, second: Passage, known: Callable[[Passage], list[F
 
 
 def _lines(passage: Passage) -> Iterator[Fact]:
-    """``Key: value`` lines, and rows of Markdown tables."""
+    """Facts from ``Key: value`` lines and Markdown tables."""
     heading = str(passage.metadata.get("heading") or "")
     heading = heading if heading and heading not in passage.title else ""
     under = f" under {heading}" if heading else ""
@@ -177,7 +179,7 @@ def _lines(passage: Passage) -> Iterator[Fact]:
 
 
 def _tables(lines: Sequence[str]) -> Iterator[Fact]:
-    """Of a table with a header row: what each column says of the row that its first cell names."""
+    """Facts from tables with a header row: the value of each column for the row named by its first cell."""
     header: list[str] = []
     for number, line in enumerate(lines):
         if not line.strip().startswith("|"):
@@ -196,7 +198,7 @@ def _cells(line: str) -> list[str]:
 
 
 def _life(sentence: str, passage: Passage) -> Iterator[Fact]:
-    """Years of birth and death, as encyclopedias write them behind a name."""
+    """Years of birth and death, as encyclopedias write them after a name."""
     head = sentence[len(bare_title(passage)) :]
     if match := BORN.match(head):
         yield Fact("born", "In what year was {} born?", match["born"])
@@ -210,7 +212,7 @@ def _of_sentence(sentence: str, passage: Passage) -> Iterator[Fact]:
     rest = sentence[len(title) :] if sentence.startswith(title) else sentence[pronoun.end() :] if pronoun else sentence
     for phrase, (question, _) in RELATIONS.items():
         match = re.search(rf"\b{phrase} (?P<name>{NAME})(?P<after>.{{0,6}})", rest)
-        # A list has more than one right answer; where something is "based on X's novel", X is none.
+        # A list has several correct answers; in "based on X's novel", X is not the answer.
         if (
             match
             and not re.match(r",? (?:and|or|&) |, [A-Z]", match["after"])
@@ -228,7 +230,7 @@ def _of_sentence(sentence: str, passage: Passage) -> Iterator[Fact]:
 
 
 def _definitions(passage: Passage) -> Iterator[Fact]:
-    """``X is a film directed by Y.`` asks for X."""
+    """Questions for the title: ``X is a film directed by Y.`` asks for X."""
     sentences, title = sentences_of(passage.text), bare_title(passage)
     match = DEFINITION.match(sentences[0][len(title) :]) if title and sentences and sentences[0].startswith(title) else None
     if match and title.casefold() not in match[0].casefold():
@@ -237,7 +239,7 @@ def _definitions(passage: Passage) -> Iterator[Fact]:
 
 
 def _cloze(passage: Passage) -> Iterator[Draft]:
-    """A sentence that names the title, with a year or a number left out."""
+    """A sentence that contains the title, with its year left out."""
     title = bare_title(passage)
     for sentence in sentences_of(passage.text):
         if not title or title not in sentence or not _CLOZE_WORDS[0] <= len(sentence.split()) <= _CLOZE_WORDS[1]:
@@ -251,5 +253,5 @@ def _cloze(passage: Passage) -> Iterator[Draft]:
 
 
 def _lower(key: str) -> str:
-    """A key as it stands within a sentence; abbreviations and names of several capitals stay."""
+    """``key`` in lower case, except for words with inner capitals, such as abbreviations."""
     return " ".join(word if any(c.isupper() for c in word[1:]) else word.lower() for word in key.split())

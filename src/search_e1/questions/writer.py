@@ -1,4 +1,4 @@
-"""Questions written by a model, and the checks that take one: its own answers with and without the passages."""
+"""Questions written by a model, filtered by its own answers with and without the passages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,14 +12,14 @@ from search_e1.questions.filters import Filter, count_usable
 from search_e1.questions.links import bare_title
 
 _ENOUGH = 16
-"""Replies without one usable question, after which there will hardly be one."""
-_LONG_ANSWER = 15  # words; a longer reply may hold anything
+"""Number of replies after which writing stops if none holds a usable question."""
+_LONG_ANSWER = 15  # words; a longer reply may contain the answer by chance
 _SHOWN = 160  # characters of a reply in a message
 
 
 @dataclass
 class ModelWriter:
-    """Writes drafts of candidates. Deterministic by the seed where the completer is."""
+    """Writes drafts of candidates; as deterministic as its completer."""
 
     completer: Completer
     per_passage: int
@@ -36,15 +36,15 @@ class ModelWriter:
     def write(self, candidates: Sequence[Candidate]) -> list[list[Draft]]:
         """
         Raises:
-            EndpointError, ModelError: none of the first replies holds a usable question; shows one.
+            EndpointError, ModelError: none of the first replies holds a usable question; the message quotes one.
         """
-        asked = [
+        requests = [
             prompts.ask_for_two_hops(candidate[0], candidate[1], bare_title(candidate[1]))
             if len(candidate) > 1
             else prompts.ask_for_one_hop(candidate[0], self.per_passage)
             for candidate in candidates
         ]
-        replies = self.completer.complete(asked, temperature=self.temperature, purpose="writing", tell=self.tell)
+        replies = self.completer.complete(requests, temperature=self.temperature, purpose="writing", tell=self.tell)
         drafts = [self._drafts(candidate, reply) for candidate, reply in zip(candidates, replies, strict=True)]
         self._replies += len(replies)
         self.usable += sum(map(count_usable, drafts))
@@ -86,20 +86,21 @@ class ModelWriter:
         return [Filter("answered with its passages", self._not_answered), Filter("not known without them", self._known)]
 
     def _not_answered(self, drafts: Sequence[Draft]) -> list[str]:
-        asked = [prompts.read_question(draft.text, *draft.passages) for draft in drafts]
-        replies = self.completer.complete(asked, temperature=0.0, purpose="reading", tell=self.tell)
-        said = [prompts.read_answer(reply) for reply in replies]
+        requests = [prompts.read_question(draft.text, *draft.passages) for draft in drafts]
+        replies = self.completer.complete(requests, temperature=0.0, purpose="reading", tell=self.tell)
+        answers = [prompts.read_answer(reply) for reply in replies]
         return [
-            "" if _right(answer, draft) else f"answered {answer[:_SHOWN]!r}" for answer, draft in zip(said, drafts, strict=True)
+            "" if _right(answer, draft) else f"answered {answer[:_SHOWN]!r}"
+            for answer, draft in zip(answers, drafts, strict=True)
         ]
 
     def _known(self, drafts: Sequence[Draft]) -> list[str]:
-        asked = [prompts.closed_book(draft.text) for draft in drafts]
-        replies = self.completer.complete(asked, temperature=0.0, purpose="closed book", tell=self.tell)
-        told = (prompts.without_thinking(reply) for reply in replies)
+        requests = [prompts.closed_book(draft.text) for draft in drafts]
+        replies = self.completer.complete(requests, temperature=0.0, purpose="closed book", tell=self.tell)
+        answers = (prompts.without_thinking(reply) for reply in replies)
         return [
             "answered without them" if cover_match(answer, draft.answers) else ""
-            for answer, draft in zip(told, drafts, strict=True)
+            for answer, draft in zip(answers, drafts, strict=True)
         ]
 
 
