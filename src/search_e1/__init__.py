@@ -1,7 +1,7 @@
 """Train search agents by GRPO interleaved with offline self-distillation (Search-E1, arXiv:2605.22511).
 
-The names below are the public face; they are loaded when they are first used, so that ``import search_e1`` is quick and
-needs neither torch nor an optional extra.
+The names below are the public API. They are loaded on first use, so that ``import search_e1`` is fast and needs neither torch
+nor optional extras.
 """
 
 from importlib import import_module

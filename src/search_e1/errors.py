@@ -6,20 +6,20 @@
     ├── ConfigError      (ValueError)    a key, a flag or a combination of them
     ├── DataError        (ValueError)    a question, a passage or an artifact's content
     ├── ModelError       (ValueError)    a policy directory, its tokenizer, its context
-    ├── RetrievalError   (RuntimeError)  the retriever did not answer, or answered rubbish
-    ├── EndpointError    (RuntimeError)  a model's endpoint did not answer, or answered rubbish
+    ├── RetrievalError   (RuntimeError)  the retriever did not answer, or its answer is invalid
+    ├── EndpointError    (RuntimeError)  a model's endpoint did not answer, or its answer is invalid
     ├── RunError         (RuntimeError)  a run directory: locked, drifted, incomplete
-    ├── NoLeadError      (RuntimeError)  the teacher does not lead; distilling would not help
-    ├── PreflightError   (RuntimeError)  the policy, or the corpus, leaves the run nothing to learn from
-    └── TrainingError    (RuntimeError)  training cannot go on (a loss that is not finite)
+    ├── NoLeadError      (RuntimeError)  the teacher has no lead, so distillation would not help
+    ├── PreflightError   (RuntimeError)  the policy or the corpus gives the run nothing to learn from
+    └── TrainingError    (RuntimeError)  training cannot continue, e.g. after a non-finite loss
 
-A bad output of a model is not an error but data: see ``types.StopReason``. Messages are one line and say what was found,
-where, and how to mend it; the command line prints them as they are and leaves with status 2.
+A bad model output is data, not an error: see ``types.StopReason``. Messages are one line: what is wrong, where, and how to
+fix it. The command line prints them unchanged and exits with status 2.
 """
 
 
 class SearchE1Error(Exception):
-    """Base of all errors that a user can mend."""
+    """Base of all errors that a user can fix."""
 
 
 class ConfigError(SearchE1Error, ValueError):
@@ -27,7 +27,7 @@ class ConfigError(SearchE1Error, ValueError):
 
 
 class DataError(SearchE1Error, ValueError):
-    """Questions, passages or stored artifacts that cannot be read; names file and line."""
+    """Questions, passages or stored artifacts that cannot be read; the message names the file and line."""
 
 
 class ModelError(SearchE1Error, ValueError):
@@ -39,7 +39,7 @@ class RetrievalError(SearchE1Error, RuntimeError):
 
 
 class EndpointError(SearchE1Error, RuntimeError):
-    """A model's endpoint is down, refuses, or answers what is no completion."""
+    """A model's endpoint is down, refuses the request, or returns something other than a completion."""
 
 
 class RunError(SearchE1Error, RuntimeError):
@@ -51,8 +51,8 @@ class NoLeadError(SearchE1Error, RuntimeError):
 
 
 class PreflightError(SearchE1Error, RuntimeError):
-    """What the policy does, or what the corpus holds, leaves the run nothing to learn from."""
+    """The policy or the corpus gives the run nothing to learn from."""
 
 
 class TrainingError(SearchE1Error, RuntimeError):
-    """Training reached a state from which it cannot go on."""
+    """Training reached a state from which it cannot continue."""

@@ -1,4 +1,4 @@
-"""The outer loop: GRPO and self-distillation, round after round, each stage an artifact of the run."""
+"""The outer loop: rounds of GRPO and self-distillation; each stage is an artifact of the run."""
 
 import logging
 from collections.abc import Iterator
@@ -42,20 +42,20 @@ class PolicySummary(Record):
     """``base``, ``coldstart``, ``grpo-1``, ``ofsd-1``, ``grpo-2``, ..."""
     path: str
     n: int
-    """Questions."""
+    """Number of questions."""
     em: float
-    """Greedy, mean over all questions (micro average). Intervals are of 95%: see ``evaluation.statistics``."""
+    """Greedy EM, mean over all questions (micro average). Intervals are 95%: see ``evaluation.statistics``."""
     em_interval: Interval
     em_sampled: float | None
-    """Of trajectories sampled at ``evaluation.temperature``, micro average."""
+    """EM of trajectories sampled at ``evaluation.temperature``, micro average."""
     em_sampled_interval: Interval | None
     macro_em: float
-    """Greedy, mean over benchmarks of their EM."""
+    """Greedy EM, mean over benchmarks."""
     macro_em_interval: Interval
     f1: float
     searches: float
     tokens: float
-    """Sampled tokens a question."""
+    """Sampled tokens per question."""
     by_hops: dict[str, float]
     """Greedy EM by number of hops."""
     by_benchmark: dict[str, float]
@@ -63,18 +63,18 @@ class PolicySummary(Record):
 
 
 class RoundSummary(Record):
-    """What the distillation of one round had to go by."""
+    """The pairs and the lead of one round, and whether it was distilled."""
 
     pairs: dict[str, Any]
-    """The pool's health and the numbers of pairs."""
+    """Pool health and numbers of pairs."""
     lead: Lead | None
-    """``None`` where there was no pair to measure it on, or no teacher (``distill.objective = "sft"``)."""
+    """``None`` without pairs to measure it on, or without a teacher (``distill.objective = "sft"``)."""
     refused: str | None
-    """Why nothing was distilled, if nothing was."""
+    """Why distillation was refused, if it was."""
 
 
 class Summary(Record):
-    """What ``summary.json`` holds."""
+    """The contents of ``summary.json``."""
 
     seed: int
     policies: tuple[PolicySummary, ...]
@@ -84,9 +84,9 @@ class Summary(Record):
     seconds: dict[str, float]
     """Wall-clock time by stage."""
     preflight: tuple[Finding, ...] = ()
-    """What the policy that the first round begins from, and the data, promise."""
+    """Preflight findings about the data and the initial policy of round 1."""
     stopped_early: dict[str, Collapse] = {}
-    """GRPO stages that the guard ended, and why."""
+    """GRPO stages that the guard stopped, and why."""
 
     @property
     def policy(self) -> Path:
@@ -94,7 +94,7 @@ class Summary(Record):
         return Path(self.policies[-1].path)
 
     def _repr_html_(self) -> str:
-        """For notebooks: a row for each policy."""
+        """For notebooks: one row per policy."""
         headings = ("policy", "n", "greedy EM (micro)", "sampled EM (micro)", "greedy EM (macro)", "searches", "tokens")
         rows = [
             (
@@ -128,18 +128,20 @@ def train(
     shared: Path | None = None,
     other_versions: bool = False,
 ) -> Summary:
-    """Run the whole loop in ``config.run``, or what is left of it; returns what ``summary.json`` then holds.
+    """Run or resume the whole loop in ``config.run``; returns the summary that is written to ``summary.json``.
 
-    ``watch`` is told what is done; by default it shows a line for each stage in a notebook, and elsewhere nothing.
-    ``stop`` says when to stop; see ``stopping.on_signals``. ``branch_of``: another run, whose finished artifacts are taken over
-    where ``config`` would make the same.
-    ``shared``: a directory where several runs share the artifacts that they would make the same.
-    ``other_versions``: go on with a run that was begun under other versions of the packages that decide about results.
     Under torchrun all ranks call this; rank 0 decides and writes.
+
+    Args:
+        watch: receives progress; by default one line per stage in a notebook, and nothing elsewhere.
+        stop: says when to stop; see ``stopping.on_signals``.
+        branch_of: another run, whose finished artifacts are reused where ``config`` would make the same ones.
+        shared: a directory in which several runs share identical artifacts.
+        other_versions: resume a run that was started with other versions of the packages that affect results.
 
     Raises:
         SearchE1Error: a mistake in config, data or policy (before any training), a failed part, another run's directory.
-        Stopped: a signal ended it; to go on, call it again.
+        Stopped: a signal stopped the run; call again to resume.
     """
     with opened(
         config.run,
@@ -192,7 +194,7 @@ def train(
 
 
 def _first_stages(config: Config) -> Iterator[Stage]:
-    """One of each kind of stage that has something to check before the loop begins."""
+    """One stage of each kind that has checks to run before the loop."""
     policy = config.policy.model
     if config.coldstart:
         yield Coldstart()
@@ -208,7 +210,7 @@ def _why_no_pairs(pairs: Artifact) -> str:
 
 
 class _Summary:
-    """Collects while the loop runs, and writes after every addition, so that the file shows what is complete."""
+    """Collects the summary while the loop runs; rewrites the file after every addition, so that it shows what is complete."""
 
     def __init__(self, runner: StageRunner) -> None:
         self.runner = runner
@@ -251,10 +253,10 @@ class _Summary:
         self.write()
 
     def judge(self, policy: str | Path) -> None:
-        """Say what the newest evaluation, which is of ``policy``, and the data promise.
+        """Run the preflight on the data and the latest evaluation, which is of ``policy``; log the findings.
 
         Raises:
-            PreflightError: the run cannot learn, and ``preflight`` asks to stop then.
+            PreflightError: the run cannot learn, and ``preflight`` is ``stop``.
         """
         self.findings = tuple(preflight.read(self.make(preflight.Preflight(policy, self.evaluation)), self.config))
         self.write()
