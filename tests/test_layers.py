@@ -1,6 +1,8 @@
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,17 @@ def test_imports_follow_the_layers() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " kept, 0 broken." in done.stdout
+
+
+def test_the_map_names_every_package_and_the_layers_as_they_are() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    modules = {p.name for p in (ROOT / "src" / "search_e1").iterdir() if (p / "__init__.py").is_file() or p.suffix == ".py"}
+    named = [
+        name.strip("/") for row in re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE) for name in re.findall(r"`(\w\S*)`", row)
+    ]
+    assert modules - {"__init__.py"} <= set(named)
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    assert f"    {' < '.join(layers).replace('search_e1.', '')}\n" in text
 
 
 @pytest.mark.parametrize(
