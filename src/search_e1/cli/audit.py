@@ -154,7 +154,7 @@ def show(console: Console, found: "Audit") -> None:
 
 
 def _reach_table(rows: "list[FileAudit]", found: "Audit") -> Table:
-    from search_e1.cli.display import plain_table
+    from search_e1.cli.display import plain_table, share
 
     depths = sorted({k for row in rows for k in row.in_top})
     title = f"Questions with an answer in {found.passages:,} passages, and in the first k for their own words"
@@ -162,7 +162,7 @@ def _reach_table(rows: "list[FileAudit]", found: "Audit") -> Table:
         title, "questions", "n", "yes/\nno", "corpus", *(f"top\n{k}" for k in depths), "rank", "pas-\nsages", "com-\nmon"
     )
     for row in rows:
-        shares = (_share(row.in_corpus), *(_share(row.in_top.get(k)) for k in depths))
+        shares = (share(row.in_corpus), *(share(row.in_top.get(k)) for k in depths))
         medians = ("" if value is None else f"{value:,.0f}" for value in (row.rank, row.passages))
         table.add_row(Text(printable(row.name)), str(row.questions), str(row.yes_no), *shares, *medians, str(row.common))
     return table
@@ -177,7 +177,3 @@ def _fault_table(rows: "list[FileAudit]") -> Table:
         counts = (row.refused, row.unsayable, row.conflicts, row.leaks, row.near_leaks, row.repeats, row.near_repeats)
         table.add_row(Text(printable(row.name)), str(row.questions), *(str(count or "") for count in counts))
     return table
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"

@@ -1,6 +1,5 @@
 """Passages from JSON lines, tables, Parquet or the Hub, each one validated."""
 
-import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from search_e1.data import sources
 from search_e1.data.formats.passages import HOLDS, MISSING, CorpusColumns
 from search_e1.data.lines import BadRecordError, parse
 from search_e1.errors import ConfigError, DataError
+from search_e1.runs import sha256_text
 from search_e1.types import Passage
 
 MOST_BYTES = 2**20
@@ -64,7 +64,7 @@ class Corpus:
         parts = [*map(sources.checksum, self.places), f"{self.skip_bad_lines} {self.most_bytes}"]
         parts += [repr(sorted(self.columns.given.items()))] if self.columns else []
         parts += self.prefixes if any(self.prefixes) else []
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return sha256_text("\n".join(parts))
 
     def __iter__(self) -> Iterator[Passage]:
         self.skipped, self.first = Counter(), {}

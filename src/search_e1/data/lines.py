@@ -1,17 +1,17 @@
 """Reads JSON lines: plain, ``.gz`` or ``.zst``."""
 
 import gzip
-import hashlib
 import io
 import json
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from search_e1.errors import DataError
+from search_e1.runs import sha256
 
 _MOST_BYTES = 2**26  # per line; a compressed file can expand to any size
 
@@ -62,6 +62,12 @@ def raw_lines(path: Path, most: int = -1) -> Iterator[tuple[int, bytes]]:
         ) from None
 
 
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
 def open_binary(path: Path) -> BinaryIO:
     """The uncompressed content of the file."""
     suffix = path.suffix.lower()
@@ -82,8 +88,7 @@ def checksum(path: Path) -> str:
         DataError: the file cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({os.strerror(error.errno or 0)}); give the path of a file") from None
 

@@ -1,6 +1,5 @@
 """Question files to be written: removes duplicates and leaks, splits, and cuts to size."""
 
-import hashlib
 import sys
 import unicodedata
 from collections import Counter
@@ -12,6 +11,7 @@ from typing import Literal, NamedTuple
 from search_e1.data.answers import normalize_answer
 from search_e1.data.questions import Loaded
 from search_e1.errors import ConfigError, DataError
+from search_e1.runs import sha256_text
 from search_e1.types import Question
 
 Role = Literal["train", "eval"]
@@ -170,4 +170,4 @@ def cut(part: Part, n: int | None, seed: int) -> Part:
 
 
 def _rank(seed: int, key: str) -> str:
-    return hashlib.sha256(f"{seed}/{key}".encode()).hexdigest()
+    return sha256_text(f"{seed}/{key}")

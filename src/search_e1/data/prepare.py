@@ -10,6 +10,7 @@ from typing import Any
 from search_e1 import runs
 from search_e1.data import benchmarks, user_files
 from search_e1.data.answers import normalize_answer
+from search_e1.data.lines import write_lines
 from search_e1.data.parts import (
     EXAMPLES,
     Duplicates,
@@ -121,8 +122,7 @@ def write(prepared: Prepared, request: Request, out: Path, *, overwrite: bool = 
 
     def make(directory: Path) -> Mapping[str, Any]:
         for part in prepared.parts:
-            with (directory / part.file).open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(to_record(row.question), ensure_ascii=False) + "\n" for row in part.rows)
+            write_lines(directory / part.file, (to_record(row.question) for row in part.rows))
         return prepared.summary()
 
     try:

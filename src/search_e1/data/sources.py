@@ -1,6 +1,5 @@
 """Records of a corpus: from files, directories of files, and data sets on the Hub."""
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from search_e1.data import hub, lines, tables
 from search_e1.data.formats.arrays import array_items, is_array
 from search_e1.data.formats.passages import CorpusColumns
 from search_e1.errors import DataError
+from search_e1.runs import sha256_text
 
 Record = bytes | Mapping[str, Any] | lines.BadRecordError
 """An unparsed line, a row, or the error of an unreadable row."""
@@ -56,7 +56,7 @@ def checksum(place: str | Path) -> str:
     if found == [Path(place)]:
         return lines.checksum(found[0])
     parts = [f"{file.relative_to(place)} {lines.checksum(file)}" for file in found]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return sha256_text("\n".join(parts))
 
 
 def files(path: Path) -> list[Path]:

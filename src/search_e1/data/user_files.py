@@ -4,7 +4,6 @@ import ast
 import contextlib
 import datetime
 import difflib
-import hashlib
 import json
 import math
 import re
@@ -126,7 +125,7 @@ def load(path: Path, name: str, columns: Columns, *, keep_unanswerable: bool = F
             notes.add(row, where)
         if not record["id"]:
             text = json.dumps([record["question"], record["golden_answers"]], ensure_ascii=False)
-            id = f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+            id = f"{name}_{sha256_text(text)[:12]}"
             made[id] = made.get(id, 0) + 1
             record["id"] = id if made[id] == 1 else f"{id}_{made[id]}"
         if not (record["golden_answers"] or keep_unanswerable):

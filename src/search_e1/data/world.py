@@ -4,13 +4,12 @@ It replaces Wikipedia and a question set without a download, and is determined b
 and no fact crosses splits, so that questions of different splits share no entity and no name.
 """
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from search_e1.data.lines import write_lines
 from search_e1.data.questions import to_record
 from search_e1.errors import DataError
 from search_e1.types import Passage, Question
@@ -238,10 +237,6 @@ def write(world: World, directory: Path, *, train: int, dev: int, test: int, see
     """
     questions = {split: world.questions(split, n, seed) for split, n in zip(SPLITS, (train, dev, test), strict=True)}
     directory.mkdir(parents=True, exist_ok=True)
-    _write_lines(directory / "corpus.jsonl", [{"id": p.id, "contents": p.contents} for p in world.passages])
+    write_lines(directory / "corpus.jsonl", ({"id": p.id, "contents": p.contents} for p in world.passages))
     for split, rows in questions.items():
-        _write_lines(directory / f"{split}.jsonl", [to_record(question) for question in rows])
-
-
-def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_lines(directory / f"{split}.jsonl", map(to_record, rows))

@@ -1,4 +1,4 @@
-"""What a Python user calls by ``search_e1.evaluate``, ``search_e1.compare`` and ``search_e1.report``."""
+"""The Python API: ``search_e1.evaluate``, ``search_e1.compare`` and ``search_e1.report``."""
 
 import uuid
 from collections.abc import Mapping, Sequence
@@ -30,19 +30,19 @@ from search_e1.training.sources import resolve
 from search_e1.types import Question
 
 UNNAMED = "questions"
-"""The benchmark of questions that name none."""
+"""Benchmark name for questions that name none."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class EvaluationResult:
-    """How a policy did on some questions."""
+    """A policy's results on a set of questions."""
 
     evaluation: Evaluation
     """All figures, over all questions and by benchmark and hops."""
     results: tuple[Result, ...]
-    """Each question: the answer, whether it is right, and if not, why."""
+    """For each question, the answer, whether it is right, and if not, why."""
     path: Path | None
-    """Where the trajectories are, if they were to be kept."""
+    """The directory of the trajectories; ``None`` if they were not kept."""
 
     @property
     def n(self) -> int:
@@ -50,17 +50,17 @@ class EvaluationResult:
 
     @property
     def em(self) -> float:
-        """Greedy, mean over questions."""
+        """Greedy EM, mean over questions."""
         return self.evaluation.em
 
     @property
     def interval(self) -> Interval:
-        """Of ``em``: Wilson's, 95%."""
+        """Wilson's 95% interval of ``em``."""
         return self.evaluation.em_interval
 
     @property
     def em_sampled(self) -> float | None:
-        """``None`` if nothing was sampled."""
+        """Mean EM of the sampled trajectories; ``None`` if none were sampled."""
         return self.evaluation.em_sampled
 
     def __repr__(self) -> str:
@@ -81,22 +81,22 @@ def evaluate(
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> EvaluationResult:
-    """Ask ``policy`` every question once greedily, and ``samples`` times at ``temperature``, and judge the answers.
+    """Roll out ``policy`` on every question once greedily and ``samples`` times at ``temperature``, and judge the answers.
 
     Args:
-        policy: in memory, or what ``policy.model`` may be: a directory, a Hub id, ``"small"``.
-        questions: a question file, questions (their ``benchmark`` groups them), or questions by benchmark.
-        limits: turns, tokens, passages: `[rollout]` of a config.
-        out: directory for the trajectories and figures, which ``compare`` and the command line then read. A policy that was
-            given by its place is not evaluated again if it is there already. By default nothing is kept.
-        progress: told after each trajectory; by default a line in a notebook, and elsewhere nothing.
+        policy: a policy in memory, or anything that ``policy.model`` accepts: a directory, a Hub id, ``"small"``.
+        questions: a question file, questions (grouped by their ``benchmark``), or questions by benchmark.
+        limits: turns, tokens, passages: the config's ``[rollout]``.
+        out: directory for the trajectories and figures, for ``compare`` and the command line. If it already holds this
+            evaluation, a policy given by path or id is not evaluated again. By default nothing is kept.
+        progress: called after each trajectory; by default a progress line in a notebook, and nothing elsewhere.
 
     Raises:
-        ConfigError: ``out`` exists, and the policy is one in memory, which nobody can compare with the one that it is of.
+        ConfigError: ``out`` exists and the policy is in memory, so whether it is the one evaluated there cannot be checked.
         DataError: there are no questions, or their file cannot be read.
         ModelError: the policy cannot be loaded, or a question does not fit into its context.
         RetrievalError: from the retriever.
-        RunError: ``out`` holds something else.
+        RunError: ``out`` holds a different artifact.
     """
     limits = limits or RolloutConfig()
     asked = _by_benchmark(questions, limits.rewards.not_found)
@@ -134,7 +134,7 @@ def evaluate(
 
 
 def _policy(policy: Policy | str | Path, out: Path | None) -> tuple[Policy, str]:
-    """It in memory, and its identity."""
+    """The policy, loaded, and its identity."""
     if not isinstance(policy, Policy):
         source = resolve(str(policy))
         identity = runs.checksum(source) if isinstance(source, Path) else source
@@ -162,7 +162,7 @@ def _checksum(asked: Mapping[str, Sequence[Question]]) -> str:
 
 
 def _name(retriever: Retriever) -> str:
-    """What its results depend on, as far as it says."""
+    """The retriever's checksum if it has one, else its class name."""
     return getattr(retriever, "checksum", None) or type(retriever).__qualname__
 
 
@@ -173,16 +173,16 @@ def compare(
     published: bool = False,
     seed: int = 0,
 ) -> Comparison:
-    """Evaluations question by question; the first is the baseline. What ``search-e1 compare`` shows.
+    """Compare evaluations question by question, as ``search-e1 compare`` does; the first is the baseline.
 
     Args:
-        evaluations: each a run (all that is evaluated in it), ``"RUN:STAGE"`` (``"runs/a:ofsd-1"``), the directory of an
-            evaluation, or a result that was kept; ``"NAME=..."`` names it.
+        evaluations: each a run (all its evaluations), ``"RUN:STAGE"`` (``"runs/a:ofsd-1"``), the directory of an
+            evaluation, or a kept result; ``"NAME=..."`` names it.
         common, allow_mixed, published, seed: see ``evaluation.compare.compare``.
 
     Raises:
-        ConfigError: there are not two evaluations, or they are not comparable; says which flag allows it.
-        RunError, DataError: there is none in a place, or it is damaged.
+        ConfigError: there are fewer than two evaluations, or they are not comparable; names the flag that allows it.
+        RunError, DataError: an evaluation is missing or damaged.
     """
     words = []
     for one in evaluations:
@@ -199,10 +199,10 @@ def compare(
 def report(run: str | Path, out: str | Path | None = None, *, most: int = 5_000) -> Path:
     """Write ``run``, finished or not, as one HTML file; returns its path, by default ``report.html`` in the run.
 
-    ``most``: about this many trajectories; of more, a fixed sample of questions.
+    ``most``: approximate number of trajectories shown; beyond it, a fixed sample of questions.
 
     Raises:
-        RunError, DataError: ``run`` is none, something in it is damaged, or ``out`` cannot be written.
+        RunError, DataError: ``run`` is not a run, something in it is damaged, or ``out`` cannot be written.
     """
     from search_e1.evaluation.report.page import write
 

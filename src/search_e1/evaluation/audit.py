@@ -1,6 +1,6 @@
-"""The audit: what questions and passages allow, before any policy is asked.
+"""The audit of questions and passages, before any policy runs.
 
-An evaluation question whose answer is in no passage can be answered from memory alone; one that is in training measures memory;
+An evaluation question whose answer is in no passage can be answered only from memory; one that is in training measures memory;
 one whose answer cannot be written measures nothing.
 """
 
@@ -40,7 +40,7 @@ PROBLEMS = {
     "far": "the question's own words find no answer among the first 100 passages",
     "common": f"more than {COMMON:.0%} of the passages hold an answer",
 }
-"""Problem of a question -> what it is, the gravest first."""
+"""Problem -> its description, most severe first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +50,13 @@ class Source:
     name: str
     role: Role
     rows: Sequence[tuple[str, Question]]
-    """Each with its place (``file:line``)."""
+    """Questions, each with its place (``file:line``)."""
     refused: Sequence[tuple[str, str]] = ()
-    """Place and fault of lines that are no questions."""
+    """Place and fault of each line that is not a question."""
 
 
 class Example(Record):
-    """One problem of one question: a line of the CSV."""
+    """One problem of one question: one line of the CSV."""
 
     problem: str
     file: str
@@ -69,17 +69,17 @@ class Example(Record):
 
 
 class Audit(Record):
-    """What ``data audit --json`` holds."""
+    """The content of ``data audit --json``."""
 
     verdict: str
     files: tuple[FileAudit, ...]
     totals: tuple[FileAudit, ...]
-    """Of each role."""
+    """Figures per role."""
     passages: int | None
-    """``None`` if there are none to read."""
+    """Number of passages; ``None`` if they were not read."""
     repeated_passages: int
     skipped: dict[str, int]
-    """Records of the corpus that a run refuses: fault -> number."""
+    """Fault -> number of corpus records that a run refuses."""
     topk: int
     findings: tuple[Finding, ...]
 
@@ -99,7 +99,7 @@ class _Row:
 
 
 def read_source(path: Path, name: str, role: Role, not_found: Sequence[str] | None = None) -> Source:
-    """The questions of ``path``; what no run would read is collected, not raised. ``not_found``: of the run's rewards.
+    """The questions of ``path``; lines that a run would refuse are collected, not raised. ``not_found``: ``[rewards]``'s key.
 
     Raises:
         DataError: the file cannot be read, or holds no question.
@@ -134,12 +134,12 @@ def audit(
     skipped: Callable[[], Mapping[str, int]] = dict,
     progress: Progress = silent,
 ) -> tuple[Audit, list[Example]]:
-    """Audit questions and passages; the examples come by problem, the gravest first, then in order of the files.
+    """Audit questions and passages; examples are ordered by problem, most severe first, then by file.
 
     Args:
         texts: title and text of each passage; ``None`` if they cannot be read.
-        tokenizer: of the policy, to tell which answers it can write in ``max_action_tokens``.
-        skipped: called after ``texts`` were read: records of the corpus that are no passages, by fault.
+        tokenizer: the policy's, to check which answers it can write in ``max_action_tokens``.
+        skipped: called after ``texts`` is read; returns the number of corpus records that are not passages, by fault.
     """
     stems = _Stems()
     rows = [_Row(s, where, q, question_key(q.text), stems.of(q.text)) for s in sources for where, q in s.rows]
@@ -176,14 +176,14 @@ def audit(
 
 
 class _Stems(dict[str, str]):
-    """Word -> its stem, "" for a stop word."""
+    """Word -> its stem; "" for a stop word."""
 
     def __missing__(self, word: str) -> str:
         self[word] = root = one_a_script(language_in_force()).stem(word) if len(word) > 1 else word
         return root
 
     def of(self, text: str) -> tuple[str, ...]:
-        """The same for all texts that differ only in order, inflection and stop words; empty for a single word."""
+        """A key that is equal for texts differing only in word order, inflection and stop words; empty for a single word."""
         language = language_in_force()
         split = words(text).split() if language == ENGLISH else one_a_script(language).split(text)
         found = sorted({root for word in split if (root := self[word])})
@@ -196,7 +196,7 @@ def _find_unsayable(rows: Sequence[_Row], tokenizer: Any, most: int) -> None:
     fault: dict[str, str] = {}
     if tokenizer is not None and unique:
         for answer, ids in zip(unique, tokenizer(unique, add_special_tokens=False)["input_ids"], strict=True):
-            if len(ids) >= most:  # the answer's tag needs a token too
+            if len(ids) >= most:  # the closing tag needs a token too
                 fault[answer] = f"takes {len(ids)} tokens, and max_action_tokens is {most}"
             elif normalize_answer(tokenizer.decode(ids, skip_special_tokens=True)) != normalize_answer(answer):
                 fault[answer] = "has characters that the tokenizer cannot write"
@@ -210,7 +210,7 @@ def _find_unsayable(rows: Sequence[_Row], tokenizer: Any, most: int) -> None:
 
 
 def _find_conflicts(rows: Sequence[_Row]) -> None:
-    """The same question, and no answer in common."""
+    """Find equal questions without a common answer."""
     first: dict[str, list[tuple[_Row, set[str]]]] = defaultdict(list)
     for row in rows:
         own = set(map(normalize_answer, row.question.answers))
@@ -307,7 +307,7 @@ def _examples(sources: Sequence[Source], rows: Sequence[_Row]) -> list[Example]:
 
 
 def write_examples(examples: Sequence[Example], path: Path) -> None:
-    """A CSV with a line for each problem of each question."""
+    """Write a CSV with one line per problem and question."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(Example.model_fields))

@@ -34,7 +34,7 @@ class Evaluated:
     results: dict[tuple[str, str], Result]
     """By benchmark and question id, in the order of the file."""
     protocol: dict[str, Any]
-    """What must agree for figures to be comparable: limits, the language of answers, prompts, retrieval."""
+    """Settings that must agree for figures to be comparable: limits, answer language, prompts, retrieval."""
 
 
 class Figure(Record):
@@ -49,7 +49,7 @@ class Figure(Record):
 
 
 class Difference(Record):
-    """A policy minus the baseline, over the same questions; intervals are paired."""
+    """A policy's figures minus the baseline's on the same questions; intervals are paired."""
 
     em: Figure
     f1: Figure
@@ -60,14 +60,14 @@ class Difference(Record):
     """Questions that only the policy answers right; ``lost``: only the baseline."""
     lost: int
     p: float | None
-    """McNemar's exact two-sided p; ``None`` for a macro average, which weighs questions unequally."""
+    """McNemar's exact two-sided p-value; ``None`` for a macro average, which weights questions unequally."""
 
 
 class Row(Record):
-    """One policy on one benchmark, or on average."""
+    """One policy on one benchmark, or averaged over benchmarks."""
 
     benchmark: str
-    """A benchmark, ``MACRO`` (each benchmark counts the same) or ``MICRO`` (each question does)."""
+    """A benchmark's name, ``MACRO`` (benchmarks weighted equally) or ``MICRO`` (questions weighted equally)."""
     policy: str
     n: int
     em: Figure
@@ -93,7 +93,7 @@ class Change(Record):
     """The baseline's answer."""
     after: str | None
     failure: Failure
-    """Of the wrong answer."""
+    """Failure class of the wrong answer."""
 
 
 class Comparison(Record):
@@ -114,13 +114,13 @@ def load(path: Path, name: str) -> Evaluated:
     """The evaluation artifact in ``path``.
 
     Raises:
-        RunError: it is no complete artifact, or damaged.
-        DataError: it is not an evaluation, or a line of it is damaged.
+        RunError: it is not a complete artifact, or is damaged.
+        DataError: it is not an evaluation, or one of its lines is damaged.
     """
     manifest = runs.read(path).manifest
     if results.QUESTIONS not in manifest.files:
         raise DataError(f"{path}: no {results.QUESTIONS} in it; give an artifact of `search-e1 evaluate`")
-    # An older evaluation has fewer settings, and was made with what is their default.
+    # An older evaluation lacks newer settings; it ran with what is now their default.
     rollout = RolloutConfig().model_dump(mode="json") | manifest.settings["rollout"]
     limits = {k: v for k, v in rollout.items() if k not in _NOT_PROTOCOL}
     prompts = manifest.settings.get("prompts")
@@ -143,13 +143,14 @@ def compare(
     """``evaluated`` side by side; the first is the baseline.
 
     Args:
-        common: restrict the comparison to the questions that all share.
-        allow_mixed: compare although limits, prompts or retrieval differ.
+        common: restrict the comparison to the questions shared by all.
+        allow_mixed: compare even if limits, prompts or retrieval differ.
         published: add the published rows, over the same benchmarks.
-        seed: the bootstrap's.
+        seed: seeds the bootstrap.
 
     Raises:
-        ConfigError: two names are equal, protocols or questions differ without permission, or no question is shared.
+        ConfigError: two names are equal, protocols differ without ``allow_mixed``, questions differ without ``common``, or no
+            question is shared.
     """
     names = [one.name for one in evaluated]
     if len(set(names)) < len(names):
@@ -172,10 +173,10 @@ def compare(
 
 
 def mixed(evaluated: Sequence[Evaluated], allowed: bool) -> list[str]:
-    """Differences of the protocols from the first one's, a line each.
+    """How each protocol differs from the first, one line per difference.
 
     Raises:
-        ConfigError: they do, and that is not ``allowed``.
+        ConfigError: a protocol differs, and that is not ``allowed``.
     """
     first, notes = evaluated[0], []
     for other in evaluated[1:]:
@@ -207,7 +208,7 @@ def _short(value: Any) -> str:
 
 
 def _over_the_same(evaluated: Sequence[Evaluated], common: bool) -> tuple[list[Evaluated], list[str]]:
-    """``evaluated`` restricted to the questions that all share, and a note on what each loses by it."""
+    """``evaluated`` restricted to the questions shared by all, and a note on what each loses."""
     same = [
         key for key, result in evaluated[0].results.items()
         if all(_asked(other.results.get(key)) == _asked(result) for other in evaluated[1:])
@@ -227,7 +228,7 @@ def _asked(result: Result | None) -> tuple[str, frozenset[str]] | None:
 
 
 def _left_out(one: Evaluated, same: set[tuple[str, str]]) -> str:
-    """Number and ids of the questions of ``one`` that the others lack or have in another form, by benchmark."""
+    """By benchmark, the number and ids of the questions in ``one`` that are missing or different in the others."""
     missing: dict[str, list[str]] = {}
     for benchmark, id in one.results:
         if (benchmark, id) not in same:
@@ -243,7 +244,7 @@ Keys = list[list[tuple[str, str]]]
 
 
 def _parts(evaluated: Sequence[Evaluated]) -> dict[str, Keys]:
-    """Benchmark -> its questions; then, of several benchmarks, the averages."""
+    """Benchmark -> its questions; then, with several benchmarks, the averages."""
     by_benchmark: dict[str, list[tuple[str, str]]] = {}
     for key in evaluated[0].results:
         by_benchmark.setdefault(key[0], []).append(key)

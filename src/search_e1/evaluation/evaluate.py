@@ -34,13 +34,13 @@ class Timing(Record):
     """Times of one benchmark, in ``timings.json``. All other files of an evaluation are reproducible to the byte."""
 
     seconds_a_question: float
-    """Wall-clock time of the greedy rollouts over their number: the cost of a question in a batch."""
+    """Wall-clock time of the batched greedy rollouts divided by their number."""
     latency: float | None
     """Median seconds from question to answer with nothing else running; ``None`` if no question was run alone."""
     longest: float | None
-    """Seconds of the slowest of these."""
+    """Seconds of the slowest question run alone."""
     alone: int
-    """Questions that were run alone."""
+    """Number of questions run alone."""
 
 
 def evaluate(
@@ -59,16 +59,16 @@ def evaluate(
 ) -> Evaluation:
     """Roll out every question once greedily and ``config.samples`` times at ``config.temperature``, and judge the answers.
 
-    Writes to ``out``: groups in order of the questions (greedy ones in ``TRAJECTORIES``, sampled ones in ``SAMPLED``), a
-    ``Result`` per question, their figures, and times. The seed of each benchmark derives from ``seed`` and its name alone, so
-    its results do not depend on which others are evaluated.
+    Writes to ``out``: groups in question order (greedy in ``TRAJECTORIES``, sampled in ``SAMPLED``), a ``Result`` per
+    question, the figures, and times. Each benchmark's seed derives from ``seed`` and its name alone, so its results do not
+    depend on the other benchmarks.
 
-    Resumes from the chunks that ``checkpointer`` holds of an interrupted call with the same arguments.
+    Resumes an interrupted call with the same arguments from the chunks in ``checkpointer``.
 
     Raises:
         DataError: a benchmark has no questions, or there is no benchmark.
         RetrievalError: from the retriever.
-        Stopped: a signal asked for it; the current chunk is finished and on disk.
+        Stopped: a signal asked to stop; the current chunk is finished and on disk.
     """
     empty = [name for name, questions in questions_by_benchmark.items() if not questions]
     if empty or not questions_by_benchmark:
@@ -113,7 +113,8 @@ def _part(
     seed: int,
     shown: tuple[Progress, int, int],
 ) -> Part:
-    """The file of all groups of ``size`` trajectories. ``shown``: progress, trajectories of earlier parts, and of all parts."""
+    """The file of all groups of ``size`` trajectories. ``shown``: the progress callback, the number of trajectories in
+    earlier parts, and in all parts."""
     chunks = [(name, chunk) for name, questions in questions_by_benchmark.items() for chunk in asking.chunks(questions, size)]
     progress, before, total = shown
     told = RolloutProgress(progress, total, "sampled EM" if temperature else "greedy EM", before=before)
@@ -143,8 +144,8 @@ def _judged(
 
 
 def _scored(judged: Sequence[Result], scorer: Scorer, questions: Sequence[Question]) -> list[Result]:
-    """``judged`` with the run's reward beside EM, and the kind of answer that each question asks for."""
-    for result, question in zip(judged, questions, strict=True):  # a judge is asked about many at once
+    """``judged`` with the run's reward and each question's answer type added."""
+    for result, question in zip(judged, questions, strict=True):  # lets an LLM judge work on many answers at once
         scorer.begin(result.answer, question)
     made = []
     for result, question in zip(judged, questions, strict=True):
@@ -156,7 +157,7 @@ def _scored(judged: Sequence[Result], scorer: Scorer, questions: Sequence[Questi
 
 
 def judge(benchmark: str, group: Group, recall: Recall | None = None) -> Result:
-    """The result of a greedy trajectory, the only one of ``group``."""
+    """The result of the one greedy trajectory in ``group``."""
     [trajectory], question = group.trajectories, group.question
     covers, yes_no = cover_match(trajectory.answer, question.answers), is_yes_no(question)
     read = holds(_read_passages(trajectory), patterns(question))
@@ -190,17 +191,17 @@ def with_samples(result: Result, group: Group) -> Result:
 
 
 def _read_passages(trajectory: Trajectory) -> Iterator[str]:
-    """Title and text of every passage as the policy read it: tags neutralized, cut where it was cut."""
+    """Title and text of every passage as the policy read it: tags neutralized, truncations included."""
     for turn in trajectory.turns:
         if turn.served:
-            lines = turn.observation_text.splitlines()  # a passage each, between the protocol's own
+            lines = turn.observation_text.splitlines()  # one passage per line, between the protocol's own lines
             yield from (_DOCUMENT.sub("", line, count=1) for line in lines if _DOCUMENT.match(line))
 
 
 def _timing(asking: RolloutSampler, questions: Sequence[Question], seconds: float, alone: int) -> Timing:
-    """Runs ``alone`` evenly spaced questions once more, one at a time; ``seconds`` is the time of all of them in batches."""
+    """Runs ``alone`` evenly spaced questions again, one at a time; ``seconds`` is the batched time of all ``questions``."""
     chosen = min(alone, len(questions))
-    # An answer that an interrupted call has kept would take no time.
+    # An answer kept from an interrupted call would take no time, so this sampler starts without any.
     asking = replace(asking, checkpointer=Checkpointer(stop=asking.checkpointer.stop))
     times = []
     for i in range(chosen):

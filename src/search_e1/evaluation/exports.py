@@ -21,7 +21,7 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
 }
 _SIGNIFICANT = 0.05
 _ACTIVE = re.compile(r"\||<(?=[A-Za-z/!?])|\](?=[(\[:])")
-"""Ends a Markdown cell, begins HTML, or makes a link."""
+"""Characters to escape in Markdown: they end a table cell, begin HTML, or make a link."""
 
 
 def percent(figure: Figure) -> str:
@@ -70,7 +70,7 @@ def to_json(comparison: Comparison, questions: bool) -> str:
 
 
 def to_csv(comparison: Comparison, questions: bool) -> str:
-    """A line for each benchmark and policy, including published ones; with ``questions``, for each question won or lost."""
+    """One line per benchmark and policy, including published ones; with ``questions``, one per question won or lost."""
     if questions:
         return _csv([c.model_dump(mode="json") | {"answers": " | ".join(c.answers)} for c in comparison.changes], _CHANGE)
     rows = [_flat(row) for row in comparison.rows]
@@ -134,7 +134,7 @@ def _pipes(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int) ->
 
 
 def to_latex(comparison: Comparison, questions: bool) -> str:
-    """A ``booktabs`` table: a line for each policy, a column for each benchmark; published rows below.
+    """A ``booktabs`` table: one line per policy, one column per benchmark; published rows below.
 
     Raises:
         ConfigError: with ``questions``.

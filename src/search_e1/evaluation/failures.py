@@ -1,7 +1,7 @@
 """Failure classes: exactly one for every wrong answer.
 
-The classes are tried in the order of ``Failure`` and the first that applies is taken: first what no policy could change, then
-how the trajectory ended, then the evidence that the answer was based on.
+Classes are tried in the order of ``Failure``, and the first that applies wins: first what no policy could change, then how
+the trajectory ended, then the evidence behind the answer.
 """
 
 from enum import StrEnum
@@ -11,26 +11,26 @@ from search_e1.types import ActionKind, StopReason, Trajectory
 
 
 class Failure(StrEnum):
-    """In the order of decision. "Read": a passage, as the policy read it, contains an answer."""
+    """Why an answer is wrong, in the order of decision. "Read" refers to passages as the policy saw them."""
 
     NOT_IN_CORPUS = "not_in_corpus"
     """No passage of the corpus contains an answer."""
     REFUSED = "refused"
-    """No answer: an endpoint's content filter refused the question, or what was found."""
+    """No answer: an endpoint's content filter refused the question or the retrieved passages."""
     FORMAT = "format"
     """No answer: the last generation was neither a search nor an answer."""
     REPEATED_SEARCH = "repeated_search"
-    """A query was repeated, and the policy gave no answer, or one that is none of the four classes after ``BUDGET``."""
+    """A query was repeated, and there is no answer, or an answer outside the four classes after ``BUDGET``."""
     BUDGET = "budget"
     """No answer: searches or tokens ran out."""
     YES_NO = "yes_no"
-    """The answer is yes or no, and the policy said something else."""
+    """The right answer is yes or no, and the policy answered something else."""
     INVENTED = "invented"
     """The documents hold no answer, and the policy gave one."""
     WORDING = "wording"
-    """The answer contains a right one as whole words, and more."""
+    """The answer contains a right answer as whole words, plus other words."""
     NOT_READ_OUT = "not_read_out"
-    """An answer was read, and the policy gave another."""
+    """A right answer was read, and the policy gave another."""
     NO_SEARCH = "no_search"
     """The policy answered without a search."""
     NOT_RETRIEVED = "not_retrieved"
@@ -49,15 +49,15 @@ def classify(
     """The class of ``trajectory``; ``None`` if its answer is right.
 
     Args:
-        covers: its answer contains a right one.
+        covers: the answer contains a right one.
         yes_no: the right answers are yes or no.
-        read: a passage that it read contains an answer; ``None`` for yes/no questions and unanswerable ones.
-        in_corpus: some passage of the corpus does; ``None`` if unknown.
-        unanswerable: the right answer is that there is none.
+        read: a passage that the policy read contains an answer; ``None`` for yes/no and unanswerable questions.
+        in_corpus: some passage of the corpus contains an answer; ``None`` if unknown.
+        unanswerable: the documents hold no answer.
     """
     if trajectory.correct:
         return None
-    # A server may hold passages that the corpus file lacks, so what was read decides.
+    # A server may have passages that the corpus file lacks, so what was read takes precedence.
     if in_corpus is False and not read:
         return Failure.NOT_IN_CORPUS
     if trajectory.stop_reason is StopReason.REFUSED:
@@ -81,6 +81,6 @@ def classify(
 
 
 def repeats(trajectory: Trajectory) -> bool:
-    """Whether a query was repeated, up to case, punctuation, articles and white space; unserved ones count."""
+    """Whether a query was repeated, ignoring case, punctuation, articles and white space; unserved queries count."""
     queries = [normalize_answer(turn.argument or "") for turn in trajectory.turns if turn.kind is ActionKind.SEARCH]
     return len(set(queries)) < len(queries)

@@ -1,4 +1,4 @@
-"""Evaluations by the words that people use for them: a directory, a run, a policy of a run."""
+"""Finds evaluations by what users name: a directory, a run, or a stage of a run."""
 
 import difflib
 import logging
@@ -14,7 +14,7 @@ _PREFIX = "evaluation-"
 
 
 def places(words: Sequence[str]) -> dict[str, Path]:
-    """Name -> directory of each evaluation in ``words``. Names are as short as is unambiguous.
+    """Name -> directory of each evaluation in ``words``. Names are as short as possible while unambiguous.
 
     Raises:
         ConfigError: a name occurs twice.
@@ -33,7 +33,7 @@ def places(words: Sequence[str]) -> dict[str, Path]:
 
 
 def _places(word: str) -> list[tuple[str, Path]]:
-    """The evaluations that one word refers to, each with the name given in it, if any."""
+    """The evaluations that ``word`` refers to, each with the name that it gives, if any."""
     name, equals, place = word.partition("=")
     if not equals or "/" in name:
         name, place = "", word
@@ -63,10 +63,10 @@ def _places(word: str) -> list[tuple[str, Path]]:
 
 
 def _evaluations(run: Path) -> tuple[dict[str, Path], list[str]]:
-    """Policy -> its evaluation, in the order of the loop; and the policies whose evaluation is unfinished.
+    """Policy -> its evaluation, in loop order; and the policies whose evaluation is unfinished.
 
     Raises:
-        RunError: it is not a run, or nothing in it is evaluated.
+        RunError: ``run`` is not a run, or has no evaluation.
     """
     opened = open_run(run)
     if not opened.evaluations:

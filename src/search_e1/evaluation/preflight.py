@@ -1,4 +1,4 @@
-"""Findings: what decides, before any training, whether a run can learn, each in one sentence with its remedy."""
+"""Findings: before any training, whether a run can learn. Each is one sentence with a remedy."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
@@ -11,7 +11,7 @@ from search_e1.types import Group, Question, Record, StopReason
 
 FILE = "preflight.json"
 CERTAIN_TRAJECTORIES = 64
-"""With fewer, that none is in form may be chance; with so many, at most 5% are in form, at 95% confidence."""
+"""Trajectories needed to call a policy hopeless: if none of 64 is in form, at most 5% are, at 95% confidence."""
 CERTAIN_QUESTIONS = 20
 _RARE, _OFTEN_MALFORMED, _FEW_ANSWERS = 0.1, 0.2, 0.3
 
@@ -27,15 +27,15 @@ class Level(StrEnum):
 class Finding(Record):
     check: str
     """``form``, ``search``, ``groups``, ``answers``, ``passages``, ``overlap``, ``template``, ``policy``, ``memory``, ``time``;
-    of the audit ``reach``, ``records``, ``wording``, ``repeats`` or ``leaks``."""
+    in an audit ``reach``, ``records``, ``wording``, ``repeats`` or ``leaks``."""
     level: Level
     text: str
     """One sentence."""
     remedy: str = ""
-    """One sentence; empty where nothing is to be mended."""
+    """One sentence; empty if there is nothing to fix."""
 
     def warning(self) -> "Finding":
-        """The same, not as a reason to stop."""
+        """This finding with ``STOP`` lowered to ``WARNING``."""
         return self.model_copy(update={"level": Level.WARNING}) if self.level is Level.STOP else self
 
 
@@ -44,29 +44,29 @@ class Observed(Record):
 
     trajectories: int = 0
     malformed: int = 0
-    """Ended with a generation that was neither a search nor an answer."""
+    """Trajectories whose last action was neither a search nor an answer."""
     searching: int = 0
-    """Made a search that was answered with passages."""
+    """Trajectories with a search that returned passages."""
     in_form: int = 0
-    """Searched or answered."""
+    """Trajectories that searched or answered."""
     rewarded: int = 0
-    """Have a positive reward."""
+    """Trajectories with a positive reward."""
     groups: int = 0
-    """Of at least two trajectories."""
+    """Groups of at least two trajectories."""
     mixed: int = 0
-    """Of these, with different rewards: the others teach GRPO nothing."""
+    """Groups with different rewards; GRPO learns nothing from the others."""
 
     def __add__(self, other: "Observed") -> "Observed":
         return Observed(**{name: value + getattr(other, name) for name, value in self})
 
     @property
     def hopeless(self) -> bool:
-        """Certainly nothing to learn from: no trajectory in form and none with a reward."""
+        """Nothing to learn from: of enough trajectories, none is in form and none has a reward."""
         return self.trajectories >= CERTAIN_TRAJECTORIES and not self.in_form and not self.rewarded
 
 
 def observe(groups: Iterable[Group]) -> Observed:
-    """What sampled groups show."""
+    """Counts over sampled groups."""
     seen = Observed()
     for group in groups:
         own, rewards = group.trajectories, {t.reward for t in group.trajectories}
@@ -83,7 +83,7 @@ def observe(groups: Iterable[Group]) -> Observed:
 
 
 def observe_results(results: Iterable[Result]) -> Observed:
-    """What an evaluation shows: of greedy trajectories all, of sampled ones the rewards."""
+    """Counts over an evaluation: everything from greedy trajectories, only rewards from sampled ones."""
     seen = Observed()
     for r in results:
         seen += Observed(
@@ -99,7 +99,7 @@ def observe_results(results: Iterable[Result]) -> Observed:
 
 
 def form(seen: Observed) -> Finding:
-    """Does the policy answer in form?"""
+    """Does the policy follow the protocol?"""
     share = seen.malformed / seen.trajectories
     if seen.hopeless:
         return Finding(
@@ -140,7 +140,7 @@ def groups(seen: Observed) -> Finding:
 
 
 def answers(rows: Sequence[Recall], topk: int, seen: Observed) -> Finding | None:
-    """Are answers in the corpus? ``None`` if all questions are answered by yes or no. Certain where no reward was ``seen``."""
+    """Are answers in the corpus? ``None`` if all are yes/no questions. Can be ``STOP`` only if no reward was ``seen``."""
     shares, count = figures(rows), sum(row.in_topk is not None for row in rows)
     in_topk, in_corpus = shares["in_topk"], shares["in_corpus"]
     if in_topk is None:
@@ -152,7 +152,7 @@ def answers(rows: Sequence[Recall], topk: int, seen: Observed) -> Finding | None
         text = f"No passage holds an answer to any of {count} questions, and no trajectory has a reward."
         return Finding(check="answers", level=Level.STOP, text=text, remedy=remedy)
     held = in_corpus is None or in_corpus >= _FEW_ANSWERS
-    if held and in_topk >= _RARE:  # of multi-hop questions few are answered by what the question itself finds
+    if held and in_topk >= _RARE:  # low, since the question's text alone finds few answers to multi-hop questions
         return Finding(check="answers", level=Level.OK, text=text)
     if held:
         remedy = "Raise rollout.topk, or try another retrieval.kind."
@@ -160,7 +160,7 @@ def answers(rows: Sequence[Recall], topk: int, seen: Observed) -> Finding | None
 
 
 def passages(count: int, topk: int) -> Finding | None:
-    """Is there anything to choose from? ``None`` if there is."""
+    """Does the corpus have more than ``topk`` passages? ``None`` if it does."""
     if count > topk:
         return None
     plural = "s" * (count > 1)
@@ -170,7 +170,7 @@ def passages(count: int, topk: int) -> Finding | None:
 
 
 def template(has_template: bool) -> Finding | None:
-    """Does a policy that no run of ours has made have a chat template? ``None`` if it has."""
+    """Does a policy that search-e1 did not train have a chat template? ``None`` if it does."""
     if has_template:
         return None
     text = "The policy's tokenizer has no chat template, so that it reads the bare instruction, as a base model does."
@@ -179,8 +179,8 @@ def template(has_template: bool) -> Finding | None:
 
 
 def overlap(train: Sequence[Question], evaluated: Mapping[str, Sequence[Question]]) -> Finding:
-    """Do training and evaluation questions overlap? By text up to case, punctuation, articles and white space; ids that both
-    have with other texts are only mentioned, since many files count from 1."""
+    """Do training and evaluation questions overlap? Texts are compared ignoring case, punctuation, articles and white space.
+    Shared ids with different texts are only mentioned, since many files count from 1."""
     texts = {normalize_answer(question.text): question for question in train}
     ids = {question.id for question in train}
     shared = [(name, q) for name, part in evaluated.items() for q in part if normalize_answer(q.text) in texts]
@@ -201,7 +201,7 @@ def overlap(train: Sequence[Question], evaluated: Mapping[str, Sequence[Question
 
 
 def amounts(config: Config, train_questions: int, eval_questions: int) -> dict[str, int]:
-    """Trajectories that a run samples, at most, by stage."""
+    """Stage -> the most trajectories that a run samples in it."""
     rounds, grpo, distillations = config.rounds, config.grpo, config.distillations
     policies = 1 + bool(config.coldstart) + distillations + (rounds if grpo.steps else 0)
     found = {"evaluation": policies * eval_questions * (1 + config.evaluation.samples)}
@@ -219,9 +219,9 @@ def time(sampled: Mapping[str, int], per_second: float, tokens: float, trained_p
 
     Args:
         sampled: see ``amounts``.
-        per_second: trajectories sampled a second, as measured.
-        tokens: mean sampled tokens of a trajectory.
-        trained_per_second: trajectories trained on a second, if it was measured.
+        per_second: measured trajectories sampled per second.
+        tokens: mean sampled tokens per trajectory.
+        trained_per_second: trajectories trained on per second, if measured.
     """
     count = sum(sampled.values())
     hours = count / per_second / 3600
@@ -235,12 +235,12 @@ def time(sampled: Mapping[str, int], per_second: float, tokens: float, trained_p
 
 
 def duration(hours: float) -> str:
-    """For people: ``2 min``, ``3.5 h``, ``12 days``."""
+    """Human-readable: ``2 min``, ``3.5 h``, ``12 days``."""
     if hours < 1:
         return f"{max(1, round(hours * 60))} min"
     return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
 
 
 def worst(findings: Iterable[Finding]) -> Level:
-    """The gravest level of ``findings``."""
+    """The most severe level in ``findings``."""
     return max((finding.level for finding in findings), key=list(Level).index, default=Level.OK)

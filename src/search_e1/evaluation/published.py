@@ -14,7 +14,7 @@ class Row(Record):
     em: dict[str, float] = {}
     """Benchmark -> EM; empty if only the average is published."""
     average: float | None = None
-    """Mean of ``em`` over benchmarks, each counting the same."""
+    """Mean of ``em`` over benchmarks, weighted equally."""
     note: str = ""
 
 
@@ -46,8 +46,8 @@ PUBLISHED_3B = (
 def comparison(em_by_benchmark: Mapping[str, float], name: str = "this run") -> list[Row]:
     """The published rows and, last, one for ``em_by_benchmark`` (EM from 0 to 1), all over the same benchmarks.
 
-    Benchmarks without published figures are left out and averages are taken over the rest, so that rows are comparable; a
-    method with only a published average over all seven has none over fewer. No rows if no benchmark remains.
+    Benchmarks without published figures are left out and averages are taken over the rest, so that rows are comparable. A
+    method that publishes only the average over all seven benchmarks has no average over fewer. Empty if no benchmark remains.
     """
     shared = [benchmark for benchmark in BENCHMARKS if benchmark in em_by_benchmark]
     if not shared:

@@ -1,7 +1,7 @@
 """Which passages hold an answer, and where BM25 ranks the first of them, for all questions in one pass over the passages.
 
-Passages become arrays of word ids, a chunk at a time. An answer is looked up at the positions of its rarest word; words of the
-questions are counted, and scored once all passages are known. About 300 bytes a passage stay in memory.
+Passages become arrays of word ids, one chunk at a time. An answer is looked up at the positions of its rarest word. Words of
+the questions are counted, and scored once all passages are read. About 300 bytes per passage stay in memory.
 """
 
 import math
@@ -25,7 +25,7 @@ from search_e1.types import Question
 _CHUNK = 2**15  # passages
 _WORD, _ARTICLES = re.compile(r"[^\W_]+"), frozenset({"a", "an", "the"})
 _DROPPED, _UNCOUNTED, _OTHER = range(3)
-"""Ids of words that no answer and no question has: articles; what BM25 does not count, and the end of a passage; all others."""
+"""Ids shared by words in no answer and no question: articles; words that BM25 does not count, and ends of passages; the rest."""
 _MARK = "\0"
 
 
@@ -33,17 +33,17 @@ class Reach(NamedTuple):
     """How the passages answer one question."""
 
     passages: int
-    """That hold an answer, as ``recall`` defines it."""
+    """Number of passages with an answer, as ``recall`` defines it."""
     rank: int | None
-    """Of the first of them when BM25 searches for the question, in the language in force; ``None`` if none shares a word with
-    it."""
+    """Rank of the first of them when BM25 searches for the question, in the active language; ``None`` if none shares a word
+    with the question."""
 
 
 class Reached(NamedTuple):
-    """What ``measure`` found."""
+    """The result of ``measure``."""
 
     by_question: list[Reach | None]
-    """``None`` for questions without an answer to look for (yes/no)."""
+    """``None`` for questions without an answer to search for (yes/no, unanswerable)."""
     passages: int
     repeated: int
     """Passages with the text of an earlier one."""
@@ -77,10 +77,11 @@ def measure(texts: Iterable[str], questions: Sequence[Question], progress: Progr
 
 
 class _Vocabulary(dict[str, int]):
-    """Word -> id; words that occur in no answer and no question share one.
+    """Word -> id; words in no answer and no question share the ids above.
 
-    In English a word of an answer is a word of the index. Elsewhere they differ (characters and bigrams of Chinese, say), and
-    a passage has both: the words that an answer is looked for in, then the index's, whose keys begin with ``_MARK``.
+    In English, answers and the index have the same words. In other languages they differ (e.g. characters and bigrams in
+    Chinese), and a passage is encoded twice: as the words that answers are matched against, then as the index's words, whose
+    keys begin with ``_MARK``.
     """
 
     def __init__(self, answers: Iterable[str], questions: Iterable[Question]) -> None:
@@ -88,7 +89,7 @@ class _Vocabulary(dict[str, int]):
         self._analysis = one_a_script(language_in_force())
         self._mark = "" if language_in_force() == ENGLISH else _MARK
         self.roots: dict[str, int] = {}
-        """Stem of a question's word -> its number."""
+        """Stem of a word in a question -> its number."""
         for word in {word for question in questions for word in self._split(question.text)}:
             if root := self._stem(word):
                 self.roots.setdefault(root, len(self.roots))
@@ -111,7 +112,7 @@ class _Vocabulary(dict[str, int]):
         return id
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of the words of all ``texts``, and the number of the text that each is in; int32 [words]."""
+        """Ids of the words of all ``texts``, and the index of the text that each is in; int32 [words] each."""
         ids, lengths = array("i"), []
         for text in texts:
             own = [*map(self.__getitem__, self._words(text)), _UNCOUNTED]
@@ -122,7 +123,7 @@ class _Vocabulary(dict[str, int]):
         return flat[kept], np.repeat(np.arange(len(texts), dtype=np.int32), lengths)[kept]
 
     def tables(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each id the number of its stem, -1 if no question has it, and whether BM25 counts the word."""
+        """For each id, the number of its stem (-1 if no question has it; int32), and whether BM25 counts the word (int8)."""
         return np.array(self._root_of, dtype=np.int32), np.array(self._counted, dtype=np.int8)
 
     def query(self, question: Question) -> list[int]:
@@ -135,16 +136,16 @@ class _Vocabulary(dict[str, int]):
         return [*words(text), "", *(self._mark + word for word in self._split(text))]
 
     def _split(self, text: str) -> list[str]:
-        """The index's words; of English with articles and single characters, which answers may have."""
+        """The index's words; in English also articles and single characters, which answers may contain."""
         return self._analysis.split(text) if self._mark else _WORD.findall(nfc(text.lower()))
 
     def _stem(self, word: str) -> str:
-        """The stem under which BM25 knows ``word``; "" for a stop word, and for a single character of English."""
+        """The stem that BM25 indexes ``word`` under; "" for a stop word, and for a single character in English."""
         return self._analysis.stem(word) if self._mark or len(word) > 1 else ""
 
 
 def _occurrences(ids: np.ndarray, wanted: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, np.ndarray]]:
-    """Number of each sequence of ``wanted`` that occurs in ``ids``, and where it begins."""
+    """Index of each sequence of ``wanted`` that occurs in ``ids``, and the positions where it begins."""
     order = np.argsort(ids, kind="stable")
     most = max((max(pattern) for pattern in wanted), default=0)
     counts = np.bincount(ids, minlength=most + 1)
@@ -165,7 +166,7 @@ def _occurrences(ids: np.ndarray, wanted: Sequence[tuple[int, ...]]) -> Iterator
 
 
 class _Scores:
-    """BM25 scores of the questions' words alone, by the formula of ``retrieval.bm25_build``."""
+    """BM25 scores of the questions' words only, by the formula of ``retrieval.bm25_build``."""
 
     def __init__(self, words: int) -> None:
         self._words = words
@@ -173,7 +174,7 @@ class _Scores:
         self._lengths: list[np.ndarray] = []
 
     def add(self, ids: np.ndarray, passage: np.ndarray, vocabulary: _Vocabulary, before: int) -> None:
-        """Count the words of a chunk, which begins with passage number ``before``."""
+        """Count the words of a chunk whose first passage has number ``before``."""
         root_of, counted = vocabulary.tables()
         self._lengths.append(np.bincount(passage, weights=counted[ids]).astype(np.int32))
         roots = root_of[ids]
@@ -183,7 +184,7 @@ class _Scores:
         self._parts.append((word.astype(np.int32), (where + before).astype(np.int32), counts.astype(np.float32)))
 
     def finish(self, passages: int) -> None:
-        """Score what was counted."""
+        """Compute the scores from the counts."""
         empty = (np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32), np.empty(0, dtype=np.float32))
         word, passage, tf = (np.concatenate(column) for column in zip(*(self._parts or [empty]), strict=True))
         order = np.argsort(word, kind="stable")
@@ -197,7 +198,7 @@ class _Scores:
         self._sums = np.zeros(passages, dtype=np.float32)
 
     def rank(self, query: Sequence[int], holders: np.ndarray) -> int | None:
-        """The best rank of ``holders``, sorted passage numbers; ties are in corpus order. ``None`` if none has a score."""
+        """The best rank among ``holders``, sorted passage numbers; ties rank in corpus order. ``None`` if none has a score."""
         if not len(holders):
             return None
         self._sums.fill(0)

@@ -1,9 +1,9 @@
 """Retrieval recall: whether an answer was within reach of the policy at all.
 
 A text contains an answer if the answer's words occur in it consecutively: runs of letters and digits, ignoring case and the
-articles a, an and the. Unlike in EM, punctuation separates words: "Paris" is found in "Paris-based", "1963" in "1961/1963". In
-another language than English words and articles are its own (``data.answers``). Questions answered by yes or no
-only, and unanswerable ones, are excluded (``None``): no passage contains such an answer.
+articles a, an and the. Unlike in EM, punctuation separates words: "Paris" is found in "Paris-based", "1963" in "1961/1963".
+Other languages have their own words and articles (``data.answers``). Yes/no questions and unanswerable ones are excluded
+(``None``): no passage contains such an answer.
 """
 
 from collections import defaultdict
@@ -23,15 +23,15 @@ _BATCH, _PROGRESS_EVERY = 64, 1000
 
 
 class Recall(Record):
-    """Whether retrieval can reach an answer to one question, independently of any policy."""
+    """Whether retrieval can find an answer to one question, independent of any policy."""
 
     benchmark: str
     id: str
     in_topk: bool | None
-    """The first ``rollout.topk`` passages for the question itself contain an answer; ``None`` for yes/no questions and
-    unanswerable ones."""
+    """The first ``rollout.topk`` passages retrieved for the question's text contain an answer; ``None`` for yes/no and
+    unanswerable questions."""
     in_corpus: bool | None
-    """Some passage contains an answer; ``None`` likewise, and if the passages cannot be read (a server's)."""
+    """Some passage contains an answer; ``None`` as above, and if the passages cannot be read (on a server)."""
 
 
 Recalls = Mapping[tuple[str, str], Recall]
@@ -39,7 +39,7 @@ Recalls = Mapping[tuple[str, str], Recall]
 
 
 def words(text: str) -> str:
-    """The words of ``text`` that count, a space between them."""
+    """The words of ``text`` that matching compares, joined by spaces."""
     return " ".join(answers.words(text))
 
 
@@ -67,12 +67,12 @@ def measure(
 
 
 def figures(rows: Sequence[Recall]) -> dict[str, float | None]:
-    """Shares over the questions with an answer to look for; ``None`` if there is none."""
+    """Shares over the questions with an answer to search for; ``None`` if there is no such question."""
     return {name: share_of(getattr(row, name) for row in rows) for name in ("in_topk", "in_corpus")}
 
 
 def share_of(values: Iterable[bool | None]) -> float | None:
-    """The share of true ones among the known; ``None`` if none is known."""
+    """The share of true values among those that are not ``None``; ``None`` if all are."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
@@ -83,13 +83,13 @@ def is_yes_no(question: Question) -> bool:
 
 
 def patterns(question: Question) -> tuple[str, ...]:
-    """The word sequences to search for: each answer's words, without duplicates, yes, no and empty ones. None of an
+    """The word sequences to search for: each answer's words, without duplicates, yes, no and empty ones. Empty for an
     unanswerable question."""
     return () if question.unanswerable else patterns_of(question.answers)
 
 
 def patterns_of(texts: Iterable[str]) -> tuple[str, ...]:
-    """The same of the answers ``texts``."""
+    """The word sequences to search for, from the answers ``texts``; see ``patterns``."""
     found = dict.fromkeys(map(words, texts))
     return tuple(pattern for pattern in found if pattern and pattern not in _YES_NO)
 
@@ -105,8 +105,8 @@ def holds(texts: Iterable[str], answers: Sequence[str]) -> bool | None:
 def in_corpus(texts: Iterable[str], answers: Sequence[Sequence[str]], progress: Progress = silent) -> list[bool | None]:
     """For each question's patterns, whether one of ``texts`` contains one; ``None`` without patterns.
 
-    One pass over ``texts`` for all patterns. A pattern is compared only where its longest word occurs, which takes one set
-    intersection a text; questions that are settled are dropped.
+    One pass over ``texts`` for all patterns. A pattern is compared only where its longest word occurs, which costs one set
+    intersection per text; a question is dropped once it is found.
     """
     found: list[bool | None] = [False if some else None for some in answers]
     pending: dict[str, list[tuple[str, int]]] = defaultdict(list)  # longest word -> padded patterns and their questions
@@ -130,7 +130,7 @@ def in_corpus(texts: Iterable[str], answers: Sequence[Sequence[str]], progress: 
 
 
 def in_topk(retriever: Retriever, questions: Sequence[Question], topk: int, progress: Progress = silent) -> list[bool | None]:
-    """For each question, whether its own first ``topk`` passages contain an answer; ``None`` for yes/no questions.
+    """For each question, whether the first ``topk`` passages for its text contain an answer; ``None`` without patterns.
 
     Raises:
         RetrievalError: from the retriever.

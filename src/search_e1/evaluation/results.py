@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from search_e1.evaluation.failures import Failure
+from search_e1.evaluation.recall import share_of
 from search_e1.evaluation.statistics import Interval, interval, share_interval
 from search_e1.runs import read_records
 from search_e1.types import Record, StopReason
@@ -17,7 +18,7 @@ EVALUATION, QUESTIONS = "evaluation.json", "questions.jsonl"
 FIGURES = ("em", "f1", "cover_em", "searches", "tokens")
 """The figures of every question's greedy trajectory."""
 COUNTS = ("searches", "tokens")
-"""The figures that are no shares from 0 to 1."""
+"""The figures that are counts, not shares from 0 to 1."""
 
 
 def _is_none(value: Any) -> bool:
@@ -49,22 +50,22 @@ class Result(Record):
     """EM of each sampled trajectory."""
     tokens_of_samples: tuple[int, ...] = ()
     yes_no: bool
-    """The right answers are yes or no, which no passage contains."""
+    """Every right answer is yes or no, which is not searched for in passages."""
     read: bool | None
-    """A passage, as the policy read it, contains an answer; ``None`` for yes/no questions and unanswerable ones."""
+    """A passage, as the policy read it, contains an answer; ``None`` for yes/no and unanswerable questions."""
     in_topk: bool | None
     """See ``recall.Recall``; ``None`` if it was not measured."""
     in_corpus: bool | None
     failure: Failure | None
     """``None`` if the answer is right."""
     reward: float | None = Field(None, exclude_if=_is_none)
-    """Under ``rollout.reward``, where that is not exact match."""
+    """The run's reward, if ``rollout.reward`` is not exact match."""
     answer_type: str | None = Field(None, exclude_if=_is_none)
-    """Of the question's metadata, or ``unanswerable``; where ``reward`` is there."""
+    """The question's ``metadata.answer_type``, or ``unanswerable``; set only with ``reward``."""
 
 
 class Scores(Record):
-    """Means over ``n`` questions, of greedy trajectories unless stated, with 95% intervals (see ``statistics``)."""
+    """Means over ``n`` questions, greedy unless stated otherwise, with 95% intervals (see ``statistics``)."""
 
     n: int
     em: float
@@ -72,7 +73,7 @@ class Scores(Record):
     f1: float
     f1_interval: Interval
     cover_em: float
-    """Share of answers that contain a right one as whole words."""
+    """Share of answers that contain a right answer as whole words."""
     cover_em_interval: Interval
     searches: float
     searches_interval: Interval
@@ -82,20 +83,20 @@ class Scores(Record):
     """Mean EM of the sampled trajectories; ``None`` if none were sampled."""
     em_sampled_interval: Interval | None
     em_by_sample: tuple[float, ...]
-    """EM of every question's first sampled trajectory, of every second, ...: like runs with different sampling seeds."""
+    """EM over every question's first sample, second sample, ...: like runs with different sampling seeds."""
     answerable: int | None
-    """Questions with an answer to look for (not yes/no) that is in the corpus; ``None`` if that is unknown."""
+    """Questions whose answer (not yes/no) is in the corpus; ``None`` if unknown."""
     em_answerable: float | None
-    """EM over these; ``None`` if there is none."""
+    """EM over the answerable questions; ``None`` if there are none."""
     em_answerable_interval: Interval | None
     read: float | None
-    """Share of the questions with an answer to look for that is in what was read; likewise the next two."""
+    """Share of questions, without yes/no and unanswerable ones, with this property of ``Result``; likewise the next two."""
     in_topk: float | None
     in_corpus: float | None
     failures: dict[Failure, int]
-    """Class -> wrong answers, in the order of decision, without empty classes."""
+    """Failure class -> number of wrong answers, in the order of ``Failure``, without empty classes."""
     reward: float | None = Field(None, exclude_if=_is_none)
-    """Mean under ``rollout.reward``, where that is not exact match."""
+    """Mean reward, if ``rollout.reward`` is not exact match."""
     reward_interval: Interval | None = Field(None, exclude_if=_is_none)
 
 
@@ -105,24 +106,24 @@ class Evaluation(Scores):
     macro_em: float
     """Mean of the benchmarks' EM: the "average" of published tables."""
     macro_em_interval: Interval
-    """From the benchmarks' intervals."""
+    """Combined from the benchmarks' intervals."""
     macro_em_sampled: float | None
     macro_em_sampled_interval: Interval | None
     by_benchmark: dict[str, Scores]
     by_hops: dict[int, Scores]
-    """Over the questions whose hop count is known."""
+    """Scores by hop count, over the questions where it is known."""
     stop_reasons: dict[StopReason, int]
-    """Reason -> greedy trajectories that ended for it."""
+    """Stop reason -> number of greedy trajectories."""
     sampled_tokens: int = 0
-    """Total of all trajectories, greedy and sampled."""
+    """Total over all trajectories, greedy and sampled."""
     reward_name: str | None = Field(None, exclude_if=_is_none)
-    """``rollout.reward``, where that is not exact match."""
+    """``rollout.reward``, if it is not exact match."""
     by_answer_type: dict[str, Scores] = Field({}, exclude_if=_is_empty)
-    """The same by the questions' ``metadata.answer_type``."""
+    """Scores by the questions' ``metadata.answer_type``."""
 
 
 def evaluation(results: Sequence[Result], seed: int, reward_name: str | None = None) -> Evaluation:
-    """The figures over ``results``; ``seed`` is the bootstrap's, ``reward_name`` the name of a reward other than exact match.
+    """The figures over ``results``. ``seed`` seeds the bootstrap; ``reward_name`` names a reward other than exact match.
 
     Raises:
         ValueError: there are no results.
@@ -168,7 +169,7 @@ def _scores(results: Sequence[Result], seed: int) -> dict[str, Any]:
         "em_by_sample": tuple(map(fmean, zip(*(result.em_of_samples for result in results), strict=True))),
         "answerable": len(answerable) if known else None,
         **_mean("em_answerable", [result.em for result in answerable], seed),
-        **{name: _share(results, name) for name in ("read", "in_topk", "in_corpus")},
+        **{name: share_of(getattr(r, name) for r in results) for name in ("read", "in_topk", "in_corpus")},
         "failures": {failure: classes[failure] for failure in Failure if classes[failure]},
         **(_mean("reward", rewards, seed) if (rewards := [r.reward for r in results if r.reward is not None]) else {}),
     }
@@ -180,16 +181,11 @@ def _mean(name: str, values: Sequence[float], seed: int) -> dict[str, Any]:
     return {name: fmean(values), f"{name}_interval": (interval if name in COUNTS else share_interval)(values, seed=seed)}
 
 
-def _share(results: Sequence[Result], name: str) -> float | None:
-    known = [value for result in results if (value := getattr(result, name)) is not None]
-    return fmean(known) if known else None
-
-
 def write(results: Sequence[Result], path: Path) -> None:
-    """One JSON line each."""
+    """Write one JSON line per result."""
     path.write_text("".join(result.model_dump_json() + "\n" for result in results), encoding="utf-8")
 
 
 def read(path: Path) -> Iterator[Result]:
-    """The results of a file that ``write`` wrote; see ``runs.read_records``."""
+    """The results in a file written by ``write``; see ``runs.read_records``."""
     return read_records(path, Result, "evaluate again")

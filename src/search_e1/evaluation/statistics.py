@@ -1,8 +1,8 @@
 """Confidence intervals and tests over questions.
 
-All intervals are of 95%. A share of questions (EM) has Wilson's; any other mean has the percentile bootstrap's. Questions
-are resampled, never the samples of one question, which depend on one another and are represented by their mean; over several
-seeds, seeds are resampled too. Policies are compared on the same questions, so differences are paired.
+All intervals are 95%: Wilson's for a share of questions (EM), the percentile bootstrap's for any other mean. Questions are
+resampled; the samples of one question are correlated, so they enter as their mean. With several seeds, seeds are resampled
+too. Policies are compared on the same questions, so differences are paired.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 Interval = tuple[float, float]
 RESAMPLES = 10_000
 _Z = NormalDist().inv_cdf(0.975)
-_CELLS = 4_000_000  # size of the table of draws held in memory
+_CELLS = 4_000_000  # size of the in-memory table of draws
 
 
 def wilson(successes: int, n: int) -> Interval:
@@ -22,7 +22,7 @@ def wilson(successes: int, n: int) -> Interval:
     Never of zero width: 0 of 6 gives 0 to 0.390.
 
     Raises:
-        ValueError: ``n`` is no positive number, or there are more successes than that, or fewer than none.
+        ValueError: ``n`` is not positive, or ``successes`` is not from 0 to ``n``.
     """
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"{successes} successes of {n}")
@@ -36,11 +36,11 @@ def share_interval(*parts: Sequence[float], seed: int, least: float = 0.0) -> In
     """95% interval of the mean over ``parts`` of each part's mean, for values from ``least`` to 1: EM, F1, and with
     ``least=-1`` their paired differences. Never of zero width.
 
-    One part: Wilson's interval if the values are all 0 or 1 and no differences, else the bootstrap's. Where all values are
-    equal the bootstrap has nothing to resample: the interval then reaches on both sides as far as Wilson's of 0 out of n,
-    the share of questions that may differ from those seen.
-    Several parts, a macro average: their intervals squared and added (Newcombe, Statistics in Medicine 17, 1998; Zou and
-    Donner, Statistics in Medicine 27, 2008), so that a benchmark on which all questions agree adds its share of doubt.
+    One part: Wilson's interval if the values are all 0 or 1 and not differences, else the bootstrap's. If all values are
+    equal, the bootstrap has nothing to resample: the interval then extends on each side as far as Wilson's for 0 out of n,
+    the share of unseen questions that may differ.
+    Several parts (a macro average): the half-widths are added in quadrature (Newcombe, Statistics in Medicine 17, 1998; Zou and
+    Donner, Statistics in Medicine 27, 2008), so that a benchmark on which all questions agree still adds its uncertainty.
 
     Raises:
         ValueError: a part is empty, or there is none.
@@ -68,9 +68,8 @@ def _share_interval(values: Sequence[float], seed: int, least: float) -> Interva
 def interval(*parts: Sequence[float], seed: int, resamples: int = RESAMPLES) -> Interval:
     """95% percentile bootstrap interval of the mean over ``parts`` of each part's mean.
 
-    One part: the interval of a plain mean. Several: each is resampled separately (a macro average over benchmarks). For a
-    paired difference, pass the differences. The interval of equal values has zero width, however few they are; see
-    ``share_interval``.
+    One part gives the interval of a plain mean. Several parts are resampled separately (a macro average over benchmarks). For
+    a paired difference, pass the differences. If all values are equal, the interval has zero width; see ``share_interval``.
 
     Raises:
         ValueError: a part is empty, or there is none.
@@ -87,8 +86,8 @@ def intervals_over_seeds(values: np.ndarray, *, seed: int) -> list[Interval]:
     Statistics 1(2), 2007), for tables whose rows and columns are both samples.
 
     Args:
-        values: float [figures, seeds, questions], NaN where a seed was not asked a question; paired differences give the
-            interval of the difference. All figures share the same draws.
+        values: float [figures, seeds, questions], NaN where a seed was not evaluated on a question; paired differences give
+            the interval of the difference. All figures share the same draws.
 
     With few seeds the intervals are too narrow: the variance of n observed seeds is (n - 1) / n of the true one. With one
     seed, only questions are resampled.
@@ -115,7 +114,7 @@ def intervals_over_seeds(values: np.ndarray, *, seed: int) -> list[Interval]:
 
 
 def _counts_drawn(rng: np.random.Generator, n: int, resamples: int) -> Iterator[np.ndarray]:
-    """How often each of n items is drawn in each resample: float64 [rows, n], in batches of rows that fit in memory."""
+    """Number of times each of n items is drawn in each resample: float64 [rows, n], in batches of rows that fit in memory."""
     rows = max(1, _CELLS // n)
     for at in range(0, resamples, rows):
         yield rng.multinomial(n, np.full(n, 1 / n), size=min(rows, resamples - at)).astype(np.float64)
@@ -124,7 +123,7 @@ def _counts_drawn(rng: np.random.Generator, n: int, resamples: int) -> Iterator[
 def _resampled_means(values: Sequence[float], rng: np.random.Generator, resamples: int) -> np.ndarray:
     """Means of ``resamples`` draws of n = len(values) values with replacement: float64 [resamples].
 
-    Counts of distinct values are multinomial, so no single question needs to be drawn: for zeros and ones a resample is one
+    Counts of distinct values are multinomial, so questions are not drawn one by one: for zeros and ones a resample is one
     binomial number, whatever n is.
     """
     distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
@@ -134,8 +133,8 @@ def _resampled_means(values: Sequence[float], rng: np.random.Generator, resample
 
 
 def mcnemar(won: int, lost: int) -> float:
-    """Exact two-sided p of McNemar's test: the probability of a split at least as uneven as ``won`` to ``lost`` if each
-    question on which two policies disagree were a fair coin; 1.0 if they never disagree.
+    """Exact two-sided p-value of McNemar's test: the probability of a split at least as uneven as ``won`` to ``lost`` if each
+    question on which the policies disagree were a fair coin flip; 1.0 if they never disagree.
     """
     n = won + lost
     term = total = 1  # binomial coefficients (n over i), exact

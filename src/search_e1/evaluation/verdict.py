@@ -1,4 +1,4 @@
-"""What an audit's figures come to: findings in sentences, each with its remedy."""
+"""The findings of an audit: sentences about its figures, each with a remedy."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -9,7 +9,7 @@ from search_e1.types import Record
 
 Role = Literal["train", "eval"]
 COMMON = 0.05
-"""An answer in a larger share of passages is no evidence: three passages drawn at random hold it once in seven times."""
+"""Share of passages above which containing an answer is no evidence: three random passages contain it one time in seven."""
 _FAR = 0.3
 _KIND: Mapping[Role, str] = {"train": "training", "eval": "evaluation"}
 _BUT_FOR = "but for inflection, order and small words"
@@ -22,38 +22,39 @@ class FileAudit(Record):
     role: Role
     questions: int
     yes_no: int
-    """Every right answer is yes or no, which is looked for in no passage; the next figures leave these and those out."""
+    """Questions whose every right answer is yes or no, which is not searched for in passages. The retrieval figures below
+    exclude yes/no and unanswerable questions."""
     unanswerable: int = 0
-    """``metadata.unanswerable`` says that the documents hold no answer."""
+    """Questions that ``metadata.unanswerable`` marks as having no answer in the documents."""
     in_corpus: float | None = None
     """Share with an answer in some passage; ``None`` if passages were not read."""
     in_top: dict[int, float] = {}
     """k -> share with an answer in the first k passages for the question's own words, by BM25."""
     rank: float | None = None
-    """Median rank of the first such passage, where there is one."""
+    """Median BM25 rank of the first passage with an answer, over questions that have one."""
     passages: float | None = None
-    """Median number of passages that hold an answer, where there is one."""
+    """Median number of passages with an answer, over questions that have one."""
     common: int = 0
     out_of_reach: int = 0
-    """Questions without such a passage, or whose answer no policy can say."""
+    """Questions whose answer is in no passage, or cannot be written by the policy."""
     refused: int = 0
     unsayable: int = 0
     conflicts: int = 0
     leaks: int = 0
-    """Of training files; those of evaluation files are counted by the questions that leaked."""
+    """Questions that the other role's files also ask."""
     near_leaks: int = 0
     repeats: int = 0
-    """Within all training files together, or within one evaluation file."""
+    """Repeated questions, within all training files together or within one evaluation file."""
     near_repeats: int = 0
 
     @property
     def most(self) -> float:
-        """The highest EM without answers from memory."""
+        """The highest EM possible without answering from memory."""
         return 1 - self.out_of_reach / self.questions if self.questions else 0.0
 
 
 def find(totals: Sequence[FileAudit], found: Reached | None, skipped: Mapping[str, int]) -> list[Finding]:
-    """The findings about training and evaluation questions together, those about evaluation first."""
+    """The findings about training and evaluation questions, evaluation first."""
     made = [reach(total) for total in reversed(totals) if found]
     return [*made, records(totals, found, skipped), wording(totals), repeats(totals), *filter(None, [leaks(totals)])]
 
@@ -97,7 +98,7 @@ def records(totals: Sequence[FileAudit], found: Reached | None, skipped: Mapping
 
 
 def wording(totals: Sequence[FileAudit]) -> Finding:
-    """Can every answer be given, and is there one truth?"""
+    """Can every answer be written, and does no question have conflicting answers?"""
     count, yes_no, unanswerable, unsayable, conflicts = (
         sum(getattr(total, name) for total in totals)
         for name in ("questions", "yes_no", "unanswerable", "unsayable", "conflicts")
@@ -131,7 +132,7 @@ def repeats(totals: Sequence[FileAudit]) -> Finding:
 
 
 def leaks(totals: Sequence[FileAudit]) -> Finding | None:
-    """Is an evaluation question in training? ``None`` without training or evaluation files."""
+    """Is an evaluation question also a training question? ``None`` without training or evaluation files."""
     evaluated = next((total for total in totals if total.role == "eval"), None)
     if len(totals) < 2 or not evaluated:
         return None

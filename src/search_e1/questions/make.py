@@ -1,6 +1,5 @@
 """``search-e1 data questions``: writes drafts from candidates, filters them, and stores the rest by split."""
 
-import json
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from search_e1 import runs
+from search_e1.data.lines import write_lines
 from search_e1.data.questions import to_record
 from search_e1.errors import DataError
 from search_e1.questions import review
@@ -138,16 +138,11 @@ def make_questions(
 def write(made: Made, directory: Path) -> None:
     """Write the split files, the review table, and the dropped drafts."""
     for name, drafts in made.questions.items():
-        _write_lines(directory / f"{name}.jsonl", [to_record(draft.question()) for draft in drafts])
+        write_lines(directory / f"{name}.jsonl", (to_record(draft.question()) for draft in drafts))
     checks = [step for step in made.funnel if step not in (WRITTEN, KEPT)]
     review.write(directory / review.FILE, made.questions, checks)
     dropped = [{**to_record(draft.question()), "dropped_by": name, "reason": reason} for draft, name, reason in made.dropped]
-    _write_lines(directory / "dropped.jsonl", dropped)
-
-
-def _write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_lines(directory / "dropped.jsonl", dropped)
 
 
 @dataclass(slots=True)

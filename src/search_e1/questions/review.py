@@ -1,7 +1,6 @@
 """The review table: one row per question for a spreadsheet; a reviewer's marks and edits are applied to the split files."""
 
 import csv
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from search_e1 import runs
 from search_e1.data.answers import cover_match
-from search_e1.data.lines import checksum
+from search_e1.data.lines import checksum, write_lines
 from search_e1.data.questions import load_questions, to_record
 from search_e1.data.tables import table_rows
 from search_e1.errors import DataError
@@ -120,8 +119,7 @@ def _reviewed(question: Question, found: tuple[str, dict[str, str]] | None, revi
 
 def _write(reviewed: Reviewed, directory: Path) -> dict[str, Any]:
     for split, questions in reviewed.questions.items():
-        with (directory / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(to_record(question), ensure_ascii=False) + "\n" for question in questions)
+        write_lines(directory / f"{split}.jsonl", map(to_record, questions))
     kept = {split: len(questions) for split, questions in reviewed.questions.items()}
     return {"questions": kept, **reviewed.counts, "notes": reviewed.notes}
 

@@ -1,8 +1,8 @@
-"""What BM25 takes for a word, by language: its words, its stop words, its stems; and which languages a corpus is in.
+"""Text analysis for BM25 by language (tokenization, stop words, stemming), and language detection.
 
-English is bm25s's rule to the byte. In any other language text is folded (``runs.languages.fold``), words keep their marks, and
-scripts without spaces become bigrams of characters, as in Lucene's CJK analyzer. Each script has the stop words and the
-Snowball stemmer of one language at most.
+English uses exactly bm25s's rule. In other languages text is folded (``runs.languages.fold``), words keep their combining
+marks, and scripts without spaces become character bigrams, as in Lucene's CJK analyzer. Each script uses the stop words and
+the Snowball stemmer of at most one language.
 """
 
 import re
@@ -22,7 +22,7 @@ from search_e1.runs.languages import ENGLISH, NAMES, NONE, character_pattern, fo
 from search_e1.runs.nfc import nfc
 
 VERSION = 1
-"""Of all rules but English's; part of an index's settings."""
+"""Version of all rules except English's; part of an index's settings."""
 _SCRIPTS = (
     (0, "latin"), (0x0370, "greek"), (0x0400, "cyrillic"), (0x0530, "armenian"), (0x0590, "hebrew"), (0x0600, "arabic"),
     (0x0780, ""), (0x08A0, "arabic"), (0x0900, "devanagari"), (0x0980, ""), (0x0B80, "tamil"), (0x0C00, ""), (0x0E00, "thai"),
@@ -31,24 +31,24 @@ _SCRIPTS = (
     (0x3190, ""), (0x31F0, "kana"), (0x3200, ""), (0x3400, "han"), (0xA000, ""), (0xAA60, "burmese"), (0xAA80, ""),
     (0xAC00, "hangul"), (0xD7B0, ""), (0xF900, "han"), (0xFB00, ""), (0x20000, "han"), (0x40000, ""),
 )  # fmt: skip
-"""First code point of each block, in folded text -> its script; "" for others."""
+"""(First code point of a block in folded text, its script); "" for other characters."""
 _STARTS = [start for start, _ in _SCRIPTS]
 _SCRIPT_OF = {
     **dict.fromkeys(("ar", "fa"), "arabic"), **dict.fromkeys(("bg", "ru", "sr", "uk"), "cyrillic"),
     **dict.fromkeys(("hi", "ne"), "devanagari"), "el": "greek", "he": "hebrew", "hy": "armenian", "ta": "tamil",
     "ja": "kana", "km": "khmer", "ko": "hangul", "lo": "lao", "my": "burmese", "th": "thai", "zh": "han",
 }  # fmt: skip
-"""Language -> its script; Latin for all others."""
+"""Language -> its script; Latin if not listed."""
 _FAR_EAST = frozenset(("han", "kana"))
 _PRESENT = 0.01
-"""A script with a smaller share of the letters is left to the rule of the others."""
+"""Minimum share of letters for a script to be detected."""
 _EVIDENCE = 0.05
-"""Least share of a script's words that speak for a language: stop words, each divided among the languages that have it."""
-_KANA = 0.05  # of the letters of Chinese and Japanese, from which on they are Japanese
+"""Minimum share of stop words among a script's words to detect a language; a word counts in equal parts for its languages."""
+_KANA = 0.05  # minimum share of kana among CJK letters for Japanese instead of Chinese
 
 
 class Analysis:
-    """The words of passages and queries of an index. Thread-safe."""
+    """Splits passages and queries of an index into words and stems them. Thread-safe."""
 
     def __init__(self, codes: tuple[str, ...]) -> None:
         """Use ``analysis_of``."""
@@ -65,12 +65,12 @@ class Analysis:
         self._stemming = threading.Lock()  # Stemmer is not thread-safe
         self.split = _split_english if self.is_english else self._split
         """Words of a text in order, stop words included."""
-        self.stem = lru_cache(2**18)(self._stem)  # about 40 MB; nearly all words of a passage are among the last that many
+        self.stem = lru_cache(2**18)(self._stem)  # about 40 MB; holds nearly all words of a passage
         """The stem of a word, or "" for a stop word."""
 
     @property
     def settings(self) -> dict[str, object]:
-        """What an index records of it."""
+        """The settings that an index records."""
         if self.is_english:
             return {"language": self.language, "stopwords": "english", "stemmer": "english"}
         listed = [code for code in self.codes if stop_words(code)]
@@ -96,7 +96,7 @@ class Analysis:
             return self._stemmers[code].stemWord(word) if code in self._stemmers else word
 
     def uncovered(self, texts: Iterable[str]) -> float:
-        """The share of the letters of ``texts`` that are in no word, or in a run of an unspaced script taken for one word."""
+        """Share of letters in ``texts`` that are in no word, or in a run of an unspaced script treated as a single word."""
         letters = covered = 0
         for text in texts:
             plain = nfc(text.lower()) if self.is_english else fold(text, self.codes)
@@ -113,8 +113,8 @@ _find_words = re.compile(r"\b\w\w+\b").findall
 
 
 def _split_english(text: str) -> list[str]:
-    """The words of ``text`` in lower case and NFC, as bm25s's tokenizer finds them."""
-    return _find_words(nfc(text.lower()))  # a combining accent would end a word
+    """The words of ``text`` in lower case and NFC, as in bm25s's tokenizer."""
+    return _find_words(nfc(text.lower()))  # NFC, since a combining accent would end a word
 
 
 @cache
@@ -122,14 +122,14 @@ def analysis_of(language: str) -> Analysis:
     """The analysis of ``language``, codes as ``runs.languages.parse`` reads them.
 
     Raises:
-        ConfigError: an unknown code, or two languages of one script.
+        ConfigError: an unknown code, or two languages with the same script.
     """
     return Analysis(parse(language, "language"))
 
 
 @cache
 def one_a_script(language: str) -> Analysis:
-    """The analysis of ``language`` without the codes whose script an earlier one has."""
+    """The analysis of ``language``, keeping only the first code of each script."""
     scripts: dict[str, str] = {}
     for code in parse(language, "language"):
         scripts.setdefault(_SCRIPT_OF.get(code, "latin"), code)
@@ -137,12 +137,12 @@ def one_a_script(language: str) -> Analysis:
 
 
 class Detected(NamedTuple):
-    """Which languages a sample of a corpus is in."""
+    """Languages detected in a sample of a corpus."""
 
     language: str
-    """Codes, the most letters first."""
+    """Codes, by descending share of letters."""
     shares: dict[str, float]
-    """Language, or script where the language is unknown -> share of the letters."""
+    """Language, or script if the language is unknown -> share of letters."""
 
     def __str__(self) -> str:
         parts = ", ".join(f"{share:.0%} {name}" for name, share in self.shares.items())
@@ -150,9 +150,9 @@ class Detected(NamedTuple):
 
 
 def detect(texts: Sequence[str]) -> Detected:
-    """The languages of ``texts``: by script, and within a script by stop words.
+    """Detect the languages of ``texts`` by script, and within a script by stop words.
 
-    English where nothing speaks for another language and most letters are Latin: corpora of names have few stop words.
+    Defaults to English if most letters are Latin and no language is detected: corpora of names have few stop words.
     """
     words = [word for text in texts for word in word_pattern().findall(fold(text))]
     letters: Counter[str] = Counter()
@@ -180,7 +180,7 @@ def detect(texts: Sequence[str]) -> Detected:
 
 
 def _by_stop_words(script: str, words: Iterable[str]) -> str | None:
-    """The language with the most stop words among the ``words`` in ``script``; ``None`` if hardly any is one."""
+    """The language with the most stop words among the ``words`` in ``script``; ``None`` if there are too few."""
     counts = Counter(word for word in words if _script(word[0]) == script)
     scores: dict[str, float] = defaultdict(float)
     for word, count in counts.items():
@@ -195,7 +195,7 @@ def _by_stop_words(script: str, words: Iterable[str]) -> str | None:
 
 @cache
 def _languages_of() -> dict[str, tuple[str, ...]]:
-    """Stop word -> the languages that have it."""
+    """Stop word -> its languages."""
     found: dict[str, tuple[str, ...]] = {}
     for code in LISTED:
         for word in stop_words(code):

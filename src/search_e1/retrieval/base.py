@@ -10,7 +10,7 @@ class Hit(Passage):
     """A retrieved passage."""
 
     score: float
-    """Higher is better; comparable within one query of one retriever only."""
+    """Higher is better; comparable only within one query of one retriever."""
 
 
 @runtime_checkable
@@ -30,13 +30,13 @@ class Index(Retriever, Protocol):
 
     @property
     def checksum(self) -> str:
-        """sha256 of all that results depend on: passages, kind, settings, encoder."""
+        """sha256 of everything that results depend on: passages, kind, settings, encoder."""
 
     def __len__(self) -> int:
         """Number of passages."""
 
     def passage(self, key: str) -> Passage | None:
-        """The passage with this id, else the first one with this title in any case, if there is one."""
+        """The passage with this id, else the first one with this title (case-insensitive), else ``None``."""
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
         """See ``Retriever``."""

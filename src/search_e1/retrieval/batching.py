@@ -1,4 +1,4 @@
-"""Dynamic batching of concurrent queries, behind a cache in memory."""
+"""Dynamic batching of concurrent queries, with an in-memory cache."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -13,11 +13,11 @@ from search_e1.retrieval.settings import Settings
 
 Answer = TypeVar("Answer")
 Key = tuple[str, int]
-"""A query and its topk: results for a small topk need not be a prefix of those for a larger one."""
+"""(query, topk): results for a small topk need not be a prefix of those for a larger one."""
 
 
 class QueueFullError(Exception):
-    """Too many queries wait for the index."""
+    """Too many queries are waiting for the index."""
 
 
 class IndexFailedError(Exception):
@@ -25,10 +25,10 @@ class IndexFailedError(Exception):
 
 
 class Batcher(Generic[Answer]):
-    """Answers queries by calls of ``answer`` in worker threads, which keeps the event loop free.
+    """Answers queries by calling ``answer`` in worker threads, off the event loop.
 
-    Queries that arrive together share a call, equal ones in flight share a result, and results are cached. An async context
-    manager, whose exit waits for calls in flight.
+    Queries that arrive together share a call, equal queries in flight share a result, and results are cached. An async context
+    manager; its exit waits for calls in flight.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class Batcher(Generic[Answer]):
         """``answer``: queries and topk -> one result each; called from ``limits.threads`` threads.
 
         ``size_of``: bytes of a cached result. ``count``: called with the source of results (``index``, ``cache``, or
-        ``joined`` to one in flight) and their number.
+        ``joined`` for queries already in flight) and their number.
         """
         self._answer, self._limits, self._count = answer, limits, count
-        # A result counts at least its share of the bytes, so that there are never more than ``limits.cache``.
+        # Each result counts at least its share of the bytes, so that there are never more than ``limits.cache`` results.
         share = max(1, limits.cache_bytes // max(1, limits.cache))
         self.cache: LRUCache[Key, Answer] = LRUCache(limits.cache * share, lambda answer: max(share, size_of(answer)))
         self._queue: asyncio.Queue[Key] = asyncio.Queue()
@@ -54,7 +54,7 @@ class Batcher(Generic[Answer]):
 
     @property
     def waiting(self) -> int:
-        """Queries that are in no call yet."""
+        """Number of queries waiting for a call."""
         return self._queue.qsize()
 
     async def __aenter__(self) -> Self:
@@ -72,7 +72,7 @@ class Batcher(Generic[Answer]):
         """The result of each query.
 
         Raises:
-            QueueFullError: too many queries wait; none of these was queued.
+            QueueFullError: too many queries are waiting; none of ``queries`` was queued.
             IndexFailedError: the index raised.
         """
         keys = [(query, topk) for query in queries]
@@ -93,7 +93,7 @@ class Batcher(Generic[Answer]):
         for key in new:
             futures[key] = self._in_flight[key] = asyncio.get_running_loop().create_future()
             self._queue.put_nowait(key)
-        if futures:  # not gather: a cancelled request must not cancel what others wait for
+        if futures:  # not gather: a cancelled request must not cancel futures that others wait for
             await asyncio.wait(futures.values())
         for failure in [future.exception() for future in futures.values()]:
             if failure:
@@ -108,7 +108,7 @@ class Batcher(Generic[Answer]):
                 await asyncio.sleep(self._limits.batch_wait)
             while len(batch) < self._limits.batch and self.waiting:
                 batch.append(self._queue.get_nowait())
-            # Other values of topk are rare and get a call of their own.
+            # Different values of topk are rare; each gets its own call.
             for topk, keys in groupby(sorted(batch, key=lambda key: key[1]), key=lambda key: key[1]):
                 await self._call(list(keys), topk)
 
@@ -122,6 +122,6 @@ class Batcher(Generic[Answer]):
                 self._in_flight.pop(key).set_exception(error)
             return
         for key, answer in answered.items():
-            with suppress(ValueError):  # larger than the cache
+            with suppress(ValueError):  # result larger than the cache
                 self.cache[key] = answer
             self._in_flight.pop(key).set_result(answer)

@@ -1,4 +1,4 @@
-"""BM25 over memory-mapped files, which processes share and which open at once."""
+"""BM25 over memory-mapped files, which open instantly and are shared by processes."""
 
 import logging
 import threading
@@ -27,28 +27,28 @@ KIND = "bm25"
 logger = logging.getLogger(__name__)
 _SCORES = "bm25"
 _SAMPLE = 256
-"""Passages that tell the language, and how much of them the index covers."""
-_SAMPLED_CHARS = 4000  # of a passage
+"""Passages sampled to detect the language and to measure the index's coverage."""
+_SAMPLED_CHARS = 4000  # per passage
 _MUCH = 0.2
-"""Share of passages without a word, or of letters in no word, from which on that is said."""
+"""Share of passages without a word, or of letters in no word, from which a warning is logged."""
 _SLACK = 1e-4
-"""Relative tolerance: the sums that prune are rounded differently from the scores that are returned."""
+"""Relative tolerance: sums for pruning are rounded differently from the returned scores."""
 _LOOKUP = 16
-"""Entries of a list that are read in the time of one look-up in it."""
+"""Number of list entries that can be read in the time of one lookup."""
 
 
 class Bm25Index(StoredIndex):
-    """An ``Index`` of the words of titles and texts, by the rule of a language (``retrieval.analysis``).
+    """An ``Index`` of the words of titles and texts, analyzed by language (``retrieval.analysis``).
 
-    Every hit shares a word with the query; ties are in corpus order. Each thread takes 4 bytes a passage.
+    Every hit shares a word with the query; ties are in corpus order. Each thread takes 4 bytes per passage.
     """
 
     def __init__(self, directory: Path, manifest: IndexManifest) -> None:
         """Use ``open`` or ``build``."""
         super().__init__(directory, manifest)
-        # An index from before there were others has no language.
+        # Old indexes record no language; they are English.
         self.analysis = analysis_of(manifest.settings.get("language", ENGLISH))
-        # Without the vocabulary, a dictionary of a gigabyte for 21 million passages; WORDS stays on disk.
+        # Without the vocabulary, a dictionary that takes 1 GB for 21 million passages; WORDS stays on disk.
         files = directory / _SCORES
         model = bm25s.BM25.load(files, mmap=True, load_vocab=False, show_progress=False, allow_pickle=False)
         self._postings = Postings(model.scores, np.load(files / MAX_SCORES, mmap_mode="r", allow_pickle=False))
@@ -65,14 +65,14 @@ class Bm25Index(StoredIndex):
         processes: int = 1,
         language: str = AUTO,
     ) -> Self:
-        """Build an index of ``corpus`` in ``directory``, which gets its name only when it is complete.
+        """Build an index of ``corpus``; ``directory`` appears only when it is complete.
 
-        The corpus is read once. ``source`` is its checksum; with it, an interrupted build is resumed. ``processes`` count words
-        in parallel; more than one requires a main module that can be imported again (``multiprocessing``'s spawn).
-        ``language``: codes such as ``de`` and ``en+zh``, or ``auto``, by which a sample of the passages decides.
+        The corpus is read once. ``source``: its checksum; with it, an interrupted build is resumed. ``processes``: processes
+        that count words; more than one requires a main module that can be imported again (``multiprocessing``'s spawn).
+        ``language``: codes such as ``de`` and ``en+zh``, or ``auto``, detected from a sample of the passages.
 
         Raises:
-            ConfigError: no such language.
+            ConfigError: an unknown language.
             DataError: the corpus is empty or has no word to search for.
             RunError: ``directory`` exists, or cannot be written.
         """
@@ -98,7 +98,7 @@ class Bm25Index(StoredIndex):
         """Open the index in ``directory``.
 
         Raises:
-            DataError: there is no index, or it is damaged, of another kind or of another version.
+            DataError: the index is missing, damaged, of another kind or of another version.
         """
         directory = Path(directory)
         manifest = directories.read(directory, KIND)
@@ -113,7 +113,7 @@ class Bm25Index(StoredIndex):
         return [[self.passages.hit(i, score) for i, score in found] for found in best]
 
     def _ids(self, query: str) -> list[int]:
-        """Ids of the query's words that occur in a passage."""
+        """Ids of the query's words that occur in the corpus."""
         words = self.analysis.split(query)
         digests = np.array([hash64(root) for word in words if (root := self.analysis.stem(word))], dtype=np.uint64)
         at = np.minimum(np.searchsorted(self._words["digest"], digests), len(self._words) - 1)
@@ -121,7 +121,7 @@ class Bm25Index(StoredIndex):
 
 
 def _sample(passages: Passages) -> list[str]:
-    """The beginnings of some passages, evenly spread over all."""
+    """The beginnings of some passages, evenly spread."""
     step = max(1, len(passages) // _SAMPLE)
     return [next(iter(passages.texts(at, at + 1)))[:_SAMPLED_CHARS] for at in range(0, len(passages), step)]
 
@@ -131,7 +131,7 @@ def _analysis(language: str, sample: Sequence[str], directory: Path) -> Analysis
         return analysis_of(language)
     found = detect(sample)
     logger.log(
-        logging.DEBUG if found.language == "en" else logging.INFO,  # the usual case needs no line
+        logging.DEBUG if found.language == "en" else logging.INFO,  # the usual case is not reported
         "%s: language %s, by a sample of %d passages; --language or retrieval.language sets another",
         directory,
         found,
@@ -141,7 +141,7 @@ def _analysis(language: str, sample: Sequence[str], directory: Path) -> Analysis
 
 
 def _warn_of_gaps(analysis: Analysis, wordless: float, sample: Sequence[str], directory: Path) -> None:
-    """Say where searches will find little, and why."""
+    """Warn if searches will find little, with the reason and the remedy."""
     uncovered = analysis.uncovered(sample)
     if wordless < _MUCH and uncovered < _MUCH:
         return
@@ -154,29 +154,29 @@ def _warn_of_gaps(analysis: Analysis, wordless: float, sample: Sequence[str], di
 
 
 class Postings:
-    """Memory-mapped passages and BM25 scores of each word.
+    """Memory-mapped posting lists: the passages and BM25 scores of each word.
 
     bm25s sums the scores of all passages, so that the cost of a query grows with the corpus. Here only passages that can reach
-    the top are summed (MaxScore; Turtle and Flood, Query evaluation, 1995): rare words come first, and once the remaining
-    common words together cannot lift a new passage into the top, they are looked up for the remaining candidates only.
+    the top are summed (MaxScore; Turtle and Flood, Query evaluation, 1995). Rare words come first; once the remaining common
+    words together cannot lift a new passage into the top, they are looked up only for the remaining candidates.
     """
 
     def __init__(self, scores: Mapping[str, Any], most: np.ndarray) -> None:
-        """``scores``: bm25s's CSC matrix (data float32, indices int32, indptr int64). ``most``: float32 [words], maxima."""
-        # Plain arrays: slicing numpy's memmap class takes a microsecond each time.
+        """``scores``: bm25s's CSC matrix (data float32, indices int32, indptr int64). ``most``: float32 [words], their maxima."""
+        # Plain arrays: each slice of numpy's memmap class takes a microsecond.
         self._scores, self._passages, self._ends = (np.asarray(scores[k]) for k in ("data", "indices", "indptr"))
         self._most, self._number = most, int(scores["num_docs"])
         self._thread = threading.local()
 
     def best(self, words: Sequence[int], topk: int) -> list[tuple[int, float]]:
-        """The ``topk`` passages with the highest scores above 0 and their scores, best first, ties in corpus order.
+        """The ``topk`` passages with the highest positive scores, as (passage, score), best first, ties in corpus order.
 
-        ``words``: ids of the query's words, with repetitions. Scores are float32 sums in the order of the words, as in bm25s.
+        ``words``: ids of the query's words, with repetitions. Scores are float32 sums in word order, as in bm25s.
         """
         passages = self._candidates(words, topk)
         scores = np.zeros(len(passages), dtype=np.float32)
         for word in words:
-            scores += self._of(word, passages)
+            scores += self._word_scores(word, passages)
         order = np.lexsort((passages, -scores))[:topk]
         return list(zip(passages[order].tolist(), scores[order].tolist(), strict=True))
 
@@ -185,7 +185,7 @@ class Postings:
         times = Counter(words)
         rare_first = sorted(times, key=lambda word: int(self._ends[word + 1] - self._ends[word]))
         most = [times[word] * float(self._most[word]) for word in rare_first]
-        rest = list(accumulate(reversed(most), initial=0.0))[::-1]  # what the words from each one on can add at most
+        rest = list(accumulate(reversed(most), initial=0.0))[::-1]  # maximum that the words from each one on can add
         sums, touched = self._sums(), []
         passages, closed, least = np.empty(0, dtype=np.int32), False, 0.0
         try:
@@ -197,7 +197,7 @@ class Postings:
                     passages = passages[sums[passages] + more >= least]
                 listed, scores = self._list(word)
                 if closed and len(passages) * _LOOKUP < len(listed):
-                    sums[passages] += self._of(word, passages) * times[word]
+                    sums[passages] += self._word_scores(word, passages) * times[word]
                     continue
                 if not closed:
                     passages = np.concatenate((passages, listed[sums[listed] == 0]))
@@ -215,14 +215,14 @@ class Postings:
         start, end = self._ends[word], self._ends[word + 1]
         return self._passages[start:end], self._scores[start:end]
 
-    def _of(self, word: int, passages: np.ndarray) -> np.ndarray:
-        """Scores of ``passages`` for ``word``, float32, 0 where it does not occur."""
+    def _word_scores(self, word: int, passages: np.ndarray) -> np.ndarray:
+        """Scores of ``passages`` for ``word``, float32 [passages]; 0 where it does not occur."""
         listed, scores = self._list(word)
         at = np.minimum(np.searchsorted(listed, passages), len(listed) - 1)
         return np.where(listed[at] == passages, scores[at], np.float32(0))
 
     def _sums(self) -> np.ndarray:
-        """Zeros, float32 [passages], of this thread; its user sets them back to 0."""
+        """This thread's buffer of zeros, float32 [passages]; the caller resets it to 0."""
         if not hasattr(self._thread, "sums"):
             self._thread.sums = np.zeros(self._number, dtype=np.float32)
         return self._thread.sums

@@ -1,9 +1,9 @@
-"""Build bm25s's index files in bounded memory.
+"""Builds bm25s's index files in bounded memory.
 
 bm25s itself holds all words of the corpus and the whole score matrix in memory, about 50 GB for 21 million passages. Here
-words are counted passage by passage and written to disk; then each posting (word, passage, count) is scored and appended to
-its block of words; each block is sorted in memory and appended to the files, which equal bm25s's to the bit. Only the
-vocabulary and 16 bytes a passage grow with the corpus.
+words are counted passage by passage and written to disk; each posting (word, passage, count) is scored and appended to its
+block of words; each block is sorted in memory and appended to the files, which are bit-identical to bm25s's. Only the
+vocabulary and 16 bytes per passage grow with the corpus.
 """
 
 import json
@@ -34,19 +34,19 @@ from search_e1.runs.progress import Progress
 
 K1, B = 0.9, 0.4  # Anserini's and Pyserini's defaults for passages, not bm25s's
 WORDS, MAX_SCORES = "words.npy", "most.npy"
-"""Files besides bm25s's: ``WORD`` [words], sorted by digest; float32 [words], the maximum score of each word id."""
+"""Additional files: ``WORD`` [words], sorted by digest; and the maximum score of each word id, float32 [words]."""
 WORD = np.dtype([("digest", "<u8"), ("id", "<i4")])
 """Hash of a word's stem, and its id in bm25s."""
 POSTINGS = 2**24
-"""Postings sorted in memory at a time, 40 bytes each."""
+"""Postings sorted in memory at once, 40 bytes each."""
 CHUNK_BYTES = 2**23
-"""Size of the passages that one process counts at a time."""
-_SYNC_EVERY = 8  # chunks, which preemption may cost
+"""Bytes of passages that one process counts at a time."""
+_SYNC_EVERY = 8  # chunks; at most this many are lost to preemption
 
 _POSTING = np.dtype([("word", "<i4"), ("passage", "<i4"), ("score", "<f4")])
 _COUNTED, _STEMS = "counted.json", "stems.txt"
 _NUMBERS = ("lengths.i4", "distinct.i4", "words.i4", "counts.i4")
-"""int32. Per passage: words, distinct words. Per posting, by passage: word id, count."""
+"""int32 files. Per passage: number of words, of distinct words. Per posting, by passage: word id, count."""
 
 
 def build(
@@ -58,7 +58,7 @@ def build(
     postings: int = POSTINGS,
     language: str = ENGLISH,
 ) -> float:
-    """Write bm25s's files of ``passages``, ``WORDS`` and ``MAX_SCORES`` into ``directory``, resuming from ``scratch``.
+    """Write bm25s's files for ``passages``, ``WORDS`` and ``MAX_SCORES`` into ``directory``, resuming from ``scratch``.
 
     Returns the share of passages without a word to search for.
 
@@ -74,7 +74,7 @@ def build(
     for start in range(0, len(numbers["words.i4"]), postings):
         frequencies += np.bincount(numbers["words.i4"][start : start + postings], minlength=len(vocabulary))
     ends = np.concatenate(([0], np.cumsum(frequencies)))
-    # Parameters, vocabulary and the offset of each word; `_sort` writes the two arrays that are empty here.
+    # Saves parameters, vocabulary and the offset of each word; `_sort` writes the two arrays that are empty here.
     model = bm25s.BM25(k1=K1, b=B)
     model.scores = {"data": np.empty(0), "indices": np.empty(0), "indptr": ends, "num_docs": len(passages)}
     model.nonoccurrence_array = None
@@ -138,7 +138,7 @@ def count(directory: Path, start: int, stop: int, language: str = ENGLISH) -> Co
 
 
 def _count(passages: Passages, scratch: Path, progress: Progress, processes: int, language: str) -> dict[str, int]:
-    """Write ``_NUMBERS`` of all passages; return stem -> id, in order of appearance."""
+    """Write ``_NUMBERS`` for all passages; returns stem -> id, in order of appearance."""
     mark = scratch / _COUNTED
     state: dict[str, Any] = {"passages": 0, "bytes": dict.fromkeys((_STEMS, *_NUMBERS), 0)}
     if mark.exists():
@@ -146,7 +146,7 @@ def _count(passages: Passages, scratch: Path, progress: Progress, processes: int
     done: int = state["passages"]
     bounds = [done + bound for bound in _blocks(passages.offsets[done:], CHUNK_BYTES)]
     with ExitStack() as stack:
-        files = {name: stack.enter_context(_cut(scratch / name, size)) for name, size in state["bytes"].items()}
+        files = {name: stack.enter_context(_truncated(scratch / name, size)) for name, size in state["bytes"].items()}
         stems = (scratch / _STEMS).read_text(encoding="utf-8").split("\n")[:-1]
         vocabulary = {stem: number for number, stem in enumerate(stems)}
         for number, counted in enumerate(_counted(passages, bounds, processes, language), 1):
@@ -168,7 +168,7 @@ def _count(passages: Passages, scratch: Path, progress: Progress, processes: int
     return vocabulary
 
 
-def _cut(path: Path, size: int) -> BinaryIO:
+def _truncated(path: Path, size: int) -> BinaryIO:
     """Open ``path``, truncated to ``size`` bytes, for appending."""
     file = path.open("r+b" if path.exists() else "w+b")
     file.truncate(size)
@@ -184,7 +184,7 @@ def _counted(passages: Passages, bounds: Sequence[int], processes: int, language
         for start, stop in parts:
             yield count(directory, start, stop, language)
         return
-    # Spawned: a fork of a process with threads, such as torch's, may hang.
+    # Spawned: forking a process with threads, such as torch's, may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, initializer=_start_worker) as pool:
         ahead: deque[Future[Counted]] = deque()
@@ -204,7 +204,7 @@ def _counted(passages: Passages, bounds: Sequence[int], processes: int, language
 
 
 def _start_worker() -> None:
-    """In a worker: leave interrupts to the parent, and exit when the parent has, even if it was killed."""
+    """Initialize a worker: ignore interrupts, and exit when the parent does, even if it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def leave() -> None:
@@ -217,7 +217,10 @@ def _start_worker() -> None:
 
 
 def _blocks(ends: np.ndarray, most: int) -> list[int]:
-    """Boundaries [0, ..., n] of parts of at most ``most``; item i takes ``ends[i + 1] - ends[i]``. A larger item is alone."""
+    """Boundaries [0, ..., n] of parts of size at most ``most``; item i has size ``ends[i + 1] - ends[i]``.
+
+    An item larger than ``most`` is a part of its own.
+    """
     cuts = [0]
     while cuts[-1] < len(ends) - 1:
         fit = int(np.searchsorted(ends, ends[cuts[-1]] + most, side="right")) - 1
@@ -232,7 +235,7 @@ def _block(scratch: Path, number: int) -> Path:
 def _scatter(
     numbers: Mapping[str, np.ndarray], frequencies: np.ndarray, blocks: Sequence[int], scratch: Path, progress: Progress
 ) -> None:
-    """Score each posting and append it to the file of its block.
+    """Score each posting and append it to its block's file.
 
     Lucene's BM25 in its accurate variant (Kamphuis et al., Which BM25 do you mean?, ECIR 2020), with bm25s's rounding.
     """
@@ -241,7 +244,7 @@ def _scatter(
     different, where = np.unique(frequencies, return_inverse=True)
     idf = np.array([math.log(1 + (total - n + 0.5) / (n + 0.5)) for n in different.tolist()], dtype=np.float32)[where]
     ends = np.concatenate(([0], np.cumsum(distinct, dtype=np.int64)))
-    cuts = _blocks(ends, POSTINGS // 8)  # here a posting takes about 100 bytes
+    cuts = _blocks(ends, POSTINGS // 8)  # a posting takes about 100 bytes here
     with ExitStack() as stack:
         files = [stack.enter_context(_block(scratch, i).open("wb")) for i in range(len(blocks) - 1)]
         for start, stop in pairwise(cuts):
@@ -260,7 +263,7 @@ def _scatter(
 
 
 def _sort(ends: np.ndarray, blocks: Sequence[int], scratch: Path, directory: Path, progress: Progress) -> np.ndarray:
-    """Write bm25s's two large arrays; return the maximum score of each word, float32."""
+    """Write bm25s's two large arrays; returns the maximum score of each word, float32 [words]."""
     most = np.empty(len(ends) - 1, dtype=np.float32)
     paths = directory / "data.csc.index.npy", directory / "indices.csc.index.npy"
     with paths[0].open("wb") as data, paths[1].open("wb") as indices:

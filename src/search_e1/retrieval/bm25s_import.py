@@ -1,7 +1,7 @@
 """``bm25s``, imported without JAX; import it from this module only.
 
-bm25s imports JAX where it is installed and runs an operation with it, which allocates three quarters of a GPU's memory. Its
-JAX backend is never used here.
+If JAX is installed, bm25s imports it and runs an operation, which allocates three quarters of a GPU's memory. Its JAX backend
+is never used here.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Retrieval results on disk, for later rounds and other processes."""
+"""A disk cache of retrieval results, for later rounds and other processes."""
 
 import hashlib
 import json
@@ -19,11 +19,11 @@ from search_e1.types import Passage
 
 logger = logging.getLogger(__name__)
 MAX_BYTES = 16 * 2**30
-"""Size limit; beyond it the oldest results are evicted."""
+"""Size limit; above it the oldest results are evicted."""
 _BUSY_SECONDS = 5.0
-"""How long to wait for another process before going on without the cache."""
+"""How long to wait for another process before continuing without the cache."""
 _DATABASE = diskcache.core.DBNAME
-# Results may be lost in a power cut. Mapped pages of a truncated file would kill the process.
+# Not synced: results may be lost in a power cut. Not memory-mapped: pages of a truncated file would kill the process.
 _SETTINGS = {
     "sqlite_synchronous": 0,
     "sqlite_mmap_size": 0,
@@ -31,14 +31,14 @@ _SETTINGS = {
     "cull_limit": 10,
 }
 _DAMAGE = (sqlite3.DatabaseError, KeyError, TypeError, ValueError, AttributeError)
-"""Errors of diskcache on a database that it did not write, or that was changed since."""
+"""Errors that diskcache raises on a foreign or modified database."""
 
 Value = TypeVar("Value")
 _passages = TypeAdapter(list[Hit | Passage])
 
 
 class _Rows(diskcache.Disk):
-    """Bytes in rows of the database: no pickles, and no files, whose names in a row could lead anywhere."""
+    """Stores values as bytes in database rows: no pickles, and no files, whose stored paths could point anywhere."""
 
     def store(self, value: bytes, read: bool, key: Any = None) -> tuple[int, int, None, memoryview]:
         return 0, diskcache.core.MODE_RAW, None, sqlite3.Binary(value)
@@ -51,22 +51,22 @@ class _Rows(diskcache.Disk):
 
 
 class CachedRetriever:
-    """A ``Retriever`` that passes on only queries whose results no process has stored yet.
+    """A ``Retriever`` that forwards only queries whose results are not cached.
 
-    Threads, processes and indexes may share the directory. The cache never does harm: each result is verified against its own
-    digest, a damaged database is moved aside and replaced, and one that cannot be read or written is skipped. Empty results
-    are stored like any other; a failure of the retriever is raised and never stored.
+    Threads, processes and indexes may share the directory. Each result is verified against its digest, a damaged database is
+    moved aside and replaced, and a database that cannot be read or written is bypassed. Empty results are cached like any
+    other; a failure of the retriever is raised and never cached.
     """
 
     def __init__(self, retriever: Retriever, path: Path, key: str) -> None:
-        """``path``: directory of the cache, created if missing. ``key``: what results depend on, e.g. ``Index.checksum``.
+        """``path``: directory of the cache, created if missing. ``key``: identifies the index, e.g. ``Index.checksum``.
 
         Raises:
-            DataError: no cache can be kept at ``path``.
+            DataError: the cache cannot be opened at ``path``.
         """
         self.retriever, self.path, self.key = retriever, path, key
         self.hits = self.misses = 0
-        """Distinct queries per search whose results were stored, and were not."""
+        """Counts of cached and uncached queries, each distinct query once per search."""
         self._lock = threading.Lock()
         self._warned: set[str] = set()
         self._cache: diskcache.Cache | None = None
@@ -78,12 +78,12 @@ class CachedRetriever:
 
     @property
     def checksum(self) -> str:
-        """Checksum of what results depend on."""
+        """The cache's key: checksum of everything that results depend on."""
         return self.key
 
     @property
     def passage(self) -> Callable[[str], Passage | None]:
-        """The retriever's own; AttributeError if it has none."""
+        """The retriever's own method; raises AttributeError if it has none."""
         return self.retriever.passage  # type: ignore[attr-defined]
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
@@ -100,7 +100,7 @@ class CachedRetriever:
         return [list(known[query]) for query in queries]
 
     def close(self) -> None:
-        """Close the database; later searches do without it."""
+        """Close the database; later searches bypass it."""
         with self._lock:
             if self._cache is not None:
                 self._cache.close()
@@ -128,11 +128,11 @@ class CachedRetriever:
 
     def _connect(self) -> diskcache.Cache:
         cache = diskcache.Cache(str(self.path), timeout=_BUSY_SECONDS, disk=_Rows, size_limit=MAX_BYTES, **_SETTINGS)
-        cache.get(b"")  # reads a page of the index, so that damage shows here
+        cache.get(b"")  # reads a page of the database's index, so that damage is noticed here
         return cache
 
     def _attempt(self, work: Callable[[diskcache.Cache], Value], otherwise: Value) -> Value:
-        """``work`` on the cache, or ``otherwise`` if the cache is of no use now."""
+        """The result of ``work`` on the cache, or ``otherwise`` if the cache cannot be used."""
         with self._lock:
             try:
                 return work(self._cache) if self._cache is not None else otherwise
@@ -170,7 +170,7 @@ class CachedRetriever:
         return known
 
     def _move_aside(self, error: Exception) -> None:
-        """Rename the database rather than delete it: it may be something else, named by mistake."""
+        """Rename the database instead of deleting it: the path may be a mistake, and the file something else."""
         names = (f"{_DATABASE}.damaged-{i}" for i in count(1))
         aside = next(name for name in names if not (self.path / name).exists())
         (self.path / _DATABASE).rename(self.path / aside)
@@ -179,7 +179,7 @@ class CachedRetriever:
         self._warn(f"{self.path}: a damaged query cache ({error}); its database was moved to {aside} and replaced")
 
     def _warn(self, message: str) -> None:
-        if message not in self._warned:  # once, not with every search
+        if message not in self._warned:  # once, not on every search
             self._warned.add(message)
             logger.warning(message)
 

@@ -1,10 +1,9 @@
 """Client of a retrieval server that speaks Search-R1's ``/retrieve``.
 
-A search returns validated passages for every query, or raises ``RetrievalError``, within a stated time.
+A search returns validated passages for every query or raises ``RetrievalError``, within a time limit.
 """
 
 import asyncio
-import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Self
@@ -14,33 +13,34 @@ from pydantic import BaseModel, BeforeValidator, FiniteFloat, ValidationError
 
 from search_e1.errors import RetrievalError
 from search_e1.retrieval.base import Hit
+from search_e1.runs import sha256_text
 from search_e1.runs.http import Reply, Server, TransientError, check_status, server_url
 from search_e1.types import Passage
 
 CHECKSUM_HEADER, MOST_QUERIES_HEADER = "Search-E1-Index", "Search-E1-Max-Queries"
-"""Response headers of `search-e1 serve-retriever`: the checksum of its index, and most queries of one request."""
+"""Response headers of `search-e1 serve-retriever`: the checksum of its index, and its maximum queries per request."""
 
 _REQUEST_QUERIES, _REQUEST_CHARS = 256, 2**20
-"""Most queries, and characters of queries, in one request; more are split into several requests."""
+"""Maximum queries, and characters of queries, per request; more are split into several requests."""
 _RESPONSE_BYTES = 2**28
 """Size limit of one decompressed response, far above the passages of 256 queries."""
 _CONNECTIONS = 4
 _MEMORY_QUERIES = 20_000
-"""Queries whose passages stay in memory: siblings send the same ones, also in later turns."""
+"""Queries whose passages stay in memory: siblings repeat queries, also in later turns."""
 
 Results = dict[str, list[Passage]]
 
 
 class _Document(BaseModel):
-    id: str | int | None = None  # Search-R1's own BM25 server leaves it out
+    id: str | int | None = None  # Search-R1's BM25 server omits it
     contents: str
     metadata: Any = None
 
 
 class _Hit(BaseModel):
     document: Annotated[_Document, BeforeValidator(lambda d: {"contents": d} if isinstance(d, str) else d)]
-    """Some servers send the text alone."""
-    score: FiniteFloat | None = None  # Search-R1's web search servers leave it out
+    """Some servers send only the text."""
+    score: FiniteFloat | None = None  # Search-R1's web search servers omit it
 
 
 class _Response(BaseModel):
@@ -48,16 +48,16 @@ class _Response(BaseModel):
 
 
 class HttpRetriever:
-    """A ``Retriever`` that searches over HTTP, with persistent connections and recent results in memory.
+    """A ``Retriever`` over HTTP, with persistent connections and recent results in memory.
 
-    Thread-safe; a query that one thread waits for is not sent again by another. A context manager; else call ``close``.
+    Thread-safe; a query in flight is not sent again by another thread. Use as a context manager, or call ``close``.
     """
 
     def __init__(self, url: str, timeout: float = 30.0, attempts: int | None = None, time_limit: float = 180.0) -> None:
-        """``url``: with or without ``/retrieve`` at its end.
+        """``url``: with or without a trailing ``/retrieve``.
 
         ``timeout``: seconds for one attempt of a request, from connecting to the last byte of the response. ``attempts``:
-        most attempts of a request; default: as many as its time allows. ``time_limit``: seconds for all attempts of a
+        maximum attempts of a request; default: as many as ``time_limit`` allows. ``time_limit``: seconds for all attempts of a
         request, waits included.
 
         Raises:
@@ -80,7 +80,7 @@ class HttpRetriever:
 
     @property
     def checksum(self) -> str | None:
-        """Checksum of the server's index; ``None`` before the first response, and if the server sends none."""
+        """Checksum of the server's index; ``None`` before the first response or if the server sends none."""
         return self._checksum
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
@@ -89,10 +89,10 @@ class HttpRetriever:
         return [list(results[query]) for query in queries]
 
     def probe(self, topk: int = 1) -> None:
-        """Send one query, so that a server that does not answer stops a run before any other work.
+        """Send one query, so that a run fails before any other work if the server does not answer.
 
         Raises:
-            RetrievalError: no response, or not a valid one.
+            RetrievalError: no response, or an invalid one.
         """
         self._server.submit(self._search(["Who wrote Hamlet?"], topk, early=True)).result()
 
@@ -106,7 +106,7 @@ class HttpRetriever:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    # What follows runs on the server's loop: shared state needs no lock.
+    # The methods below run on the server's event loop: shared state needs no lock.
 
     async def _search(self, queries: list[str], topk: int, *, early: bool = False) -> Results:
         loop = asyncio.get_running_loop()
@@ -122,7 +122,7 @@ class HttpRetriever:
                 future = self._memory[query, topk] = loop.create_future()
             futures[query] = future
         await asyncio.gather(*(self._fetch(part, topk, futures, early) for part in self._split(new)))
-        # Not gather: a search that ends early must not cancel what others wait for.
+        # Not gather: a cancelled search must not cancel futures that others wait for.
         if futures:
             await asyncio.wait(futures.values())
         for failure in [future.exception() for future in futures.values()]:
@@ -143,7 +143,7 @@ class HttpRetriever:
     async def _fetch(
         self, queries: list[str], topk: int, futures: dict[str, asyncio.Future[list[Passage]]], early: bool
     ) -> None:
-        """Send ``queries`` in one request and resolve their futures, whatever happens."""
+        """Send ``queries`` in one request and resolve their futures, also on failure."""
 
         def read(reply: Reply) -> list[list[Passage]]:
             check_status(reply)
@@ -165,7 +165,7 @@ class HttpRetriever:
             futures[query].set_result(passages)
 
     def _read_headers(self, reply: Reply) -> None:
-        """Store what the server says about itself. Passages of an index that has changed must not be mixed."""
+        """Store the server's checksum and limit. A changed index is an error: passages of two indexes must not be mixed."""
         checksum = reply.headers.get(CHECKSUM_HEADER)
         if checksum and self._checksum and checksum != self._checksum:
             change = f"from {self._checksum[:12]} to {checksum[:12]}"
@@ -177,9 +177,10 @@ class HttpRetriever:
 
 
 def _parse(content: bytes, queries: int, topk: int) -> list[list[Passage]]:
-    """Validated passages, at most ``topk`` a query: some servers ignore ``topk``.
+    """Validated passages, cut to ``topk`` per query, since some servers ignore ``topk``.
 
-    An invalid response may pass too: it can be truncated, and one server of several be a bad one.
+    Raises:
+        TransientError: an invalid response; it is retried, since it may be truncated, or come from one bad server of several.
     """
     try:
         result = _Response.model_validate_json(content).result
@@ -205,6 +206,6 @@ def _parse(content: bytes, queries: int, topk: int) -> list[list[Passage]]:
 def _passage(hit: _Hit) -> Passage:
     id, contents = hit.document.id, hit.document.contents
     if id is None:
-        id = f"sha256:{hashlib.sha256(contents.encode()).hexdigest()[:16]}"
+        id = f"sha256:{sha256_text(contents)[:16]}"
     passage = Passage.from_contents(str(id), contents, hit.document.metadata)
     return passage if hit.score is None else Hit(**passage.model_dump(), score=hit.score)

@@ -1,7 +1,7 @@
 """Encoder conventions: prefixes, pooling, normalization and length.
 
-They come from the encoder's files (those of sentence-transformers), or from what its family is known for: E5 states its
-prefixes only in the model card. What neither states must be given: a forgotten prefix raises no error, it only retrieves worse.
+They come from the encoder's sentence-transformers files, or are known for its family: E5 states its prefixes only in the model
+card. Otherwise they must be given: a missing prefix raises no error, it only retrieves worse.
 """
 
 import json
@@ -22,7 +22,7 @@ _WEB_SEARCH = "Instruct: Given a web search query, retrieve relevant passages th
 _BGE_QUERY = "Represent this sentence for searching relevant passages: "
 _BGE_ZH_QUERY = "为这个句子生成表示以用于检索相关文章："
 Family = tuple[str, str, str, Pooling]
-"""Pattern of the name (lower case, "-" for "_"), query prefix, passage prefix, pooling; from the model cards."""
+"""(Pattern of the name in lower case with "-" for "_", query prefix, passage prefix, pooling), from the model cards."""
 _FAMILIES: tuple[Family, ...] = (
     (r"e5-mistral", _WEB_SEARCH, "", "last"),
     (r"multilingual-e5-large-instruct", _WEB_SEARCH, "", "mean"),
@@ -40,38 +40,39 @@ _POOLING: dict[str, Pooling] = {
 
 
 class Overrides(Record):
-    """Settings that replace what the encoder's files state; None leaves it to the files."""
+    """Settings that override the encoder's files; ``None``: not overridden."""
 
     model_config = ConfigDict(use_attribute_docstrings=True, protected_namespaces=())
     _as_written = as_written
 
     query_prefix: str | None = None
-    """Put before every query, trailing space included. Default: from the encoder's files, or known for its family."""
+    """Prefix of every query, trailing space included. Default: from the encoder's files, or known for its family."""
     passage_prefix: str | None = None
-    """Put before every passage. Default: from the encoder's files, or known for its family."""
+    """Prefix of every passage. Default: from the encoder's files, or known for its family."""
     pooling: Pooling | None = None
-    """`mean` of the last hidden states, the first token's (`cls`), or the `last` token's. Default: from the encoder's files."""
+    """`mean` of the last hidden states, the first token's (`cls`), or the `last` token's. Default: from the encoder's files,
+    or known for its family."""
     normalize: bool | None = None
     """Scale vectors to length 1. Default: from the encoder's files, else true."""
     max_length: int | None = Field(None, gt=0)
-    """Tokens, special ones included; longer texts are cut. Default: from the encoder's files."""
+    """Maximum tokens, special tokens included; longer texts are truncated. Default: from the encoder's files."""
 
 
 class EncoderSettings(Overrides):
     """An encoder (E5, BGE, MiniLM or another that sentence-transformers loads) and how it runs."""
 
     model: str
-    """Directory of an encoder, or a Hub id. Weights are safetensors; code that comes with the model never runs."""
+    """Directory of an encoder, or a Hub id. Weights must be safetensors; code shipped with the model never runs."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """While passages are encoded; queries are always encoded in float32. `auto`: bfloat16 where the hardware supports it."""
+    """Dtype for encoding passages; queries are always encoded in float32. `auto`: bfloat16 if the hardware supports it."""
     device: str = "auto"
     """`auto` (an accelerator if available), `cpu`, `cuda`, `cuda:1`, ..."""
     batch_tokens: int | None = Field(None, gt=0)
-    """Most tokens of a batch, padding included. Default: 2,048 on a CPU, 65,536 on an accelerator."""
+    """Maximum tokens per batch, padding included. Default: 2,048 on a CPU, 65,536 on an accelerator."""
 
 
 class Convention(Record):
-    """All that turns a text into a vector besides weights and tokenizer."""
+    """Everything besides weights and tokenizer that determines a text's vector."""
 
     query_prefix: str
     passage_prefix: str
@@ -83,10 +84,10 @@ class Convention(Record):
 def read_convention(directory: Path, name: str, longest: int, overrides: Overrides) -> Convention:
     """The convention of the encoder in ``directory``.
 
-    ``name`` is what the user calls the encoder, ``longest`` how many tokens its position embeddings allow.
+    ``name``: the encoder's name as given by the user. ``longest``: maximum tokens that its position embeddings allow.
 
     Raises:
-        ModelError: a file is damaged, requires something unsupported, or a needed value is stated nowhere.
+        ModelError: a file is damaged or requires something unsupported, or a required value is stated nowhere.
     """
     modules = _read_modules(directory)
     config = _read_json(directory / "config_sentence_transformers.json")
@@ -107,7 +108,7 @@ def read_convention(directory: Path, name: str, longest: int, overrides: Overrid
 
 
 def _read_modules(directory: Path) -> dict[str, str]:
-    """Kind -> path of the modules that ``modules.json`` lists; empty without that file."""
+    """Kind -> path of the modules listed in ``modules.json``; empty without that file."""
     modules, file = {}, directory / "modules.json"
     for module in _read_json(file, list):
         if not (isinstance(module, dict) and all(isinstance(module.get(key, ""), str) for key in ("type", "path"))):
@@ -129,7 +130,7 @@ def _read_pooling(directory: Path, modules: dict[str, str]) -> Pooling | None:
     config = _read_json(file)
     mode = config.get("pooling_mode")
     if mode is None:
-        prefix = "pooling_mode_"  # of the keys in files of earlier versions
+        prefix = "pooling_mode_"  # keys of earlier versions
         mode = [key.removeprefix(prefix) for key, value in config.items() if key.startswith(prefix) and value is True]
     modes = [mode] if isinstance(mode, str) else mode
     if len(modes) != 1 or modes[0] not in _POOLING:
@@ -140,7 +141,9 @@ def _read_pooling(directory: Path, modules: dict[str, str]) -> Pooling | None:
 
 
 def _read_prefixes(directory: Path, config: Any, family: Family | None, given: dict[str, str]) -> tuple[str, str]:
-    """Prefixes of queries and passages. Empty prompts count least: sentence-transformers saves them by default."""
+    """Prefixes of queries and passages. Empty prompts in the files are ignored if the family is known, since
+    sentence-transformers saves them by default.
+    """
     prompts = config.get("prompts") or {}
     default = prompts.get(config.get("default_prompt_name") or "", "")
     query = prompts.get("query", default)
@@ -156,7 +159,7 @@ def _read_prefixes(directory: Path, config: Any, family: Family | None, given: d
 
 
 def _read_normalize(directory: Path, modules: dict[str, str], config: dict[str, Any]) -> bool:
-    """Cosine unless the files say otherwise, as in sentence-transformers."""
+    """Whether to normalize: cosine similarity unless the files state otherwise, as in sentence-transformers."""
     similarity = config.get("similarity_fn_name") or "cosine"
     if "Normalize" not in modules and similarity not in ("cosine", "dot"):
         raise ModelError(f"{directory}: trained for {similarity} distance; inner product and cosine are supported")
@@ -164,7 +167,7 @@ def _read_normalize(directory: Path, modules: dict[str, str], config: dict[str, 
 
 
 def _find_family(directory: Path, name: str) -> Family | None:
-    """The family by the given name, the innermost directories, or the name that the config was saved under."""
+    """The family, from the given name, the innermost directories, or the name stored in the config."""
     saved = str(_read_json(directory / "config.json").get("_name_or_path", ""))
     parts = [*reversed(re.split(r"[/\\]|--", f"{directory.resolve()}")), *reversed(name.split("/"))]
     for part in (*parts[:4], *parts[-2:], saved.rpartition("/")[2]):
@@ -176,7 +179,7 @@ def _find_family(directory: Path, name: str) -> Family | None:
 
 
 def _read_json(path: Path, kind: type = dict) -> Any:
-    """Contents of ``path``, which are a ``kind``; empty if there is no such file."""
+    """The contents of the JSON file ``path``, an instance of ``kind``; empty if the file does not exist."""
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(held, kind):

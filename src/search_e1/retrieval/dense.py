@@ -1,10 +1,9 @@
-"""Dense retrieval: vectors of passages and queries, searched by FAISS. The only file that imports FAISS.
+"""Dense retrieval with FAISS. The only file that imports FAISS.
 
-The vectors are streamed to one file in FAISS's own format as they are encoded. That memory-mapped file is the index itself
+Vectors are streamed to one file in FAISS's own format as they are encoded. That memory-mapped file is the index itself
 (`exact`), or re-ranks the candidates of a smaller index.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from search_e1.retrieval.convention import Convention, EncoderSettings
 from search_e1.retrieval.directory import Building, IndexManifest, StoredIndex
 from search_e1.retrieval.encoder import Encoder
 from search_e1.retrieval.passages import Passages
-from search_e1.runs import write_atomically
+from search_e1.runs import sha256_text, write_atomically
 from search_e1.runs.progress import Progress, silent
 from search_e1.types import Passage
 
@@ -34,25 +33,25 @@ _VECTORS, _INDEX, _ENCODER = "vectors.faiss", "index.faiss", "encoder.json"
 _DTYPES: dict[str, type[np.floating]] = {"Flat": np.float32, "SQfp16": np.float16}
 _MAPPED = faiss.IO_FLAG_MMAP_IFC
 CHUNK = 4096
-"""Passages that are encoded together, then synced. It affects the last bits of a vector, so it is no setting."""
+"""Passages encoded between syncs to disk. Not a setting, since it affects the last bits of vectors."""
 _ADD_BATCH = 65_536  # vectors
-_MIN_TRAINING = 100_000  # vectors; FAISS requires 39 a centroid, and 8-bit codes need no more
-_PER_LIST = 50  # training vectors for each inverted list
-_CHECKED, _CHECKED_TOPK = 16, 10  # passages of an index that is taken over, and how near each must be to its own vector
+_MIN_TRAINING = 100_000  # vectors; FAISS requires 39 per centroid, which suffices for 8-bit codes
+_PER_LIST = 50  # training vectors per inverted list
+_CHECKED, _CHECKED_TOPK = 16, 10  # passages checked in an imported index, and the top-k that must contain each
 _PACKAGES = ("numpy", "torch", "transformers", "sentence-transformers")
 
 
 class Layout(NamedTuple):
-    """How FAISS lays an index out."""
+    """The FAISS layout of an index."""
 
     factory: str  # the whole FAISS factory string
-    base: str | None  # of the index of candidates; None if the stored vectors are searched directly
+    base: str | None  # factory string of the candidate index; None if the stored vectors are searched directly
     stored: str | None  # storage of the vectors, ``Flat`` (float32) or ``SQfp16``; None if they are not kept
     parameters: str  # for ``faiss.ParameterSpace``, e.g. ``nprobe=64``
 
 
 def layout(index: str, passages: int, dimension: int, parameters: str | None = None) -> Layout:
-    """Layout of a preset (``exact``, ``graph``, ``compressed``) or of any FAISS factory string.
+    """The layout of a preset (``exact``, ``graph``, ``compressed``) or of any FAISS factory string.
 
     A string that ends in ``,RFlat``, ``,Refine(Flat)`` or ``,Refine(SQfp16)`` is refined from the memory-mapped vectors.
     Default ``parameters`` search an eighth of all inverted lists and refine ten candidates per requested passage; FAISS's own
@@ -77,12 +76,12 @@ def layout(index: str, passages: int, dimension: int, parameters: str | None = N
 
 
 def _factory(index: str, passages: int, dimension: int) -> str:
-    """FAISS's factory string of a preset; any other ``index`` is one itself."""
+    """The FAISS factory string of a preset; any other ``index`` is a factory string itself."""
     if index != "compressed":
         return {"exact": "Flat", "graph": "HNSW32,SQ8,Refine(SQfp16)"}.get(index, index)
     if passages < 1000 or dimension % 2:  # 4-bit codes need 624 training vectors
         return "SQ8,Refine(SQfp16)"
-    # Two bits a dimension, 1/16 of float32, scanned as a whole: inverted lists miss passages beyond their borders.
+    # Two bits per dimension, 1/16 of float32, scanned exhaustively: inverted lists miss passages in unprobed lists.
     return f"PQ{dimension // 2}x4fs,Refine(SQfp16)"
 
 
@@ -101,7 +100,7 @@ def _defaults(index: Any) -> str:
 
 
 class DenseIndex(StoredIndex):
-    """An ``Index`` of vectors; its directory holds all but the encoder. A score is an inner product, mostly the cosine."""
+    """An ``Index`` of vectors; its directory holds everything but the encoder. Scores are inner products, usually cosines."""
 
     def __init__(self, directory: Path, manifest: IndexManifest, encoder: Encoder, parameters: str) -> None:
         """Use ``open`` or ``build``."""
@@ -122,21 +121,21 @@ class DenseIndex(StoredIndex):
         parameters: str | None = None,
         source: str | None = None,
     ) -> Self:
-        """Encode ``corpus`` and index it in ``directory``, which gets its name only when it is complete.
+        """Encode ``corpus`` and index it; ``directory`` appears only when it is complete.
 
-        ``index`` and ``parameters``: see ``layout``. ``source`` is the checksum of the corpus; with it, an interrupted build is
-        resumed at the chunk that was being encoded. FAISS builds its index as a whole, which bounds the memory.
+        ``index`` and ``parameters``: see ``layout``. ``source``: checksum of the corpus; with it, an interrupted build resumes
+        at the chunk that was being encoded. The whole FAISS index must fit into memory, except for ``exact``.
 
         Raises:
             DataError: the corpus is empty.
             ConfigError: FAISS does not know the index, or it needs more passages.
-            ModelError: the encoder gives values that are not finite.
+            ModelError: the encoder returns non-finite values.
             RunError: ``directory`` exists, or cannot be written.
         """
-        # The same for any number of passages.
+        # Independent of the number of passages.
         stored = layout(index, 10**6, encoder.dimension, parameters).stored or "SQfp16"
         encoded = {"encoder": encoder.checksum, "dtype": encoder.dtype, "stored": stored}
-        # Without the layout: encoding takes hours, and its vectors serve any layout.
+        # Without the layout: encoding takes hours, and the vectors serve any layout.
         started = source and {"kind": KIND, "format": directories.FORMAT, "source": source, **encoded}
         with directories.building(directory, started or None) as work:
             passages = work.passages(corpus, progress)
@@ -161,13 +160,13 @@ class DenseIndex(StoredIndex):
         parameters: str | None = None,
         source: str | None = None,
     ) -> Self:
-        """Make an index in ``directory`` of FAISS's own index in ``file``, whose vector n is that of passage n of ``corpus``.
+        """Make an index in ``directory`` from a FAISS index in ``file``, whose vector n belongs to passage n of ``corpus``.
 
-        No vector is computed again: ``file`` is linked into ``directory``, or copied if that is on another file system. Without
-        ``parameters`` it is searched with those it holds. ``source``: see ``build``.
+        Passages are not encoded again: ``file`` is hard-linked into ``directory``, or copied if that is on another file system.
+        ``parameters`` default to those stored in the file. ``source``: see ``build``.
 
         Raises:
-            DataError: ``file`` cannot be read, is of a kind that is not supported, or does not belong to ``corpus``.
+            DataError: ``file`` cannot be read, is of an unsupported kind, or does not belong to ``corpus``.
             ConfigError: its dimension is not the encoder's, or FAISS does not know the parameters.
             RunError: ``directory`` exists, or cannot be written.
         """
@@ -181,7 +180,7 @@ class DenseIndex(StoredIndex):
             (work.path / _INDEX).unlink(missing_ok=True)
             try:
                 os.link(file.resolve(), work.path / _INDEX)
-            except OSError:  # another file system, or one without links
+            except OSError:  # another file system, or one without hard links
                 shutil.copyfile(file, work.path / _INDEX)
             wanted = Layout(kind, kind, None, parameters or "")
             settings = {**about, **wanted._asdict()}
@@ -207,11 +206,11 @@ class DenseIndex(StoredIndex):
     ) -> Self:
         """Open the index in ``directory`` with the encoder that it was built with.
 
-        ``encoder``: default is where it was at the build; it encodes queries in float32 on ``device``, unless it is open
-        already. ``parameters`` override those of the build.
+        ``encoder``: default: its location at build time. Unless it is open already, it encodes queries in float32 on
+        ``device``. ``parameters`` override those of the build.
 
         Raises:
-            DataError: there is no index, it is damaged or of another version, or ``encoder`` is another one.
+            DataError: the index is missing, damaged or of another version, or ``encoder`` is not the one it was built with.
             ModelError: the encoder does not load.
             ConfigError: FAISS does not know the parameters.
         """
@@ -237,21 +236,21 @@ class DenseIndex(StoredIndex):
 
     @property
     def checksum(self) -> str:
-        """See ``Index``. Other search parameters give other results, and so another checksum."""
+        """See ``Index``. Search parameters change results, and so the checksum."""
         if self.parameters == self.manifest.settings["parameters"]:
             return self.manifest.checksum
-        return hashlib.sha256(f"{self.manifest.checksum} {self.parameters}".encode()).hexdigest()
+        return sha256_text(f"{self.manifest.checksum} {self.parameters}")
 
     def _search(self, queries: list[str], topk: int) -> list[list[Hit]]:
         scores, rows = self._index.search(self.encoder.queries(queries), min(topk, len(self)))
         return [
-            [self.passages.hit(row, score) for row, score in zip(*found, strict=True) if row >= 0]  # padded with -1
+            [self.passages.hit(row, score) for row, score in zip(*found, strict=True) if row >= 0]  # -1 is padding
             for found in zip(rows.tolist(), scores.tolist(), strict=True)
         ]
 
 
 def _finish(work: Building, passages: Passages, encoder: Encoder, settings: dict[str, Any]) -> IndexManifest:
-    """Complete the index: its settings, and the encoder that queries need."""
+    """Complete the index with its settings and the encoder that queries need."""
     about = {"model": encoder.name, "convention": encoder.convention.model_dump()}
     (work.path / _ENCODER).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     settings = {**settings, "metric": "inner product", "dimension": encoder.dimension}
@@ -259,7 +258,7 @@ def _finish(work: Building, passages: Passages, encoder: Encoder, settings: dict
 
 
 def _check_file(file: Path, encoder: Encoder, parameters: str) -> str:
-    """The kinds of FAISS's index in ``file``, outermost first, e.g. ``IndexPreTransform IndexIVFPQ``."""
+    """Validate the FAISS index in ``file``; returns its class names, outermost first, e.g. ``IndexPreTransform IndexIVFPQ``."""
     if not file.is_file():
         raise DataError(f"{file}: no such file; give the file of an index of FAISS")
     try:
@@ -289,12 +288,16 @@ def _check_file(file: Path, encoder: Encoder, parameters: str) -> str:
 
 
 def _check_vectors(index: Any, passages: Passages, encoder: Encoder, file: Path) -> None:
-    """Of a few passages, search with their own vectors: an index of another encoder or order does not find them."""
+    """Search for a few passages with their own vectors: an index of another encoder or order does not find them.
+
+    Raises:
+        DataError: fewer than a quarter are found.
+    """
     rows = sorted({len(passages) * i // _CHECKED for i in range(_CHECKED)})
     vectors = encoder.passages([next(passages.contents(row, row + 1)) for row in rows])
     found = index.search(vectors, min(_CHECKED_TOPK, len(passages)))[1].tolist()
     own = sum(row in near for row, near in zip(rows, found, strict=True))
-    if 4 * own < len(rows):  # coarse codes do not find all of them either
+    if 4 * own < len(rows):  # lenient: coarse codes miss some of them too
         raise DataError(
             f"{file}: finds {own} of {len(rows)} passages by their own text (encoded by {encoder.name}); give the encoder and "
             "prefixes that it was made with, and its corpus in the same order"
@@ -302,7 +305,7 @@ def _check_vectors(index: Any, passages: Passages, encoder: Encoder, file: Path)
 
 
 def _encode(work: Building, passages: Passages, encoder: Encoder, stored: str, progress: Progress) -> np.ndarray:
-    """Encode all passages, resuming from an earlier run; the memory-mapped vectors, [passages, dimension]."""
+    """Encode all passages, resuming an earlier run; returns the memory-mapped vectors [passages, dimension]."""
     path, shape, dtype = work.path / _VECTORS, (len(passages), encoder.dimension), _DTYPES[stored]
     header = _header(stored, *shape)
     _write_vectors(path, work.scratch / "vectors.rows", header, passages, encoder, dtype, progress)
@@ -316,7 +319,7 @@ def _encode(work: Building, passages: Passages, encoder: Encoder, stored: str, p
 def _write_vectors(
     path: Path, mark: Path, header: bytes, passages: Passages, encoder: Encoder, dtype: type, progress: Progress
 ) -> None:
-    """Write ``header`` and a row for each passage; the file ``mark`` holds the number of rows that are synced."""
+    """Write ``header`` and one row per passage; the file ``mark`` holds the number of synced rows."""
     total, row = len(passages), encoder.dimension * np.dtype(dtype).itemsize
     with path.open("r+b" if path.exists() else "w+b") as file:
         written = max(0, os.fstat(file.fileno()).st_size - len(header)) // row
@@ -333,21 +336,21 @@ def _write_vectors(
 
 
 def _header(stored: str, passages: int, dimension: int) -> bytes:
-    """Header of a flat FAISS index: that of a single vector with its two counts replaced.
+    """The header of a flat FAISS index: that of a one-vector index, with its two counts replaced.
 
-    FAISS itself only writes whole indexes from memory.
+    FAISS itself can only write whole indexes from memory.
     """
     one = faiss.index_factory(dimension, stored, faiss.METRIC_INNER_PRODUCT)
     one.add(np.zeros((1, dimension), dtype=np.float32))
     header = bytearray(faiss.serialize_index(one).tobytes()[: -one.sa_code_size()])
     struct.pack_into("<q", header, 8, passages)  # after the type (4 bytes) and the dimension (4)
-    (units,) = struct.unpack_from("<Q", header, len(header) - 8)  # of one vector: bytes, or floats
+    (units,) = struct.unpack_from("<Q", header, len(header) - 8)  # size of one vector, in bytes or floats
     struct.pack_into("<Q", header, len(header) - 8, units * passages)
     return bytes(header)
 
 
 def _add(factory: str, stored: np.ndarray, path: Path, progress: Progress) -> None:
-    """Train an index on a sample of the vectors, add them in batches, and write it."""
+    """Train an index on a sample of the vectors, add all vectors in batches, and write it."""
     total, dimension = stored.shape
     index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     if not index.is_trained:
@@ -366,26 +369,26 @@ def _add(factory: str, stored: np.ndarray, path: Path, progress: Progress) -> No
 
 
 def _read(directory: Path, settings: Mapping[str, Any], dimension: int) -> Any:
-    """Open FAISS's index memory-mapped, so that processes share it and unused pages take no memory."""
-    # FAISS 1.14.2 and later use BLAS only for batches of 128,000 numbers; from four queries on it is up to 7 times as fast.
+    """Open the FAISS index memory-mapped, so that processes share it and unused pages take no memory."""
+    # FAISS 1.14.2 and later use BLAS only for batches of 128,000 numbers; BLAS is up to 7 times as fast from 4 queries on.
     if faiss.cvar.distance_compute_blas_threshold > 1000:
         faiss.cvar.distance_compute_blas_threshold = 4 * dimension
     parts = [directory / name for name in (_INDEX, _VECTORS) if (directory / name).exists()]
-    # FAISS copies the lists of fast-scan codes anyway; mapped, they would take memory twice.
+    # FAISS copies fast-scan codes into memory anyway; mapped, they would take memory twice.
     copied = re.search(r"x4fs|RaBitQfs|FastScan", settings["base"] or "") is not None
     read = [faiss.read_index(str(part), 0 if copied and part.name == _INDEX else _MAPPED) for part in parts]
     return faiss.IndexRefine(*read) if settings["stored"] and len(read) == 2 else read[0]
 
 
 def _tune(index: Any, parameters: str) -> None:
-    space: Any = faiss.ParameterSpace()  # its stubs lack the strings that the wrapper accepts
+    space: Any = faiss.ParameterSpace()  # its type stubs lack the string argument
     space.set_index_parameters(index, parameters)
 
 
 def _open_encoder(
     directory: Path, given: EncoderSettings | None, built_with: str, convention: Convention, device: str
 ) -> Encoder:
-    if given:  # its overrides must equal those of the build; the checksum shows whether they do
+    if given:  # its overrides must equal those of the build; the checksum verifies that
         overrides = given.model_dump(include=set(Convention.model_fields), exclude_none=True)
         return Encoder.open(given.model, convention.model_copy(update=overrides), device=given.device, dtype="float32")
     try:
@@ -396,5 +399,5 @@ def _open_encoder(
 
 
 def _message(error: RuntimeError) -> str:
-    """FAISS's message without C++ function and line."""
+    """FAISS's error message without C++ function and line."""
     return re.sub(r"^.*(?:failed: |Error: |[.]cpp:\d+: )", "", str(error).strip().replace("\n", " "))

@@ -1,9 +1,8 @@
-"""Index directories of any kind: built beside their place, resumed after a kill, complete under their name.
+"""Index directories of any kind: built in a hidden directory, resumable, renamed when complete.
 
-``manifest.json`` describes the index, ``passages.*`` and ``offsets.npy`` are its passages, the rest belongs to its kind.
+``manifest.json`` describes the index, ``passages.*`` and ``offsets.npy`` hold its passages, other files belong to its kind.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -18,7 +17,7 @@ from typing import Any
 from search_e1.errors import DataError, RunError
 from search_e1.retrieval.base import Hit
 from search_e1.retrieval.passages import Passages
-from search_e1.runs import disk, locks, read_summed, sha256, sync, write_atomically, write_summed
+from search_e1.runs import disk, locks, read_summed, sha256, sha256_text, sync, write_atomically, write_summed
 from search_e1.runs.files import SUM
 from search_e1.runs.languages import ENGLISH
 from search_e1.runs.progress import Progress, silent
@@ -26,7 +25,7 @@ from search_e1.runs.safe import inside
 from search_e1.types import Passage, Record
 
 FORMAT = 2
-"""Version of the layout, common to all kinds; a directory of another version is refused."""
+"""Version of the directory layout of all kinds; another version is refused."""
 MANIFEST = "manifest.json"
 _SETTINGS, _SCRATCH = "build.json", "scratch"
 REBUILD = "build it again with `search-e1 index build`"
@@ -39,16 +38,16 @@ class IndexManifest(Record):
     format: int
     passages: int
     corpus: str  # sha256 of the stored passages
-    settings: dict[str, Any]  # all that results depend on besides the passages; for an encoder, its checksum
-    checksum: str  # sha256 of kind, format, corpus and settings but for ``language = "en"``
+    settings: dict[str, Any]  # everything besides the passages that results depend on; an encoder by its checksum
+    checksum: str  # sha256 of kind, format, corpus and settings, without ``language = "en"``
     files: dict[str, int]  # path inside the directory -> bytes
-    checksums: dict[str, str] = {}  # path inside the directory -> sha256; empty in indexes of an earlier version
+    checksums: dict[str, str] = {}  # path inside the directory -> sha256; empty in indexes of earlier versions
     versions: dict[str, str]
-    seconds: float  # wall-clock time of the build; of a resumed one, of its last run
+    seconds: float  # wall-clock time of the build; for a resumed build, of its last run
 
 
 class StoredIndex:
-    """What indexes of all kinds have in common; a kind adds ``build``, ``open`` and ``_search``."""
+    """Base class of all kinds of index; a kind adds ``build``, ``open`` and ``_search``."""
 
     def __init__(self, directory: Path, manifest: IndexManifest) -> None:
         """Use ``open`` or ``build``."""
@@ -69,7 +68,7 @@ class StoredIndex:
         return self.passages.find(key)
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
-        """See ``Retriever``. Thread-safe. Siblings of a group often send the same query: it is searched once."""
+        """See ``Retriever``. Thread-safe. Repeated queries are searched once, since siblings often send the same query."""
         unique = list(dict.fromkeys(queries))
         hits = dict(zip(unique, self._search(unique, topk), strict=True)) if unique else {}
         return [list(hits[query]) for query in queries]
@@ -79,34 +78,34 @@ class StoredIndex:
 
 
 class Building:
-    """An index that is being built. All files in ``path`` are kept when an interrupted build runs again."""
+    """An index being built. Files in ``path`` are kept when an interrupted build is resumed."""
 
     def __init__(self, directory: Path, path: Path) -> None:
         """See ``building``."""
         self.directory, self.path = directory, path
         self.scratch = path / _SCRATCH
-        """Directory for temporary files; no part of the finished index."""
+        """Directory for temporary files; not part of the finished index."""
         self.scratch.mkdir(exist_ok=True)
         self._clock = time.perf_counter()
 
     def passages(self, corpus: Iterable[Passage], progress: Progress = silent) -> Passages:
-        """Write the passages of ``corpus``, or open those of an earlier run; then ``corpus`` is not read."""
+        """Open the passages of an earlier run, or else read ``corpus`` and write them."""
         try:
             return Passages.open(self.path)
         except DataError:
             return Passages.write(corpus, self.path, progress)
 
     def finish(self, kind: str, passages: Passages, settings: Mapping[str, Any], packages: Sequence[str] = ()) -> IndexManifest:
-        """Write the manifest, sync all files, and rename the directory. ``packages``: whose versions are recorded."""
+        """Write the manifest, sync all files, and rename the directory. ``packages``: packages whose versions to record."""
         names = [file.relative_to(self.path) for file in sorted(self.path.rglob("*")) if file.is_file()]
         names = [name for name in names if not name.parts[0].startswith((".", _SCRATCH, _SETTINGS, MANIFEST))]
         described = {"kind": kind, "format": FORMAT, "corpus": passages.checksum, "settings": settings}
-        # An English index keeps the checksum that it had before there were others, and what was cached and evaluated under it.
+        # English indexes keep their checksum from before languages were added, so that caches and evaluations stay valid.
         identity = described | {"settings": {k: v for k, v in settings.items() if (k, v) != ("language", ENGLISH)}}
         manifest = IndexManifest(
             **json.loads(json.dumps(described)),
             passages=len(passages),
-            checksum=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+            checksum=sha256_text(json.dumps(identity, sort_keys=True)),
             files={name.as_posix(): (self.path / name).stat().st_size for name in names},
             checksums={name.as_posix(): sha256(self.path / name) for name in names},
             versions={"python": platform.python_version()} | {name: version(name) for name in ("search-e1", *packages)},
@@ -125,28 +124,31 @@ class Building:
 
 
 def refuse_existing(directory: Path) -> None:
-    """Raise ``RunError`` if ``directory`` exists: an index is never overwritten."""
+    """
+    Raises:
+        RunError: ``directory`` exists; an index is never overwritten.
+    """
     if directory.exists():
         raise RunError(f"{directory} is there already; remove it, or give another directory for the index")
 
 
 @contextmanager
 def building(directory: Path, settings: Mapping[str, Any] | None) -> Iterator[Building]:
-    """Build the index ``directory`` in a hidden directory beside it; ``Building.finish`` renames that.
+    """Build the index ``directory`` in a hidden directory beside it, which ``Building.finish`` renames.
 
-    ``settings`` determine the index, checksum of the corpus included: an interrupted build with the same settings is resumed,
-    one with others removed. With ``None`` every build starts afresh and leaves nothing if it fails.
+    ``settings`` determine the index and include the corpus's checksum: an interrupted build is resumed if its settings are the
+    same, else removed. With ``None`` every build starts afresh and is removed if it fails.
 
     Raises:
-        RunError: ``directory`` exists, another process builds it, or the disk is full or cannot be written to.
-        DataError: raised inside; nothing is left then.
+        RunError: ``directory`` exists, another process builds it, or the disk is full or not writable.
+        DataError: from the block; the build is removed.
     """
     refuse_existing(directory)
     work = directory.with_name(f".{directory.name}.unfinished")
     identity = None if settings is None else json.loads(json.dumps(settings))
     with disk.translate_disk_errors(directory), locks.held(work):
         try:
-            refuse_existing(directory)  # finished by another process in the meantime
+            refuse_existing(directory)  # another process may have finished it meanwhile
             _start(work, identity)
             yield Building(directory, work)
         except BaseException as error:
@@ -161,7 +163,7 @@ def _start(work: Path, settings: Any) -> None:
     except (OSError, ValueError):
         resumed = False
     if not resumed:
-        _clear(work, {file.name for file in work.glob(".*")})  # but not the lock
+        _clear(work, {file.name for file in work.glob(".*")})  # keeps the lock
         write_atomically(work / _SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
@@ -172,10 +174,10 @@ def _clear(directory: Path, keep: set[str]) -> None:
 
 
 def read(directory: Path, kind: str | None = None) -> IndexManifest:
-    """Read the manifest of the index in ``directory`` and check that its files exist and have their sizes.
+    """Read the manifest of the index in ``directory``, and check that its files exist with the recorded sizes.
 
     Raises:
-        DataError: there is no index, or one of another format, or not of ``kind``, or it is damaged.
+        DataError: the index is missing, damaged, of another format, or not of ``kind``.
     """
     try:
         content = json.loads((directory / MANIFEST).read_bytes())
@@ -209,7 +211,7 @@ def read(directory: Path, kind: str | None = None) -> IndexManifest:
 
 
 def verify(directory: Path, progress: Progress = silent) -> None:
-    """Compare all files of the index in ``directory`` with their checksums: sizes do not show flipped bits.
+    """Verify the checksums of all files of the index in ``directory``: sizes do not reveal flipped bits.
 
     Raises:
         DataError: a file is damaged; also from ``read``.

@@ -21,16 +21,16 @@ _WEIGHT_FILES = (
     "config.json", "*.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.*",
     "merges.txt", "*.model",
 )  # fmt: skip
-"""Files that vectors depend on, besides the convention."""
+"""Files besides the convention that vectors depend on."""
 _CONVENTION_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "*/config.json")
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
-"""Model types whose positions count from after the padding's id."""
+"""Model types whose position ids start after the padding id."""
 
 
 class Encoder:
-    """Weights, tokenizer and convention of an encoder.
+    """An encoder: weights, tokenizer and convention.
 
-    Vectors are float32 [n, dimension]. They do not depend on the batch, except for rounding in ``dtype``.
+    Vectors are float32 [n, dimension] and do not depend on the batch, except for rounding in ``dtype``.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Encoder:
     ) -> None:
         """Use ``open``."""
         self.name = name
-        """What opens it again: a Hub id, or the absolute path of its directory."""
+        """Hub id or absolute directory, to open it again."""
         self.convention, self.directory, self.batch_tokens, self._model = convention, directory, batch_tokens, model
 
     @classmethod
@@ -54,7 +54,7 @@ class Encoder:
         """Load the encoder of a directory or a Hub id; see ``EncoderSettings`` for the arguments.
 
         Raises:
-            ModelError: it does not exist, does not load, or its files do not state how to use it.
+            ModelError: the encoder does not exist or does not load, or its files do not state its convention.
         """
         directory = _locate(str(model))
         place = devices.device(device)
@@ -64,11 +64,11 @@ class Encoder:
             convention = read_convention(directory, str(model), longest, known)
         except ModelError:
             raise
-        except (AttributeError, LookupError, TypeError, ValueError) as error:  # a value of another kind in their JSON
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # a value of the wrong type in their JSON
             problem = " ".join(str(error).split())[:120]
             files = "config_sentence_transformers.json, sentence_bert_config.json, modules.json"
             raise ModelError(f"encoder {str(model)!r}: {files}: a value that cannot be used ({problem})") from None
-        # On a CPU small batches stay in the cache; an accelerator needs enough work to be busy.
+        # Small batches fit a CPU's cache; an accelerator needs large ones to be busy.
         tokens = batch_tokens or (2048 if place.type == "cpu" else 65_536)
         name = str(directory) if Path(model).expanduser().exists() else str(model)
         return cls(name, _assemble(transformer, convention, place), convention, directory, tokens)
@@ -89,7 +89,7 @@ class Encoder:
 
     @cached_property
     def checksum(self) -> str:
-        """Checksum of weights, tokenizer and convention; not of ``dtype`` and device, which only change the rounding."""
+        """Checksum of weights, tokenizer and convention; without ``dtype`` and device, which affect only rounding."""
         digest = hashlib.sha256(self.convention.model_dump_json().encode())
         for file in sorted({file for pattern in _WEIGHT_FILES for file in self.directory.glob(pattern)}):
             with file.open("rb") as stream:
@@ -97,11 +97,11 @@ class Encoder:
         return digest.hexdigest()
 
     def queries(self, texts: Sequence[str]) -> np.ndarray:
-        """Vectors of queries, [len(texts), dimension]."""
+        """Vectors of queries, float32 [len(texts), dimension]."""
         return self._encode([self.convention.query_prefix + text for text in texts])
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
-        """Vectors of passages, [len(texts), dimension]."""
+        """Vectors of passages, float32 [len(texts), dimension]."""
         return self._encode([self.convention.passage_prefix + text for text in texts])
 
     def _encode(self, texts: list[str]) -> np.ndarray:
@@ -110,7 +110,7 @@ class Encoder:
             return vectors
         tokenizer: Any = self._model.tokenizer
         ids = tokenizer(texts, truncation=True, max_length=self.convention.max_length)["input_ids"]
-        # A tokenizer without special tokens gives no id for an empty text.
+        # A tokenizer without special tokens returns no ids for an empty text.
         texts = [text if row else tokenizer.pad_token for text, row in zip(texts, ids, strict=True)]
         for rows in token_batches([len(row) for row in ids], self.batch_tokens):
             batch = [texts[row] for row in rows]
@@ -121,9 +121,9 @@ class Encoder:
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of texts of similar length, longest first, at most ``budget`` tokens a batch including padding.
+    """Batches of indices of texts of similar length, longest first, at most ``budget`` tokens each, padding included.
 
-    The shortest has more than half the tokens of the longest, so that padding is less than half of any batch.
+    The shortest text has more than half the tokens of the longest, so that padding is less than half of a batch.
     """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -137,7 +137,7 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def _load_transformer(directory: Path, name: str, place: torch.device, dtype: str) -> tuple[Any, int]:
-    """The transformer module in ``directory``, and how many tokens it can read."""
+    """The transformer module in ``directory``, and the maximum number of tokens that it can read."""
     from sentence_transformers.sentence_transformer.modules import Transformer
 
     reports: list[dict[str, Any]] = []
@@ -154,7 +154,7 @@ def _load_transformer(directory: Path, name: str, place: torch.device, dtype: st
     try:
         with devices.no_bars():
             module = Reporting(str(directory), model_kwargs=weights, processor_kwargs=load, config_kwargs=load)
-    except Exception as error:  # of transformers, tokenizers, safetensors or torch, by what is damaged
+    except Exception as error:  # from transformers, tokenizers, safetensors or torch, depending on the damage
         problem = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "custom code" in problem or "trust_remote_code" in str(error):
             problem = "it brings code of its own, which is never run here; give another encoder"
@@ -173,10 +173,10 @@ def _load_transformer(directory: Path, name: str, place: torch.device, dtype: st
 
 
 def _check_weights(name: str, report: Mapping[str, Any], held: Iterable[str]) -> None:
-    """A weight that is missing would be a random one. The pooler's may be: it is not asked. A head may be left over.
+    """Check that no weight is missing, since it would be random, except the unused pooler's. Unused heads may be left over.
 
     Raises:
-        ModelError: weights are missing, or left over from layers like those that the model has.
+        ModelError: weights are missing, or left over from layers of the same kind as the model's.
     """
 
     def layer(key: str) -> str:
@@ -200,7 +200,7 @@ def _assemble(transformer: Any, convention: Convention, place: torch.device) -> 
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
     transformer.max_seq_length = convention.max_length
-    # Pooling in float32 keeps what the encoder's dtype would round away.
+    # Pools in float32, to avoid rounding to the encoder's dtype.
     transformer.register_forward_hook(
         lambda module, inputs, features: {**features, "token_embeddings": features["token_embeddings"].float()}
     )
@@ -211,7 +211,7 @@ def _assemble(transformer: Any, convention: Convention, place: torch.device) -> 
 
 
 def _locate(model: str) -> Path:
-    """The directory of ``model`` on this machine; a Hub id is downloaded."""
+    """The local directory of ``model``; a Hub id is downloaded."""
     from huggingface_hub import snapshot_download
 
     path = Path(model).expanduser().absolute()

@@ -1,6 +1,6 @@
-"""Stop words by language: bm25s's lists, and the commonest function words of languages for which it has none.
+"""Stop words by language: bm25s's lists, and the most common function words of languages that it lacks.
 
-They are left out of an index, and tell languages of one script apart.
+They are left out of indexes, and distinguish languages with the same script.
 """
 
 from functools import cache
@@ -47,7 +47,7 @@ _MORE = {
 
 @cache
 def stop_words(code: str) -> frozenset[str]:
-    """Folded, as an index holds words; empty where there is no list. English's are as they are."""
+    """The stop words of a language, folded like an index's words (except English); empty if there is no list."""
     words = STOPWORDS.get(code) or _MORE.get(code, "").split()
     return frozenset(words if code == "en" else (fold(word, (code,)) for word in words))
 

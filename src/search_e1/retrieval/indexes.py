@@ -1,4 +1,4 @@
-"""Build and open indexes of any kind."""
+"""Builds and opens indexes of any kind."""
 
 from collections.abc import Iterable, Sequence
 from importlib import import_module
@@ -18,7 +18,7 @@ _CLASSES = {"bm25": "bm25:Bm25Index", "dense": "dense:DenseIndex"}
 
 
 class DenseSettings(NamedTuple):
-    """Settings of a dense index besides the corpus."""
+    """Settings of a dense index."""
 
     encoder: EncoderSettings
     faiss: str = "exact"  # preset or factory string; see ``dense.layout``
@@ -57,7 +57,7 @@ def import_index(
     progress: Progress = silent,
     source: str | None = None,
 ) -> Index:
-    """Take over FAISS's own index in ``file``; see ``DenseIndex.take_over``.
+    """Import a FAISS index from ``file``; see ``DenseIndex.take_over``.
 
     Raises:
         ConfigError: the extra is not installed.
@@ -75,7 +75,7 @@ def open_index(
     ``encoder``, ``parameters`` and ``device``: see ``DenseIndex.open``; ignored by other kinds.
 
     Raises:
-        DataError: there is no index, or it is damaged, of another version or of an unknown kind.
+        DataError: the index is missing, damaged, of another version or of an unknown kind.
         ConfigError: the kind needs an extra that is not installed.
     """
     kind = directories.read(directory).kind

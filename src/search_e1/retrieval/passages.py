@@ -1,4 +1,4 @@
-"""Passages of an index: written once, read by number, never all in memory."""
+"""Passages of an index: written once, read by number, never all in memory at once."""
 
 import hashlib
 import io
@@ -25,7 +25,7 @@ _READ_TOGETHER = 256  # passages
 
 
 def npy_header(dtype: Any, length: int) -> bytes:
-    """Header of a 1-D ``.npy`` file. Writing the data by hand raises ENOSPC on a full disk; numpy itself does not."""
+    """The header of a 1-D ``.npy`` file. Writing the data by hand raises ENOSPC on a full disk; numpy does not."""
     header = io.BytesIO()
     description = np.lib.format.dtype_to_descr(np.dtype(dtype))
     np.lib.format.write_array_header_1_0(header, {"descr": description, "fortran_order": False, "shape": (length,)})
@@ -33,15 +33,15 @@ def npy_header(dtype: Any, length: int) -> bytes:
 
 
 def hash64(text: str) -> int:
-    """64-bit hash: two of ten million texts collide with a probability of 3e-6."""
+    """64-bit hash; among ten million texts a collision has a probability of 3e-6."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 class Passages:
-    """Memory-mapped passages in a directory, which processes share.
+    """Memory-mapped passages in a directory, shared by processes.
 
-    ``passages.jsonl`` holds one a line, ``offsets.npy`` (int64 [passages + 1]) the start of each, ``passages.json`` number,
-    size and checksum. That is written last: without it the passages are incomplete.
+    ``passages.jsonl`` holds one passage per line, ``offsets.npy`` (int64 [passages + 1]) the start of each, ``passages.json``
+    number, size and checksum. ``passages.json`` is written last: without it the passages are incomplete.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -52,14 +52,14 @@ class Passages:
         """sha256 of ``passages.jsonl``."""
         self.offsets = np.load(directory / _OFFSETS, mmap_mode="r", allow_pickle=False)
         """int64 [passages + 1]: start of each passage in ``path``, in bytes."""
-        self._file = self.path.open("rb")  # kept open: an update of the index replaces what the path names
+        self._file = self.path.open("rb")  # kept open, since an index update replaces the file at this path
         self._lines = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         if self.offsets.shape != (about["passages"] + 1,) or self.offsets[-1] != len(self._lines):
             raise ValueError(f"{_LINES} has another length than recorded")
 
     @classmethod
     def write(cls, corpus: Iterable[Passage], directory: Path, progress: Progress = silent) -> Self:
-        """Write the passages of ``corpus`` into ``directory``; 8 bytes a passage stay in memory.
+        """Write the passages of ``corpus`` into ``directory``; takes 8 bytes of memory per passage.
 
         Raises:
             DataError: the corpus is empty.
@@ -93,7 +93,7 @@ class Passages:
         """Open the passages in ``directory``.
 
         Raises:
-            DataError: missing, incomplete or damaged.
+            DataError: the passages are missing, incomplete or damaged.
         """
         try:
             return cls(directory)
@@ -112,9 +112,9 @@ class Passages:
         return map(self.__getitem__, range(len(self)))
 
     def find(self, key: str) -> Passage | None:
-        """The passage with the id ``key``, else the first one whose title it is, but for case and space around it.
+        """The passage with the id ``key``, else the first one with this title, ignoring case and white space.
 
-        The first call reads all passages; from then on 32 bytes for each stay in memory.
+        The first call reads all passages and keeps 32 bytes of memory for each.
         """
         for (hashes, order), wanted in zip(self._keys, (key, _folded(key)), strict=True):
             begin, end = (hashes.searchsorted(np.uint64(hash64(wanted)), side) for side in ("left", "right"))
@@ -125,7 +125,7 @@ class Passages:
 
     @cached_property
     def _keys(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Hashes of ids, and of titles, sorted, each with the passages that they belong to."""
+        """Sorted hashes of ids, then of titles, each with the passages that they belong to."""
         pairs = ((hash64(record["id"]), hash64(_folded(record["title"]))) for record in self._records())
         hashes = np.fromiter(pairs, dtype=np.dtype((np.uint64, 2)), count=len(self))
         return [(column[order], order) for column in hashes.T for order in [np.argsort(column, kind="stable")]]
@@ -142,15 +142,15 @@ class Passages:
             raise RetrievalError(f"{self.path}:{index + 1}: damaged; build the index again") from None
 
     def texts(self, start: int = 0, stop: int | None = None) -> Iterator[str]:
-        """Title and text of passages ``start`` to ``stop``, which BM25 indexes."""
+        """Title and text of passages ``start`` to ``stop``, as BM25 indexes them."""
         return (f"{record['title']} {record['text']}" for record in self._records(start, stop))
 
     def contents(self, start: int = 0, stop: int | None = None) -> Iterator[str]:
-        """``Passage.contents`` of passages ``start`` to ``stop``, which encoders read."""
+        """``Passage.contents`` of passages ``start`` to ``stop``, as encoders read them."""
         return (Passage.model_construct(None, **record).contents for record in self._records(start, stop))
 
     def _records(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
-        """Read from the file, not the memory map, whose pages would count as this process's memory."""
+        """Reads from the file, not the memory map, whose pages would count as this process's memory."""
         stop = len(self) if stop is None else stop
         for first in range(start, stop, _READ_TOGETHER):
             last = min(first + _READ_TOGETHER, stop)

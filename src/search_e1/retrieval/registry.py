@@ -1,7 +1,7 @@
-"""Kinds of retriever by name, and the function that opens the one a config asks for.
+"""Registry of retriever kinds; opens the retriever of a config.
 
-A kind is a function from the section ``[retrieval]`` of a config to a ``Retriever``. A user's own needs no registration: a
-config names it as ``kind = "module:attribute"``.
+A kind is a function from the config section ``[retrieval]`` to a ``Retriever``. A user's own needs no registration: a config
+names it as ``kind = "module:attribute"``.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Section = Any
 """The section ``[retrieval]``, a ``search_e1.config.RetrievalConfig``, which imports this module."""
 KINDS: Registry[Callable[[Section], Retriever]] = Registry("kind of retriever")
 _INDEXES = {"bm25": ("bm25",), "dense": ("dense",), "hybrid": ("bm25", "dense")}
-"""Kind of retriever -> kinds of index that a run builds from its corpus for it, where ``index`` names none."""
+"""Kind of retriever -> kinds of index that a run builds from its corpus, unless ``index`` is given."""
 
 
 @KINDS.register("bm25")
@@ -35,10 +35,10 @@ def _connect(section: Section) -> Retriever:
 
 
 def check_kind(name: str) -> str:
-    """``name``, if it is registered or has the form ``module:attribute``, which is imported only when it is opened.
+    """``name``, if it is registered or has the form ``module:attribute`` (imported only when opened).
 
     Raises:
-        ConfigError: it is neither; suggests the nearest registered name.
+        ConfigError: it is neither; suggests the closest registered name.
     """
     if ":" not in name:
         KINDS.get(name, "retrieval.kind")
@@ -51,10 +51,10 @@ def index_kinds(section: Section) -> tuple[str, ...]:
 
 
 def open_retriever(section: Section, topk: int = 3) -> Retriever:
-    """The retriever that ``section`` asks for. One with a method ``probe(topk)`` is probed before it is returned.
+    """Open the retriever of ``section``; if it has a method ``probe(topk)``, probe it.
 
     Raises:
-        ConfigError: the kind does not exist, does not give a retriever, or needs an extra that is not installed.
+        ConfigError: the kind is unknown, does not return a retriever, or needs an extra that is not installed.
         RetrievalError: the probe fails.
     """
     name = _kind_name(section)

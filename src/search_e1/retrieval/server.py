@@ -43,13 +43,13 @@ class Query(BaseModel):
     query: str | None = None
     """A single query, as SkyRL's environment sends it; equivalent to ``queries`` of one."""
     topk: int | None = Field(default=None, ge=1)
-    """Passages for each query; default: the server's setting."""
+    """Passages per query; default: the server's setting."""
     return_scores: bool = False
     """``[{"document": ..., "score": ...}]`` for each query, else ``[document]``."""
 
 
 Hits = tuple[tuple[bytes, bytes], ...]
-"""Result of one query as it is cached: JSON of document and score, best first."""
+"""Cached result of one query: JSON of document and score, best first."""
 
 
 class Metrics:
@@ -94,7 +94,7 @@ def make_app(index: Index, settings: Settings | None = None) -> FastAPI:
         async with batcher:
             yield
 
-    # Without the interactive pages, which load scripts from other sites; the schema is at /openapi.json.
+    # No interactive pages, which load scripts from other sites; the schema is at /openapi.json.
     app = FastAPI(title="search-e1 retriever", docs_url=None, redoc_url=None, lifespan=lifespan)
     headers = {CHECKSUM_HEADER: index.checksum, MOST_QUERIES_HEADER: str(settings.max_queries)}
 
@@ -171,7 +171,7 @@ async def _retrieve(request: Request, batcher: Batcher[Hits], settings: Settings
     async def release() -> None:
         memory.release(len(content))
 
-    # Streamed: the end of a stream waits until the client has read the rest of it, or is gone.
+    # Streamed, so that the background task runs only after the client has read the response or is gone.
     length = {"Content-Length": str(len(content))}
     return StreamingResponse(_once(content), 200, length, "application/json", BackgroundTask(release))
 
@@ -216,7 +216,11 @@ def _queries(body: Query, settings: Settings) -> tuple[list[str], int]:
 
 
 def _search(index: Index, queries: list[str], topk: int) -> list[Hits]:
-    """Search and encode; an invalid result of the index raises."""
+    """Search the index and encode the results as JSON.
+
+    Raises:
+        RetrievalError: the index returned an invalid result; also from the index.
+    """
     results = index.search(queries, topk)
     if len(results) != len(queries):
         raise RetrievalError(f"{len(results)} results for {len(queries)} queries")

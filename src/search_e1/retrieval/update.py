@@ -1,4 +1,4 @@
-"""An index follows its corpus: it is built anew beside its place, with the vectors of passages that stayed, and takes it."""
+"""Updates an index after its corpus changed: rebuilds it, reusing vectors of unchanged passages, and swaps it in."""
 
 import shutil
 from array import array
@@ -24,7 +24,7 @@ _DTYPES: dict[str, Any] = {"Flat": np.float32, "SQfp16": np.float16}
 
 
 class Change(NamedTuple):
-    """How a corpus differs from the passages of an index, by their ids."""
+    """Differences between a corpus and an index's passages, by id."""
 
     before: int
     passages: int
@@ -32,14 +32,14 @@ class Change(NamedTuple):
     changed: int
     removed: int
     same: bool
-    """The same passages in the same order."""
+    """Whether the passages and their order are identical."""
 
 
 def compare(index: Path, corpus: Iterable[Passage]) -> Change:
-    """Compare ``corpus`` with the passages of ``index``; 32 bytes a passage stay in memory.
+    """Compare ``corpus`` with the passages of ``index``; takes 32 bytes of memory per passage.
 
     Raises:
-        DataError: the corpus cannot be read, or there is no index.
+        DataError: the corpus cannot be read, or the index is missing.
     """
     old = _hashes(Passages.open(index))
     new = _hashes(corpus)
@@ -50,7 +50,7 @@ def compare(index: Path, corpus: Iterable[Passage]) -> Change:
 
 
 def _hashes(passages: Iterable[Passage]) -> np.ndarray:
-    """Hashes of id and of all of each passage, uint64 [passages, 2]."""
+    """Hashes of each passage's id and of its whole record, uint64 [passages, 2]."""
     found = array("Q")
     for passage in passages:
         found.extend((hash64(passage.id), hash64(passage.model_dump_json())))
@@ -68,18 +68,21 @@ def build_updated(
     device: str = "auto",
     processes: int = 1,
 ) -> tuple[Index, int]:
-    """Build ``out``, an index of ``corpus`` with the settings of ``index``; also how many passages were encoded.
+    """Build ``out``, an index of ``corpus`` with the settings of ``index``.
 
-    ``source``: checksum of the corpus; with it, an interrupted build is resumed. A dense index takes over the vectors of
-    passages whose title and text it holds, unless its layout keeps none. ``encoder``: where its encoder is now.
+    ``source``: checksum of the corpus, by which an interrupted build is resumed. A dense index reuses the vectors of passages
+    with unchanged title and text, unless its layout keeps no vectors. ``encoder``: current location of its encoder.
+
+    Returns:
+        The new index, and the number of passages that were encoded.
 
     Raises:
-        DataError: there is no index, or it is damaged; or the corpus is empty.
+        DataError: the index is missing or damaged, or the corpus is empty.
         ModelError: the encoder does not load.
     """
     settings = directories.read(index).settings
     if directories.read(index).kind == "bm25":
-        language = settings.get("language", ENGLISH)  # an index from before there were others names none
+        language = settings.get("language", ENGLISH)  # old indexes record no language
         return build_index(corpus, out, progress, source=source, processes=processes, language=language), 0
     opened: Any = open_index(index, encoder, device=device)
     reusing = _Reusing(opened, device)
@@ -89,7 +92,7 @@ def build_updated(
 
 
 class _Reusing:
-    """The encoder of a dense index, which encodes only passages that the index does not hold."""
+    """Wraps a dense index's encoder; reuses the index's vectors and encodes only new passages."""
 
     def __init__(self, index: Any, device: str) -> None:
         settings, passages = index.manifest.settings, index.passages
@@ -102,7 +105,7 @@ class _Reusing:
         self._hashes, self._rows = np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64)
         if dtype is None:
             return
-        # FAISS's flat format: a header, then a row for each passage.
+        # FAISS's flat format: a header, then one row per passage.
         shape = (len(passages), settings["dimension"])
         rows_at = file.stat().st_size - shape[0] * shape[1] * np.dtype(dtype).itemsize
         self._vectors = np.memmap(file, dtype=dtype, mode="r", offset=rows_at, shape=shape)
@@ -128,15 +131,15 @@ class _Reusing:
 
 
 def beside(index: Path) -> Path:
-    """Where the next ``index`` is built."""
+    """The directory where the next version of ``index`` is built."""
     return index.with_name(f".{index.name}.next")
 
 
 def take_place(index: Path) -> None:
-    """Put the index that was built ``beside`` in the place of ``index``, by two renames.
+    """Replace ``index`` by the index built ``beside`` it, with two renames.
 
-    Who has the old one open keeps it: its files live until they are closed. If the process is killed between the renames,
-    ``recover`` brings the old one back.
+    Processes that have the old index open keep using it: its files exist until they are closed. If this process is killed
+    between the renames, ``recover`` restores the old index.
     """
     old = _old(index)
     shutil.rmtree(old, ignore_errors=True)
@@ -147,7 +150,7 @@ def take_place(index: Path) -> None:
 
 
 def recover(index: Path) -> None:
-    """Bring ``index`` back if an update was killed while it took its place.
+    """Restore ``index`` if an update was killed while replacing it, and remove a leftover completed build.
 
     Raises:
         DataError: there is no index.
@@ -159,7 +162,7 @@ def recover(index: Path) -> None:
         directories.read(beside(index))
     except DataError:
         return
-    shutil.rmtree(beside(index))  # complete, but of whatever the corpus was then
+    shutil.rmtree(beside(index))  # complete, but possibly of an older corpus
 
 
 def _old(index: Path) -> Path:

@@ -1,2 +1,2 @@
-"""What GRPO, distillation and cold start share of a trainer: going on after a kill, smaller batches when memory runs out, and
-the divergence of two roles of a policy."""
+"""The trainer that GRPO, distillation and cold start share: the loop, resuming, smaller passes when memory runs out, and the
+teacher-student divergence."""

@@ -1,8 +1,8 @@
-"""Attention over packed rows that costs what the rows cost: flash attention of variable lengths, as torch brings it.
+"""Attention over packed rows at the cost of the separate rows: torch's variable-length flash attention.
 
-Transformers tells packed rows apart by a mask of every position by every other, which grows with the square of the pack.
-Here the borders of the rows go to the kernel instead: ``Rows`` carries them from where they are known, on the host, and
-transformers hands them through to the attention function of each layer, by its own names for them.
+Transformers separates packed rows by a mask over all pairs of positions, which is quadratic in the length of the pack. Here
+the kernel gets the row boundaries instead: ``Rows`` holds them, and transformers passes them to the attention function of
+each layer under its own argument names.
 """
 
 import logging
@@ -19,21 +19,21 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 logger = logging.getLogger(__name__)
 
 PACKED = "search_e1_packed"
-"""Its name in transformers. No mask function has this name, so that models make no mask."""
+"""Name of this attention in transformers. No mask function is registered under it, so models build no mask."""
 _LAYERS = {"full_attention", "sliding_attention"}
 _HALVES = (torch.bfloat16, torch.float16)
-_CAPABILITY = (8, 0)  # of the oldest GPUs that flash attention runs on
+_CAPABILITY = (8, 0)  # the lowest that flash attention supports
 _UNKNOWN = ("softcap", "s_aux", "position_bias")
-"""Arguments with which an attention differs from the plain one."""
+"""Arguments of attention variants that the kernel does not support."""
 
 
 def takes_borders(decoder: nn.Module) -> bool:
-    """Whether the layers of ``decoder`` attend by the borders of packed rows."""
+    """Whether the layers of ``decoder`` use the boundaries of packed rows."""
     return getattr(getattr(decoder, "config", None), "_attn_implementation", None) == PACKED
 
 
 def borders(cu_seq: Tensor, longest: int) -> dict[str, Any]:
-    """The arguments of a decoder's forward pass that tell where packed rows begin and end."""
+    """The decoder's forward arguments that hold the boundaries of packed rows."""
     return dict(cu_seq_lens_q=cu_seq, cu_seq_lens_k=cu_seq, max_length_q=longest, max_length_k=longest)
 
 
@@ -51,10 +51,11 @@ def _attention(
     max_length_q: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: ``query`` is [1, heads, total, width], packed, or [rows, heads, width of a row, width].
+    """The attention function that transformers calls: ``query`` is [1, heads, total, width] (packed) or [rows, heads, row
+    length, width].
 
     Raises:
-        NotImplementedError: the layer asks for more than plain causal attention.
+        NotImplementedError: the layer needs more than plain causal attention.
     """
     rows, _, length, _ = query.shape
     unknown = [name for name in _UNKNOWN if others.get(name) is not None]
@@ -64,10 +65,10 @@ def _attention(
         raise NotImplementedError(f"attention with {unknown[0]}")
     if key.shape[2] != length:
         raise NotImplementedError("attention over a cache; TrainedPolicy.sampled lends the model for that")
-    if cu_seq_lens_q is None or max_length_q is None:  # rows padded on the right are rows of one length
+    if cu_seq_lens_q is None or max_length_q is None:  # right-padded rows all have the same length
         cu_seq_lens_q = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=query.device)
         max_length_q = length
-    # Rotary embeddings of float32 weights leave float32 behind, and autocast knows nothing of this kernel.
+    # Rotary embeddings of float32 weights return float32, and autocast does not cover this kernel.
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     q, k, v = (states.transpose(1, 2).flatten(0, 1).to(dtype) for states in (query, key, value))
@@ -83,8 +84,7 @@ AttentionInterface.register(PACKED, _attention)
 
 
 def obstacle(model: Any, dtype: torch.dtype) -> str | None:
-    """Why the layers of ``model``, computing in ``dtype``, cannot attend by the borders of rows, as far as that is known
-    beforehand; ``batch.packs`` tries the rest."""
+    """Why ``model``, computing in ``dtype``, cannot use packed attention; ``None`` if ``batch.pack`` has to try it."""
     if dtype not in _HALVES:
         return f"it computes in {str(dtype).removeprefix('torch.')}"
     if model.device.type != "cuda":
@@ -95,10 +95,10 @@ def obstacle(model: Any, dtype: torch.dtype) -> str | None:
 
 
 def attend_by_borders(model: PreTrainedModel) -> int:
-    """Let the layers of ``model`` attend by the borders of rows from now on; the width of its widest sliding window, or 0.
+    """Switch the layers of ``model`` to packed attention; returns the width of its widest sliding window, or 0.
 
     Raises:
-        NotImplementedError: its layers are of other kinds, or do not ask transformers for their attention.
+        NotImplementedError: layers of another kind, or with an attention that cannot be replaced.
     """
     types, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
     if others := set(types) - _LAYERS:
@@ -110,20 +110,20 @@ def attend_by_borders(model: PreTrainedModel) -> int:
 
 
 def implementations(config: PreTrainedConfig) -> dict[str, Any]:
-    """The attention of a model and of each of its parts, which may differ, as ``set_attn_implementation`` takes it."""
+    """The attention of a model and of each of its sub-models, in the format of ``set_attn_implementation``."""
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     return {"": config._attn_implementation} | {name: implementations(part) for name, part in parts.items() if part}
 
 
 def attend(model: PreTrainedModel, implementation: dict[str, Any]) -> None:
-    """Let ``model`` have another attention of transformers from now on."""
-    if implementations(model.config) != implementation:  # transformers may warn of parts, whatever they have
+    """Switch ``model`` to another attention of transformers."""
+    if implementations(model.config) != implementation:  # transformers may warn about sub-models even if nothing changes
         model.set_attn_implementation(implementation)
 
 
 @contextmanager
 def attending(model: PreTrainedModel, implementation: dict[str, Any]) -> Iterator[None]:
-    """The same for as long as the context lasts."""
+    """``attend`` within the context only."""
     before = implementations(model.config)
     try:
         attend(model, implementation)

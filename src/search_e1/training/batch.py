@@ -1,8 +1,8 @@
-"""From samples to what goes through the model: rows of ids, and the positions that the loss is taken at.
+"""Batches: rows of ids that go through the model, and the positions of the loss.
 
-The position p of a row predicts its id p + 1. Student and teacher read the same response after prompts of their own; entry n
-of every [N] tensor belongs to the same predicted id in both. On CPUs rows are padded on the right, where no real position of
-a causal model looks, so that no attention mask is needed; on GPUs rows are packed end to end.
+Position p of a row predicts its id p + 1. Student and teacher get the same response after different prompts; entry n of every
+[N] tensor belongs to the same predicted id in both. On CPUs, rows are padded on the right: no real position of a causal model
+attends there, so no mask is needed. On GPUs, rows are packed end to end.
 """
 
 import itertools
@@ -21,8 +21,8 @@ from search_e1.types import Sample
 logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 8
-_CLOSE = 0.1  # of the norm of hidden states: many times what rounding to bfloat16 makes of them in dozens of layers
-_WHOLE_ROWS = 8  # a pass of fewer rows is not cut short to save padding
+_CLOSE = 0.1  # relative error of hidden states: many times the bfloat16 rounding error of dozens of layers
+_WHOLE_ROWS = 8  # a pass is not closed before this many rows just to save padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +32,13 @@ class Rows:
     input_ids: Tensor
     """[rows, width] padded, or [1, total] packed; int64."""
     position_ids: Tensor | None
-    """[1, total] of packed rows: begins again at 0 with each row, by which attention tells them apart."""
+    """[1, total] for packed rows: restarts at 0 with each row, which is how attention separates them."""
     index: Tensor
-    """[N] int64: the predicting positions, into the flattened ``input_ids``."""
+    """[N] int64: the predicting positions, as indices into the flattened ``input_ids``."""
     cu_seq: Tensor | None = None
-    """[rows + 1] int32, of packed rows: where each begins and the last ends."""
+    """[rows + 1] int32 for packed rows: cumulative row lengths."""
     longest: int | None = None
-    """Tokens of the longest of packed rows; on the host, as the kernel wants it."""
+    """Tokens of the longest packed row; a Python int, as the kernel requires."""
 
     def hidden(self, decoder: nn.Module) -> Tensor:
         """[N, H]: the last hidden states at ``index``."""
@@ -51,12 +51,12 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Samples that go through the model together; tensors are [N], float32 unless they say otherwise."""
+    """Samples that go through the model together; tensors are [N], float32 unless noted."""
 
     student: Rows
     teacher: Rows | None
     targets: Tensor
-    """int64: the ids that are predicted."""
+    """int64: the predicted ids."""
     weights: Tensor
     """Weight of each position in the loss of the whole update; see ``normalised_weights``."""
     advantages: Tensor | None
@@ -65,7 +65,7 @@ class Batch:
     ref_logprobs: Tensor | None
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on ``device``; to a GPU by pinned memory, so that the host does not wait for the copies."""
+        """The batch on ``device``; copies to a GPU go through pinned memory, so that the host does not wait."""
         return Batch(**{f.name: _to(getattr(self, f.name), device) for f in fields(self)})
 
 
@@ -80,7 +80,7 @@ def _to(value: Any, device: torch.device) -> Any:
 
 
 def make_batch(samples: Sequence[Sample], weights: Sequence[Sequence[float]], *, packed: bool) -> Batch:
-    """The batch of ``samples``; ``weights``: for each sample those of its positions, as they stand in the loss."""
+    """The batch of ``samples``; ``weights``: for each sample, the loss weights of its positions."""
     positions = [sample.positions for sample in samples]
 
     def at_positions(name: str) -> Tensor | None:
@@ -130,7 +130,7 @@ def _packed(rows: Sequence[Sequence[int]], index: Tensor) -> Rows:
 
 
 Average = str
-"""``tokens``: all alike; ``sequences``: each sample's mean first; ``constant``: their sum over a fixed number of tokens."""
+"""``tokens``: mean over all tokens; ``sequences``: mean of sample means; ``constant``: sample sums over a fixed length."""
 
 
 def normalised_weights(
@@ -138,7 +138,7 @@ def normalised_weights(
 ) -> list[list[float]]:
     """Weights of each sample's positions, such that an update's loss is the weighted sum over all of its positions.
 
-    With w the samples' own weights, n the number of samples of all ranks and ``total`` the sum over ranks:
+    With w the samples' own weights, n the number of samples on all ranks, and ``total`` the sum over ranks:
 
     - ``tokens``: w / sum of all w (DAPO, arXiv:2503.14476, eq. 8);
     - ``sequences``: w / (n * sum of the sample's w) (GRPO, arXiv:2402.03300, eq. 3);
@@ -154,9 +154,9 @@ def normalised_weights(
 
 
 def micro_batches(samples: Sequence[Sample], max_tokens: int, *, packed: bool) -> Iterator[list[int]]:
-    """Indices of ``samples`` in groups of at most ``max_tokens`` tokens (or of one sample), padding included.
+    """Micro-batches, as indices into ``samples``: at most ``max_tokens`` tokens, padding included, or a single sample.
 
-    Longest first, so that what does not fit into memory fails at once. Samples without a position are left out.
+    Longest first, so that running out of memory happens at once. Samples without positions are left out.
     """
     order = sorted((i for i, s in enumerate(samples) if s.positions), key=lambda i: -len(samples[i]))
     group: list[int] = []
@@ -175,9 +175,9 @@ def micro_batches(samples: Sequence[Sample], max_tokens: int, *, packed: bool) -
 
 
 def pack(model: Any, dtype: torch.dtype) -> bool:
-    """Whether rows for ``model``, which computes in ``dtype``, may be packed; its attention goes by their borders if it can.
+    """Whether rows for ``model``, computing in ``dtype``, may be packed; switches it to packed attention if that works.
 
-    Where it cannot, packed rows are told apart by a mask, which is quadratic in the pack.
+    If it does not, a mask separates packed rows, which is quadratic in the length of the pack.
     """
     plain = plain_model(model)
     before = attention.implementations(plain.config)
@@ -188,8 +188,8 @@ def pack(model: Any, dtype: torch.dtype) -> bool:
         try:
             if tried:
                 window = attention.attend_by_borders(plain)
-                if packs(model, dtype) and _agrees(model, dtype, before, window):
-                    _go_back(model, dtype)
+                if packs(model, dtype) and _matches_unpacked(model, dtype, before, window):
+                    _check_backward(model, dtype)
                     unless_it_works.pop_all()
                     return True
                 reason = "its hidden states are not those of each row alone"
@@ -205,10 +205,10 @@ def pack(model: Any, dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def packs(model: Any, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether packed sequences stay apart in ``model``, computing in ``dtype``: found out by trying it.
+    """Whether packed sequences are independent in ``model``, computing in ``dtype``; determined by a trial.
 
-    Attention heeds position ids that begin again; a convolution or a recurrence may run on over the border. The first
-    sequence is changed; if what follows changes in a single bit, the two are not apart.
+    Attention respects position ids that restart; a convolution or a recurrence may leak across the boundary. The trial changes
+    the first sequence: if a single bit of the second one's hidden states changes, they are not independent.
     """
     first, changed, second = _probe(model, 3, _PROBE_TOKENS)
     one, other = (_hidden(model, dtype, [row, second])[_PROBE_TOKENS:] for row in (first, changed))
@@ -216,10 +216,10 @@ def packs(model: Any, dtype: torch.dtype = torch.float32) -> bool:
 
 
 @torch.no_grad()
-def _agrees(model: Any, dtype: torch.dtype, implementation: dict[str, Any], window: int) -> bool:
-    """Whether a row has the hidden states, after another one and by its borders, that it has alone, by ``implementation``.
+def _matches_unpacked(model: Any, dtype: torch.dtype, implementation: dict[str, Any], window: int) -> bool:
+    """Whether a row has the same hidden states packed after another row as alone under the attention ``implementation``.
 
-    The row is longer than the sliding ``window``, as far as the model reads so far.
+    The row is longer than the sliding ``window``, if the model's context allows.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _PROBE_TOKENS
     other, row = _probe(model, 2, min(limit, window + _PROBE_TOKENS))
@@ -230,11 +230,11 @@ def _agrees(model: Any, dtype: torch.dtype, implementation: dict[str, Any], wind
 
 
 @torch.enable_grad()
-def _go_back(model: Any, dtype: torch.dtype) -> None:
-    """A backward pass to the embeddings, which leaves no gradient: some GPUs go forward with heads too wide for the way back.
+def _check_backward(model: Any, dtype: torch.dtype) -> None:
+    """Try a backward pass to the embeddings, without leaving gradients: on some GPUs wide heads work in the forward pass only.
 
     Raises:
-        RuntimeError: the kernel's, where it cannot.
+        RuntimeError: from the kernel, if it has no backward pass.
     """
     embedded: list[Tensor] = []
 
@@ -251,7 +251,7 @@ def _go_back(model: Any, dtype: torch.dtype) -> None:
 
 
 def plain_model(model: Any) -> Any:
-    """``model`` without peft's wrapper, whose generation config would rule; the adapters are inside the layers."""
+    """``model`` without PEFT's wrapper, whose generation config would take precedence; the adapters stay in the layers."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -262,7 +262,7 @@ def _probe(model: Any, rows: int, tokens: int) -> list[list[int]]:
 
 
 def _hidden(model: Any, dtype: torch.dtype, rows: Sequence[Sequence[int]]) -> Tensor:
-    """[total, H] of packed ``rows``."""
+    """Hidden states [total, H] of packed ``rows``."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
     half = dtype != torch.float32

@@ -1,4 +1,4 @@
-"""All that a training step depends on, saved and restored to the bit."""
+"""Checkpoints of training: everything that a step depends on, restored bit for bit."""
 
 import json
 from collections.abc import Sequence
@@ -24,27 +24,27 @@ _BEST = "best.safetensors"
 
 @dataclass(slots=True)
 class Unfinished:
-    """A step that was interrupted between two passes: its samples, and how far it is. Each rank has its own."""
+    """A step that was interrupted between two passes: its samples and its progress. Each rank has its own."""
 
     samples: dict[str, list[Sample]]
     update: int = 0
-    """Updates that are complete."""
+    """Completed updates."""
     passes: int = 0
-    """Passes of the update at hand that are complete; the gradients hold them."""
+    """Completed passes of the current update, accumulated in the gradients."""
     halvings: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     """The step's figures so far."""
     sums_before: dict[str, float] = field(default_factory=dict)
-    """The same before the update at hand, which begins anew where memory runs out."""
+    """The same before the current update, which restarts if memory runs out."""
     source_figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """The weights that are trained (the others are the policy's, on disk), optimizers, schedules, random states and records.
+    """Trained weights (the frozen ones are on disk with the policy), optimizers, schedules, random states and records.
 
-    What ranks divide among them is saved whole by rank 0, so that another number of them can go on. An unfinished step and
-    random states are each rank's own: with another number of ranks, the step begins anew.
+    Rank 0 saves sharded state unsharded, so that a run can resume with another number of ranks. An unfinished step and random
+    states are saved per rank: with another number of ranks, the step restarts.
     """
 
     policy: TrainedPolicy
@@ -55,7 +55,7 @@ class TrainingState:
     def save(self, directory: Path, records: Sequence[dict[str, float]], unfinished: Unfinished | None) -> None:
         torch.save(self._of_rank(unfinished), directory / f"{RANK}{ranks.rank()}.pt")
         if (directory / _STEPS).exists():
-            return  # taken over from the checkpoint of the step before; see `Checkpointer.between_passes`
+            return  # copied from the previous step's checkpoint; see `Checkpointer.between_passes`
         weights = full_state_dict(dict(self.policy.parameters), keep=ranks.is_first())
         states = full_state_dict([o.state_dict() for o in self.optimizers], keep=ranks.is_first())
         if not ranks.is_first():
@@ -85,12 +85,12 @@ class TrainingState:
             }
             if unfinished.passes:
                 gradients = {n: w.grad for n, w in self.policy.parameters.items() if w.grad is not None}
-                # Outside DDP's and FSDP's last pass of an update, gradients are each rank's own.
+                # Before the last pass of an update, DDP and FSDP gradients are local to each rank.
                 state["gradients"] = {name: local_part(gradient) for name, gradient in gradients.items()}
         return state
 
     def restore(self, directory: Path | None) -> tuple[list[dict[str, float]], Unfinished | None]:
-        """The records of the steps so far, and the step at hand, if it was interrupted."""
+        """The records of the completed steps, and the current step if it was interrupted."""
         if directory is None:
             return [], None
         saved, trained = load_file(directory / _WEIGHTS), self.policy.parameters

@@ -1,7 +1,7 @@
-"""The heart of the method: a divergence of teacher and student over the whole vocabulary, without ever holding it whole.
+"""The teacher-student divergence over the whole vocabulary, without materializing all logits.
 
-The loss starts from the last hidden states and takes two buffers a chunk, the student's logits and the teacher's, which end
-as the gradient; see ``projection``.
+The loss starts from the last hidden states and needs two buffers per chunk, the student's and the teacher's logits, which are
+overwritten by the gradient; see ``projection``.
 """
 
 import math
@@ -38,10 +38,9 @@ class _Options(NamedTuple):
     tau: float
     clip: Clip
     temperatures: tuple[float, float]
-    """The student's and the teacher's."""
+    """Student, teacher."""
     memory: int  # bytes
-    wanted: bool
-    """Whether a gradient is."""
+    needs_gradient: bool
     top_k: int | None
     kernel: bool
 
@@ -63,7 +62,7 @@ def fused_divergence(
     logits_mib: float | None = None,
     kernel: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The divergence of teacher and student at N positions, clipped, as a weighted sum.
+    """The weighted sum over N positions of the clipped divergence of teacher and student.
 
     With p_t and p_s the softmax of logits over their temperature, an entry v of the vocabulary V contributes
 
@@ -73,28 +72,28 @@ def fused_divergence(
       ``m = beta * p_t + (1 - beta) * p_s``: the generalized Jensen-Shannon divergence (GKD, arXiv:2306.13649, eq. 1) with
       beta as in TRL and Liger, where 0 and 1 stand for the forward and the reverse KL.
 
-    ``clip="entry"`` (Search-E1, arXiv:2605.22511) cuts each contribution at ``tau`` before the sum over v, ``"token"`` cuts
-    the sum, ``"none"`` (or no ``tau``) nothing. What is cut gets no gradient.
+    ``clip="entry"`` (Search-E1, arXiv:2605.22511) caps each contribution at ``tau`` before the sum over v, ``"token"`` caps
+    the sum, ``"none"`` (or no ``tau``) caps nothing. Capped values get no gradient.
 
-    ``top_k``: only the teacher's likeliest k entries are told apart; all others count as one, with the sum of their
-    probabilities. The divergence is then at most that over all entries.
+    ``top_k``: only the teacher's k most likely entries are kept apart; all others are merged into one with their total
+    probability. This divergence is a lower bound of the one over all entries.
 
     Args:
-        student_hidden: [N, H], the student's last hidden states, at the positions of the loss and no others.
-        teacher_hidden: [N, H_teacher], the teacher's, for the same predicted ids; constant.
-        head: the student's. If its weight or bias requires a gradient, that is accumulated chunk by chunk.
-        weights: [N], of each position in the sum; 1/N if not given, so that it is the mean.
-        teacher_head: of the same vocabulary, where the teacher has another one; constant.
-        logits_mib: MiB for logits in memory at a time; at least one position's. Default: 64 on a CPU, 1,024 elsewhere.
-        kernel: whether Triton's kernels are used, which know no ``top_k`` and no float64. Default: where they run, on CUDA.
+        student_hidden: [N, H], the student's last hidden states, at the loss positions only.
+        teacher_hidden: [N, H_teacher], the teacher's, for the same predicted ids; no gradient.
+        head: the student's head. If its weight or bias requires a gradient, it is accumulated chunk by chunk.
+        weights: [N], the weight of each position; 1/N by default, which gives the mean.
+        teacher_head: the teacher's head over the same vocabulary, if it differs from the student's; no gradient.
+        logits_mib: MiB of logits in memory at a time, at least one position. Default: 64 on a CPU, 1,024 elsewhere.
+        kernel: whether to use the Triton kernels, which support neither ``top_k`` nor float64. Default: on CUDA, if they work.
 
     Returns:
-        The loss (scalar) and each position's clipped divergence ([N], without gradient), in nats; float32 for inputs of
-        half precision, which is also what is summed in, else of the inputs' own type. The gradients are constants: the
-        loss cannot be differentiated twice.
+        The loss (scalar) and the clipped divergence of each position ([N], no gradient), in nats. Computed and returned in
+        float32 for half-precision inputs, else in the inputs' dtype. The gradients are constants: the loss cannot be
+        differentiated twice.
 
     Raises:
-        ConfigError: shapes that do not agree, a beta outside (0, 1), or a kernel asked for what it does not know.
+        ConfigError: shapes do not match, beta is outside (0, 1), or the kernels do not support the inputs.
     """
     teacher_head = head if teacher_head is None else teacher_head
     _check(student_hidden, teacher_hidden, head, teacher_head)
@@ -110,11 +109,11 @@ def fused_divergence(
         clip="none" if tau is None else clip,
         temperatures=(student_temperature, teacher_temperature),
         memory=budget(logits_mib, student_hidden.device),
-        wanted=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained),
+        needs_gradient=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained),
         top_k=top_k,
         kernel=use_kernels(kernel, ((student_hidden, head), (teacher_hidden, teacher_head)), top_k),
     )
-    with torch.autocast(student_hidden.device.type, enabled=False):  # it would round what is summed
+    with torch.autocast(student_hidden.device.type, enabled=False):  # autocast would round the sums
         return _FusedDivergence.apply(*trained, head, teacher_hidden.detach(), teacher_head, weights, options)
 
 
@@ -148,14 +147,14 @@ class _FusedDivergence(FusedPass):
         kind = torch.float32 if student_hidden.dtype in HALVES else student_hidden.dtype
         weights = weights.to(kind)
         per_token = student_hidden.new_zeros(len(student_hidden), dtype=kind)
-        needed = [need and options.wanted for need in ctx.needs_input_grad[:3]]
+        needed = [need and options.needs_gradient for need in ctx.needs_input_grad[:3]]
         gradients = Gradients(student_hidden, student_head, needed, kind)
         differentiate = _by_kernel if options.kernel else _by_torch
         for chunk in chunks(student_hidden, weight, per_token, options.memory, 2, gradients, options.kernel):
             rows = chunk.rows
             hidden = student_hidden[rows], teacher_hidden[rows]
             per_token[rows], by_logits = differentiate(chunk, hidden, heads, options)
-            if options.wanted:
+            if options.needs_gradient:
                 factors = weights[rows] * (head.scale / options.temperatures[0])
                 if options.clip == "token":
                     factors = factors * (per_token[rows] <= options.tau)
@@ -170,7 +169,7 @@ class _FusedDivergence(FusedPass):
 def _by_kernel(
     chunk: Chunk, hidden: Sequence[Tensor], heads: Sequence[Head], options: _Options
 ) -> tuple[Tensor, Iterable[Tensor]]:
-    """Each row's divergence, entries clipped, and the gradient by the student's logits, tile by tile."""
+    """The divergence of each row, entries clipped, and its gradient with respect to the student's logits, per tile."""
     ((_, logits),) = multiply(chunk, hidden, heads)
     tau = options.tau if options.clip == "entry" else None
     sums = launch.divergence(
@@ -182,7 +181,7 @@ def _by_kernel(
 def _by_torch(
     chunk: Chunk, hidden: Sequence[Tensor], heads: Sequence[Head], options: _Options
 ) -> tuple[Tensor, Iterable[Tensor]]:
-    """The same; the gradient is formed as it is asked for."""
+    """The same in plain torch; the gradient is computed lazily."""
     log_z = project(chunk, hidden, heads, options.temperatures)
     compare = _compare if options.top_k is None else _compare_top
     sums, mass = compare(chunk, log_z, heads[0], options)
@@ -191,23 +190,23 @@ def _by_torch(
 
 
 def _compare(chunk: Chunk, log_z: Tensor, head: Head, options: _Options) -> tuple[Tensor, Tensor]:
-    """The divergence of each row, entries clipped, and what its gradient needs.
+    """The divergence of each row, entries clipped, and sum(d) below; overwrites the chunk's tiles with p_s and d.
 
-    An entry's term f[v] depends on the student's logits z through its log p_s[v]. With d[v] that derivative, 0 where the
-    term was cut, ``d sum(f) / d z[j] = d[j] - p_s[j] * sum(d)``. The chunk's tiles become p_s and d; sum(d) is returned.
+    The term f[v] of an entry depends on the student's logits z through log p_s[v]. With d[v] the derivative of f[v] with
+    respect to log p_s[v], 0 where the term was clipped, ``d sum(f) / d z[j] = d[j] - p_s[j] * sum(d)``.
     """
     mass = torch.zeros_like(log_z[0])
     sums = mass[:, 0].clone()
     for tile in chunk.tiles:
         student, teacher = tile
-        slope = slope_of_cap(student, head, options.temperatures[0]) if options.wanted else None
+        slope = slope_of_cap(student, head, options.temperatures[0]) if options.needs_gradient else None
         tile -= log_z
         terms = _terms(student, teacher, options)
-        if options.clip == "entry" and terms.amax() > options.tau:  # a mask costs more than to see that it is empty
+        if options.clip == "entry" and terms.amax() > options.tau:  # masking costs more than checking that nothing is clipped
             teacher.masked_fill_(terms > options.tau, 0)
             terms.clamp_(max=options.tau)
         sums += terms.sum(-1)
-        if options.wanted:
+        if options.needs_gradient:
             mass += teacher.sum(-1, keepdim=True)
         if slope is not None:
             tile *= slope
@@ -215,13 +214,13 @@ def _compare(chunk: Chunk, log_z: Tensor, head: Head, options: _Options) -> tupl
 
 
 def _compare_top(chunk: Chunk, log_z: Tensor, head: Head, options: _Options) -> tuple[Tensor, Tensor]:
-    """The same over the teacher's likeliest entries, and all others as one.
+    """The same over the teacher's top-k entries, with all others merged into one.
 
-    With P_s the others' probability together, an entry v of them has ``d[v] = d[others] * p_s[v] / P_s``.
+    With P_s the total probability of the others, each entry v among them has ``d[v] = d[others] * p_s[v] / P_s``.
     """
     slopes, values, places = [], [], []
     for columns, tile in zip(chunk.columns, chunk.tiles, strict=True):
-        slopes.append(slope_of_cap(tile[0], head, options.temperatures[0]) if options.wanted else None)
+        slopes.append(slope_of_cap(tile[0], head, options.temperatures[0]) if options.needs_gradient else None)
         tile -= log_z
         found = tile[1].topk(min(options.top_k or 0, tile.shape[-1]))
         values.append(found.values)
@@ -234,9 +233,9 @@ def _compare_top(chunk: Chunk, log_z: Tensor, head: Head, options: _Options) -> 
     for i, (columns, tile, (rows, at)) in enumerate(zip(chunk.columns, chunk.tiles, within, strict=True)):
         own = ids[rows, at] - columns.start
         entries[0, rows, at] = tile[0, rows, own]
-        tile[:, rows, own] = -math.inf  # summed without them: 1 less their sum would be noise where they are nearly all
+        tile[:, rows, own] = -math.inf  # sum the others directly: 1 - sum(top k) loses all precision when it is near 0
         torch.logsumexp(tile, -1, out=others[:, i])
-    least = math.log(torch.finfo(entries.dtype).tiny)  # where there are no others
+    least = math.log(torch.finfo(entries.dtype).tiny)  # if there are no others
     student, teacher = torch.cat((entries, others.logsumexp(1)[..., None].clamp_min(least)), -1)
     terms = _terms(student, teacher, options)
     if options.clip == "entry":
@@ -253,7 +252,7 @@ def _compare_top(chunk: Chunk, log_z: Tensor, head: Head, options: _Options) -> 
 
 
 def _terms(student: Tensor, teacher: Tensor, options: _Options) -> Tensor:
-    """The terms of a tile of log-probabilities; these become p_s and each term's derivative by log p_s."""
+    """The terms of a tile of log-probabilities, which are overwritten with p_s and the derivative of each term by log p_s."""
     if options.divergence == "forward_kl":
         terms = teacher - student
         terms.mul_(teacher.exp_())

@@ -1,4 +1,4 @@
-"""What can be found out about a GGUF file before it is loaded: that it is whole, and that its kinds can be dequantized."""
+"""Checks of a GGUF file before it is loaded: it is complete, and its tensor types can be dequantized."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,19 +17,19 @@ from search_e1.errors import ModelError
 def check_gguf(model: str, path: Path) -> None:
     """
     Raises:
-        ModelError: ``path`` is no GGUF file, is truncated, one part of several, or of a kind that cannot be dequantized.
+        ModelError: ``path`` is no GGUF file, is truncated, is one of several parts, or has a type that cannot be dequantized.
     """
     if problem := _problem(path, *_identity(path)):
         raise ModelError(f"policy.model = {model!r}: {path.name} {problem}")
 
 
 def tensor_sizes(path: Path) -> dict[str, int]:
-    """Numbers in each tensor of a file that ``check_gguf`` has passed."""
+    """Number of elements of each tensor of a file that passed ``check_gguf``."""
     return {name: size for name, (size, _) in _read(path, *_identity(path))[0].items()}
 
 
 def metadata(path: Path, key: str) -> str | None:
-    """What the file says of itself under ``key``, ``general.license`` for one; ``None`` if it says nothing, or no text."""
+    """The file's metadata under ``key``, e.g. ``general.license``; ``None`` if absent or not a string."""
     field = GGUFReader(path).get_field(key)
     value = field.contents() if field else None
     return value if isinstance(value, str) else None
@@ -37,8 +37,8 @@ def metadata(path: Path, key: str) -> str | None:
 
 @contextmanager
 def bar_on_a_terminal() -> Iterator[None]:
-    """Without transformers' progress bar of dequantizing where nobody watches: its own switch for bars does not reach this one,
-    tqdm's does (``disable=None``)."""
+    """Show transformers' dequantization progress bar only on a terminal (tqdm's ``disable=None``): its own switch for progress
+    bars does not cover this one."""
     library: Any = modeling_gguf_pytorch_utils
     own, library.tqdm = library.tqdm, partial(library.tqdm, disable=None)
     try:
@@ -54,7 +54,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 @lru_cache(maxsize=8)
 def _read(path: Path, size: int, changed: int) -> tuple[dict[str, tuple[int, GGMLQuantizationType]], int]:
-    """Size and kind of each tensor, and the number of files; cached, as a large vocabulary takes seconds to read."""
+    """Size and type of each tensor, and the number of parts; cached, because a large vocabulary takes seconds to read."""
     reader = GGUFReader(path)
     parts = reader.get_field("split.count")
     tensors = {tensor.name: (int(tensor.n_elements), tensor.tensor_type) for tensor in reader.tensors}
@@ -67,7 +67,7 @@ def _problem(path: Path, size: int, changed: int) -> str | None:
             return "is no GGUF file (it does not begin with GGUF); download it again, or give a Hugging Face directory"
     try:
         tensors, parts = _read(path, size, changed)
-    # What reading beyond the end of the file, or a length made of other bytes, leads to.
+    # Raised by reads past the end of the file and by corrupt lengths.
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, AttributeError):
         return "is truncated or damaged; download it again"
     if parts > 1:
@@ -77,7 +77,7 @@ def _problem(path: Path, size: int, changed: int) -> str | None:
         if not _dequantizes(kind):
             return f"holds {name} as {kind.name}, which cannot be dequantized; {_REMEDY}"
     try:
-        GgufHfQuantizer(GgufConfig(dequantize=True)).read_header(str(path))  # some architectures take fewer kinds
+        GgufHfQuantizer(GgufConfig(dequantize=True)).read_header(str(path))  # some architectures support fewer types
     except ValueError as error:
         return f"cannot be dequantized ({str(error).removeprefix(str(path)).strip()}); {_REMEDY}"
     return None
@@ -87,7 +87,7 @@ _REMEDY = "give a file of another kind, Q8_0 or F16 say, or the model's Hugging 
 
 
 def _dequantizes(kind: GGMLQuantizationType) -> bool:
-    """Tried on one block."""
+    """Whether one block of the type can be dequantized."""
     _, size = GGML_QUANT_SIZES[kind]
     plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
     try:

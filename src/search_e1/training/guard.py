@@ -1,4 +1,4 @@
-"""The collapse guard: keeps the weights that did best so far, and notices when training falls far below them."""
+"""The collapse guard: keeps the best weights so far, and detects when training falls far below them."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,38 +15,38 @@ from search_e1.training.trained import TrainedPolicy
 from search_e1.types import Record
 
 FIGURES = ("reward", "answered")
-"""What is watched; both are means over a step's trajectories, between 0 and 1."""
+"""The watched figures; both are means over a step's trajectories, between 0 and 1."""
 _STANDARD_ERRORS = 5.5
-"""The best and the worst of hundreds of windows that differ by chance alone are 4 to 5 standard errors apart."""
+"""By chance alone, the best and the worst of hundreds of windows are 4 to 5 standard errors apart."""
 
 Steps = Sequence[Mapping[str, float]]
 
 
 class Collapse(Record):
-    """A fall far below what a figure was before."""
+    """A fall of a figure far below its earlier value."""
 
     figure: str
     """``reward`` or ``answered``."""
     best: float
-    """Its highest mean over a window."""
+    """The figure's highest window mean."""
     best_step: int
     """The last step of that window, from 1."""
     now: float
-    """Its mean over the last window."""
+    """The figure's mean over the last window."""
     step: int
-    """The last step of all."""
+    """The last step."""
     kept: int
-    """The step that the kept weights sampled."""
+    """The step that was sampled with the kept weights."""
 
 
 def collapse(steps: Steps, config: GuardConfig, questions: int) -> Collapse | None:
-    """Whether the newest of ``steps`` have fallen far below an earlier window; follows from the figures alone.
+    """The collapse of the latest of ``steps`` relative to an earlier window, if any; depends on the figures only.
 
-    A window is the mean of ``config.window`` steps, or of all at the beginning. It is a fall if more than ``config.drop`` of an
-    earlier window's mean is lost, and more than chance explains: 5.5 standard errors of the difference of two shares, where
-    each of a step's ``questions`` questions is one draw, because the trajectories of a group resemble each other. A fall of the
-    answered share counts only if the reward is no higher than it was then: a policy that learns to search longer answers less
-    often, and rightly more often.
+    A window is the mean over ``config.window`` steps, or fewer at the start. A collapse loses more than the share
+    ``config.drop`` of an earlier window's mean, and more than chance explains: 5.5 standard errors of the difference of two
+    proportions, with one draw per question (``questions`` per step), because the trajectories of a group are correlated. A fall
+    of the answered share counts only if the reward is no higher than it was then: a policy that learns to search longer answers
+    less often but is correct more often.
     """
     if not config.drop or len(steps) <= config.window:
         return None
@@ -67,39 +67,39 @@ def collapse(steps: Steps, config: GuardConfig, questions: int) -> Collapse | No
 
 
 def is_best(steps: Steps, config: GuardConfig) -> bool:
-    """Whether the policy that sampled the last of ``steps`` is the best so far: no earlier window was as high, and its own step
-    is not below the window, as the first one of a fall would be."""
+    """Whether the policy that sampled the last of ``steps`` is the best so far: its window exceeds all earlier ones, and its
+    own step is not below the window's mean, as the first step of a fall would be."""
     rewards = [step["reward"] for step in steps]
     *earlier, last = [mean for mean, _ in _windows(rewards, config.window)]
     return rewards[-1] >= last and all(last > mean for mean in earlier)
 
 
 def _windows(values: Sequence[float], window: int) -> Iterator[tuple[float, int]]:
-    """After each value, the mean of the newest ``window`` and how many there were."""
+    """After each value, the mean of the latest ``window`` values and their count."""
     for end in range(1, len(values) + 1):
         part = values[max(0, end - window) : end]
         yield fmean(part), len(part)
 
 
 def _chance(earlier: float, count: int, now: float, window: int, questions: int) -> float:
-    """The largest difference between two windows, of ``count`` and ``window`` steps, that chance is taken to explain."""
+    """The largest difference between two windows, of ``count`` and ``window`` steps, that is attributed to chance."""
     pooled = (earlier * count + now * window) / (count + window)
-    variance = max(0.0, pooled * (1 - pooled))  # the largest that values between 0 and 1 with this mean can have
+    variance = max(0.0, pooled * (1 - pooled))  # the maximum for values in [0, 1] with this mean
     return _STANDARD_ERRORS * math.sqrt(variance * (1 / count + 1 / window) / questions)
 
 
 @dataclass(slots=True)
 class Guard:
-    """The guard of a stage at work. All ranks hold one and decide alike, by figures over all ranks."""
+    """The guard of a running stage. Every rank has one; all decide alike, from figures over all ranks."""
 
     config: GuardConfig
     questions: int
-    """Of a step, on all ranks."""
+    """Questions per step, over all ranks."""
     weights: dict[str, Tensor] | None = None
-    """The weights that did best, whole, on the CPU of rank 0."""
+    """The best weights, unsharded, on the CPU of rank 0."""
 
     def before_update(self, policy: TrainedPolicy, steps: Steps) -> None:
-        """``policy`` sampled the last of ``steps`` and is about to learn from it: keep its weights if it is the best so far."""
+        """Keep the weights of ``policy``, which sampled the last of ``steps``, if it is the best so far."""
         if not (self.config.drop and is_best(steps, self.config)):
             return
         kept = {}
@@ -115,7 +115,7 @@ class Guard:
 
     @torch.no_grad()
     def restore(self, policy: TrainedPolicy) -> None:
-        """Give ``policy`` the kept weights back. All ranks call this."""
+        """Load the kept weights into ``policy``. All ranks must call this."""
         for name, weight in policy.parameters.items():
             whole = ranks.broadcast_object(self.weights[name] if self.weights else None)
             assert whole is not None, "a step was sampled before any figure could fall"

@@ -1,4 +1,4 @@
-"""A causal language model as two parts: the decoder, which gives hidden states, and the head, which makes logits of them."""
+"""Splits a causal language model into the decoder, which computes hidden states, and the head, which maps them to logits."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -17,23 +17,23 @@ class Head(NamedTuple):
     bias: Tensor | None = None
     """[V]"""
     scale: float = 1.0
-    """Cohere's ``logit_scale`` and its like."""
+    """E.g. Cohere's ``logit_scale``."""
     softcap: float | None = None
     """Gemma's ``final_logit_softcapping``."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., H], all at once: for small inputs, and to define the fused passes."""
+        """Logits [..., V] of hidden states [..., H], materialized: for small inputs, and to define the fused passes."""
         scaled = nn.functional.linear(hidden, self.weight, self.bias) * self.scale
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
 
 def split_head(model: Any) -> tuple[nn.Module, Head]:
-    """The decoder of a causal language model (or of one with adapters), and its output head.
+    """The decoder and the output head of a causal language model, with or without adapters.
 
-    What the model does to its logits is read from its config, and checked on a few ids.
+    Scale and soft cap of the logits are read from the model's config and checked on a few ids.
 
     Raises:
-        ModelError: the head carries an adapter, or the model's logits are not what its head makes of its decoder.
+        ModelError: the head has an adapter, or decoder and head do not reproduce the model's logits.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder, layer = model.get_decoder(), model.get_output_embeddings()
@@ -51,7 +51,7 @@ def split_head(model: Any) -> tuple[nn.Module, Head]:
         for scale, softcap in _transforms(model.config.get_text_config()):
             head = Head(layer.weight, layer.bias, scale, softcap)
             error = head.logits(hidden).float() - whole
-            if not error.norm() > 1e-2 * whole.norm():  # a policy whose weights are not finite is the loss's to report
+            if not error.norm() > 1e-2 * whole.norm():  # `not >` passes NaN: non-finite weights are reported by the loss
                 return decoder, head
     raise ModelError(
         f"a {type(model).__name__} makes its logits in a way that distillation does not know (beyond an output head, a scale "
@@ -60,7 +60,7 @@ def split_head(model: Any) -> tuple[nn.Module, Head]:
 
 
 def _transforms(config: Any) -> Iterator[tuple[float, float | None]]:
-    """Scale and soft cap as the families of transformers name them; some divide by what others multiply with."""
+    """Candidate scales with the soft cap, under the config names of transformers' model families; some divide by the scale."""
     softcap = getattr(config, "final_logit_softcapping", None) or None
     factors = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier", "output_multiplier")]
     scaling = getattr(config, "logits_scaling", None)

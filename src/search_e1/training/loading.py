@@ -1,4 +1,4 @@
-"""Loading weights, and refusing what transformers and PEFT load with a warning: a policy never begins from random numbers."""
+"""Loads weights, and rejects what transformers and PEFT load with a warning: a policy never starts with random weights."""
 
 import logging
 import re
@@ -19,11 +19,11 @@ _ADAPTER = "policy"
 
 
 def load_weights(source: Source, trust_remote_code: bool) -> PreTrainedModel:
-    """The weights of ``source``: GGUF dequantized, adapters merged (in float32, so that no difference is rounded away).
+    """The weights of ``source``: GGUF dequantized, adapters merged in float32, so that small deltas are not rounded away.
 
     Raises:
-        ModelError: weights are missing, left over, or of other shapes.
-        OSError, ValueError, RuntimeError, ...: transformers cannot read them; ``sources.opened`` makes one line of it.
+        ModelError: weights are missing, unexpected, or have other shapes.
+        OSError, ValueError, RuntimeError, ...: transformers cannot read them; ``sources.opened`` turns this into one line.
     """
     options: dict[str, Any] = dict(source.options)
     bar: AbstractContextManager[None] = nullcontext()
@@ -32,13 +32,13 @@ def load_weights(source: Source, trust_remote_code: bool) -> PreTrainedModel:
 
         options["quantization_config"] = GgufConfig(dequantize=True)
         bar = bar_on_a_terminal()
-    with _without_table(), bar:
+    with _no_load_report(), bar:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.weights,
             dtype=torch.float32 if source.adapter else "auto",
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are in the report, and refused below
+            ignore_mismatched_sizes=True,  # mismatches are in the report and rejected below
             output_loading_info=True,
             **options,
         )
@@ -55,11 +55,11 @@ def load_weights(source: Source, trust_remote_code: bool) -> PreTrainedModel:
 
 
 @contextmanager
-def _without_table() -> Iterator[None]:
-    """Without transformers' warning of weights that do not fit, a table of many lines: ``_check_report`` raises instead."""
+def _no_load_report() -> Iterator[None]:
+    """Suppress transformers' table of weights that do not fit: ``_check_report`` raises instead."""
 
     def is_other(record: logging.LogRecord) -> bool:
-        # An error in converting is in the table alone.
+        # Conversion errors are reported only in the table.
         return record.funcName != "log_state_dict_report" or "CONVERSION" in record.getMessage()
 
     logger = logging.getLogger("transformers.modeling_utils")
@@ -85,12 +85,16 @@ def _check_report(model: str, report: dict[str, Any]) -> None:
 
 
 def _check_all_used(model: str, file: Path, loaded: PreTrainedModel) -> None:
-    """Transformers passes over tensors of a GGUF file that it does not know: factors of a rope scaling, for instance."""
+    """Check that all tensors of a GGUF file were loaded: transformers skips unknown ones, e.g. RoPE scaling factors.
+
+    Raises:
+        ModelError: the file holds more weights than the model.
+    """
     from search_e1.training.gguf_file import tensor_sizes
 
     sizes, places = tensor_sizes(file), sum(weight.numel() for weight in _distinct(loaded.state_dict().values()))
     if loaded.config.get_text_config().tie_word_embeddings:
-        sizes.pop("output.weight", None)  # the embedding once more
+        sizes.pop("output.weight", None)  # a copy of the embedding
     excess = sum(sizes.values()) - places
     if excess:
         names = [name for name, size in sizes.items() if size == excess]
@@ -121,25 +125,25 @@ def _merged(source: Source, base: PreTrainedModel) -> PreTrainedModel:
         given = load_file(source.adapter / ADAPTER_WEIGHTS)
         result: Any = set_peft_model_state_dict(wrapped, given, _ADAPTER)
     except (KeyError, ValueError, RuntimeError) as error:
-        raise _of_another_base(source, _reason(error)) from None
-    # The base's weights are "missing" too.
+        raise _base_mismatch(source, _reason(error)) from None
+    # `missing_keys` also lists the base's weights.
     missing = sorted(name for name in result.missing_keys if _ADAPTER in name.split("."))
     if missing or result.unexpected_keys:
         what, names = ("missing", missing) if missing else ("left over", result.unexpected_keys)
-        raise _of_another_base(source, f"weights are {what}: {_listed(names)}")
+        raise _base_mismatch(source, f"weights are {what}: {_listed(names)}")
     merged: Any = wrapped.merge_and_unload(safe_merge=True)
     merged.requires_grad_(True)
     return merged
 
 
 def _reason(error: BaseException) -> str:
-    """PEFT's, in one line: of a list of weights that do not fit, the first."""
+    """The library's message in one line: the first size mismatch, if any, else the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     found = next((line for line in lines if line.startswith("size mismatch")), lines[0] if lines else type(error).__name__)
     return re.sub(r"torch\.Size\((.*?)\)", r"\1", found.rstrip("."))
 
 
-def _of_another_base(source: Source, reason: str) -> ModelError:
+def _base_mismatch(source: Source, reason: str) -> ModelError:
     return ModelError(
         f"policy.model = {source.model!r}: the adapter does not fit its base ({reason}); it was trained on another model, so "
         "write that one in adapter_config.json as base_model_name_or_path"
@@ -153,7 +157,7 @@ def _listed(names: list[str]) -> str:
 def check_quantization(model: str, config: PreTrainedConfig) -> None:
     """
     Raises:
-        ModelError: the weights are quantized in a way that transformers does not know, or whose library or device is missing.
+        ModelError: transformers does not support the quantization, or its library or device is missing.
     """
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
@@ -170,14 +174,14 @@ def check_quantization(model: str, config: PreTrainedConfig) -> None:
 
 
 def check_tokenizer(model: str, tokenizer: Any, config: PreTrainedConfig) -> None:
-    """Every id that can come up has a row of the embedding.
+    """Check that every id that can occur has an embedding row.
 
-    Special tokens that neither the chat template nor generation uses cannot: what is read is neutralized
-    (``prompts.neutralize``). Text models cut out of multimodal ones have such, for images; and transformers adds an unknown
-    token to byte-level tokenizers, which know everything.
+    Special tokens that neither the chat template nor generation uses cannot occur: all input text is neutralized
+    (``prompts.neutralize``). Examples are image tokens in text models extracted from multimodal ones, and the unknown token that
+    transformers adds to byte-level tokenizers.
 
     Raises:
-        ModelError: one has not.
+        ModelError: an id has no row.
     """
     rows = config.get_text_config().vocab_size
     beyond = {id: token for token, id in tokenizer.get_vocab().items() if id >= rows}

@@ -1,7 +1,7 @@
 """Log-probabilities of given ids, and a loss that is a function of them, in one fused pass over the output head.
 
-Cross-entropy (``-log p``) and the clipped policy-gradient loss are such losses. The gradient by the logits of an id's
-log-probability is ``onehot - p``, so that the whole gradient is formed while the logits of a chunk exist.
+Cross-entropy (``-log p``) and the clipped policy-gradient loss are such losses. The gradient of an id's log-probability with
+respect to the logits is ``onehot - p``, so the whole gradient is computed while the logits of a chunk exist.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -27,23 +27,22 @@ from search_e1.training.projection import (
 )
 
 TokenLoss = Callable[[Tensor, slice], Tensor]
-"""From the log-probabilities [n] of the positions of a slice to their losses [n]; differentiable."""
+"""Maps the log-probabilities [n] of a slice of positions to their losses [n]; differentiable."""
 
 
 class TokenStates(NamedTuple):
-    """Figures of each position, [N], without gradient."""
+    """Per-position figures, [N], without gradient."""
 
     logprobs: Tensor
     entropy: Tensor
-    """Of the whole distribution, in nats."""
+    """Entropy of the whole distribution, in nats."""
     loss: Tensor
 
 
 class _Options(NamedTuple):
     temperature: float
     memory: int  # bytes
-    wanted: bool
-    """Whether a gradient is."""
+    needs_gradient: bool
     kernel: bool
 
 
@@ -63,24 +62,24 @@ def fused_token_loss(
     logits_mib: float | None = None,
     kernel: bool | None = None,
 ) -> tuple[Tensor, TokenStates]:
-    """The weighted sum over N positions of a loss of the log-probability that each gives to its id.
+    """The weighted sum over N positions of a loss of the target's log-probability.
 
     Args:
-        hidden: [N, H], last hidden states at the positions of the loss and no others.
-        targets: [N], int64, the ids that they are to predict.
-        head: where its weight or bias requires a gradient, that is accumulated chunk by chunk.
-        token_loss: see ``TokenLoss``; cross-entropy if not given.
-        weights: [N], of each position in the sum; 1/N if not given, so that it is the mean.
-        temperature: logits are divided by it.
-        logits_mib: MiB for logits in memory at a time. Default: 64 on a CPU, 1,024 elsewhere.
-        kernel: whether Triton's kernels are used, which know no float64. Default: where they run, on CUDA.
+        hidden: [N, H], last hidden states at the loss positions only.
+        targets: [N], int64, the target ids.
+        head: if its weight or bias requires a gradient, it is accumulated chunk by chunk.
+        token_loss: see ``TokenLoss``; cross-entropy by default.
+        weights: [N], the weight of each position; 1/N by default, which gives the mean.
+        temperature: divides the logits.
+        logits_mib: MiB of logits in memory at a time. Default: 64 on a CPU, 1,024 elsewhere.
+        kernel: whether to use the Triton kernels, which do not support float64. Default: on CUDA, if they work.
 
     Returns:
-        The loss (scalar) and the figures of each position; float32 for inputs of half precision, else of the inputs' type.
-        The gradients are constants: the loss cannot be differentiated twice.
+        The loss (scalar) and the figures of each position; float32 for half-precision inputs, else in the inputs' dtype. The
+        gradients are constants: the loss cannot be differentiated twice.
 
     Raises:
-        ConfigError: a kernel is asked for what it does not know.
+        ConfigError: the kernels do not support the inputs.
     """
     if weights is None:
         weights = mean_weights(hidden)
@@ -88,10 +87,10 @@ def fused_token_loss(
     options = _Options(
         temperature=temperature,
         memory=budget(logits_mib, hidden.device),
-        wanted=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained),
+        needs_gradient=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained),
         kernel=use_kernels(kernel, ((hidden, head),)),
     )
-    with torch.autocast(hidden.device.type, enabled=False):  # it would round what is summed
+    with torch.autocast(hidden.device.type, enabled=False):  # autocast would round the sums
         loss, *states = _TokenLoss.apply(*trained, head, targets, token_loss, weights, options)
     return loss, TokenStates(*states)
 
@@ -113,13 +112,13 @@ class _TokenLoss(FusedPass):
         kind = torch.float32 if hidden.dtype in HALVES else hidden.dtype
         weights = weights.to(kind)
         logprobs, entropy, losses = (hidden.new_zeros(len(hidden), dtype=kind) for _ in range(3))
-        gradients = Gradients(hidden, head, [need and options.wanted for need in ctx.needs_input_grad[:3]], kind)
+        gradients = Gradients(hidden, head, [need and options.needs_gradient for need in ctx.needs_input_grad[:3]], kind)
         differentiate = _by_kernel if options.kernel else _by_torch
         for chunk in chunks(hidden, weight, logprobs, options.memory, 1, gradients, options.kernel):
             rows = chunk.rows
             logprobs[rows], entropy[rows], by_logits = differentiate(chunk, hidden[rows], targets[rows], head, options)
-            losses[rows], factors = _derivative(token_loss, logprobs[rows], rows, options.wanted)
-            if options.wanted:
+            losses[rows], factors = _derivative(token_loss, logprobs[rows], rows, options.needs_gradient)
+            if options.needs_gradient:
                 factors = factors * weights[rows] * (head.scale / options.temperature)
                 gradients.add(chunk, by_logits, factors, hidden[rows], head)
         FusedPass.keep(ctx, gradients, hidden, weight)
@@ -130,7 +129,7 @@ class _TokenLoss(FusedPass):
 def _by_kernel(
     chunk: Chunk, hidden: Tensor, targets: Tensor, head: Head, options: _Options
 ) -> tuple[Tensor, Tensor, Iterable[Tensor]]:
-    """Log-probabilities, entropies and the gradient of the former by the logits, tile by tile."""
+    """Log-probabilities, entropies, and the gradient of the log-probabilities with respect to the logits, per tile."""
     ((_, (logits,)),) = multiply(chunk, [hidden], [head])
     logprobs, entropy = launch.token(logits, chunk.gradient, targets, head, options.temperature)
     return logprobs, entropy, [] if chunk.gradient is None else [chunk.gradient]
@@ -139,11 +138,11 @@ def _by_kernel(
 def _by_torch(
     chunk: Chunk, hidden: Tensor, targets: Tensor, head: Head, options: _Options
 ) -> tuple[Tensor, Tensor, Iterable[Tensor]]:
-    """The same; the gradient is formed as it is asked for."""
+    """The same in plain torch; the gradient is computed lazily."""
     log_z = project(chunk, [hidden], [head], [options.temperature])[0]
     logprobs = _logits_at(chunk, targets) - log_z[:, 0]
     entropy = torch.zeros_like(logprobs)
-    slopes = _normalize(chunk, log_z, head, options.temperature, entropy, options.wanted)
+    slopes = _normalize(chunk, log_z, head, options.temperature, entropy, options.needs_gradient)
     return logprobs, entropy, _by_logits(chunk, targets, slopes)
 
 
@@ -157,18 +156,18 @@ def _logits_at(chunk: Chunk, targets: Tensor) -> Tensor:
 
 
 def _inside(columns: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether each of ``targets`` [rows] is in the tile of ``columns``, [rows], and where (anywhere, if not), [rows, 1]."""
+    """Whether each of ``targets`` [rows] is in the tile of ``columns``, [rows], and its column there, [rows, 1]; 0 if not."""
     inside = (targets >= columns.start) & (targets < columns.stop)
     return inside, torch.where(inside, targets - columns.start, 0)[:, None]
 
 
 def _normalize(
-    chunk: Chunk, log_z: Tensor, head: Head, temperature: float, entropy: Tensor, wanted: bool
+    chunk: Chunk, log_z: Tensor, head: Head, temperature: float, entropy: Tensor, needs_gradient: bool
 ) -> list[Tensor | None]:
-    """Turn the chunk's logits into probabilities and add up ``entropy``; returns the slopes of a soft cap, tile by tile."""
+    """Turn the chunk's logits into probabilities and accumulate ``entropy``; returns the soft cap's slopes per tile."""
     slopes: list[Tensor | None] = []
     for (tile,) in chunk.tiles:
-        slopes.append(slope_of_cap(tile, head, temperature) if wanted else None)
+        slopes.append(slope_of_cap(tile, head, temperature) if needs_gradient else None)
         tile -= log_z
         probabilities = tile.exp()
         entropy -= torch.linalg.vecdot(tile, probabilities)
@@ -176,9 +175,9 @@ def _normalize(
     return slopes
 
 
-def _derivative(token_loss: TokenLoss, logprobs: Tensor, rows: slice, wanted: bool) -> tuple[Tensor, Tensor]:
-    """Losses of some positions and their derivatives by the log-probabilities, both [rows]."""
-    if not wanted:
+def _derivative(token_loss: TokenLoss, logprobs: Tensor, rows: slice, needs_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Losses of some positions and their derivatives with respect to the log-probabilities, both [rows]."""
+    if not needs_gradient:
         losses = token_loss(logprobs, rows)
         return losses, losses
     with torch.enable_grad():
@@ -189,7 +188,7 @@ def _derivative(token_loss: TokenLoss, logprobs: Tensor, rows: slice, wanted: bo
 
 
 def _by_logits(chunk: Chunk, targets: Tensor, slopes: list[Tensor | None]) -> Iterator[Tensor]:
-    """Gradients of the log-probabilities by the logits, ``onehot - p``, a tile [rows, width] at a time."""
+    """Gradients of the log-probabilities with respect to the logits, ``onehot - p``, one tile [rows, width] at a time."""
     for columns, (tile,), slope in zip(chunk.columns, chunk.tiles, slopes, strict=True):
         tile.neg_()
         inside, here = _inside(columns, targets)

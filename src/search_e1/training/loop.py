@@ -1,7 +1,7 @@
-"""The training loop. Cold start, GRPO, distillation and fine-tuning differ in their source and objectives alone.
+"""The training loop. Cold start, GRPO, distillation and fine-tuning differ only in their source and objectives.
 
-A step takes samples from its source and makes one optimizer update of them, or several (mini-batches, epochs). An update goes
-through the model in micro-batches, whose losses add up to the update's whatever their number, on however many ranks.
+A step gets samples from its source and makes one or several optimizer updates from them (mini-batches, epochs). An update runs
+in micro-batches; their losses sum to the update's loss, independent of their number and the number of ranks.
 """
 
 import math
@@ -34,30 +34,30 @@ BAD_BATCH = "bad_batch.pt"
 
 
 class Source(Protocol):
-    """Where samples come from."""
+    """Supplies the samples of each step."""
 
     figures: Mapping[str, float]
-    """What there is to tell of the step that was asked for last."""
+    """Figures of the latest step requested."""
 
     def next(self, step: int) -> Mapping[str, Sequence[Sample]]:
-        """The samples of ``step`` (from 0), this rank's share, by the name of their objective."""
+        """This rank's samples of ``step`` (from 0), by the name of their objective."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How much is trained."""
+    """Number of steps and updates, and the learning rate."""
 
     steps: int
     learning_rate: float
     mini_batches: int = 1
-    """Updates that a step's samples are divided among."""
+    """Updates per epoch: a step's samples are divided among them."""
     epochs: int = 1
     """Passes over a step's samples."""
 
     @property
     def updates(self) -> int:
-        """Optimizer updates a step."""
+        """Optimizer updates per step."""
         return self.mini_batches * self.epochs
 
 
@@ -72,16 +72,16 @@ def train(
     headline: str = "loss",
     guard: Guard | None = None,
 ) -> list[dict[str, float]]:
-    """Train ``policy`` in place; one line a step in ``steps.jsonl``. Resumes from the newest checkpoint, to the bit.
+    """Train ``policy`` in place; writes one line per step to ``steps.jsonl``. Resumes bit for bit from the latest checkpoint.
 
-    ``headline``: the figure that progress shows. ``guard``: ends training after a collapse, with the weights that did best.
+    ``headline``: the figure that progress shows. ``guard``: stops training after a collapse and restores the best weights.
 
     Returns:
         The records of all steps.
 
     Raises:
-        Stopped: a signal asked to stop; the passes so far are saved.
-        TrainingError: a loss or gradient that is not finite (``bad_batch.pt`` holds the batch), or no memory for one sample.
+        Stopped: a signal requested a stop; the passes so far are saved.
+        TrainingError: a loss or gradient is not finite (``bad_batch.pt`` holds the batch), or one sample does not fit in memory.
     """
     torch.manual_seed(context.seed)  # dropout
     optimizers = make_optimizers(policy.model, config, schedule.learning_rate)
@@ -102,7 +102,7 @@ def train(
                     fit_passes(policy, samples)
                     samples = {name: list(objectives[name].prepare(policy, part)) for name, part in samples.items()}
                 unfinished = Unfinished(samples, source_figures=dict(source.figures))
-            if guard and not unfinished.update:  # also of a step that was interrupted: a checkpoint may be older than that
+            if guard and not unfinished.update:  # also for an interrupted step: the checkpoint may be from before
                 guard.before_update(policy, [*log.steps, unfinished.source_figures])
             passes = log.passes(clock, schedule.updates)
             current = _Step(policy, objectives, config, state, log, context, step, unfinished, passes)
@@ -126,14 +126,14 @@ def train(
 
 
 def _mini_batch(samples: Mapping[str, Sequence[Sample]], part: int, parts: int) -> dict[str, Sequence[Sample]]:
-    """One of ``parts`` equal parts of each objective's samples, in their order, so that most groups stay together."""
+    """Part ``part`` of ``parts`` equal parts of each objective's samples, in order, so that most groups stay together."""
     cut = {name: [len(own) * i // parts for i in (part, part + 1)] for name, own in samples.items()}
     return {name: own[slice(*cut[name])] for name, own in samples.items()}
 
 
 @dataclass(slots=True)
 class _Step:
-    """The step at hand."""
+    """The current step."""
 
     policy: TrainedPolicy
     objectives: Mapping[str, Objective]
@@ -145,10 +145,10 @@ class _Step:
     unfinished: Unfinished
     passes: Passes
     pending: list[tuple[str, Tensor]] = field(default_factory=list)
-    """Figures that were not waited for: a transfer a pass would hold the device up."""
+    """Figures still on the device: one transfer per pass would stall it."""
 
     def accumulate(self, samples: Mapping[str, Sequence[Sample]]) -> None:
-        """Forward and backward passes of one update. Where memory runs out, the update begins anew with halved passes."""
+        """Run the forward and backward passes of one update. If memory runs out, restart the update with halved passes."""
         while True:
             size = self.policy.micro_batch_tokens >> self.unfinished.halvings
             if not self.unfinished.passes:
@@ -164,7 +164,7 @@ class _Step:
             if size < min(len(s) for part in samples.values() for s in part):
                 if self.config.gradient_checkpointing is None and not self.policy.checkpointing:
                     self.policy.enable_checkpointing()
-                    self._begin_again(0)
+                    self._restart_update(0)
                     continue
                 raise TrainingError(
                     f"step {self.number + 1}: out of memory for a single sequence; lower rollout.max_tokens, set "
@@ -172,16 +172,16 @@ class _Step:
                 )
             longest = max(len(s) for part in samples.values() for s in part) * max(map(len, samples.values()))
             while self.policy.micro_batch_tokens >> self.unfinished.halvings > longest:
-                self.unfinished.halvings += 1  # half of more than there is would be the same pass again
-            self._begin_again(self.unfinished.halvings + 1)
+                self.unfinished.halvings += 1  # halving a limit above the longest pass changes nothing
+            self._restart_update(self.unfinished.halvings + 1)
 
-    def _begin_again(self, halvings: int) -> None:
+    def _restart_update(self, halvings: int) -> None:
         self.unfinished.halvings, before = halvings, self.unfinished.sums_before
         self.unfinished.sums, self.unfinished.passes = {**before, "halved": before.get("halved", 0.0) + 1}, 0
         self.pending.clear()
 
     def _batches(self, samples: Mapping[str, Sequence[Sample]], size: int) -> Iterator[tuple[str, Batch]]:
-        """The micro-batches of an update. Ranks get equally many: those that lack one repeat another without weight."""
+        """The micro-batches of an update. All ranks get the same number: short ranks are filled up with zero-weight ones."""
         for name, part in samples.items():
             objective = self.objectives[name]
             weights = normalised_weights(part, objective.average, ranks.total, objective.max_tokens)
@@ -202,7 +202,7 @@ class _Step:
             objective, last = self.objectives[name], i + 1 == len(batches)
             with self.policy.accumulating(last):
                 loss, figures = self.policy.run(batch, objective.loss, objective.teacher)
-                # Gradients are averaged over ranks, each of which holds a part of the update.
+                # Gradients are averaged over ranks, but each rank's loss is only its share of the update's.
                 (loss * (objective.weight * ranks.count())).backward()
             losses.append(loss.detach() * objective.weight)
             prefix = "" if name == next(iter(self.objectives)) else f"{name}_"
@@ -213,7 +213,7 @@ class _Step:
                 self.passes.tell(self.unfinished.update, i + 1, len(batches))
                 self.context.checkpointer.between_passes(self.number, self._save, same=not self.unfinished.update)
         for weight in () if batches else self.policy.parameters.values():
-            weight.grad = torch.zeros_like(weight)  # nothing to learn from
+            weight.grad = torch.zeros_like(weight)  # no micro-batch, so no gradient
         finite = torch.isfinite(torch.stack(losses)).tolist() if losses else []
         if not all(finite):
             bad = finite.index(False)
@@ -221,7 +221,7 @@ class _Step:
         self._sum_up()
 
     def _sum_up(self) -> None:
-        """Add up what is pending: one transfer, whatever the number of passes."""
+        """Add the pending figures to the sums, in a single device transfer."""
         if not self.pending:
             return
         values = torch.stack([value.detach().to(self.policy.device) for _, value in self.pending]).tolist()
@@ -230,7 +230,7 @@ class _Step:
         self.pending.clear()
 
     def figures(self, updates: int) -> dict[str, float]:
-        """The step's figures over all ranks: the loss as the mean over its updates, the objectives' as weighted means."""
+        """The step's figures over all ranks: the loss averaged over updates, the objectives' figures as weighted means."""
         sums: dict[str, float] = {"loss": 0.0}
         for own in ranks.all_gather_object(self.unfinished.sums):
             for key, value in own.items():
@@ -243,10 +243,10 @@ class _Step:
         return {**means, "loss": sums["loss"] / updates}
 
     def gradient_norm(self) -> float:
-        """Clip the gradient; its norm before that.
+        """Clip the gradient; returns its norm before clipping.
 
         Raises:
-            TrainingError: it is not finite.
+            TrainingError: the norm is not finite.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters.values(), self.config.max_grad_norm)
         value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

@@ -1,4 +1,4 @@
-"""Memory that runs out: recognized, released, and translated into a message."""
+"""Out-of-memory errors: recognize them, free memory, translate them into a message."""
 
 import gc
 from collections.abc import Iterator
@@ -8,25 +8,25 @@ import torch
 
 from search_e1.errors import TrainingError
 
-_WORDS = (
+_MESSAGES = (
     "CUDA out of memory.",
     "XPU out of memory.",
     "MPS backend out of memory",
     "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.",
     "DefaultCPUAllocator: can't allocate memory",
 )
-"""What torch says where it has no class for it."""
+"""Messages of out-of-memory errors that torch raises as a plain RuntimeError."""
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether ``error`` is the accelerator's or the machine's memory running out."""
+    """Whether ``error`` is an out-of-memory error of the accelerator or the host."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _MESSAGES)
     )
 
 
 def release() -> None:
-    """Free what a pass that failed has left. Call it when its exception is gone: that holds its tensors."""
+    """Free the memory of a failed pass. Call it after leaving the ``except`` block: the exception holds the pass's tensors."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
@@ -34,10 +34,10 @@ def release() -> None:
 
 @contextmanager
 def translate_oom(stage: str) -> Iterator[None]:
-    """Turn memory that runs out, where smaller passes did not help, into a message.
+    """Translate an out-of-memory error, which smaller passes did not prevent, into a message.
 
     Raises:
-        TrainingError: that happened.
+        TrainingError: memory ran out.
     """
     try:
         yield

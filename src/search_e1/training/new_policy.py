@@ -1,4 +1,4 @@
-"""A small untrained policy: a byte-level tokenizer trained on the user's own texts, and random weights."""
+"""A small untrained policy: a byte-level tokenizer trained on the user's texts, and random weights."""
 
 from collections.abc import Iterable
 
@@ -21,10 +21,10 @@ CHAT_TEMPLATE = (
 def tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most ``vocabulary`` ids, trained on ``texts``, with a ChatML template.
 
-    Each protocol tag is one ordinary token: it is decoded like any text.
+    Each protocol tag is one ordinary token, decoded like any text.
 
     Raises:
-        ConfigError: ``vocabulary`` has no room for bytes and tags alone.
+        ConfigError: ``vocabulary`` has no room for the bytes and tags.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocabulary < (least := len(alphabet) + len(TAGS) + 3):
@@ -50,10 +50,10 @@ def tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def policy(texts: Iterable[str], config: NewPolicyConfig, prompts: Prompts, seed: int) -> Policy:
-    """An untrained policy of the sizes in ``config``, whose tokenizer knows ``texts``.
+    """An untrained policy of the sizes in ``config``, with a tokenizer trained on ``texts``.
 
-    The architecture is LFM2's, convolutions with attention in every second layer: at this size it learns to copy unseen names
-    from far fewer tokens than attention alone.
+    The architecture is LFM2, which alternates convolution and attention layers: at this size it learns to copy unseen names
+    from far fewer tokens than a pure attention model.
     """
     words = tokenizer(texts, config.vocabulary)
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Optimizers and the schedule of the learning rate; the same for every stage that trains."""
+"""Optimizers and the learning-rate schedule of all training stages."""
 
 import math
 from collections.abc import Iterable
@@ -12,10 +12,10 @@ from search_e1.training.sharding import full_tensor, shard_like
 
 
 def make_optimizers(model: Any, config: TrainingConfig, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """What ``config.optimizer`` names, over the weights of ``model`` that are trained.
+    """The optimizers of ``config.optimizer`` over the trainable weights of ``model``.
 
-    Muon optimizes matrices inside the layers and AdamW the rest (embeddings, head, norms, convolutions). Its update is scaled
-    to the root mean square of AdamW's, so that both share the learning rate.
+    Under ``muon``, Muon optimizes the matrices inside the layers and AdamW the rest (embeddings, head, norms, convolutions).
+    Muon's update is scaled to the root mean square of AdamW's, so that both share the learning rate.
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     if config.optimizer == "adamw":
@@ -44,7 +44,7 @@ def _adamw(weights: Iterable[nn.Parameter], config: TrainingConfig, learning_rat
 
 
 def rate(step: int, steps: int, config: TrainingConfig) -> float:
-    """Share of the learning rate at update ``step`` (from 0) of ``steps``."""
+    """Multiplier of the learning rate at update ``step`` (from 0) of ``steps``."""
     warmup = round(config.warmup * steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -53,11 +53,11 @@ def rate(step: int, steps: int, config: TrainingConfig) -> float:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal by five Newton-Schulz steps (Jordan et al., 2024), scaled by 0.2 sqrt(max(n, m))
-    to the root mean square of AdamW's (Liu et al., arXiv:2502.16982).
+    """Momentum with updates orthogonalized by five Newton-Schulz steps (Jordan et al., 2024) and scaled by 0.2 sqrt(max(n, m))
+    to the root mean square of AdamW's updates (Liu et al., arXiv:2502.16982).
 
-    ``torch.optim.Muon`` computes in bfloat16, which many CPUs emulate: there its step costs more than forward and backward
-    pass of a small model together. Of a sharded matrix each rank orthogonalizes the whole, and keeps its part.
+    ``torch.optim.Muon`` computes in bfloat16, which many CPUs emulate: its step then costs more than the forward and backward
+    pass of a small model. For a sharded matrix, each rank orthogonalizes the whole matrix and keeps its shard.
     """
 
     @torch.no_grad()
@@ -76,7 +76,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Roughly the nearest matrix [n, m] whose singular values are all one (they end between 0.7 and 1.2)."""
+    """Approximately the nearest matrix [n, m] with all singular values 1 (the result's are between 0.7 and 1.2)."""
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):

@@ -91,9 +91,9 @@ def _em_table(summary: "Summary") -> Table:
     headings += ["greedy EM\nmacro", "95%"] if several else []
     table = plain_table(f"EM of each policy (seed {summary.seed})", *headings)
     for policy in summary.policies:
-        macro = (_share(policy.macro_em), _interval(policy.macro_em_interval)) if several else ()
-        greedy = (_share(policy.em), _interval(policy.em_interval))
-        sampled = (_share(policy.em_sampled), _interval(policy.em_sampled_interval))
+        macro = (share(policy.macro_em), _interval(policy.macro_em_interval)) if several else ()
+        greedy = (share(policy.em), _interval(policy.em_interval))
+        sampled = (share(policy.em_sampled), _interval(policy.em_sampled_interval))
         table.add_row(policy.stage, str(policy.n), *greedy, *sampled, *macro)
     return table
 
@@ -107,7 +107,7 @@ def _cost_table(summary: "Summary") -> Table:
         round = summary.rounds.get(number) if kind == "ofsd" else None
         table.add_row(
             policy.stage,
-            *(_share(policy.by_hops.get(h)) for h in hops),
+            *(share(policy.by_hops.get(h)) for h in hops),
             f"{policy.searches:.2f}",
             f"{policy.tokens:.0f}",
             f"{round.lead.lead:+.3f}" if round and round.lead else "",
@@ -140,15 +140,13 @@ def evaluation_table(evaluation: "Evaluation") -> Table:
     hops = ((f"{hops}-hop", row) for hops, row in evaluation.by_hops.items())
     kinds = evaluation.by_answer_type.items()
     for label, row in (*evaluation.by_benchmark.items(), *hops, *kinds, (_MICRO, evaluation)):
-        beside = (
-            (_share(row.f1), _share(row.cover_em)) if name is None else (_share(row.reward), _interval(row.reward_interval))
-        )
-        scores = (_share(row.em_sampled), *beside)
+        beside = (share(row.f1), share(row.cover_em)) if name is None else (share(row.reward), _interval(row.reward_interval))
+        scores = (share(row.em_sampled), *beside)
         costs = (f"{row.searches:.2f}", f"{row.tokens:.0f}")
-        table.add_row(printable(label), str(row.n), _share(row.em), _interval(row.em_interval), *scores, *costs)
+        table.add_row(printable(label), str(row.n), share(row.em), _interval(row.em_interval), *scores, *costs)
     if len(evaluation.by_benchmark) > 1:
-        greedy = (_share(evaluation.macro_em), _interval(evaluation.macro_em_interval))
-        table.add_row("macro average", "", *greedy, _share(evaluation.macro_em_sampled), *("",) * 4)
+        greedy = (share(evaluation.macro_em), _interval(evaluation.macro_em_interval))
+        table.add_row("macro average", "", *greedy, share(evaluation.macro_em_sampled), *("",) * 4)
     return table
 
 
@@ -157,8 +155,8 @@ def recall_table(evaluation: "Evaluation") -> Table:
     title = "An answer is in what was read, in the question's own top k, in the corpus"
     table = plain_table(title, "questions", "read", "top k", "corpus", "greedy EM\nif in corpus", "95%")
     for name, row in (*evaluation.by_benchmark.items(), (_MICRO, evaluation)):
-        recall = (_share(row.read), _share(row.in_topk, "unknown"), _share(row.in_corpus, "unknown"))
-        table.add_row(printable(name), *recall, _share(row.em_answerable), _interval(row.em_answerable_interval))
+        recall = (share(row.read), share(row.in_topk, "unknown"), share(row.in_corpus, "unknown"))
+        table.add_row(printable(name), *recall, share(row.em_answerable), _interval(row.em_answerable_interval))
     return table
 
 
@@ -191,7 +189,7 @@ _MICRO = "all (micro)"
 """The mean over questions, whatever their benchmark."""
 
 
-def _share(value: float | None, unknown: str = "") -> str:
+def share(value: float | None, unknown: str = "") -> str:
     return unknown if value is None else f"{value:.3f}"
 
 
@@ -206,7 +204,7 @@ def lead_table(lead: "Lead") -> RenderableType:
         em, off_track, searches, tokens = (
             getattr(lead, field.format(name)) for field in ("em_{}", "em_{}_off_track", "searches_{}", "tokens_{}")
         )
-        sampling.add_row(name, f"{em:.3f}", _share(off_track), f"{searches:.2f}", f"{tokens:.0f}")
+        sampling.add_row(name, f"{em:.3f}", share(off_track), f"{searches:.2f}", f"{tokens:.0f}")
     divergence = plain_table(None, "sampled token", "number", "KL, nats", "share of KL")
     for kind, part in lead.kl.items():
         divergence.add_row(kind, str(part.tokens), f"{part.mean:.4f}", f"{part.share:.1%}")

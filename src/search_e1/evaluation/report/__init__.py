@@ -1,1 +1,1 @@
-"""The report: a run as one HTML file, made from its artifacts alone. An unfinished run is shown as far as it is complete."""
+"""The report: a run as one HTML file, made from its artifacts alone. An unfinished run shows its complete stages."""

@@ -1,4 +1,4 @@
-"""Sentences about a run: why EM fell after a distillation, and why there is nothing to see where there is nothing."""
+"""Sentences about a run: why EM fell after a distillation, and why a view is empty."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from search_e1.evaluation.report.files import Run
 
 Figures = Mapping[str, Any]
 _SAVING = 0.05
-"""Share of the sampled tokens from which a saving is worth a word."""
+"""Smallest saving (a share of sampled tokens) worth mentioning."""
 
 
 def falls(gains: Sequence[Figures], policies: Sequence[Figures], rounds: Sequence[Figures], config: Figures) -> dict[str, str]:
-    """Distilled policy -> why its EM is lower than that of the policy before it. See docs/distillation.md."""
+    """Distilled policy -> why its EM is lower than the previous policy's. See docs/distillation.md."""
     scores = {policy["stage"]: policy for policy in policies}
     by_round = {round["round"]: round for round in rounds}
     found = {}
@@ -67,7 +67,7 @@ def _after(after: Sequence[str], scores: Mapping[str, Figures]) -> str:
 
 
 def empty(run: Run, *, finished: bool) -> dict[str, str]:
-    """View -> why it has nothing to show, and what would fill it; only views that are empty."""
+    """View -> why it is empty, and what would fill it; only for empty views."""
     outlook = _outlook(run, finished)
     found = {}
     if not run.stages:

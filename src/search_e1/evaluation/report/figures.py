@@ -1,7 +1,7 @@
 """The figures of a run: policies, gains, rounds, training curves, costs. Names are those of the artifacts.
 
-Shares of questions have Wilson's interval whatever the artifact says: older ones hold the bootstrap's, which has no width
-where all questions agree.
+Shares of questions get Wilson's interval whatever the artifact says: older artifacts hold the bootstrap's, which has zero
+width if all questions agree.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ from search_e1.evaluation.report.files import Run, Stage, policy_of, read_json, 
 from search_e1.evaluation.report.trajectories import Evaluated
 from search_e1.evaluation.statistics import share_interval, wilson
 
-_MOST_POINTS = 400  # of a training curve: more than a screen resolves
+_MOST_POINTS = 400  # per training curve: more than a screen resolves
 
 
 def overview(run: Run, evaluated: Sequence[Evaluated]) -> dict[str, Any]:
-    """Everything the page shows of a run except trajectories and pairs."""
+    """Everything that the page shows about a run except trajectories and pairs."""
     last = next(reversed(run.stages.values()), None)
     policies = [_policy(stage) for stage in run.evaluations]
     rounds, changes = _rounds(run), gains(evaluated)
@@ -56,7 +56,7 @@ def _finished(run: Run) -> bool:
 
 
 def _refusals(run: Run) -> dict[str, str]:
-    """Round -> why nothing was distilled, from ``summary.json``."""
+    """Round -> why its distillation was refused, from ``summary.json``."""
     path = run.path / "summary.json"
     rounds = read_json(path).get("rounds", {}) if path.is_file() else {}
     return {number: round["refused"] for number, round in rounds.items() if round.get("refused")}
@@ -76,7 +76,7 @@ def _with_interval(scores: dict[str, Any]) -> dict[str, Any]:
 
 
 def gains(evaluated: Sequence[Evaluated]) -> list[dict[str, Any]]:
-    """Each stage's change of greedy EM over the policy before it, on the questions that both answered.
+    """Each policy's change in greedy EM from the previous policy, on the questions that both were evaluated on.
 
     ``low`` and ``high`` are the 95% interval of the paired differences; see ``statistics.share_interval``.
     """
@@ -95,7 +95,7 @@ def gains(evaluated: Sequence[Evaluated]) -> list[dict[str, Any]]:
 
 
 def _rounds(run: Run) -> list[dict[str, Any]]:
-    """One entry a round: the figures of its complete stages."""
+    """One entry per round: the figures of its complete stages."""
     kinds = {kind: run.of_rounds(kind) for kind in ("grpo", "pool", "pairs", "lead", "ofsd")}
     numbers = sorted({number for stages in kinds.values() for number in stages})
     refused = _refusals(run)
@@ -111,12 +111,12 @@ def _rounds(run: Run) -> list[dict[str, Any]]:
 
 
 def _usable(pairs: Stage | None) -> tuple[float, float] | None:
-    """Of the share of questions with a pair."""
+    """95% interval of the share of questions with a pair."""
     return wilson(pairs.figures["usable"], pairs.figures["questions"]) if pairs and pairs.figures.get("questions") else None
 
 
 def _curves(run: Run) -> list[dict[str, Any]]:
-    """The steps of every stage that trains, including an unfinished one: figure -> values by step."""
+    """The training curve of every stage that trains, including an unfinished one: figure -> values by step."""
     places = {name: stage.path for name, stage in run.stages.items()}
     places |= {name: run.path / f".{name}.partial" for name in run.begun}
     curves = []
@@ -152,7 +152,7 @@ def cost(stage: Stage) -> dict[str, Any]:
 
 
 def _sampled_tokens(stage: Stage) -> int | None:
-    """Tokens sampled in the stage; ``None`` if it samples none, or an old artifact does not record them."""
+    """Tokens sampled in the stage; ``None`` if it samples none, or if an old artifact does not record them."""
     figures, settings = stage.figures, stage.manifest.settings
     kind = stage.name.partition("-")[0]
     if kind == "grpo":
@@ -165,7 +165,7 @@ def _sampled_tokens(stage: Stage) -> int | None:
 
 
 def _trained_tokens(stage: Stage) -> int | None:
-    """Tokens that entered a loss, counted each time."""
+    """Tokens that entered a loss, counted once per epoch."""
     kind = stage.name.partition("-")[0]
     if kind == "grpo":
         return _grpo_tokens(stage)

@@ -18,7 +18,7 @@ _EVALUATION = "evaluation-"
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A complete artifact; checksums are not verified, which would take long for weights."""
+    """A complete artifact; checksums are not verified, since that takes long for weights."""
 
     name: str
     path: Path
@@ -37,15 +37,15 @@ class Run:
     config: dict[str, Any]
     """Empty if there is no ``config.json``."""
     stages: dict[str, Stage]
-    """Complete stages in the order of their start."""
+    """Complete stages, ordered by start time."""
     begun: tuple[str, ...]
-    """Stages that were started and are not complete: running, or killed."""
+    """Stages that were started and are not complete: running or killed."""
     holder: str | None = None
-    """The process that works in the run directory, if one does; see ``runs.locks``."""
+    """The process that holds the run directory's lock, if any; see ``runs.locks``."""
 
     @property
     def evaluations(self) -> list[Stage]:
-        """In the order of the loop: base, then GRPO and OFSD of each round; others last, by start."""
+        """Evaluations in loop order: base, then GRPO and OFSD of each round; others last, by start time."""
         return sorted(
             (stage for stage in self.stages.values() if stage.name.startswith(_EVALUATION)),
             key=lambda stage: (_position(policy_of(stage)), stage.manifest.started),
@@ -92,7 +92,7 @@ def open_run(path: Path) -> Run:
 
 
 def holder(path: Path) -> str | None:
-    """The process that works in the run directory. What a killed one of this machine has left behind counts for nothing."""
+    """The process that holds the run directory's lock. A stale lock of a killed process on this machine is ignored."""
     try:
         signed = json.loads((path / ".holder.json").read_bytes())
         pid, host = int(signed["pid"]), str(signed["host"])
@@ -135,11 +135,11 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path, wanted: Callable[[bytes], bool] = lambda line: True) -> Iterator[Any]:
-    """The records of a JSON lines file; none if it does not exist. An unfinished last line, which is being written, is
-    skipped, and so are lines that are not ``wanted``.
+    """The records of a JSON lines file; none if it does not exist. Skips an unfinished last line, which is being written, and
+    lines that are not ``wanted``.
 
     Raises:
-        DataError: a line is no JSON; names it.
+        DataError: a line is not JSON; the message names it.
     """
     if not path.is_file():
         return
@@ -156,4 +156,4 @@ def read_lines(path: Path, wanted: Callable[[bytes], bool] = lambda line: True) 
 
 
 def _no_number(_: str) -> None:
-    """NaN and infinities, which Python writes and no browser reads."""
+    """Replaces NaN and infinities, which Python writes and browsers cannot read."""

@@ -1,7 +1,7 @@
-"""The report as a page on this machine that follows runs while they go on.
+"""The report as a local page that follows runs while they are in progress.
 
-The page asks every second whether the files of the runs have changed. Complete artifacts are read once; what is read
-again at each step of a training stage is its curve. Needs the extra ``serve``.
+The page asks every second whether the runs' files have changed. Complete artifacts are read once; an unfinished training
+stage's curve is read again at each step. Needs the extra ``serve``.
 """
 
 import socket
@@ -27,7 +27,7 @@ _FILES = ("config.json", "summary.json", "*/manifest.json", ".*.partial", ".*.pa
 
 
 class LiveReport:
-    """The report of runs as they are at each request."""
+    """The report of ``runs`` in their state at each request."""
 
     def __init__(self, runs: Sequence[Path], most: int) -> None:
         """
@@ -46,7 +46,7 @@ class LiveReport:
             return HTMLResponse(self._report.html(live=True), headers=_HEADERS)
 
     def data(self, request: Request) -> Response:
-        """What has changed since ``version`` of the figures and ``records`` of the trajectories; 204 if nothing has."""
+        """What changed since the client's ``version`` (figures) and ``records`` (trajectories); 204 if nothing did."""
         known = request.query_params
         with self._lock:
             self._refresh()
@@ -59,7 +59,7 @@ class LiveReport:
             return JSONResponse({**versions, "overview": self._report.overview, **packed}, headers=_HEADERS)
 
     def _refresh(self) -> None:
-        """Damage that shows up meanwhile is told in the page, which keeps what it has."""
+        """Read the runs again if they changed. If something is damaged, the page shows the problem and keeps its data."""
         state = _state(self._runs)
         if state == self._seen:
             return
@@ -69,7 +69,7 @@ class LiveReport:
         except SearchE1Error as error:
             self._seen, self._problem = state, plain(str(error))
         except FileNotFoundError:
-            pass  # a stage was completed, and its directory renamed, while it was read: at the next request
+            pass  # a stage completed, and its directory was renamed, while being read; the next request reads it
 
 
 def serve(runs: Sequence[Path], most: int, bound: socket.socket, ready: Callable[[str], None]) -> None:
@@ -84,7 +84,7 @@ def serve(runs: Sequence[Path], most: int, bound: socket.socket, ready: Callable
 
 
 def _state(runs: Sequence[Path]) -> list[object]:
-    """What changes when a run's files do."""
+    """A value that changes when a run's files do."""
     state: list[object] = []
     for run in runs:
         state.append(holder(run))

@@ -16,7 +16,7 @@ from search_e1.evaluation.report import figures
 from search_e1.evaluation.report.files import Run, open_run
 from search_e1.evaluation.report.repeat import differences
 from search_e1.evaluation.report.trajectories import Collector, Evaluated
-from search_e1.runs import MANIFEST, write_atomically
+from search_e1.runs import MANIFEST, sha256_text, write_atomically
 
 _SCRIPTS = (
     "dom.js", "glossary.js", "tooltip.js", "axes.js", "charts.js", "trajectory.js", "explorer.js", "loop.js", "cards.js",
@@ -31,10 +31,10 @@ def write(run: Path, out: Path, most: int = 5_000, *, others: Sequence[Path] = (
 
     Args:
         most: approximate number of trajectories in the page; beyond it, a fixed sample of the questions is shown.
-        others: further runs to show beside it.
+        others: more runs to show beside it.
 
     Raises:
-        RunError: a run is no run directory, an artifact in it is damaged, or ``out`` cannot be written.
+        RunError: a run is not a run directory, an artifact in it is damaged, or ``out`` cannot be written.
         DataError: a line of an artifact's file is damaged.
     """
     report = Report((run, *others), most)
@@ -51,7 +51,7 @@ def write(run: Path, out: Path, most: int = 5_000, *, others: Sequence[Path] = (
 
 
 class Report:
-    """What the page shows of some runs; ``read`` again when they have changed."""
+    """What the page shows about some runs; call ``read`` again when they have changed."""
 
     def __init__(self, runs: Sequence[Path], most: int) -> None:
         self._paths, self._most = runs, most
@@ -59,7 +59,7 @@ class Report:
         self._collector = Collector()
         self._evaluated: list[list[Evaluated]] = []
         self.overview: dict[str, Any] = {}
-        """All but trajectories and pairs, of all runs."""
+        """Everything except trajectories and pairs, for all runs."""
         self.records = ""
         """Trajectories and pairs: JSON, gzip, base64."""
 
@@ -73,7 +73,7 @@ class Report:
         if made != self._made:  # complete artifacts never change
             collector = Collector()
             self._evaluated = [collector.add(run, max(1, self._most // len(runs))) for run in runs]
-            # Compressed without a time stamp, so that the same run gives the same file.
+            # No time stamp, so that the same run gives the same file.
             self.records = base64.b64encode(gzip.compress(_json(collector.records()).encode(), mtime=0)).decode()
             self._collector, self._made = collector, made
         shown = [figures.overview(run, evaluated) for run, evaluated in zip(runs, self._evaluated, strict=True)]
@@ -91,14 +91,14 @@ class Report:
 
     @property
     def versions(self) -> dict[str, str]:
-        """What changes when the overview does, and when the records do."""
-        return {"version": _digest(_json(self.overview)), "records": _digest(self.records)}
+        """Digests of the overview and of the records, to detect changes."""
+        return {"version": sha256_text(_json(self.overview))[:16], "records": sha256_text(self.records)[:16]}
 
     def html(self, *, live: bool = False) -> str:
         """The page. The overview is embedded as JSON; trajectories and pairs are unpacked after the first paint.
 
-        A content security policy allows only the page's own script, identified by its hash. A ``live`` page asks the server
-        that it came from for what has changed.
+        A content security policy allows only the page's own script, identified by its hash. A ``live`` page polls its server
+        for changes.
         """
         style = _asset("report.css")
         overview = self.overview | ({"live": self.versions} if live else {})
@@ -117,7 +117,7 @@ class Report:
 
 
 def names(runs: Sequence[Run]) -> list[str]:
-    """The names of the runs' directories, as long as is unambiguous.
+    """The names of the runs' directories, with as many parents as needed to be unambiguous.
 
     Raises:
         RunError: a run is given twice.
@@ -143,10 +143,6 @@ def _asset(name: str) -> str:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _hash(text: str) -> str:

@@ -1,4 +1,4 @@
-"""How a run is repeated: its config as TOML, the commands, and what differs between the configs of several runs."""
+"""How to repeat a run: its config as TOML, the commands, and the differences between the configs of several runs."""
 
 import json
 import shlex
@@ -34,7 +34,7 @@ def repeat(run: Run) -> dict[str, str] | None:
 
 
 def _without_none(value: Any) -> Any:
-    """TOML has no null; a key that is absent is one at its default, which is what null stands for in a config."""
+    """``value`` without nulls. TOML has none; an absent key has its default, which is what null stands for in a config."""
     if isinstance(value, Mapping):
         return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
     return [_without_none(inner) for inner in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Trajectories and pairs for the page: text without token ids; every question and passage is stored once.
+"""Trajectories and pairs for the page: text without token ids, each question and passage stored once.
 
 Trajectories come from three sources: evaluations (greedy), pools, and the groups that GRPO keeps (both sampled).
 """
@@ -31,7 +31,7 @@ _DECODER = json.JSONDecoder()
 
 @dataclass(slots=True)
 class Evaluated:
-    """The greedy outcome of every question of one evaluation, including those the page leaves out."""
+    """The greedy outcome of every question of one evaluation, including questions that the page leaves out."""
 
     policy: str
     correct: dict[str, bool] = field(default_factory=dict)
@@ -61,10 +61,10 @@ class Collector:
         self.trajectories: list[dict[str, Any]] = []
         self.pairs: list[dict[str, Any]] = []
         self.left_out: list[int] = []
-        """Trajectories of each run beyond the limit."""
+        """For each run, the number of trajectories beyond the limit."""
 
     def records(self) -> dict[str, Any]:
-        """Everything, as the page reads it."""
+        """Everything collected, in the page's format."""
         return {
             "questions": self._questions.values,
             "passages": self._passages.values,
@@ -75,8 +75,8 @@ class Collector:
     def add(self, run: Run, most: int) -> list[Evaluated]:
         """Add the trajectories of ``run``, at most about ``most``, and the pairs that its leads were measured on.
 
-        Beyond ``most``, questions are sampled by a hash of their ids: the same ones in every evaluation, so that policies
-        compare. Each source has an equal part of ``most``; what one does not need is the others'.
+        Beyond ``most``, questions are sampled by a hash of their ids: the same questions in every evaluation, so that policies
+        are comparable. Each source gets an equal part of ``most``; what one does not need goes to the others.
         """
         number, before = len(self.left_out), len(self.trajectories)
         sampled = {kind: _sampled(run, kind) for kind in (POOL, GRPO)}
@@ -172,13 +172,13 @@ def _shown(key: str, share: float) -> bool:
 
 
 def _is_shown(line: bytes, share: float) -> bool:
-    """Whether a group's line is, by its question alone: of a large pool, most lines are not worth parsing."""
+    """Whether the group on ``line`` is shown. Parses only its question, since most lines of a large pool are not shown."""
     if not line.startswith(_QUESTION):
         return True
     try:
         question, _ = _DECODER.raw_decode(line.decode(), len(_QUESTION))
         return _shown(_key(question), share)
-    except (ValueError, LookupError, TypeError):  # damage is told where the line is parsed
+    except (ValueError, LookupError, TypeError):  # damage is reported where the line is parsed
         return True
 
 
@@ -193,7 +193,7 @@ def _shares(totals: Sequence[int], most: int) -> list[float]:
 
 
 def _sampled(run: Run, kind: str) -> dict[int, Stage]:
-    """Round -> the stage whose groups are stored. A pool that GRPO sampled is shown as GRPO's."""
+    """Round -> the stage with stored groups. A pool that GRPO sampled is shown as GRPO's."""
     stages = run.of_rounds(kind.lower())
     if kind == POOL:
         stages = {n: stage for n, stage in stages.items() if stage.manifest.settings["pool"].get("source") != "grpo"}
@@ -201,7 +201,7 @@ def _sampled(run: Run, kind: str) -> dict[int, Stage]:
 
 
 def _count(groups: Path) -> int:
-    """Trajectories in a file of groups, which are all of one size."""
+    """Number of trajectories in a file of groups, which all have one size."""
     with groups.open("rb") as file:
         first = file.readline()
         lines = bool(first) + sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
@@ -212,7 +212,7 @@ def _count(groups: Path) -> int:
 
 
 def _recall(row: Mapping[str, Any]) -> dict[str, bool] | None:
-    """Where an answer occurs, as far as it was measured: in what was ``read``, ``in_topk``, ``in_corpus``."""
+    """Where an answer occurs, as far as measured: ``read``, ``in_topk``, ``in_corpus``."""
     known = {name: row[name] for name in ("read", "in_topk", "in_corpus") if row.get(name) is not None}
     return known or None
 
@@ -223,7 +223,7 @@ def _divergences(run: Run, round: int) -> Iterator[Any]:
 
 
 def _first_of_question(pairs: Iterator[Any]) -> Sequence[Any]:
-    """The pairs of one question share their reference; the lead is measured on the first of them."""
+    """The first pair of each question. A question's pairs share their reference; the lead is measured on the first."""
     first: dict[str, Any] = {}
     for pair in pairs:
         first.setdefault(pair["question"]["id"], pair)
@@ -231,7 +231,7 @@ def _first_of_question(pairs: Iterator[Any]) -> Sequence[Any]:
 
 
 def _documents(turn: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Id and text (``(Title: ...) ...``) of each passage as it was read, cut where it was cut."""
+    """Id and text (``(Title: ...) ...``) of each passage as the policy read it, truncations included."""
     lines = [match[1] for line in turn["observation_text"].split("\n") if (match := _DOCUMENT.match(line))]
-    # A long observation is cut at its end: the last passages may be missing.
+    # A long observation is truncated: the last passages may be missing.
     return zip(turn["passage_ids"], lines, strict=False)
