@@ -75,11 +75,11 @@ def evaluate(
         raise DataError(f"no questions to evaluate on in {empty or 'data.eval'}; give files that hold some in data.eval")
     checkpointer = checkpointer or Checkpointer()
     scorer = open_scorer(limits, prompts.instruction)
-    asking = RolloutSampler(generator, retriever, prompts, limits.without_reward, checkpointer)
+    sampler = RolloutSampler(generator, retriever, prompts, limits.without_reward, checkpointer)
     count = sum(map(len, questions_by_benchmark.values()))
 
     def part(file: str, size: int, temperature: float, done: int) -> Part:
-        return _part(asking, out / file, questions_by_benchmark, size, temperature, seed, (progress, done, total))
+        return _part(sampler, out / file, questions_by_benchmark, size, temperature, seed, (progress, done, total))
 
     total = count * (1 + config.samples)
     parts = [part(TRAJECTORIES, 1, 0.0, 0)]
@@ -95,7 +95,7 @@ def evaluate(
     sampled = "" if evaluation.em_sampled is None else f", sampled {evaluation.em_sampled:.3f}"
     progress(total, total, f"EM greedy {evaluation.em:.3f}{sampled}")
     timings = {
-        name: _timing(asking, questions, sums[f"seconds.{name}"], config.latency).model_dump()
+        name: _timing(sampler, questions, sums[f"seconds.{name}"], config.latency).model_dump()
         for name, questions in questions_by_benchmark.items()
     }
     results.write(judged, out / results.QUESTIONS)
@@ -105,7 +105,7 @@ def evaluate(
 
 
 def _part(
-    asking: RolloutSampler,
+    sampler: RolloutSampler,
     path: Path,
     questions_by_benchmark: Mapping[str, Sequence[Question]],
     size: int,
@@ -115,14 +115,14 @@ def _part(
 ) -> Part:
     """The file of all groups of ``size`` trajectories. ``shown``: the progress callback, the number of trajectories in
     earlier parts, and in all parts."""
-    chunks = [(name, chunk) for name, questions in questions_by_benchmark.items() for chunk in asking.chunks(questions, size)]
+    chunks = [(name, chunk) for name, questions in questions_by_benchmark.items() for chunk in sampler.chunks(questions, size)]
     progress, before, total = shown
-    told = RolloutProgress(progress, total, "sampled EM" if temperature else "greedy EM", before=before)
+    reporter = RolloutProgress(progress, total, "sampled EM" if temperature else "greedy EM", before=before)
 
     def make(chunk: tuple[str, Sequence[Question]], sums: Mapping[str, float]) -> tuple[Iterable[str], Mapping[str, float]]:
         name, questions = chunk
         clock, own = time.perf_counter(), derived_seed(seed, name)
-        groups = asking.groups(questions, size, temperature=temperature, seed=own, on_trajectory=told.after(sums))
+        groups = sampler.groups(questions, size, temperature=temperature, seed=own, on_trajectory=reporter.after(sums))
         made = [trajectory for group in groups for trajectory in group.trajectories]
         tally = {
             "trajectories": len(made), "em": sum(t.reward for t in made), "searches": sum(t.searches for t in made),
@@ -198,15 +198,15 @@ def _read_passages(trajectory: Trajectory) -> Iterator[str]:
             yield from (_DOCUMENT.sub("", line, count=1) for line in lines if _DOCUMENT.match(line))
 
 
-def _timing(asking: RolloutSampler, questions: Sequence[Question], seconds: float, alone: int) -> Timing:
+def _timing(sampler: RolloutSampler, questions: Sequence[Question], seconds: float, alone: int) -> Timing:
     """Runs ``alone`` evenly spaced questions again, one at a time; ``seconds`` is the batched time of all ``questions``."""
     chosen = min(alone, len(questions))
     # An answer kept from an interrupted call would take no time, so this sampler starts without any.
-    asking = replace(asking, checkpointer=Checkpointer(stop=asking.checkpointer.stop))
+    sampler = replace(sampler, checkpointer=Checkpointer(stop=sampler.checkpointer.stop))
     times = []
     for i in range(chosen):
         clock = time.perf_counter()
-        asking.groups([questions[i * len(questions) // chosen]], 1, temperature=0.0, seed=0)
+        sampler.groups([questions[i * len(questions) // chosen]], 1, temperature=0.0, seed=0)
         times.append(time.perf_counter() - clock)
     return Timing(
         seconds_a_question=seconds / len(questions),

@@ -25,7 +25,7 @@ from search_e1.types import Question
 _CHUNK = 2**15  # passages
 _WORD, _ARTICLES = re.compile(r"[^\W_]+"), frozenset({"a", "an", "the"})
 _DROPPED, _UNCOUNTED, _OTHER = range(3)
-"""Ids shared by words in no answer and no question: articles; words that BM25 does not count, and ends of passages; the rest."""
+"""Ids shared by words in no answer and no question: articles; words that BM25 does not count, ends of passages; all others."""
 _MARK = "\0"
 
 

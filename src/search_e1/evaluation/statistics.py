@@ -39,8 +39,9 @@ def share_interval(*parts: Sequence[float], seed: int, least: float = 0.0) -> In
     One part: Wilson's interval if the values are all 0 or 1 and not differences, else the bootstrap's. If all values are
     equal, the bootstrap has nothing to resample: the interval then extends on each side as far as Wilson's for 0 out of n,
     the share of unseen questions that may differ.
-    Several parts (a macro average): the half-widths are added in quadrature (Newcombe, Statistics in Medicine 17, 1998; Zou and
-    Donner, Statistics in Medicine 27, 2008), so that a benchmark on which all questions agree still adds its uncertainty.
+    Several parts (a macro average): distances from mean to limit are added in quadrature (Newcombe, Statistics in Medicine 17,
+    1998; Zou and Donner, Statistics in Medicine 27, 2008), so that a benchmark on which all questions agree still adds its
+    uncertainty.
 
     Raises:
         ValueError: a part is empty, or there is none.

@@ -156,4 +156,4 @@ def read_lines(path: Path, wanted: Callable[[bytes], bool] = lambda line: True) 
 
 
 def _no_number(_: str) -> None:
-    """Replaces NaN and infinities, which Python writes and browsers cannot read."""
+    """``None`` for NaN and infinities, which Python writes and browsers cannot read."""

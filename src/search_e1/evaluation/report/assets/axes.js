@@ -1,4 +1,4 @@
-// What charts are drawn on: a frame that follows its width, axes, grids, numbers.
+// The base of charts: a frame that follows its width, axes, grids, numbers.
 
 const LEFT = 46, RIGHT_EDGE = 18, TOP = 20, BOTTOM = 40;
 const SERIES = 4; // colors; further series repeat them, dashed
@@ -70,5 +70,5 @@ function legend(names) {
   return h("ul", { class: "legend" }, names.map((name, i) => h("li", null, h("i", { class: seriesClass(i) }), label(name))));
 }
 
-/** "(95% a to b)", or nothing. */
+/** "(95% a to b)", or an empty string. */
 const within = (low, high, show = number) => (Number.isFinite(low) && Number.isFinite(high) ? `(95% ${show(low)} to ${show(high)})` : "");

@@ -1,4 +1,4 @@
-// Every trajectory: greedy ones of evaluations, sampled ones of pools and of GRPO; with search and filters.
+// All trajectories, with search and filters: greedy ones from evaluations, sampled ones from pools and GRPO.
 
 const questionOf = (item) => all.questions[item.question];
 const said_of = (trajectory) => trajectory.turns.map((turn) => turn.text).join("\n");
@@ -64,7 +64,7 @@ function siblings(t) {
   return h("p", { class: "chips" }, h("a", { href: link("questions", { at: questionId(t) }) }, "Side by side:"), chips(others, t, (other) => line(other.stage)));
 }
 
-/** The other trajectories of a sampled one's group. */
+/** The siblings of a sampled trajectory. */
 function group(t) {
   const others = records.trajectories.filter((other) => other.question === t.question && other.stage === t.stage && other.source === t.source);
   return h("p", { class: "chips" }, label("Group"), `${others.filter((other) => other.right).length} of ${others.length} right:`, chips(others, t, (other) => other.sample));

@@ -36,10 +36,10 @@ function policyCard(policies) {
     table(columns, policies, "Every evaluated policy"));
 }
 
-/** The ends of an interval, where a policy has it. */
+/** The ends of an interval, if a policy has one. */
 const ends = (policies, key) => ({ low: policies.map((policy) => policy[key]?.[0]), high: policies.map((policy) => policy[key]?.[1]) });
 
-/** Figures that some evaluations have and others do not. */
+/** Figures that only some evaluations have. */
 function extraColumns(policies) {
   const reward = policies.map((policy) => policy.reward_name).find(Boolean);
   const known = [["reward", `reward: ${reward}`], ["cover_em", "cover EM"], ["em_answerable", "EM, answerable"]];
@@ -73,7 +73,7 @@ function failures(policies) {
   return [recall(policies), counts("Failure classes", "failures", classes), reasons.length > 1 && counts("How trajectories ended", "stop_reasons", reasons)];
 }
 
-/** Where an answer occurs: in what was read, in the question's own passages, in the corpus. */
+/** Where an answer occurs: in the passages read, in the question's top k, in the corpus. */
 function recall(policies) {
   if (!policies.some((policy) => typeof policy.read === "number")) return null;
   const columns = [["read", "in what was read"], ["in_topk", "in the question's top-k"], ["in_corpus", "in the corpus"], ["em_answerable", "EM, answerable"]];
@@ -129,7 +129,7 @@ function klCard(rounds) {
   h("p", null, h("a", { href: "#pairs" }, "See it token by token")));
 }
 
-/** The curves of stages of one kind; of several runs, over one another. */
+/** The curves of all stages of one kind; curves of several runs overlap. */
 function curvesCard(runs, kind) {
   const of = (run) => run.curves.filter((curve) => curve.stage.split("-")[0] === kind);
   const names = [...new Set(runs.flatMap((run) => of(run).map((curve) => curve.stage)))];

@@ -2,7 +2,7 @@
 
 /**
  * Values by category: points joined by a line, with whiskers for intervals.
- * `series`: [{name, values, low?, high?, hollow?}]; the values of an only series, or of the first of two, are written beside its points.
+ * `series`: [{name, values, low?, high?, hollow?}]; with one or two series, the first one's values are written beside its points.
  */
 function pointChart(label, names, series, { height = 220, digits = 3, zero = false } = {}) {
   const all = series.flatMap((one) => [...one.values, ...(one.low || []), ...(one.high || [])]);
@@ -13,7 +13,7 @@ function pointChart(label, names, series, { height = 220, digits = 3, zero = fal
   return figure(label, height, (width) => {
     const { y, grid } = vertical(all, width, height, { zero });
     const x = slots(names.length, width);
-    const apart = Math.min(9, (width - LEFT) / names.length / series.length / 2); // whiskers of one place beside each other
+    const apart = Math.min(9, (width - LEFT) / names.length / series.length / 2); // whiskers of one category side by side
     return {
       marks: [grid, categories(names, x, height), series.map((one, index) =>
         pointSeries(one, index, x.map((place) => place + apart * (index - (series.length - 1) / 2)), y, series.length < 3 && show))],
@@ -44,7 +44,7 @@ function valueLabel(values, i, x, y, text) {
   return s("text", { class: "value", x: x + 9, y: y - 7 }, text);
 }
 
-/** Signed bars with whiskers: bars = [{name, value, low, high, rows}]; `rows` are more of the tooltip. */
+/** Signed bars with whiskers: bars = [{name, value, low, high, rows}]; `rows` are extra rows of the tooltip. */
 function gainChart(label, bars, { height = 220 } = {}) {
   return figure(label, height, (width) => {
     const { y, grid } = vertical(bars.flatMap((bar) => [bar.value, bar.low, bar.high]), width, height, { zero: true });
@@ -61,7 +61,7 @@ function gainChart(label, bars, { height = 220 } = {}) {
   });
 }
 
-/** Curves side by side, one panel for each part (a round's stage): parts = [{name, lines: [{name, x, values, complete}]}]. */
+/** Curves side by side, one panel per part (a round's stage): parts = [{name, lines: [{name, x, values, complete}]}]. */
 function curveChart(label, parts, { height = 180 } = {}) {
   const values = parts.flatMap((part) => part.lines.flatMap((one) => one.values));
   if (!values.some(Number.isFinite)) return null;
@@ -95,7 +95,7 @@ function panel(part, left, room, y, height, index) {
   };
 }
 
-/** One bar in parts that add up: parts = [{name, count, kind}]. */
+/** A stacked bar: parts = [{name, count, kind}]. */
 function shareBar(title, parts) {
   const total = parts.reduce((sum, part) => sum + part.count, 0) || 1;
   return h("div", null,

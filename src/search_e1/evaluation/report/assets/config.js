@@ -1,4 +1,4 @@
-// How the run is repeated: its config, and the commands.
+// How to repeat the run: its config and the commands.
 
 function configView(overview) {
   const { repeat } = overview;

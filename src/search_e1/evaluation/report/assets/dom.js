@@ -3,7 +3,7 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** An HTML element. Properties that begin with "on" are listeners; null and false leave a property or a child out. */
+/** An HTML element. Properties that begin with "on" are listeners; a property or child that is null or false is left out. */
 function h(name, properties, ...children) {
   return fill(document.createElement(name), properties, children);
 }
@@ -30,7 +30,7 @@ const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b
 /** An external name (of a benchmark, a model, a figure) without invisible characters; other values unchanged. */
 const seen = (value) => (typeof value === "string" ? value.replace(HIDDEN, "\ufffd") : value);
 
-/** External text as nodes: invisible characters are shown by their codes, matches of `marked` are highlighted. */
+/** External text as nodes: invisible characters are shown as codes, matches of `marked` are highlighted. */
 function said(text, marked) {
   const nodes = [];
   let at = 0;
@@ -49,7 +49,7 @@ function line(text) {
   return text.replace(/\s+/g, " ").replace(HIDDEN, "\ufffd");
 }
 
-/** A sentence of ours, on one line; what stands between backticks is code. */
+/** A sentence of the report itself, on one line; text between backticks is code. */
 function prose(text) {
   return line(text).split("`").map((part, i) => (i % 2 ? h("code", null, part) : part));
 }
@@ -97,12 +97,12 @@ function card(title, about, ...children) {
   return h("section", { class: "card" }, h("h2", null, title), about && h("p", { class: "about" }, prose(about)), children);
 }
 
-/** The only heading of first rank in a view whose title is its tab. */
+/** The only h1 of a view whose title is its tab. */
 const hiddenTitle = (text) => h("h1", { class: "hidden" }, text);
 
 const tile = (name, value, note) => h("div", { class: "tile" }, h("span", null, label(name)), h("b", null, value), h("small", null, note));
 
-/** Text to copy, as it is; what is shown has invisible characters by their codes. */
+/** Text to copy unchanged, although the page shows invisible characters as codes. */
 function copyable(name, text) {
   const button = h("button", { type: "button", "aria-label": `Copy ${name}`, onclick: async () => {
     button.textContent = (await copied(text)) ? "Copied" : "Not copied: select it";
@@ -115,7 +115,7 @@ async function copied(text) {
   try {
     await navigator.clipboard.writeText(text);
     return true;
-  } catch { // denied, or no secure context
+  } catch { // denied, or not a secure context
     const area = h("textarea", { "aria-hidden": "true", class: "hidden" });
     area.value = text;
     document.body.append(area);

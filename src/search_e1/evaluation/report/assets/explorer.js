@@ -1,14 +1,14 @@
-// A list with search and filters beside the details of the selected item. Only visible rows exist.
+// A list with search and filters, beside the details of the selected item. Only visible rows are in the DOM.
 
 const ROW = 84; // px, as in the style sheet
 const BEYOND = 8; // extra rows above and below the visible ones
 
 /**
- * The items that `items()` returns are known by `id(item)`, and shown by `row(item)` and `detail(item)`; `facets` are
- * {key: {label, of(item), asMade?}}: `of` gives the value, or values, that an item is filed under, `asMade` keeps their order;
- * `haystack(item)` is the searchable text; `orders` are {name: compare}; `empty()` says why there are no items; `note` stands under the count.
- * `stamp(item)` changes where an item is not as it was when it was shown.
- * The choice is kept in `state`, a URLSearchParams, and `changed()` is called when it changes.
+ * `items()` returns the items; `id(item)` identifies one, `row(item)` and `detail(item)` render it. `facets` are
+ * {key: {label, of(item), asMade?}}: `of` gives the value or values to filter an item by, `asMade` keeps their order.
+ * `haystack(item)` is the searchable text; `orders` are {name: compare}; `empty()` says why there are no items; `note` is shown under the count.
+ * `stamp(item)` changes when an item differs from what was shown.
+ * The selection is kept in `state`, a URLSearchParams; `changed()` is called when it changes.
  */
 class Explorer {
   constructor({ items, id, facets, haystack, row, detail, what, orders, state, changed, empty, note = "", stamp = () => "" }) {
@@ -17,7 +17,7 @@ class Explorer {
     this.list = h("div", { class: "rows", tabindex: 0, role: "listbox", "aria-label": what[1], onscroll: () => this.paint() });
     this.space = h("div", { class: "space", role: "presentation" });
     this.list.append(this.space);
-    this.why = h("div", { class: "why" }); // on narrow screens, where there is no panel beside the list
+    this.why = h("div", { class: "why" }); // for narrow screens, which have no panel beside the list
     this.panel = h("div", { class: "detail", tabindex: 0, role: "region", "aria-label": `The selected ${what[0]}` });
     this.count = h("p", { class: "count", role: "status" });
     this.search = h("input", { type: "search", placeholder: `Search ${what[1]}  ( / )`, "aria-label": `Search ${what[1]}`, value: state.get("q") || "", oninput: () => this.set("q", this.search.value) });
@@ -42,7 +42,7 @@ class Explorer {
       [key, [this.facets[key].of(item)].flat().filter((value) => value !== "" && value !== null && value !== undefined).map(String)]))]));
   }
 
-  /** The items have changed: what is selected, searched, scrolled to and unfolded stays. */
+  /** Redraws after the items have changed; selection, search, scroll position and open parts stay. */
   update() {
     const shown = this.chosen && [this.id(this.chosen), this.stamp(this.chosen)].join(), top = this.list.scrollTop;
     this.load();
@@ -80,7 +80,7 @@ class Explorer {
     this.show(touched);
   }
 
-  /** What is shown, and of it the item that the address names, or the first. */
+  /** Shows the matching items, and selects the one that the address names, or the first. */
   choosing() {
     const counts = this.filter();
     const compare = this.orders[this.state.get("order")] || Object.values(this.orders)[0];
@@ -92,7 +92,7 @@ class Explorer {
     this.chosen = this.shown.includes(wanted) ? wanted : this.shown[0] ?? null;
   }
 
-  /** Finds the shown items, and counts how many each value of each facet would leave, given the other facets. */
+  /** Finds the matching items, and counts how many each value of each facet would leave, given the other facets. */
   filter() {
     const query = (this.state.get("q") || "").toLowerCase().split(/\s+/).filter(Boolean);
     const wanted = this.keys.map((key) => [key, this.state.get(key)]).filter(([, value]) => value);
@@ -127,7 +127,7 @@ class Explorer {
     if (open) this.element.classList.add("open");
   }
 
-  /** The next item, or the one before. */
+  /** Selects the next or previous item. */
   move(step) {
     if (!this.shown.length) return;
     const at = this.chosen ? this.shown.indexOf(this.chosen) + step : 0;
@@ -178,7 +178,7 @@ class Explorer {
   }
 }
 
-/** A row of a list `width` px wide: a mark of `marked` px, a title of two lines, and further facts. */
+/** A row of a list `width` px wide: a mark of `marked` px, a two-line title, and more facts. */
 function rowOf(mark, marked, title, facts, width) {
   const told = facts.filter(Boolean).map(line), text = line(title);
   return [mark, h("span", { class: "title", title: text }, fitted(text, width - marked - 40, 2)),
@@ -187,7 +187,7 @@ function rowOf(mark, marked, title, facts, width) {
 
 const ruler = document.createElement("canvas").getContext("2d");
 
-/** How many lines of `width` px the text takes; words longer than a line are broken. */
+/** The number of lines of `width` px that the text takes; words longer than a line are broken. */
 function linesOf(text, width) {
   const space = ruler.measureText(" ").width;
   let lines = 1, at = 0;
@@ -200,7 +200,7 @@ function linesOf(text, width) {
   return lines;
 }
 
-/** `text`, or its beginning and its end if it is longer than `lines` lines of `width` px: both are needed to tell questions apart. */
+/** `text`, or its beginning and end if it exceeds `lines` lines of `width` px: telling questions apart takes both. */
 function fitted(text, width, lines) {
   ruler.font = getComputedStyle(document.body).font;
   if (width <= 0 || linesOf(text, width) <= lines) return text;

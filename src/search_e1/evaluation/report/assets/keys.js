@@ -3,10 +3,10 @@
 // Theme: the system's, until one is chosen.
 
 function stored(value) {
-  try { // storage may be denied to a file
+  try { // a page opened as a file may have no storage
     if (value === undefined) return localStorage.getItem("search-e1-theme");
     localStorage.setItem("search-e1-theme", value);
-  } catch { /* not kept then */ }
+  } catch { /* the choice is not kept */ }
   return null;
 }
 

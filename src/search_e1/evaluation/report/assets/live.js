@@ -1,7 +1,7 @@
-// A page that its server keeps up to date: what the reader has chosen, searched and scrolled to stays.
+// Keeps the page up to date from its server; selection, search and scroll position stay.
 
 const PERIOD = 1000; // ms
-let { version, records: held } = data.live; // of the figures, and of the records, that the page has
+let { version, records: held } = data.live; // versions of the figures and of the records that the page has
 let trouble = "";
 
 stateOf = (run) => trouble || (run.finished ? "finished: nothing more to come" : run.holder ? ["live", ...run.begun].join(" · ") : "stopped: no process works in it");
@@ -35,7 +35,7 @@ async function take(news) {
   } else redraw(kind);
 }
 
-/** Draws a view of figures anew, without moving it or losing the focus. */
+/** Redraws a view of figures without moving it or losing the focus. */
 function redraw(kind) {
   const { scrollY } = window, focus = document.activeElement?.getAttribute("aria-label");
   view = { ...kind.draw(), kind };

@@ -1,9 +1,9 @@
 // Views, the run in view, and unpacking of the records.
 
 let data = JSON.parse(document.getElementById("overview").textContent); // {runs, differences, glossary}
-let overview = data.runs[0]; // of the run in view
+let overview = data.runs[0]; // the selected run's
 let all = null; // trajectories and pairs of all runs
-let records = null; // of the run in view
+let records = null; // the selected run's
 
 const VIEWS = [
   { name: "runs", title: "Runs", several: true, draw: () => ({ element: runsView(data) }) },
@@ -19,7 +19,7 @@ let view = null; // {kind, state, element, move?, close?, update?}
 
 const views = () => VIEWS.filter((one) => !one.several || data.runs.length > 1);
 
-/** The address of a view of the run in view, or of another. */
+/** The address of a view of the selected run, or of another. */
 function link(name, parameters = {}) {
   const state = new URLSearchParams({ ...(overview === data.runs[0] ? {} : { run: overview.run }), ...parameters });
   return `#${name}${[...state].length ? `?${state}` : ""}`;
@@ -47,7 +47,7 @@ function show() {
     main.replaceChildren(h("p", { class: "empty" }, failed || "Reading trajectories …"));
     return;
   }
-  // The view's own changes of the address do not redraw it.
+  // A view is not redrawn by its own changes of the address.
   const changed = () => history.replaceState(null, "", `#${kind.name}${[...state].length ? `?${state}` : ""}`);
   view = kind.draw(state, changed);
   view.kind = kind;
@@ -73,12 +73,12 @@ function drawHeader(kind) {
   drawState();
 }
 
-/** What is known of the run; a page that is kept up to date says more, see live.js. */
+/** The state of the run; a live page says more, see live.js. */
 let stateOf = (run) => (run.finished ? "finished" : "not finished");
 
 function drawState() {
   const chip = document.getElementById("run-state"), text = line(stateOf(overview));
-  if (chip.textContent === text) return; // or it would be spoken again
+  if (chip.textContent === text) return; // else screen readers would speak it again
   chip.textContent = chip.title = text;
 }
 
@@ -105,7 +105,7 @@ async function readRecords() {
 function start() {
   const chosen = stored();
   if (chosen === "dark" || chosen === "light") document.documentElement.dataset.theme = chosen;
-  document.querySelector(".skip").addEventListener("click", (event) => { // the address is the view's
+  document.querySelector(".skip").addEventListener("click", (event) => { // the address belongs to the view
     event.preventDefault();
     main.focus();
   });

@@ -1,4 +1,4 @@
-// A pair: the reference in the teacher's prompt, and the student with the divergence of each of its tokens.
+// A pair: the reference in the teacher's prompt, and the student with the divergence at each of its tokens.
 
 const heat = (kl) => 1 - Math.exp(-kl); // the same color for the same KL in every pair
 const meanKl = (pair) => (pair.kl && pair.kl.kl.length ? pair.kl.kl.reduce((a, b) => a + b, 0) / pair.kl.kl.length : null);
@@ -123,7 +123,7 @@ class PairView {
   }
 }
 
-/** A single token, with visible spaces and line ends. */
+/** One token, with visible spaces and line ends. */
 function shownToken(piece) {
   return said(piece.replace(/ /g, "␣").replace(/\n/g, "↵") || "∅");
 }

@@ -57,7 +57,7 @@ function elsewhere(item) {
   return others.length > 0 && h("p", { class: "chips" }, "In other runs:", others.map((run) => h("a", { class: "chip", href: link("questions", { run: run.run, at: questionId(item) }) }, line(run.run))));
 }
 
-/** A policy's trajectory, against the policy before it. */
+/** A policy's trajectory, compared with the previous policy's. */
 function column(item, name, previous) {
   const trajectory = item.by[name], before = item.by[previous];
   const shared = before ? sharedTurns(trajectory, before) : 0;

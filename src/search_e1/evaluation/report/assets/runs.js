@@ -1,4 +1,4 @@
-// Several runs beside each other: results, curves, and where their configs differ.
+// Several runs side by side: results, curves, and config differences.
 
 function runsView({ runs, differences }) {
   const stages = [...new Set(runs.flatMap((run) => run.policies.map((policy) => policy.stage)))].sort(byPlace(runs));
@@ -17,7 +17,7 @@ function runsView({ runs, differences }) {
     Object.keys(CURVES).map((kind) => curvesCard(runs, kind)), differenceCard(runs, differences));
 }
 
-/** Stages in the order of the loop, which each run keeps. */
+/** Stages in loop order, which is each run's own order. */
 function byPlace(runs) {
   const place = (stage) => Math.max(...runs.map((run) => run.policies.findIndex((policy) => policy.stage === stage)));
   return (a, b) => place(a) - place(b);

@@ -2,7 +2,7 @@
 
 const tip = document.getElementById("tip");
 
-/** Shows `content` above `box`, or below where there is no room; `box` is in the window's coordinates. */
+/** Shows `content` above `box`, or below it if there is no room; `box` is in window coordinates. */
 function showTip(content, box) {
   tip.replaceChildren(...content);
   tip.hidden = false;
@@ -20,7 +20,7 @@ function hideTip() {
 window.addEventListener("scroll", hideTip, { capture: true, passive: true });
 
 /**
- * Crosshair and values of a chart under the mouse, a finger, or the arrow keys. Its `stops` are
+ * Crosshair and values of a chart, moved by mouse, touch, or the arrow keys. Its `stops` are
  * [{x, title, rows: [{series, name, text}]}] from left to right; `series` is the class of the row's color.
  */
 class Crosshair {
@@ -35,7 +35,7 @@ class Crosshair {
     box.addEventListener("keydown", (event) => this.key(event));
   }
 
-  /** The chart was drawn anew, `height` px high. */
+  /** Resets the crosshair after the chart was redrawn, `height` px high. */
   reset(stops, height) {
     this.stops = stops;
     this.at = null;
@@ -60,7 +60,7 @@ class Crosshair {
     { left: place.left + stop.x, right: place.left + stop.x, top: place.top, bottom: place.bottom });
   }
 
-  /** By key: what is shown is also spoken. */
+  /** Moves by key; screen readers speak what is shown. */
   go(at) {
     if (!this.stops.length) return;
     this.show(Math.max(0, Math.min(this.stops.length - 1, at)));

@@ -104,7 +104,7 @@ function verdict(right) {
 
 const pills = (answers) => answers.map((answer) => h("span", { class: "pill" }, said(answer)));
 
-/** Question, source, and gold answers, beside them what `trajectory`, if one is given, has answered. */
+/** Question, source and gold answers, with the answer of `trajectory` if one is given. */
 function questionHead(question, trajectory) {
   return h("header", { class: "question" },
     h("h2", null, said(question.text)),
@@ -113,7 +113,7 @@ function questionHead(question, trajectory) {
       h("div", null, h("dt", null, label("Gold", "gold answers"), question.answers.length > 1 && "any of these"), h("dd", null, pills(question.answers)))));
 }
 
-/** What was answered, and whether it is right. */
+/** The answer given, and whether it is right. */
 function given(trajectory) {
   const { right, answer } = trajectory;
   return h("div", { class: right ? "given right" : "given wrong" },
@@ -122,7 +122,7 @@ function given(trajectory) {
     restsOn(trajectory));
 }
 
-/** Which passages that were read hold the answer; nothing for yes and no, which stand in no text. */
+/** Which of the passages read hold the answer; nothing for yes/no questions, whose answers are in no passage. */
 function restsOn({ answer, turns }) {
   const wanted = answer === null || /^\s*(yes|no)\W*$/i.test(answer) ? null : pattern([answer.trim()]);
   if (!wanted) return null;
