@@ -162,7 +162,7 @@ class Postings:
     """
 
     def __init__(self, scores: Mapping[str, Any], most: np.ndarray) -> None:
-        """``scores``: bm25s's CSC matrix (data float32, indices int32, indptr int64). ``most``: float32 [words], their maxima."""
+        """``scores``: bm25s's CSC matrix (data float32, indices int32, indptr int64). ``most``: float32 [words], maxima."""
         # Plain arrays: each slice of numpy's memmap class takes a microsecond.
         self._scores, self._passages, self._ends = (np.asarray(scores[k]) for k in ("data", "indices", "indptr"))
         self._most, self._number = most, int(scores["num_docs"])
