@@ -177,7 +177,7 @@ def check_tokenizer(model: str, tokenizer: Any, config: PreTrainedConfig) -> Non
     """Check that every id that can occur has an embedding row.
 
     Special tokens that neither the chat template nor generation uses cannot occur: all input text is neutralized
-    (``prompts.neutralize``). Examples are image tokens in text models extracted from multimodal ones, and the unknown token that
+    (``prompts.neutralize``). Examples: image tokens of text models extracted from multimodal ones, and the unknown token that
     transformers adds to byte-level tokenizers.
 
     Raises:

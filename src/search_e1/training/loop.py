@@ -81,7 +81,7 @@ def train(
 
     Raises:
         Stopped: a signal requested a stop; the passes so far are saved.
-        TrainingError: a loss or gradient is not finite (``bad_batch.pt`` holds the batch), or one sample does not fit in memory.
+        TrainingError: a loss or gradient is not finite (``bad_batch.pt`` holds the batch), or one sample exceeds the memory.
     """
     torch.manual_seed(context.seed)  # dropout
     optimizers = make_optimizers(policy.model, config, schedule.learning_rate)

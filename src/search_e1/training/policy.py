@@ -19,12 +19,12 @@ from search_e1.training.loading import check_quantization, check_tokenizer, load
 from search_e1.training.precision import compute_dtype, limit_kernel_caches, multiplies_bfloat16
 from search_e1.training.sources import Source, opened, problem_of
 
-if TYPE_CHECKING:  # half a second that an agent in use does not need
+if TYPE_CHECKING:  # saves an agent half a second of import time
     from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 _MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
-"""Whose output projections PEFT takes no adapter for: their kernels read the weight itself."""
+"""Model types whose output projections cannot have a PEFT adapter: their kernels read the weight directly."""
 
 
 @dataclass(slots=True)
@@ -35,10 +35,10 @@ class Policy:
     tokenizer: Any
     prompts: Prompts
     dtype: torch.dtype = torch.float32
-    """In which it computes; weights that are to be trained may be float32 all the same."""
+    """The compute dtype; master weights are float32 regardless."""
 
     def save(self, directory: Path) -> None:
-        """Write what ``load`` reads; anything that reads Hugging Face directories reads it too."""
+        """Write a Hugging Face directory that ``load`` can read."""
         with no_bars():
             self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
@@ -47,7 +47,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """What a policy reads with: all of it but the weights."""
+    """A policy without its weights: what it takes to encode and decode text."""
 
     tokenizer: Any
     prompts: Prompts
@@ -55,12 +55,12 @@ class Reader:
 
 
 def load(model: str | Path, config: PolicyConfig, prompts: Prompts | None = None, *, master_weights: bool = False) -> Policy:
-    """Load weights (safetensors only), tokenizer and prompts; ``config.model`` is not looked at, ``model`` is.
+    """Load weights (safetensors only), tokenizer and prompts of ``model``; ``config.model`` is ignored.
 
-    ``master_weights``: in float32, to be trained; otherwise in the type that ``config.dtype`` stands for.
+    ``master_weights``: load in float32, for training; otherwise in the dtype of ``config.dtype``.
 
     Raises:
-        ModelError: the directory is none, or what is in it does not load.
+        ModelError: there is no such policy, or it does not load.
     """
     reader = load_reader(model, config, prompts)
     with opened(model) as source:
@@ -74,7 +74,7 @@ def load(model: str | Path, config: PolicyConfig, prompts: Prompts | None = None
 
 
 def load_reader(model: str | Path, config: PolicyConfig, prompts: Prompts | None = None) -> Reader:
-    """Load all of a policy but its weights.
+    """Load a policy without its weights.
 
     Raises:
         ModelError: as ``load``.
@@ -96,14 +96,14 @@ def load_reader(model: str | Path, config: PolicyConfig, prompts: Prompts | None
 
 
 def _today(model: str) -> date:
-    """The day for the prompts of a policy that is in no run."""
-    if model not in _told:
-        _told.add(model)
+    """Today, with one warning per model: the date in the prompts of a policy outside a run."""
+    if model not in _warned:
+        _warned.add(model)
         logger.warning("%s: its chat template tells the date, today's here; prompts.date sets another", model)
     return date.today()
 
 
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 def _read(source: Source, trust_remote_code: bool) -> tuple[PreTrainedConfig, Any]:
@@ -126,24 +126,24 @@ def _read(source: Source, trust_remote_code: bool) -> tuple[PreTrainedConfig, An
 
 
 _gguf: dict[object, tuple[PreTrainedConfig, Any]] = {}
-"""What was read last of a GGUF file: transformers takes 10 s to make a tokenizer of one."""
+"""The latest GGUF file's config and tokenizer: transformers takes 10 s to build the tokenizer."""
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Most ids that a model of ``config`` takes: ``sys.maxsize`` where its architecture has no limit (Mamba, Bloom)."""
+    """The context length of a model in tokens; ``sys.maxsize`` if its architecture has no limit (Mamba, Bloom)."""
     text = config.get_text_config()
-    # The first is an alias of most others (``n_positions``, ...); MPT and old configurations of Bloom have their own.
+    # Most configs alias their own key (``n_positions``, ...) to the first; MPT and old Bloom configs do not.
     found = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len", "seq_length"))
     return next((length for length in found if length and length > 0), sys.maxsize)
 
 
 def accelerators(config: PolicyConfig, processes: int = 1) -> int:
-    """Devices beside the CPU that a stage holds: one a process, if the policy lives on one."""
+    """Accelerators that a stage uses: one per process, 0 on a CPU."""
     return 0 if device(config.device).type == "cpu" else processes
 
 
 def with_adapter(model: PreTrainedModel, lora: LoraConfig) -> "PeftModel":
-    """``model`` with trainable adapters; its own weights are frozen."""
+    """``model`` with trainable LoRA adapters and frozen base weights."""
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
@@ -159,7 +159,7 @@ def with_adapter(model: PreTrainedModel, lora: LoraConfig) -> "PeftModel":
 
 
 def merge_adapter(model: "PeftModel") -> PreTrainedModel:
-    """The plain model with the adapters merged into its weights, all of them trainable again."""
+    """The plain model with merged adapters; all weights require gradients again."""
     merged = model.merge_and_unload()
-    merged.requires_grad_(True)  # peft leaves it off, and the next GRPO round would train nothing
+    merged.requires_grad_(True)  # PEFT leaves it off, and the next GRPO round would train nothing
     return merged

@@ -1,17 +1,17 @@
-"""The number type that a policy computes in, while it is sampled from and trained."""
+"""The compute dtype of a policy, for sampling and training."""
 
 import os
 
 import torch
 
 _SMALLEST = 10_000_000
-"""Weights of the smallest policy for which bfloat16 pays: the products of a smaller one take less time than converting."""
+"""Fewest parameters for which bfloat16 pays: below, casting costs more than the matrix products save."""
 
 
 def compute_dtype(name: str, parameters: int, has_bfloat16: bool) -> torch.dtype:
-    """The type that ``policy.dtype = name`` stands for, for a policy of so many weights.
+    """The dtype for ``policy.dtype = name`` and a policy with this number of ``parameters``.
 
-    ``auto`` is bfloat16 where the device has products of it (``multiplies_bfloat16``), unless the policy is small.
+    ``auto`` is bfloat16 if the device multiplies it natively (``multiplies_bfloat16``) and the policy is not small.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -19,7 +19,7 @@ def compute_dtype(name: str, parameters: int, has_bfloat16: bool) -> torch.dtype
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether ``device`` has instructions for products of bfloat16; without them they are emulated, and slow."""
+    """Whether ``device`` has native bfloat16 products; otherwise they are emulated and slow."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -29,10 +29,10 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def limit_kernel_caches() -> None:
-    """Keep few of the kernels that oneDNN compiles for products of bfloat16 on a CPU; call it before the first one.
+    """Limit the caches of oneDNN's bfloat16 kernels on a CPU; call it before the first product.
 
-    It compiles one for each shape, and keeps 1,024, twice. Batches of text differ in shape, so that a process grew by 16 MiB a
-    pass. What the user has set stays.
+    oneDNN compiles one kernel per shape and caches 1,024 of them, as does torch. Text batches vary in shape, so a process grew
+    by 16 MiB per pass. Values that the user has set are kept.
     """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own, and that of torch before it
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's cache, and torch's in front of it
         os.environ.setdefault(name, "64")

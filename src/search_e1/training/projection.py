@@ -1,8 +1,8 @@
-"""What every fused pass over the output head shares: logits of a few positions at a time, and gradients formed beside them.
+"""The shared core of fused passes over the output head: logits of a few positions at a time, with their gradients.
 
-Logits exist for as many positions as a memory budget allows, in buffers that end as the gradient by the logits, so that
-nothing of size [positions, vocabulary] outlives its chunk. For plain torch a chunk is laid out in tiles of the vocabulary:
-what is done entry by entry is done while a tile is in the cache. For the kernels (``kernels``) it is one tile.
+Logits exist for as many positions as a memory budget allows, in buffers that are overwritten by the gradient with respect to
+the logits, so nothing of size [positions, vocabulary] outlives its chunk. For plain torch, a chunk is split into tiles of the
+vocabulary, so that elementwise work runs while a tile is in the cache. For the Triton kernels, a chunk is one tile.
 """
 
 import math
@@ -15,37 +15,37 @@ from torch import Tensor
 from search_e1.training.head import Head
 
 HALVES = (torch.bfloat16, torch.float16)
-# Entries of a tile. On a CPU, so few that the operands of its operations stay in a core's cache; elsewhere, so many that
-# launches do not count.
+# Entries of a tile. On a CPU: few enough for the operands to stay in a core's cache. Elsewhere: enough to make launch overhead
+# negligible.
 _CPU_TILE = 2**17
 _DEVICE_TILE = 2**24
-# Most entries of a role's logits in a chunk for the kernels: 441 positions of a vocabulary of 151,936. Larger products are
-# not faster.
+# Maximum entries of a role's logits in a kernel chunk: 441 positions at a vocabulary of 151,936. Larger products are not
+# faster.
 _KERNEL_TILE = 2**26
-# Positions that the products on a GPU take together; other numbers leave a part of it idle.
+# A kernel chunk has a multiple of this many positions: the GPU's products work on blocks of rows, and partial ones waste it.
 _KERNEL_ROWS = 64
 
 
 class Chunk(NamedTuple):
-    """The logits of some positions."""
+    """The logits of some positions, for one or two roles (student, teacher)."""
 
     rows: slice
     columns: list[slice]
     tiles: list[Tensor]
     """A contiguous [roles, rows, width] for each of ``columns``."""
     gradient: Tensor | None = None
-    """[rows, V], which kernels fill with the gradient by the logits; may be the last role's logits."""
+    """[rows, V]: the gradient with respect to the logits, filled by the kernels; may alias the last role's logits."""
 
 
 def budget(logits_mib: float | None, device: torch.device) -> int:
-    """Bytes for logits; 64 MiB on a CPU and 1,024 elsewhere, if not given."""
+    """Bytes for logits; by default 64 MiB on a CPU and 1,024 MiB elsewhere."""
     if logits_mib is None:
         logits_mib = 64 if device.type == "cpu" else 1024
     return int(logits_mib * 2**20)
 
 
 def mean_weights(hidden: Tensor) -> Tensor:
-    """[N]: weights that make a sum over the positions of ``hidden`` [N, H] their mean, in the type that is summed in."""
+    """Weights [N] that turn a sum over the positions of ``hidden`` [N, H] into a mean, in the accumulation dtype."""
     kind = torch.float32 if hidden.dtype in HALVES else hidden.dtype
     return hidden.new_full((len(hidden),), 1 / max(1, len(hidden)), dtype=kind)
 
@@ -53,20 +53,20 @@ def mean_weights(hidden: Tensor) -> Tensor:
 def chunks(
     hidden: Tensor, weight: Tensor, like: Tensor, memory: int, roles: int, gradients: "Gradients", kernel: bool
 ) -> Iterator[Chunk]:
-    """Parts of the positions of ``hidden``, with buffers of the type of ``like``, as the kernels or plain torch want them."""
+    """Chunks of the positions of ``hidden``, laid out for the kernels or plain torch, with buffers of the dtype of ``like``."""
     sizes = len(hidden), len(weight), like, memory, roles
     return kernel_chunks(*sizes, gradients.by_logits) if kernel else tiled_chunks(*sizes)
 
 
 def tiled_chunks(positions: int, vocabulary: int, like: Tensor, memory: int, roles: int) -> Iterator[Chunk]:
-    """Equal parts of the positions, whose logits for ``roles`` models and a few tiles fit into ``memory`` bytes.
+    """Equal chunks of the positions; logits for ``roles`` models and a few tiles fit into ``memory`` bytes.
 
-    The buffer is used again: a chunk is gone when the next one is asked for.
+    The buffer is reused: the next chunk overwrites the previous one.
     """
     tile = _CPU_TILE if like.device.type == "cpu" else _DEVICE_TILE
     entries = memory // like.element_size()
     fitting = max(entries - 4 * tile, entries // 2) // (roles * vocabulary)
-    fitting = max(1, min(fitting, tile // min(vocabulary, 256)))  # a narrow tile makes slow products
+    fitting = max(1, min(fitting, tile // min(vocabulary, 256)))  # products with narrow tiles are slow
     size = math.ceil(positions / max(1, math.ceil(positions / fitting)))
     width = math.ceil(vocabulary / math.ceil(vocabulary * max(1, size) / tile))
     columns = [slice(at, min(at + width, vocabulary)) for at in range(0, vocabulary, width)]
@@ -81,9 +81,9 @@ def tiled_chunks(positions: int, vocabulary: int, like: Tensor, memory: int, rol
 def kernel_chunks(
     positions: int, vocabulary: int, like: Tensor, memory: int, roles: int, gradient: torch.dtype | None
 ) -> Iterator[Chunk]:
-    """The same in one tile each, with room for a ``gradient`` of that type where there is to be one.
+    """The same with one tile per chunk, and a buffer for the gradient of dtype ``gradient``, if given.
 
-    One of half precision, as its products take it, lies beside the logits; one of their own type over the last role's.
+    A half-precision gradient gets a buffer of its own; one of the logits' dtype overwrites the logits of the last role.
     """
     beside = gradient is not None and gradient is not like.dtype
     entry = roles * like.element_size() + (gradient.itemsize if gradient is not None and beside else 0)
@@ -103,10 +103,10 @@ def kernel_chunks(
 
 
 def project(chunk: Chunk, hidden: Sequence[Tensor], heads: Sequence[Head], temperatures: Sequence[float]) -> Tensor:
-    """Fill the chunk with logits over temperature, a role for each of ``hidden`` [rows, H].
+    """Fill the chunk with logits over temperature, one role per tensor of ``hidden`` [rows, H].
 
     Returns:
-        The logarithms of their partition functions, [roles, rows, 1].
+        Their log partition functions, [roles, rows, 1].
     """
     log_z = chunk.tiles[0].new_zeros(len(hidden), len(chunk.columns), len(hidden[0]))
     for i, (columns, tile) in enumerate(multiply(chunk, hidden, heads)):
@@ -122,7 +122,7 @@ def project(chunk: Chunk, hidden: Sequence[Tensor], heads: Sequence[Head], tempe
 
 
 def multiply(chunk: Chunk, hidden: Sequence[Tensor], heads: Sequence[Head]) -> Iterator[tuple[slice, Tensor]]:
-    """Fill the chunk's tiles with the products of ``hidden`` and the heads' weights, one after the other."""
+    """Fill the chunk's tiles one by one with the products of ``hidden`` and the heads' weights; yields columns and tile."""
     shared = len(hidden) > 1 and all(head is heads[0] for head in heads)
     stacked = torch.cat(list(hidden)) if shared else None
     for columns, tile in zip(chunk.columns, chunk.tiles, strict=True):
@@ -135,25 +135,25 @@ def multiply(chunk: Chunk, hidden: Sequence[Tensor], heads: Sequence[Head]) -> I
 
 
 def slope_of_cap(logits: Tensor, head: Head, temperature: float) -> Tensor | None:
-    """Derivative of capped logits (over temperature) by the uncapped ones; ``None`` without a soft cap, where it is 1."""
+    """Derivative of capped ``logits`` (over temperature) with respect to uncapped ones; ``None`` without a soft cap."""
     return None if head.softcap is None else 1 - (logits * (temperature / head.softcap)) ** 2
 
 
 class Gradients:
-    """Gradients by hidden states, head weight and bias, added up chunk by chunk; ``None`` for what needs none."""
+    """Gradients of hidden states, head weight and bias, accumulated chunk by chunk; ``None`` where not needed."""
 
     def __init__(self, hidden: Tensor, head: Head, needed: Sequence[bool], dtype: torch.dtype) -> None:
         """``needed``: whether hidden states, weight and bias need a gradient."""
         halves = hidden.dtype is head.weight.dtype is torch.bfloat16 and not needed[2]
         self.by_logits = (hidden.dtype if halves else dtype) if any(needed) else None
-        """The type in which kernels write the gradient by the logits, so that the products with it need no cast."""
+        """The dtype in which kernels write the gradient with respect to the logits, so that its products need no cast."""
         self.by_hidden, self.by_weight, self.by_bias = (
             torch.zeros_like(tensor, dtype=dtype) if tensor is not None and wanted else None
             for tensor, wanted in zip((hidden, head.weight, head.bias), needed, strict=True)
         )
 
     def add(self, chunk: Chunk, by_logits: Iterable[Tensor], factors: Tensor, hidden: Tensor, head: Head) -> None:
-        """Add a chunk's part: ``by_logits`` [rows, width], a tile for each of its columns, times ``factors`` [rows]."""
+        """Add a chunk's share: ``by_logits``, one tile [rows, width] per entry of its columns, times ``factors`` [rows]."""
         scaled = (hidden * factors[:, None]).to(hidden.dtype if _narrow(hidden) else factors.dtype)
         rows = None if self.by_hidden is None else self.by_hidden[chunk.rows]
         for columns, by_logit in zip(chunk.columns, by_logits, strict=True):
@@ -168,7 +168,7 @@ class Gradients:
 
 
 class FusedPass(torch.autograd.Function):
-    """An autograd function whose gradients by (hidden, weight, bias) were formed in its forward pass."""
+    """An autograd function that computes the gradients of (hidden, weight, bias) in its forward pass."""
 
     @staticmethod
     def keep(ctx, gradients: Gradients, hidden: Tensor, weight: Tensor) -> None:
@@ -183,9 +183,9 @@ class FusedPass(torch.autograd.Function):
         if by_head is None:
             raise RuntimeError("the gradient of a trainable head can be used in one backward pass only")
         if any(gradient is not None for gradient in by_head):
-            ctx.by_head = None  # it is large, so it is scaled in place and given away
+            ctx.by_head = None  # it is large, so it is scaled in place and handed over
         return (
-            # Rounded last: a loss scaler's factor is what keeps small gradients above the least half.
+            # Rounded last: a loss scaler's factor keeps small gradients above float16's smallest value.
             None if by_hidden is None else (by_hidden * grad_loss).to(hidden_kind),
             *(None if gradient is None else gradient.mul_(grad_loss).to(head_kind) for gradient in by_head),
             *(None,) * (len(ctx.needs_input_grad) - 3),
@@ -193,14 +193,14 @@ class FusedPass(torch.autograd.Function):
 
 
 def _matmul(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """``out = left @ right``. Halves are summed and given out in float32: rounded logits would drown small divergences."""
+    """``out = left @ right``, accumulated and returned in float32 for halves: rounded logits would drown small divergences."""
     if left.is_cuda and left.dtype == right.dtype and left.dtype in HALVES:
         return torch.mm(left, right, out_dtype=torch.float32, out=out)
-    return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)  # no other backend has such a product
+    return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)  # other backends have no such product
 
 
 def _add_matmul(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """``out += left @ right``, where ``out`` has the type that is summed in."""
+    """``out += left @ right``; ``out`` has the accumulation dtype."""
     if _narrow(right):
         torch.addmm(out, left.to(right.dtype), right, out_dtype=torch.float32, out=out)
     else:
@@ -208,5 +208,5 @@ def _add_matmul(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _narrow(operand: Tensor) -> bool:
-    """Whether products of gradients are taken in the type of ``operand``: float16 would lose the small ones."""
+    """Whether gradient products use the dtype of ``operand``: only bfloat16, as float16 would lose small gradients."""
     return operand.is_cuda and operand.dtype is torch.bfloat16

@@ -1,4 +1,4 @@
-"""What a stage that trains records: a line of figures a step."""
+"""The record of a training stage: one line of figures per step."""
 
 import json
 import math
@@ -19,7 +19,7 @@ class StepLog:
     """Keeps each step's figures, writes them as a JSON line, and passes them to progress and trackers."""
 
     def __init__(self, context: StageContext, earlier: Sequence[dict[str, float]], total: int, headline: str = "loss") -> None:
-        """``earlier``: the steps before the first, which are written and tracked once more."""
+        """``earlier``: steps before the first one of this process; written and tracked again."""
         self.steps = list(earlier)
         self._context, self._total, self._headline = context, total, headline
         self._path = context.out / STEPS if ranks.is_first() else Path(os.devnull)
@@ -30,7 +30,7 @@ class StepLog:
         tell_within(context.progress, len(earlier), total)
 
     def add(self, figures: Mapping[str, float]) -> None:
-        """The figures of the step that has ended."""
+        """Record the figures of a finished step."""
         now = time.perf_counter()
         step = {"step": len(self.steps) + 1, **figures, "seconds": round(now - self._last, 4)}
         self._last = now
@@ -38,24 +38,24 @@ class StepLog:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(step) + "\n")
         self._context.track(len(self.steps), _tracked(step))
-        self._context.progress(len(self.steps), self._total, self._shown())
+        self._context.progress(len(self.steps), self._total, self._headline_text())
 
-    def _shown(self) -> str:
-        """The headline of the last step, and trained tokens a second where they are counted."""
+    def _headline_text(self) -> str:
+        """The headline of the last step, and trained tokens per second if they are counted."""
         step = self.steps[-1]
         rate = f", {step['tokens'] / step['seconds']:.0f} tok/s" if "tokens" in step and step["seconds"] else ""
         return f"{self._headline} {step.get(self._headline, math.nan):.4g}{rate}"
 
     def passes(self, begun: float, updates: int) -> "Passes":
-        """What tells of the passes of the next step, which ``begun`` (a ``perf_counter``) with its samples, all there now."""
-        before = f"{self._shown()}, " if self.steps else ""
+        """Progress of the next step's passes. The step began at ``begun`` (``perf_counter``); its samples are complete."""
+        before = f"{self._headline_text()}, " if self.steps else ""
         return Passes(self._context.progress, len(self.steps), self._total, before, begun, updates)
 
 
 class Passes:
-    """Tells within a step how many of its passes are done.
+    """Progress within a step, by passes.
 
-    A step's share that is done is one of time: what its samples took, and how long the passes will take at their pace.
+    The completed share of a step is estimated in time: the sampling time, plus the passes at their current rate.
     """
 
     def __init__(self, progress: Progress, step: int, steps: int, before: str, begun: float, updates: int) -> None:
@@ -64,7 +64,7 @@ class Passes:
         self._sampled = self._passes_begun - begun
 
     def tell(self, update: int, done: int, total: int) -> None:
-        """``done`` of the ``total`` passes of an update (from 0) are done."""
+        """Report that ``done`` of the ``total`` passes of an update (from 0) are complete."""
         taken = time.perf_counter() - self._passes_begun
         expected = taken / ((update + done / total) / self._updates)
         share = (self._sampled + taken) / (self._sampled + expected)
@@ -77,7 +77,7 @@ def _tracked(step: Mapping[str, float]) -> dict[str, float]:
 
 
 def ends(steps: Sequence[Mapping[str, float]], figure: str, share: float, name: str | None = None) -> dict[str, float]:
-    """Means of a figure over the first and the last ``share`` of the steps, as ``NAME_first`` and ``NAME_last``."""
+    """Means of a figure over the first and last ``share`` of the steps, as ``NAME_first`` and ``NAME_last``."""
     part = max(1, int(len(steps) * share))
     name = name or figure
     return {f"{name}_first": mean(steps[:part], figure), f"{name}_last": mean(steps[-part:], figure)}

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer states divided among ranks (FSDP2), as a whole again."""
+"""Sharded weights, gradients and optimizer states (FSDP2), unsharded and sharded again."""
 
 import copy
 from collections.abc import Iterator
@@ -11,18 +11,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def full_tensor(weight: Tensor) -> Tensor:
-    """All of ``weight``, of which each rank may hold a part. All ranks have to call this, in the same order."""
+    """The unsharded ``weight``. All ranks must call this, in the same order."""
     weight = weight.detach()
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank has of ``tensor``."""
+    """This rank's shard of ``tensor``; a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_state_dict(state: Any, keep: bool) -> Any:
-    """``state`` with whole tensors on the CPU, for those ranks that ``keep`` them; the others only do their part."""
+    """``state`` with unsharded tensors on the CPU on ranks that ``keep`` them; other ranks only take part in the gather."""
 
     def gather(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -36,26 +36,26 @@ def full_state_dict(state: Any, keep: bool) -> Any:
 
 
 def shard_like(value: Tensor, part: Tensor) -> Tensor:
-    """The part of ``value``, which is whole and the same on all ranks, that ``part`` is of its own whole."""
+    """``value``, unsharded and equal on all ranks, sharded in the same way as ``part``."""
     if not isinstance(part, DTensor) or value.shape != part.shape:
         return value
     return distribute_tensor(value.to(part.device), part.device_mesh, part.placements, src_data_rank=None)
 
 
 class UnshardedReplica:
-    """A plain model with the weights of one that is about to be sharded: to sample from, to merge and to save.
+    """An unsharded copy of a model, for sampling, merging and saving.
 
-    Made before the other is sharded. Between uses it holds no weights; filled, it holds all, on each rank.
+    Create it before the model is sharded. Between uses it holds no weights; when filled, every rank holds all of them.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # Tied weights stay tied: they have one entry, and one empty tensor.
+        # Tied weights stay tied: they share one entry, and one empty tensor.
         empty = {id(weight): nn.Parameter(weight.new_empty(0), weight.requires_grad) for weight in model.parameters()}
         self.model: Any = copy.deepcopy(model, memo=empty)
         self._dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
 
     def fill(self, sharded: Any, dtype: torch.dtype | None = None) -> Any:
-        """The model with the weights of ``sharded``, as ``dtype`` if given. All ranks have to call this."""
+        """The model with the weights of ``sharded``, cast to ``dtype`` if given. All ranks must call this."""
         weights = dict(sharded.named_parameters())
         for name, weight in self.model.named_parameters():
             weight.data = full_tensor(weights[name]).to(dtype or self._dtypes[name])
@@ -63,7 +63,7 @@ class UnshardedReplica:
 
     @contextmanager
     def filled(self, sharded: Any, dtype: torch.dtype | None = None) -> Iterator[Any]:
-        """The same for as long as the context lasts."""
+        """``fill`` within the context; drops the weights at its end."""
         try:
             yield self.fill(sharded, dtype)
         finally:

@@ -1,4 +1,4 @@
-"""What ``policy.model`` names, and where its parts are: a directory, a Hub id, a GGUF file, a PEFT adapter, or ``small``."""
+"""Resolves ``policy.model`` to its parts: a directory, a Hub id, a GGUF file, a PEFT adapter, or ``small``."""
 
 import json
 from collections.abc import Iterator
@@ -25,25 +25,25 @@ class Source:
     """Where ``from_pretrained`` finds the parts of a policy."""
 
     model: str
-    """As the user wrote it; every error begins with it."""
+    """As the user wrote it; every error message begins with it."""
     weights: Path | str
-    """Directory or Hub id of configuration and weights; an adapter's base."""
+    """Directory or Hub id of config and weights; for an adapter, its base."""
     tokenizer: Path | str
     prompts: tuple[Path, ...] = ()
-    """Directories that may hold the policy's prompts; the first that does counts."""
+    """Directories that may hold the policy's prompts; the first that does is used."""
     adapter: Path | None = None
     gguf: Path | None = None
-    """The file that ``weights`` was opened for."""
+    """The GGUF file behind ``weights``."""
     options: dict[str, str] = field(default_factory=dict)
     """Further arguments of ``from_pretrained`` for ``weights``."""
     tokenizer_options: dict[str, str] = field(default_factory=dict)
 
 
 def resolve(model: str) -> Path | str:
-    """The directory or GGUF file of ``model``, or a Hub id as it is. ``small`` is the policy of the package.
+    """The directory or GGUF file of ``model``, or a Hub id unchanged. ``small`` is the policy that ships with the package.
 
     Raises:
-        ModelError: it looks like a path and nothing is there, or what is there is no model.
+        ModelError: ``model`` looks like a path that does not exist, or the path is not a model.
     """
     if model == SMALL:
         return _SMALL_DIRECTORY
@@ -70,12 +70,12 @@ def is_gguf(path: Path | str) -> bool:
 
 
 def base_of(model: str) -> str | None:
-    """The base of an adapter, to be resolved as a ``policy.model`` is; ``None`` if ``model`` is no adapter.
+    """The base of an adapter, as a value of ``policy.model``; ``None`` if ``model`` is not an adapter.
 
-    A directory is looked for beside the adapter's own files first, then from here.
+    A relative path is resolved against the adapter's directory first, then against the working directory.
 
     Raises:
-        ModelError: the adapter does not tell its base, or it is not there, or is itself an adapter.
+        ModelError: the adapter does not name its base, or the base does not exist or is itself an adapter.
     """
     path = resolve(model)
     if not isinstance(path, Path) or not (path / _ADAPTER_CONFIG).is_file():
@@ -101,10 +101,10 @@ def base_of(model: str) -> str | None:
 
 
 def plain_directory(model: str, reader: str) -> Path | str:
-    """``resolve(model)`` for a ``reader`` that knows Hugging Face directories alone.
+    """``resolve(model)`` for a ``reader`` that supports only plain Hugging Face directories.
 
     Raises:
-        ModelError: it is a GGUF file or an adapter; or as ``resolve``.
+        ModelError: ``model`` is a GGUF file or an adapter; or as ``resolve``.
     """
     path = resolve(model)
     kind = "a GGUF file" if is_gguf(path) else "an adapter" if base_of(model) else None
@@ -118,7 +118,7 @@ def plain_directory(model: str, reader: str) -> Path | str:
 
 @contextmanager
 def opened(model: str | Path) -> Iterator[Source]:
-    """The parts of ``model``, for as long as the context lasts; what fails to load within it becomes one line.
+    """The parts of ``model``, valid within the context; errors raised in it become a one-line ``ModelError``.
 
     Raises:
         ModelError: there is no such model, or it does not load.
@@ -127,7 +127,7 @@ def opened(model: str | Path) -> Iterator[Source]:
     path, base = resolve(model), base_of(model)
     weights = resolve(base) if base else path
     if is_gguf(weights):
-        from search_e1.training.gguf_file import check_gguf  # needs a reader of such files, which others do not
+        from search_e1.training.gguf_file import check_gguf  # imports the optional GGUF reader
 
         check_gguf(model, Path(weights))
     try:
@@ -136,7 +136,7 @@ def opened(model: str | Path) -> Iterator[Source]:
             yield _source(model, path, weights, Path(directory))
     except SearchE1Error:
         raise
-    except Exception as error:  # by what is damaged, anything: tokenizers raise plain ``Exception``
+    except Exception as error:  # damaged files raise anything; tokenizers raise plain ``Exception``
         its = f"its base {base!r}" if base else "it"
         raise ModelError(f"policy.model = {model!r}: {its} does not load: {problem_of(error, weights)}") from None
 
@@ -147,7 +147,7 @@ def _source(model: str, path: Path | str, weights: Path | str, empty: Path) -> S
     gguf = Path(weights) if is_gguf(weights) else None
     prompts = tuple(place for place in (adapter, weights) if isinstance(place, Path) and place.is_dir())
     if gguf:
-        # Alone in a directory: transformers would mix in the tokenizer or adapter of other models that lie beside it.
+        # In a directory of its own: transformers would pick up the tokenizer or adapter of other models beside it.
         (empty / "model.gguf").symlink_to(gguf.resolve())
         weights, options = empty, {"gguf_file": "model.gguf"}
     if adapter and (adapter / "tokenizer_config.json").is_file():
@@ -180,7 +180,7 @@ def _check_directory(model: str, path: Path) -> None:
 
 
 def problem_of(error: BaseException, weights: Path | str) -> str:
-    """What a library says of ``weights``, in one line that names the file where it is one of JSON."""
+    """A library's error about ``weights`` in one line; names the JSON file if one is broken."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     problem = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     if broken := _broken_json(weights):
@@ -195,7 +195,7 @@ def problem_of(error: BaseException, weights: Path | str) -> str:
 
 
 def _broken_json(directory: Path | str) -> str:
-    """The first JSON file of a model's directory that holds no object, and why; empty if all do."""
+    """The first JSON file of a model's directory that is not a JSON object, and why; empty if there is none."""
     for file in sorted(directory.glob("*.json")) if isinstance(directory, Path) else ():
         try:
             held = json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The policy that is trained and its teacher, in one module, so that what wraps a model (DDP, FSDP2, autocast) wraps both."""
+"""The trained policy and its teacher in one module, so that DDP, FSDP2 and autocast wrap both."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +23,11 @@ from search_e1.training.sharding import UnshardedReplica
 from search_e1.types import Sample
 
 Teacher = Literal["start", "current"]
-"""Whose weights teach: the policy's as the stage began, or its own as they are now."""
+"""The teacher's weights: the policy's at the start of the stage, or its current ones."""
 
 
 class States(NamedTuple):
-    """What the model makes of a batch at the N positions of the loss."""
+    """The model's outputs for a batch at the N positions of the loss."""
 
     hidden: Tensor
     """[N, H], the student's last hidden states."""
@@ -35,11 +35,11 @@ class States(NamedTuple):
     teacher_hidden: Tensor | None = None
     """[N, H], without gradient."""
     teacher_head: Head | None = None
-    """Where it is not the student's."""
+    """``None`` if it is the student's."""
 
 
 Loss = Callable[[States, Batch], tuple[Tensor, dict[str, Tensor]]]
-"""A batch's share of an update's loss, and figures that add up over batches, weighted as the loss is."""
+"""A batch's share of an update's loss, and figures that add up over batches, with the loss weights."""
 
 
 class _Roles(nn.Module):
@@ -53,7 +53,7 @@ class _Roles(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The student's, with weights as they are now."""
+        """The student's head, with its current weights."""
         layer = self.model.get_output_embeddings()
         weight = layer.weight
         if weight.dtype != self.dtype and weight.device.type != "cpu":  # on a CPU the head computes in float32
@@ -61,7 +61,7 @@ class _Roles(nn.Module):
         return Head(weight, layer.bias, *self.transform)
 
     def forward(self, batch: Batch, loss: Loss, teacher: Teacher | None) -> tuple[Tensor, dict[str, Tensor]]:
-        # Without a cache of its own: a weight that autocast casts first in the teacher's pass would have no gradient.
+        # No autocast cache: a weight first cast in the teacher's no-grad pass would get no gradient.
         half = self.dtype != torch.float32
         with torch.autocast(self.model.device.type, self.dtype if half else None, enabled=half, cache_enabled=False):
             taught = self._teach(batch, teacher) if teacher and batch.teacher else ()
@@ -82,7 +82,7 @@ class _Roles(nn.Module):
 
 
 class TrainedPolicy:
-    """A causal language model, with adapters or without, and what it takes to train it."""
+    """A causal language model, with or without adapters, prepared for training."""
 
     def __init__(
         self,
@@ -93,9 +93,10 @@ class TrainedPolicy:
         sharding: Sharding = "none",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """``frozen_start``: keep a copy of the weights where the start is asked for and no adapter can be switched off.
-
-        ``dtype``: in which the model computes; its weights may be float32 all the same.
+        """
+        Args:
+            frozen_start: keep a copy of the initial weights for the teacher ``start``, if no adapter can be disabled instead.
+            dtype: the compute dtype; the weights may be float32 regardless.
 
         Raises:
             ModelError: from ``split_head``.
@@ -104,7 +105,7 @@ class TrainedPolicy:
         decoder, head = split_head(model)
         on_cpu = model.device.type == "cpu"
         self.micro_batch_tokens = config.micro_batch_tokens or (2048 if on_cpu else 16_384)
-        self._attention = implementations(plain_model(model).config)  # that of sampling; passes may have another
+        self._attention = implementations(plain_model(model).config)  # for sampling; training passes may use another
         self.packed = not on_cpu and pack(model, dtype)
         frozen = frozen_start and not isinstance(model, PeftModel)
         copied = copy.deepcopy(decoder).requires_grad_(False).eval() if frozen else None
@@ -127,19 +128,19 @@ class TrainedPolicy:
         if ranks.count() == 1:
             return self._roles
         if sharding == "none":
-            # Nothing changes the buffers, and ranks make as many passes as each other.
+            # Buffers never change, and all ranks run the same number of passes.
             return DistributedDataParallel(self._roles, broadcast_buffers=False)
         mixed = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         policy = MixedPrecisionPolicy(cast_forward_inputs=False) if self.dtype == torch.float32 else mixed
         for layers in [module for module in self._roles.modules() if isinstance(module, nn.ModuleList)]:
             for layer in layers:
                 fully_shard(layer, mp_policy=policy)
-        # Embeddings, head and norms: whole from the forward to the backward pass.
+        # Embeddings, head and norms: unsharded from the forward to the backward pass.
         fully_shard(self._roles, mp_policy=policy)
         return self._roles
 
     def enable_checkpointing(self) -> None:
-        """From now on layers keep their inputs alone, and compute the rest again in the backward pass."""
+        """Turn on gradient checkpointing: layers keep only their inputs and recompute the rest in the backward pass."""
         self.checkpointing = True
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -150,17 +151,17 @@ class TrainedPolicy:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Name -> weight, of those that are trained."""
+        """The trainable weights by name."""
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def run(self, batch: Batch, loss: Loss, teacher: Teacher | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """One pass, through what wraps the model; on several ranks all have to call it."""
+        """One forward pass through the wrapped model; all ranks must call it."""
         result: tuple[Tensor, dict[str, Tensor]] = self._wrapped(batch.to(self.device), loss, teacher)
         return result
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """A pass whose gradients are summed over ranks only where it is the ``last`` of an update."""
+        """Context of a pass; synchronizes gradients over ranks only if it is the ``last`` of an update."""
         if isinstance(self._wrapped, DistributedDataParallel) and not last:
             with self._wrapped.no_sync():
                 yield
@@ -171,9 +172,9 @@ class TrainedPolicy:
     def logprobs(
         self, samples: Sequence[Sample], temperature: float = 1.0, teacher: Teacher | None = None
     ) -> list[tuple[float, ...]]:
-        """Log-probability of each response id of ``samples``, 0 where it does not count; the teacher's, if one is named.
+        """Log-probability of each response id of ``samples``, 0 at ids that do not count; under the teacher, if one is given.
 
-        Every rank has to call it, with any number of samples.
+        All ranks must call this, each with any number of samples.
         """
         training = self.model.training
         self.model.eval()
@@ -194,8 +195,8 @@ class TrainedPolicy:
 
     @contextmanager
     def sampled(self) -> Iterator[Any]:
-        """The plain model with the weights as they are now, to sample from, in the type in which it computes."""
-        # Each rank samples at its own pace, and so with all weights.
+        """The plain model with the current weights, in the compute dtype, for sampling within the context."""
+        # Ranks sample at their own pace, so each needs all weights.
         lent = self._replica.filled(self.model, self.dtype) if self._replica else nullcontext(self.model)
         with lent as model, attending(plain_model(model), self._attention):
             cast_adapter_inputs(model, True)
@@ -205,7 +206,7 @@ class TrainedPolicy:
                 cast_adapter_inputs(model, not self._half)
 
     def scale_adapter(self, strength: float) -> None:
-        """From now on the adapters add ``strength`` times what they were trained to add."""
+        """Scale the adapters' contribution by ``strength``, relative to training."""
         for model in (self.model, self._replica.model) if self._replica else (self.model,):
             for module in model.modules():
                 if isinstance(module, LoraLayer):
@@ -213,25 +214,25 @@ class TrainedPolicy:
                         module.set_scale(name, strength)
 
     def finish(self) -> Any:
-        """The plain trained model: whole on each rank, adapters merged, in evaluation mode.
+        """The trained model: unsharded on each rank, adapters merged, in evaluation mode.
 
-        In float32 where the weights that were trained are, so that neither saving nor merging rounds steps away.
+        In float32 if the master weights are, so that neither saving nor merging rounds updates away.
         """
         model = self._replica.fill(self.model) if self._replica and self._sharded else self.model
         attend(plain_model(model), self._attention)
         cast_adapter_inputs(model, True)
         if self.checkpointing:
             model.gradient_checkpointing_disable()
-            model.disable_input_require_grads()  # which enabling has put on the embeddings
+            model.disable_input_require_grads()  # enabling checkpointing set it on the embeddings
         if self.config.master_weights:
             model = model.float()
         return (merge_adapter(model) if isinstance(model, PeftModel) else model).eval()
 
 
 def cast_adapter_inputs(model: nn.Module, enabled: bool) -> None:
-    """Whether the adapters in ``model`` turn their inputs into the type of their weights, as peft does unless told.
+    """Set whether the adapters in ``model`` cast their inputs to the dtype of their weights, as PEFT does by default.
 
-    Under autocast that is a copy in float32 for each matrix, and one back, kept for the backward pass, for the same bits.
+    Under autocast, that costs two extra copies per matrix, kept for the backward pass, for bit-identical results.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -239,7 +240,7 @@ def cast_adapter_inputs(model: nn.Module, enabled: bool) -> None:
 
 
 def _filler(samples: Sequence[Sample]) -> Sample:
-    """A sample to make a pass with where this rank has none: what comes of it is not used."""
+    """A sample for the passes of a rank that has none left; the result is discarded."""
     empty = Sample(question_id="", prompt_ids=(0,), response_ids=(0,), action_mask=(1,), teacher_prompt_ids=(0,))
     sample = samples[0] if samples else empty
     return sample.model_copy(update={"action_mask": (1,) * len(sample.response_ids), "weights": None})

@@ -1,1 +1,1 @@
-"""Triton kernels for what the fused passes over the head do with the logits of a chunk."""
+"""Triton kernels for the loss and gradient of a chunk's logits in the fused passes over the head."""

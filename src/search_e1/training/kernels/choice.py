@@ -1,4 +1,4 @@
-"""Whether the kernels are used: on CUDA, where Triton is there and its kernels give what torch gives."""
+"""Whether the kernels are used: on CUDA, if Triton is installed and its kernels match torch."""
 
 import functools
 import itertools
@@ -14,20 +14,20 @@ from search_e1.training.precision import multiplies_bfloat16
 
 logger = logging.getLogger(__name__)
 
-_TRIAL_VOCABULARY = 5003  # more than two blocks, and no multiple of anything
+_TRIAL_VOCABULARY = 5003  # more than two blocks, and a prime
 
 
 def use_kernels(wanted: bool | None, inputs: Sequence[tuple[Tensor, Head]], top_k: int | None = None) -> bool:
-    """Whether to use the kernels for ``inputs``, hidden states with their head.
+    """Whether to use the kernels for ``inputs``, pairs of hidden states and their head.
 
-    The kernels know no ``top_k`` and no float64, and no head of half precision under hidden states of another type, which the
-    products would widen whole.
+    The kernels support neither ``top_k`` nor float64, nor a half-precision head with hidden states of another dtype: the
+    products would upcast the whole head.
 
     Args:
-        wanted: what the caller asks for, if it does.
+        wanted: the caller's choice; ``None`` decides automatically.
 
     Raises:
-        ConfigError: they are asked for and do not know this.
+        ConfigError: ``wanted`` is true, and the kernels do not support the inputs.
     """
     unknown = "top_k" if top_k is not None else _unknown_types(inputs)
     if wanted and unknown:
@@ -45,7 +45,7 @@ def _unknown_types(inputs: Sequence[tuple[Tensor, Head]]) -> str | None:
 
 @functools.cache
 def works(device: torch.device) -> bool:
-    """Whether kernels run on ``device``, found out once; if they do not, a line says why."""
+    """Whether the kernels work on ``device``, tested once; logs the reason if they do not."""
     problem = _problem(device)
     if problem is not None:
         logger.warning("%s: the loss over the vocabulary is computed in plain torch, which is slower: %s", device, problem)
@@ -53,7 +53,7 @@ def works(device: torch.device) -> bool:
 
 
 def _problem(device: torch.device) -> str | None:
-    """Why kernels cannot be used on ``device``, in one line."""
+    """Why the kernels cannot be used on ``device``, in one line; ``None`` if they can."""
     try:
         from search_e1.training.kernels import programs  # noqa: F401
     except ImportError as error:
@@ -64,13 +64,13 @@ def _problem(device: torch.device) -> str | None:
         return _differs(device)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a compiler, a driver or a loader may raise
+    except Exception as error:  # compilers, drivers and loaders raise anything
         return f"Triton's kernels do not run ({type(error).__name__}: {_line(error)}); a newer driver may mend it"
 
 
 def _differs(device: torch.device) -> str | None:
-    """Run the kernels in all of their variants on a few positions, and compare losses and gradients with plain torch's."""
-    with torch.inference_mode(False), torch.enable_grad():  # whoever asks first may want no gradient
+    """Run all variants of the kernels on a few positions, and compare losses and gradients with plain torch."""
+    with torch.inference_mode(False), torch.enable_grad():  # the first caller may have gradients disabled
         errors = [
             float((got - wanted).abs().max() / wanted.abs().max())
             for results in zip(_trial(device, kernel=True), _trial(device, kernel=False), strict=True)
@@ -81,8 +81,8 @@ def _differs(device: torch.device) -> str | None:
 
 
 def _trial(device: torch.device, kernel: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Figures of each position and gradients by hidden states, variant by variant: blocks of columns, some entries cut."""
-    from search_e1.training.divergence import fused_divergence  # which ask this module
+    """Per-position figures and gradients of hidden states, one variant after the other; spans several blocks, clips entries."""
+    from search_e1.training.divergence import fused_divergence  # circular import
     from search_e1.training.logprobs import fused_token_loss
 
     generator = torch.Generator().manual_seed(0)

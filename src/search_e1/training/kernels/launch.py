@@ -1,6 +1,6 @@
-"""The kernels on tensors: what a chunk's logits come to, and their gradient written beside or over them.
+"""Launches the kernels on a chunk's logits: per-row results, and the gradient in a separate buffer or over the logits.
 
-Nothing here waits for the device.
+Nothing here synchronizes with the device.
 """
 
 import math
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from search_e1.training.head import Head
 
-# Columns that a program reads at a time, at most. With eight to a thread, a thread takes 60 registers (forward KL, ptxas for
-# sm_90), so that a multiprocessor holds four programs.
+# Maximum columns that a program reads at a time. With eight columns, a thread takes 60 registers (forward KL, ptxas for sm_90),
+# so that a multiprocessor holds four programs.
 BLOCK = 2048
 
 
@@ -26,19 +26,19 @@ def divergence(
     beta: float,
     tau: float | None,
 ) -> Tensor:
-    """The divergences of a chunk's rows, [rows], in float32; fills ``gradient``.
+    """The divergences of a chunk's rows, [rows], float32; fills ``gradient``.
 
     Args:
-        logits: [2, rows, V] in float32, the student's and the teacher's, as the products leave them.
-        gradient: [rows, V], of any type, by the student's logits over temperature; may be the teacher's logits.
-        kind: "forward_kl", "reverse_kl" or "js", the latter with ``beta``.
-        tau: where each entry's term is cut; ``None`` cuts nothing.
+        logits: [2, rows, V], float32, raw products of student and teacher.
+        gradient: [rows, V], any dtype, with respect to the student's logits over temperature; may alias the teacher's logits.
+        kind: "forward_kl", "reverse_kl" or "js"; the latter uses ``beta``.
+        tau: cap of each entry's term; ``None`` caps nothing.
     """
     from search_e1.training.kernels import programs
 
     (student, teacher), (student_head, teacher_head) = logits, heads
     divergences = logits.new_empty(len(student))
-    with torch.cuda.device_of(logits):  # Triton launches on the current one
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
         programs.divergence[(len(student),)](
             student,
             teacher,
@@ -63,11 +63,11 @@ def divergence(
 
 
 def token(logits: Tensor, gradient: Tensor | None, targets: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of ``targets`` and entropies of a chunk's rows, each [rows], in float32; fills ``gradient``.
+    """Log-probabilities of ``targets`` and entropies of a chunk's rows, each [rows], float32; fills ``gradient``.
 
     Args:
-        logits: [rows, V] in float32, as the products leave them.
-        gradient: [rows, V], of any type, of the log-probabilities by the logits over temperature; may be ``logits``.
+        logits: [rows, V], float32, raw products.
+        gradient: [rows, V], any dtype, of the log-probabilities with respect to logits over temperature; may alias ``logits``.
         targets: [rows], int64.
     """
     from search_e1.training.kernels import programs
@@ -95,13 +95,13 @@ def _contiguous(bias: Tensor | None) -> Tensor | None:
 
 
 def _scales(head: Head, temperature: float) -> tuple[float, float]:
-    """What a logit is multiplied by before the soft cap and after it; always floats, for Triton compiles anew for an int."""
+    """Factors of a logit before and after the soft cap; always floats, because Triton would recompile for an int."""
     if head.softcap is None:
         return float(head.scale / temperature), 1.0
     return float(head.scale / head.softcap), float(head.softcap / temperature)
 
 
 def _shape(vocabulary: int) -> dict[str, int]:
-    """Block and warps: eight entries of a block for a thread."""
+    """Block size and warps, at eight entries of a block per thread."""
     block = min(BLOCK, 1 << (vocabulary - 1).bit_length())
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}

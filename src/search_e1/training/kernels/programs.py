@@ -1,16 +1,16 @@
-"""The kernels: a program takes a row of a chunk's logits and goes over the vocabulary in blocks, two or three times.
+"""The kernels: one program per row of a chunk's logits, two or three passes over the vocabulary in blocks.
 
-They read logits as the products leave them, in float32; bias, scale, soft cap and temperature are applied as they are read:
-``outer * tanh(inner * (z + bias))`` where ``CAPPED``, ``inner * (z + bias)`` elsewhere. All sums are in float32, one for each
-lane of a block until the end of the row, which keeps their rounding small.
+They read the raw products in float32, and apply bias, scale, soft cap and temperature on load:
+``outer * tanh(inner * (z + bias))`` if ``CAPPED``, else ``inner * (z + bias)``. All sums are in float32, one per lane of a
+block until the end of the row, which keeps rounding errors small.
 
-Nothing else imports Triton. With ``TRITON_INTERPRET=1`` set before it is imported, the kernels run on a CPU.
+No other module imports Triton. With ``TRITON_INTERPRET=1`` set before the import, the kernels run on a CPU.
 """
 
 import triton
 import triton.language as tl
 
-# What a maximum starts from: not -inf, whose difference with itself is not a number.
+# Initial value of a running maximum: not -inf, because -inf - -inf is NaN.
 LEAST = tl.constexpr(-1e30)
 
 
@@ -23,7 +23,7 @@ def _tanh(x):
 
 @triton.jit
 def _read(row, bias, columns, inside, inner, outer, CAPPED: tl.constexpr):
-    """Logits over temperature, at ``columns`` of a row."""
+    """Logits over temperature at ``columns`` of a row."""
     z = tl.load(row + columns, mask=inside, other=0.0)
     if bias is not None:
         z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
@@ -35,7 +35,7 @@ def _read(row, bias, columns, inside, inner, outer, CAPPED: tl.constexpr):
 
 @triton.jit
 def _slope(z, outer, CAPPED: tl.constexpr):
-    """Derivative of capped logits by the uncapped ones, up to the constant that goes into the rows' factors."""
+    """Derivative of capped logits with respect to uncapped ones, up to a constant that is part of the rows' factors."""
     if CAPPED:
         return 1.0 - (z / outer) * (z / outer)
     else:
@@ -44,7 +44,7 @@ def _slope(z, outer, CAPPED: tl.constexpr):
 
 @triton.jit
 def _terms(student, teacher, beta, log_beta, log_rest, DIVERGENCE: tl.constexpr):
-    """Of log-probabilities: each entry's term, its derivative by the student's log-probability, and that probability."""
+    """From log-probabilities: the term of each entry, its derivative by the student's log-probability, and p_student."""
     p_student = tl.exp(student)
     if DIVERGENCE == "forward_kl":
         p_teacher = tl.exp(teacher)
@@ -64,7 +64,7 @@ def _terms(student, teacher, beta, log_beta, log_rest, DIVERGENCE: tl.constexpr)
 
 @triton.jit
 def _clipped(terms, slopes, tau, CLIPPED: tl.constexpr):
-    """Terms cut at ``tau``, and no derivative for what was cut. A term that is not a number stays one."""
+    """Terms capped at ``tau``, with zero derivative where capped. NaN terms stay NaN."""
     if CLIPPED:
         cut = terms > tau
         slopes = tl.where(cut, 0.0, slopes)
@@ -79,7 +79,7 @@ def _write(
     DIVERGENCE: tl.constexpr, CLIPPED: tl.constexpr, STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row of the divergence's gradient by the student's logits, where the sum of the entries' slopes is ``mass``."""
+    """Write a row of the divergence's gradient with respect to the student's logits; ``mass`` is the sum of the slopes."""
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocabulary
@@ -93,12 +93,12 @@ def _write(
 
 @triton.jit
 def divergence(
-    student,  # [rows, vocabulary] in float32, contiguous, as the next
+    student,  # [rows, vocabulary], float32, contiguous; so is `teacher`
     teacher,
-    gradient,  # as large, in any type. Not used without WANTED
+    gradient,  # same shape, any dtype; unused without WANTED
     student_bias,  # [vocabulary] or None
     teacher_bias,
-    divergences,  # [rows] in float32: the result
+    divergences,  # [rows], float32: the result
     vocabulary,
     student_inner,
     student_outer,
@@ -111,15 +111,15 @@ def divergence(
     DIVERGENCE: tl.constexpr,
     CLIPPED: tl.constexpr,
     WANTED: tl.constexpr,
-    ASIDE: tl.constexpr,  # `gradient` is not `teacher`, as it may be
+    ASIDE: tl.constexpr,  # `gradient` does not alias `teacher`
     STUDENT_CAPPED: tl.constexpr,
     TEACHER_CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A row's divergence, entries clipped, and its gradient by the student's logits; the formulas are in ``divergence``.
+    """A row's divergence, entries clipped, and its gradient with respect to the student's logits; formulas: ``divergence.py``.
 
-    The gradient needs the sum of the entries' slopes. For the forward KL that is -1 unless something is cut, which is rare: the
-    gradient is written on this assumption in the pass that sums, and once more where it was wrong.
+    The gradient needs the sum of the slopes. For the forward KL it is -1 unless an entry is capped, which is rare: the summing
+    pass writes the gradient under this assumption, and a row where it fails is written again.
     """
     ONCE: tl.constexpr = WANTED and ASIDE and DIVERGENCE == "forward_kl"
     row = tl.program_id(0).to(tl.int64)
@@ -168,7 +168,7 @@ def divergence(
 
     mass = tl.sum(masses, 0)
     if ONCE:
-        if CLIPPED:  # noqa: SIM102 (decided when the kernel is compiled, the next when it runs)
+        if CLIPPED:  # noqa: SIM102 (a compile-time condition, then a run-time one)
             if tl.max(highest, 0) > tau:
                 _write(
                     gradient, student, teacher, student_bias, teacher_bias, vocabulary, student_log_z, teacher_log_z,
@@ -185,11 +185,11 @@ def divergence(
 
 @triton.jit
 def token(
-    logits,  # [rows, vocabulary] in float32, contiguous
-    gradient,  # as large, in any type; may be `logits`. Not used without WANTED
+    logits,  # [rows, vocabulary], float32, contiguous
+    gradient,  # same shape, any dtype; may alias `logits`; unused without WANTED
     bias,  # [vocabulary] or None
     targets,  # [rows], int64
-    logprobs,  # [rows] in float32: the results
+    logprobs,  # [rows], float32: the results
     entropy,
     vocabulary,
     inner,
@@ -198,14 +198,14 @@ def token(
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The log-probability of a row's target, the entropy, and the gradient of the former by the logits, ``onehot - p``."""
+    """A row's entropy, its target's log-probability, and the latter's gradient with respect to the logits, ``onehot - p``."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
     target = tl.load(targets + row)
 
     most = tl.full([], LEAST, tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)
-    # Sums of exp(z - most) (z - most): taken from the maximum, so that a large logit costs the entropy no digits.
+    # Sums of exp(z - most) (z - most): relative to the maximum, so that large logits cost the entropy no precision.
     moments = tl.zeros([BLOCK], tl.float32)
     at_target = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocabulary, BLOCK):

@@ -1,7 +1,7 @@
 """Objectives by name, one file each.
 
-An entry is called with the run's config and returns an ``Objective``. One of one's own is registered by
-``@objectives.register("name")`` or named ``module:attribute`` in ``grpo.objective`` or ``distill.objective``.
+An entry is called with the run's config and returns an ``Objective``. Register your own with ``@objectives.register("name")``,
+or name it as ``module:attribute`` in ``grpo.objective`` or ``distill.objective``.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ objectives.register("sft")(lambda config: Sft(logits_mib=config.distill.training
 
 
 def open_objective(name: str, key: str, config: Config) -> Objective:
-    """The objective called ``name``, for a run of ``config``. ``key``: the config key that names it.
+    """The objective ``name`` for a run of ``config``. ``key``: the config key that names it.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such objective.
     """
     return objectives.get(name, key)(config)

@@ -1,4 +1,4 @@
-"""What an objective is: it makes a loss of the policy's states at the positions of samples. The loop knows no more of it."""
+"""The interface of an objective: it turns the policy's hidden states at the samples' positions into a loss."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
@@ -11,35 +11,35 @@ from search_e1.types import Sample
 
 
 class Objective(Protocol):
-    """The extension point; ``BaseObjective`` has all of it but ``loss``."""
+    """The extension point; ``BaseObjective`` implements everything except ``loss``."""
 
     average: Average
     max_tokens: int
-    """For ``average = "constant"``."""
+    """The divisor for ``average = "constant"``."""
     weight: float
-    """Of the loss, beside those of other objectives."""
+    """Coefficient of the loss in the sum over objectives."""
     teacher: Teacher | None
     needs_start: bool
-    """Whether the policy as the stage began must be at hand."""
+    """Whether the policy at the start of the stage must be available."""
 
     def prepare(self, policy: TrainedPolicy, samples: Sequence[Sample]) -> Sequence[Sample]:
-        """Once a step, before its first update: add what must be known of the policy as it is now. All ranks call it."""
+        """Add figures of the current policy to the samples; called by all ranks once per step, before its first update."""
         ...
 
     def teaches(self, sample: Sample) -> bool:
-        """Whether a sample has a gradient at all. One that has none counts in the average and makes no pass."""
+        """Whether a sample has a gradient. One without counts in the average but goes through no pass."""
         ...
 
     def loss(self, states: States, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The batch's share of the loss: the sum over its positions of ``batch.weights`` times the loss of each.
+        """The batch's share of the loss: the sum over its positions of ``batch.weights`` times each position's loss.
 
-        Also returns figures for the step's record: sums over the positions, weighted alike.
+        Also returns figures for the step's record: sums over the positions with the same weights.
         """
         ...
 
 
 class BaseObjective:
-    """An ``Objective`` that needs nothing prepared and learns from every sample."""
+    """An ``Objective`` without preparation that learns from every sample."""
 
     average: Average = "tokens"
     max_tokens = 1

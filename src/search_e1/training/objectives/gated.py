@@ -1,6 +1,7 @@
-"""Gated distillation beside GRPO: the policy that sees a group's reference weighs what its siblings sampled, token by token.
+"""Gated distillation beside GRPO: a teacher that sees the group's reference weights the siblings' sampled tokens.
 
-SDAR (arXiv:2605.15155), where the teacher is shown a skill; here it is shown the group's reference, as ``[reference]`` says.
+After SDAR (arXiv:2605.15155). There the teacher sees a skill; here it sees the group's reference, rendered as ``[reference]``
+says.
 """
 
 from collections.abc import Sequence
@@ -17,10 +18,10 @@ from search_e1.types import Sample
 
 
 class Gated(BaseObjective):
-    """``g * (log p_teacher - log p)`` at each sampled token, the gate ``g = sigmoid(sharpness * (log p_teacher - log p))``.
+    """``g * (log p_teacher - log p)`` at each sampled token, gated by ``g = sigmoid(sharpness * (log p_teacher - log p))``.
 
-    The gate and the teacher, who is the policy as the step begins, are constants: what the teacher likes better than the policy
-    is made likelier, what it likes less hardly.
+    The gate and the teacher, which is the policy at the start of the step, get no gradient. Tokens that the teacher prefers
+    become more likely; the gate suppresses the others.
     """
 
     def __init__(self, config: GatedConfig, temperature: float, logits_mib: float | None = None) -> None:

@@ -15,15 +15,15 @@ from search_e1.training.trained import States, TrainedPolicy
 from search_e1.types import Sample, Trajectory
 
 _AVERAGES = {"dapo": "tokens", "grpo": "sequences", "dr_grpo": "constant"}
-_EPSILON = 1e-4  # beside the standard deviation, as in TRL
+_EPSILON = 1e-4  # added to the standard deviation, as in TRL
 
 
 def advantages(rewards: Sequence[float], *, scaled: bool = True) -> list[float]:
-    """Of the trajectories of one question: reward minus the group's mean, over its standard deviation if ``scaled``.
+    """Advantages of the trajectories of one group: reward minus the group's mean, over its standard deviation if ``scaled``.
 
-    The deviation is a sample's (n - 1). A group whose rewards are equal has advantages of 0 and teaches nothing.
+    The deviation is the sample standard deviation (n - 1). A group with equal rewards has zero advantages and teaches nothing.
     """
-    if min(rewards) == max(rewards):  # their mean may differ in its last bit, and Adam heeds directions alone
+    if min(rewards) == max(rewards):  # the mean may differ in its last bit, which Adam would scale up to a full step
         return [0.0] * len(rewards)
     mean = fmean(rewards)
     deviation = stdev(rewards) + _EPSILON if scaled else 1.0
@@ -31,12 +31,12 @@ def advantages(rewards: Sequence[float], *, scaled: bool = True) -> list[float]:
 
 
 def length_penalties(trajectories: Sequence[Trajectory], strength: float) -> list[float]:
-    """What length takes from the rewards of a question's trajectories; at most 0, and more than ``-strength``.
+    """Length penalties to add to the rewards of a group; between ``-strength`` and 0.
 
     After Arora and Zanette, "Training Language Models to Reason Efficiently" (arXiv:2502.04463): the reward of a correct
-    trajectory is multiplied by ``1 - strength * sigmoid((length - mean) / deviation)``, with mean and standard deviation
-    (of a population) over the correct trajectories of its question; a wrong one keeps its reward. Length is sampled tokens,
-    so that what was read costs nothing. Where the correct ones are equally long, the sigmoid is that of 0.
+    trajectory is multiplied by ``1 - strength * sigmoid((length - mean) / deviation)``, with the mean and population standard
+    deviation over the correct trajectories of its group; wrong ones keep their reward. Length is the number of sampled tokens,
+    so observations cost nothing. If all correct trajectories are equally long, the sigmoid is taken at 0.
     """
     lengths = [t.sampled_tokens for t in trajectories if t.correct]
     if not lengths:
@@ -51,18 +51,18 @@ def length_penalties(trajectories: Sequence[Trajectory], strength: float) -> lis
 
 
 class Grpo(BaseObjective):
-    """The clipped loss, with an optional KL penalty, on tokens of on-policy or slightly off-policy trajectories."""
+    """The clipped policy-gradient loss with an optional KL penalty, for on-policy or slightly off-policy trajectories."""
 
     def __init__(self, config: GrpoConfig, max_tokens: int) -> None:
-        """``max_tokens``: of a trajectory, the constant that ``average = "dr_grpo"`` divides by."""
+        """``max_tokens``: the trajectory length that ``average = "dr_grpo"`` divides by."""
         self.config, self.max_tokens = config, max_tokens
         self.average = _AVERAGES[config.average]
         self.needs_start = config.kl_coefficient > 0
 
     def prepare(self, policy: TrainedPolicy, samples: Sequence[Sample]) -> Sequence[Sample]:
-        """Log-probabilities of the policy as it is now, where later updates take ratios to it, and of the KL penalty's."""
+        """Add log-probabilities under the current policy if ratios need them, and under the KL penalty's reference policy."""
         config = self.config
-        # An engine with other arithmetic gives its own log-probabilities, by which tokens are reweighed.
+        # An engine with other numerics returns its own log-probabilities, which tokens are reweighted by.
         reweighed = any(s.sampling_logprobs is not None for s in samples)
         if config.mini_batches * config.epochs > 1 or reweighed:
             old = policy.logprobs(samples, config.temperature)
@@ -74,13 +74,13 @@ class Grpo(BaseObjective):
         return samples
 
     def teaches(self, sample: Sample) -> bool:
-        """A token without advantage has no gradient, unless the KL penalty gives it one."""
+        """Whether any token has an advantage; with a KL penalty every sample has a gradient."""
         return self.config.kl_coefficient > 0 or any(sample.advantages or ())
 
     def loss(self, states: States, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """``-min(r A, clip(r, 1 - low, 1 + high) A) + k KL`` at each token, r the ratio to the old policy (eq. 3 there).
+        """``-min(r A, clip(r, 1 - low, 1 + high) A) + k KL`` per token, with r the ratio to the old policy (paper, eq. 3).
 
-        KL towards the start is estimated by ``exp(d) - d - 1``, d the difference of log-probabilities (eq. 4 there).
+        The KL to the reference policy is estimated by ``exp(d) - d - 1``, with d the difference of log-probabilities (eq. 4).
         """
         config = self.config
         assert batch.advantages is not None

@@ -1,8 +1,8 @@
-"""Hindsight: the policy that sees a group's reference teaches the plain one at the siblings' search queries.
+"""Hindsight: a teacher that sees the group's reference teaches the plain policy at the siblings' search queries.
 
-After SD-Search (arXiv:2605.18299), by its abstract: the Jensen-Shannon divergence at search-query positions, the same model in
-both roles, beside GRPO's loss in each step. There the teacher sees a summary of the queries and outcomes of the whole group;
-here it sees the group's reference, as ``[reference]`` shows it.
+After SD-Search (arXiv:2605.18299; from its abstract): the Jensen-Shannon divergence at search-query positions, with the same
+model in both roles, beside GRPO's loss in each step. There the teacher sees a summary of the queries and outcomes of the whole
+group; here it sees the group's reference, rendered as ``[reference]`` says.
 """
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from search_e1.training.trained import States, Teacher
 
 
 class Hindsight(BaseObjective):
-    """The mean over query tokens of the Jensen-Shannon divergence, teacher and student at their current weights."""
+    """The mean over query tokens of the Jensen-Shannon divergence, with teacher and student at the current weights."""
 
     teacher: Teacher | None = "current"
 

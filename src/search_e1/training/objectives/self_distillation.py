@@ -1,7 +1,7 @@
-"""Self-distillation: the divergence of the policy under the plain prompt from itself under the privileged one.
+"""Self-distillation: the divergence between the policy under the privileged prompt and under the plain one.
 
-Offline (Search-E1, arXiv:2605.22511): the teacher is the policy as it was when the stage began, and the students' tokens were
-sampled before it.
+Offline (Search-E1, arXiv:2605.22511): the teacher is the policy at the start of the stage, and the students' trajectories were
+sampled before the stage.
 """
 
 from torch import Tensor

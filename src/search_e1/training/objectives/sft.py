@@ -1,6 +1,6 @@
 """Supervised fine-tuning: cross-entropy on the sampled tokens of demonstrations or of the policy's own references.
 
-On references it is rejection-sampling fine-tuning (arXiv:2308.01825), also known as RAFT (arXiv:2304.06767) and STaR
+On references, this is rejection-sampling fine-tuning (arXiv:2308.01825), also known as RAFT (arXiv:2304.06767) and STaR
 (arXiv:2203.14465).
 """
 
