@@ -1,7 +1,8 @@
-"""Run directories: artifacts and what they are made of (``artifacts``), and all that keeps them whole.
+"""Run directories: artifacts (``artifacts``) and everything that protects them.
 
-``opening`` a run takes its lock (``locks``), compares the config with the one it was begun under (``drift``), and looks for
-room (``disk``); ``checkpoints`` outlive a kill while an artifact is made, ``stopping`` turns signals into an orderly end.
+``opening`` takes the run's lock (``locks``), compares the config with the one it was started with (``drift``) and translates
+disk errors (``disk``); ``checkpoints`` survive preemption while an artifact is made, and ``stopping`` turns signals into an
+orderly stop.
 """
 
 from search_e1.runs.artifacts import (

@@ -1,4 +1,4 @@
-"""How the process takes memory from the system."""
+"""Memory allocation settings of the process."""
 
 import ctypes
 
@@ -7,11 +7,11 @@ _KEPT = 2**30
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep up to 1 GiB of freed memory, and take large blocks from it too, for the life of the process.
+    """Let glibc keep up to 1 GiB of freed memory and reuse it for large blocks, for the life of the process.
 
-    A forward pass on a CPU frees all of its activations and takes them again in the next. By default large blocks go back
-    to the system each time and come again as pages to be cleared: a sixth to a quarter of the time of sampling from the
-    small policy. Elsewhere than under glibc nothing happens.
+    A forward pass on a CPU frees its activations and the next one allocates them again. By default, large blocks return to
+    the system each time and come back as pages to be cleared, which takes a sixth to a quarter of the small policy's sampling
+    time. Does nothing without glibc.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -1,9 +1,9 @@
-"""The run directory: one artifact per stage, complete or not there.
+"""The run directory: one artifact per stage, complete or absent.
 
-An artifact is a directory with a ``manifest.json`` that says what it was made of (stage, settings, checksums of its
-inputs, seed), what it consists of (checksums of its files), with which versions it was made and how long that took. It is
-made beside its place and moved there whole, so that a directory under its final name is complete. Asking for a complete
-artifact again returns it; asking for it with other settings or inputs is refused.
+An artifact is a directory with a ``manifest.json`` that records what it was made from (stage, settings, checksums of its
+inputs, seed), its files (checksums), package versions and times. It is made next to its final path and moved there as a whole,
+so that a directory under its final name is complete. Requesting a complete artifact again returns it; requesting it with other
+settings or inputs is refused.
 """
 
 import json
@@ -29,14 +29,14 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 WORK = ".work"
-"""Directory in an artifact in the making: what it takes to go on after a kill. Gone when the artifact is complete."""
+"""Directory in an unfinished artifact: what its stage needs to resume. Removed when the artifact is complete."""
 JOURNAL = ".journal"
-"""Ending of a file in ``WORK``: the file of that name beside ``WORK`` is unfinished, and the stage knows how to go on."""
+"""Suffix of a file in ``WORK``: the file of that name beside ``WORK`` is unfinished, and the stage can resume it."""
 _BEGUN = "begun.json"
 ORIGIN = "branch.json"
-"""In the directory of a run that branched off another: which one."""
+"""File in the directory of a run that branched off another; names that run."""
 SHARED = "shared.json"
-"""In the directory of a run that shares its artifacts with others: the directory where they all leave them."""
+"""File in the directory of a run that shares artifacts with others; names the directory of the shared artifacts."""
 _PACKAGES = (
     "search-e1",
     "torch",
@@ -51,28 +51,28 @@ _PACKAGES = (
 
 
 class Manifest(Record):
-    """What ``manifest.json`` holds."""
+    """The content of ``manifest.json``."""
 
     stage: str
     settings: dict[str, Any]
     inputs: dict[str, str]
-    """Name of the input -> checksum."""
+    """Input name -> checksum."""
     seed: int
     files: dict[str, str]
     """Path inside the artifact -> sha256."""
     result: dict[str, Any]
-    """What the stage returned: its summary figures."""
+    """The summary figures that the stage returned."""
     versions: dict[str, str]
     started: float
     """Seconds since the epoch."""
     seconds: float
     """Wall-clock time of the stage, over all attempts."""
     cpu_seconds: float = 0.0
-    """CPU time of the process, all its threads, and those that it started. Attempts that were killed could not tell theirs."""
+    """CPU time of the process, with all threads and child processes. Attempts that were killed are not counted."""
     attempts: int = 1
-    """How often the stage was begun or gone on with until it was complete."""
+    """Number of times that the stage was started or resumed until it was complete."""
     gpus: int = 0
-    """Accelerators that the stage held, over all its processes."""
+    """Accelerators that the stage held, over all ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Artifact:
 
     @property
     def checksum(self) -> str:
-        """Of the content alone: two artifacts with the same files have the same one."""
+        """Checksum of the content alone: artifacts with the same files have the same checksum."""
         return sha256_text(json.dumps(self.manifest.files, sort_keys=True))
 
 
@@ -103,17 +103,17 @@ def artifact(
     defaults: Defaults = no_defaults,
     parallel: bool = False,
 ) -> Artifact:
-    """The artifact at ``path``: as it lies there if it is complete, else made by ``make``. All ranks call this.
+    """The artifact at ``path``: the one on disk if it is complete, else made by ``make``. All ranks call this.
 
-    Rank 0 looks and decides; if there is something to make, all ranks call ``make`` where it is ``parallel``, and rank 0
-    alone where it is not. Rank 0 completes the artifact.
+    Rank 0 decides. If the artifact has to be made, all ranks call ``make`` if it is ``parallel``, else rank 0 alone. Rank 0
+    completes the artifact.
 
-    ``make`` writes its files into the directory it is given and returns its summary figures (JSON). If it was killed, and
-    is to make the same now under the same versions, it finds what it kept in ``WORK`` there. A setting
-    that an artifact lacks, and that stands at its default now (``defaults``), is no other setting. ``gpus`` is only noted.
+    ``make`` writes its files into the directory it is given and returns its summary figures (JSON). After a kill, it finds
+    what it kept in ``WORK`` there, provided that settings, inputs and versions are the same. A setting that the artifact lacks
+    and that now has its default (``defaults``) counts as the same. ``gpus`` is only recorded.
 
     Raises:
-        RunError: another artifact is in that place, or its files are not those that were written.
+        RunError: a different artifact is at ``path``, or its files are damaged.
     """
     if not ranks.is_first():
         return _follow(path, make, parallel)
@@ -128,10 +128,10 @@ def artifact(
                     f"{path} was made of something else; give what it was made of again, or use another run directory, or go "
                     f"on in one that takes over what stays the same (search-e1 train --branch DIR):{lines(different)}"
                 )
-            shutil.rmtree(path / WORK, ignore_errors=True)  # killed between the last two lines of `_made`
+            shutil.rmtree(path / WORK, ignore_errors=True)  # left by a kill between the last two lines of `_make`
             ranks.broadcast_object(None)
         else:
-            found = _made(path, stage, identity, defaults, make, gpus, parallel)
+            found = _make(path, stage, identity, defaults, make, gpus, parallel)
         if shared and not shared.exists():
             _link(found, shared)
     ranks.broadcast_object(found.manifest)
@@ -139,7 +139,7 @@ def artifact(
 
 
 def _follow(path: Path, make: Make, parallel: bool) -> Artifact:
-    """What ranks do that rank 0 decides for."""
+    """``artifact`` on the ranks other than 0, which follow rank 0's decision."""
     partial: Path | None = ranks.broadcast_object(None)
     if partial and parallel:
         used = cpu.seconds()
@@ -149,7 +149,7 @@ def _follow(path: Path, make: Make, parallel: bool) -> Artifact:
     return Artifact(path, manifest)
 
 
-def _made(
+def _make(
     path: Path, stage: str, identity: dict[str, Any], defaults: Defaults, make: Make, gpus: int, parallel: bool
 ) -> Artifact:
     partial = path.with_name(f".{path.name}.partial")
@@ -158,7 +158,7 @@ def _made(
     try:
         ranks.broadcast_object(partial)
         result = make(partial)
-        used -= ranks.total(0.0) if parallel else 0.0  # of the other ranks, whose processes are not this one's children
+        used -= ranks.total(0.0) if parallel else 0.0  # add the other ranks' time: they are not child processes
     except BaseException:
         begun = begun.model_copy(update={"cpu_seconds": begun.cpu_seconds + cpu.seconds() - used})
         with suppress(OSError):
@@ -184,33 +184,33 @@ def _made(
 
 
 class _Begun(Record):
-    """Of an artifact in the making."""
+    """The state of an unfinished artifact."""
 
     identity: dict[str, Any]
     started: float
-    """The first attempt, in seconds since the epoch."""
+    """Start of the first attempt, in seconds since the epoch."""
     attempt: float
-    """The latest."""
+    """Start of the latest attempt, likewise."""
     attempts: int
     seconds: float
-    """Of the attempts before the latest."""
+    """Wall-clock time of the attempts before the latest."""
     cpu_seconds: float = 0.0
-    """Of those that were not killed."""
+    """CPU time of the earlier attempts that were not killed."""
 
 
 def _begin(partial: Path, identity: dict[str, Any], defaults: Defaults) -> _Begun:
-    """Begin to make an artifact in ``partial``, or go on; only what its stage can go on from is left there.
+    """Start an artifact in ``partial``, or resume it; keeps only the files that its stage can resume from.
 
-    What was begun with other settings is lost, and that is said.
+    An attempt with other settings is discarded with a warning.
     """
     now = time.time()
     before = _begun(partial)
-    different = _otherwise(before.identity, identity, defaults) if before else []
+    different = _changes_since_begun(before.identity, identity, defaults) if before else []
     if before and different:
         logger.warning("%s: begun otherwise, so that it begins anew:%s", partial.name.strip("."), lines(different))
     if before and not different:
         kept = {WORK, *(file.name.removesuffix(JOURNAL) for file in (partial / WORK).glob(f"*{JOURNAL}"))}
-        # A killed attempt cannot say when it ended; its last sign of life is the last that it wrote.
+        # A killed attempt cannot record when it ended; its last write is the best estimate.
         last = max(file.stat().st_mtime for file in partial.rglob("*"))
         seconds = before.seconds + max(0.0, last - before.attempt)
         begun = before.model_copy(update={"attempt": now, "attempts": before.attempts + 1, "seconds": seconds})
@@ -225,8 +225,8 @@ def _begin(partial: Path, identity: dict[str, Any], defaults: Defaults) -> _Begu
     return begun
 
 
-def _otherwise(there: Mapping[str, Any], given: Mapping[str, Any], defaults: Defaults) -> list[Change]:
-    """How what was begun differs from what would be made now; of the settings only, ``defaults`` are known."""
+def _changes_since_begun(there: Mapping[str, Any], given: Mapping[str, Any], defaults: Defaults) -> list[Change]:
+    """Changes from the unfinished artifact's identity to ``given``; ``defaults`` apply to settings only."""
     rest = [{key: value for key, value in identity.items() if key != "settings"} for identity in (there, given)]
     return changes(there["settings"], given["settings"], defaults) + changes(rest[0], rest[1])
 
@@ -239,7 +239,7 @@ def _begun(partial: Path) -> _Begun | None:
 
 
 def _files(directory: Path) -> list[Path]:
-    """Of an artifact; not what it is made with."""
+    """The files of an artifact, without those in ``WORK``."""
     files = (file for file in sorted(directory.rglob("*")) if file.is_file())
     return [file for file in files if file.relative_to(directory).parts[0] != WORK]
 
@@ -248,7 +248,7 @@ def read(path: Path) -> Artifact:
     """The complete artifact at ``path``, every file checked against its checksum.
 
     Raises:
-        RunError: there is none, or it is damaged.
+        RunError: it is missing or damaged.
     """
     try:
         manifest = Manifest.model_validate_json(read_summed(path / MANIFEST))
@@ -266,7 +266,7 @@ def read(path: Path) -> Artifact:
 
 
 def _different(manifest: Manifest, identity: Mapping[str, Any], defaults: Defaults) -> list[Change]:
-    """What the artifact was made of and what it would be made of now. Of the settings only, ``defaults`` are known."""
+    """Changes from what the artifact was made from to ``identity``; ``defaults`` apply to settings only."""
     there = {"inputs": manifest.inputs, "seed": manifest.seed}
     rest = {"inputs": identity["inputs"], "seed": identity["seed"]}
     return changes(manifest.settings, identity["settings"], defaults) + changes(there, rest)
@@ -274,7 +274,7 @@ def _different(manifest: Manifest, identity: Mapping[str, Any], defaults: Defaul
 
 @contextmanager
 def _in_turn(path: Path, stage: str, identity: Mapping[str, Any]) -> Iterator[Path | None]:
-    """Where runs share their artifacts: the shared place of this one, while no other run makes it. Else ``None``."""
+    """The shared path of this artifact, locked against other runs that make it; ``None`` if the run shares no artifacts."""
     try:
         place = Path(json.loads((path.parent / SHARED).read_text(encoding="utf-8"))["in"])
     except FileNotFoundError:
@@ -289,21 +289,21 @@ def _in_turn(path: Path, stage: str, identity: Mapping[str, Any]) -> Iterator[Pa
 
 
 def _take_over(path: Path, identity: Mapping[str, Any], defaults: Defaults, shared: Path | None = None) -> None:
-    """If the run branched off another one that has made this very artifact, or shares it with one: link to its files.
+    """Link to the files of the same artifact in ``shared`` or in a run that this one branched off, if there is one.
 
     Raises:
-        RunError: it is damaged.
+        RunError: that artifact is damaged.
     """
     places = [*([shared] if shared else []), *(run / path.name for run in _origins(path.parent))]
     found = next((there for there in places if there.exists()), None)
     if found is None or _different((source := read(found)).manifest, identity, defaults):
         return
     _link(source, path)
-    shutil.rmtree(path.with_name(f".{path.name}.partial"), ignore_errors=True)  # of an attempt that was killed
+    shutil.rmtree(path.with_name(f".{path.name}.partial"), ignore_errors=True)  # from a killed attempt
 
 
 def _link(source: Artifact, path: Path) -> None:
-    """The same artifact at ``path``: hard links to its files, or copies."""
+    """Put the artifact ``source`` at ``path`` too, by hard links or copies of its files."""
     partial = path.with_name(f".{path.name}.taken")
     shutil.rmtree(partial, ignore_errors=True)
     sums = [file.name for file in source.path.glob(f"*{SUM}")]
@@ -311,24 +311,24 @@ def _link(source: Artifact, path: Path) -> None:
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             (partial / name).hardlink_to(source.path / name)
-        except OSError:  # another file system, or one without hard links
+        except OSError:  # a different file system, or one without hard links
             shutil.copy2(source.path / name, partial / name)
     partial.rename(path)
     sync(path.parent)
 
 
 def _origins(run: Path) -> Iterator[Path]:
-    """The run that ``run`` branched off, the one which that branched off, and so on."""
+    """The run that ``run`` branched off, then the run that that one branched off, and so on."""
     while (run / ORIGIN).exists():
         run = Path(json.loads((run / ORIGIN).read_text(encoding="utf-8"))["of"])
         yield run
 
 
 def checksum(path: Path) -> str:
-    """Of a file, or of a directory's files with their names; what is written for people (``*.md``) does not count.
+    """Checksum of a file, or of a directory's files and names, without documentation (``*.md``).
 
     Raises:
-        RunError: it is a directory in an artifact, and damaged.
+        RunError: ``path`` is a directory in an artifact, and damaged.
     """
     if path.is_file():
         return sha256(path)
@@ -339,14 +339,14 @@ def checksum(path: Path) -> str:
 
 
 def _verified(path: Path) -> str:
-    """The checksum of a directory in an artifact, whose files are read once to compare them and to compute it."""
+    """The checksum of a directory in an artifact. Each file is read once, both to verify and to compute it."""
     name = f"{path.name}/"
     found = {file.removeprefix(name): sum for file, sum in read(path.parent).manifest.files.items() if file.startswith(name)}
     return sha256_text(json.dumps({file: sum for file, sum in found.items() if not file.endswith(".md")}))
 
 
 def derived_seed(seed: int, *names: object) -> int:
-    """A seed of its own for every stage, so that leaving one out does not change another."""
+    """A separate seed for every stage, so that leaving one out does not change another."""
     return int(sha256_text("/".join(map(str, (seed, *names))))[:8], 16)
 
 

@@ -1,7 +1,7 @@
-"""How far a stage is, on disk: what survives preemption, and is verified before it is used again.
+"""The progress of a stage on disk: it survives preemption, and is verified before it is used again.
 
-A stage that trains saves checkpoints; a stage that writes lines writes them chunk by chunk. Both belong to an artifact in
-the making (``runs.artifact`` decides whether they may still be used) and are gone when it is complete.
+A training stage saves checkpoints; a stage that writes lines writes them chunk by chunk. Both belong to an unfinished artifact
+(``runs.artifact`` decides whether they can be used) and are removed when it is complete.
 """
 
 import hashlib
@@ -25,13 +25,13 @@ from search_e1.types import Record
 _SUMS = "sha256.json"
 _KEPT = 2
 RANK = "rank-"
-"""Beginning of the names of files that are each rank's own."""
+"""Prefix of files that each rank writes for itself."""
 _WAIT = 5.0
-"""Seconds for the other ranks to stop too."""
+"""Seconds to wait for the other ranks to stop too."""
 
 
 class Checkpointer:
-    """Saves how far a stage is: checkpoints of training, unfinished lines; and stops where a signal asks for it."""
+    """Saves the progress of a stage (training checkpoints, unfinished lines), and stops it on a signal."""
 
     def __init__(
         self,
@@ -41,9 +41,9 @@ class Checkpointer:
         share: float = 0.02,
         stop: Stop | None = None,
     ) -> None:
-        """``directory`` is where all of it lies; without one nothing is kept.
+        """Everything is saved in ``directory``; without one, nothing is.
 
-        A checkpoint is due ``every_seconds``, and less often where saving one takes more than ``share`` of the time.
+        A checkpoint is due ``every_seconds``, and less often if saving would take more than ``share`` of the time.
         """
         self.directory = directory
         self.stop = stop or Stop()
@@ -56,7 +56,7 @@ class Checkpointer:
         return self.stop.finishing()
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is whole; damaged ones are removed. The same for all ranks; all have to ask."""
+        """The newest intact checkpoint, the same on all ranks; damaged ones are removed. All ranks call this."""
         newest = ranks.broadcast_object(self._newest() if ranks.is_first() else None)
         if newest:
             self._saved = int(newest.name.removeprefix("step-"))
@@ -70,13 +70,13 @@ class Checkpointer:
         return None
 
     def on_step_end(self, step: int, write: Callable[[Path], None]) -> None:
-        """Step ``step`` is complete: save a checkpoint if one is due, and stop if that was asked for.
+        """After step ``step``, save a checkpoint if one is due, and stop if a signal asked for it.
 
-        ``write`` writes its files into the directory it is given. It is read back with ``newest``. All ranks call this at the
-        same steps, and all call ``write``; a signal to one of them stops all after the same step.
+        ``write`` writes its files into the directory it is given; ``newest`` returns that directory later. All ranks call this
+        at the same steps, and all call ``write``; a signal to one of them stops all after the same step.
 
         Raises:
-            Stopped: a signal has asked to stop; the checkpoint is saved.
+            Stopped: a signal asked to stop; the checkpoint is saved.
         """
         waited = time.monotonic() - self._begun
         due = waited >= max(self._every, self._cost / self._share)
@@ -86,12 +86,12 @@ class Checkpointer:
         self._leave(asked)
 
     def between_passes(self, step: int, write: Callable[[Path], None], *, same: bool) -> None:
-        """The step after ``step`` steps is half done: if a signal has asked to stop, save that and stop.
+        """In the middle of the step after ``step``, save and stop if a signal asked for it.
 
-        ``same``: what rank 0 writes for all is as it was at the end of ``step``.
+        ``same``: the files that rank 0 writes for all ranks are unchanged since the end of ``step``.
 
         Raises:
-            Stopped: that was asked for; what is done of the step is saved.
+            Stopped: a signal asked to stop; the finished part of the step is saved.
         """
         asked, _ = self._agree(False)
         if asked:
@@ -100,7 +100,7 @@ class Checkpointer:
 
     @contextmanager
     def saving_on_stop(self, step: int, write: Callable[[Path], None]) -> Iterator[None]:
-        """Work between two steps: if a signal ends it, the ``step`` steps before it are saved, if all ranks were asked."""
+        """Wraps work between steps: if a signal ends it on all ranks, the ``step`` steps before it are saved."""
         try:
             yield
         except Stopped:
@@ -109,20 +109,20 @@ class Checkpointer:
             raise
 
     def _agree(self, due: bool) -> tuple[signal.Signals | None, bool]:
-        """The signal that any rank was sent, and whether a checkpoint is due on the first."""
+        """The signal that any rank received, and whether a checkpoint is due on rank 0."""
         gathered = ranks.all_gather_object((self.stop.asked, due))
         return next((asked for asked, _ in gathered if asked), None), gathered[0][1]
 
     def _leave(self, asked: signal.Signals | None) -> None:
         self.stop.asked = self.stop.asked or asked
-        if asked or ranks.count() == 1:  # one of several that left alone would be waited for
+        if asked or ranks.count() == 1:  # a rank that leaves alone would keep the others waiting
             self.stop.leave()
 
     @contextmanager
     def scratch(self, beside: Path | None = None) -> Iterator[Path]:
-        """A directory for what a stage puts aside. It is there again when the stage goes on; check what lies in it.
+        """A scratch directory. It persists until the stage is complete, so check its content after a resume.
 
-        Without a place of its own it is made in ``beside``, or where temporary files go, and removed.
+        Without ``self.directory`` it is a temporary directory, in ``beside`` if given.
         """
         if self.directory is None:
             with tempfile.TemporaryDirectory(dir=beside, prefix=".scratch-") as name:
@@ -133,7 +133,7 @@ class Checkpointer:
         yield path
 
     def lines(self, path: Path) -> "Lines":
-        """The lines of ``path``, as far as they were written."""
+        """The file of lines at ``path``, with the chunks written so far."""
         return Lines(path, self.directory and self.directory / f"{path.name}{JOURNAL}")
 
     def _save(self, step: int, write: Callable[[Path], None], *, again: bool = False, same: bool = False) -> None:
@@ -169,8 +169,8 @@ class Checkpointer:
 
 
 def _link_shared(path: Path, partial: Path) -> dict[str, str]:
-    """Take over from a checkpoint of the same step what rank 0 has written for all; a signal does not leave the time to
-    write it again. Returns the checksums of these files."""
+    """Link the files that rank 0 wrote for all ranks from the checkpoint of the same step, since after a signal there is no
+    time to write them again. Returns their checksums."""
     sums: dict[str, str] = json.loads((path / _SUMS).read_bytes())
     shared = {name: sum for name, sum in sums.items() if not name.startswith(RANK)}
     for name in shared:
@@ -196,23 +196,23 @@ def _sync_file(path: Path) -> None:
 
 
 class _Chunk(Record):
-    """What a journal says of a chunk."""
+    """A journal's entry for a chunk."""
 
     end: int
-    """Bytes of the file up to the end of the chunk."""
+    """Offset in bytes of the chunk's end in the file."""
     sha256: str
-    """Of the chunk's bytes."""
+    """Checksum of the chunk's bytes."""
     tally: dict[str, float]
 
 
 class Lines:
-    """A file of lines that is written chunk by chunk; a journal beside it says which chunks are whole.
+    """A file of lines, written chunk by chunk; a journal beside it records the complete chunks.
 
-    What was not finished, or is not as it was written, is cut off when the file is opened, and is to be made again.
+    Opening the file truncates it before the first unfinished or damaged chunk, which has to be made again.
     """
 
     def __init__(self, path: Path, journal: Path | None = None) -> None:
-        """Without ``journal`` the file begins anew."""
+        """Without ``journal`` the file starts empty."""
         self.path = path
         self._journal = journal
         self._chunks = _whole_chunks(path, journal) if journal else []
@@ -226,11 +226,11 @@ class Lines:
 
     @property
     def whole(self) -> int:
-        """How many chunks are there, read or not."""
+        """Number of complete chunks, read or not."""
         return len(self._chunks)
 
     def skip(self) -> bool:
-        """Whether the next chunk is there already; goes on to the one after it then."""
+        """Whether the next chunk is complete; if so, moves past it."""
         if self._at == len(self._chunks):
             return False
         self.tally.update(self._chunks[self._at].tally)
@@ -238,7 +238,7 @@ class Lines:
         return True
 
     def read(self) -> list[bytes] | None:
-        """The lines of the next chunk, if it is there already; goes on to the one after it then."""
+        """The lines of the next chunk if it is complete, moving past it; else ``None``."""
         begin = self._end
         if not self.skip():
             return None
@@ -247,7 +247,7 @@ class Lines:
             return stream.read(self._end - begin).split(b"\n")[:-1]
 
     def append(self, lines: Iterable[str], tally: Mapping[str, float] | None = None) -> None:
-        """Write the next chunk, with the figures that are added to ``self.tally``. On disk when this returns."""
+        """Write the next chunk, and add its ``tally`` to ``self.tally``. On disk when this returns."""
         assert self._at == len(self._chunks), "the chunks that are there come first"
         data = "".join(f"{line}\n" for line in lines).encode()
         chunk = _Chunk(end=self._end + len(data), sha256=hashlib.sha256(data).hexdigest(), tally=dict(tally or {}))
@@ -263,7 +263,7 @@ class Lines:
 
 
 def _whole_chunks(path: Path, journal: Path) -> list[_Chunk]:
-    """Up to the first that is not in the file as it was written."""
+    """The chunks up to the first that is missing or damaged in the file."""
     found: list[_Chunk] = []
     if not path.is_file():
         return found

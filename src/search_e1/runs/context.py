@@ -1,4 +1,4 @@
-"""What a stage's work is given, whatever the stage."""
+"""The context that every stage runs in."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,7 @@ from search_e1.runs.progress import Progress, Track, silent, untracked
 
 @dataclass(frozen=True, slots=True)
 class StageContext:
-    """Where a stage works, what its randomness is drawn from, who watches, and what survives preemption."""
+    """A stage's directory, seed, progress listeners and checkpointer."""
 
     out: Path
     """The artifact's directory while it is unfinished. Rank 0 writes."""

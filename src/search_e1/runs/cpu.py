@@ -4,5 +4,5 @@ import os
 
 
 def seconds() -> float:
-    """CPU time so far of this process and of those that it started and that have ended."""
+    """CPU time so far of this process and of its child processes that have ended."""
     return sum(os.times()[:4])

@@ -1,4 +1,4 @@
-"""The day that chat templates that tell the date are given: a run's is the day on which it was begun, whenever it goes on."""
+"""The date that chat templates see: the day on which the run was started, however often it is resumed."""
 
 import json
 import os
@@ -14,13 +14,13 @@ _pinned: date | None = None
 
 
 def pinned() -> date | None:
-    """The day of the run that is open in this process, if one is."""
+    """The day of the run that is open in this process; ``None`` without a run."""
     return _pinned
 
 
 @contextmanager
 def pin(day: date | None) -> Iterator[None]:
-    """With ``day`` as that of the run, for as long as the context lasts."""
+    """Use ``day`` as the run's day within the context."""
     global _pinned
     before, _pinned = _pinned, day
     try:
@@ -30,10 +30,10 @@ def pin(day: date | None) -> Iterator[None]:
 
 
 def recorded(directory: Path) -> date | None:
-    """The day on which the run in ``directory`` was begun; ``None`` if there is no run yet.
+    """The day on which the run in ``directory`` was started; ``None`` if there is no run yet.
 
     Raises:
-        RunError: the file that tells it is damaged.
+        RunError: the file that records it is damaged.
     """
     try:
         return date.fromisoformat(json.loads((directory / FILE).read_text(encoding="utf-8"))["begun"])
@@ -46,11 +46,11 @@ def recorded(directory: Path) -> date | None:
 
 
 def record(directory: Path, day: date) -> date:
-    """Record ``day`` unless another run, which shares the directory, came first; returns the one that is recorded."""
+    """Record ``day`` unless another run that shares the directory came first; returns the recorded day."""
     own = directory / f".{FILE}.{os.getpid()}"
     own.write_text(json.dumps({"begun": day.isoformat()}) + "\n", encoding="utf-8")
     try:
-        os.link(own, directory / FILE)  # not if it is there
+        os.link(own, directory / FILE)  # fails if it exists
     except FileExistsError:
         own.unlink()
     except OSError:  # a file system without links

@@ -1,4 +1,4 @@
-"""What loading any model needs: a device, and quiet."""
+"""Helpers to load a model: its device, and no progress bars."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from search_e1.errors import ModelError
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Without transformers' progress bars over files and weights."""
+    """Turn off transformers' progress bars over files and weights within the context."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -22,10 +22,10 @@ def no_bars() -> Iterator[None]:
 
 
 def device(name: str) -> torch.device:
-    """``auto`` is an accelerator if there is one.
+    """The device called ``name``; ``auto`` is an accelerator if there is one.
 
     Raises:
-        ModelError: no such device, here or at all.
+        ModelError: the device is unknown, or this machine does not have it.
     """
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":

@@ -1,4 +1,4 @@
-"""What a disk does to a run: full, read-only, failing; told in one line."""
+"""Disk errors (full, read-only, failing) as one-line messages."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from search_e1.errors import RunError, SearchE1Error
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
-# Libraries that write through other languages tell what happened in words only.
+# Libraries written in other languages report these errors only as text.
 _FULL_WORDS = (
     *("No space left on device", "Disk quota exceeded", "File too large", "disk is full"),
     *("os error 28", "os error 122", "os error 27"),  # Rust, so safetensors and tokenizers
@@ -21,7 +21,7 @@ _FULL_WORDS = (
 
 @contextmanager
 def translate_disk_errors(directory: Path) -> Iterator[None]:
-    """Turn what a disk does to work in ``directory`` into a message.
+    """Translate disk errors of work in ``directory`` into one message.
 
     Raises:
         RunError: the disk is full, cannot be written to, or fails.
@@ -40,13 +40,13 @@ def translate_disk_errors(directory: Path) -> Iterator[None]:
 
 
 def reserve(path: Path, size: int) -> None:
-    """Make room for ``size`` bytes in a file, new or not: to write into a mapped file on a full disk kills the process.
+    """Allocate ``size`` bytes in a file, new or not: writing into a mapped file on a full disk kills the process.
 
     Raises:
-        OSError: there is no room for it.
+        OSError: there is not enough space.
     """
     with path.open("ab") as file:
-        if size and hasattr(os, "posix_fallocate"):  # macOS has none
+        if size and hasattr(os, "posix_fallocate"):  # macOS lacks it
             os.posix_fallocate(file.fileno(), 0, size)
 
 

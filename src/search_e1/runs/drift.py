@@ -1,4 +1,4 @@
-"""What is not as it was: two nested mappings compared key by key, and told a line a key."""
+"""Compares two nested mappings key by key, and prints one line per difference."""
 
 import json
 import re
@@ -6,30 +6,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Defaults = Callable[[tuple[str, ...]], Any]
-"""From the path of a key to its default, as JSON has it; raises LookupError for what has none."""
+"""Path of a key -> its default, as JSON has it; raises LookupError for a key without a default."""
 
 ABSENT = object()
-"""In the place of a value that is not there."""
+"""Stands for a missing value."""
 
 
 class Change(NamedTuple):
     """A key whose values differ."""
 
     key: str
-    """With dots."""
+    """Dotted path."""
     there: Any
     given: Any
 
 
 def no_defaults(path: tuple[str, ...]) -> Any:
-    """``Defaults`` of nothing."""
+    """``Defaults`` without any default."""
     raise LookupError(path)
 
 
 def changes(there: Mapping[str, Any], given: Mapping[str, Any], defaults: Defaults = no_defaults) -> list[Change]:
-    """The keys in which two nested mappings of JSON differ.
+    """The keys in which two nested JSON mappings differ.
 
-    A key that is not ``there`` and stands at its default in ``given`` is no change: it was added to the package since.
+    A key that is missing in ``there`` and has its default in ``given`` is no change: it was added to the package since.
     """
     return list(_changes(there, given, defaults, ()))
 
@@ -53,7 +53,7 @@ def _is_default(value: Any, path: tuple[str, ...], defaults: Defaults) -> bool:
 
 
 def lines(found: Sequence[Change]) -> str:
-    """A line for each change, each after a line break: ``grpo.steps: 8 there, 16 given``."""
+    """One line per change, each after a line break: ``grpo.steps: 8 there, 16 given``."""
     return "".join(f"\n  {change.key}: {_short(change.there)} there, {_short(change.given)} given" for change in found)
 
 

@@ -1,4 +1,4 @@
-"""Files that outlive a kill and tell when they are damaged: written whole, with checksums, read record by record."""
+"""Files that survive a kill and whose damage is detected: written as a whole, with checksums, read record by record."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ from search_e1.errors import DataError
 from search_e1.types import Record
 
 SUM = ".sha256"
-"""Ending of the file with a file's checksum, as `sha256sum -c` reads it; what earlier versions made has none."""
+"""Suffix of the file with a file's checksum, in the format of `sha256sum -c`; files of earlier versions have none."""
 
 
 def sha256(file: Path) -> str:
@@ -23,7 +23,7 @@ def sha256_text(text: str) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` as a whole, on disk before it is seen."""
+    """Replace ``path`` as a whole; its content is on disk before it appears under that name."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as stream:
         stream.write(text)
@@ -34,7 +34,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Add ``data`` to the end of ``path``; on disk when this returns."""
+    """Append ``data`` to ``path``; on disk when this returns."""
     with path.open("ab") as stream:
         stream.write(data)
         stream.flush()
@@ -42,12 +42,12 @@ def append(path: Path, data: bytes) -> None:
 
 
 def summed_line(entry: str) -> str:
-    """A line of a journal: ``entry``, which has no new line, behind its own checksum."""
+    """A line of a journal: the checksum of ``entry``, then ``entry``, which has no line break."""
     return f"{sha256_text(entry)} {entry}\n"
 
 
 def summed_entries(journal: Path) -> list[str]:
-    """The entries of ``journal`` up to the first that is not as it was written; none without a file."""
+    """The entries of ``journal`` up to the first damaged one; empty without a file."""
     entries: list[str] = []
     for line in journal.read_bytes().splitlines() if journal.is_file() else ():
         checksum, _, entry = line.partition(b" ")
@@ -58,17 +58,17 @@ def summed_entries(journal: Path) -> list[str]:
 
 
 def write_summed(path: Path, text: str) -> None:
-    """Write ``path`` as a whole, with a file beside it that tells its checksum."""
+    """Write ``path`` as a whole, with its checksum in a file beside it."""
     write_atomically(path.with_name(path.name + SUM), _sum_of(path, text.encode()).decode())
     write_atomically(path, text)
 
 
 def read_summed(path: Path) -> bytes:
-    """What ``write_summed`` wrote; where there is no file beside it, unchecked.
+    """The content written by ``write_summed``; not verified if the checksum file is missing.
 
     Raises:
-        ValueError: it is not as it was written.
-        FileNotFoundError: it is not there.
+        ValueError: the content does not match its checksum.
+        FileNotFoundError: ``path`` does not exist.
     """
     text, beside = path.read_bytes(), path.with_name(path.name + SUM)
     if beside.exists() and beside.read_bytes() != _sum_of(path, text):
@@ -81,7 +81,7 @@ def _sum_of(path: Path, text: bytes) -> bytes:
 
 
 def sync(directory: Path) -> None:
-    """Make durable which names are in ``directory``."""
+    """Flush ``directory``'s entries (names) to disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -93,13 +93,13 @@ Kept = TypeVar("Kept", bound=Record)
 
 
 def read_records(path: Path, kind: type[Kept], again: str) -> Iterator[Kept]:
-    """The records of a file that holds one a line, one at a time. ``again`` says how to come by a sound file.
+    """The records of a file with one per line, read lazily. ``again``: the remedy in the error message.
 
     Raises:
-        DataError: the file cannot be read, or a line is none of its records; names it.
+        DataError: the file cannot be read, or a line is not a valid record; the message names it.
     """
     try:
-        with path.open("rb") as file:  # not `splitlines`: texts hold separators that are none to JSON
+        with path.open("rb") as file:  # not `splitlines`, which also splits at separators that JSON texts may contain
             for number, line in enumerate(file, 1):
                 try:
                     record = kind.model_validate_json(line)

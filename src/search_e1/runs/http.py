@@ -1,8 +1,8 @@
-"""The one HTTP client, of retrieval servers and of models' endpoints. What a server sends is never trusted.
+"""The only HTTP client, for retrieval servers and model endpoints. Responses are never trusted.
 
-One attempt has bounded time, from connecting to the last byte, and its body bounded size, as it comes and unpacked. Text is
-UTF-8, whatever a charset says. Retries wait as the server asks, within the time of the request. What a server says is
-shown in one line, without the secrets that were sent to it.
+An attempt has a time limit, from connecting to the last byte, and a size limit on its body, both compressed and decompressed.
+Text is read as UTF-8, whatever the charset header. Retries wait as long as the server asks, within the request's time limit. A
+server's error text is shown in one line, without the secrets that were sent to it.
 """
 
 import asyncio
@@ -32,15 +32,15 @@ from search_e1.errors import ConfigError, SearchE1Error
 from search_e1.runs.safe import HIDDEN, masked, masked_url, plain, secrets_of
 
 _EARLY_ATTEMPTS = 4
-"""Attempts before any work has begun: the address may be wrong."""
+"""Attempts before any work has begun, when the address may be wrong."""
 _CONNECT_SECONDS = 10.0
 _LONG_WAIT = 10.0
-"""A wait of so many seconds is announced."""
+"""A wait of at least so many seconds is announced."""
 _WORDS = 200
-"""Most characters of a server's words in a message."""
+"""Maximum characters of a server's error text in a message."""
 _SHORTEST_SECRET = 4
 _UNMISTAKABLE = 12
-"""A secret of so many characters is also masked in answers; a shorter one may be a word of them."""
+"""Minimum length of a secret that is also masked in answers; a shorter one may be an ordinary word."""
 _PASSING = (408, 409, 425, 429)
 
 logger = logging.getLogger(__name__)
@@ -48,23 +48,23 @@ Result = TypeVar("Result")
 
 
 class TransientError(Exception):
-    """A failure that may pass: no connection, a time-out, an overloaded or restarting server, one bad server of several."""
+    """A failure that may pass: no connection, a timeout, an overloaded or restarting server, one bad server of several."""
 
     def __init__(self, cause: str, retry_after: float = 0.0) -> None:
         super().__init__(cause)
         self.retry_after = retry_after
-        """Seconds that the server asks to wait."""
+        """Seconds that the server asks clients to wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole response."""
+    """A complete response."""
 
     status: int
     headers: httpx.Headers
     content: bytes
     words: str
-    """Status and, where it states one, the reason of an error: one line without secrets."""
+    """Status, and the reason of an error if it states one: one line without secrets."""
 
     @property
     def ok(self) -> bool:
@@ -72,7 +72,7 @@ class Reply:
 
 
 def server_url(url: str, key: str, resource: str, base: str = "") -> httpx.URL:
-    """The URL of ``resource`` at ``url``, which may end in it already, and has the path ``base`` if it has none.
+    """The URL of ``resource`` at ``url``, which may already end in it. A ``url`` without a path gets ``base``.
 
     Raises:
         ConfigError: not an http or https URL; ``key`` names it.
@@ -90,16 +90,16 @@ def server_url(url: str, key: str, resource: str, base: str = "") -> httpx.URL:
 def read_json(content: bytes | str) -> Any:
     """
     Raises:
-        ValueError: not JSON in UTF-8, or nested deeper than anything that is meant to be read.
+        ValueError: not JSON in UTF-8, or nested too deeply.
     """
     return from_json(content)
 
 
 class Server:
-    """A server to ask; thread-safe, but for its loop, on which all requests run.
+    """Client of one server. Thread-safe, except for coroutines on its event loop, where all requests run.
 
-    Only on one loop can a whole request have a deadline, whatever its server does, and shared state needs no lock. The loop
-    has a thread of its own, so that requests go on while their sender does something else.
+    On one event loop, a whole request can have a deadline whatever the server does, and shared state needs no lock. The loop
+    has its own thread, so that requests proceed while their sender does something else.
     """
 
     def __init__(
@@ -116,10 +116,16 @@ class Server:
         headers: Mapping[str, str] | None = None,
         remedy: str = "",
     ) -> None:
-        """``what``: what is missing where a request fails, which raises ``error``. ``remedy``: said after a time-out.
-
-        ``timeout``: seconds for one attempt. ``time_limit``: seconds for all attempts of a request, waits included.
-        ``attempts``: most of them; default: as many as the time allows. ``concurrency``: requests in flight together.
+        """
+        Args:
+            error: raised when a request fails.
+            what: what is missing then, for its message.
+            timeout: seconds per attempt.
+            time_limit: seconds for all attempts of a request, waits included.
+            most_bytes: size limit of a body.
+            concurrency: maximum requests in flight.
+            attempts: maximum per request; by default as many as ``time_limit`` allows.
+            remedy: added to the message after a timeout.
         """
         self.shown = masked(str(url))
         """The URL without secrets."""
@@ -144,14 +150,14 @@ class Server:
         self._process: int | None = None
 
     def submit(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
-        """Run ``work`` on the loop, which is started if need be."""
+        """Run ``work`` on the event loop, which is started if necessary."""
         with self._lock:
-            if self._process != os.getpid():  # new, closed, or forked: a child has none of its parent's threads
+            if self._process != os.getpid():  # new, closed, or forked: a child process does not inherit threads
                 self._start()
             return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def close(self) -> None:
-        """Cancel what is in flight and close the connections; later work opens new ones."""
+        """Cancel the requests in flight and close the connections; later work opens new ones."""
         with self._lock:
             if self._process == os.getpid():
                 asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result()
@@ -167,18 +173,18 @@ class Server:
         self.close()
 
     async def ask(self, read: Callable[[Reply], Result], payload: Any = None, *, early: bool = False) -> Result:
-        """What ``read`` makes of the response to ``payload`` (JSON; without one, GET). On the loop alone.
+        """POST ``payload`` as JSON (GET without one), and return ``read`` of the response. Runs only on the event loop.
 
-        ``read`` gets successes and refusals, and raises what is to be raised; TransientError: the request is sent again.
+        ``read`` gets successes and refusals; if it raises TransientError, the request is sent again.
         ``early``: give up after a few attempts, unless the server asks to wait.
 
         Raises:
-            SearchE1Error: the constructor's ``error``: no answer within attempts and time.
+            SearchE1Error: the constructor's ``error``, if there is no answer within the limits of attempts and time.
         """
-        # A copy: tenacity keeps the state of a call in the object.
+        # A copy, since tenacity keeps a call's state in the object.
         retrying = self.retrying.copy(stop=self._stop | _Early()) if early else self.retrying.copy()
         async with self._turns:
-            # From the first attempt on, which tenacity's own clock does not start after: at the deadline it has stopped.
+            # Starts with the first attempt, not before tenacity's own clock, so that tenacity has stopped by the deadline.
             deadline = functools.cache(lambda: self._loop.time() + self._time_limit)
             result: Result = await retrying(self._ask_once, read, payload, deadline)
             return result
@@ -188,7 +194,7 @@ class Server:
         return self._error(f"{self.shown}: no {self._what} after {tries}: {self.hide(cause)}")
 
     def hide(self, text: str) -> str:
-        """``text`` of the server's in one printable line, without the secrets that were sent to it."""
+        """The server's ``text`` as one printable line, without the secrets that were sent to it."""
         line = " ".join(plain("".join(c if c.isprintable() else " " for c in text)).split())
         for secret in self._secrets:
             line = line.replace(secret, HIDDEN)
@@ -202,7 +208,7 @@ class Server:
             headers={"Accept-Encoding": "gzip"} | self._headers,
             timeout=httpx.Timeout(None, connect=min(self._timeout, _CONNECT_SECONDS)),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=self._concurrency, keepalive_expiry=30.0),
-            # Proxies from the environment do not apply to this machine itself.
+            # Environment proxies do not apply to localhost.
             trust_env=self._url.host not in ("localhost", "127.0.0.1", "::1"),
         )
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"client of {self._url.host}", daemon=True)
@@ -226,7 +232,7 @@ class Server:
     async def _send(self, payload: Any, seconds: float) -> Reply:
         method, body = ("GET", {}) if payload is None else ("POST", {"json": payload})
         try:
-            # Of httpx's own limits each is for one read: a server that drips would never reach it.
+            # httpx's own timeouts are per read: a server that sends slowly would never reach them.
             async with asyncio.timeout(seconds), self._client.stream(method, self._url, **body) as response:
                 content = await self._body(response)
         except TimeoutError:
@@ -246,7 +252,7 @@ class Server:
         return words if not reason or words.endswith(reason) else f"{words} ({reason[:_WORDS]})"
 
     async def _body(self, response: httpx.Response) -> bytes:
-        """The unpacked body. httpx unpacks a piece whole, however large it gets; here both sizes are bounded."""
+        """The decompressed body. httpx decompresses a chunk whatever size it reaches; here both sizes are bounded."""
         coding = response.headers.get("Content-Encoding", "").strip().lower()
         unpack = zlib.decompressobj(wbits=47) if coding in ("gzip", "x-gzip", "deflate") else None  # 47: gzip or zlib
         content, received = bytearray(), 0
@@ -263,10 +269,10 @@ class Server:
         return bytes(content)
 
     def _report(self, state: RetryCallState) -> None:
-        """Warn once an outage, after a few attempts or before a long wait: a stage that waits looks like one that hangs."""
+        """Warn once per outage, after a few attempts or before a long wait: a waiting stage looks like a hung one."""
         error = state.outcome.exception() if state.outcome else None
         seconds = state.next_action.sleep if state.next_action else 0.0
-        if getattr(error, "retry_after", 0.0):  # it is not down, and one of several requests may be answered meanwhile
+        if getattr(error, "retry_after", 0.0):  # the server is up, and may answer other requests meanwhile
             if seconds >= _LONG_WAIT and not self._is_limited:
                 self._is_limited = True
                 logger.warning("%s: %s; waiting %.0f s, as it asks, now and whenever it does", self.shown, error, seconds)
@@ -285,14 +291,14 @@ class Server:
 def check_status(reply: Reply) -> None:
     """
     Raises:
-        TransientError: a status that may pass.
+        TransientError: the status is temporary.
     """
     if reply.status in _PASSING or reply.status >= 500:
         raise TransientError(reply.words, _retry_after(reply.headers))
 
 
 class _Early(stop_base):
-    """After a few attempts, but for a server that is there and asks to wait."""
+    """Stops after a few attempts, unless the server is up and asks to wait."""
 
     def __call__(self, state: RetryCallState) -> bool:
         error = state.outcome.exception() if state.outcome else None
@@ -303,13 +309,13 @@ _backoff = wait_exponential_jitter(initial=0.2, max=10.0, jitter=0.2)
 
 
 def _wait_seconds(state: RetryCallState) -> float:
-    """Seconds to wait, growing with each attempt and at least what the server asks for."""
+    """Seconds to wait: grows with each attempt, and is at least what the server asks for."""
     error = state.outcome.exception() if state.outcome else None
     return max(_backoff(state), getattr(error, "retry_after", 0.0))
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds of the header ``Retry-After``, a number or a date; 0 without it."""
+    """Seconds of the ``Retry-After`` header, a number or a date; 0 without it."""
     value = headers.get("Retry-After", "").strip()
     try:
         seconds = float(value)
@@ -324,7 +330,7 @@ def _retry_after(headers: Mapping[str, str]) -> float:
 def _reason(content: bytes, error: bool) -> str:
     """The reason that a refusal states: text, or JSON in the forms of OpenAI, vLLM and FastAPI; empty if it states none.
 
-    Some servers send an error with status 200; without ``error`` the content is looked into only where it begins as one.
+    Some servers send an error with status 200. Without ``error``, content is parsed only if it begins like an error.
     """
     if not error and not re.match(rb'\s*\{\s*"error"', content):
         return ""
@@ -339,7 +345,7 @@ def _reason(content: bytes, error: bool) -> str:
 
 
 def _secrets(url: httpx.URL, headers: Mapping[str, str]) -> list[str]:
-    """What must not be shown of ``url`` and ``headers``, the longest first, in every form that a server can send back."""
+    """The secrets in ``url`` and ``headers``, longest first, in every form that a server can send back."""
     plain_text = {*secrets_of(str(url)), *(value.removeprefix("Bearer ") for value in headers.values())}
     if url.userinfo:
         plain_text |= {url.password or url.username, base64.b64encode(f"{url.username}:{url.password}".encode()).decode()}

@@ -1,7 +1,7 @@
-"""Languages by their ISO 639-1 codes, and what of their writing retrieval and exact match have in common.
+"""Languages by ISO 639-1 code, and the text handling that retrieval and exact match share.
 
-A corpus or a set of answers may be of several languages: ``en+zh``. ``en`` alone is the published English rule everywhere, to
-the byte; every other choice folds text (``fold``), and takes scripts without spaces between words apart.
+A corpus or a set of answers may have several languages: ``en+zh``. ``en`` alone follows the published English rule byte for
+byte; every other choice folds text (``fold``) and splits scripts that have no spaces between words.
 """
 
 import difflib
@@ -21,30 +21,30 @@ NAMES = {
     "nl": "dutch", "no": "norwegian", "pl": "polish", "pt": "portuguese", "ro": "romanian", "ru": "russian", "sr": "serbian",
     "sv": "swedish", "ta": "tamil", "th": "thai", "tr": "turkish", "uk": "ukrainian", "vi": "vietnamese", "zh": "chinese",
 }  # fmt: skip
-"""Code -> English name, by which Snowball calls its stemmer if it has one."""
+"""Code -> English name, which is the name of Snowball's stemmer if there is one."""
 AUTO = "auto"
-"""In place of codes: those of a sample of the corpus."""
+"""Instead of codes: the languages found in a sample of the corpus."""
 NONE = "none"
-"""In place of a code: no language's words or endings are known."""
+"""Instead of a code: no stop words and no stemmer."""
 _JOINED = "+"
 _LAST = 0x1FFFF
-"""Beyond it are Han characters alone."""
+"""Code points above it are all Han characters."""
 
 UNSPACED = (
     "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ece\u0edc-\u0edf\u1000-\u103f\u1050-\u109f\u1100-\u11ff\u1780-\u17d3\u17dc\u17dd"
     "\u3005-\u3007\u3031-\u3035\u3041-\u3096\u3099-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3105-\u312f\u31f0-\u31ff\u3400-\u9fff"
     "\ua960-\ua97c\uaa60-\uaa7f\uac00-\ud7ff\uf900-\ufaff\U00016ff0-\U00016ff1\U0001b000-\U0001b16f\U00020000-\U0003ffff"
 )
-"""Thai, Lao, Burmese, Khmer, kana, Han and Hangul, marks included, for a character class. Korean has spaces, but words grow
-endings there, and spaces within compounds are free."""
+"""Thai, Lao, Burmese, Khmer, kana, Han and Hangul with their marks, for a character class. Korean has spaces, but its words
+take endings, and spaces within compounds are optional."""
 
 
 @cache
 def parse(text: str, key: str) -> tuple[str, ...]:
-    """The codes in ``text``, ``en+zh`` for example. ``key``: the option or config key that it is the value of.
+    """The codes in ``text``, for example ``en+zh``. ``key``: the option or config key that has this value.
 
     Raises:
-        ConfigError: it holds an unknown code, or one twice; names the nearest.
+        ConfigError: a code is unknown (the message suggests the nearest) or repeated.
     """
     codes = tuple(text.lower().split(_JOINED))
     for code in codes:
@@ -59,27 +59,27 @@ def parse(text: str, key: str) -> tuple[str, ...]:
 
 
 def join(codes: tuple[str, ...]) -> str:
-    """What ``parse`` reads."""
+    """The inverse of ``parse``."""
     return _JOINED.join(codes)
 
 
 def fold(text: str, codes: tuple[str, ...] = ()) -> str:
-    """``text`` in lower case and NFKC, with one form of what is written in several.
+    """``text`` in lower case and NFKC, with spelling variants unified.
 
-    Arabic without vowel signs, tatweel and the hamza of alef; Hebrew without points; decimal digits are ASCII's; no invisible
-    joiners. ``codes`` decide what is written alike and means different: Turkish i, Persian yeh and kaf.
+    Removes Arabic vowel signs, tatweel and the hamza of alef, Hebrew points, and invisible joiners; decimal digits become
+    ASCII. ``codes`` settle what depends on the language: Turkish i, Persian yeh and kaf.
     """
     if "tr" in codes:
         text = text.replace("İ", "i").replace("I", "ı")
     if text.isascii():
         return text.lower()
     text, (table, needed) = nfkc(nfkc(text).lower()), _table("fa" in codes and "ar" not in codes)
-    return text.translate(table) if needed.search(text) else text  # it takes longer than all the rest
+    return text.translate(table) if needed.search(text) else text  # translating takes longer than all the rest
 
 
 @cache
 def _table(persian: bool) -> tuple[dict[int, str | None], re.Pattern[str]]:
-    """What ``fold`` replaces, and a pattern that matches where it would replace something."""
+    """The table of ``fold``'s replacements, and a pattern that matches text with something to replace."""
     arabic = {"ی": "ي", "ى": "ي", "ک": "ك"}
     letters = {"ي": "ی", "ى": "ی", "ك": "ک"} if persian else arabic
     signs = "\u00ad\u0640\u0670\u200c\u200d\u2060\ufeff"
@@ -95,19 +95,19 @@ def _table(persian: bool) -> tuple[dict[int, str | None], re.Pattern[str]]:
 def word_pattern() -> re.Pattern[str]:
     """Matches words of letters, digits and marks in folded text, and runs of unspaced scripts.
 
-    Python's ``\\w`` lacks the vowel signs of Indic scripts, which would end a word.
+    Python's ``\\w`` does not match the vowel signs of Indic scripts and would end a word there.
     """
     return re.compile(f"[{UNSPACED}]+|(?:[^\\W_{UNSPACED}]+[{_marks(unspaced=False)}]*)+")
 
 
 @cache
 def character_pattern() -> re.Pattern[str]:
-    """Matches each character of a run of unspaced script, with its marks."""
+    """Matches each character of unspaced scripts, with its marks."""
     return re.compile(f"[{UNSPACED}][{_marks(unspaced=True)}]*")
 
 
 def is_unspaced(character: str) -> bool:
-    """Whether it is of ``UNSPACED``."""
+    """Whether ``character`` belongs to ``UNSPACED``."""
     return bool(_unspaced().match(character))
 
 
@@ -117,6 +117,6 @@ def _unspaced() -> re.Pattern[str]:
 
 
 def _marks(unspaced: bool) -> str:
-    """The marks of these scripts, for a character class."""
+    """The marks of unspaced scripts, or of all others, for a character class."""
     every = (chr(i) for i in range(0x300, _LAST) if unicodedata.category(chr(i))[0] == "M")
     return "".join(mark for mark in every if is_unspaced(mark) == unspaced)

@@ -1,8 +1,8 @@
-"""A directory for one process at a time.
+"""Locks that give a directory to one process at a time.
 
-The lock is the kernel's (``flock``): it ends with the process that holds it, however that ends, and on a network file
-system the server keeps it for all machines. Where a file system has no such locks, a file stands in for it; one that a dead
-process of this machine left is taken over, one of another machine is not, since nobody here can know.
+The lock is the kernel's (``flock``): it is released when the process that holds it ends in any way, and on a network file
+system the server keeps it for all machines. A file system without such locks gets a lock file instead. A dead process's lock
+file is taken over on the same machine, but not from another one, where the process cannot be checked.
 """
 
 import errno
@@ -25,10 +25,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
-    """Keep other processes from working in ``directory``, which is made if it is not there.
+    """Lock ``directory`` against other processes; creates it if missing.
 
     Raises:
-        RunError: another one works in it; says who. Or the directory cannot be written to.
+        RunError: another process holds it (the message names it), or the directory cannot be written to.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -51,15 +51,15 @@ def held(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def making(path: Path) -> Iterator[None]:
-    """Keep other processes from making ``path``, which is new, by a hidden directory beside it that goes in the end.
+    """Lock the new ``path`` against other processes that make it, by a hidden directory beside it, removed at the end.
 
     Raises:
-        RunError: another one makes it, or has made it; or nothing can be written there.
+        RunError: another process is making or has made ``path``, or nothing can be written there.
     """
     beside = path.with_name(f".{path.name}.unfinished")
     with held(beside):
         try:
-            if path.exists():  # made since the caller looked
+            if path.exists():  # created since the caller checked
                 raise RunError(f"{path} exists; give another directory, or remove it")
             yield
         finally:
@@ -68,7 +68,7 @@ def making(path: Path) -> Iterator[None]:
 
 @contextmanager
 def in_turn(file: Path) -> Iterator[None]:
-    """One process after the other, by a lock on ``file``. Where the file system has no locks, all at once."""
+    """Let one process at a time through, by a lock on ``file``. On a file system without locks, all go at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file)
     try:
@@ -95,7 +95,7 @@ def _acquire(directory: Path) -> BaseFileLock:
 
 
 def _sign(directory: Path) -> None:
-    """Say who holds the lock: only to be told to others, so that a full disk does not matter."""
+    """Record who holds the lock. Only for other processes' messages, so a full disk is ignored."""
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     with suppress(OSError):
         (directory / _HOLDER).write_text(
@@ -112,9 +112,9 @@ def _holder(directory: Path) -> str:
 
 
 def _stale(path: Path) -> str:
-    """How to get past a file that stands in for a lock: what is left of a machine that is gone never ends by itself."""
+    """The remedy for a lock file: one from a machine that is gone is never released by itself."""
     try:
-        marked = path.stat().st_size > 0  # the kernel's locks leave their file empty
+        marked = path.stat().st_size > 0  # with kernel locks the file is empty
     except OSError:
         return ""
     return f" (if that process is gone for certain, remove {path})" if marked else ""

@@ -1,26 +1,27 @@
-"""Unicode's composed forms, in linear time: one accented letter, however it was encoded."""
+"""Unicode's composed normal forms, in linear time."""
 
 import re
 import unicodedata
 from functools import cache
 from typing import Literal
 
-# What may be a run of marks, found fast: 30 characters of blocks that have marks, which Latin, Han and Hangul have not.
+# Fast test for a run of marks: 30 characters from blocks that have marks, unlike Latin, Han and Hangul.
 _PERHAPS = re.compile(
     "[\u0300-\u1fff\u20d0-\u2dff\u302a-\u302f\u3099\u309a\ua66f-\uabff\ufb1e\ufe20-\ufe2f\U000101fd-\U0001efff]{30}"
 )
 
 
 def nfc(text: str) -> str:
-    """``text`` in NFC: a letter and its accents composed where there is one character for them.
+    """``text`` in NFC: a letter and its accents become one character if Unicode has it.
 
-    Python sorts the marks of one letter in quadratic time. No script puts 30 on it: more are composed 30 at a time.
+    Python sorts the marks of one letter in quadratic time. No script puts 30 on a letter; longer runs are composed 30 at a
+    time.
     """
     return _normalize("NFC", text)
 
 
 def nfkc(text: str) -> str:
-    """``text`` in NFKC: the same for what is compatible, such as full-width letters and ligatures."""
+    """``text`` in NFKC: NFC, with compatible characters such as full-width letters and ligatures replaced."""
     return _normalize("NFKC", text)
 
 

@@ -1,6 +1,6 @@
-"""Progress in a notebook: a line for each stage, with a bar, that is still there when the notebook is opened again.
+"""Progress in a notebook: one line with a bar per stage, which is still shown when the notebook is reopened.
 
-Plain HTML, updated in place, and no widgets: Jupyter, JupyterLab, VS Code and Colab show it without an extension.
+Plain HTML, updated in place, without widgets: Jupyter, JupyterLab, VS Code and Colab show it without an extension.
 """
 
 import sys
@@ -14,18 +14,18 @@ from typing import Any
 from search_e1.runs.progress import Pace, Progress, count, stage_label
 
 _INTERVAL = 0.2
-"""Seconds between two updates: each is a message to the browser."""
+"""Seconds between updates, each of which is a message to the browser."""
 
 
 def in_notebook() -> bool:
-    """Whether a kernel runs this, rather than a terminal or a script."""
+    """Whether a notebook kernel runs this process, rather than a terminal or a script."""
     ipython = sys.modules.get("IPython")
     return getattr(ipython and ipython.get_ipython(), "kernel", None) is not None
 
 
 def watch(rounds: int) -> Callable[[str], AbstractContextManager[Progress]]:
-    """A line for each stage; see ``cli.display.watch``, which is the same in a terminal."""
-    display = import_module("IPython.display").display  # there wherever a notebook is, and no dependency of ours
+    """A progress line per stage; ``cli.display.watch`` does the same in a terminal."""
+    display = import_module("IPython.display").display  # every notebook has it; not a dependency
 
     @contextmanager
     def stage(name: str) -> Iterator[Progress]:
@@ -41,10 +41,10 @@ def watch(rounds: int) -> Callable[[str], AbstractContextManager[Progress]]:
 
 
 class _Line:
-    """A listener that is drawn when IPython asks for it."""
+    """A progress listener that IPython renders."""
 
     handle: Any
-    """IPython's, which draws the line again in its place."""
+    """IPython's display handle, which updates the line in place."""
 
     def __init__(self, label: str) -> None:
         self.label, self.pace, self.ended = label, Pace(), False

@@ -1,4 +1,4 @@
-"""Open a run directory: for one process, under the config and the package versions that it was begun with."""
+"""Open a run directory: for one process, under the config and package versions that it was started with."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -27,12 +27,13 @@ def opened(
     shared: Path | None = None,
     other_versions: bool = False,
 ) -> Iterator[Path]:
-    """Hold the run directory for this process; make it if it is new. Within the context the day is the run's (``runs.day``).
+    """Lock the run directory for this process; creates it if new. Within the context the day is the run's (``runs.day``).
 
-    ``migrate`` makes of the config that an earlier version left what this one would have left. ``branch_of``: the run that
-    this one branches off, whose finished artifacts it takes over where they would be made the same. ``shared``: a directory
-    where runs share artifacts that they would make the same. ``other_versions``: go on under other versions of the packages
-    that decide about results.
+    Args:
+        migrate: turns a config stored by an earlier version into what this version would store.
+        branch_of: the run that this one branches off; its finished artifacts are reused if they would be made the same.
+        shared: a directory where runs share artifacts that they would make the same.
+        other_versions: resume under other versions of the packages that affect results.
 
     Raises:
         RunError: another process works in it, it belongs to another config, to other versions or to another origin, it
@@ -74,7 +75,7 @@ def _check_branch(directory: Path, origin: Path) -> None:
 def _check_config(directory: Path, config: dict[str, Any], migrate: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
     path = directory / CONFIG
     if not path.exists() or not any(_stages(directory)):
-        # Nothing was made yet, so that a mistake that was found on the way can be mended in the config.
+        # Nothing was made yet, so the config can still be corrected.
         write_atomically(path, json.dumps(config, indent=2) + "\n")
         return
     try:
@@ -89,7 +90,7 @@ def _check_config(directory: Path, config: dict[str, Any], migrate: Callable[[Ma
 
 
 def _check_versions(directory: Path, allowed: bool) -> None:
-    """A run that goes on under other versions is no longer the same to the bit as one that was never interrupted."""
+    """Refuse other versions: a run resumed under them is not bit-identical to an uninterrupted one."""
     here, there = artifacts.versions(), _begun_with(directory)
     both = here.keys() & there.keys()
     found = changes({key: there[key] for key in both}, {key: here[key] for key in both})
@@ -103,7 +104,7 @@ def _check_versions(directory: Path, allowed: bool) -> None:
 
 
 def _begun_on(directory: Path, branch_of: Path | None, shared: Path | None) -> date:
-    """The day on which the run was begun: it, the run that it branches off, or the first of those that share artifacts."""
+    """The day recorded in ``directory``, else in ``shared``, else in ``branch_of``, else today; recorded for the run."""
     places = [place for place in (directory, shared, branch_of) if place]
     begun = next((found for place in places if (found := day.recorded(place))), None) or date.today()
     if shared:
@@ -113,7 +114,7 @@ def _begun_on(directory: Path, branch_of: Path | None, shared: Path | None) -> d
 
 
 def _begun_with(directory: Path) -> dict[str, str]:
-    """What was accepted last; of a run that an earlier version of the package began, what its last artifact says."""
+    """The versions accepted last; for a run started by an earlier version of the package, those of its last artifact."""
     try:
         found: dict[str, str] = json.loads((directory / _VERSIONS).read_text(encoding="utf-8"))
         return found
@@ -125,5 +126,5 @@ def _begun_with(directory: Path) -> dict[str, str]:
 
 
 def _stages(directory: Path) -> Iterator[Path]:
-    """Manifests of finished stages; the index depends on nothing but the corpus."""
+    """Manifests of finished stages, without the index, which depends only on the corpus."""
     return (path for path in directory.glob(f"*/{artifacts.MANIFEST}") if path.parent.name != "index")

@@ -1,4 +1,4 @@
-"""How a stage tells what it is doing, without knowing who listens."""
+"""Progress reports: a stage calls them without knowing the listener."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -6,23 +6,22 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told whenever something is done. ``total`` is 0 where it is not known.
+    """Called whenever something is done. ``total`` is 0 if unknown.
 
-    ``figure`` is the one number that matters just now, e.g. ``"reward 0.41"``, and what else there is room for; without one,
-    the last one stays.
+    ``figure`` is the most relevant number, e.g. ``"reward 0.41"``, and more if it fits; if empty, the last one stays.
     """
 
     def __call__(self, done: int, total: int, figure: str = "") -> None: ...
 
 
 def silent(done: int, total: int, figure: str = "") -> None:
-    """A ``Progress`` for nobody."""
+    """A ``Progress`` that does nothing."""
 
 
 def tell_within(progress: Progress, done: float, total: int, figure: str = "") -> None:
-    """Tell of a part of the step at hand: ``done`` of 2.5 is half of the third step.
+    """Report part of the current step: ``done`` of 2.5 is half of the third step.
 
-    A listener that wants it has a method ``within``, which takes the same; a plain function is told of whole steps alone.
+    Calls the listener's method ``within`` with the same arguments if it has one; a plain function gets only whole steps.
     """
     within = getattr(progress, "within", None)
     if within is not None:
@@ -30,7 +29,7 @@ def tell_within(progress: Progress, done: float, total: int, figure: str = "") -
 
 
 class Pace:
-    """Time passed and time left of a stage, by its mean pace since the first report; a resumed stage begins in the middle."""
+    """A stage's elapsed and remaining time, from its mean pace since the first report. A resumed stage starts midway."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -41,14 +40,14 @@ class Pace:
     def report(self, done: float, total: float) -> None:
         now = self._clock()
         if self._first is None:
-            # The first of many to come has taken the time since the beginning; a later one was done by an earlier attempt.
+            # If the first report is of step 1, its time counts; of a later step, earlier attempts did the steps before.
             self._first = (now, done) if done > 1 else (self._opened, 0.0)
         since, before = self._first
         if total and done > before and now > since:
             self._end = now + (now - since) * max(0.0, total - done) / (done - before)
 
     def __str__(self) -> str:
-        """``1:02<4:10``: passed and left, which runs down between reports."""
+        """``1:02<4:10``: elapsed and remaining, which counts down between reports."""
         now = self._clock()
         left = "-:--" if self._end is None else _clock_time(max(0.0, self._end - now))
         return f"{_clock_time(now - self._opened)}<{left}"
@@ -67,13 +66,13 @@ def stage_label(stage: str, rounds: int) -> str:
 
 
 def count(done: float, total: int) -> str:
-    """``3/8``, or what is done where the total is not known."""
+    """``3/8``, or only ``done`` if the total is unknown."""
     return f"{int(done)}/{total}" if total else str(int(done))
 
 
 Track = Callable[[int, Mapping[str, float]], None]
-"""Told the figures of each step: name, as in ``steps.jsonl``, -> value."""
+"""Called with the figures of each step: name, as in ``steps.jsonl``, -> value."""
 
 
 def untracked(step: int, figures: Mapping[str, float]) -> None:
-    """A ``Track`` for nobody."""
+    """A ``Track`` that does nothing."""

@@ -1,6 +1,6 @@
-"""The processes that run the same program, numbered as torchrun and ``accelerate launch`` number them.
+"""Ranks: processes that run the same program, numbered as by torchrun and ``accelerate launch``.
 
-All ranks run the same stages; rank 0 decides and writes. One process alone is rank 0 of one, and nothing here needs torch.
+All ranks run the same stages; rank 0 decides and writes. A single process is rank 0 of 1 and needs no torch here.
 """
 
 import os
@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 Value = TypeVar("Value")
 
 _group: Any = None
-"""What objects are exchanged in: gloo, which needs no device and can tell that a rank does not come."""
+"""Process group for exchanging objects: gloo, which needs no device and can detect a missing rank."""
 
 _PATIENCE = timedelta(days=7)
-"""How long ranks wait for one another: a stage of rank 0 alone may take hours. A dead rank is noticed by torchrun."""
+"""Timeout of ranks waiting for one another: a stage on rank 0 alone may take hours. torchrun detects a dead rank."""
 
 
 def count() -> int:
@@ -34,15 +34,15 @@ def local_rank() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the rank that decides and writes."""
+    """Whether this is rank 0, which decides and writes."""
     return rank() == 0
 
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Join the process group for as long as the context lasts; with one process, nothing happens.
+    """Join the process group within the context; does nothing with one process.
 
-    ``device``: type of the device that policies are on; each rank takes the one with its local number.
+    ``device``: device type of the policies; each rank uses the device with its local number.
     """
     if count() == 1:
         yield
@@ -58,11 +58,11 @@ def joined(device: str) -> Iterator[None]:
     dist.init_process_group(backend, timeout=_PATIENCE)
     _group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     yield
-    dist.destroy_process_group()  # not after an error: the other ranks would be waited for
+    dist.destroy_process_group()  # not after an error, since it would wait for the other ranks
 
 
 def all_gather_object(value: Value) -> list[Value]:
-    """Every rank's value, in the order of ranks. Every rank has to call it."""
+    """Every rank's value, in rank order. Every rank must call it."""
     if count() == 1:
         return [value]
     import torch.distributed as dist
@@ -73,7 +73,7 @@ def all_gather_object(value: Value) -> list[Value]:
 
 
 def broadcast_object(value: Value) -> Value:
-    """Rank 0's value. Every rank has to call it."""
+    """Rank 0's value. Every rank must call it."""
     if count() == 1:
         return value
     import torch.distributed as dist
@@ -84,7 +84,7 @@ def broadcast_object(value: Value) -> Value:
 
 
 def total(value: float) -> float:
-    """Sum over ranks, added up in their order. Every rank has to call it."""
+    """Sum over ranks, added in rank order. Every rank must call it."""
     return sum(all_gather_object(value))
 
 
@@ -94,7 +94,7 @@ def barrier() -> None:
 
 
 def all_come(seconds: float) -> bool:
-    """Whether all ranks call this within some seconds of one another."""
+    """Whether all ranks call this within ``seconds`` of one another."""
     if count() == 1:
         return True
     import torch.distributed as dist
@@ -107,5 +107,5 @@ def all_come(seconds: float) -> bool:
 
 
 def is_joined() -> bool:
-    """Whether this process has joined its group."""
+    """Whether this process has joined the process group."""
     return _group is not None

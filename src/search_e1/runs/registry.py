@@ -1,4 +1,4 @@
-"""Extension points by name: what the package brings, and what a user brings as ``module:attribute``."""
+"""Extension points by name: the package's own entries, and a user's as ``module:attribute``."""
 
 import difflib
 from collections.abc import Callable
@@ -14,12 +14,12 @@ class Registry(Generic[Entry]):
     """Named objects of one kind."""
 
     def __init__(self, kind: str) -> None:
-        """``kind``: what the entries are called in messages, e.g. ``"objective"``."""
+        """``kind``: what messages call an entry, e.g. ``"objective"``."""
         self.kind = kind
         self._entries: dict[str, Entry] = {}
 
     def register(self, name: str) -> Callable[[Entry], Entry]:
-        """A decorator that enters what it decorates under ``name``."""
+        """A decorator that registers its target under ``name``."""
 
         def enter(entry: Entry) -> Entry:
             self._entries[name] = entry
@@ -33,10 +33,10 @@ class Registry(Generic[Entry]):
         return sorted(self._entries)
 
     def get(self, name: str, key: str) -> Entry:
-        """The entry called ``name``, or the attribute that ``module:attribute`` names. ``key``: the config key that names it.
+        """The entry called ``name``, or the attribute that ``module:attribute`` names. ``key``: the config key with this value.
 
         Raises:
-            ConfigError: there is none; suggests the nearest.
+            ConfigError: there is no such entry; the message suggests the nearest.
         """
         if name in self._entries:
             return self._entries[name]

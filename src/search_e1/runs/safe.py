@@ -1,4 +1,4 @@
-"""What others wrote made safe to print, to open and to keep: no terminal is steered, no path leads out, no secret is stored."""
+"""Makes external text safe to print, paths safe to open, and settings safe to store without secrets."""
 
 import hashlib
 import re
@@ -9,9 +9,9 @@ from urllib.parse import unquote
 
 HIDDEN = "***"
 _UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, but for the tab and the new line
-    "\u200b\u2028-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f"  # invisible, or turning text round
-    "\ud800-\udfff]"  # halves of characters, which no terminal takes
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters except tab and newline
+    "\u200b\u2028-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f"  # invisible characters, and direction overrides
+    "\ud800-\udfff]"  # surrogates, which no terminal accepts
 )
 _URL = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]{0,20}://\S+")
 _WELL_FORMED = re.compile(
@@ -23,23 +23,23 @@ _PARAMETER = re.compile(r"(?<=[?&;#])([^=&;#]*)=([^&;#]*)")
 _PARAMETER_NAME = re.compile(r"key|token|secret|passw|pwd|sig|auth|credential", re.IGNORECASE)
 _PIECE = re.compile(r"(?<=[/?&;#=])[^/?&;#=]+")
 _KEY = re.compile(r"(?=[A-Za-z]*\d)(?=\d*[A-Za-z])[A-Za-z0-9]{10,}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
-"""What a name rarely looks like, and a key does: letters and digits without a break, or a UUID."""
+"""Looks like a key rather than a name: letters and digits without a break, or a UUID."""
 _SECRET = re.compile(r"(?:^|_)(?:token|secret|password|passwd|api_?key)$", re.IGNORECASE)
 _TOKEN = re.compile(r"(?:^|_)(?:pad|eos|bos|unk|sep|cls|mask)_token$", re.IGNORECASE)  # a tokenizer's
 
 
 def printable(text: str) -> str:
-    """Without characters that steer a terminal, hide or turn text round: what a model or a corpus says must not."""
+    """``text`` without characters that control a terminal, are invisible, or reverse text; for text from models or corpora."""
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def plain(text: str) -> str:
-    """Printable and without secrets: as errors are told."""
+    """``text``, printable and without secrets, for error messages."""
     return str(masked(printable(text)))
 
 
 def masked(value: Any) -> Any:
-    """``value`` (of JSON) without secrets: those of URLs, and what stands under names such as ``hub_token``."""
+    """The JSON ``value`` without secrets: those in URLs, and values under names such as ``hub_token``."""
     if isinstance(value, str):
         return _URL.sub(lambda match: masked_url(match[0]), value)
     if isinstance(value, Mapping):
@@ -50,10 +50,10 @@ def masked(value: Any) -> Any:
 
 
 def masked_url(url: str) -> str:
-    """``url`` without user, password and keys in its query, path or fragment; what is no URL may hold them anywhere.
+    """``url`` without user, password and keys in its query, path or fragment. Other text is searched for them everywhere.
 
-    A piece of the path that looks like a key leaves a digest behind: it may as well say what is served, and two such URLs are
-    not the same.
+    A path segment that looks like a key is replaced by its digest: it may instead name what is served, and two such URLs must
+    stay different.
     """
     if not _WELL_FORMED.fullmatch(url):
         url = _KEY.sub(HIDDEN, _HIDDEN_START.sub(HIDDEN + "@", url))
@@ -64,7 +64,7 @@ def masked_url(url: str) -> str:
 
 
 def secrets_of(url: str) -> set[str]:
-    """What ``masked_url`` takes out of ``url``, as it stands there and unquoted; without user and password."""
+    """The secrets that ``masked_url`` removes from ``url``, quoted and unquoted, except user and password."""
     found = {m[2] for m in _PARAMETER.finditer(url) if _PARAMETER_NAME.search(m[1])}
     found |= {m[0] for m in _PIECE.finditer(url.partition("://")[2]) if _KEY.search(m[0])}
     return found | {unquote(secret) for secret in found}
@@ -85,11 +85,11 @@ def _secret(name: str, value: Any) -> bool:
 
 
 def inside(directory: Path, name: str) -> Path | None:
-    """The file ``name`` of ``directory``, as a manifest or a model's files name it; ``None`` if that is none within it."""
+    """The path of ``name``, taken from a manifest or a model's files, in ``directory``; ``None`` if it leads outside."""
     named = Path(name)
     return None if "\0" in name or named.is_absolute() or ".." in named.parts or not named.parts else directory / named
 
 
 def is_name(text: str) -> bool:
-    """Whether a file or directory can have this name, and nothing but a name is in it."""
+    """Whether ``text`` is a valid name of a file or directory, and not a path."""
     return bool(re.fullmatch(r"[\w+][\w.+ -]*", text)) and len(text.encode()) <= 200

@@ -6,14 +6,14 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class StageId:
-    """A stage of a run: its kind, and the round that it belongs to or what it evaluates."""
+    """A stage of a run: its kind, and its round or the policy that it evaluates."""
 
     kind: str
     """``index``, ``coldstart``, ``preflight``, ``grpo``, ``pool``, ``pairs``, ``lead``, ``ofsd``, ``recall`` or
     ``evaluation``."""
     round: int | None = None
     of: str | None = None
-    """Name of the evaluated policy: the stage that made it, ``base``, or what a user calls it."""
+    """Name of the evaluated policy: the stage that made it, ``base``, or a user's own name."""
 
     def __str__(self) -> str:
         part = self.of if self.round is None else str(self.round)
@@ -29,5 +29,5 @@ class StageId:
 
     @property
     def subject(self) -> "StageId":
-        """The stage whose policy an evaluation is of."""
+        """The stage whose policy an evaluation evaluates."""
         return StageId.parse(self.of or "")

@@ -1,7 +1,7 @@
-"""Stopping on a signal: a stage first finishes the step or the chunk at hand and saves; a second signal does not wait.
+"""Stopping on a signal: a stage finishes its current step or chunk and saves; a second signal stops it at once.
 
-Pre-emption sends SIGTERM, a person SIGINT. Work that cannot be cut anywhere asks to finish (``Stop.finishing``); all other
-work ends where it is, as by a kill, which loses no more than what was not on disk.
+Preemption sends SIGTERM, a user SIGINT. Work that must not be interrupted is wrapped in ``Stop.finishing``; all other work
+ends at once, as if killed, and loses only what was not on disk.
 """
 
 import os
@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from types import FrameType
 
 STATUS = {signal.SIGTERM: 75, signal.SIGINT: 130}
-"""Exit status: 75 is EX_TEMPFAIL of sysexits.h, which schedulers take for "start it again"."""
+"""Signal -> exit status: 75 is EX_TEMPFAIL in sysexits.h, on which schedulers start a job again."""
 
 
 class Stopped(BaseException):
-    """A signal ended the work; what was saved is sound. No ``Exception``: nothing on the way may swallow it."""
+    """A signal ended the work; everything saved is intact. Not an ``Exception``, so that no handler swallows it."""
 
     def __init__(self, signum: signal.Signals) -> None:
         super().__init__(f"stopped by {signum.name}; run the same command again to go on")
@@ -23,7 +23,7 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """Whether a signal has asked to stop. Without ``on_signals`` none ever does."""
+    """Whether a signal has asked to stop. Without ``on_signals``, none is handled."""
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
@@ -31,10 +31,10 @@ class Stop:
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
-        """Work that is finished before a first signal ends it.
+        """Wraps work that is finished before a first signal stops it.
 
         Raises:
-            Stopped: a signal came meanwhile.
+            Stopped: a signal arrived meanwhile.
         """
         self._finishing += 1
         try:
@@ -44,10 +44,10 @@ class Stop:
         self.leave()
 
     def leave(self) -> None:
-        """Here is a good place to stop: what was done is saved.
+        """Stop here if a signal asked for it; the caller has saved its work.
 
         Raises:
-            Stopped: a signal has asked for it.
+            Stopped: a signal asked to stop.
         """
         if self.asked:
             raise Stopped(self.asked)
@@ -55,17 +55,17 @@ class Stop:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         first, self.asked = self.asked is None, signal.Signals(signum)
         if self._finishing and first:
-            # Not `print`: the signal may have come in the middle of another write to the same buffer.
+            # Not `print`: the signal may have arrived during another write to the same buffer.
             os.write(2, f"\n{self.asked.name}: finishing the step; once more ends it at once\n".encode())
             return
-        for number in STATUS:  # a third signal does not even wait for Python
+        for number in STATUS:  # a third signal kills the process directly
             signal.signal(number, signal.SIG_DFL)
         raise Stopped(self.asked)
 
 
 @contextmanager
 def on_signals() -> Iterator[Stop]:
-    """A ``Stop`` that SIGTERM and SIGINT ask, until the context ends. For the main thread only."""
+    """A ``Stop`` that is set by SIGTERM and SIGINT within the context. For the main thread only."""
     stop = Stop()
     before = {number: signal.signal(number, stop._handle) for number in STATUS}
     try:

@@ -1,4 +1,4 @@
-"""Values of settings that pydantic would take for others without a word."""
+"""Refuses setting values that pydantic would silently convert to others."""
 
 from functools import cache
 from pathlib import Path
@@ -17,12 +17,12 @@ def _as_written(cls: Any, value: Any, info: ValidationInfo) -> Any:
 
 
 as_written = field_validator("*", mode="before")(_as_written)
-"""In a model's body: refuse a boolean as a number (1), and an empty text as a path (the working directory)."""
+"""Validator for a model's body: refuses a boolean for a number (1), and an empty string for a path (the working directory)."""
 
 
 @cache
 def _kinds(annotation: Any) -> frozenset[Any]:
-    """The types that a value of this annotation can have, also within a list."""
+    """The types that a value of this annotation can have, including list items."""
     inner = get_args(annotation)
     if not inner or get_origin(annotation) is Literal:
         return frozenset({annotation})
