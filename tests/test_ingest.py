@@ -20,7 +20,7 @@ from search_e1.data.documents.ingest import Report, ingest
 from search_e1.data.documents.passages import Cutting
 from search_e1.data.documents.store import FILE
 from search_e1.data.documents.workers import Limits, read_all
-from search_e1.errors import ConfigError, DataError
+from search_e1.errors import ConfigError, DataError, RunError
 
 ENGLISH = Cutting(language="en")
 
@@ -267,3 +267,9 @@ def test_the_command_shows_a_row_for_each_kind(docs: Path, tmp_path: Path, here:
     assert all(len(line) <= 80 for line in result.output.splitlines() if str(tmp_path) not in line)
     record = json.loads((out / "passages.jsonl").read_text().splitlines()[0])
     assert (record["title"], record["file"]) == ("Alpha", "a.md")
+
+
+def test_a_reader_that_dies_at_startup_is_reported_in_one_line(docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_serve", made.die_at_startup)
+    with pytest.raises(RunError, match=r"^a reader process ended with status 3 at startup; raise --memory-mib or lower"):
+        list(read_all(walk([docs], docs / "out").files, ENGLISH, Limits(), 1))

@@ -17,6 +17,7 @@ from typing import Any
 from search_e1.data.documents.folder import Found
 from search_e1.data.documents.passages import Cutting, lines
 from search_e1.data.documents.readers import UnreadableError, read
+from search_e1.errors import RunError
 from search_e1.types import Record
 
 READ, EMPTY, FAILED = "read", "empty", "failed"
@@ -116,7 +117,7 @@ def _hear(worker: _Worker) -> Outcome | None:
         code = worker.process.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         if worker.task is None:
-            raise RuntimeError(f"a process that reads files {how} before it began") from None
+            raise RunError(f"a reader process {how} at startup; raise --memory-mib or lower --processes") from None
         return Outcome(FAILED, f"the process that read it {how}")
     if isinstance(message, Outcome):
         return message
