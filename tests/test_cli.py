@@ -301,8 +301,8 @@ def test_tools_that_a_chat_template_does_not_know_are_refused_before_the_work(pr
     status, _, err = run(monkeypatch, capsys, "grpo", "--config", project / "config.toml", "--prompts.protocol", "tools")
     assert status == 2
     assert err == (
-        'search-e1: prompts.protocol = "tools": the policy\'s chat template knows no tools; use another model, or protocol = '
-        '"tags"\n'
+        'search-e1: prompts.protocol = "tools": the policy\'s chat template does not support tools; use another model, or '
+        'protocol = "tags"\n'
     )
     assert not (project / "run" / "index").exists()
 

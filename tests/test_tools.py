@@ -178,8 +178,8 @@ def test_a_prompt_that_opens_thinking() -> None:
     ("template", "message"),
     [
         (None, "no chat template"),
-        (CHATML_TOOLS.replace("if tools", "if false"), "knows no tools"),
-        (CHATML_TOOLS.replace("<tool_call>\n{\"name\": \"{{", "[CALL]\n{\"name\": \"{{"), "writes calls otherwise"),
+        (CHATML_TOOLS.replace("if tools", "if false"), "does not support tools"),
+        (CHATML_TOOLS.replace("<tool_call>\n{\"name\": \"{{", "[CALL]\n{\"name\": \"{{"), "does not write calls as"),
         ("{{ raise_exception('no tools here') }}", r"fails on a tool's result \(no tools here\)"),
     ],
 )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Everything a policy is told: instruction, privileged prompt, observations, corrections.
+"""All text that a policy reads: instruction, privileged prompt, observations, corrections.
 
-Prompts are ids. They are made here and nowhere else, so that GRPO, pools, distillation and evaluation see the same ones.
+Prompts are token ids. They are built only here, so that GRPO, pools, distillation and evaluation use the same ones.
 """
 
 import re
@@ -18,7 +18,7 @@ from search_e1.types import Passage
 
 INFORMATION_OPEN, INFORMATION_CLOSE = "\n\n<information>\n", "</information>\n\n"
 TEMPLATE_TOKENS: dict[ProtocolName, int] = {"tags": 64, "tools": 1024}
-"""More than a chat template adds around a message, and what it says of the tools."""
+"""Upper bound of the tokens that a chat template adds to a message, tool descriptions included."""
 _TAGS: dict[ProtocolName, tuple[str, ...]] = {
     "tags": ("think", "search", "information", "answer"),
     "tools": ("think", "search", "information", "answer", "tools", "tool_call", "tool_response"),
@@ -27,22 +27,22 @@ _LOOKS_LIKE_A_TAG = re.compile(r"[<\[]\S+[>\]]")
 _CONTROL = re.compile(
     r"<(\|[\w ./:-]{1,48}\|)>|<(\uff5c[^\uff5c<>\n]{1,48}\uff5c)>|<(<?/?SYS>?)>|\[(/?INST)\]|<(/?s)>|<((?:start|end)_of_turn)>"
 )
-"""What chat templates write, whoever's: an endpoint's tokenizer is not known here, and some templates use plain text."""
-_MOST_CHARS = 64  # a token of an observation; more text than that is not even tokenized
+"""Control tokens of any chat template: an endpoint's tokenizer is unknown here, and some templates use plain text."""
+_MAX_CHARS_PER_TOKEN = 64  # in observations; text beyond is not even tokenized
 _PASSAGE_START = re.compile(r"^(?=Doc \d+\(Title: )", re.MULTILINE)
 
 
 def plain_prompt(tokenizer, prompts: Prompts, question: str) -> tuple[int, ...]:
-    """Ids of the standard prompt: the student's, and everyone's but the teacher's.
+    """Ids of the plain prompt, which everything but the teacher uses.
 
     Raises:
-        ModelError: tools without a chat template.
+        ModelError: the protocol is ``tools``, and the tokenizer has no chat template.
     """
     return _encode_message(tokenizer, prompts, _instruction(tokenizer, prompts, question))
 
 
 def privileged_prompt(tokenizer, prompts: Prompts, question: str, reference: str) -> tuple[int, ...]:
-    """Ids of the teacher's prompt. ``reference``: see ``reference.render_reference``; without one, the plain prompt."""
+    """Ids of the teacher's prompt; the plain prompt if ``reference`` (see ``reference.render_reference``) is empty."""
     if not reference:
         return plain_prompt(tokenizer, prompts, question)
     # `str.replace`, not `str.format`: references and questions are full of braces.
@@ -53,13 +53,13 @@ def privileged_prompt(tokenizer, prompts: Prompts, question: str, reference: str
 
 def _instruction(tokenizer, prompts: Prompts, question: str) -> str:
     tools = tools_of(prompts)
-    told = "".join(  # a chat template is told of them itself
+    tool_lines = "".join(  # under `tools`, the chat template describes them
         f"You can also use <{tool.name}> {tool.parameter} </{tool.name}>. {tool.description} {tool.parameter_description}\n"
         for tool in tools
         if prompts.protocol == "tags" and tool is not SEARCH and f"<{tool.name}>" not in prompts.instruction
     )
     question = neutralize(tokenizer, question, prompts.protocol, tools=[tool.name for tool in tools])
-    return told + prompts.instruction.replace("{question}", question)
+    return tool_lines + prompts.instruction.replace("{question}", question)
 
 
 def _encode_message(tokenizer, prompts: Prompts, message: str) -> tuple[int, ...]:
@@ -75,49 +75,49 @@ def _encode_message(tokenizer, prompts: Prompts, message: str) -> tuple[int, ...
 def _tokenizing(tokenizer) -> Iterator[None]:
     """
     Raises:
-        ModelError: the tokenizer's pattern gives up on the text.
+        ModelError: the tokenizer's regular expression fails on the text.
     """
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust; no subclass of Exception
+        if type(error).__name__ != "PanicException":  # from Rust; not a subclass of Exception
             raise
         file = Path(str(tokenizer.name_or_path)) / "tokenizer.json"
-        raise ModelError(f"{file}: its pattern does not come to an end ({error}); use another tokenizer") from error
+        raise ModelError(f"{file}: its regular expression fails on a text ({error}); use another tokenizer") from error
 
 
 def _apply_template(tokenizer, prompts: Prompts, message: str, **options):
     tools = [tool.schema for tool in tools_of(prompts)] if prompts.protocol == "tools" else None
     messages = [{"role": "user", "content": message}]
     try:
-        if prompts.date and tells_date(tokenizer):  # else it would be another prompt tomorrow
+        if prompts.date and tells_date(tokenizer):  # otherwise the prompt would change every day
             options["chat_template"] = _clock(prompts.date) + tokenizer.get_chat_template(tools=tools)
         with _tokenizing(tokenizer):
             return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, **options)
     except SearchE1Error:
         raise
-    except Exception as error:  # a template is a program: it reaches out of its sandbox, divides by zero, calls itself
+    except Exception as error:  # a template is a program: sandbox violations, division by zero, recursion
         problem = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"the policy's chat template fails ({problem}); use another model, or mend it") from error
 
 
 @lru_cache(maxsize=16)
 def _clock(day: date) -> str:
-    """Jinja's definition of a ``strftime_now`` of which it is always ``day``; transformers lets no function of ours in."""
+    """A Jinja macro ``strftime_now`` that always returns ``day``; transformers accepts no function from outside."""
     codes = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBcdDeFGhHIjmMpSTuUVwWxXyYzZ"]
     filled = "".join(f" | replace({code!r}, {day.strftime(code)!r})" for code in codes)
     return f"{{%- macro strftime_now(format) -%}}{{{{- format{filled} -}}}}{{%- endmacro -%}}"
 
 
 def tells_date(tokenizer) -> bool:
-    """Whether the chat template tells the policy which day it is."""
+    """Whether the chat template contains the current date."""
     return "strftime_now" in str(tokenizer.chat_template or "")
 
 
 def check_template(tokenizer, prompts: Prompts) -> None:
     """
     Raises:
-        ModelError: the chat template fails, what it makes of a question does not hold the question, or it cannot be tokenized.
+        ModelError: the chat template fails or drops the question, or its output cannot be tokenized.
     """
     question = "In which year did the Zambezi flood Kazungula?"
     with _tokenizing(tokenizer):
@@ -138,11 +138,11 @@ NO_TEMPLATE = 'prompts.protocol = "tools": the policy\'s tokenizer has no chat t
 def neutralize(
     tokenizer, text: str, protocol: ProtocolName = "tags", markup: Sequence[str] = (), tools: Sequence[str] = ()
 ) -> str:
-    """``text`` with protocol tags, those of ``tools``, control tokens of chat templates, the tokenizer's special tokens and
-    ``markup`` made harmless: ``<search>`` becomes ``(search)``.
+    """``text`` with all markup defused: ``<search>`` becomes ``(search)``.
 
-    So are all added tokens that look like tags: chat models have ``<tool_call>`` among them, not marked as special. Halves of
-    characters, which no tokenizer takes, become ``?``.
+    Covers protocol tags, tags of ``tools``, control tokens of chat templates, the tokenizer's special tokens, ``markup``, and
+    added tokens that look like tags: chat models have ``<tool_call>`` among them, not marked as special. Lone surrogates, which
+    no tokenizer accepts, become ``?``.
     """
     if not text.isascii():
         text = text.encode("utf-8", "replace").decode()
@@ -161,16 +161,16 @@ def _tag_pattern(names: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _as_read(tokenizer, harmless: Callable[[str], str], text: str) -> str:
-    """``text``, made ``harmless`` also as the tokenizer reads it.
+    """``harmless(text)``, also after the tokenizer's normalization.
 
-    Normalization can bring tags about: it takes a zero-width space out, or makes a full-width bracket a plain one. Where it
-    would, the text is replaced by its normal form.
+    Normalization can create tags: it removes a zero-width space, or turns a full-width bracket into a plain one. In that case,
+    the normalized text is made harmless and returned.
     """
     text = harmless(text)
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     if normalizer is None:
         return text
-    # The mark is what SentencePiece's tokenizers put in the place of a space.
+    # SentencePiece tokenizers replace spaces with this mark.
     read = normalizer.normalize_str(text).replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
     return text if (mended := harmless(read)) == read else mended
 
@@ -185,7 +185,7 @@ def _break(tokens: Sequence[str], text: str) -> str:
 
 @lru_cache(maxsize=16)
 def special_tokens(tokenizer) -> tuple[str, ...]:
-    """All that encoding turns into a special id: the named ones, and those that chat templates use without a name."""
+    """All special tokens, longest first: the named ones, and unnamed ones that chat templates use."""
     unnamed = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return tuple(sorted({*tokenizer.all_special_tokens, *unnamed}, key=len, reverse=True))
 
@@ -198,7 +198,7 @@ def _tag_tokens(tokenizer) -> tuple[str, ...]:
 
 
 def listed(answer: Sequence[Passage] | str, clean: Callable[[str], str]) -> str:
-    """Passages as they are shown, a line each, or a tool's text; ``clean`` neutralizes what is not ours."""
+    """The body of an observation: passages, one per line, or a tool's text; ``clean`` neutralizes foreign text."""
     if isinstance(answer, str):
         return clean(answer)
 
@@ -211,7 +211,7 @@ def listed(answer: Sequence[Passage] | str, clean: Callable[[str], str]) -> str:
 def observation(
     tokenizer, answer: Sequence[Passage] | str, max_tokens: int, tools: Sequence[str] = ()
 ) -> tuple[str, tuple[int, ...]]:
-    """Text and ids of what a call is answered with under ``tags``; see ``enclosed``. ``tools``: names of all tools."""
+    """Text and ids of an observation under ``tags``; see ``enclosed``. ``tools``: names of all tools."""
     body = listed(answer, lambda text: neutralize(tokenizer, text, tools=tools))
     return enclosed(tokenizer, INFORMATION_OPEN, body, INFORMATION_CLOSE, max_tokens)
 
@@ -219,12 +219,12 @@ def observation(
 def enclosed(tokenizer, opening: str, body: str, closing: str, max_tokens: int) -> tuple[str, tuple[int, ...]]:
     """Text and ids of ``body`` between ``opening`` and ``closing``, at most ``max_tokens`` ids.
 
-    Too long a text is cut at the end of the body; the closing is always whole, and begins a line.
+    A text that is too long is cut at the end of the body; the closing is always whole and starts a line.
 
     Raises:
-        ConfigError: ``max_tokens`` has no room for opening and closing alone.
+        ConfigError: opening and closing alone exceed ``max_tokens``.
     """
-    room = min(len(body), _MOST_CHARS * max_tokens)
+    room = min(len(body), _MAX_CHARS_PER_TOKEN * max_tokens)
     while True:
         own_line = body[:room].endswith("\n")
         text = opening + body[:room] + ("" if own_line else "\n") + closing
@@ -235,8 +235,8 @@ def enclosed(tokenizer, opening: str, body: str, closing: str, max_tokens: int) 
             return text, tuple(encoded["input_ids"])
         if room == 0:
             raise ConfigError(f"rollout.max_observation_tokens = {max_tokens} has no room for the tags alone; raise it")
-        # Give back as many characters of the body as its last `excess` tokens cover, and look again. Most often the cut is
-        # within a line, and the new line that it then needs takes the place of another token.
+        # Drop the characters of the body's last `excess` tokens and retry. The cut is usually within a line, which then needs a
+        # newline: that costs one more token.
         ends = [end for _, end in encoded["offset_mapping"] if end - len(opening) <= room]
         room = max(0, min(room - 1, ends[-excess - 1] - len(opening) if len(ends) > excess else 0))
         if own_line and room and body[room - 1] != "\n" and len(ends) > excess + 1:
@@ -244,9 +244,9 @@ def enclosed(tokenizer, opening: str, body: str, closing: str, max_tokens: int) 
 
 
 def passages_of(observation: str, opening: str = INFORMATION_OPEN, closing: str = INFORMATION_CLOSE) -> list[str] | None:
-    """The passages in the text of an observation, from ``Doc`` to the new line; ``None`` if it holds no information.
+    """The passages in the text of an observation, each from ``Doc`` to its newline; ``None`` if there is no such block.
 
-    The inverse is ``with_passages``.
+    The inverse of ``with_passages``.
     """
     if not (observation.startswith(opening) and observation.endswith(closing)):
         return None
@@ -255,16 +255,16 @@ def passages_of(observation: str, opening: str = INFORMATION_OPEN, closing: str 
 
 
 def with_passages(passages: Sequence[str], opening: str = INFORMATION_OPEN, closing: str = INFORMATION_CLOSE) -> str:
-    """The text of an observation that holds ``passages``, each with its new line."""
+    """The text of an observation with ``passages``, each ending with a newline."""
     return opening + ("".join(passages) or "\n") + closing
 
 
 def seen_passages(observation: str) -> list[str]:
-    """The passages in the text of an observation, whatever the protocol, to be shown to a person."""
+    """The passages in the text of an observation of any protocol, for display."""
     return [line for line in observation.split("\n") if _PASSAGE_START.match(line)]
 
 
 def split_passage(passage: str) -> tuple[str, str]:
-    """``"Doc 1(Title: Bel) A city."`` -> ``("Bel", "A city.")``; no title: a passage cut short within it."""
+    """``"Doc 1(Title: Bel) A city."`` -> ``("Bel", "A city.")``; the title is empty if the passage was cut within it."""
     head, closing, text = passage.partition(") ")
     return (head.partition("(Title: ")[2], text.strip()) if closing else ("", passage.strip())

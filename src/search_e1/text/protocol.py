@@ -1,7 +1,7 @@
-"""The environment speaks words: it reads an action's text and says what to answer it with.
+"""Protocols: how actions are parsed from text, and how observations are written.
 
-A ``Protocol`` is all that differs between ways of writing searches and answers. ``Tags``, Search-R1's, is here;
-``tool_calls.ToolCalls`` is the chat template's own.
+A ``Protocol`` holds everything that differs between formats of searches and answers. ``Tags``, Search-R1's format, is here;
+``tool_calls.ToolCalls`` is the chat template's own format.
 """
 
 import re
@@ -22,7 +22,7 @@ class Action:
     kind: ActionKind
     argument: str | None
     tool: str = ""
-    """Name of the tool that is called, if it is another than search."""
+    """Name of the called tool, if not search."""
 
     @classmethod
     def calling(cls, tool: str, argument: str) -> "Action":
@@ -33,7 +33,7 @@ MALFORMED = Action(ActionKind.MALFORMED, None)
 
 
 class Span(NamedTuple):
-    """Characters ``begin`` to ``end`` of an action, and what they are part of. Where nothing is, there is thought."""
+    """Characters ``begin`` to ``end`` of an action, and their part. Characters outside all spans are thought."""
 
     begin: int
     end: int
@@ -41,50 +41,50 @@ class Span(NamedTuple):
 
 
 class Protocol(ABC):
-    """How a policy says what it does, and how it is answered. Everything here is text in, ids and text out."""
+    """Parses actions and writes observations: text in, text and ids out."""
 
     stop: tuple[str, ...]
-    """Strings that end a generation, beside the end tokens of the model."""
+    """Strings that end a generation, in addition to the model's end tokens."""
 
     @abstractmethod
     def parse(self, text: str) -> Action:
-        """What the text of one generation says."""
+        """The action in the text of one generation."""
 
     @abstractmethod
     def write(self, thought: str, action: Action) -> str:
-        """The text of a generation that thinks ``thought`` and does ``action``, which is not malformed: ``parse`` reads it."""
+        """The text of a generation with ``thought`` and a well-formed ``action``, which ``parse`` recovers."""
 
     @abstractmethod
     def observe(self, action: str, answer: Sequence[Passage] | str, max_tokens: int) -> tuple[str, tuple[int, ...]]:
-        """Text and ids, at most ``max_tokens``, of what a call is answered with; ``action`` is the text sampled before it.
+        """Text and ids (at most ``max_tokens``) of the observation after a call; ``action`` is the sampled text before it.
 
         Raises:
-            ConfigError: ``max_tokens`` has no room for an observation without passages.
+            ConfigError: an observation without passages exceeds ``max_tokens``.
         """
 
     @abstractmethod
     def correct(self, action: str) -> tuple[str, tuple[int, ...]]:
-        """Text and ids of what a malformed action is answered with."""
+        """Text and ids of the correction after a malformed action."""
 
     @abstractmethod
     def spans(self, text: str) -> Iterator[Span]:
-        """The parts of an action; of spans that overlap the later one counts."""
+        """The parts of an action; a later span overrides an earlier one that overlaps."""
 
     @abstractmethod
     def begins(self, text: str) -> int | None:
-        """Where the call or answer in an action begins; ``None`` if there is none."""
+        """Offset of the call or answer in an action; ``None`` if there is none."""
 
     @abstractmethod
     def passages(self, observation: str) -> list[str] | None:
-        """The passages in the text of an observation, each with its new line; ``None`` if it holds none by its form."""
+        """The passages in the text of an observation, each with its newline; ``None`` if it does not have that form."""
 
     @abstractmethod
     def with_passages(self, observation: str, passages: Sequence[str]) -> str:
-        """The text of ``observation`` with ``passages`` in the place of its own."""
+        """The text of ``observation`` with its passages replaced by ``passages``."""
 
 
 class Tags(Protocol):
-    """Search-R1's: ``<search>``, ``<information>`` and ``<answer>`` in one long assistant turn; other tools have other tags."""
+    """Search-R1's format: ``<search>``, ``<information>`` and ``<answer>`` in one assistant turn, plus a tag per other tool."""
 
     def __init__(self, tokenizer: Any, prompts: Prompts) -> None:
         self._tokenizer, self._correction = tokenizer, prompts.correction
@@ -138,10 +138,10 @@ def parse_action(text: str, tools: tuple[str, ...] = (SEARCH.name,)) -> Action:
 
 @lru_cache(maxsize=16)
 def _patterns(tools: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
-    """A whole action, an action that may be cut off, and a tag."""
+    """Patterns of a complete action, a possibly truncated action, and a tag."""
     name = "|".join((*tools, "answer"))
     return (
-        # The guards make a match start at the last opening tag before a closing one, and end at the first closing one.
+        # The lookaheads make a match start at the last opening tag before a closing one, and end at the first closing one.
         re.compile(rf"<({name})>((?:(?!<\1>|</(?:{name})>).)*)</\1>", re.DOTALL),
         re.compile(rf"<({name})>(.*?)(?:</\1>|\Z)", re.DOTALL),
         re.compile(rf"</?(?:think|{name})>"),

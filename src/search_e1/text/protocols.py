@@ -1,4 +1,4 @@
-"""Which protocol a policy works under."""
+"""The protocol of a policy."""
 
 from functools import lru_cache
 from typing import Any
@@ -11,15 +11,15 @@ _BY_NAME = {"tags": Tags, "tools": ToolCalls}
 
 
 def protocol_of(tokenizer: Any, prompts: Prompts) -> Protocol:
-    """The protocol that ``prompts`` names, for the chat template and the tokens of ``tokenizer``.
+    """The protocol that ``prompts`` names, for the chat template and vocabulary of ``tokenizer``.
 
     Raises:
-        ModelError: the tokenizer cannot be used under it.
+        ModelError: the tokenizer does not support the protocol.
     """
     return _protocol(tokenizer, str(getattr(tokenizer, "chat_template", None)), prompts)
 
 
 @lru_cache(maxsize=16)
 def _protocol(tokenizer: Any, template: str, prompts: Prompts) -> Protocol:
-    # The template is part of the key: it can be exchanged on a tokenizer that is in use.
+    # The template is part of the cache key: it can be replaced on a tokenizer in use.
     return _BY_NAME[prompts.protocol](tokenizer, prompts)

@@ -1,8 +1,8 @@
-"""What the teacher sees of a reference, and how that is made to fit: the same text in replay, in the lead and in distillation.
+"""Renders a reference for the teacher's prompt within its token budget; the same text in replay, lead and distillation.
 
-The actions that are shown are shown as they were, to the last character of the last one: a reference that ends otherwise
-than trajectories do teaches the teacher to end otherwise. Where the whole would not fit, passages are cut, never actions or
-tags; where that is not enough, nothing is shown, and whoever asked counts it.
+Actions are rendered verbatim to the last character: a reference that ends differently from trajectories would make the teacher
+end differently. If the whole reference does not fit, passages are cut, never actions or tags; if that is not enough, the result
+is ``None``, and the caller counts it.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,19 +23,19 @@ _ACTIONS = {
 
 
 class RenderedReference(NamedTuple):
-    """What the teacher sees of a reference."""
+    """The reference as the teacher sees it."""
 
     text: str
     prompt_ids: tuple[int, ...]
-    """The privileged prompt that holds it."""
+    """The privileged prompt with the text."""
     shortened: bool = False
-    """Passages were cut."""
+    """Whether passages were cut."""
 
 
 def render_reference(
     tokenizer: Any, prompts: Prompts, question: str, reference: Trajectory, config: ReferenceConfig, budget: int
 ) -> RenderedReference | None:
-    """What the teacher's prompt shows of ``reference``; ``None`` if the prompt cannot be made to fit into ``budget`` tokens."""
+    """``reference`` rendered for the teacher's prompt; ``None`` if the prompt cannot fit into ``budget`` tokens."""
     protocol = protocol_of(tokenizer, prompts)
 
     def encode(text: str) -> tuple[int, ...]:
@@ -53,12 +53,12 @@ def render_reference(
 
 
 def prompt_budget(config: ReferenceConfig, context_length: int, response: int) -> int:
-    """Tokens that are left for the teacher's prompt before a response of ``response`` tokens."""
+    """Tokens left for the teacher's prompt before a response of ``response`` tokens."""
     return min(context_length, config.max_tokens or context_length) - response
 
 
 def visible_part(reference: Trajectory, config: ReferenceConfig, protocol: Protocol) -> str:
-    """What ``config.shows`` names: all of it, or the actions alone, as they were, from their tag on, a line each."""
+    """The part that ``config.shows`` names: the whole text, or only the actions, verbatim from their tag, one per line."""
     if config.shows == "whole":
         return reference.text
     kinds = _ACTIONS[config.shows]
@@ -75,7 +75,7 @@ def _render(protocol: Protocol, reference: Trajectory, passages: Sequence[Sequen
 
 
 def _fewer_passages(protocol: Protocol, reference: Trajectory, fits: Callable[[str], bool]) -> str | None:
-    """Without the lowest-ranked passages: one at a time, the last of the observation that holds most (ties: the first)."""
+    """Drop lowest-ranked passages until it fits: each time the last of the observation with the most (ties: the first)."""
     passages = [protocol.passages(turn.observation_text) for turn in reference.turns]
     while longest := max(filter(None, passages), key=len, default=None):
         longest.pop()
@@ -85,7 +85,7 @@ def _fewer_passages(protocol: Protocol, reference: Trajectory, fits: Callable[[s
 
 
 def _shorter_passages(protocol: Protocol, reference: Trajectory, fits: Callable[[str], bool]) -> str | None:
-    """All passages cut to the same number of their first words, the largest that fits; the heading stays."""
+    """Cut all passages to their first n words, with the largest n that fits; the heading stays."""
     passages = [protocol.passages(turn.observation_text) for turn in reference.turns]
 
     def cut(words: int) -> str:

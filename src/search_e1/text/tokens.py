@@ -1,4 +1,4 @@
-"""What the tokens of an action are part of."""
+"""Token classes: the part of an action that each token belongs to."""
 
 from enum import StrEnum
 from typing import Any
@@ -9,21 +9,21 @@ from search_e1.types import Turn
 
 
 class TokenClass(StrEnum):
-    """What a sampled token is part of."""
+    """The part of an action that a sampled token belongs to."""
 
     THOUGHT = "thought"
     SEARCH = "search"  # the query
     ANSWER = "answer"
-    TAG = "tag"  # a protocol tag or an end token: the decision what to do, and that it is done
+    TAG = "tag"  # a protocol tag or an end token: the choice of the action, and its end
 
 
 def token_classes(tokenizer: Any, turn: Turn, prompts: Prompts | None = None) -> list[TokenClass]:
     """The class of each id of an action.
 
-    Each id is decoded by itself, and the tags are looked for in the pieces joined together, so that every character
-    belongs to one id. An id is a ``TAG`` if it is a special token or any of its characters is in a tag, else of the class
-    that its first character is in: the inside of ``<search>`` or ``<answer>`` (to the end, if it is not closed) or,
-    outside both, ``THOUGHT``. An id that decodes to nothing is a ``THOUGHT``.
+    Each id is decoded separately, and tags are searched in the joined pieces, so that every character belongs to one id. An id
+    is a ``TAG`` if it is a special token or any of its characters is in a tag. Otherwise it has the class of its first
+    character: inside ``<search>`` or ``<answer>`` (up to the end, if not closed), else ``THOUGHT``. An id that decodes to
+    nothing is a ``THOUGHT``.
     """
     decode = {i: tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in set(turn.action_ids)}
     pieces = [decode[i] for i in turn.action_ids]

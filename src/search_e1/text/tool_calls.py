@@ -1,8 +1,8 @@
-"""The second protocol: calls of tools in the format of the policy's own chat template.
+"""The ``tools`` protocol: tool calls in the format of the policy's own chat template.
 
-What the template writes between a call and the next assistant turn is found by rendering conversations with and without a
-tool message, once; from then on a trajectory is ids that are only ever appended to. So nothing that was sampled is rendered
-again: templates that drop the thinking of earlier turns do not get to do so, and the policy is trained on what it read.
+The text that the template writes between a call and the next assistant turn is extracted once, by rendering conversations with
+and without a tool message. After that, ids are only appended to a trajectory, and sampled text is never rendered again:
+templates cannot drop the thinking of earlier turns, and the policy is trained on exactly the tokens it read.
 """
 
 import json
@@ -29,7 +29,7 @@ from search_e1.text.protocol import MALFORMED, Action, Protocol, Span
 from search_e1.text.tools import SEARCH, Tool, tools_of
 from search_e1.types import ActionKind, Passage
 
-CALL = re.compile(r"<tool_call>((?:(?!</?tool_call>).)*)</tool_call>", re.DOTALL)  # from tag to tag: work does not grow faster
+CALL = re.compile(r"<tool_call>((?:(?!</?tool_call>).)*)</tool_call>", re.DOTALL)  # from tag to tag: the work stays linear
 _CALL_TAG = re.compile(r"</?tool_call>")
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>|</answer>).)*)</answer>", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|tool_call|answer)>")
@@ -37,17 +37,17 @@ _THINK = re.compile(r"<(/?)think>")
 _OWN = re.compile(r"</?(?:think|tool_call|tool_response|answer)>")
 _MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
-# Stand for a query, for passages and for an answer in what is rendered to find the template's pieces.
+# Placeholders of a query, of passages and of an answer, for extracting the template's pieces.
 _QUERY_MARK, _RESULT_MARK, _TEXT_MARK = "0query0", "0result0", "0text0"
 
 
 class ToolCalls(Protocol):
-    """``<tool_call>{"name": "search", "arguments": {"query": ...}}</tool_call>``, as Qwen2.5, Qwen3 and others write it."""
+    """``<tool_call>{"name": "search", "arguments": {"query": ...}}</tool_call>``, the format of Qwen2.5, Qwen3 and others."""
 
     def __init__(self, tokenizer: Any, prompts: Prompts) -> None:
         """
         Raises:
-            ModelError: the tokenizer has no chat template, or one without tools, or with calls of another format.
+            ModelError: the tokenizer has no chat template, or its template does not support tools or writes another format.
         """
         if not getattr(tokenizer, "chat_template", None):
             raise ModelError(NO_TEMPLATE)
@@ -61,20 +61,21 @@ class ToolCalls(Protocol):
         after = pieces.closing[pieces.closing.find(self._end) + len(self._end) :]
         head, _, tail = pieces.result.partition(_RESULT_MARK)
         self._opening = after + head
-        self._closing = tail.removeprefix("\n")  # `enclosed` begins a line for it
+        self._closing = tail.removeprefix("\n")  # `enclosed` adds it
         self._markup = sorted(set(_MARKUP.findall(self._end + head + tail)), key=len, reverse=True)
-        # Not the unknown token: it stands for a character within what is said.
+        # Not the unknown token: it stands for a character of the message.
         ends = {self._end, *special_tokens(tokenizer)} - {"", getattr(tokenizer, "unk_token", None)}
         self._ends = tuple(sorted(end for end in ends if not _OWN.fullmatch(end)))
         self.stop = (self._end,) if self._end else ()
 
     def parse(self, text: str) -> Action:
-        """The one call outside thinking; without any, the final answer.
+        """The only call outside thinking; without a call, the final answer.
 
-        The final answer is the inside of the last complete ``<answer>``; without one, all of a message that the policy
-        ended itself. Several calls, a call that is not closed, is no JSON, names an unknown tool or has no argument: malformed.
+        The final answer is the content of the last complete ``<answer>``, or else the whole message if the policy ended it
+        itself. Malformed: several calls, or a call that is not closed, is invalid JSON, names an unknown tool or lacks the
+        argument.
         """
-        said, ended = self._said(text)
+        said, ended = self._visible_text(text)
         if _CALL_TAG.search(said):
             return _call(said, self._tools)
         answers = _ANSWER.findall(said)
@@ -101,7 +102,7 @@ class ToolCalls(Protocol):
         return text, tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def spans(self, text: str) -> Iterator[Span]:
-        said, ended = self._said(text)
+        said, ended = self._visible_text(text)
         length = len(said.rstrip())
         calls, answers = list(CALL.finditer(said)), list(_ANSWER.finditer(said))
         if ended and said.strip() and not answers and not _CALL_TAG.search(said):
@@ -109,7 +110,7 @@ class ToolCalls(Protocol):
         for match in answers:
             yield Span(*match.span(1), "answer")
         for match in calls:
-            yield Span(*match.span(1), "tag")  # names, braces and quotes are the decision, as tags are
+            yield Span(*match.span(1), "tag")  # names, braces and quotes choose the action, like tags
             for argument in self._argument.finditer(said, *match.span(1)):
                 yield Span(*argument.span(1), "search")
         for match in _TAG.finditer(text):
@@ -118,7 +119,7 @@ class ToolCalls(Protocol):
             yield Span(at, at + len(self._end), "tag")
 
     def begins(self, text: str) -> int | None:
-        said, ended = self._said(text)
+        said, ended = self._visible_text(text)
         match = CALL.search(said) or next(reversed(list(_ANSWER.finditer(said))), None)
         if match:
             return match.start()
@@ -132,40 +133,40 @@ class ToolCalls(Protocol):
         return with_passages(passages, end + self._opening, self._closing)
 
     def _open(self, action: str) -> str:
-        """What stands before a result: the end of the assistant's turn too, unless the policy has sampled it."""
+        """Text before a tool result, including the end of the assistant's turn unless the policy sampled it."""
         return self._opening if self._end in action else self._end + self._opening
 
     def _clean(self, text: str) -> str:
         return neutralize(self._tokenizer, text, "tools", self._markup)
 
-    def _said(self, text: str) -> tuple[str, bool]:
-        """The text up to its end token with thinking blanked out, character by character, and whether it was ended."""
+    def _visible_text(self, text: str) -> tuple[str, bool]:
+        """The text up to its end token, with thinking replaced by blanks of the same length, and whether it ended."""
         found = [at for end in self._ends if (at := text.find(end)) >= 0]
         return _without_thinking(text[: min(found, default=len(text))], self._thinking), bool(found)
 
 
 def _call(said: str, tools: Sequence[Tool]) -> Action:
-    """The one call in ``said``; malformed if there is not exactly one valid call."""
+    """The call in ``said``; malformed if there is not exactly one valid call."""
     calls = CALL.findall(said)
     if len(calls) != 1 or len(_CALL_TAG.findall(said)) != 2:
         return MALFORMED
     try:
-        call = from_json(calls[0])  # refuses what is nested too deep
+        call = from_json(calls[0])  # rejects deep nesting
         [tool] = (tool for tool in tools if tool.name == call["name"])
         argument = call["arguments"][tool.parameter].strip()
-        argument.encode()  # halves of characters, which no server and no file takes
+        argument.encode()  # raises on lone surrogates, which servers and files do not accept
     except (ValueError, LookupError, TypeError, AttributeError):
         return MALFORMED
     return Action.calling(tool.name, argument) if argument else MALFORMED
 
 
 def _without_thinking(text: str, thinking: bool) -> str:
-    """``text`` with thinking as blanks. It begins within thinking if the prompt says so, or if it closes what it never
-    opened; thinking that is not closed goes on to the end."""
+    """``text`` with thinking replaced by blanks. It starts inside thinking if ``thinking``, or if its first tag is
+    ``</think>``; unclosed thinking extends to the end."""
     first = _THINK.search(text)
     since = 0 if thinking or (first and first[1]) else None
     pieces: list[str] = []
-    end = 0  # all up to here is in the pieces
+    end = 0  # text before this offset is in the pieces
 
     def blank(begin: int, to: int) -> int:
         pieces.extend((text[end:begin], " " * (to - begin)))
@@ -183,14 +184,14 @@ def _without_thinking(text: str, thinking: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """What a chat template writes around what is sampled."""
+    """The text that a chat template writes around sampled text."""
 
     closing: str
-    """After an assistant's message: its end token, and what follows it."""
+    """After an assistant's message: its end token and the text that follows."""
     result: str
-    """From there to the next assistant turn, ``_RESULT_MARK`` in the place of the tool's result."""
+    """From there to the next assistant turn, with ``_RESULT_MARK`` in place of the tool's result."""
     thinking: bool
-    """An assistant's turn begins within ``<think>``."""
+    """Whether an assistant's turn starts inside ``<think>``."""
 
 
 def _pieces(tokenizer: Any) -> Pieces:
@@ -205,21 +206,21 @@ def _pieces(tokenizer: Any) -> Pieces:
         )
 
     try:
-        told, asked = tokenizer.apply_chat_template([user], tokenize=False), render()
-        start = render(go_on=True)[len(asked) :]
+        without_tools, with_tools = tokenizer.apply_chat_template([user], tokenize=False), render()
+        start = render(go_on=True)[len(with_tools) :]
         called, answered = render(calling), render(calling, result, go_on=True)
         message = render({"role": "assistant", "content": _TEXT_MARK})
     except (TemplateError, TypeError, KeyError, ValueError) as error:
         raise ModelError(_refusal(f"fails on a tool's result ({str(error).splitlines()[0]})")) from error
-    if asked == told or _RESULT_MARK not in answered:
-        raise ModelError(_refusal("knows no tools"))
+    if with_tools == without_tools or _RESULT_MARK not in answered:
+        raise ModelError(_refusal("does not support tools"))
     calls = called[called.rfind("<tool_call>") :]
     if _call(calls[: calls.find("</tool_call>") + len("</tool_call>")], [SEARCH]).argument != _QUERY_MARK:
-        raise ModelError(_refusal("writes calls otherwise than <tool_call>{JSON}</tool_call>"))
+        raise ModelError(_refusal("does not write calls as <tool_call>{JSON}</tool_call>"))
     closing = message.rpartition(_TEXT_MARK)[2]
     after_query, to_next = called.rpartition(_QUERY_MARK)[2], answered.rpartition(_QUERY_MARK)[2]
     if not (after_query.endswith(closing) and to_next.startswith(after_query)):
-        raise ModelError(_refusal("ends a turn with a call otherwise than one without"))
+        raise ModelError(_refusal("ends turns with and without a call differently"))
     thinking = start.rfind("<think>") > start.rfind("</think>")
     return Pieces(closing, to_next[len(after_query) :], thinking)
 

@@ -1,6 +1,6 @@
-"""Tools that a policy can call, by name: what it is told of each, and what answers its calls.
+"""Tools that a policy can call, by name: the description of each, and the handler that answers its calls.
 
-A tool of one's own is a ``Tool``, named ``module:attribute`` in ``prompts.tools``; it needs no registration.
+Your own tool is a ``Tool`` named as ``module:attribute`` in ``prompts.tools``; it needs no registration.
 """
 
 import re
@@ -21,11 +21,11 @@ class Call(NamedTuple):
 
     argument: str
     seen: Sequence[str] = ()
-    """Ids of the passages that the trajectory's latest search has found: ``Doc 1`` is the first."""
+    """Ids of the passages that the trajectory's latest search returned: ``Doc 1`` is the first."""
 
 
 Handler = Callable[[Sequence[Call]], Sequence[Sequence[Passage] | str]]
-"""Answers calls with passages, or with a text; one answer for each call, in order. A failed part raises."""
+"""Answers calls with passages or a text: one answer per call, in order. Raises if it fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +33,16 @@ class Tool:
     """A tool with one argument."""
 
     name: str
-    """Lower-case letters and underscores: its tag under ``tags``, its function under ``tools``."""
+    """Lower-case letters and underscores: the tag under ``tags``, the function name under ``tools``."""
     parameter: str
     description: str
     parameter_description: str
     open: Callable[[Retriever, int], Handler]
-    """From the retriever and ``rollout.topk`` to what answers. Raises ConfigError where the retriever cannot."""
+    """Returns the handler for a retriever and ``rollout.topk``. Raises ConfigError if the retriever does not support it."""
 
     @property
     def schema(self) -> dict[str, Any]:
-        """What a chat template and an endpoint are told."""
+        """The function schema for chat templates and endpoints."""
         argument = {self.parameter: {"type": "string", "description": self.parameter_description}}
         parameters = {"type": "object", "properties": argument, "required": [self.parameter]}
         about = {"name": self.name, "description": self.description, "parameters": parameters}
@@ -58,7 +58,7 @@ def tools_of(prompts: Prompts) -> tuple[Tool, ...]:
     """The tools that ``prompts`` names, in its order.
 
     Raises:
-        ConfigError: there is no such tool, or two of one name.
+        ConfigError: a tool does not exist, or two have the same name.
     """
     tools = tuple(TOOLS.get(name, "prompts.tools") for name in prompts.tools)
     for name, tool in zip(prompts.tools, tools, strict=True):
@@ -85,7 +85,7 @@ def _open_passages(retriever: Retriever, topk: int) -> Handler:
         number = re.fullmatch(r"(?:doc )?(\d+)", call.argument.lower())
         shown = number and 0 < int(number[1]) <= len(call.seen)
         found = passage(call.seen[int(number[1]) - 1] if number and shown else call.argument)
-        # An id that was never shown (wiki-18's are numbers) would open a passage that nobody asked for.
+        # Otherwise a number that is an id (wiki-18's are numbers) would open a passage that was never shown.
         meant = found and (found.id in call.seen or found.title.casefold() == call.argument.casefold())
         return [found] if meant else "No such passage."
 
