@@ -22,7 +22,7 @@ from search_e1.types import Passage, Question, Turn
 
 
 class Agent:
-    """Answers questions, from any number of threads at once. A context manager; else call ``close``.
+    """Answers questions, from any number of threads at once. Use it as a context manager, or call ``close``.
 
     ::
 
@@ -40,15 +40,15 @@ class Agent:
         prompts: Prompts | None = None,
         name: str = "agent",
     ) -> None:
-        """``prompts`` are those of an endpoint or an engine; a policy brings its own. ``name``: what it is called.
+        """``prompts``: for an endpoint or an engine; a policy has its own. ``name``: the agent's name.
 
         Raises:
             ModelError: the tokenizer does not fit the protocol.
-            ConfigError: the endpoint's URL is none, or its key cannot be sent.
+            ConfigError: the endpoint's URL is invalid, or its key cannot be sent.
         """
         self.name, self.retriever, self.limits = name, retriever, limits or RolloutConfig()
         self.bundle: Bundle | None = None
-        """What it was opened from, if it was."""
+        """The bundle that the agent was opened from, if any."""
         self._resources = ExitStack()
         engine: Engine
         if isinstance(policy, Endpoint):
@@ -75,16 +75,18 @@ class Agent:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> Self:
-        """The agent of a bundle (``search-e1 bundle``), which samples the ids that its evaluation sampled.
+        """The agent of a bundle (``search-e1 bundle``). It samples the same ids as in its evaluation.
 
-        ``directory``: of the bundle, or its ``owner/name`` on the Hub, of which ``revision`` is downloaded. ``url`` or
-        ``index``: where its passages are now, if the bundle does not hold them. ``encoder``: where that of a dense index is
-        now, if not where it was. ``trust_remote_code``: run Python code that the model brings along.
+        Args:
+            directory: the bundle's directory, or its ``owner/name`` on the Hub, which is downloaded at ``revision``.
+            url, index: the current server or indexes of its passages, if the bundle does not hold them.
+            encoder: the current place of a dense index's encoder, if it has moved.
+            trust_remote_code: run Python code that comes with the model.
 
         Raises:
-            DataError: the directory is no bundle, is damaged, or the index is over other passages than the bundle's; or the
-                Hub has none or cannot be reached.
-            ModelError: the policy or the encoder does not load.
+            DataError: the directory is not a bundle, is damaged, or the index is over other passages than the bundle's; or the
+                Hub does not have it or cannot be reached.
+            ModelError: the policy or the encoder cannot be loaded.
             RetrievalError: the retrieval server does not answer.
         """
         place = Path(directory).expanduser()
@@ -122,7 +124,7 @@ class Agent:
         try:
             return job.answer.result(timeout)
         finally:
-            self.cancel(job)  # of one that is answered this does nothing
+            self.cancel(job)  # does nothing if it is answered
 
     def submit(
         self,
@@ -134,7 +136,7 @@ class Agent:
         on_text: OnText | None = None,
         on_turn: OnTurn | None = None,
     ) -> Job:
-        """Begin to answer; ``Job.answer`` is a future. ``max_tokens``: most that are sampled, below what the limits allow.
+        """Start answering; ``Job.answer`` is a future. ``max_tokens``: limit on sampled tokens, besides ``limits``.
 
         Raises:
             ConfigError: the question is empty.
@@ -142,8 +144,8 @@ class Agent:
         if isinstance(question, str):
             if not question.strip():
                 raise ConfigError("the question is empty; give one")
-            # A text that came from elsewhere may hold bytes that are none; no tokenizer takes them. A question has a gold
-            # answer by its type: the empty one is matched by nothing.
+            # External text may contain surrogates, which tokenizers refuse. The type requires a gold answer; nothing matches
+            # an empty one.
             text = question.encode("utf-8", "replace").decode()
             question = Question(id="asked", text=text, answers=("",))
         return self._scheduler.submit(
@@ -152,19 +154,19 @@ class Agent:
 
     @property
     def protocol(self) -> Protocol:
-        """How its actions are written."""
+        """The protocol in which the agent writes its actions."""
         return self._scheduler.protocol
 
     def said(self, turn: Turn) -> str:
-        """The text that was sampled in ``turn``, without end tokens: what ``on_text`` gets of it."""
+        """The text sampled in ``turn``, without end tokens, as ``on_text`` gets it."""
         return self._scheduler.said(turn)
 
     def cancel(self, job: Job) -> None:
-        """Give up a question that is not answered yet."""
+        """Cancel a question that is not answered yet."""
         self._scheduler.cancel(job)
 
     def search(self, query: str, topk: int | None = None) -> list[Passage]:
-        """The passages that ``query`` finds, at most ``topk``; default: as many as the policy reads.
+        """The passages that ``query`` finds, at most ``topk``; by default as many as the policy reads.
 
         Raises:
             RetrievalError: from the retriever.
@@ -179,8 +181,8 @@ class Agent:
         return found if found and found.id == id else None
 
     def close(self) -> None:
-        """Give up what is under way, and let go of threads and connections."""
-        self._scheduler.close()  # before what it uses
+        """Cancel unanswered questions, and release threads and connections."""
+        self._scheduler.close()  # before the engine and retriever that it uses
         self._resources.close()
 
     def __enter__(self) -> Self:

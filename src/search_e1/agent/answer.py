@@ -1,8 +1,8 @@
-"""An answer and where it comes from: the passages that were read, and which of them hold it.
+"""An answer and its sources: the passages that the policy read, and which of them hold the answer.
 
-An answer is held by a passage if its words stand in what the policy read of the passage, one after another, as retrieval
-recall counts them (``evaluation.recall``). An answer that nothing which was read holds is the policy's guess, and counts as
-not found in the documents; so does no answer. Yes and no stand in no text, and are taken as they are.
+A passage holds an answer if the answer's words occur consecutively in the part of the passage that the policy read, matched as
+in retrieval recall (``evaluation.recall``). An answer that no passage holds is a guess and counts as not found in the
+documents; so does no answer. Yes and no are accepted without a passage.
 """
 
 from collections.abc import Sequence
@@ -20,20 +20,20 @@ NOT_FOUND = "not found in these documents"
 
 
 class Support(StrEnum):
-    """What an answer rests on."""
+    """How an answer is supported."""
 
     HELD = "held"
-    """A passage that was read holds it."""
+    """A passage that was read holds the answer."""
     YES_NO = "yes_no"
     """Yes or no, which no passage can hold."""
     GUESS = "guess"
-    """Nothing that was read holds it."""
+    """No passage that was read holds the answer."""
     NONE = "none"
     """The policy gave no answer."""
 
 
 def passage_json(passage: Passage) -> dict[str, Any]:
-    """A passage as clients get it, flat: what the corpus tells of its origin, then id, title and text."""
+    """A passage as clients get it, flat: its metadata (origin), then id, title and text."""
     return {**passage.metadata, "id": passage.id, "title": passage.title, "text": passage.text}
 
 
@@ -41,43 +41,43 @@ class Source(Record):
     """A passage that was read."""
 
     passage: Passage
-    """In NFC, which ``marks`` count in."""
+    """The passage in NFC, which the offsets in ``marks`` refer to."""
     query: str
-    """What found it first."""
+    """The query that found it first."""
     turn: int
-    """Which turn of the trajectory that was, from 0."""
+    """Index of that query's turn in the trajectory, from 0."""
     holds: bool
-    """What was read of it, title included, holds the answer."""
+    """Whether the part that was read, title included, holds the answer."""
     marks: tuple[tuple[int, int], ...] = ()
-    """Where in ``passage.text`` the answer stands: first character, and the one after the last."""
+    """Spans of the answer in ``passage.text``, in characters: start, and end (exclusive)."""
 
     def as_json(self) -> dict[str, Any]:
-        """The passage, see ``passage_json``, and the fields above."""
+        """The passage (see ``passage_json``) with ``holds``, ``marks`` and ``query``."""
         marks = [list(mark) for mark in self.marks]
         return passage_json(self.passage) | {"holds": self.holds, "marks": marks, "query": self.query}
 
 
 class Answer(Record):
-    """What the agent says to a question."""
+    """The agent's answer to a question."""
 
     question: str
     text: str | None
-    """The policy's answer; ``None`` if it came to none."""
+    """The policy's answer; ``None`` if it gave none."""
     support: Support
     sources: tuple[Source, ...]
-    """The passages that were read, those that hold the answer first, else in the order of reading."""
+    """The passages that were read: those that hold the answer first, otherwise in reading order."""
     trajectory: Trajectory
 
     @property
     def found(self) -> bool:
-        """Whether the documents gave the answer, as far as can be told; see ``Support``."""
+        """Whether the documents support the answer; see ``Support``."""
         return self.support in (Support.HELD, Support.YES_NO)
 
     def __str__(self) -> str:
         return self.text if self.found and self.text is not None else NOT_FOUND
 
     def as_json(self) -> dict[str, Any]:
-        """What ``ask --json`` and the server tell: no token ids."""
+        """The answer without token ids, as ``ask --json`` and the server return it."""
         return {
             "question": self.question, "answer": self.text, "found": self.found, "support": self.support,
             "sources": [source.as_json() for source in self.sources],
@@ -88,17 +88,17 @@ class Answer(Record):
 
 @dataclass(slots=True)
 class Reading:
-    """What a trajectory has read so far; ``answer`` when it has ended."""
+    """The passages that a trajectory has read so far; call ``answer`` when it has ended."""
 
     protocol: Protocol
     _read: dict[str, tuple[Passage, str, int, list[str]]] = field(default_factory=dict)
-    """Passage id -> passage, the query that found it first, its turn, and what was read of it, each time."""
+    """Passage id -> passage, the query that found it first, that query's turn, and the text read each time."""
     _turns: int = 0
 
     def add(self, turn: Turn, passages: Sequence[Passage]) -> list[Passage]:
-        """Note what ``turn`` was answered with; the passages of it that were read before their cut, at least in part."""
+        """Add a turn with the passages retrieved for it; returns those that were read at least in part."""
         shown = self.protocol.passages(turn.observation_text) or [] if passages else []
-        read = list(zip(passages, shown, strict=False))  # the last ones may have been cut altogether
+        read = list(zip(passages, shown, strict=False))  # the last ones may have been truncated away
         for passage, text in read:
             entry = self._read.setdefault(passage.id, (passage, turn.argument or "", self._turns, []))
             entry[3].append(text)
@@ -106,7 +106,7 @@ class Reading:
         return [passage for passage, _ in read]
 
     def answer(self, question: str, trajectory: Trajectory) -> Answer:
-        """The answer of ``trajectory``, whose turns were added."""
+        """The answer of ``trajectory``, all of whose turns were added."""
         found = patterns_of([trajectory.answer]) if trajectory.answer is not None else ()
         sources = [
             _source(passage, query, number, bool(found and holds(texts, found)), trajectory.answer or "")
@@ -132,9 +132,9 @@ def _support(answer: str | None, sources: Sequence[Source]) -> Support:
 
 
 def locate(text: str, answer: str) -> list[tuple[int, int]]:
-    """Where the words of ``answer`` stand in ``text``, which is in NFC: first characters, and those after the last.
+    """Non-overlapping spans of the words of ``answer`` in ``text``, which is in NFC: start and end (exclusive) characters.
 
-    Places do not overlap. Articles, case and what stands between words do not count; an answer without words stands nowhere.
+    Articles, case and anything between words are ignored; an answer without words has no span.
     """
     wanted, spans = words(answer).split(), word_spans(text)
     found, at = [], 0

@@ -1,7 +1,7 @@
-"""A bundle: one directory with all that the agent in use needs, as it was trained and measured.
+"""A bundle: one directory with everything that the agent needs, as it was trained and measured.
 
-Weights, tokenizer and prompts lie at its root, which is a plain Hugging Face directory; ``agent.json`` holds the limits and
-what is searched; ``index/`` holds the index, unless it is searched elsewhere; ``README.md`` is the model card.
+Its root is a plain Hugging Face directory with weights, tokenizer and prompts. ``agent.json`` holds the limits and the
+retrieval settings; ``index/`` holds the index, unless it is elsewhere; ``README.md`` is the model card.
 """
 
 import json
@@ -23,7 +23,7 @@ from search_e1.types import Record
 
 FILE = "agent.json"
 FORMAT = 1
-"""Version of the layout; a bundle of another is refused."""
+"""Version of the layout; bundles of other versions are refused."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 _AGAIN = "make it again with `search-e1 bundle`"
 
@@ -33,44 +33,44 @@ class Bundle(Record):
 
     format: int = FORMAT
     name: str
-    """What the agent is called, in a server's list of models for one."""
+    """Name of the agent, for example in a server's list of models."""
     dtype: Dtype
-    """Of the weights, and what it computes in."""
+    """Type of the weights and of computation."""
     limits: RolloutConfig
     policy: str
-    """Checksum of the policy that it was made of, before the weights were rounded to ``dtype``."""
+    """Checksum of the original policy, before its weights were rounded to ``dtype``."""
     weights: dict[str, int]
-    """File of weights -> bytes."""
+    """Weight file -> bytes."""
     index: tuple[str, ...] = ()
-    """Directories of indexes in the bundle, whose rankings are fused if there are several."""
+    """Index directories in the bundle; the rankings of several are fused."""
     parameters: str | None = None
-    """FAISS search parameters of a dense index, where they are not those of its build."""
+    """FAISS search parameters of a dense index, if they differ from those of its build."""
     passages: int | None = None
-    """How many are searched, where the run had them as an index."""
+    """Number of passages searched, if the run had an index."""
     url: str | None = None
-    """A retrieval server, where the bundle holds no index."""
+    """Retrieval server, if the bundle holds no index."""
     checksum: str | None = None
-    """Of the index, or of the server's where it tells one."""
+    """Checksum of the index, or the server's if it reports one."""
     measured_on: str | None = Field(None, exclude_if=lambda checksum: checksum is None)
-    """Where the index was updated since: the checksum of what was searched when the figures were measured."""
+    """If the index was updated since: the checksum of the index that the figures were measured with."""
     made_by: str
-    """Version of this package."""
+    """Version of search-e1 that made the bundle."""
     trained: dict[str, Any]
-    """The run: its config, its evaluated policies with their figures, and what it was measured with."""
+    """The run: its config, its evaluated policies with their figures, and package versions."""
     directory: Path = Path()
-    """Where it lies; not in the file."""
+    """The bundle's directory; not stored in the file."""
 
     @field_validator("limits")
     @classmethod
     def _without_reward(cls, limits: RolloutConfig) -> RolloutConfig:
-        """An agent in use has no reward, and one that is named in a file from elsewhere must not be imported."""
+        """Removes the reward: an agent needs none, and a reward named in an external file must not be imported."""
         return limits.without_reward
 
     @classmethod
     def read(cls, directory: Path) -> Self:
         """
         Raises:
-            DataError: there is no bundle, one that this version does not read, or its weights are not whole.
+            DataError: there is no bundle, this version cannot read it, or its weights are incomplete.
         """
         file = directory / FILE
         try:
@@ -102,10 +102,10 @@ class Bundle(Record):
                 raise DataError(f"{file}: {state}; copy or download the whole bundle, or {_AGAIN}")
 
     def within(self, name: str) -> Path:
-        """The file or directory ``name`` of the bundle.
+        """The file or directory ``name`` in the bundle.
 
         Raises:
-            DataError: the name leads out of it.
+            DataError: the name leads outside the bundle.
         """
         found = inside(self.directory, name)
         if found is None:
@@ -124,13 +124,13 @@ def open_retriever(
     encoder: str | Path | None = None,
     device: str = "auto",
 ) -> Retriever:
-    """What the bundle searches, or what stands at ``url`` or in ``index`` now.
+    """The bundle's retriever, or one for ``url`` or ``index`` instead.
 
-    ``encoder``: where that of a dense index is now, if not where it was; it computes on ``device``.
+    ``encoder``: the current place of a dense index's encoder, if it has moved; it computes on ``device``.
 
     Raises:
-        DataError: it has no passages, or the index is damaged or over other passages than the bundle's.
-        ModelError: the encoder of a dense index does not load.
+        DataError: the bundle has no passages, or the index is damaged or over other passages than the bundle's.
+        ModelError: the encoder of a dense index cannot be loaded.
         RetrievalError: the server does not answer.
     """
     if url and index:

@@ -1,4 +1,4 @@
-"""The model card of a bundle, ``README.md`` in the Hub's format: what the agent is, how it is asked, how it was made."""
+"""The model card of a bundle, ``README.md`` in the Hub's format: what the agent is, how to use it, how it was made."""
 
 import logging
 import re
@@ -80,25 +80,25 @@ Loaded by plain transformers, vLLM or Ollama, there is {lost}. The figures above
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """What is known of the policy that a run started from."""
+    """Facts about the policy that a run started from."""
 
     told: str
     id: str | None = None
-    """On the Hub."""
+    """Its id on the Hub."""
     license: Mapping[str, Any] | None = None
-    """``license``, ``license_name`` and ``license_link`` of a card."""
+    """The keys ``license``, ``license_name`` and ``license_link`` of its card."""
     notices: tuple[Path, ...] = ()
     """Files with its license."""
 
 
 def base_of_run(model: str) -> Base:
-    """What is known of ``policy.model``: its name on the Hub, and its license, from its card or its GGUF file."""
+    """Facts about ``policy.model``: its Hub id, and its license from its card or GGUF file."""
     if model == NEW:
         return Base("The policy was made from nothing (a cold start on demonstrations)")
     try:
         model = base_of(model) or model
         found = resolve(model)
-    except ModelError:  # the run is where its base is not; what its name says is known all the same
+    except ModelError:  # the base is not on this machine, but its name is known
         found = model
     if is_gguf(found):
         return _of_gguf(Path(found))
@@ -131,29 +131,29 @@ def _is_notice(file: Path) -> bool:
 
 
 def _cached(id: str) -> Path | None:
-    """Where the files of a Hub id are on this machine, as far as they were downloaded."""
+    """The directory of a Hub id's downloaded files on this machine; ``None`` if they are not cached."""
     found = try_to_load_from_cache(id, "config.json") if id.count("/") == 1 else None
     return Path(found).parent if isinstance(found, str) else None
 
 
 def _front_matter(file: Path) -> dict[str, Any]:
-    """What the card of a model says of itself; nothing, if it has none, or, which is said, none that can be read."""
+    """The metadata of a model card; empty if there is none, or, with a warning, if it cannot be read."""
     if not file.is_file():
         return {}
     try:
         return metadata_load(file) or {}
-    except Exception as error:  # whatever its YAML leads to
+    except Exception as error:  # malformed YAML can raise anything
         logger.warning("%s: cannot be read (%s); the bundle's card tells no license", file, str(error).partition("\n")[0])
         return {}
 
 
 def plain_name(model: str) -> str:
-    """What ``policy.model`` names, without where it lies on this machine."""
+    """``policy.model`` without the path on this machine."""
     return Path(model).name if Path(model).expanduser().exists() or model.startswith((".", "~", "/")) else model
 
 
 def text(bundle: Bundle, base: Base, indexes: Sequence[IndexManifest], encoder: str | None) -> str:
-    """The whole card. ``encoder``: of a dense index."""
+    """The complete card. ``encoder``: a dense index's."""
     trained = bundle.trained
     data = trained["config"]["data"]
     by_address = not bundle.index

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions, as far as they apply to an agent that answers one question: requests in, objects out."""
+"""OpenAI's chat completions, as far as they apply to an agent that answers one question: request and response objects."""
 
 import time
 import uuid
@@ -16,7 +16,7 @@ from search_e1.types import ActionKind, Passage, StopReason
 
 _REASONS = {StopReason.MAX_TOKENS: "length", StopReason.REFUSED: "content_filter"}
 _SEED = 9223372036854776000
-"""Largest seed, as OpenAI's schema has it."""
+"""Largest seed in OpenAI's schema."""
 _TOOLS = "the agent has its own tools, and takes no others"
 _SAMPLING = "it samples as in its evaluation, by temperature and seed alone"
 _TEXT = "it answers in text alone"
@@ -42,7 +42,7 @@ _ONLY: dict[str, tuple[list[Any], str]] = {
     "modalities": ([["text"]], _TEXT),
     "audio": ([], _TEXT),
 }
-"""Parameters that have no effect -> values that ask for none (beside null), and why there are no others."""
+"""Parameter without effect -> its accepted values (besides null), and why others are refused."""
 _IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 
 
@@ -62,7 +62,7 @@ class _StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
-    """Padding of OpenAI's streams; there is none here."""
+    """Padding of OpenAI's streams; not implemented here."""
 
 
 class _Own(BaseModel):
@@ -71,11 +71,11 @@ class _Own(BaseModel):
 
 
 _Whole = Annotated[int, BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)]
-"""1.0 is whole, as JSON has it."""
+"""An integer; 1.0 counts as one, as in JSON."""
 
 
 class ChatRequest(BaseModel):
-    """Body of ``POST /v1/chat/completions``; ``parse`` checks what is not said here."""
+    """Body of ``POST /v1/chat/completions``; ``parse`` checks the rest."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     model: str
@@ -90,14 +90,14 @@ class ChatRequest(BaseModel):
 
     @property
     def most(self) -> int | None:
-        """Most tokens to sample."""
+        """Maximum number of tokens to sample."""
         return min((n for n in (self.max_tokens, self.max_completion_tokens) if n is not None), default=None)
 
     def question(self, most_chars: int) -> str:
-        """The last message of the user.
+        """The user's last message.
 
         Raises:
-            Refused: there is none, it is empty or longer than ``most_chars``, or it holds what is no text.
+            Refused: it is missing, empty, longer than ``most_chars``, or contains something other than text.
         """
         number = max((i for i, message in enumerate(self.messages) if message.role == "user"), default=None)
         if number is None:
@@ -114,10 +114,10 @@ class ChatRequest(BaseModel):
 
 
 def parse(body: bytes, model: str) -> ChatRequest:
-    """A request to the agent that is called ``model``.
+    """Parse a request to the agent called ``model``.
 
     Raises:
-        Refused: it is none, names another model, or asks for what the agent does not do.
+        Refused: it is invalid, names another model, or requests something that the agent does not support.
     """
     try:
         request = ChatRequest.model_validate_json(body)
@@ -160,18 +160,18 @@ def _texts(content: Any, param: str) -> Iterator[str]:
 
 @dataclass(slots=True)
 class Completion:
-    """The objects that one request is answered with."""
+    """Builds the response objects of one request."""
 
     model: str
     base: str
-    """URL of the server, without a slash at its end."""
+    """URL of the server, without a trailing slash."""
     not_read: int
-    """How many messages of the request are not the question."""
+    """Number of messages in the request besides the question."""
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, answer: Answer, reasoning: str | None) -> dict[str, Any]:
-        """``chat.completion``."""
+        """The ``chat.completion`` object."""
         message: dict[str, Any] = {
             "role": "assistant",
             "content": str(answer),
@@ -189,7 +189,7 @@ class Completion:
         return self._chunk({"reasoning_content": piece})
 
     def turn(self, event: Event) -> dict[str, Any] | None:
-        """A search, or the call of another tool, as it was answered; nothing of other turns."""
+        """The chunk for an answered search or other tool call; ``None`` for other turns."""
         assert not isinstance(event, str)
         turn, passages = event
         read = [self.origin(passage) for passage in passages]
@@ -201,7 +201,7 @@ class Completion:
         return None
 
     def last(self, answer: Answer) -> list[dict[str, Any]]:
-        """The answer, and the end."""
+        """The chunks of the answer and the end."""
         end = {"annotations": self._annotations(answer), "search_e1": {"answer": self._own(answer)}}
         return [self._chunk({"content": str(answer)}), self._chunk(end, _reason(answer))]
 
@@ -213,7 +213,7 @@ class Completion:
         return {key: value for key, value in passage_json(passage).items() if key != "text"} | {"url": self.url(passage)}
 
     def url(self, passage: Passage) -> str:
-        """Where to read it: its own address, or else this server's."""
+        """The passage's own URL if it has one, else its URL on this server."""
         own = passage.metadata.get("url")
         if isinstance(own, str) and own.lower().startswith(("http://", "https://")):  # never `javascript:`
             return own
@@ -242,7 +242,7 @@ class Completion:
 
 
 def usage(answer: Answer) -> dict[str, int]:
-    """Tokens: all that the policy read (its prompt, and what was inserted after searches), and all that it sampled."""
+    """Token counts: all tokens that the policy read (prompt and observations), and all that it sampled."""
     trajectory = answer.trajectory
     read = len(trajectory.prompt_ids) + sum(len(turn.observation_ids) for turn in trajectory.turns)
     sampled = trajectory.sampled_tokens
@@ -254,7 +254,7 @@ def _reason(answer: Answer) -> str:
 
 
 def schema(model: str, most_chars: int) -> dict[str, Any]:
-    """OpenAPI schema of the request, all that is refused left out."""
+    """OpenAPI schema of the request, without anything that is refused."""
     text = {"type": "string", "pattern": r"\S", "maxLength": most_chars}
     part = {"type": "object", "properties": {"type": {"const": "text"}, "text": text}, "required": ["type", "text"]}
     asked = {

@@ -1,4 +1,4 @@
-"""Makes a bundle of a run: a policy of it, what it was asked with, what it searched, and what was measured."""
+"""Makes a bundle from a run: a policy, its prompts and limits, its index, and its figures."""
 
 import json
 import os
@@ -33,7 +33,7 @@ from search_e1.training.precision import compute_dtype, multiplies_bfloat16
 from search_e1.training.sources import resolve
 
 AGENT = "agent"
-"""The bundle in a run's directory."""
+"""Name of the bundle in a run's directory."""
 INDEX = "index"
 SUMMARY = "summary.json"
 _FIGURES = (
@@ -44,14 +44,14 @@ _FIGURES = (
 
 @dataclass(frozen=True, slots=True)
 class Searched:
-    """Where the passages of a bundle are, where that is not the index that the run searched, copied."""
+    """The source of a bundle's passages; by default a copy of the index that the run searched."""
 
     indexes: Sequence[Path] = ()
-    """Present place of that index, or of those whose rankings are fused."""
+    """Current directory of that index, or of several whose rankings are fused."""
     copied: bool = True
-    """The bundle holds a copy."""
+    """Whether the bundle holds a copy."""
     url: str | None = None
-    """Server of the same passages, for a bundle without."""
+    """Server of the same passages, for a bundle without an index."""
 
 
 COPIED = Searched()
@@ -59,18 +59,18 @@ COPIED = Searched()
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run's directory tells."""
+    """The facts that a bundle needs from a run's directory."""
 
     directory: Path
     config: Config
     policies: list[dict[str, Any]]
-    """The evaluated ones, in order, with their figures."""
+    """Evaluated policies, in order, with their figures."""
 
     @classmethod
     def read(cls, directory: Path) -> "Run":
         """
         Raises:
-            RunError: no policy of it was evaluated, or its files are damaged.
+            RunError: no policy of the run was evaluated, or its files are damaged.
         """
         try:
             config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
@@ -90,10 +90,10 @@ class Run:
             ) from None
 
     def place(self, stage: str) -> str | Path:
-        """The policy that ``stage`` made; ``base``: the one that the run started from.
+        """The policy made by ``stage``; for ``base``, the one that the run started from.
 
         Raises:
-            RunError: the run has none.
+            RunError: the run has no such policy.
         """
         if stage == "base" and any(policy["stage"] == "base" for policy in self.policies):
             return self.config.policy.model
@@ -104,7 +104,7 @@ class Run:
         return self.directory / stage / "policy"
 
     def evaluation(self, stage: str) -> Manifest | None:
-        """How ``stage`` was evaluated."""
+        """The manifest of the evaluation of ``stage``; ``None`` if there is none."""
         place = self.directory / f"evaluation-{stage}" / runs.MANIFEST
         try:
             return Manifest.model_validate_json(runs.read_summed(place))
@@ -115,7 +115,7 @@ class Run:
 
     @property
     def indexes(self) -> list[Path]:
-        """What it searched; none for a server or a retriever of its owner's."""
+        """The indexes that the run searched; empty for a server or a custom retriever."""
         kinds = index_kinds(self.config.retrieval)
         return list(self.config.retrieval.index) or [self.directory / "index" / kind for kind in kinds] if kinds else []
 
@@ -132,16 +132,19 @@ def make_bundle(
     checksum: str | None = None,
     renew: bool = False,
 ) -> Bundle:
-    """Write a bundle of ``run`` into ``out``, which appears as a whole. Weights are loaded into the CPU's memory.
+    """Write a bundle of ``run`` to ``out``, which appears as a whole. Weights are loaded into CPU memory.
 
-    ``stage``: which policy, the last by default. ``dtype``: of its weights; by default what the run computed in.
-    ``modelfile``: with a file for Ollama. ``checksum``: the policy's, where it is known. ``renew``: in the place of an earlier
-    bundle, unless that is of the same policy with the same figures.
+    Args:
+        stage: the stage that made the policy; by default the last.
+        dtype: type of the weights; by default the type that the run computed in.
+        modelfile: add a Modelfile for Ollama.
+        checksum: the policy's, if known.
+        renew: replace an earlier bundle, unless it has the same policy and figures.
 
     Raises:
         RunError: ``out`` exists, cannot be written to or its disk is full; or the run lacks the policy, or it is damaged.
-        DataError: the index is missing, or not the one that the run searched.
-        ModelError: the policy does not load.
+        DataError: the index is missing, or is not the one that the run searched.
+        ModelError: the policy cannot be loaded.
     """
     if out.exists() and not renew:
         raise _there(out)
@@ -176,7 +179,7 @@ def make_bundle(
             trained=_trained(told, stage, measured),
         )
         bundle.write(work)
-        for weights in bundle.weights:  # safetensors lets nobody else read what it writes
+        for weights in bundle.weights:  # safetensors creates files that only their owner can read
             (work / weights).chmod((work / FILE).stat().st_mode)
         (work / card.FILE).write_text(card.text(bundle, base, manifests, _encoder(sources)), encoding="utf-8")
         if modelfile:
@@ -185,7 +188,7 @@ def make_bundle(
 
 
 def bundle_of_run(run: Path, checksum: str) -> Bundle:
-    """The bundle of the last policy of ``run``, which has this checksum, in the run; raises as ``make_bundle``."""
+    """Make the bundle of the last policy of ``run``, which has ``checksum``, in the run; raises as ``make_bundle``."""
     return make_bundle(run, run / AGENT, name=run.resolve().name, checksum=checksum, renew=True)
 
 
@@ -197,12 +200,12 @@ def _present(out: Path) -> Bundle | None:
 
 
 def _load(config: Config, place: str | Path, dtype: Dtype | None, measured: Manifest | None) -> Policy:
-    """The policy on the CPU, its weights in ``dtype``, or in what the run computed in."""
+    """The policy on the CPU, with weights in ``dtype``, or else in the type that the run computed in."""
     wanted = dtype or config.policy.dtype
     settings = config.policy.model_copy(update={"device": "cpu", "dtype": wanted})
     policy = policies.load(place, settings, config.prompts, master_weights=wanted == "auto")
     if wanted == "auto":
-        # The run's device, as far as it is known: what its evaluation held, or what this machine has.
+        # The run's device, as far as known: its evaluation's if recorded, else this machine's.
         there = device("auto") if measured is None or measured.gpus else torch.device("cpu")
         has = bool(measured and measured.gpus and there.type == "cpu") or multiplies_bfloat16(there)
         policy.dtype = compute_dtype("auto", policy.model.num_parameters(), has)
@@ -215,11 +218,11 @@ def _name(dtype: torch.dtype) -> Any:
 
 
 def _searched(run: Run, searched: Searched, measured: Manifest | None) -> tuple[list[Path], str | None]:
-    """Indexes to copy or to describe, and their checksum as the run's evaluation knew it.
+    """The indexes to copy or describe, and their checksum according to the run's evaluation.
 
     Raises:
-        RunError: an index is not there.
-        DataError: it is none, or another one.
+        RunError: an index is missing.
+        DataError: a directory is not an index, or not the one that the run searched.
     """
     sources = list(searched.indexes) or run.indexes
     for source in sources if searched.copied else ():
@@ -230,7 +233,7 @@ def _searched(run: Run, searched: Searched, measured: Manifest | None) -> tuple[
             )
     sources = [source for source in sources if source.is_dir()]
     known = (measured.inputs if measured else {}).get("retrieval", "")
-    checksum = known if re.fullmatch("[0-9a-f]{64}", known) else None  # a server may tell none
+    checksum = known if re.fullmatch("[0-9a-f]{64}", known) else None  # a server may report none
     if len(sources) == 1 and not run.config.retrieval.parameters:
         found = indexes.read(sources[0]).checksum
         if checksum and found != checksum:
@@ -243,13 +246,13 @@ def _searched(run: Run, searched: Searched, measured: Manifest | None) -> tuple[
 
 
 def _address(config: Config, searched: Searched) -> str | None:
-    """The server's; not one that holds a key, which a run does not record and a bundle must not spread."""
+    """The server's URL; ``None`` if it contains a key, which a run does not record and a bundle must not leak."""
     url = searched.url or (None if searched.indexes or index_kinds(config.retrieval) else config.retrieval.url)
     return None if url and (HIDDEN in url or masked_url(url) != url) else url
 
 
 def _link(source: Path, into: Path) -> str:
-    """The index ``source`` in a directory of ``into`` named by its kind: hard links to its files, or copies. Its name."""
+    """Put the index ``source`` in a directory of ``into`` named by its kind, by hard links or copies; returns its name."""
     manifest = indexes.read(source)
     place, number = into / manifest.kind, 1
     while place.exists():
@@ -257,25 +260,25 @@ def _link(source: Path, into: Path) -> str:
         place = into / f"{manifest.kind}-{number}"
     for name in (*manifest.files, indexes.MANIFEST, indexes.MANIFEST + SUM):
         file, to = (source / name).resolve(), place / name
-        if name.endswith(SUM) and not file.exists():  # of an earlier version
+        if name.endswith(SUM) and not file.exists():  # an index of an earlier version has none
             continue
         to.parent.mkdir(parents=True, exist_ok=True)
         try:
             to.hardlink_to(file)
-        except OSError:  # another file system, one without hard links, or somebody else's file
+        except OSError:  # a different file system, one without hard links, or another user's file
             shutil.copyfile(file, to)
     return f"{into.name}/{place.name}"
 
 
 def _encoder(sources: Sequence[Path]) -> str | None:
-    """What encodes the queries of a dense index; it is in no bundle."""
+    """The query encoder of a dense index; bundles do not contain it."""
     files = [source / "encoder.json" for source in sources]
     told = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
     return next((str(about["model"]) for about in told), None)
 
 
 def _trained(run: Run, stage: str, measured: Manifest | None) -> dict[str, Any]:
-    """Where the bundle comes from; of files, their names alone, since paths tell of the machine."""
+    """The bundle's origin. Files are given by name only, since paths describe the machine."""
     config = json.loads(json.dumps(run.config.fingerprint(), default=str))
     config["data"] = {key: _names(value) for key, value in config["data"].items()}
     config["policy"]["model"] = card.plain_name(run.config.policy.model)
@@ -290,7 +293,7 @@ def _trained(run: Run, stage: str, measured: Manifest | None) -> dict[str, Any]:
 
 
 def _names(value: Any) -> Any:
-    """Paths by their names."""
+    """``value`` with each path replaced by its file name."""
     if isinstance(value, str):
         return Path(value).name
     if isinstance(value, Mapping):
@@ -304,13 +307,12 @@ def _there(out: Path) -> RunError:
 
 @contextmanager
 def _building(out: Path, renew: bool) -> Iterator[Path]:
-    """A hidden directory beside ``out``, which gets its name when the context ends; if it fails, nothing is left."""
-
+    """A hidden directory beside ``out``, renamed to it when the context ends; removed on failure."""
     out = out.resolve()
     work, old = (out.with_name(f".{out.name}.{part}") for part in ("unfinished", "old"))
     with disk.translate_disk_errors(out), locks.held(work):
         try:
-            for left in work.iterdir():  # of an attempt that was killed
+            for left in work.iterdir():  # from a killed attempt
                 if not left.name.startswith("."):
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield work
@@ -320,7 +322,7 @@ def _building(out: Path, renew: bool) -> Iterator[Path]:
                 else:
                     with file.open("rb") as stream:
                         os.fsync(stream.fileno())
-            if out.exists() and not renew:  # finished by another process in the meantime
+            if out.exists() and not renew:  # another process finished it meanwhile
                 raise _there(out)
             shutil.rmtree(old, ignore_errors=True)
             if out.exists():
@@ -329,7 +331,7 @@ def _building(out: Path, renew: bool) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
-        for left in out.glob(".*"):  # the lock
+        for left in out.glob(".*"):  # the lock's files
             left.unlink()
         shutil.rmtree(old, ignore_errors=True)
         sync(out.parent)

@@ -41,13 +41,13 @@ class FoundPassage(BaseModel):
 
 
 class CitedPassage(FoundPassage):
-    """A passage that the agent has read."""
+    """A passage that the agent read."""
 
     holds: bool = Field(description="The answer stands in it, word for word.")
 
 
 class AskedAnswer(BaseModel):
-    """What the agent says."""
+    """The agent's answer."""
 
     answer: str | None = Field(description="Its answer; null if it came to none.")
     found: bool = Field(description="Whether the documents hold it. If not, it is a guess.")
@@ -56,7 +56,7 @@ class AskedAnswer(BaseModel):
 
 
 class FoundPassages(BaseModel):
-    """What a search found."""
+    """The result of a search."""
 
     passages: list[FoundPassage]
 
@@ -76,7 +76,7 @@ def make_server(agent: Agent, settings: ServeSettings) -> MCPServer[Any]:
         question: Annotated[str, Field(pattern=r"\S", max_length=most, description="One question, understandable by itself.")],
     ) -> Annotated[CallToolResult, AskedAnswer]:
         """Answer a question from the documents: the agent searches them, several times if need be, and names its sources."""
-        answer = await _told(queue.ask(question), settings.timeout)
+        answer = await _reported(queue.ask(question), settings.timeout)
         return _result(_readable(answer), _structured(answer))
 
     @server.tool(annotations=_READS)
@@ -85,7 +85,7 @@ def make_server(agent: Agent, settings: ServeSettings) -> MCPServer[Any]:
         topk: Annotated[int, Field(ge=1, le=_MOST_FOUND, description="Most passages.")] = agent.limits.topk,
     ) -> Annotated[CallToolResult, FoundPassages]:
         """Find passages of the documents, without an answer."""
-        found = await _told(run_in_threadpool(agent.search, query, topk), settings.timeout)
+        found = await _reported(run_in_threadpool(agent.search, query, topk), settings.timeout)
         passages = [_found(passage) for passage in found]
         text = "\n\n".join(f"[{i}] {_cited(passage)}\n{passage.text}" for i, passage in enumerate(found, 1))
         return _result(text or "nothing found", FoundPassages(passages=passages))
@@ -94,7 +94,7 @@ def make_server(agent: Agent, settings: ServeSettings) -> MCPServer[Any]:
 
 
 def run_stdio(agent: Agent, settings: ServeSettings) -> None:
-    """Serve over standard input and output until the input ends. The SDK lets nothing but its messages out there."""
+    """Serve over standard input and output until the input ends. The SDK keeps everything but its messages off stdout."""
     asyncio.run(make_server(agent, settings).run_stdio_async())
 
 
@@ -116,7 +116,7 @@ def make_app(
     agent: Agent, settings: ServeSettings, *, key: str | None = None, origins: Sequence[str] = (), local: bool = True
 ) -> Access:
     """The ASGI application of ``run_http``."""
-    # ``Access`` checks names and web pages.
+    # ``Access`` checks hosts and origins.
     unchecked = TransportSecuritySettings(enable_dns_rebinding_protection=False)
     app = make_server(agent, settings).streamable_http_app(
         transport_security=unchecked, max_request_body_size=settings.max_body_bytes
@@ -124,11 +124,11 @@ def make_app(
     return Access(app, key, frozenset(origins), local and key is None)
 
 
-async def _told(work: Any, timeout: float) -> Any:
-    """What ``work`` comes to.
+async def _reported(work: Any, timeout: float) -> Any:
+    """The result of ``work``.
 
     Raises:
-        ToolError: it failed, in one line.
+        ToolError: it failed; the message is one line.
     """
     try:
         return await work

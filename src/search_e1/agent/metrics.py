@@ -50,7 +50,7 @@ class Metrics:
 
 
 class Counted:
-    """An ASGI application whose responses are counted."""
+    """ASGI middleware that counts responses."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics

@@ -1,4 +1,4 @@
-"""A Modelfile: what Ollama needs to import a bundle's weights, and what is lost there."""
+"""A Modelfile, with which Ollama imports a bundle's weights, and what is lost that way."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ _QUESTION = "SEARCHE1QUESTION"
 
 
 def write(directory: Path, tokenizer: Any, prompts: Prompts, limits: RolloutConfig) -> None:
-    """Write the Modelfile of the policy in ``directory``: greedy, ended where the agent's loop ends a generation."""
+    """Write the Modelfile of the policy in ``directory``: greedy, with the agent's stop sequences and limits."""
     stops = protocol_of(tokenizer, prompts).stop
     lines = [
         f"# Made by search-e1. The model alone, without the agent's loop, has {LOST}.",
@@ -33,7 +33,7 @@ def write(directory: Path, tokenizer: Any, prompts: Prompts, limits: RolloutConf
 
 
 def _template(tokenizer: Any, prompts: Prompts) -> str | None:
-    """The prompt of one question with Ollama's name for it; ``None`` if it would be read as other ids there."""
+    """The prompt of one question with Ollama's placeholder; ``None`` if its text would be tokenized differently."""
     ids = plain_prompt(tokenizer, prompts, _QUESTION)
     text = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
     if tuple(tokenizer(text, add_special_tokens=False).input_ids) != ids:

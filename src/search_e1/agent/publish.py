@@ -1,4 +1,4 @@
-"""Bundles on the Hugging Face Hub: pushed to it, and opened from it."""
+"""Push bundles to the Hugging Face Hub, and download them from it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +20,13 @@ from search_e1.errors import ConfigError, DataError
 from search_e1.runs.devices import no_bars
 
 _OURS = ["*.safetensors", "*.safetensors.index.json", "index/*", "Modelfile"]
-"""What an earlier bundle in the repository had and this one has not goes: passages that were left out above all."""
+"""Files deleted from the repository if this bundle lacks them, above all an index that was left out."""
 
 
 def check_push(repository: str) -> None:
     """
     Raises:
-        ConfigError: the Hub can have no such repository, or no token is known here.
+        ConfigError: the repository's name is invalid, or there is no token on this machine.
     """
     try:
         validate_repo_id(repository)
@@ -39,13 +39,13 @@ def check_push(repository: str) -> None:
 
 
 def push(bundle: Bundle, repository: str, *, private: bool = False) -> str:
-    """Upload the bundle to ``repository``, which is made if it is not there; its address.
+    """Upload the bundle to ``repository``, created if missing; returns its URL.
 
-    ``private``: nobody else can read it; a public repository that is there already is refused.
+    ``private``: make the repository private; an existing public one is refused.
 
     Raises:
-        ConfigError: no token, or one that may not write there.
-        DataError: the Hub cannot be reached, or refuses.
+        ConfigError: there is no token, or it may not write to the repository.
+        DataError: the Hub cannot be reached, or refuses the upload.
     """
     check_push(repository)
     api = HfApi()
@@ -61,7 +61,7 @@ def push(bundle: Bundle, repository: str, *, private: bool = False) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` can be ``owner/name`` on the Hub, and no path."""
+    """Whether ``name`` can be ``owner/name`` on the Hub, and is not a path."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -70,11 +70,11 @@ def is_hub_id(name: str) -> bool:
 
 
 def download(repository: str, revision: str | None = None) -> Path:
-    """The directory of a bundle on the Hub; its files are downloaded, unless they are here and unchanged.
+    """Download a bundle from the Hub unless it is cached and unchanged; returns its directory.
 
     Raises:
-        ConfigError: no such revision, or no right to read it.
-        DataError: there is none, or it is no bundle, or the Hub cannot be reached and nothing is here.
+        ConfigError: the revision does not exist, or may not be read.
+        DataError: the repository does not exist or is not a bundle, or the Hub cannot be reached and nothing is cached.
     """
     with _translated(repository, "give the directory of a bundle, or its OWNER/NAME on the Hub"), no_bars():
         place = Path(snapshot_download(repository, revision=revision))
@@ -85,7 +85,7 @@ def download(repository: str, revision: str | None = None) -> Path:
 
 @contextmanager
 def _translated(repository: str, remedy: str) -> Iterator[None]:
-    """The Hub's errors in one line."""
+    """Translate the Hub's errors into one line."""
     try:
         yield
     except RevisionNotFoundError:
@@ -107,7 +107,7 @@ def _translated(repository: str, remedy: str) -> Iterator[None]:
         raise DataError(f"{repository}: the Hub refuses ({one_line(error)}); {remedy}") from None
     except (ConfigError, DataError):
         raise
-    except ValueError as error:  # its check of the card, for one
+    except ValueError as error:  # for example its check of the card
         raise DataError(f"{repository}: the Hub refuses ({one_line(error)}); mend that in the bundle") from None
-    except Exception as error:  # the errors of the transport below are part of no interface
+    except Exception as error:  # errors of its transport are not part of the interface
         raise DataError(f"{repository}: the Hub cannot be reached ({one_line(error)}); {remedy}") from error

@@ -1,4 +1,4 @@
-"""Questions of a server: so many are answered together, so many wait, and whoever goes away is no longer answered."""
+"""A server's questions: a limited number is answered at once, a limited number waits, and disconnected clients are dropped."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -11,19 +11,19 @@ from search_e1.types import Passage, Turn
 
 Result = TypeVar("Result")
 Event = str | tuple[Turn, Sequence[Passage]]
-"""A piece of what is sampled, or a turn with the passages that were read."""
+"""A piece of sampled text, or a turn with the passages that were read."""
 
 
 class QueueFullError(Exception):
-    """No more questions may wait."""
+    """The queue of waiting questions is full."""
 
 
 class GoneError(Exception):
-    """The client is gone."""
+    """The client has disconnected."""
 
 
 class Slots:
-    """``at_once`` slots, and at most ``max_waiting`` who wait for one, first come, first served."""
+    """``at_once`` slots, and at most ``max_waiting`` waiting for one, first come, first served."""
 
     def __init__(self, at_once: int, max_waiting: int) -> None:
         self.waiting = self.taken = 0
@@ -33,7 +33,7 @@ class Slots:
     async def slot(self) -> AsyncIterator[None]:
         """
         Raises:
-            QueueFullError: too many wait.
+            QueueFullError: too many are waiting.
         """
         if self._free.locked() and self.waiting >= self._max_waiting:
             raise QueueFullError
@@ -51,20 +51,20 @@ class Slots:
 
 
 class QuestionQueue:
-    """Questions on their way to an agent."""
+    """The questions sent to an agent."""
 
     def __init__(self, agent: Agent, max_waiting: int, timeout: float) -> None:
-        """``timeout``: seconds for a question, waiting for a place included."""
+        """``timeout``: seconds for a question, including its wait for a slot."""
         self._agent, self._timeout = agent, timeout
         self.slots = Slots(agent.limits.batch_size, max_waiting)
 
     async def ask(self, question: str, tell: Callable[[Event], None] | None = None, **options: Any) -> Answer:
         """The answer; ``options`` are those of ``Agent.submit``. Cancelling this cancels the question.
 
-        ``tell`` is called in the event loop with what happens on the way.
+        ``tell`` is called in the event loop with each event.
 
         Raises:
-            QueueFullError: too many questions wait.
+            QueueFullError: too many questions are waiting.
             TimeoutError: it took too long.
             SearchE1Error: as ``Agent.ask``.
         """
@@ -78,14 +78,14 @@ class QuestionQueue:
             try:
                 return await asyncio.wrap_future(job.answer)
             finally:
-                self._agent.cancel(job)  # of one that is answered this does nothing
+                self._agent.cancel(job)  # does nothing if it is answered
 
 
 async def while_there(receive: Callable[[], Any], work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of ``work``, which is cancelled when the client of an ASGI ``receive`` goes away.
+    """The result of ``work``, which is cancelled when the client of an ASGI ``receive`` disconnects.
 
     Raises:
-        GoneError: it did.
+        GoneError: the client disconnected.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
     try:

@@ -1,4 +1,4 @@
-"""What a policy says before its answer, told apart from the answer while it is being sampled."""
+"""Separates a policy's reasoning from its answer while the text is being sampled."""
 
 import re
 
@@ -9,16 +9,16 @@ _BEGUN_TAG = re.compile(r"<[^<>]*\Z")
 
 
 class Reasoning:
-    """Hands on the text of actions up to where an answer begins, as soon as it is sure that it is none."""
+    """Passes on the text of actions up to the answer, each piece as soon as it is certain not to belong to the answer."""
 
     def __init__(self, protocol: Protocol) -> None:
         self._protocol = protocol
-        # What would make an answer of the text so far: its closing tag, or the end of the message.
+        # Endings that would turn the text so far into an answer: its closing tag, or the end of the message.
         self._ends = [end for end in protocol.stop if "answer" in end] or list(protocol.stop)
         self._text, self._told = "", 0
 
     def feed(self, piece: str) -> str:
-        """``piece`` was sampled; what can be told now."""
+        """Add the sampled ``piece``; returns the text that is now certain to be reasoning."""
         self._text += piece
         begun = _BEGUN_TAG.search(self._text)
         sure = begun.start() if begun else len(self._text)
@@ -28,7 +28,7 @@ class Reasoning:
         return self._upto(sure if self._ends else 0)
 
     def turn(self, turn: Turn, said: str | None = None) -> str:
-        """The action is complete; what is left to tell of it. ``said``: its text, where none was fed."""
+        """Complete the action; returns the rest of its reasoning. ``said``: its text, if it was not fed."""
         self._text = self._text if said is None else said
         begins = self._protocol.begins(turn.action_text) if turn.kind is ActionKind.ANSWER else None
         rest = self._upto(len(self._text) if begins is None else begins)

@@ -1,7 +1,7 @@
-"""Questions from any number of threads, answered together through one session of the engine.
+"""Continuous batching of questions from any number of threads, in one session of the engine.
 
-A thread of its own owns the session. While there are questions it samples a token of each, and between two tokens lets new
-ones join and cancelled ones leave; when the last is answered it gives the session back, and the memory of its cache.
+A dedicated thread owns the session. It samples one token per question at a time; between tokens, new questions join and
+cancelled ones leave. When the last is answered, it closes the session, which frees the memory of its cache.
 """
 
 import logging
@@ -27,18 +27,18 @@ from search_e1.types import Passage, Question, Trajectory, Turn
 
 logger = logging.getLogger(__name__)
 _LOWEST = 0.01
-"""Lower temperatures are greedy. Logits over one near 0 are infinite, which would end all that are sampled together."""
+"""Lower temperatures become greedy: logits divided by one near 0 overflow, which would fail the whole batch."""
 OnText = Callable[[str], None]
 OnTurn = Callable[[Turn, Sequence[Passage]], None]
 
 
 class QuestionError(ModelError):
-    """A question that cannot be asked, whatever else can."""
+    """One question that cannot be answered; others can."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A question under way."""
+    """A question in progress."""
 
     question: Question
     seed: int
@@ -48,14 +48,14 @@ class Job:
     number: int
     reading: Reading
     max_tokens: int | None = None
-    """Most tokens that are sampled for it."""
+    """Maximum number of tokens to sample."""
     answer: Future[Answer] = field(default_factory=Future)
-    """Its answer, or what it failed with; cancelled by ``Scheduler.cancel``."""
+    """The answer or error; cancelled by ``Scheduler.cancel``."""
     stream: "TextStream | None" = None
 
 
 class Scheduler:
-    """Answers questions; ``submit`` is for all threads. Its callbacks run in its own thread, which waits for them."""
+    """Answers questions. ``submit`` is thread-safe; callbacks run in the scheduler's thread and block it."""
 
     def __init__(self, engine: Engine, retriever: Retriever, prompts: Prompts, limits: RolloutConfig) -> None:
         """
@@ -68,7 +68,7 @@ class Scheduler:
         self._special = frozenset(getattr(engine.tokenizer, "all_special_ids", ()))
         self._inbox: SimpleQueue[Job | None] = SimpleQueue()
         self._jobs: dict[int, Job] = {}
-        """Those that were taken from the inbox and have not ended."""
+        """Jobs taken from the inbox that have not ended."""
         self._numbers = count()
         self._thread = Thread(target=self._run, name="agent", daemon=True)
         self._closed, self._closing = False, Lock()
@@ -84,13 +84,13 @@ class Scheduler:
         on_text: OnText | None = None,
         on_turn: OnTurn | None = None,
     ) -> Job:
-        """Let ``question`` join those under way. Its seed is that of a rollout: ``rollout`` samples the same ids.
+        """Add ``question`` to the batch. With the same ``seed``, ``rollout`` samples the same ids.
 
-        ``on_text`` gets what is sampled, as it is sampled and without end tokens, where the engine tells it (in one piece
-        with the turn, where not); ``on_turn`` each turn as it comes, with the passages that were read, cut ones included.
+        ``on_text`` gets the text without end tokens: as it is sampled if the engine supports it, else once per turn.
+        ``on_turn`` gets each complete turn with the passages that were read, truncated ones included.
 
         Raises:
-            SearchE1Error: it is closed.
+            SearchE1Error: the scheduler is closed.
         """
         temperature = temperature if temperature >= _LOWEST else 0.0
         stream = TextStream(self._engine.tokenizer, self._special, on_text) if on_text else None
@@ -98,25 +98,25 @@ class Scheduler:
             question, seed, temperature, on_text, on_turn, next(self._numbers), Reading(self.protocol), max_tokens,
             stream=stream,
         )  # fmt: skip
-        with self._closing:  # what comes after the end is answered by nobody
+        with self._closing:  # a job put after the end would never be answered
             if self._closed:
                 raise SearchE1Error("the agent is closed; open it again")
             self._inbox.put(job)
         return job
 
     def said(self, turn: Turn) -> str:
-        """The text that was sampled in ``turn``, without end tokens: what ``on_text`` gets of it."""
+        """The text sampled in ``turn``, without end tokens, as ``on_text`` gets it."""
         heard: list[str] = []
         TextStream(self._engine.tokenizer, self._special, heard.append).finish(turn.action_ids)
         return "".join(heard)
 
     def cancel(self, job: Job) -> None:
-        """Give up a question; its ``answer`` is cancelled, unless it is there already."""
+        """Cancel a question and its ``answer``, unless it is answered already."""
         if job.answer.cancel():
             self._inbox.put(job)  # to be dropped
 
     def close(self) -> None:
-        """Give up what is under way, and wait for the thread to end."""
+        """Cancel unanswered questions, and wait for the thread to end."""
         self._end_of_inbox()
         self._thread.join()
 
@@ -125,7 +125,7 @@ class Scheduler:
             self._closed = True
             self._inbox.put(None)
 
-    # All below runs in the thread.
+    # Everything below runs in the thread.
 
     def _run(self) -> None:
         while job := self._inbox.get():
@@ -134,7 +134,7 @@ class Scheduler:
             try:
                 self._session(job)
             except BaseException as error:
-                if not self._jobs:  # all were answered before
+                if not self._jobs:  # all are answered, so nobody gets the error
                     logger.warning("%s", error)
                 self._fail(error)
                 if not isinstance(error, Exception):
@@ -144,9 +144,9 @@ class Scheduler:
         self._fail(CancelledError())
 
     def _session(self, first: Job) -> None:
-        """Answer ``first``, and all that come meanwhile."""
+        """Answer ``first`` and all questions that arrive meanwhile."""
         spent = Spent()
-        self._jobs[first.number] = first  # it is told if there is no session to be had
+        self._jobs[first.number] = first  # so that it gets the error if the session cannot be opened
         opened = open_loop(
             self._engine, self._retriever, self._limits, self._prompts, temperature=0.0, seed=0, on_turn=self._turn,
             on_trajectory=self._end,
@@ -160,7 +160,7 @@ class Scheduler:
                 self._drop_ended(loop)
 
     def _admit(self, loop: RolloutLoop) -> bool:
-        """Take in what has come meanwhile; false when all is to end."""
+        """Admit the jobs in the inbox; false when the scheduler is closing."""
         while True:
             try:
                 job = self._inbox.get_nowait()
@@ -182,7 +182,7 @@ class Scheduler:
             self._jobs[job.number] = job
             start = Start(job.question, ids, seed=job.seed, temperature=job.temperature, max_sampled=job.max_tokens)
             loop.add(job.number, start)
-        except ModelError as error:  # of this question alone
+        except ModelError as error:  # concerns only this question
             self._jobs.pop(job.number, None)
             _set(job.answer, QuestionError(str(error)))
 
@@ -194,7 +194,7 @@ class Scheduler:
             self._call(job, job.on_turn, turn, read)
 
     def _call(self, job: Job, callback: Callable[..., None] | None, *arguments: Any) -> None:
-        """What a callback raises ends its own question alone."""
+        """Call ``callback``; an exception in it ends only its own question."""
         try:
             if callback and not job.answer.done():
                 callback(*arguments)
@@ -209,7 +209,7 @@ class Scheduler:
             _set(job.answer, job.reading.answer(job.question.text, plain))
 
     def _tell(self, loop: RolloutLoop) -> None:
-        """Hand on what was sampled to those who listen."""
+        """Pass sampled text on to the jobs with ``on_text``."""
         listening = [job for job in self._jobs.values() if job.stream]
         if not listening:
             return
@@ -223,7 +223,7 @@ class Scheduler:
             loop.drop(number)
 
     def _fail(self, error: BaseException) -> None:
-        """End all questions of a session that failed."""
+        """End all questions of a failed session with ``error``."""
         jobs, self._jobs = list(self._jobs.values()), {}
         if isinstance(error, CancelledError):
             while not self._inbox.empty():
@@ -234,7 +234,7 @@ class Scheduler:
 
 
 def _set(future: "Future[Any]", value: Any) -> None:
-    """The outcome of a future that its owner may cancel at any time."""
+    """Set the outcome of a future that its owner may cancel at any time."""
     if not future.set_running_or_notify_cancel():
         return
     if isinstance(value, CancelledError):
@@ -246,7 +246,7 @@ def _set(future: "Future[Any]", value: Any) -> None:
 
 
 class TextStream:
-    """Turns the ids of one generation after another into text: each character once, when it is whole."""
+    """Decodes the ids of successive generations incrementally: each character once, when it is complete."""
 
     def __init__(self, tokenizer: Any, special: frozenset[int], on_text: OnText) -> None:
         self._tokenizer, self._special, self._on_text = tokenizer, special, on_text
@@ -254,14 +254,14 @@ class TextStream:
 
     def _begin(self) -> None:
         self._fed = 0
-        """Ids that were looked at."""
+        """Number of ids processed."""
         self._ids: list[int] = []
-        """Those of them that are text."""
+        """The processed ids without special tokens."""
         self._context = self._shown = 0
-        """Text up to ``_shown`` was handed on; ids from ``_context`` on are decoded with what follows, which may change it."""
+        """Text of ids before ``_shown`` was passed on; ids from ``_context`` on are decoded with new ones, as context."""
 
     def feed(self, ids: Sequence[int]) -> None:
-        """``ids``: all that were sampled of the generation so far."""
+        """``ids``: all ids of the generation so far."""
         self._ids += [id for id in ids[self._fed :] if id not in self._special]
         self._fed = len(ids)
         before, now = self._decode(self._ids[self._context : self._shown]), self._decode(self._ids[self._context :])
@@ -270,7 +270,7 @@ class TextStream:
             self._context, self._shown = self._shown, len(self._ids)
 
     def finish(self, ids: Sequence[int]) -> None:
-        """The generation is complete; what is left of it that is whole is handed on."""
+        """Complete the generation: pass on its remaining complete characters."""
         self.feed(ids)
         before, now = self._decode(self._ids[self._context : self._shown]), self._decode(self._ids[self._context :])
         rest = now[len(before) :].rstrip("\N{REPLACEMENT CHARACTER}")

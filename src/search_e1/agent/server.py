@@ -1,4 +1,4 @@
-"""The agent served: OpenAI's chat completions with the whole loop inside, its passages, a search, and the page.
+"""The agent's server: OpenAI's chat completions with the whole search loop inside, passages, search, and the web page.
 
 Needs the extra ``serve``.
 """
@@ -43,7 +43,7 @@ from search_e1.types import Passage
 logger = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
 PAGE_HEADERS = {
-    # No inline code, nothing from elsewhere, and no text becomes markup.
+    # No inline code, nothing external, and text never becomes markup.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -51,11 +51,11 @@ PAGE_HEADERS = {
     "Cache-Control": "no-cache",
 }
 _RECENT = 10_000
-"""Passages of recent answers that can be read again where the retriever looks none up."""
+"""Passages of recent answers kept for retrievers that cannot look up a passage by id."""
 _SEARCHES = 4
-"""Searches of clients' at the same time."""
+"""Maximum concurrent searches of clients."""
 _MOST_FOUND = 100
-"""Most passages of one."""
+"""Maximum passages per search."""
 
 
 def serve(
@@ -78,8 +78,8 @@ def make_app(
 ) -> Counted:
     """The ASGI application that serves ``agent``.
 
-    ``key``: what clients must send. ``origins``: other web pages that may ask. ``local``: it listens on the loopback
-    interface alone, where without a key it answers to no name but this machine's.
+    ``key``: clients must send it. ``origins``: other web pages that may send requests. ``local``: the server listens only on
+    the loopback interface; without a key, it then answers only to this machine's own names.
     """
     app = FastAPI(title="search-e1 agent", docs_url=None, redoc_url=None)
     service = Service(agent, settings)
@@ -87,9 +87,9 @@ def make_app(
     service.metrics = metrics
     _add_routes(app, service)
     pages = _add_page(app)
-    app.add_exception_handler(HTTPException, _told)
-    app.add_exception_handler(RequestValidationError, _told)
-    app.add_exception_handler(Refused, _told)
+    app.add_exception_handler(HTTPException, _error_response)
+    app.add_exception_handler(RequestValidationError, _error_response)
+    app.add_exception_handler(Refused, _error_response)
     app.add_exception_handler(Exception, _broken)
     guarded: Any = Access(app, key, frozenset(origins), local and key is None, frozenset({"/healthz", *pages}))
     if origins:
@@ -98,7 +98,7 @@ def make_app(
 
 
 class Service:
-    """What the routes do."""
+    """The implementation of the routes."""
 
     metrics: Metrics
 
@@ -112,7 +112,7 @@ class Service:
         self._recent: LRUCache[str, Passage] = LRUCache(_RECENT)
 
     async def chat(self, request: Request) -> Response:
-        """Answer, or begin to."""
+        """Answer a request, as a whole or as a stream."""
         begun = time.perf_counter()
         taken: list[int] = []
         try:
@@ -134,7 +134,7 @@ class Service:
         self, question: str, asked: ChatRequest, begun: float, tell: Callable[[Event], None] | None = None
     ) -> Answer:
         temperature = asked.temperature or 0.0
-        # As elsewhere: without a seed, one sample is not the next.
+        # As in OpenAI's API, samples differ without a seed.
         seed = asked.seed if asked.seed is not None else random.getrandbits(32) if temperature else 0
         answer = await self.queue.ask(question, tell, temperature=temperature, seed=seed, max_tokens=asked.most)
         self.metrics.answered(answer, time.perf_counter() - begun)
@@ -144,7 +144,7 @@ class Service:
     async def _failing(self, work: Coroutine[Any, Any, Answer]) -> Answer:
         """
         Raises:
-            Refused: whatever goes wrong.
+            Refused: on any error.
         """
         try:
             return await work
@@ -155,7 +155,7 @@ class Service:
             raise self.refusal(error) from error
 
     def refusal(self, error: Exception) -> Refused:
-        """What a client is told of a question that failed."""
+        """The refusal sent to a client for a failed question."""
         refused, why = _refusal(error, self.settings.timeout)
         self.metrics.failures.labels(why).inc()
         return refused
@@ -165,7 +165,7 @@ class Service:
         return [reasoning.turn(turn, self.agent.said(turn)) for turn in answer.trajectory.turns]
 
     def remember(self, passages: Sequence[Passage]) -> None:
-        """Keep what can be looked up nowhere else."""
+        """Keep passages that the retriever cannot look up."""
         if not self._looks_up:
             self._recent.update({passage.id: passage for passage in passages})
 
@@ -186,7 +186,7 @@ class Service:
 
 
 class Stream(Response):
-    """Server-sent events of one question. Until the first of them its failure is a plain response with its status."""
+    """Server-sent events of one question. A failure before the first event is a plain response with an error status."""
 
     def __init__(
         self, service: Service, completion: Completion, ask: Callable[..., Coroutine[Any, Any, Answer]], *, reasoning: bool,
@@ -244,7 +244,7 @@ class Stream(Response):
             self._open = True
             self._service.metrics.first_seconds.observe(time.perf_counter() - self._begun)
             headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-            headers += [(b"x-accel-buffering", b"no")]  # a proxy that collects responses would undo the streaming
+            headers += [(b"x-accel-buffering", b"no")]  # keeps proxies from buffering the stream
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await self._send(send, self._completion.first())
         await send({"type": "http.response.body", "body": b"data: " + to_json(event) + b"\n\n", "more_body": True})
@@ -257,11 +257,11 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/chat/completions", openapi_extra=whole, responses={**_RESPONSES, **_STREAM})
     async def chat(request: Request) -> Response:
-        """Answer the last message of the user, with the whole loop of thoughts and searches inside."""
+        """Answer the last message of the user, running the whole search loop."""
         try:
             return await service.chat(request)
         except (ClientDisconnect, GoneError):
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=499)  # the client has disconnected
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -287,12 +287,12 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         q: Annotated[str, Query(pattern=r"\S", max_length=settings.max_question_chars)],
         topk: Annotated[int | None, Query(ge=1, le=_MOST_FOUND)] = None,
     ) -> JSONResponse:
-        """The passages that a query finds."""
+        """The passages found for a query."""
         return JSONResponse(await service.search(q, topk))
 
     @app.get("/healthz")
     async def health() -> dict[str, Any]:
-        """Whether it answers, and how busy it is."""
+        """Whether the server is up, and how busy it is."""
         slots = service.queue.slots
         return {"status": "ok", "model": agent.name, "under_way": slots.taken, "waiting": slots.waiting}
 
@@ -303,7 +303,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_page(app: FastAPI) -> list[str]:
-    """Serve the page and what belongs to it; their paths."""
+    """Serve the page and its files; returns their paths."""
     files = {"/": PAGE / "index.html"} | {f"/page/{file.name}": file for file in sorted(PAGE.glob("*")) if file.is_file()}
     found = {path: file for path, file in files.items() if file.is_file()}
     for path, file in found.items():
@@ -340,7 +340,7 @@ _NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"description": "There is no
 
 
 def _refusal(error: Exception, timeout: float) -> tuple[Refused, str]:
-    """What a client is told, and how it is counted."""
+    """The refusal sent to a client, and the metric label that it counts under."""
     match error:
         case Refused():
             return error, "refused"
@@ -358,11 +358,11 @@ def _refusal(error: Exception, timeout: float) -> tuple[Refused, str]:
             logger.error("a question failed: %s", message)
             return Refused(500, message, type="server_error", code="failed"), "failed"
     logger.error("a question failed: %s: %s", type(error).__name__, error, exc_info=error)
-    return Refused(500, "an error of the server, which its log tells", type="server_error", code="internal"), "internal"
+    return Refused(500, "internal server error; see the server log", type="server_error", code="internal"), "internal"
 
 
-async def _told(request: Request, error: Exception) -> Response:
-    """What is wrong with a request, in the API's form."""
+async def _error_response(request: Request, error: Exception) -> Response:
+    """The error of a request, in the API's form."""
     match error:
         case Refused():
             return error.response
@@ -382,4 +382,4 @@ async def _told(request: Request, error: Exception) -> Response:
 
 
 async def _broken(request: Request, error: Exception) -> Response:
-    return Refused(500, "an error of the server, which its log tells", type="server_error", code="internal").response
+    return Refused(500, "internal server error; see the server log", type="server_error", code="internal").response

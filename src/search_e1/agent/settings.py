@@ -1,4 +1,4 @@
-"""Settings of the agent's servers, without the packages that serving needs."""
+"""Settings of the agent's servers; imports none of the packages that serving needs."""
 
 from pydantic import Field
 

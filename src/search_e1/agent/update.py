@@ -1,4 +1,4 @@
-"""The index of an agent, or one that stands alone, follows its corpus."""
+"""Updates an agent's index, or a standalone one, to its corpus."""
 
 import logging
 import shutil
@@ -29,15 +29,15 @@ def update_indexes(
     device: str = "auto",
     processes: int = 1,
 ) -> list[tuple[Path, Change, int]]:
-    """Bring each index up to date with ``corpus``: the index, how it changed, and how many passages were encoded.
+    """Update each index to ``corpus``; returns for each its directory, the change, and the number of passages encoded.
 
-    ``places``: directories of indexes, which take their new form one after another once all are built, or one bundle, whose
-    indexes change together.
+    ``places``: index directories, which are replaced one by one once all are built, or one bundle, whose indexes change
+    together.
 
     Raises:
-        ConfigError: a place is part of a run or of a bundle, or a bundle stands beside another place.
-        DataError: a place is no index, or the corpus is empty or cannot be read.
-        RunError: another process updates it, or its disk is full.
+        ConfigError: a place belongs to a run or a bundle, or a bundle is given together with other places.
+        DataError: a place is not an index, or the corpus is empty or cannot be read.
+        RunError: another process is updating it, or its disk is full.
     """
     bundle = next((place for place in places if (place / FILE).exists()), None)
     if bundle and len(places) > 1:
@@ -69,7 +69,7 @@ def update_indexes(
 
 
 def _refuse_owned(place: Path) -> None:
-    """Raise ``ConfigError`` if figures or an agent are bound to the index as it is."""
+    """Raise ``ConfigError`` if a bundle or a run's figures depend on this index."""
     parent = place.resolve().parent
     if (parent.parent / FILE).exists():
         raise ConfigError(f"{place}: the index of a bundle; give the bundle ({parent.parent}), which names what it searches")
@@ -81,7 +81,7 @@ def _refuse_owned(place: Path) -> None:
 
 
 def _switch(place: Path, encoder: EncoderSettings | None, device: str) -> None:
-    """Name the new indexes in the bundle, all at once, and remove the old ones."""
+    """Switch the bundle to the new indexes, all at once, and remove the old ones."""
     before = Bundle.read(place)
     old = [before.within(name) for name in before.index]
     names = []
@@ -90,7 +90,7 @@ def _switch(place: Path, encoder: EncoderSettings | None, device: str) -> None:
             found = directories.read(beside(index))
             new = index.with_name(f"{found.kind}-{found.checksum[:12]}")
             if new != index:
-                shutil.rmtree(new, ignore_errors=True)  # of an update that was killed before the bundle named it
+                shutil.rmtree(new, ignore_errors=True)  # from an update killed before the bundle named it
                 beside(index).rename(new)
             names.append(new.relative_to(place).as_posix())
         else:
@@ -108,15 +108,15 @@ def _switch(place: Path, encoder: EncoderSettings | None, device: str) -> None:
         }
     )
     after.write(place)
-    _tell_in_card(place, before, after)
+    _update_card(place, before, after)
     for index in old:
         if index not in directories_now:
             shutil.rmtree(index)
 
 
-def _tell_in_card(place: Path, before: Bundle, after: Bundle) -> None:
-    """Say in the model card what is searched now, and that its figures are from before."""
-    from search_e1.agent import card  # imports torch, which an index that stands alone need not wait for
+def _update_card(place: Path, before: Bundle, after: Bundle) -> None:
+    """Write into the model card what is searched now, and that its figures were measured before."""
+    from search_e1.agent import card  # imports torch, which a standalone index does not need
 
     file = place / card.FILE
     was, now = (f"checksum `{bundle.checksum}`" for bundle in (before, after))

@@ -1,4 +1,4 @@
-// The answer, where it stands, and the passages that were read.
+// The answer, where passages hold it, and the passages that were read.
 
 import { excerpt, h, line, origin, plural, said } from "./dom.js";
 
@@ -59,7 +59,7 @@ function unheld(read) {
   return read === 1 ? "The model has a guess, but the passage it read does not hold it." : `The model has a guess, but none of the ${read} passages it read holds it.`;
 }
 
-/** The passages that were read, in the order of the server: those that hold the answer first. */
+/** The passages that were read, in the server's order: those that hold the answer first. */
 function sourceList({ support }, sources, open) {
   if (!sources.length) return null;
   return h("section", { class: "sources", "aria-labelledby": "sources-title" },

@@ -1,10 +1,10 @@
-// Requests to the server this page came from. Addresses are relative, so that it may stand behind a path of a proxy.
+// Requests to the server of this page. Addresses are relative, so that a proxy may serve it under a path.
 
 const KEY = "search-e1-key";
 let key = "";
 try { // storage may be denied
   key = sessionStorage.getItem(KEY) || "";
-} catch { /* asked for again after a reload */ }
+} catch { /* the key is asked for again after a reload */ }
 
 /** Use `value` as the bearer key of this session; empty forgets it. */
 export function setKey(value) {
@@ -12,10 +12,10 @@ export function setKey(value) {
   try {
     if (key) sessionStorage.setItem(KEY, key);
     else sessionStorage.removeItem(KEY);
-  } catch { /* holds until the page is left */ }
+  } catch { /* kept until the page is left */ }
 }
 
-/** What went wrong: `kind` is a key of PROBLEMS in problem.js, `wait` seconds to wait, `message` what the server said. */
+/** An error: `kind` is a key of PROBLEMS in problem.js, `wait` the seconds to wait, `message` the server's text. */
 export class Problem extends Error {
   constructor(kind, message = "", wait = 0) {
     super(message);
@@ -57,12 +57,12 @@ export async function agentName() {
   return String(data?.[0]?.id ?? "agent");
 }
 
-/** The passage with this id, whole. */
+/** The complete passage with this id. */
 export async function passage(id) {
   return (await reach(`passages/${encodeURIComponent(id)}`)).json();
 }
 
-/** Ask; yields {thought: text}, {search: {query, passages}}, {call: {tool, argument, passages}} as they come; at last {answer}. */
+/** Ask; yields {thought: text}, {search: {query, passages}}, {call: {tool, argument, passages}} as they arrive, then {answer}. */
 export async function* ask(question, model, signal) {
   const body = JSON.stringify({ model, stream: true, messages: [{ role: "user", content: question }] });
   const response = await reach("v1/chat/completions", { method: "POST", body, signal });
@@ -82,7 +82,7 @@ export async function* ask(question, model, signal) {
   if (!answered) throw new Problem("cut");
 }
 
-/** An error that came after the stream had begun. */
+/** An error that arrived after the stream had begun. */
 function broken(error) {
   return new Problem(error.code === "timeout" ? "timeout" : "failed", messageOf({ error }));
 }

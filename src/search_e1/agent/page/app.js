@@ -1,4 +1,4 @@
-// Asking: the form, the question under way, the session's history, the address, and keys.
+// Asking: the form, the question in progress, the session's history, the address, and keys.
 
 import { answerView } from "./answer.js";
 import * as api from "./api.js";
@@ -14,10 +14,10 @@ const [intro, box, stopButton, result, status, historyButton, historyList] =
   ["start", "question", "stop", "result", "status", "history-button", "history"].map((id) => document.getElementById(id));
 
 let records = kept(); // {question, outcome, answer?, steps, seconds}, oldest first
-let running = null; // the AbortController of the question under way
+let running = null; // the AbortController of the question in progress
 let agent = null;
 
-// The question under way.
+// The question in progress.
 
 async function ask(question) {
   stop();
@@ -45,7 +45,7 @@ async function ask(question) {
       if (answer) record.answer = answer;
     }
   } catch (error) {
-    agent = null; // the server may be another one by now
+    agent = null; // the server may be a different one by now
     if (error.name !== "AbortError") problem = error instanceof api.Problem ? error : new api.Problem("failed", String(error));
   }
   record.seconds = (performance.now() - begun) / 1000;
@@ -60,7 +60,7 @@ function end(record, trace, outcome, problem) {
   record.steps = trace.steps;
   keep(record);
   outcome.replaceChildren(...outcomeOf(record, problem));
-  if (!outcome.isConnected) return; // the reader has gone on to another question
+  if (!outcome.isConnected) return; // the reader has moved on to another question
   if (trace.followed && !trace.element.open) window.scrollTo(0, 0);
   if (problem?.kind.endsWith("_key")) document.getElementById("key")?.focus();
   if (!problem) tell(told(record)); // a problem is an alert of its own
@@ -97,7 +97,7 @@ function open(record, passage, opener) {
   openPassage(source ?? passage, opener);
 }
 
-/** Give up the question under way. */
+/** Cancel the question in progress. */
 function stop() {
   if (!running) return;
   running.abort();
@@ -111,13 +111,13 @@ function busy(is) {
   result.setAttribute("aria-busy", is);
 }
 
-// What is shown.
+// Rendering.
 
 function draw(question, ...parts) {
   if (isOpen()) closePassage();
   document.title = `${line(question)} · search-e1`;
   intro.hidden = true;
-  if (box.value.trim() !== question) box.value = question; // the caret stays where it is
+  if (box.value.trim() !== question) box.value = question; // keeps the caret in place
   fit();
   const focused = result.contains(document.activeElement);
   result.replaceChildren(h("h1", { class: "asked", dir: "auto" }, said(question)), ...parts);
@@ -145,7 +145,7 @@ function named() {
   document.getElementById("agent").replaceChildren(line(agent));
 }
 
-/** Said to those who listen, not shown. */
+/** Announces to screen readers; not shown. */
 function tell(text) {
   status.textContent = text;
 }
@@ -159,7 +159,7 @@ function place(question) {
   if (questionInAddress() !== question) history.pushState(null, "", addressOf(question));
 }
 
-/** Show what the address names: an answer of this session again, else the question is asked. */
+/** Show what the address names: an answer of this session, or else ask the question. */
 function follow() {
   const question = questionInAddress();
   if (!question) return showStart();
@@ -193,17 +193,17 @@ function kept() {
 }
 
 function keep(record) {
-  const tried = (one) => one.question === record.question && !one.answer; // in vain, before
+  const tried = (one) => one.question === record.question && !one.answer; // an earlier attempt without an answer
   records = [...records.filter((one) => !tried(one)), record].slice(-MOST);
   store();
 }
 
 function store() {
   for (let from = 0; from <= records.length; from++) {
-    try { // there is room for some megabytes: the oldest are left out then
+    try { // storage holds some megabytes: if full, the oldest records are dropped
       sessionStorage.setItem(HISTORY, JSON.stringify(records.slice(from)));
       break;
-    } catch { /* storage may be denied, too */ }
+    } catch { /* storage may also be denied */ }
   }
   drawHistory();
 }
@@ -232,7 +232,7 @@ function drawHistory() {
 
 // The form and keys.
 
-/** The box is as high as its text. */
+/** Makes the box as high as its text. */
 function fit() {
   box.style.height = "auto";
   box.style.height = `${box.scrollHeight}px`;
@@ -259,7 +259,7 @@ function onKey(event) {
   }
 }
 
-/** The agent's name, or why the server does not tell it. */
+/** Shows the agent's name, or why the server does not report it. */
 async function greet() {
   showStart();
   try {
@@ -273,7 +273,7 @@ async function greet() {
 
 function start() {
   document.getElementById("ask").addEventListener("submit", submit);
-  document.querySelector(".skip").addEventListener("click", (event) => { // the address is the question's
+  document.querySelector(".skip").addEventListener("click", (event) => { // the address belongs to the question
     event.preventDefault();
     box.focus();
   });

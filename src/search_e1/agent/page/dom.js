@@ -1,6 +1,6 @@
-// Elements. Questions and what models and passages say become text nodes here, never markup.
+// Elements. Text of questions, models and passages becomes text nodes here, never markup.
 
-/** An element. Properties that begin with "on" are listeners; null and false leave a property or a child out. */
+/** An element. Properties that begin with "on" are listeners; a property or child that is null or false is left out. */
 export function h(name, properties, ...children) {
   const element = document.createElement(name);
   for (const [key, value] of Object.entries(properties || {})) {
@@ -12,11 +12,11 @@ export function h(name, properties, ...children) {
   return element;
 }
 
-// What can hide text or turn it around: control characters, embeddings, overrides, isolates, tag characters, zero-width
-// spaces. Joiners and direction marks stay: Persian, Indic scripts and emoji are written with them.
+// Characters that can hide or reverse text: control characters, embeddings, overrides, isolates, tag characters, zero-width
+// spaces. Joiners and direction marks stay, since Persian, Indic scripts and emoji need them.
 const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}]/gu;
 
-/** External text as nodes: hidden characters are shown by their codes. */
+/** External text as nodes: hidden characters are shown as codes. */
 export function said(text) {
   const nodes = [], whole = String(text ?? "").replace(/\r\n?/g, "\n");
   let at = 0;
@@ -32,7 +32,7 @@ export function said(text) {
 /** External text on one line, for titles and announcements. */
 export const line = (text) => String(text ?? "").replace(/\s+/g, " ").replace(HIDDEN, "\ufffd").trim();
 
-/** Nodes of `text` with `marks` highlighted. Marks are [first, after last] in code points: the server counts as Python does. */
+/** Nodes of `text` with `marks` highlighted. Marks are [start, end) in code points, as Python counts. */
 export function marked(text, marks, from = 0, to = Infinity) {
   const points = Array.from(String(text ?? ""));
   const nodes = [], piece = (begin, end) => said(points.slice(begin, end).join(""));
@@ -49,7 +49,7 @@ export function marked(text, marks, from = 0, to = Infinity) {
 
 const validMarks = (marks) => (Array.isArray(marks) ? marks : []).filter((mark) => Array.isArray(mark) && mark[0] < mark[1]);
 
-/** Some 40 words around the first mark of a passage, or its beginning, as nodes. */
+/** About 40 words around the first mark of a passage, or from its beginning, as nodes. */
 export function excerpt({ text, marks }, around = 140) {
   const points = Array.from(String(text ?? ""));
   const [begin, end] = validMarks(marks)[0] || [0, around / 2];
@@ -61,7 +61,7 @@ export function excerpt({ text, marks }, around = 140) {
   return [from > 0 && "… ", marked(text, marks, from, to), to < points.length && " …"];
 }
 
-/** Where a passage comes from, in words: file, page, heading. */
+/** The origin of a passage in words: file, page, heading. */
 export const origin = ({ file, page, heading }) => [file, page && `page ${page}`, heading].map(line).filter(Boolean).join(" · ");
 
 /** The address of a passage as a link; plain text unless it is http or https. */

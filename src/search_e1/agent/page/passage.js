@@ -1,4 +1,4 @@
-// A passage in full beside the answer; on a narrow screen a sheet over it.
+// A full passage in a panel beside the answer; on a narrow screen, in a sheet over it.
 
 import * as api from "./api.js";
 import { h, line, link, marked, plural, said } from "./dom.js";
@@ -10,9 +10,9 @@ const OWN = ["id", "title", "text", "marks", "holds"];
 let returnTo = null;
 let moving = false; // from panel to sheet or back
 
-/** Show `source`, its text from the server if it is not known here; `opener` has the focus back when the panel closes. */
+/** Show `source`, fetching its text if necessary; `opener` gets the focus back when the panel closes. */
 export async function openPassage(source, opener) {
-  if (source.text === undefined) source = { ...source, url: null }; // it may be that of the text on this server
+  if (source.text === undefined) source = { ...source, url: null }; // it may be the text's URL on this server
   opened(opener);
   draw(source, source.text === undefined ? "Reading …" : null);
   if (!panel.open) show();
@@ -20,7 +20,7 @@ export async function openPassage(source, opener) {
   if (source.text !== undefined) return;
   const shown = panel.firstChild;
   const replace = (whole, notice) => {
-    if (panel.firstChild !== shown) return; // another passage, meanwhile
+    if (panel.firstChild !== shown) return; // another passage was opened meanwhile
     draw(whole, notice);
     panel.querySelector("h2").focus({ preventScroll: true });
   };
@@ -31,7 +31,7 @@ export async function openPassage(source, opener) {
   }
 }
 
-/** The button whose passage is shown says so. */
+/** Marks the button whose passage is shown. */
 function opened(opener) {
   returnTo?.removeAttribute("aria-expanded");
   returnTo = opener;
@@ -51,7 +51,7 @@ panel.addEventListener("close", () => {
   if (returnTo?.isConnected && (!document.activeElement || document.activeElement === document.body || panel.contains(document.activeElement))) returnTo.focus();
   opened(null);
 });
-panel.addEventListener("click", (event) => { if (event.target === panel && panel.matches(":modal")) panel.close(); }); // beside the sheet
+panel.addEventListener("click", (event) => { if (event.target === panel && panel.matches(":modal")) panel.close(); }); // a click beside the sheet
 narrow.addEventListener("change", () => {
   if (!panel.open) return;
   moving = true;

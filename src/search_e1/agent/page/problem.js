@@ -1,4 +1,4 @@
-// What went wrong, in plain words, and what to do about it.
+// Errors in plain words, and what to do about them.
 
 import * as api from "./api.js";
 import { h, plural, said } from "./dom.js";
@@ -14,7 +14,7 @@ const PROBLEMS = {
   failed: ["The server failed", "Try again; if it happens again, look at what the server printed."],
 };
 
-/** A card that says what went wrong; `again` tries once more. */
+/** A card that explains an error; `again` retries. */
 export function problemView(problem, again) {
   const [title, remedy] = PROBLEMS[problem.kind] ?? PROBLEMS.failed;
   const wantsKey = problem.kind.endsWith("_key");
@@ -34,7 +34,7 @@ function keyForm(again) {
   return h("form", { class: "key", onsubmit: submit }, h("label", { for: "key" }, "Key"), input, h("button", { type: "submit" }, "Use this key"));
 }
 
-/** A button that can be pressed when the wait is over. */
+/** A button that is enabled when the wait is over. */
 function retry(wait, again) {
   const button = h("button", { type: "button", onclick: () => wait <= 0 && again() });
   const show = () => {

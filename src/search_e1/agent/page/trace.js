@@ -1,9 +1,9 @@
-// How an answer was found, as it comes: thoughts, searches, and the passages that were read.
+// Shows how an answer is found, live: thoughts, searches, and the passages that were read.
 
 import { h, line, origin, plural, said } from "./dom.js";
 
 const TAG = /<\/?(?:think|search|answer|tool_call)>/g;
-// A search, an answer or a call, the last perhaps not complete; or the complete call of any other tool.
+// A search, an answer or a call, of which the last may be incomplete; or a complete call of any other tool.
 const ACTION = /<(search|answer|tool_call)>([\s\S]*?)(?:<\/\1>|$)|<(?!think>)([a-z_]+)>([\s\S]*?)<\/\3>/g;
 const BEGUN_TAG = /<\/?[a-z_]{0,9}$/;
 
@@ -17,7 +17,7 @@ function parsed(call) {
   }
 }
 
-/** Parts of what was sampled: [{kind: "thought", "search" or another tool, text}]. An answer is shown elsewhere. */
+/** Parts of the sampled text: [{kind: "thought", "search" or another tool, text}]. The answer is shown elsewhere. */
 function partsOf(sampled) {
   const text = sampled.replace(BEGUN_TAG, "");
   const parts = [];
@@ -46,7 +46,7 @@ function block({ kind, text }) {
 }
 
 export class Trace {
-  /** `open(passage, opener)` shows a passage; `opener` has the focus back afterwards. */
+  /** `open(passage, opener)` shows a passage; `opener` gets the focus back afterwards. */
   constructor(open) {
     this.open = open;
     this.steps = [];
@@ -58,12 +58,12 @@ export class Trace {
     this.element.firstChild.addEventListener("click", () => { this.touched = true; });
   }
 
-  /** More was sampled. */
+  /** Adds sampled text. */
   thought(piece) {
     this.follow(() => this.sample(piece));
   }
 
-  /** Let `change` add to the end; who reads there goes on reading there. */
+  /** Let `change` add to the end; keeps a reader who is at the end there. */
   follow(change) {
     const below = () => this.element.getBoundingClientRect().bottom > window.innerHeight;
     const before = below();
@@ -81,7 +81,7 @@ export class Trace {
     this.state.textContent = (parts.at(-1)?.kind ?? "thought") === "thought" ? "Thinking …" : "Searching …";
   }
 
-  // Blocks are changed in place: one that a reader has folded stays so.
+  // Blocks are changed in place, so that folded ones stay folded.
   show(i, part) {
     const shown = this.blocks[i];
     if (shown?.kind !== part.kind) {
@@ -96,14 +96,14 @@ export class Trace {
     }
   }
 
-  /** A search, or the call of another tool, was answered with passages. */
+  /** Adds a search or other tool call that was answered with passages. */
   called(tool, argument, passages) {
     this.follow(() => this.served({ kind: tool, text: argument }, passages ?? []));
   }
 
   served(part, passages) {
     const shown = [block(part).element, this.passages(passages)];
-    if (this.blocks.length && this.blocks.at(-1).kind !== "thought") this.blocks.pop().element.remove(); // the same, as it was sampled
+    if (this.blocks.length && this.blocks.at(-1).kind !== "thought") this.blocks.pop().element.remove(); // the same call, shown while it was sampled
     this.settle();
     this.steps.push({ ...part, passages });
     this.list.append(...shown);
@@ -118,14 +118,14 @@ export class Trace {
     return h("div", { class: "block passages" }, h("span", { class: "label" }, found.length ? "Passages" : "No passages"), h("ol", null, items));
   }
 
-  /** The thoughts so far are complete. */
+  /** Marks the thoughts so far as complete. */
   settle() {
     for (const { kind, text } of this.blocks) this.steps.push({ kind, text });
     this.sampled = "";
     this.blocks = [];
   }
 
-  /** Nothing more comes; `outcome` is said after the counts. */
+  /** Ends the trace; `outcome` is shown after the counts. */
   end(outcome, folded) {
     this.settle();
     const served = this.steps.filter((step) => step.passages), searches = served.filter((step) => step.kind === "search");
@@ -136,7 +136,7 @@ export class Trace {
     this.element.hidden = !this.steps.length;
   }
 
-  /** Show what another trace has kept. */
+  /** Shows the stored steps of another trace. */
   replay(steps) {
     for (const step of steps) {
       if (step.passages) {
