@@ -1,1 +1,1 @@
-"""What the servers of this package have in common: limits, guarded connections, bodies, access, start and stop."""
+"""Shared parts of this package's servers: limits, guarded connections, bodies, access, start and stop."""

@@ -1,4 +1,4 @@
-"""Who may send requests: those with the key, and no web page but the server's own and those that are named."""
+"""Access control: the key, and which web pages may send requests (the server's own, and named ones)."""
 
 import hmac
 from collections.abc import Collection
@@ -14,7 +14,7 @@ from search_e1.serving.refusals import Refused
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address that is listened on, or the host of a URL, is this machine's alone."""
+    """Whether a bind address or a URL's host is reachable only from this machine."""
     try:
         return ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -24,7 +24,7 @@ def is_loopback(host: str) -> bool:
 def check_key(key: str | None) -> None:
     """
     Raises:
-        ConfigError: it cannot be sent as a header.
+        ConfigError: ``key`` cannot be sent in a header.
     """
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
         raise ConfigError("--key: not a key that a header can hold; give printable ASCII characters without blanks")
@@ -32,17 +32,17 @@ def check_key(key: str | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """An ASGI application behind which ``app`` gets only requests that may be answered."""
+    """ASGI middleware that passes only permitted requests to ``app``."""
 
     app: ASGIApp
     key: str | None = None
-    """``Authorization: Bearer`` with it is asked for."""
+    """Required as ``Authorization: Bearer``."""
     origins: Collection[str] = ()
-    """Other web pages that may ask; ``*``: all."""
+    """Origins of other web pages that may send requests; ``*``: all."""
     local: bool = False
-    """Only requests to a name of this machine are answered, so that no web page reaches the server by a name of its own."""
+    """Answer only requests to a name of this machine, so that no web page can reach the server by DNS rebinding."""
     open: Collection[str] = ()
-    """Paths that take no key."""
+    """Paths that need no key."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":

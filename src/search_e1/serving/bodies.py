@@ -1,4 +1,4 @@
-"""Bodies of requests, within a time and a size."""
+"""Request bodies, read within limits of time and size."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ from search_e1.serving.limits import Limits
 
 
 class Memory:
-    """Budget in bytes of requests and large responses in flight."""
+    """Budget, in bytes, for requests and large responses in flight."""
 
     def __init__(self, most: int) -> None:
         self.most, self.held = most, 0
@@ -25,13 +25,13 @@ class Memory:
 
 
 async def read_body(request: Request, limits: Limits, memory: Memory, taken: list[int], remedy: str = "send less") -> bytes:
-    """Read the body; reservations of ``memory`` are appended to ``taken``, also when it raises.
+    """Read the body; reservations of ``memory`` are appended to ``taken``, even if this raises.
 
-    Up to four times the limit is read and discarded, so that the client sees the response. ``remedy``: against too large a one.
+    Up to four times the limit is read and discarded, so that the client sees the response. ``remedy``: for a body too large.
 
     Raises:
         HTTPException: 408, 413, or 503 if there is no memory.
-        ClientDisconnect: the client is gone.
+        ClientDisconnect: the client has disconnected.
     """
     most, parts, size = limits.max_body_bytes, [], 0
     try:

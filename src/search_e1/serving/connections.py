@@ -1,7 +1,7 @@
-"""HTTP connections with time-outs for every phase and a limit on their number.
+"""HTTP connections with timeouts for every phase and a limit on their number.
 
-uvicorn itself closes idle connections between two requests, but waits forever for the head of a request and for a client that
-does not read its response, and accepts any number of connections.
+uvicorn itself closes connections that are idle between requests. But it waits forever for the head of a request and for a
+client that does not read its response, and accepts any number of connections.
 """
 
 from asyncio import TimerHandle, Transport
@@ -15,10 +15,10 @@ _FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: clos
 
 
 def guarded(limits: Limits) -> type[H11Protocol]:
-    """Protocol class for ``uvicorn.Config(http=...)`` with the time-outs and the number of connections of ``limits``."""
+    """Protocol class for ``uvicorn.Config(http=...)`` with the timeouts and connection limit of ``limits``."""
 
     class Guarded(H11Protocol):
-        # A timer to the end of a head, one to a client that reads again, and when the connection last became idle.
+        # Timers for the end of a head and for a client that has stopped reading, and when the connection last became idle.
         _head: TimerHandle | None = None
         _send: TimerHandle | None = None
         _since = 0.0
@@ -56,7 +56,7 @@ def guarded(limits: Limits) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def _expect(self, *, only_begun: bool = False) -> None:
-            """Start or stop the timer of a head; between two requests, uvicorn's own time-out applies."""
+            """Start or stop the timer of a head; between requests, uvicorn's own timeout applies."""
             if self._answering() or self.transport.is_closing():
                 _cancel(self._head)
                 self._head = None
@@ -72,10 +72,10 @@ def guarded(limits: Limits) -> type[H11Protocol]:
             self.transport.close()
 
         def _make_room(self) -> bool:
-            """Close the oldest connection whose request is incomplete; false if all are being answered."""
+            """Close the oldest connection without a complete request; false if all are being answered."""
             others = [c for c in self.connections if isinstance(c, Guarded) and c is not self]
             waiting = [c for c in others if not c._answering() or c.cycle.more_body]
-            if waiting:  # first those without a complete head
+            if waiting:  # those without a complete head first
                 min(waiting, key=lambda c: (c._answering(), c._since)).transport.abort()
             return bool(waiting)
 

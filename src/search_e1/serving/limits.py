@@ -1,4 +1,4 @@
-"""Limits on a server's clients, without the packages that serving needs."""
+"""Limits on a server's clients; imports none of the packages that serving needs."""
 
 from typing import Any
 
@@ -21,7 +21,10 @@ class Limits(Record):
     access_log: bool = Field(False, description="Log a line for each request.")
 
     def __init__(self, **values: Any) -> None:
-        """Raise ``ConfigError`` for a combination that cannot work."""
+        """
+        Raises:
+            ConfigError: the combination cannot work.
+        """
         super().__init__(**values)
         if self.memory_bytes < self.max_body_bytes:
             most, body = self.memory_bytes >> 20, self.max_body_bytes >> 20

@@ -1,4 +1,4 @@
-"""Start and stop of a server: the address first, before anything is loaded; then requests until a signal."""
+"""Start and stop a server: bind the address before anything is loaded, then serve requests until a signal."""
 
 import signal
 import socket
@@ -16,7 +16,7 @@ BACKLOG = 2048
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind the server's address; connections are refused until ``serve`` listens on it.
+    """Bind the server's address. Connections are refused until ``serve`` listens on it.
 
     Raises:
         ConfigError: the address is in use, not this machine's, or not permitted.
@@ -38,12 +38,12 @@ def _cannot_listen(host: str, port: int, error: Exception) -> ConfigError:
 
 
 def serve(app: Any, bound: socket.socket, limits: Limits, ready: Callable[[str], None] | None = None) -> None:
-    """Serve an ASGI application on the socket from ``bind`` until SIGINT or SIGTERM; requests in flight are still answered.
+    """Serve an ASGI application on the socket from ``bind`` until SIGINT or SIGTERM; requests in flight are finished.
 
-    ``ready`` is called with the server's URL when it listens.
+    ``ready`` is called with the server's URL once it listens.
 
     Raises:
-        ConfigError: another process listens on the address by now.
+        ConfigError: another process has started listening on the address.
     """
     host, port = bound.getsockname()[:2]
     try:
@@ -53,7 +53,7 @@ def serve(app: Any, bound: socket.socket, limits: Limits, ready: Callable[[str],
     server = make_server(app, limits)
     if ready:
         ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    # uvicorn raises the signal again after its shutdown, when nothing is left to stop.
+    # uvicorn raises the signal again after its shutdown; ignore it, since nothing is left to stop.
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run(sockets=[bound])
@@ -71,7 +71,7 @@ def make_server(app: Any, limits: Limits) -> uvicorn.Server:
         ws="none",
         server_header=False,
         http=guarded(limits),
-        timeout_keep_alive=75,  # longer than clients keep idle connections, so that they close them
+        timeout_keep_alive=75,  # longer than clients keep idle connections, so that clients close them
         timeout_graceful_shutdown=limits.shutdown_timeout,
     )
     return uvicorn.Server(config)

@@ -1,4 +1,4 @@
-"""What a server refuses, or fails at, in the form of OpenAI's API, which its clients know."""
+"""A server's errors, in the form of OpenAI's API."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 
-class Refused(Exception):  # noqa: N818  most are no errors of this program
+class Refused(Exception):  # noqa: N818  most are the client's errors
     """A request that is answered with an error."""
 
     def __init__(
@@ -19,7 +19,7 @@ class Refused(Exception):  # noqa: N818  most are no errors of this program
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """``param``: the field that is wrong. ``code``: what a program may go by."""
+        """``param``: the wrong field. ``code``: machine-readable reason."""
         super().__init__(message)
         self.status, self.headers = status, headers
         self.body: dict[str, Any] = {"error": {"message": message, "type": type, "param": param, "code": code}}
