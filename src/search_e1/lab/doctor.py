@@ -1,4 +1,4 @@
-"""The doctor: whether a run of a config can learn, whether it fits, and how long it takes, before it is begun."""
+"""The doctor: whether a run can learn, whether it fits, and how long it takes, before it is started."""
 
 import tempfile
 import time
@@ -31,15 +31,15 @@ from search_e1.types import Group, Question, Record
 
 _PASSES = 3
 _MOST_PASSAGES = 2**20
-"""More are not searched for every answer: that takes longer than all else."""
+"""A larger corpus is not searched for every answer, since that takes longer than everything else."""
 
 
 class Diagnosis(Record):
-    """What ``doctor --json`` holds."""
+    """The content of ``doctor --json``."""
 
     findings: tuple[Finding, ...]
     observed: Observed | None
-    """``None`` if the policy could not be loaded, or is made by the cold start."""
+    """Counts over the sampled trajectories; ``None`` if the policy cannot be loaded or is made by the cold start."""
     seconds: float
 
     @property
@@ -51,7 +51,7 @@ class Diagnosis(Record):
 class _Sampled:
     groups: Sequence[Group]
     answers: Sequence[Group]
-    """Greedy, one trajectory each."""
+    """Groups of one greedy trajectory each."""
     seconds: float
 
     @property
@@ -66,14 +66,14 @@ class _Sampled:
 def examine(
     config: Config, policy: str | None = None, *, questions: int = 16, evaluated: int = 32, watch: Watch = no_progress
 ) -> Diagnosis:
-    """Examine ``config`` with ``policy`` (``policy.model``, if not given), in a directory of its own.
+    """Examine ``config`` with ``policy`` (by default ``policy.model``), in a temporary directory.
 
     Args:
-        questions: training questions of which a group each is sampled, as GRPO would.
-        evaluated: evaluation questions that are answered greedily, over all benchmarks.
+        questions: number of training questions to sample a group for, as GRPO does.
+        evaluated: number of evaluation questions to answer greedily, over all benchmarks.
 
     Raises:
-        SearchE1Error: a mistake in config or data that ``train`` would refuse too, or a failed part.
+        SearchE1Error: a mistake in config or data that ``train`` would also refuse, or a failed component.
     """
     begun, path = time.perf_counter(), policy or config.policy.model
     with _workplace(config) as root:
@@ -105,7 +105,7 @@ def _examine(run: Inputs, path: str, questions: int, evaluated: int) -> tuple[li
 
 
 def _audit(run: Inputs, tokenizer: Any = None) -> list[Finding]:
-    """What the audit finds beyond ``overlap``. The passages of a server, and very many, are not looked through."""
+    """The audit's findings beyond ``overlap``. A server's passages and very large corpora are not searched."""
     sources = [Source("train", "train", [("", question) for question in run.train_questions])]
     sources += [Source(name, "eval", [("", q) for q in part]) for name, part in run.eval_questions.items()]
     count, limits = run.passage_count, run.config.rollout
@@ -120,7 +120,7 @@ def _audit(run: Inputs, tokenizer: Any = None) -> list[Finding]:
 
 @contextmanager
 def _workplace(config: Config) -> Iterator[Path]:
-    """A directory as a run's, which takes the index over from the run, if it is made there already."""
+    """A temporary run directory, which reuses the run's index if that exists."""
     with tempfile.TemporaryDirectory(prefix="search-e1-doctor-") as name:
         begun = config.run if (config.run / CONFIG).exists() else None
         with opened(Path(name) / "run", config.fingerprint(), migrate=migrate_fingerprint, branch_of=begun) as root:
@@ -161,7 +161,7 @@ def _in_turn(parts: Sequence[Sequence[Question]]) -> Iterator[list[Question]]:
 
 
 def _before_coldstart(finding: Finding) -> Finding:
-    """A policy that is taught the protocol first need not know it yet."""
+    """The finding lowered to a warning if a cold start will teach what it misses."""
     if finding.check not in ("form", "search", "groups") or finding.level is Level.OK:
         return finding
     remedy = "[coldstart] comes first: ask again with --policy RUN/coldstart/policy once that is made."
@@ -169,7 +169,7 @@ def _before_coldstart(finding: Finding) -> Finding:
 
 
 def _train(run: Inputs, policy: str, groups: Sequence[Group]) -> tuple[float | None, list[Finding]]:
-    """Trajectories that an update of GRPO learns from in a second, measured on ``groups``, and whether training fits."""
+    """Trajectories per second of a GRPO update, measured on ``groups``, and findings about whether training fits."""
     config = run.config
     if not config.grpo.steps:
         return None, []
@@ -199,7 +199,7 @@ def _train(run: Inputs, policy: str, groups: Sequence[Group]) -> tuple[float | N
 
 
 def updates_per_second(run: Inputs, policy: str, groups: Sequence[Group]) -> float:
-    """Trajectories of ``groups`` that go forward and backward in a second, in the micro-batches of an update."""
+    """Trajectories of ``groups`` per second through forward and backward passes, in an update's micro-batches."""
     config = run.config.grpo
     loaded = run.load_to_train(policy, config.training, adapters=config.lora is not None)
     model = with_adapter(loaded.model, config.lora) if config.lora else loaded.model
@@ -223,6 +223,6 @@ def updates_per_second(run: Inputs, policy: str, groups: Sequence[Group]) -> flo
 
 
 def _sentences(check: str, level: Level, text: str, remedy: str = "") -> Finding:
-    """A finding of what an error says."""
+    """A finding made from an error's message."""
     ended = [part[:1].upper() + part[1:] + ("" if part.endswith(".") else ".") if part else "" for part in (text, remedy)]
     return Finding(check=check, level=level, text=ended[0], remedy=ended[1])

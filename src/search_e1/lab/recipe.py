@@ -1,4 +1,4 @@
-"""A first config for one's own documents and questions, sized for the machine: what `search-e1 init` writes."""
+"""The config that `search-e1 init` writes: for the user's documents and questions, sized for the machine."""
 
 import json
 import math
@@ -17,18 +17,18 @@ from search_e1.lab.plan.constants import Constants, Gpu
 from search_e1.lab.plan.plan import make_plan
 
 SMALL_MODEL = "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
-"""What scripts/fetch_smollm2.py writes; for machines without a GPU."""
+"""Written by scripts/fetch_smollm2.py; for machines without a GPU."""
 _MODELS = ((70.0, "Qwen/Qwen2.5-3B-Instruct"), (20.0, "Qwen/Qwen2.5-1.5B-Instruct"), (0.0, "Qwen/Qwen2.5-0.5B-Instruct"))
-"""GiB of a GPU, and the model for it and larger ones."""
+"""Minimum GiB of a GPU -> its model."""
 _COLDSTART_PASSES, _COLDSTART_LEAST = 4, 10
-"""Passes over the demonstrations, and least steps."""
+"""Passes over the demonstrations, and minimum steps."""
 
 _PASSAGES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What differs between the configs that are written; paths and names are written as they are here."""
+    """The variable parts of the written config; paths and names are written unchanged."""
 
     file: str
     machine: str
@@ -38,10 +38,10 @@ class Recipe:
     train: str
     eval: str
     small: bool
-    """For a model of some hundred million weights on a CPU."""
+    """The model has some hundred million weights and runs on a CPU."""
     questions_per_step: int
     questions: int | None = None
-    """Training questions, where they can be counted."""
+    """Number of training questions, if they can be counted."""
     lora: bool = False
     batch_size: int = 64
     max_tokens: int = 1408
@@ -52,7 +52,7 @@ class Recipe:
 
     @property
     def coldstart_steps(self) -> int:
-        """Enough for the passes over the demonstrations, one per question: more would learn few answers by heart."""
+        """Enough for ``_COLDSTART_PASSES`` over the demonstrations, one per question; more would memorize their answers."""
         most = 60 if self.small else 40
         if self.questions is None:
             return most
@@ -79,8 +79,8 @@ def fitted(recipe: Recipe, gpu: Gpu, constants: Constants) -> Recipe:
     """``recipe`` in the largest form that the planner accepts for ``gpu``.
 
     Raises:
-        ConfigError: no form of it fits.
-        ModelError: a model that is not here, and whose shape is not known.
+        ConfigError: no form fits.
+        ModelError: the model is not on this machine, and its shape is unknown.
     """
     problems: tuple[str, ...] = ()
     for form in _forms(recipe):
@@ -91,21 +91,21 @@ def fitted(recipe: Recipe, gpu: Gpu, constants: Constants) -> Recipe:
 
 
 def unmeasured(recipe: Recipe) -> Recipe:
-    """``recipe`` for a model whose shape is not known: adapters."""
+    """``recipe`` for a model of unknown shape: with adapters."""
     return replace(recipe, lora=True, max_tokens=4096)
 
 
 def _forms(recipe: Recipe) -> Iterator[Recipe]:
-    """All weights before adapters, long trajectories before short ones, many side by side before few."""
+    """Forms in order of preference: all weights before adapters, long trajectories before short, large batches before small."""
     for lora, max_tokens, batch_size in ((False, 4096, 256), (True, 4096, 256), (True, 4096, 64), (True, 2560, 16)):
         yield replace(recipe, lora=lora, max_tokens=max_tokens, batch_size=batch_size)
 
 
 def is_made(corpus: Path) -> bool:
-    """Whether ``corpus`` is passages already, not a folder of documents, which may hold tables too.
+    """Whether ``corpus`` holds passages, rather than being a folder of documents (which may include tables).
 
     Raises:
-        ConfigError: a file that is neither.
+        ConfigError: ``corpus`` is a single document.
     """
     if corpus.is_file():
         if corpus.name.lower().endswith((*_PASSAGES, ".tsv", ".tsv.gz", ".csv", ".csv.gz", ".json")):

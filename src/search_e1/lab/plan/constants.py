@@ -1,5 +1,5 @@
-"""The planner's constants: ``constants.toml``, what was measured on a GPU in place of some (``measured.toml``, which
-``benchmarks/gpu_report.py`` writes; absent until then), and a file that replaces others."""
+"""The planner's constants: ``constants.toml``; over it ``measured.toml``, values measured on a GPU and written by
+``benchmarks/gpu_report.py`` (may be absent); and over both a user's file."""
 
 import tomllib
 from pathlib import Path
@@ -16,7 +16,7 @@ _HERE, _MEASURED = Path(__file__).parent, "measured.toml"
 
 
 class Gpu(Record):
-    """As in ``constants.toml``."""
+    """A GPU's specification; see ``constants.toml``."""
 
     name: str
     memory_gib: PositiveFloat
@@ -26,20 +26,20 @@ class Gpu(Record):
 
 
 class Measured(Record):
-    """Where constants of ``[hours]`` come from, if they were measured, and how well they fit what was."""
+    """Where measured constants of ``[hours]`` come from, and how well they fit the measurements."""
 
     device: str
-    """The GPU, as its driver names it."""
+    """The GPU's name according to its driver."""
     origin: str
-    """The command, versions."""
+    """Command and versions."""
     hours_error: PositiveFloat
-    """Largest relative error of the seconds that the constants give, over all updates and decoding steps measured."""
+    """Largest relative error of the predicted seconds, over all measured updates and decoding steps."""
     memory_error: PositiveFloat | None = None
-    """The same of a GPU's memory at the peak."""
+    """Largest relative error of the predicted peak memory of a GPU."""
 
 
 class Constants(Record):
-    """The sections of ``constants.toml``, where each key is explained."""
+    """The sections of ``constants.toml``, which explains each key."""
 
     measured: Measured | None = None
     hours: dict[str, PositiveFloat]
@@ -50,7 +50,7 @@ class Constants(Record):
     models: dict[str, tuple[Any, ...]]
 
     def gpu(self, name: str) -> Gpu:
-        """The first GPU whose name begins like ``name``; raises ConfigError if there is none."""
+        """The first GPU whose name starts with ``name``; raises ConfigError if there is none."""
         for gpu in self.gpus.values():
             if f"{gpu.name}-".startswith(f"{name.lower()}-"):
                 return gpu
@@ -58,7 +58,7 @@ class Constants(Record):
 
 
 def load_constants(path: Path | None = None) -> Constants:
-    """The package's constants, with those in the TOML file ``path`` in their place.
+    """The package's constants, overridden by those in the TOML file ``path``.
 
     Raises:
         ConfigError: the file cannot be read, or a key is unknown or has an impossible value.
@@ -69,7 +69,7 @@ def load_constants(path: Path | None = None) -> Constants:
     if path:
         given = read_toml(path, "--constants")
         if given.get("hours"):
-            raw.pop("measured", None)  # its error is that of other constants
+            raw.pop("measured", None)  # its error is measured for other constants
         _replace(raw, given, path)
     raw["gpus"] = {name: {"name": name, **sheet} for name, sheet in raw["gpus"].items()}
     try:

@@ -1,4 +1,4 @@
-"""Memory of one GPU in each stage, at its peak."""
+"""Peak memory of one GPU in each stage."""
 
 from bisect import bisect_left
 from functools import cache
@@ -16,7 +16,7 @@ from search_e1.types import Record
 
 
 class Memory(Record):
-    """Bytes alive at the peak, by what they are; and the rows of the pass at the peak, of at most ``tokens`` each."""
+    """Bytes at the peak, by kind; and the rows of the pass at the peak, of at most ``tokens`` tokens each."""
 
     stage: str
     rows: int
@@ -24,13 +24,13 @@ class Memory(Record):
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
-    other: int = 0  # further weights: a frozen copy, layers of other ranks; all that vLLM takes beside its cache
+    other: int = 0  # other weights: a frozen copy, gathered layers; everything of vLLM except its cache
     activations: int = 0
     logits: int = 0
     cache: int = 0
 
     @property
-    def fixed(self) -> int:  # however few and short the rows are
+    def fixed(self) -> int:  # independent of the rows
         return self.weights + self.gradients + self.optimizer + self.other
 
     @property
@@ -43,12 +43,12 @@ class Job(NamedTuple):
 
     lora: LoraConfig | None
     training: TrainingConfig
-    has_teacher: bool  # a pass without gradients over privileged prompts comes before each pass
-    has_copy: bool  # a frozen copy is kept: a KL penalty's anchor, or a teacher where all weights are trained
+    has_teacher: bool  # before each pass, the teacher's pass without gradients over privileged prompts
+    has_copy: bool  # keeps a frozen copy: the reference policy of a KL penalty, or a teacher if all weights are trained
 
 
 def training_jobs(config: Config) -> dict[str, Job]:
-    """By stage, those that ``config`` has: ``grpo``, ``distill``."""
+    """Stage (``grpo``, ``distill``) -> its job, for the stages that ``config`` has."""
     grpo, distill, jobs = config.grpo, config.distill, {}
     if grpo.steps:
         jobs["grpo"] = Job(grpo.lora, grpo.training, grpo.asks_teachers, grpo.kl_coefficient > 0 and not grpo.lora)
@@ -71,11 +71,11 @@ class MemoryModel:
         self.dtype = compute_dtype(config.policy.dtype, shape.parameters, has_bfloat16=True)
         self.longest = min(config.rollout.max_tokens, shape.context_length)
         limit = min(shape.context_length, config.reference.max_tokens or shape.context_length)
-        self.longest_privileged = min(2 * self.longest, limit)  # a trajectory after as long a reference
+        self.longest_privileged = min(2 * self.longest, limit)  # a trajectory after a reference of the same length
         self._traced = cache(lambda dtype, lora, recompute: TracedModel(model, dtype, lora, recompute))
 
     def update(self, stage: str, job: Job, tokens: int | None = None) -> Memory:
-        """An optimizer step in passes of ``tokens`` tokens; if not given, as configured, or as training would choose it."""
+        """An update in micro-batches of ``tokens`` tokens; by default as configured, else as training would choose."""
         training = job.training
         tokens = tokens or training.micro_batch_tokens
         longest = self.longest_privileged if job.has_teacher else self.longest
@@ -85,7 +85,7 @@ class MemoryModel:
             needed = cache(lambda size, recompute=recompute: self._update(stage, job, size, recompute))
             if needed(sizes[0]).total <= self.usable:
                 return needed(sizes[0])
-            if needed(sizes[-1]).total <= self.usable:  # a trace takes a second: the largest that fits is found by halving
+            if needed(sizes[-1]).total <= self.usable:  # binary search for the largest that fits, since a trace takes a second
                 return needed(sizes[bisect_left(sizes, True, key=lambda size: needed(size).total <= self.usable)])
         return needed(sizes[-1])
 
@@ -95,20 +95,20 @@ class MemoryModel:
         rows = max(1, tokens // longest)
         kept = self._kept(job)
         stored = self._traced(kept, job.lora, recompute)
-        # FSDP2 gathers layers in the type they compute in, so that autocast has nothing to convert.
+        # FSDP2 gathers layers in their compute dtype, so autocast has nothing to convert.
         used = self.dtype if sharded else kept
         traced = self._traced(used, job.lora, recompute)
         autocast = self.dtype != torch.float32 and not sharded
         student = traced.train(rows, self.longest, autocast=autocast, streamed=sharded)
         teacher = traced.forward(rows, longest) if job.has_teacher else 0
         gradients = self._share(stored.trained)
-        counted = 0 if sharded else gradients  # by the trace
-        # The peak is in the teacher's pass, in the loss, or in the backward pass through the decoder.
+        counted = 0 if sharded else gradients  # gradients that the trace includes
+        # The peak is in the teacher's pass, in the loss, or in the decoder's backward pass.
         head = self._head(rows, job, self.dtype.itemsize)
         peaks = [(teacher, 0), (student.kept - counted, head), (student.peak - counted, 0)]
         activations, logits = max(peaks, key=sum)
         copy = self._share(self.shape.parameters * kept.itemsize) if job.has_copy else 0
-        # Two layers (the one at work and the next), the gradients of one, and embeddings.
+        # Gathered: two layers (the current and the next), the gradients of one, and the embeddings.
         layers = ((2 if job.lora else 3) * self.shape.largest_layer + self.shape.embeddings) if sharded else 0
         return Memory(
             stage=f"{stage}: update", rows=rows, tokens=self.longest, weights=self._share(stored.weights),
@@ -118,7 +118,7 @@ class MemoryModel:
         )  # fmt: skip
 
     def sample(self, stage: str, rows: int, tokens: int, during: Job | None = None) -> Memory:
-        """``rows`` trajectories of at most ``tokens`` together; ``during`` GRPO, beside its optimizer states."""
+        """Sampling of ``rows`` trajectories of at most ``tokens`` tokens; ``during`` GRPO, with its optimizer states."""
         traced, vllm = self._traced(self.dtype, during and during.lora, False), self.config.vllm
         item, weights, optimizer, other = self.dtype.itemsize, traced.weights, 0, 0
         if during:
@@ -135,18 +135,18 @@ class MemoryModel:
             update = dict(rows=rows, weights=weights if during else 0, other=other + size - free, cache=free)
             return memory.model_copy(update=update)
         if during and (self.sharded or (kept != self.dtype and not during.lora)):
-            other += self.shape.parameters * item  # whole weights, as they compute, beside those that are trained
+            other += self.shape.parameters * item  # unsharded weights in the compute dtype, besides the trained ones
         row = tokens * self.shape.cached * item
         free = max(0, self.usable - weights - optimizer - other)
         rows = max(1, min(rows, int(self.constants["cache_share"] * free / row) - 1))
         prefill = traced.forward(max(1, min(rows, int(self.constants["prefill_tokens"]) // tokens)), tokens)
         logits = int(self.constants["logit_copies"]) * rows * self.shape.vocabulary * 4
-        # One row more for what all prompts begin with.
+        # One more row for the common prefix of all prompts.
         update = dict(rows=rows, other=other, activations=prefill, logits=logits, cache=(rows + 1) * row)
         return memory.model_copy(update=update)
 
     def _kept(self, job: Job) -> torch.dtype:
-        """The type of the weights in memory while a stage trains; see ``Inputs.load_to_train``."""
+        """The dtype of the weights in memory while a stage trains; see ``Inputs.load_to_train``."""
         frozen = job.lora and not self.sharded
         return torch.float32 if job.training.master_weights and not frozen else self.dtype
 

@@ -1,4 +1,4 @@
-"""The plan of a run, and the check of memory when one starts."""
+"""The plan of a run, and the memory check when one starts."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -18,24 +18,24 @@ from search_e1.runs.devices import device
 from search_e1.types import Record
 
 logger = logging.getLogger(__name__)
-_ROUNDED_AWAY = 1e-4  # AdamW's steps are about as large as its rate; half a bfloat16 unit of a weight of 0.02 is 3e-5
+_ROUNDED_AWAY = 1e-4  # AdamW's steps are about as large as its learning rate; half a bfloat16 ulp of a weight of 0.02 is 3e-5
 
 
 class Plan(Record):
-    """What a run takes."""
+    """The requirements of a run."""
 
     model: str
     shape: Shape
     gpu: Gpu
     gpus: int
-    usable: int  # bytes of a GPU
+    usable: int  # bytes per GPU
     memory: tuple[Memory, ...]
     work: tuple[Work, ...]
-    disk: dict[str, int]  # bytes in the run directory, by what they are; an index is not included
+    disk: dict[str, int]  # bytes in the run directory, by kind, without an index
     problems: tuple[str, ...]  # stages that do not fit, and what to change
     warnings: tuple[str, ...]  # settings that defeat their purpose
     assumed: tuple[str, ...]
-    measured: Measured | None = None  # what the hours rest on; None: on assumptions
+    measured: Measured | None = None  # measurements behind the hours; None if they rest on assumptions
 
     @property
     def hours(self) -> float:
@@ -43,7 +43,11 @@ class Plan(Record):
 
 
 def make_plan(config: Config, gpu: Gpu, gpus: int, constants: Constants) -> Plan:
-    """What ``config`` takes on ``gpus`` GPUs; raises ModelError if ``policy.model`` is not here and no known shape."""
+    """The plan of ``config`` on ``gpus`` GPUs.
+
+    Raises:
+        ModelError: ``policy.model`` is neither on this machine nor a known shape.
+    """
     model = read_config(config.policy.model, trust_remote_code=config.policy.trust_remote_code)
     shape = shape_of(model)
     memory_model = MemoryModel(model, shape, config, gpu, gpus, constants)
@@ -58,7 +62,7 @@ def make_plan(config: Config, gpu: Gpu, gpus: int, constants: Constants) -> Plan
     stored = sum(w.trajectories for w in work if w.stage in ("pool", "evaluation")) * work_model.total
     disk = {"policies": policies * size, "trajectories": round(stored * constants.data["bytes_per_token"])}
     if any(not job.lora for job in training_jobs(config).values()):
-        disk["checkpoints"] = 2 * 3 * size  # two, each of weights and AdamW's two states
+        disk["checkpoints"] = 2 * 3 * size  # two checkpoints, each with weights and AdamW's two states
     return Plan(
         model=config.policy.model, shape=shape, gpu=gpu, gpus=gpus, usable=memory_model.usable, memory=memory,
         work=tuple(work), disk=disk, problems=tuple(filter(None, (misfit(memory_model, m) for m in memory))),
@@ -67,7 +71,7 @@ def make_plan(config: Config, gpu: Gpu, gpus: int, constants: Constants) -> Plan
 
 
 def stage_memory(model: MemoryModel) -> tuple[Memory, ...]:
-    """In the order of the loop."""
+    """The memory of each stage, in loop order."""
     config, rows, jobs = model.config, model.config.rollout.batch_size, training_jobs(model.config)
     updates = {stage: model.update(stage, job) for stage, job in jobs.items()}
     stages = [model.sample("pool, eval.", rows, model.longest)]
@@ -111,10 +115,10 @@ def misfit(model: MemoryModel, memory: Memory) -> str | None:
 
 
 def check_memory(config: Config, model: str, stages: Sequence[str], ranks: int, size: int | None = None) -> None:
-    """Refuse, before any work, what cannot fit this machine's GPU; warn of what fits short trajectories only.
+    """Refuse, before any work, what cannot fit this machine's GPU; warn if only short trajectories fit.
 
     Raises:
-        ConfigError: weights, gradients and optimizer states alone exceed the GPU's memory; says what to change.
+        ConfigError: weights, gradients and optimizer states alone exceed the GPU's memory; the message says what to change.
     """
     for problem, at_all in misfits(config, model, stages, ranks, size):
         if at_all:
@@ -125,10 +129,10 @@ def check_memory(config: Config, model: str, stages: Sequence[str], ranks: int, 
 def misfits(
     config: Config, model: str, stages: Sequence[str], ranks: int, size: int | None = None
 ) -> Iterator[tuple[str, bool]]:
-    """What does not fit this machine's GPU, with what to change, and whether not even short trajectories do.
+    """Why stages do not fit this machine's GPU and what to change, and whether not even short trajectories fit.
 
-    ``model``: what ``stages`` (``grpo``, ``distill``) start from; if its shape is not known, nothing is checked. ``size``:
-    bytes of the GPU; if not given, of this machine's. Nothing on a CPU.
+    ``model``: the policy that ``stages`` (``grpo``, ``distill``) start from; if its shape is unknown, nothing is checked.
+    ``size``: bytes of the GPU, by default this machine's. Empty on a CPU.
     """
     place = device(config.policy.device)
     if size is None and place.type != "cuda":
@@ -160,7 +164,7 @@ def _warnings(config: Config) -> Iterator[str]:
 
 
 def _questions(config: Config, constants: Constants) -> tuple[int, int, list[str]]:
-    """Training and evaluation questions, counted where the files are here; and what had to be assumed."""
+    """Numbers of training and evaluation questions, counted if the files exist, and the assumptions made otherwise."""
     counts = [_lines(path) for path in config.data.train]
     train = constants.data["train_questions"] if None in counts else sum(filter(None, counts))
     assumed = [f"{train:,} training questions"] if None in counts else []

@@ -1,4 +1,4 @@
-"""The shape of a policy, read from its config.json and counted on transformers' modules. The network is not used."""
+"""The shape of a policy, read from its config.json and counted on transformers' modules, without network access."""
 
 import json
 from pathlib import Path
@@ -20,28 +20,28 @@ _KEYS = (
     "head_dim", "tie_word_embeddings", "vocab_size", "max_position_embeddings",
 )  # fmt: skip
 SHAPES = {name: dict(zip(_KEYS, row, strict=True)) for name, row in load_constants().models.items()}
-"""Arguments of ``AutoConfig.for_model``, by the names in ``constants.toml``."""
+"""Name in ``constants.toml`` -> arguments of ``AutoConfig.for_model``."""
 
 
 class Shape(Record):
-    """Numbers of weights by what they do, and what a token takes."""
+    """Numbers of weights by role, and sizes per token."""
 
     parameters: int  # tied embeddings once
     head: int
-    embeddings: int  # embedding and head; where they are tied, once
-    active: int  # those that multiply a token outside the head; of experts, those that a token passes
+    embeddings: int  # embedding and head; once if they are tied
+    active: int  # weights that multiply a token outside the head; only the experts that a token is routed to
     layers: int
     largest_layer: int
     hidden_size: int
     vocabulary: int
     context_length: int
-    cached: int  # numbers that a token leaves in the key-value cache
-    attention_width: int  # query heads times their size, summed over layers
+    cached: int  # values per token in the key-value cache
+    attention_width: int  # query heads times head size, summed over layers
 
 
 def read_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration of ``model``: a name in ``constants.toml``, a Hub id that begins like one, a directory, a GGUF file,
-    an adapter's base, a config.json.
+    """The configuration of ``model``: a name in ``constants.toml`` or a Hub id that starts with one, a directory, a GGUF file,
+    an adapter's base, or a config.json.
 
     Raises:
         ModelError: it is none of these, or cannot be read.
@@ -73,7 +73,7 @@ def read_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype, **options: Any) -> Any:
-    """The causal language model of ``config`` on the meta device; raises ModelError if transformers has none."""
+    """The causal language model of ``config`` on the meta device; raises ModelError if transformers cannot build one."""
     try:
         with torch.device("meta"), no_bars():
             return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
@@ -83,7 +83,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype, **options: Any) ->
 
 
 def shape_of(config: PreTrainedConfig) -> Shape:
-    """Counted on the modules, so that every architecture counts as transformers builds it."""
+    """The shape of ``config``, counted on modules, so that it matches every architecture as transformers builds it."""
     model, text = empty_model(config, torch.float32), config.get_text_config()
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)

@@ -1,4 +1,4 @@
-"""Passes without memory: the real modules on torch's fake tensors, whose bytes are added up while they are alive."""
+"""Memory traces: real modules run on torch's fake tensors, whose bytes are summed while they are alive."""
 
 import weakref
 from typing import Any, NamedTuple
@@ -20,8 +20,8 @@ _ATTENTION = "search_e1_traced"
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: Any, **kwargs: Any) -> tuple:
-    """Fused causal attention without a mask: transformers would make one, since it cannot look into fake tensors."""
-    kwargs.pop("softcap", None)  # another kernel, with the same memory
+    """Fused causal attention without a mask: transformers would allocate one, since it cannot inspect fake tensors."""
+    kwargs.pop("softcap", None)  # uses another kernel with the same memory
     return sdpa_attention_forward(module, query, key, value, None, **kwargs)
 
 
@@ -29,17 +29,21 @@ AttentionInterface.register(_ATTENTION, _attention)
 
 
 class Activations(NamedTuple):
-    """Bytes of one pass, gradients included."""
+    """Activation bytes of one pass, gradients included."""
 
     kept: int  # at the end of the forward pass
     peak: int
 
 
 class TracedModel:
-    """A policy without contents, perhaps with adapters."""
+    """A policy on fake tensors, with adapters if ``lora`` is given."""
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, lora: LoraConfig | None, recompute: bool) -> None:
-        """``recompute``: gradient checkpointing. Raises ModelError as ``empty_model``."""
+        """``recompute``: gradient checkpointing.
+
+        Raises:
+            ModelError: as ``empty_model``.
+        """
         base = empty_model(config, dtype, attn_implementation=_ATTENTION)
         self.model: Any = with_adapter(base, lora) if lora else base
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -57,8 +61,8 @@ class TracedModel:
     def train(self, rows: int, width: int, *, autocast: bool, streamed: bool) -> Activations:
         """Forward and backward pass of the decoder over ``rows`` sequences of ``width`` tokens.
 
-        ``streamed``: a gradient is given away as soon as it is complete, as under FSDP2; otherwise all gradients of earlier
-        passes are present, the head's too.
+        ``streamed``: each gradient is freed as soon as it is complete, as under FSDP2; otherwise all gradients of earlier
+        passes are present, including the head's.
         """
         self.model.train()
         cast_adapter_inputs(self.model, not autocast)
@@ -79,7 +83,7 @@ class TracedModel:
 
     @torch.no_grad()
     def forward(self, rows: int, width: int) -> int:
-        """Peak bytes of a pass without gradients."""
+        """Peak activation bytes of a pass without gradients."""
         self.model.eval()
         cast_adapter_inputs(self.model, True)
         with self._mode, _Counter(self.model) as counter:
@@ -88,12 +92,12 @@ class TracedModel:
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up the storages that operations create, until they are freed."""
+    """Tracks the total bytes of storages that operations create, until they are freed."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.now = self.peak = 0
-        # Views of weights come out of operations too, and are no memory of their own.
+        # Operations also return views of weights, which take no memory of their own.
         self._seen = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

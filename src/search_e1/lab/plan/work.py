@@ -13,7 +13,7 @@ from search_e1.types import Record
 
 
 class Work(Record):
-    """A stage, over all its rounds."""
+    """The work of a stage, over all rounds."""
 
     stage: str
     trajectories: int = 0
@@ -23,7 +23,7 @@ class Work(Record):
 
 
 class WorkModel:
-    """Work of the stages of ``config``; ``side_by_side``: trajectories that one GPU samples together."""
+    """Work of the stages of ``config``; ``side_by_side``: trajectories that one GPU samples at once."""
 
     def __init__(self, shape: Shape, config: Config, gpu: Gpu, gpus: int, constants: Constants, side_by_side: int) -> None:
         self.shape, self.config, self.gpu, self.gpus, self.side_by_side = shape, config, gpu, gpus, side_by_side
@@ -39,7 +39,7 @@ class WorkModel:
         self.halves = compute_dtype(config.policy.dtype, shape.parameters, has_bfloat16=True) != torch.float32
 
     def stages(self, train_questions: int, eval_questions: int) -> list[Work]:
-        """In the order of the loop."""
+        """The work of each stage, in loop order."""
         config, rounds, jobs = self.config, self.config.distillations, training_jobs(self.config)
         policies = 1 + rounds + (config.rounds if "grpo" in jobs else 0)
         work = [self.sample("evaluation", policies * eval_questions * (1 + config.evaluation.samples), calls=policies)]
@@ -55,23 +55,23 @@ class WorkModel:
             work.append(self.sample("pool", rounds * questions * config.pool.group_size, calls=rounds))
         pairs, job = questions * self.pair_yield, jobs["distill"]
         held_out = min(config.lead.pairs, config.lead.max_share * pairs)
-        if job.has_teacher:  # two prompts, two kinds of start
+        if job.has_teacher:  # plain and privileged prompt, from the question and from prefixes
             asked = rounds * int(4 * held_out * config.lead.samples)
             work.append(self.sample("lead", asked, calls=rounds, width=(self.total + self.privileged) / 2))
-        pairs *= config.pairs.students if job.has_teacher else 1  # without a teacher a reference is one example
+        pairs *= config.pairs.students if job.has_teacher else 1  # without a teacher, each reference is one sample
         passes = config.distill.epochs * rounds * max(1, int(pairs - held_out))
         return [*work, self.train(Work(stage="distill"), job, passes)]
 
     def sample(self, stage: str, trajectories: int, *, calls: int, width: float | None = None) -> Work:
-        """``calls``: how many policies share the trajectories; ``width``: tokens of each, in the end."""
+        """``calls``: number of engine calls that share the trajectories; ``width``: final tokens of a trajectory."""
         width, sampled = width or self.total, trajectories * self.sampled
         halves = self.halves or self.config.rollout.engine == "vllm"
-        prefill = forward_flops(self.shape, trajectories * width - sampled, width)  # earlier turns are in the cache
+        prefill = forward_flops(self.shape, trajectories * width - sampled, width)  # earlier turns are cached
         hours = self._hours(prefill, "forward", halves) + calls * self._decoding_hours(trajectories / calls, width, halves)
         return Work(stage=stage, trajectories=trajectories, sampled=sampled, hours=hours)
 
     def train(self, work: Work, job: Job, passes: int, *, anchored: bool = False) -> Work:
-        """``work`` and updates in which ``passes`` trajectories go forward and backward; ``anchored``: a KL penalty's pass."""
+        """``work`` plus updates on ``passes`` trajectories. ``anchored``: add the reference policy's pass for a KL penalty."""
         halves, scored = self.halves, passes * self.sampled
         hours = self._hours(training_flops(self.shape, passes * self.total, self.total, scored, job), "training", halves)
         for width in (self.total,) * anchored + (self.privileged,) * job.has_teacher:
@@ -80,10 +80,10 @@ class WorkModel:
         return work.model_copy(update={"trained": passes * self.total, "hours": work.hours + hours})
 
     def _decoding_hours(self, trajectories: float, width: float, halves: bool) -> float:
-        """Of one call: decoding steps times what a step takes, on the busiest GPU."""
+        """Hours of decoding in one call on the busiest GPU: number of steps times the time of a step."""
         own = math.ceil(trajectories / self.gpus)
         rows = max(1, min(own, self.side_by_side))
-        steps = max(own / rows * self.sampled, self.turns * self.longest_action)  # at last the longest is waited for
+        steps = max(own / rows * self.sampled, self.turns * self.longest_action)  # the end waits for the longest
         weights, cached = self.shape.active + self.shape.head, rows * width * self.shape.cached
         size = (weights + cached) * (2 if halves else 4)
         by_memory = size / (self.gpu.gb_per_second * 1e9 * self.constants["bandwidth"])
@@ -98,15 +98,15 @@ class WorkModel:
 
 
 def forward_flops(shape: Shape, tokens: float, width: float) -> float:
-    """Two operations a weight, and causal attention: scores and values over half of ``width``. Without the head."""
+    """Operations of a forward pass without the head: two per weight, and causal attention over half of ``width``."""
     return tokens * (2 * shape.active + 2 * shape.attention_width * width)
 
 
 def training_flops(shape: Shape, tokens: float, width: float, positions: float, job: Job) -> float:
-    """Forward and backward passes, the head at ``positions``.
+    """Operations of forward and backward passes, with the head at ``positions``.
 
-    Gradients of activations cost a forward pass, those of weights another (frozen weights have none); attention's backward
-    costs two. Checkpointing passes forward once more.
+    Gradients of activations cost as much as a forward pass, and those of weights as much again (frozen weights have none);
+    attention's backward pass costs two. Checkpointing adds a forward pass.
     """
     again, passes = bool(job.training.gradient_checkpointing), 2 if job.lora else 3
     weights, attention = 2 * shape.active * tokens, 2 * shape.attention_width * width * tokens

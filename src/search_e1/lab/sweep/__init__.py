@@ -1,1 +1,1 @@
-"""Sweeps: variants of one config times seeds, run side by side, compared pair by pair."""
+"""Sweeps: variants of one config times seeds, run in parallel and compared in pairs."""

@@ -1,4 +1,4 @@
-"""The variants of a sweep beside its reference: means over seeds and questions, and paired differences."""
+"""Compares the variants of a sweep with its reference variant: means over seeds and questions, and paired differences."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,36 +15,36 @@ from search_e1.types import Record
 
 FILE = "comparison.parquet"
 LAST = "last"
-"""In place of a stage: the last policy of each run, whichever that is."""
+"""Instead of a stage: the last policy of each run."""
 
 Scores = Mapping[tuple[str, str], np.ndarray]
-"""Benchmark and id of a question -> its ``METRICS``, NaN for what it lacks."""
+"""Benchmark and question id -> values of ``METRICS``, NaN for missing ones."""
 
 
 class VariantRow(Record):
-    """One variant at one stage on one benchmark, over its seeds. Intervals are over seeds and questions."""
+    """One variant at one stage on one benchmark, over all seeds. Intervals are over seeds and questions."""
 
     variant: str
     stage: str
     benchmark: str
     seeds: tuple[int, ...]
     questions: int
-    """Distinct ones."""
+    """Number of distinct questions."""
     metrics: dict[str, Figure]
-    """By name; without ``em_sampled`` where nothing was sampled."""
+    """Metric -> figure; without ``em_sampled`` if nothing was sampled."""
     differences: dict[str, Figure]
-    """The variant minus the reference, over the seeds and questions that both have; empty for the reference."""
+    """The variant minus the reference variant, over the seeds and questions that both have; empty for the reference variant."""
     lead: float | None
-    """Mean over seeds of the lead that was last measured before this stage."""
+    """Mean over seeds of the last lead measured before this stage."""
     refused: int
-    """Runs in which a distillation was refused before this stage."""
+    """Number of runs in which a distillation was refused before this stage."""
     cost: dict[str, float]
-    """Means over seeds of what is charged: fields of ``Cost``."""
+    """Fields of ``Cost`` charged to the policy, as means over seeds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Every variant at every stage, the reference first; and what a reader has to know."""
+    """Every variant at every stage, the reference variant first, and notes for the reader."""
 
     reference: str
     rows: tuple[VariantRow, ...]
@@ -54,12 +54,12 @@ class Comparison:
         return [row for row in self.rows if (row.stage, row.benchmark) == (stage, benchmark)]
 
     def records(self) -> list[dict[str, Any]]:
-        """A row for each variant, stage, benchmark and metric."""
+        """One row per variant, stage, benchmark and metric."""
         return [record for row in self.rows for record in _records(row, self.reference)]
 
 
 def compare_variants(results: Sequence[PolicyResult], reference: str, seed: int = 0) -> Comparison:
-    """``results`` compared with the variant ``reference``; ``seed`` is that of the bootstrap.
+    """Compare ``results`` with the variant ``reference``; ``seed`` seeds the bootstrap.
 
     Raises:
         ValueError: there is nothing to compare.
@@ -137,7 +137,7 @@ def _figures(by_seed: Mapping[int, Scores], seed: int) -> dict[str, Figure]:
 
 
 def _policies_before(to: PolicyResult, results: Sequence[PolicyResult]) -> list[PolicyResult]:
-    """The policies of its run before this one; of the last policy, with itself: its teacher was measured."""
+    """The policies before ``to`` in its run; for the last policy including itself, whose lead was measured after it."""
     run = [result for result in results if (result.variant, result.seed) == (to.variant, to.seed)]
     return run if to.last else run[: run.index(to)]
 

@@ -1,4 +1,4 @@
-"""The comparison as one picture: EM over what was charged, and differences from the reference, with 95% intervals."""
+"""The comparison as one plot: EM over charged CPU time, and differences from the reference variant, with 95% intervals."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ _LINE_INCHES = 0.22
 
 
 def draw(comparison: Comparison, path: Path) -> None:
-    """Write the picture as SVG, the same for the same comparison. Needs matplotlib, the extra ``plots``."""
+    """Write the plot as SVG, reproducible to the byte. Needs matplotlib, the extra ``plots``."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -32,12 +32,12 @@ def draw(comparison: Comparison, path: Path) -> None:
         rows[1].suptitle(f"Last policies minus {comparison.reference}, paired", fontsize="medium")
         for ax, name in zip(rows[1].subplots(1, len(shown), sharey=True, squeeze=False)[0], shown, strict=True):
             _draw_differences(ax, name, others)
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "search-e1"}):  # text stays text
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "search-e1"}):  # text stays text, not paths
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def _draw_curves(ax: "Axes", comparison: Comparison, names: Sequence[str]) -> None:
-    """Greedy EM of each policy over the CPU seconds that it is charged with, a line for each variant."""
+    """Greedy EM of each policy over the CPU seconds charged to it, one line per variant."""
     for i, name in enumerate(names):
         policies = [row for row in comparison.rows if row.variant == name and row.benchmark == "all"]
         policies = sorted((row for row in policies if row.stage != LAST), key=_cpu_seconds)
@@ -73,7 +73,7 @@ def _cpu_seconds(row: VariantRow) -> float:
 
 
 def _means_and_errors(rows: Sequence[VariantRow], name: str, of: str) -> tuple[list[float], tuple[list[float], list[float]]]:
-    """Means, and how far below and above them their intervals reach."""
+    """Means, and the distances from them to the lower and upper ends of their intervals."""
     figures = [getattr(row, of)[name] for row in rows]
     below = [max(0.0, figure.mean - figure.interval[0]) for figure in figures]
     above = [max(0.0, figure.interval[1] - figure.mean) for figure in figures]

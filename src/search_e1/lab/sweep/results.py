@@ -1,7 +1,7 @@
-"""The evaluated policies of finished runs: what they scored and what they cost, as two tables.
+"""The evaluated policies of finished runs: scores and costs, as two tables.
 
-A policy is charged with all that it takes to make it alone: a stage that several variants share costs each of them all of it.
-Evaluations and the index are charged to nobody.
+A policy is charged with the full cost of making it alone: a stage shared by several variants is charged in full to each.
+Evaluations and the index are not charged.
 """
 
 import re
@@ -24,24 +24,24 @@ from search_e1.lab.sweep.spec import Run
 
 RESULTS, QUESTIONS = "results.parquet", "questions.parquet"
 ALL = "all"
-"""In place of a benchmark: all questions, each of which counts the same."""
+"""Instead of a benchmark: all questions, weighted equally."""
 METRICS = ("em", "em_sampled", "f1", "searches", "tokens")
 _POLICY = re.compile(r"base|(?:grpo|ofsd)-\d+")
 _CHARGED = ("grpo", "pool", "pairs", "lead", "ofsd")
-"""In the order of the loop."""
+"""Stages that are charged, in loop order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of stages that train, or that are sampled for training."""
+    """The cost of stages that train or sample for training."""
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     sampled_tokens: int = 0
     trained_tokens: int = 0
-    """Tokens that entered a loss, each as often as it did."""
+    """Tokens that entered a loss, counted each time."""
     steps: int = 0
-    """Of an optimizer."""
+    """Training steps."""
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Cost)))
@@ -67,17 +67,17 @@ class PolicyResult:
     evaluated: Evaluated
     last: bool = False
     own: Cost = Cost()
-    """Since the policy before it. Of the last policy: with what came after it, a refused distillation."""
+    """Cost since the previous policy; for the last policy, including a refused distillation after it."""
     charged: Cost = Cost()
-    """Since the base policy."""
+    """Cost since the base policy."""
     lead: Lead = Lead()
-    """Of the teacher that this policy is."""
+    """Lead of this policy as a teacher."""
     refused: bool | None = None
-    """Whether distilling from it was refused; ``None`` where that was not tried."""
+    """Whether distilling from it was refused; ``None`` if that was not attempted."""
 
 
 def read_results(run: Run) -> list[PolicyResult]:
-    """The evaluated policies of a finished run, in the order of the loop.
+    """The evaluated policies of a finished run, in loop order.
 
     Raises:
         RunError: a manifest or an evaluation is missing or damaged.
@@ -124,14 +124,14 @@ def _cost(stage: Stage) -> Cost:
 
 
 def metric(result: Result, name: str) -> float | None:
-    """One of ``METRICS`` of a question; ``em_sampled`` is the mean over its samples, ``None`` without any."""
+    """The value of one of ``METRICS`` for a question; ``em_sampled`` is the mean over its samples, ``None`` without any."""
     if name == "em_sampled":
         return fmean(result.em_of_samples) if result.em_of_samples else None
     return float(getattr(result, name))
 
 
 def policy_rows(results: Sequence[PolicyResult]) -> list[dict[str, Any]]:
-    """A row for each policy and benchmark, and for all questions together."""
+    """One row per policy and benchmark, and one per policy for all questions together."""
     return [row for result in results for row in _policy_rows(result)]
 
 
@@ -149,7 +149,7 @@ def _policy_rows(result: PolicyResult) -> Iterator[dict[str, Any]]:
 
 
 def question_rows(results: Sequence[PolicyResult]) -> list[dict[str, Any]]:
-    """A row for each policy and question."""
+    """One row per policy and question."""
     return [
         {
             "variant": result.variant, "seed": result.seed, "stage": result.stage, "last": result.last,
@@ -162,7 +162,7 @@ def question_rows(results: Sequence[PolicyResult]) -> list[dict[str, Any]]:
 
 
 def write_parquet(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """``rows`` as a Parquet file. A column without any value has the type that it has elsewhere."""
+    """Write ``rows`` as a Parquet file. An empty column gets the type that it has in other files."""
     empty = {"hops": pyarrow.int64(), "failure": pyarrow.string(), "refused": pyarrow.bool_()}
     columns = {name: pyarrow.array([row[name] for row in rows]) for name in rows[0]}
     for name, column in columns.items():

@@ -1,4 +1,4 @@
-"""The runs of a sweep side by side, each in a process of one thread. One that fails takes no other with it."""
+"""Runs a sweep's runs in parallel, each in a single-threaded process. A failed run does not affect the others."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from search_e1.runs.stopping import STATUS, Stop
 
 SHARED, LOGS = "shared", "logs"
 FINISHED = "finished.json"
-"""In the directory of a finished run: the config that it was finished under."""
+"""File in the directory of a finished run, with its config."""
 MISTAKE = 2
 WORKER = [sys.executable, "-m", "search_e1.lab.sweep.worker"]
 _ENVIRONMENT = {
@@ -37,7 +37,7 @@ class Ending(StrEnum):
     FINISHED = "finished"
     FAILED = "failed"
     STOPPED = "stopped"
-    """By a signal to this run alone."""
+    """Stopped by a signal to this run alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +61,10 @@ def finished_record(config: Config) -> dict[str, Any]:
 
 
 def is_finished(run: Run) -> bool:
-    """Whether nothing is left to do.
+    """Whether the run is finished.
 
     Raises:
-        RunError: the variant was finished, and has changed since.
+        RunError: the run is finished, but its variant has changed since.
     """
     path = run.config.run / FINISHED
     try:
@@ -84,13 +84,13 @@ def is_finished(run: Run) -> bool:
 def run_all(
     runs: Sequence[Run], directory: Path, jobs: int, stop: Stop, on_change: OnChange, *, other_versions: bool = False
 ) -> list[Outcome]:
-    """Run what is not finished, ``jobs`` at a time; outcomes in the order of their ends.
+    """Run the unfinished runs, ``jobs`` at a time; returns outcomes in the order in which the runs ended.
 
     Runs share their artifacts in ``directory / SHARED``. Each writes a log, ``directory / LOGS / VARIANT-SEED.log``.
 
     Raises:
         RunError: a variant has changed since it was run.
-        Stopped: a signal asked for it; the active runs have saved.
+        Stopped: a signal asked to stop; the active runs have saved.
     """
     outcomes = [Outcome(run, Ending.EARLIER) for run in runs if is_finished(run)]
     done = {outcome.run.name for outcome in outcomes}
@@ -117,7 +117,7 @@ def run_all(
 
 
 def _take_next(pending: list[Run], active: "Sequence[_Process]") -> Run:
-    """A run of a seed that is not active, if there is one: variants of one seed wait for each other at shared stages."""
+    """The next run, preferably of a seed that is not active: variants of one seed wait for each other at shared stages."""
     seeds = {process.run.seed for process in active}
     chosen = next((run for run in pending if run.seed not in seeds), pending[0])
     pending.remove(chosen)
@@ -145,12 +145,12 @@ class _Process:
             stdout=self.log,
             stderr=subprocess.STDOUT,
             env={**os.environ, **_ENVIRONMENT},
-            start_new_session=True,  # a Ctrl-C reaches the sweep, which passes it on once
+            start_new_session=True,  # Ctrl-C reaches only the sweep, which passes it on once
         )
         config, shared = run.config.model_dump(mode="json"), str(directory / SHARED)
         order = {"config": config, "shared": shared, "other_versions": other_versions}
         assert self.process.stdin
-        with suppress(BrokenPipeError):  # it died at once, and its status will say so
+        with suppress(BrokenPipeError):  # it died at once; its exit status tells
             self.process.stdin.write(json.dumps(order).encode() + b"\n")
             self.process.stdin.flush()
 

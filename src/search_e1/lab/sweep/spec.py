@@ -1,4 +1,4 @@
-"""The sweep file: which variants of a config, under which seeds, and the one that the others are compared with."""
+"""The sweep file: variants of a config, seeds, and the variant that the others are compared with."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ from search_e1.runs.safe import is_name
 
 RUNS = "runs"
 Pairs = list[tuple[list[str], Any]]
-"""Keys of a config as paths, and their values."""
+"""Config keys, as paths, with their values."""
 
 
 class SweepFile(Section):
-    """The TOML file."""
+    """The content of the TOML file."""
 
     seeds: tuple[NonNegative, ...] = Field(default=(0,), min_length=1)
-    """Each variant is run once with each."""
+    """Each variant is run once per seed."""
     reference: str | None = None
-    """The variant that the others are compared with. Without it the first."""
+    """The variant that the others are compared with; by default the first."""
     common: dict[str, Any] = {}
-    """Keys of the config that are the same for all variants."""
+    """Config keys shared by all variants."""
     variants: dict[str, dict[str, Any]] = {}
-    """Name -> keys of the config."""
+    """Variant name -> config keys."""
     grid: dict[str, Any] = {}
-    """Key of the config -> list of values. Every variant is run at every point of the grid."""
+    """Config key -> list of values. Every variant is run at every point of the grid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Runs, all seeds of a variant together, in the order of the file."""
+    """The runs in file order, with all seeds of a variant together."""
 
     directory: Path
     reference: str
@@ -66,10 +66,10 @@ class Sweep:
 def read(path: Path, config: Path, directory: Path, flags: Sequence[str] = ()) -> Sweep:
     """The sweep in the TOML file ``path`` over ``config``, with its runs in ``directory``.
 
-    The keys of a variant lie over ``flags`` of the command line, these over ``common``, and that over the config.
+    A variant's keys override ``flags`` of the command line, which override ``common``, which overrides the config.
 
     Raises:
-        ConfigError: a file cannot be read, or a key in it is unknown, missing or has an impossible value; names the variant.
+        ConfigError: a file cannot be read, or a key is unknown, missing or invalid; the message names the variant.
     """
     try:
         file = SweepFile.model_validate(read_toml(path, "search-e1 sweep FILE"))
@@ -95,7 +95,7 @@ def read(path: Path, config: Path, directory: Path, flags: Sequence[str] = ()) -
 
 
 def _variants(file: SweepFile, path: Path) -> dict[str, Pairs]:
-    """Name -> its keys: each variant at each point of the grid."""
+    """Name -> keys, for each variant at each point of the grid."""
     variants = {name: _pairs(keys, path, f"variants.{name}") for name, keys in file.variants.items()} or {"": []}
     points = _points(_pairs(file.grid, path, "grid"), path)
     variants_at_points = {
@@ -144,7 +144,7 @@ def _leaves(table: Mapping[str, Any], prefix: list[str]) -> Iterator[tuple[list[
 
 def _config(config: Path, pairs: Pairs, name: str, seed: int, directory: Path) -> Config:
     own = [(["seed"], seed), (["run"], str(directory / RUNS / name / str(seed)))]
-    # In texts `{seed}` is the run's own: each run starts from what another sweep made under its seed.
+    # `{seed}` in a string becomes the run's seed, so that a run can start from another sweep's policy with the same seed.
     filled = [(k, value.replace("{seed}", str(seed)) if isinstance(value, str) else value) for k, value in pairs]
     try:
         return with_overrides(config, [*filled, *own])

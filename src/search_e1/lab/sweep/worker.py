@@ -1,7 +1,7 @@
-"""One run of a sweep, in a process of its own: ``python -m search_e1.lab.sweep.worker``.
+"""One run of a sweep, in its own process: ``python -m search_e1.lab.sweep.worker``.
 
-The order comes as one JSON line on standard input, which stays open for as long as the sweep lives: when it is closed, the
-run saves and ends, as by SIGTERM.
+The order is one JSON line on standard input, which stays open while the sweep lives. When it closes, the run saves and stops,
+as on SIGTERM.
 """
 
 import json
@@ -42,7 +42,7 @@ def _end_with_the_sweep(stdin: FileIO) -> None:
 
 
 def main() -> int:
-    """The exit status: 0, ``MISTAKE``, or that of a signal."""
+    """Run the order on standard input; returns the exit status: 0, ``MISTAKE``, or a signal's."""
     keep_freed_memory()
     warnings.filterwarnings("ignore", category=FutureWarning)
     stdin = FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: a buffer's lock must not be held when Python ends
@@ -51,7 +51,7 @@ def main() -> int:
     try:
         with on_signals() as stop:
             threading.Thread(target=_end_with_the_sweep, args=[stdin], daemon=True).start()
-            config = config.model_copy(update={"bundle": False})  # a copy of the weights of every run would fill the disk
+            config = config.model_copy(update={"bundle": False})  # copies of every run's weights would fill the disk
             evolve.train(config, _log_stage, stop, shared=Path(order["shared"]), other_versions=order["other_versions"])
             runs.write_atomically(config.run / FINISHED, json.dumps(finished_record(config), indent=2) + "\n")
     except SearchE1Error as error:
