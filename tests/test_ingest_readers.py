@@ -103,6 +103,29 @@ def test_html_has_no_scripts_navigation_or_addresses_in_its_passages(tmp_path: P
     assert passage["metadata"]["language"] == "de"
 
 
+def test_headings_have_their_names_without_the_signs_that_link_to_them(tmp_path: Path) -> None:
+    file = tmp_path / "p.html"
+    file.write_text(
+        "<html><head><title>Reference</title></head><body>"
+        "<h2>child_process.exec()<span><a class='mark' href='#exec'>#</a></span></h2><p>Runs.</p>"
+        "<h2><em>os_name</em> <a class='headerlink' href='#os'>\N{PILCROW SIGN}</a></h2><p>Tells.</p>"
+        "<h2><a href='#c'>C#</a></h2><p>See <a href='#exec'>#</a>.</p></body></html>"
+    )
+    passages = passages_of(file)
+    assert [passage["heading"] for passage in passages] == ["child_process.exec()", "os_name", "C#"]
+    assert passages[2]["text"] == "See #."
+
+
+def test_a_fence_without_its_code_is_no_passage(tmp_path: Path) -> None:
+    file = tmp_path / "p.md"
+    file.write_text("Call it:\n\n```js\n" + "".join(f"const value_{i} = require('module_{i}');\n" for i in range(40)) + "```\n")
+    texts = [passage["text"] for passage in passages_of(file, words=30, overlap=0)]
+    assert texts[0] == "Call it:"
+    assert texts[1].startswith("const value_0 = require('module_0');\n")
+    file.write_text("Before.\n\n---\n\n# B\n\n---\n\n# C\n\nAfter.\n")
+    assert [passage["text"] for passage in passages_of(file)] == ["Before.\n\n---", "After."]
+
+
 def test_carriage_returns_do_not_shift_what_stands_behind_them(tmp_path: Path) -> None:
     file = tmp_path / "p.html"
     file.write_text("<title>T</title><pre>a&#13;b&#13;c</pre><h1>One</h1><p>First.</p><table><tr><td>x</td></tr></table>")

@@ -13,7 +13,10 @@ _WORD = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-
 _LONG_WORD = 12  # characters per word above which characters are counted instead, as in minified code
 _FULLER = 1.25
 """A passage may exceed the requested words by this factor, so that a section leaves no remainder of a few words."""
-_MARKS = re.compile(r"[*_`]+")
+_MARKS = re.compile(r"[*`]+|(?<!\w)_+|_+(?!\w)")
+"""Marks of emphasis and code; an underscore within a name is none."""
+_MARKS_ALONE = re.compile(r"\s*(?:`{3,}|~{3,})[^\n]*\s*|[\W_]*")
+"""The fence of a code block that is cut right after it, a rule, an empty list item: no passage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,8 @@ def cut(parts: Iterable[Part], words: int, overlap: int) -> Iterator[Chunk]:
         for section in sections:
             heading = part.heading + section.heading
             for offset, text in splitter.chunk_indices(part.text[section.start : section.end]):
+                if part.markdown and _MARKS_ALONE.fullmatch(text):
+                    continue
                 start = section.start + offset
                 end = start + len(text)
                 yield Chunk(_under_header(text, start, tables), heading, part.page, start, end)

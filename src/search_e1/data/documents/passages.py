@@ -24,7 +24,7 @@ class Cutting(Record):
     overlap: int = 20
     language: str | None = None
     """Language of all files; ``None``: detected per file."""
-    format: int = 1
+    format: int = 2
     """Version of the readers and of this module; a change makes all files be read again."""
 
 

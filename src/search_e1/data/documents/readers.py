@@ -37,6 +37,7 @@ _MARKDOWN: dict[str, Any] = {
 _FRONT_MATTER = re.compile(r"---\n(?:.*\n)*?---\n")
 _TITLE = re.compile(r"^title:(.+)$", re.MULTILINE)
 _SLIDE = re.compile(r"<!-- Slide number: (\d+) -->\n?")
+_HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 _HEADER_ROWS = 20  # rows searched for a table's header
 
 
@@ -145,6 +146,9 @@ def html_document(html: bytes | str) -> Document:
     language = str(soup.html.get("lang") or "") if soup.html else ""
     for element in soup(["script", "style", "noscript", "template", "nav", "title"]):
         element.decompose()
+    for link in [link for heading in soup(_HEADINGS) for link in heading("a", href=True)]:
+        if str(link["href"]).startswith("#") and not any(map(str.isalnum, link.get_text())):
+            link.decompose()  # the sign, such as "#" or a pilcrow, by which a reader links to the heading
     try:
         text = MarkdownConverter(**_MARKDOWN).convert_soup(soup.body or soup)
     except RecursionError:  # nested more deeply than Python allows
