@@ -10,8 +10,9 @@ from typing import Any
 
 from search_e1.config import Config, GrpoConfig, ReferenceConfig, default_of
 from search_e1.errors import ConfigError, DataError
-from search_e1.rollout.loop import Start, rollout, starts
+from search_e1.rollout.loop import rollout
 from search_e1.rollout.progress import StepRollouts
+from search_e1.rollout.starts import Start, starts
 from search_e1.rollout.unfinished import unfinished_in
 from search_e1.runs import derived_seed, ranks
 from search_e1.runs.context import StageContext
