@@ -48,6 +48,17 @@ def test_rules_leave_alone_what_they_may_misread(text: str):
     assert asked(Passage(id="x", title="Red Dust", text=text)) == {}
 
 
+def test_a_value_is_what_stands_on_its_line_alone():
+    text = (
+        "Contact us at http://www.example.org/\nTue Nov 27 12:40:49 EST\n\n* Default: EDITOR, or\n  'vi' elsewhere\n"
+        "* See also: [`GET\n* Type: String (of one word)\nSince: 2.0\nNote: it is an error to use\nthe old name\n"
+    )
+    assert asked(Passage(id="x", title="editor", text=text)) == {
+        "What is the type of editor?": "String (of one word)",
+        "What is the since of editor?": "2.0",
+    }
+
+
 def test_lives_and_definitions():
     passage = Passage(id="x", title="Ada King", text="Ada King (10 December 1815 \u2013 27 November 1852) was a mathematician.")
     assert asked(passage) == {"In what year was Ada King born?": "1815", "In what year did Ada King die?": "1852"}

@@ -66,7 +66,10 @@ DEFINITION = re.compile(
     r"|owned|located|based|situated|released|recorded|built|established|played|served|starred|won|was|has|had|stars"
     r"|runs|flows|formed|headquartered|established|known|set|used|named)\b.{12,160})$"
 )
-KEY_VALUE = re.compile(r"\s*(?:[-*\u2022] )?(?P<key>\*{0,2}[A-Z][\w /-]{1,40}\*{0,2}) ?: ?(?P<value>\S.{0,80})")
+KEY_VALUE = re.compile(r"\s*(?:[-*\u2022] )?(?P<key>\*{0,2}[A-Z][\w /-]{1,40}\*{0,2}) ?:[ \t]+(?P<value>\S.{0,80})")
+"""A space follows the colon, so that addresses and times of day are none."""
+NEW_LINE_OF_ITS_OWN = re.compile(r"\s*(?:$|[-*+\u2022#|>`~]|\d+[.)] )")
+"""The beginning of a line that does not continue the one before."""
 TABLE_RULE = re.compile(r"\|?[\s:|-]*-{2,}[\s:|-]*\|?")
 ABBREVIATION = re.compile(
     r"(?:\b(?:[A-Z]|Mr|Mrs|Ms|Dr|St|Jr|Sr|Inc|Ltd|Co|No|vs|etc|e\.g|i\.e|c|ca|approx|Lt|Col|Gen|Prof))\.$"

@@ -23,6 +23,7 @@ from search_e1.questions.patterns import (
     KEY_VALUE,
     LIFE,
     NAME,
+    NEW_LINE_OF_ITS_OWN,
     NOT_ITS_OWN,
     PARTICIPLE,
     PRONOUN,
@@ -170,12 +171,18 @@ def _lines(passage: Passage) -> Iterator[Fact]:
     heading = heading if heading and heading not in passage.title else ""
     under = f" under {heading}" if heading else ""
     lines = passage.text.splitlines()
-    for line in lines:
-        if match := KEY_VALUE.fullmatch(line):
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+        if (match := KEY_VALUE.fullmatch(line)) and not _continues(match["value"], after):
             key, value = match["key"].strip(" *_"), match["value"].strip(" *_.")
             if len(key.split()) <= _MOST_KEY_WORDS and 0 < len(value.split()) <= _MOST_VALUE_WORDS:
                 yield Fact("key: value", f"What is the {_lower(key)} of {{}}{under}?", value)
     yield from _tables(lines)
+
+
+def _continues(value: str, after: str) -> bool:
+    """Whether the line ``after`` goes on with ``value``: a sentence that was wrapped, or a bracket that it closes."""
+    unclosed = value.count("`") % 2 or any(value.count(a) != value.count(b) for a, b in ("()", "[]", "{}"))
+    return bool(unclosed) or not (NEW_LINE_OF_ITS_OWN.match(after) or KEY_VALUE.match(after))
 
 
 def _tables(lines: Sequence[str]) -> Iterator[Fact]:
