@@ -56,6 +56,15 @@ grpo = {{ steps = 1, questions_per_step = 1, group_size = 2 }}
     return tmp_path
 
 
+def test_an_interruption_is_one_line(project, monkeypatch, capsys):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("search_e1.config.load", interrupted)
+    status, _, told = run(monkeypatch, capsys, "doctor", project / "config.toml")
+    assert (status, told) == (130, "search-e1: interrupted; run the same command again to go on\n")
+
+
 def test_training_says_in_one_line_what_it_computes_in(project, monkeypatch, capsys):
     for flags, trained in (((), "all weights, in float32"), (("--grpo.lora.rank", 2), "adapters, in float32")):
         words = (

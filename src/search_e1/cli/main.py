@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -17,7 +18,7 @@ from search_e1.errors import SearchE1Error
 from search_e1.runs import ranks
 from search_e1.runs.allocation import keep_freed_memory
 from search_e1.runs.safe import plain
-from search_e1.runs.stopping import Stopped, on_signals
+from search_e1.runs.stopping import STATUS, Stopped, on_signals
 
 # What takes seconds to import (torch, transformers) is imported by the verb that needs it: `--help` must not wait for it.
 
@@ -193,9 +194,10 @@ def main() -> None:
         if ranks.is_first():
             _say(str(stopped))
         sys.exit(stopped.status)
-    except KeyboardInterrupt:
-        _say("interrupted; run the same command again to go on")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == STATUS[signal.SIGINT]:  # Typer makes this of a KeyboardInterrupt, without a word
+            _say("interrupted; run the same command again to go on")
+        raise
     except Exception as error:
         _record(error)
         raise
