@@ -1,4 +1,4 @@
-"""Calls of tools that are answered in the background, while the engine samples other rows."""
+"""Tool calls answered in the background while the engine samples other rows."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -11,16 +11,16 @@ from search_e1.rollout.environment import Environment, ToolCall
 from search_e1.types import Passage
 
 _POLL = 0.5
-"""Seconds between two looks for a signal while calls are awaited."""
+"""Seconds between checks for a signal while waiting for calls."""
 Draft = dict[str, Any]
-"""The fields of a turn, as far as they are known."""
+"""The known fields of an unfinished turn."""
 Answered = list[tuple[int, Draft, Sequence[Passage]]]
-"""Rows, their turns with observations, and the passages in these."""
+"""Rows, their turns with observations, and the passages in the observations."""
 _Batch = Sequence[tuple[int, Draft, ToolCall]]
 
 
 class Calls:
-    """Calls under way, one batch after another."""
+    """A queue of call batches, answered one after another in a background thread."""
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
@@ -30,7 +30,7 @@ class Calls:
         self._marked: list[Future[Answered]] = []
 
     def __enter__(self) -> "Calls":
-        # A daemon, unlike an executor's threads: a process that is to end does not wait for a server's time-out.
+        # A daemon thread, unlike an executor's: an exiting process does not wait for a server's timeout.
         Thread(target=self._work, name="retriever", daemon=True).start()
         return self
 
@@ -48,24 +48,24 @@ class Calls:
                 replies = self._environment.answer([call for _, _, call in calls])
                 answers = zip(calls, replies, strict=True)
                 future.set_result([(i, draft | reply.fields, reply.passages) for (i, draft, _), reply in answers])
-            except BaseException as error:  # raised where it is collected
+            except BaseException as error:  # raised by `collect`
                 future.set_exception(error)
 
     def launch(self, calls: _Batch) -> None:
-        """Begin to answer rows' calls, unless there are none."""
+        """Start answering a batch of calls, if it is not empty."""
         if calls:
             self.under_way.append(Future())
             self._queue.put((self.under_way[-1], calls))
 
     def mark(self) -> None:
-        """Tell the calls under way from those that will be launched."""
+        """Mark the calls under way, for ``collect(marked=True)``."""
         self._marked = list(self.under_way)
 
     def collect(self, *, marked: bool = False) -> Answered:
-        """Wait for all that was launched, or for what was under way at the last ``mark``.
+        """Wait for all calls under way, or only for those at the last ``mark``.
 
         Raises:
-            Interrupted: before all were answered.
+            Interrupted: ``interrupted`` became true before all were answered.
         """
         batches = [batch for batch in self.under_way if not marked or batch in self._marked]
         while wait(batches, timeout=_POLL).not_done:
@@ -74,7 +74,7 @@ class Calls:
         return self._take(batches)
 
     def ready(self, *, wait: bool) -> Answered:
-        """What is answered by now; with ``wait``, after a while in which something may be."""
+        """The calls answered so far; with ``wait``, waits up to half a second for at least one."""
         return self._take(_first(self.under_way, _POLL if wait else 0))
 
     def _take(self, batches: Sequence["Future[Answered]"]) -> Answered:

@@ -1,4 +1,4 @@
-"""The environment: answers the calls of a rollout's actions, those of a tool together."""
+"""The environment: answers the tool calls of a rollout, batched per tool."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ class ToolCall(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """What a call is answered with."""
+    """The observation after a call."""
 
     fields: dict[str, Any]
     """Fields of the turn."""
@@ -33,25 +33,25 @@ class Environment:
     def __init__(self, retriever: Retriever, protocol: Protocol, prompts: Prompts, config: RolloutConfig) -> None:
         """
         Raises:
-            ConfigError: there is no such tool, or the retriever cannot serve one.
+            ConfigError: a tool does not exist, or the retriever does not support it.
         """
-        self._protocol, self._most = protocol, config.max_observation_tokens
+        self._protocol, self._max_tokens = protocol, config.max_observation_tokens
         self._handlers: Mapping[str, Handler] = {t.name: t.open(retriever, config.topk) for t in tools_of(prompts)}
 
     def answer(self, calls: Sequence[ToolCall]) -> list[Observation]:
         """The observation of each call.
 
         Raises:
-            RetrievalError: from the retriever, or a tool did not answer each of its calls.
+            RetrievalError: from the retriever, or a tool did not answer all of its calls.
         """
         observations: dict[int, Observation] = {}
         for name, handler in self._handlers.items():
-            asked = [i for i, call in enumerate(calls) if call.tool == name]
-            answers = handler([calls[i].call for i in asked]) if asked else ()
-            if len(answers) != len(asked):
-                raise RetrievalError(f"tool {name!r}: {len(answers)} answers to {len(asked)} calls")
-            for i, answer in zip(asked, answers, strict=True):
-                text, ids = self._protocol.observe(calls[i].action_text, answer, self._most)
+            indices = [i for i, call in enumerate(calls) if call.tool == name]
+            answers = handler([calls[i].call for i in indices]) if indices else ()
+            if len(answers) != len(indices):
+                raise RetrievalError(f"tool {name!r}: {len(answers)} answers to {len(indices)} calls")
+            for i, answer in zip(indices, answers, strict=True):
+                text, ids = self._protocol.observe(calls[i].action_text, answer, self._max_tokens)
                 passages = () if isinstance(answer, str) else answer
                 seen = tuple(passage.id for passage in passages)
                 fields = dict(observation_text=text, observation_ids=ids, passage_ids=seen)

@@ -1,7 +1,7 @@
-"""The rollout loop: sample an action, answer it, and go on until every trajectory has ended.
+"""The rollout loop: sample an action, insert its observation, repeat until every trajectory has ended.
 
-It is the only one: GRPO, pools, the teacher's lead, evaluation and the agent in use all sample through it. Trajectories do
-not wait for one another: while some are being sampled, the retriever answers others.
+GRPO, pools, the teacher's lead, evaluation and the agent all sample through this loop. Trajectories do not wait for one
+another: while some are sampled, the retriever answers others.
 """
 
 import logging
@@ -19,7 +19,6 @@ from search_e1.rollout.engines.base import Engine, Generation, Interrupted, Requ
 from search_e1.rollout.environment import Environment, ToolCall
 from search_e1.rollout.rewards.scorer import Scorer, open_scorer
 from search_e1.rollout.starts import Row, Start
-from search_e1.rollout.starts import starts as starts  # stages/grpo.py asks for it here
 from search_e1.rollout.unfinished import Unfinished, UnfinishedRow
 from search_e1.runs import derived_seed
 from search_e1.runs.stopping import Stop
@@ -30,17 +29,17 @@ from search_e1.types import ActionKind, Passage, StopReason, Trajectory, Turn
 
 logger = logging.getLogger(__name__)
 OnTurn = Callable[[int, Turn, Sequence[Passage]], None]
-"""Called with the number of a trajectory, a turn of it as it is taken, and the passages that answer it."""
+"""Called after each turn with the trajectory's number, the turn, and the passages of its observation."""
 OnTrajectory = Callable[[int, Trajectory], None]
 
 
 @dataclass(slots=True)
 class Spent:
-    """Seconds that rollouts took, by what they went into; filled by ``rollout``."""
+    """Seconds that rollouts spent on each part; filled by ``rollout``."""
 
     sampling: float = 0.0
     retrieval: float = 0.0
-    """Waiting for the retriever. What it did while others were sampled is not in it."""
+    """Time waiting for the retriever; excludes its work while other rows were sampled."""
     rest: float = 0.0
 
     @contextmanager
@@ -63,25 +62,25 @@ def rollout(
     spent: Spent | None = None,
     unfinished: Unfinished | None = None,
 ) -> list[Trajectory]:
-    """Roll out every start to its end; trajectories in the order of ``starts``.
+    """Roll out every start to its end; returns trajectories in the order of ``starts``.
 
-    A policy takes at most ``config.max_searches`` turns that are answered (with passages, or with a correction) and
-    then one last generation. ``prompts`` says how it acts and is corrected (without them: Search-R1's tags).
-    ``on_trajectory`` is called with the index of a start when its trajectory has ended.
+    A policy takes at most ``config.max_searches`` turns that get an observation (passages or a correction), and then one last
+    generation. ``prompts`` sets the protocol and the correction (default: Search-R1's tags). ``on_trajectory`` is called with
+    the index of a start when its trajectory has ended.
 
-    What a trajectory samples depends on ``seed``, its question's id and its ``sample``, not on the others, but for rounding:
-    a matrix product of more rows may differ in the last bit. The same call gives the same bits: searches are answered at
-    steps of the engine's, not when the retriever happens to have found something.
+    A trajectory depends on ``seed``, its question's id and its ``sample``, not on other trajectories, except for rounding: a
+    matrix product with more rows may differ in the last bit. The same call is reproducible bit for bit: observations arrive at
+    fixed engine steps, not when the retriever happens to finish.
 
-    ``unfinished``: where rows go when a signal interrupts the call, and where the same call resumes them. What is resumed
-    differs from what would have been sampled by rounding at most.
+    ``unfinished``: where rows are saved when a signal interrupts the call, and from which the same call resumes. A resumed
+    trajectory differs from an uninterrupted one at most by rounding.
 
     Raises:
-        Stopped: a signal asked to stop; what was sampled is in ``unfinished``.
-        ConfigError: there is no such reward function or tool, or the retriever cannot serve a tool.
+        Stopped: a signal requested a stop; the sampled rows are in ``unfinished``.
+        ConfigError: the reward function or a tool does not exist, or the retriever does not support a tool.
         EndpointError: from the judge.
         ModelError: a start's context leaves no room for a single token, or the tokenizer does not fit the protocol.
-        RetrievalError: from the retriever; nothing is returned then.
+        RetrievalError: from the retriever; no trajectory is returned.
     """
     prompts = prompts or Prompts()
     spent, unfinished = spent or Spent(), unfinished or Unfinished(None, Stop())
@@ -99,7 +98,7 @@ def rollout(
             while loop.busy:
                 loop.step(spent)
             loop.tell_ended(wait=True)
-        if loop.interrupted():  # perhaps since the last row has ended; `finishing` raises
+        if loop.interrupted():  # possibly set after the last row ended; `finishing` raises
             unfinished.save(call, loop.rows_so_far())
         else:
             unfinished.discard()
@@ -110,7 +109,7 @@ def rollout(
 
 
 def _call(tokenizer: Any, starts: Sequence[Start], *arguments: object) -> tuple[object, ...]:
-    """What tells one call from another. Ids of an endpoint's words are those of one process, their text is not."""
+    """The identity of a call, for resuming. Word ids of an endpoint are valid in one process only, so their text is used."""
     as_text = getattr(tokenizer, "ids_of_process", False)
     prompts = (tokenizer.decode(s.prompt_ids) if as_text else s.prompt_ids for s in starts)
     rows = ((s.question.id, s.sample, len(s.turns), prompt) for s, prompt in zip(starts, prompts, strict=True))
@@ -132,7 +131,7 @@ def open_loop(
     """A loop over one session of ``engine``; see ``rollout`` for the arguments.
 
     Raises:
-        ConfigError: there is no such reward function or tool, or the retriever cannot serve a tool.
+        ConfigError: the reward function or a tool does not exist, or the retriever does not support a tool.
         ModelError: the tokenizer does not fit the protocol.
     """
     protocol = protocol_of(engine.tokenizer, prompts)
@@ -145,7 +144,7 @@ def open_loop(
 
 @dataclass(slots=True)
 class RolloutLoop:
-    """Trajectories that are sampled together. Others may join while they are, and each may be dropped."""
+    """Trajectories that are sampled together. Trajectories can join and be dropped at any time."""
 
     session: Session
     calls: Calls
@@ -153,27 +152,27 @@ class RolloutLoop:
     protocol: Protocol
     config: RolloutConfig
     limit: int
-    """Most ids of a trajectory, its prompt included."""
+    """Maximum ids of a trajectory, its prompt included."""
     reward: Scorer
     seed: int
     on_turn: OnTurn | None
     on_trajectory: OnTrajectory | None
     rows: dict[int, Row] = field(default_factory=dict)
-    """All that were added and not dropped, ended ones too."""
+    """All rows that were added and not dropped, ended ones included."""
     sampling: set[int] = field(default_factory=set)
-    """Rows that the session has."""
+    """Rows in the session."""
     searching: dict[int, Generation] = field(default_factory=dict)
     """Rows whose calls are being answered, with their actions."""
     waits_for_all: bool = True
-    """Answers are taken when all have come, which makes a call reproducible; else each when it comes."""
+    """Whether observations are inserted only when all have arrived, which makes a call reproducible; else as they arrive."""
     _complete: list[tuple[int, Generation]] = field(default_factory=list)
-    _judged: list[int] = field(default_factory=list)
-    """Rows that have ended, of which nobody was told yet."""
+    _unreported: list[int] = field(default_factory=list)
+    """Rows that ended and were not reported to ``on_trajectory`` yet."""
     _steps: int = 0
 
     @property
     def interrupted(self) -> Callable[[], bool]:
-        """Checked within long steps, which then raise ``Interrupted``."""
+        """Checked during long steps, which raise ``Interrupted`` when it is true."""
         return self.calls.interrupted
 
     @interrupted.setter
@@ -182,14 +181,14 @@ class RolloutLoop:
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to sample, or to wait for."""
+        """Whether anything is left to sample or to wait for."""
         return bool(self.sampling or self._complete or self.calls.under_way)
 
     def add(self, i: int, start: Start, saved: UnfinishedRow | None = None) -> None:
-        """Let the trajectory ``i`` begin at ``start``, or go on where an interrupted call has ``saved`` it.
+        """Add trajectory ``i`` at ``start``, or resume it from ``saved``.
 
         Raises:
-            ModelError: its context leaves no room for a single token.
+            ModelError: the context leaves no room for a single token.
         """
         row = Row(start, self.reward)
         if len(row.context) >= self.limit:
@@ -213,7 +212,7 @@ class RolloutLoop:
             self._end(i)
 
     def drop(self, i: int) -> None:
-        """Forget a trajectory, ended or not. What is under way for it is ignored."""
+        """Drop a trajectory, ended or not. Pending results for it are ignored."""
         row = self.rows.pop(i)
         self.searching.pop(i, None)
         if row.stop is None:
@@ -221,16 +220,16 @@ class RolloutLoop:
             self.session.release(i)
 
     def step(self, spent: Spent) -> None:
-        """Take the answers that have come, if it is time to, and sample a token of each row.
+        """Insert the observations that are due, and sample a token of each row.
 
         Raises:
-            Interrupted: ``interrupted`` says so; no row is lost.
+            Interrupted: ``interrupted`` is true; no row is lost.
             RetrievalError, ModelError, EndpointError: from the retriever or the engine.
         """
         complete, self._complete = self._complete, []
         self._answer(complete)
         if self.calls.under_way and (not self.sampling or self._steps % self.session.admission_interval == 0):
-            # Where a step takes long, the retriever has one to work beside.
+            # If a step is long, calls get the duration of one step before they are waited for.
             beside = bool(self.sampling) and getattr(self.session, "answers_wait", False)
             with spent._on("retrieval"):
                 answered = self.calls.collect(marked=beside) if self.waits_for_all else self.calls.ready(wait=not self.sampling)
@@ -246,11 +245,11 @@ class RolloutLoop:
             self._answer(finished)
 
     def begun(self) -> dict[int, Generation]:
-        """The tokens sampled so far of the rows' current actions, where the session tells them."""
+        """The tokens sampled so far of the rows' current actions, if the session provides them."""
         return getattr(self.session, "begun", dict)()
 
     def rows_so_far(self) -> dict[int, UnfinishedRow]:
-        """All rows as they are; none of ids that mean nothing to another process, whose session keeps answers instead."""
+        """The current state of all rows; empty if the ids are valid in this process only (the session then keeps answers)."""
         if getattr(self.tokenizer, "ids_of_process", False):
             return {}
         begun, nothing = self.begun() | self.searching | dict(self._complete), Generation(())
@@ -267,8 +266,8 @@ class RolloutLoop:
         start, context = self.rows[i].start, self.rows[i].context
         seed = self.seed if start.seed is None else start.seed
         own = derived_seed(seed, start.question.id, start.sample, len(self.rows[i].turns))
-        most = int(min(self.config.max_action_tokens, self.limit - len(context), self.rows[i].budget))
-        self.session.submit(Request(i, context, most, own, begun, start.temperature))
+        max_new_tokens = int(min(self.config.max_action_tokens, self.limit - len(context), self.rows[i].budget))
+        self.session.submit(Request(i, context, max_new_tokens, own, begun, start.temperature))
         self.sampling.add(i)
 
     def _answer(self, finished: Sequence[tuple[int, Generation]]) -> None:
@@ -288,7 +287,7 @@ class RolloutLoop:
         self.calls.launch(calls)
 
     def _draft(self, row: Row, generation: Generation) -> Draft:
-        """What a generation says, with the correction that a malformed one gets; sets ``stop`` on a row that ends with it."""
+        """The turn of a generation, with the correction if malformed; sets ``stop`` on the row if it ends here."""
         text = self.tokenizer.decode(generation.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         action = MALFORMED if generation.stop else self.protocol.parse(text)
         draft: Draft = dict(
@@ -310,7 +309,7 @@ class RolloutLoop:
         return draft
 
     def _take(self, i: int, draft: Draft, passages: Sequence[Passage] = ()) -> None:
-        """Add a turn, and sample on or end."""
+        """Add a turn, then continue sampling or end the row."""
         if i not in self.rows:
             return  # dropped
         row, turn = self.rows[i], Turn(**draft)
@@ -319,7 +318,7 @@ class RolloutLoop:
         if self.on_turn:
             self.on_turn(i, turn, passages)
         if i not in self.rows:
-            return  # dropped by whom it was told
+            return  # dropped by `on_turn`
         if row.stop is None and (len(row.context) >= self.limit or row.budget <= 0):
             row.stop = StopReason.MAX_TOKENS
         if row.stop is None:
@@ -330,17 +329,17 @@ class RolloutLoop:
 
     def _end(self, i: int) -> None:
         self.rows[i].reward.begin(self.rows[i].answer, self.rows[i].start.question)
-        self._judged.append(i)
+        self._unreported.append(i)
         self.tell_ended(wait=False)
 
     def tell_ended(self, *, wait: bool) -> None:
-        """Tell of the trajectories that have ended and whose reward is known; ``wait`` for all. A judge takes its time."""
-        waiting, self._judged = self._judged, []
+        """Report ended trajectories whose reward is known; with ``wait``, wait for all rewards (a judge may be slow)."""
+        waiting, self._unreported = self._unreported, []
         for i in waiting:
             if i not in self.rows:
                 continue  # dropped
             row = self.rows[i]
             if not wait and not row.reward.ready(row.answer, row.start.question):
-                self._judged.append(i)
+                self._unreported.append(i)
             elif self.on_trajectory:
                 self.on_trajectory(i, row.finish())

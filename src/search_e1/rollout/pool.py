@@ -36,41 +36,41 @@ def sample(
     checkpointer: Checkpointer | None = None,
     check: Callable[[Mapping[str, float]], None] = lambda sums: None,
 ) -> dict[str, Any]:
-    """Sample a group for each question into ``out / FILE``, one JSON line each, on disk chunk by chunk.
+    """Sample a group for each question into ``out / FILE``, one JSON line per group, written chunk by chunk.
 
-    ``check`` is called before each chunk with the sums of ``sampler.tally`` so far, and raises where going on is useless.
+    ``check`` is called before each chunk with the sums of ``sampler.tally`` so far, and raises if continuing is useless.
 
-    With the same arguments and a ``checkpointer`` that was begun, what lies there whole is kept and the rest is sampled.
+    With the same arguments and the ``checkpointer`` of an interrupted call, complete chunks are kept and the rest is sampled.
 
     Returns:
-        questions; means over the trajectories of EM (``em``), searches and sampled tokens; ``stop_reasons`` and how many
-        trajectories each has ended; ``seconds`` of sampling, waiting for the retriever and the rest; trajectories and sampled
-        tokens a second, over all attempts.
+        questions; means over the trajectories of EM (``em``), searches and sampled tokens; ``stop_reasons`` with the number of
+        trajectories for each; ``seconds`` of sampling, of waiting for the retriever, and of the rest; trajectories and sampled
+        tokens per second, over all attempts.
 
     Raises:
-        Stopped: a signal has asked to stop; the chunk at hand is finished and on disk.
+        Stopped: a signal requested a stop; the current chunk is finished and on disk.
         RetrievalError: from the retriever.
     """
     checkpointer = checkpointer or Checkpointer()
-    asking, size = RolloutSampler(engine, retriever, prompts, limits, checkpointer), config.group_size
-    told = RolloutProgress(progress, len(questions) * size, "sampled EM", detailed=True)
+    sampler, size = RolloutSampler(engine, retriever, prompts, limits, checkpointer), config.group_size
+    reporter = RolloutProgress(progress, len(questions) * size, "sampled EM", detailed=True)
 
     def make(chunk: Sequence[Question], before: Mapping[str, float]) -> tuple[Iterator[str], Mapping[str, float]]:
         check(before)
         spent = Spent()
-        report, temperature = told.after(before), config.temperature
-        groups = asking.groups(chunk, size, temperature=temperature, seed=seed, on_trajectory=report, spent=spent)
+        report, temperature = reporter.after(before), config.temperature
+        groups = sampler.groups(chunk, size, temperature=temperature, seed=seed, on_trajectory=report, spent=spent)
         sums = tally((t for group in groups for t in group.trajectories), spent)
         return (group.model_dump_json() for group in groups), sums
 
-    [sums] = write_parts(checkpointer, [Part(out / FILE, list(asking.chunks(questions, size)), make)])
+    [sums] = write_parts(checkpointer, [Part(out / FILE, list(sampler.chunks(questions, size)), make)])
     if ranks.is_first():
         warn_of_empty_searches(sums["empty"], sums["searches"])
     return {"questions": len(questions), **figures(sums)}
 
 
 def figures(sums: Mapping[str, float]) -> dict[str, Any]:
-    """What ``sums`` of ``sampler.tally`` come to."""
+    """The result figures from ``sums`` of ``sampler.tally``."""
     count, seconds = sums["trajectories"], sum(sums[f"seconds.{part}"] for part in PARTS)
     return {
         **_means(sums),
@@ -87,13 +87,13 @@ def _means(sums: Mapping[str, float]) -> dict[str, Any]:
 
 
 def take(source: Path, out: Path, most: int | None) -> dict[str, Any]:
-    """The first ``most`` groups of the pool's file ``source`` (all, if not given) into ``out / FILE``.
+    """Copy the first ``most`` groups (default: all) of the pool file ``source`` to ``out / FILE``.
 
     Returns:
         questions; means over the trajectories of EM (``em``), searches and sampled tokens; ``stop_reasons``.
 
     Raises:
-        DataError: the file cannot be read, or holds no groups.
+        DataError: the file cannot be read, or has no groups.
     """
     sums: Counter[str] = Counter()
     questions = 0
@@ -108,5 +108,5 @@ def take(source: Path, out: Path, most: int | None) -> dict[str, Any]:
 
 
 def read(path: Path) -> Iterator[Group]:
-    """The groups of a pool's file, one at a time: a large pool does not fit into memory. See ``runs.read_records``."""
+    """The groups of a pool file, one at a time: a large pool does not fit into memory. See ``runs.read_records``."""
     return read_records(path, Group, "sample the pool with `search-e1 rollout`")

@@ -1,4 +1,4 @@
-"""What is told while trajectories are sampled: how many there are, how they do, and how fast."""
+"""Progress of sampling: number of trajectories, their reward, and the rate."""
 
 import time
 from collections import Counter
@@ -13,21 +13,21 @@ REWARD = "reward"
 
 
 class RolloutProgress:
-    """Reports trajectories as they end; of several processes the first reports its own."""
+    """Reports trajectories as they end; with several processes, the first one reports its own."""
 
     def __init__(self, progress: Progress, total: int, name: str, *, before: int = 0, detailed: bool = False) -> None:
         """
         Args:
-            name: of EM, or ``REWARD`` for that in its place.
-            before: trajectories of something else that ``total`` counts too.
-            detailed: tell of searches and of how trajectories ended, as well.
+            name: label of EM; ``REWARD`` shows the reward instead.
+            before: trajectories of earlier work that ``total`` includes.
+            detailed: also show searches and stop reasons.
         """
         self._progress, self._total, self._name, self._before, self._detailed = progress, total, name, before, detailed
         self._tokens, self._seconds = 0, 0.0
-        """Of this process alone: a rate over attempts would count the time between them."""
+        """Of this process only: a rate over several attempts would include the time between them."""
 
     def after(self, sums: Mapping[str, float]) -> OnTrajectory:
-        """For the next chunk; ``sums`` over the chunks that are done, as ``sampler.tally`` has them."""
+        """The callback for the next chunk; ``sums``: those of ``sampler.tally`` over the finished chunks."""
         own, earlier, begun = Counter(sums), self._seconds, time.perf_counter()
         tell_within(self._progress, self._before + own["trajectories"], self._total)
 
@@ -50,14 +50,14 @@ class RolloutProgress:
 
 
 class StepRollouts:
-    """Tells within a training step of its rollouts, which take the share of a step that they took in the step before."""
+    """Progress of rollouts within a training step; estimates their share of a step from the previous step."""
 
     def __init__(self, progress: Progress, steps: int) -> None:
         self._progress, self._steps = progress, steps
         self._share, self._ended, self._sampling = 0.5, 0.0, 0.0
 
     def of(self, step: int, total: int) -> OnTrajectory:
-        """For the rollouts of ``step`` (from 0), ``total`` trajectories."""
+        """The callback for the rollouts of ``step`` (from 0), with ``total`` trajectories."""
         begun = time.perf_counter()
         if self._ended:
             self._share = self._sampling / (self._sampling + begun - self._ended)

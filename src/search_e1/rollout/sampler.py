@@ -1,6 +1,6 @@
-"""Groups of many questions, rolled out chunk by chunk: memory is bounded, and a kill loses at most a chunk.
+"""Samples the groups of many questions chunk by chunk: memory is bounded, and a killed process loses at most one chunk.
 
-Which questions make a chunk follows from the config alone, so a chunk that is sampled again is the same to the bit.
+Chunks depend only on the config, so a chunk that is sampled again is identical bit for bit.
 """
 
 import logging
@@ -18,13 +18,13 @@ from search_e1.types import Group, Question, Trajectory
 
 logger = logging.getLogger(__name__)
 PARTS = ("sampling", "retrieval", "rest")
-"""What the seconds of a rollout are spent on."""
-_BATCHES_AT_ONCE = 2  # as trajectories end, others fill the engine's batches
+"""The parts of a rollout's time; see ``Spent``."""
+_BATCHES_AT_ONCE = 2  # when trajectories end, others fill the engine's batch
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutSampler:
-    """Samples groups: an engine, a retriever, and how to ask."""
+    """Samples groups with an engine, a retriever, prompts and limits."""
 
     engine: Engine
     retriever: Retriever
@@ -33,7 +33,7 @@ class RolloutSampler:
     checkpointer: Checkpointer = field(default_factory=Checkpointer)
 
     def chunks(self, questions: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:
-        """Questions that are rolled out together, ``size`` times each."""
+        """Chunks of questions that are rolled out together, with groups of ``size``."""
         at_once = max(1, self.limits.batch_size * _BATCHES_AT_ONCE // size)
         return (questions[at : at + at_once] for at in range(0, len(questions), at_once))
 
@@ -41,7 +41,7 @@ class RolloutSampler:
         self, chunk: Sequence[Question], size: int, *, temperature: float, seed: int,
         on_trajectory: OnTrajectory | None = None, spent: Spent | None = None,
     ) -> list[Group]:  # fmt: skip
-        """``size`` trajectories of each question.
+        """A group of ``size`` trajectories for each question.
 
         Raises:
             ModelError, RetrievalError, EndpointError: see ``rollout``.
@@ -56,7 +56,7 @@ class RolloutSampler:
 
 
 def tally(trajectories: Iterable[Trajectory], spent: Spent) -> dict[str, float]:
-    """Sums over ``trajectories``, which took ``spent``; figures over several chunks are made of them."""
+    """Sums over ``trajectories`` and the time ``spent`` on them; additive over chunks."""
     sums = dict.fromkeys(("trajectories", "em", "searches", "tokens", "empty"), 0.0)
     sums |= {f"seconds.{part}": getattr(spent, part) for part in PARTS}
     for t in trajectories:
@@ -67,12 +67,12 @@ def tally(trajectories: Iterable[Trajectory], spent: Spent) -> dict[str, float]:
 
 
 def empty_searches(trajectory: Trajectory) -> int:
-    """Searches that found no passage."""
+    """Number of searches that returned no passage."""
     return sum(turn.served and not turn.passage_ids for turn in trajectory.turns)
 
 
 def warn_of_empty_searches(empty: float, searches: float) -> None:
-    """Say in one line that most searches found nothing: a policy learns little from empty observations."""
+    """Warn if most searches returned nothing: a policy learns little from empty observations."""
     if searches and 2 * empty > searches:
         logger.warning(
             "%.0f of %.0f searches found no passage: are questions and passages in one language? BM25 does not split text "

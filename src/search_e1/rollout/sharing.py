@@ -1,8 +1,7 @@
-"""Files of lines that all ranks write together, chunk by chunk, in the order and to the bit as one process would.
+"""Line files written by all ranks together, chunk by chunk, identical in order and content to those of one process.
 
-Which lines make a chunk follows from the config, never from the number of ranks: chunk i is made by rank i modulo their
-number, into a file of its own, and rank 0 joins them. Chunks that a killed attempt has left are not made again, whatever
-number of ranks resumes.
+Chunks depend on the config, never on the number of ranks: chunk i is made by rank i modulo the number of ranks, into its own
+file, and rank 0 joins them. Chunks that a killed attempt finished are reused, by any number of ranks.
 """
 
 from collections import Counter
@@ -25,17 +24,17 @@ class Part(Generic[Chunk]):
     path: Path
     chunks: Sequence[Chunk]
     make: Callable[[Chunk, Sums], tuple[Iterable[str], Sums]]
-    """From a chunk, and the sums over the chunks that this process has made before, to its lines and its sums."""
+    """Maps a chunk, and the sums over this process's earlier chunks, to the chunk's lines and sums."""
 
 
 def write_parts(checkpointer: Checkpointer, parts: Sequence[Part]) -> list[Counter[str]]:
-    """Write the files of ``parts``, or what is missing of them. All ranks call this, and may then read the files.
+    """Write the files of ``parts``, or their missing chunks. All ranks must call this; afterwards all can read the files.
 
     Returns:
         The sums over the chunks of each part.
 
     Raises:
-        Stopped: a signal asked to stop; what is finished is on disk.
+        Stopped: a signal requested a stop; finished chunks are on disk.
     """
     if ranks.count() > 1:
         _make_pieces(checkpointer, parts)
@@ -44,7 +43,7 @@ def write_parts(checkpointer: Checkpointer, parts: Sequence[Part]) -> list[Count
 
 
 def _write(checkpointer: Checkpointer, part: Part) -> Counter[str]:
-    """Write one file; the chunks that ranks have made are read from their pieces."""
+    """Write one file; chunks that ranks have made are read from their piece files."""
     lines = checkpointer.lines(part.path)
     for i, chunk in enumerate(part.chunks):
         if lines.skip():
@@ -59,7 +58,7 @@ def _write(checkpointer: Checkpointer, part: Part) -> Counter[str]:
 
 
 def _make_pieces(checkpointer: Checkpointer, parts: Sequence[Part]) -> None:
-    """This rank's share of the chunks that are missing, each in a file of its own."""
+    """Make this rank's share of the missing chunks, each in its own file."""
     whole = ranks.broadcast_object([checkpointer.lines(p.path).whole for p in parts] if ranks.is_first() else [])
     number = 0
     for part, begin in zip(parts, whole, strict=True):

@@ -1,4 +1,4 @@
-"""Where rollouts begin, and the rows that grow from there into trajectories."""
+"""Starts of rollouts, and rows: the trajectories being sampled from them."""
 
 import math
 from collections.abc import Sequence
@@ -13,24 +13,24 @@ from search_e1.types import Question, StopReason, Trajectory, Turn
 
 @dataclass(slots=True)
 class Start:
-    """Where a rollout begins: a question, the prompt to ask it with, and turns that were already taken (none, usually)."""
+    """The start of a rollout: a question, its prompt, and turns already taken (usually none)."""
 
     question: Question
     prompt_ids: tuple[int, ...]
     turns: Sequence[Turn] = ()
     sample: int = 0
-    """Which of the question's trajectories it is. Two with the same number would be sampled alike."""
+    """Number of the trajectory within its group; equal numbers sample identical trajectories."""
     seed: int | None = None
-    """The trajectory's own, in place of the loop's."""
+    """Overrides the loop's seed."""
     temperature: float | None = None
-    """The trajectory's own, in place of the session's."""
+    """Overrides the session's temperature."""
     max_sampled: int | None = None
-    """Most ids that are sampled of it, all its actions together."""
+    """Maximum sampled ids of the trajectory, over all actions."""
 
 
 @dataclass(slots=True)
 class Row:
-    """A trajectory in the making."""
+    """A trajectory being sampled."""
 
     start: Start
     reward: Scorer
@@ -45,14 +45,14 @@ class Row:
 
     @property
     def budget(self) -> float:
-        """How many ids may still be sampled, whatever the context has room for."""
+        """How many ids may still be sampled, regardless of the room in the context."""
         if self.start.max_sampled is None:
             return math.inf
         return self.start.max_sampled - sum(len(turn.action_ids) for turn in self.turns[len(self.start.turns) :])
 
     @property
     def answer(self) -> str | None:
-        """Of a trajectory that has ended; ``None`` if it gave none."""
+        """The answer of an ended trajectory; ``None`` if it has none."""
         return self.turns[-1].argument if self.stop is StopReason.ANSWERED else None
 
     def append(self, turn: Turn) -> None:
@@ -61,7 +61,7 @@ class Row:
 
     def finish(self) -> Trajectory:
         assert self.stop is not None
-        # An observation that no action followed (the context was full) was never read: it is not part of the record.
+        # A final observation without an action after it (the context was full) was never read, so it is not recorded.
         if self.turns and self.turns[-1].observation_ids:
             last = self.turns[-1]
             self.turns[-1] = last.model_copy(update={"observation_ids": (), "observation_text": "", "passage_ids": ()})
@@ -73,6 +73,6 @@ class Row:
 
 
 def starts(tokenizer, prompts: Prompts, questions: Sequence[Question], group_size: int = 1) -> list[Start]:
-    """Plain starts, ``group_size`` for each question, siblings side by side."""
-    asked = ((question, plain_prompt(tokenizer, prompts, question.text)) for question in questions)
-    return [Start(question, ids, sample=sample) for question, ids in asked for sample in range(group_size)]
+    """Starts with the plain prompt, ``group_size`` per question, siblings adjacent."""
+    prompted = ((question, plain_prompt(tokenizer, prompts, question.text)) for question in questions)
+    return [Start(question, ids, sample=sample) for question, ids in prompted for sample in range(group_size)]

@@ -1,4 +1,4 @@
-"""Interrupted rollouts, for the same call to resume: rows at a signal, and a server's answers as they arrive."""
+"""Interrupted rollouts, saved for the same call to resume: rows at a signal, and a server's answers as they arrive."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,28 +13,28 @@ from search_e1.types import Record, StopReason, Turn
 
 
 class UnfinishedRow(Record):
-    """A trajectory as far as it was sampled."""
+    """A partially sampled trajectory."""
 
     turns: tuple[Turn, ...]
     stop: StopReason | None
-    """Why it ended, if it has."""
+    """The stop reason, if the trajectory has ended."""
     ids: tuple[int, ...] = ()
-    """The current action, as far as it was sampled."""
+    """The sampled ids of the current action."""
     logprobs: tuple[float, ...] | None = None
     complete: bool = False
-    """Whether the current action is complete and was waiting for its observation."""
+    """Whether the current action is complete and waits for its observation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """Where a call of ``rollout`` leaves its rows when ``stop`` is asked to stop."""
+    """Where a call of ``rollout`` saves its rows when ``stop`` is requested."""
 
     path: Path | None
-    """Without a path nothing is kept; a signal still ends the call."""
+    """Without a path nothing is saved; a signal still ends the call."""
     stop: Stop
 
     def load(self, call: Sequence[object]) -> dict[int, UnfinishedRow]:
-        """The rows of the same call, by index; empty if the file is missing, damaged or of another call."""
+        """The rows of the same call, by index; empty if the file is missing, damaged or from another call."""
         if self.path is None:
             return {}
         try:
@@ -52,7 +52,7 @@ class Unfinished:
             write_summed(self.path, json.dumps({"call": _key(call), "rows": dumped}))
 
     def answers(self, call: Sequence[object]) -> "Answers":
-        """The answers of this call's server; those of other calls are removed."""
+        """The saved server answers of this call; those of other calls are removed."""
         return Answers(self.path and self.path.with_name(self.path.stem + "-answers.jsonl"), _key(call))
 
     def discard(self) -> None:
@@ -62,15 +62,15 @@ class Unfinished:
 
 
 class Answers:
-    """A server's answers under what was asked, each on disk before anything is made of it: none is paid for twice."""
+    """A server's answers by request hash, each saved before it is used, so that none is paid for twice."""
 
     def __init__(self, path: Path | None, call: str = "") -> None:
-        """Without a path nothing is kept. Lines from the first on that is damaged, or of another ``call``, are dropped."""
+        """Without a path nothing is saved. Drops all lines of another ``call``, and lines from the first damaged one on."""
         self._path = path
         self._known: dict[str, str] = {}
         entries = [json.loads(entry) for entry in summed_entries(path)] if path else []
         self.begun = any(answer for _, answer in entries)
-        """Whether the server has answered before, this call or another of the same stage."""
+        """Whether the server has answered any call of this stage before."""
         if path and entries and entries[0][0] == call:
             self._known = dict(entries[1:])
         if path:
@@ -87,7 +87,7 @@ class Answers:
 
 
 def unfinished_in(checkpointer: Checkpointer) -> Unfinished:
-    """Where this rank's interrupted rollouts lie while a stage is unfinished."""
+    """This rank's place for interrupted rollouts in an unfinished stage."""
     directory = checkpointer.directory
     if directory:
         directory.mkdir(parents=True, exist_ok=True)

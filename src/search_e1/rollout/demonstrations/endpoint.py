@@ -1,7 +1,7 @@
-"""Demonstrations by a model behind an endpoint, which acts under the policy's protocol: its correct trajectories.
+"""Demonstrations from a model behind an endpoint: its correct trajectories under the policy's protocol.
 
-What it says is text, and its trajectories hold words where others hold ids. So what is taken over is the thoughts, the queries
-and the answer; they are written in the policy's own form and ids, and the retriever answers the queries again.
+An endpoint returns text, so its trajectories hold word ids instead of token ids. Only thoughts, queries and the answer are
+kept: they are rewritten in the policy's format and token ids, and the retriever answers the queries again.
 """
 
 import random
@@ -27,8 +27,8 @@ from search_e1.text.protocols import protocol_of
 from search_e1.types import ActionKind, Group, Question, Trajectory, Turn
 
 _THINK = re.compile(r"</?think>")
-_AT_ONCE = 4  # trajectories for each request under way; what is on disk is not asked for again
-_ENOUGH = 64  # trajectories without a single right answer, after which there will hardly be one
+_TRAJECTORIES_PER_REQUEST = 4  # per concurrent request; finished chunks on disk are not requested again
+_MAX_WITHOUT_CORRECT = 64  # trajectories without a correct answer after which to give up
 
 
 def endpoint_of(config: EndpointConfig) -> Endpoint:
@@ -48,26 +48,26 @@ def sample(
     progress: Progress = silent,
     checkpointer: Checkpointer | None = None,
 ) -> dict[str, Any]:
-    """Let the endpoint answer ``questions``, several times each, into ``out / pool.FILE``; interrupted and resumed as a pool.
+    """Sample a group per question from the endpoint into ``out / pool.FILE``; can be interrupted and resumed like a pool.
 
     Returns:
         See ``pool.sample``.
 
     Raises:
-        ConfigError: the endpoint's URL is none.
+        ConfigError: the endpoint's URL is invalid.
         EndpointError: the endpoint fails, or never answers correctly.
         RetrievalError: from the retriever.
     """
     engine = EndpointEngine(endpoint_of(config), prompts)
 
     def check(sums: Mapping[str, float]) -> None:
-        if sums["trajectories"] >= _ENOUGH and not sums["em"]:
+        if sums["trajectories"] >= _MAX_WITHOUT_CORRECT and not sums["em"]:
             raise EndpointError(_never_correct(config, sums["trajectories"], sums.get("stop.malformed", 0)))
 
     with engine.server:
         figures = pool.sample(
             engine, retriever, questions, prompts,
-            config, limits.model_copy(update={"batch_size": _AT_ONCE * config.concurrency}),
+            config, limits.model_copy(update={"batch_size": _TRAJECTORIES_PER_REQUEST * config.concurrency}),
             seed=seed, out=out, progress=progress, checkpointer=checkpointer, check=check,
         )  # fmt: skip
     if not figures["em"]:
@@ -85,8 +85,8 @@ def _never_correct(config: EndpointConfig, trajectories: float, malformed: float
 
 
 def lessons(groups: Iterable[Group], writer: Writer, *, seed: int = 0) -> list[Lesson]:
-    """A lesson of each group with a correct trajectory in which nothing is malformed: of the one with the fewest searches
-    (ties: fewest sampled tokens, then the first). Without those that exceed the limits in the policy's tokens.
+    """A lesson for each group with a correct trajectory of searches and an answer only: the one with the fewest searches (ties:
+    fewest sampled tokens, then the first). Those that exceed the limits in the policy's tokens are left out.
 
     Raises:
         RetrievalError: from the retriever.
@@ -95,11 +95,11 @@ def lessons(groups: Iterable[Group], writer: Writer, *, seed: int = 0) -> list[L
     best = [(group.question, found) for group in groups if (found := _best(group))]
     writer.retrieve(turn.argument or "" for _, found in best for turn in found.turns if turn.kind is ActionKind.SEARCH)
 
-    said = protocol_of(Words(), writer.prompts)
+    protocol = protocol_of(Words(), writer.prompts)
 
     def write(row: tuple[Question, Trajectory]) -> Trajectory | None:
         question, found = row
-        clean = writer.trajectory(question, [_rewritten(turn, said, writer) for turn in found.turns])
+        clean = writer.trajectory(question, [_rewrite(turn, protocol, writer) for turn in found.turns])
         return clean if clean.correct and writer.fits(clean) else None
 
     questions = {question.id: question for question, _ in best}
@@ -108,14 +108,14 @@ def lessons(groups: Iterable[Group], writer: Writer, *, seed: int = 0) -> list[L
 
 
 def _best(group: Group) -> Trajectory | None:
-    """Only searches and an answer can be written again: what other tools have shown cannot be had from the retriever."""
+    """The best trajectory of searches and an answer only: the retriever cannot reproduce the output of other tools."""
     kinds = {ActionKind.SEARCH, ActionKind.ANSWER}
     written = [t for t in group.trajectories if {turn.kind for turn in t.turns} <= kinds]
     return group.model_copy(update={"trajectories": tuple(written)}).reference
 
 
-def _rewritten(turn: Turn, said: Protocol, writer: Writer) -> Turn:
-    """A turn in the policy's form and ids; ``said`` is the protocol as the endpoint writes it."""
-    thought = " ".join(_THINK.sub(" ", turn.action_text[: said.begins(turn.action_text)]).split())
+def _rewrite(turn: Turn, protocol: Protocol, writer: Writer) -> Turn:
+    """A turn in the policy's format and ids; ``protocol`` is the endpoint's."""
+    thought = " ".join(_THINK.sub(" ", turn.action_text[: protocol.begins(turn.action_text)]).split())
     thought, argument = (neutralize(writer.tokenizer, text, writer.prompts.protocol) for text in (thought, turn.argument or ""))
     return writer.search(thought, argument) if turn.kind is ActionKind.SEARCH else writer.answer(thought, argument)

@@ -1,11 +1,11 @@
-"""Demonstrations that a user gives: what an expert did for a question, in words.
+"""Demonstrations from a user's file: an expert's actions for a question, as text.
 
-A line of the file holds a question's ``id`` and either ``text``, the whole response in Search-R1's tags with what came back
-between ``<information>`` and ``</information>``, or ``turns``, a list of ``action_text`` and ``observation_text`` as a pool's
-trajectories have them, which does for every protocol. Ids are the policy's own: nothing is taken over from another tokenizer.
+Each line holds a question's ``id`` and either ``text``, the whole response in Search-R1's tags with observations between
+``<information>`` and ``</information>``, or ``turns``, a list of ``action_text`` and ``observation_text`` as in a pool's
+trajectories, which works for every protocol. Text is encoded with the policy's tokenizer.
 
-They are references of the teacher (called as a function) and teach a cold start (``lessons``), for which what a search came
-back with may be left out: the retriever says.
+They serve as references of the teacher (by calling the object) and in a cold start (``lessons``). A cold start may omit
+observations: the retriever provides them.
 """
 
 import random
@@ -28,7 +28,7 @@ _INFORMATION = re.compile(r"\s*<information>(.*?)</information>\s*", re.DOTALL)
 _SEARCH_END = re.compile(r"(?<=</search>)(?!\s*\Z)")
 _HOLDS = 'each line holds {"id", "text"} or {"id", "turns": [{"action_text", "observation_text"}, ...]}'
 _Action = tuple[ActionKind, str | None]
-"""What an action is, and its query or answer."""
+"""The kind of an action, and its query or answer."""
 
 
 class _Step(NamedTuple):
@@ -37,50 +37,50 @@ class _Step(NamedTuple):
 
 
 class Demonstrations:
-    """The demonstrations of a file; called with a question it gives the question's own, as trajectories."""
+    """The demonstrations of a file; calling it with a question returns the question's demonstrations as trajectories."""
 
     def __init__(self, path: Path, tokenizer: Any, prompts: Prompts) -> None:
         """
         Raises:
-            DataError: the file cannot be read, or a line is no demonstration; names it.
+            DataError: the file cannot be read, or a line is not a demonstration (named).
         """
         self.path, self._tokenizer, self._prompts = path, tokenizer, prompts
         self._protocol = protocol_of(tokenizer, prompts)
-        self._found: dict[str, list[tuple[str, list[_Step]]]] = {}
+        self._by_question: dict[str, list[tuple[str, list[_Step]]]] = {}
         for number, record in read_lines(path):
             where = f"{path}:{number}"
             id = record.get("id")
             if type(id) not in (int, str) or ("text" in record) == ("turns" in record):
                 raise DataError(f"{where}: not a demonstration; {_HOLDS}")
-            self._found.setdefault(str(id), []).append((where, self._steps(record, where)))
+            self._by_question.setdefault(str(id), []).append((where, self._steps(record, where)))
 
     def __call__(self, question: Question) -> list[Trajectory]:
-        """In the order of the file; none if it has none.
+        """The question's demonstrations in the order of the file; empty if there are none.
 
         Raises:
-            DataError: a demonstration does not search and then answer rightly; names the line.
+            DataError: a demonstration does not search and then answer correctly; names the line.
         """
-        return [self._trajectory(question, steps, where) for where, steps in self._found.get(question.id, ())]
+        return [self._trajectory(question, steps, where) for where, steps in self._by_question.get(question.id, ())]
 
     def check(self, questions: Iterable[Question]) -> None:
-        """Find every mistake in the demonstrations of ``questions``, without tokenizing them.
+        """Check the demonstrations of ``questions`` without tokenizing them.
 
         Raises:
-            DataError: see ``__call__``; or none of the questions has one.
+            DataError: see ``__call__``; or none of the questions has a demonstration.
         """
-        for question in self._shown(questions):
-            for where, steps in self._found[question.id]:
+        for question in self._demonstrated(questions):
+            for where, steps in self._by_question[question.id]:
                 self._actions(question, steps, where)
 
     def lessons(self, questions: Sequence[Question], writer: Writer, *, seed: int = 0) -> tuple[list[Lesson], int]:
-        """A lesson of each demonstration of ``questions`` that answers rightly and fits the limits, and how many do not.
+        """Lessons from the demonstrations of ``questions`` that are correct and within the limits, and the number of others.
 
         Raises:
-            DataError: a demonstration does not search and then answer in the protocol's form (names the line); none of the
-                questions has one; or none that it has is correct.
+            DataError: a demonstration does not search and then answer in the protocol's format (names the line); none of the
+                questions has a demonstration; or none is correct and within the limits.
             RetrievalError: from the retriever.
         """
-        given = [(question, *one) for question in self._shown(questions) for one in self._found[question.id]]
+        given = [(question, *one) for question in self._demonstrated(questions) for one in self._by_question[question.id]]
         actions = [self._searches(steps, where, executed=False) for _, where, steps in given]
         writer.retrieve(
             query or ""
@@ -114,8 +114,8 @@ class Demonstrations:
         unanswered = kind is ActionKind.SEARCH and not step.observation
         return writer.searched(step.action, query or "") if unanswered else self._turn(step, kind, query)
 
-    def _shown(self, questions: Iterable[Question]) -> list[Question]:
-        known = [question for question in questions if question.id in self._found]
+    def _demonstrated(self, questions: Iterable[Question]) -> list[Question]:
+        known = [question for question in questions if question.id in self._by_question]
         if not known:
             raise DataError(
                 f"{self.path}: no demonstration of any training question; give one whose ids are those of data.train"
@@ -137,7 +137,7 @@ class Demonstrations:
         return steps
 
     def _split(self, text: str) -> list[_Step]:
-        """A response in tags as its actions, each with what follows it; nothing where a search was not executed."""
+        """Split a response in tags into actions with their observations, empty where a search was not executed."""
         parts = _INFORMATION.split(text)
         seen = [*map(self._observed, parts[1::2]), ""]
         steps: list[_Step] = []
@@ -147,11 +147,11 @@ class Demonstrations:
         return steps
 
     def _observed(self, passages: str) -> str:
-        """As the environment would have written it: the blank lines are its own."""
+        """The observation as the environment would write it, with its blank lines."""
         return INFORMATION_OPEN + neutralize(self._tokenizer, passages.strip("\n")) + "\n" + INFORMATION_CLOSE
 
     def _actions(self, question: Question, steps: list[_Step], where: str) -> list[_Action]:
-        """What the actions are: searches with what they found, and the right answer at the end."""
+        """The actions: executed searches, then a correct answer."""
         actions = self._searches(steps, where)
         answer = actions[-1][1]
         if not exact_match(answer, question.answers):
@@ -162,7 +162,7 @@ class Demonstrations:
         return actions
 
     def _searches(self, steps: list[_Step], where: str, *, executed: bool = True) -> list[_Action]:
-        """What the actions are: searches, with what they found if they have to be ``executed``, and an answer at the end."""
+        """The actions: searches (with observations, if ``executed``), then an answer."""
         actions = [self._protocol.parse(step.action) for step in steps]
         for number, (action, step) in enumerate(zip(actions, steps, strict=True), 1):
             last = number == len(steps)

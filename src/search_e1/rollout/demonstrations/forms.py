@@ -1,4 +1,4 @@
-"""Lessons, and the forms in which a policy is trained on them: plain, sloppy, or beside a reference."""
+"""Lessons, and their forms as training samples: direct, sloppy, or following a reference."""
 
 import random
 import re
@@ -12,7 +12,7 @@ from search_e1.rollout.demonstrations.writer import Writer
 from search_e1.text.prompts import privileged_prompt
 from search_e1.types import Question, Sample, Trajectory, Turn
 
-_DRILL_FACTOR = 6  # drills a batch for each demonstration that it otherwise holds
+_DRILL_FACTOR = 6  # a batch of drills has this many times the samples of a batch of demonstrations
 _UNANSWERED = dict(observation_ids=(), observation_text="", passage_ids=())
 _FIRST_TITLE = re.compile(r"Doc 1\(Title: (.*?)\)")
 
@@ -25,13 +25,13 @@ class Lesson:
     clean: Trajectory
     writer: Writer
     queries: tuple[str, ...]
-    """Of the needless searches."""
+    """Queries of the needless searches."""
     needed: frozenset[str]
-    """Ids of the passages that no needless search may find: it would be a needed one in other words."""
+    """Ids of passages that no needless search may retrieve: it would not be needless."""
 
     @cached_property
     def detours(self) -> tuple[Turn, ...]:
-        """The needless searches that retrieve something, and nothing needed; run when they are first asked for.
+        """The needless searches that retrieve passages but none of ``needed``; run on first access.
 
         Raises:
             RetrievalError: from the retriever.
@@ -44,13 +44,13 @@ class Lesson:
 
 
 def batches(taught: Sequence[Lesson], config: ColdstartConfig, *, seed: int = 0) -> Iterator[list[Sample]]:
-    """Endless batches: first ``config.drills`` of first searches only, then whole demonstrations.
+    """Endless batches: first ``config.drills`` batches of first searches only, then whole demonstrations.
 
-    Every pass over the lessons has a new order, and draws the form of each anew.
+    Every pass over the lessons has a new order and draws new forms.
 
     Raises:
         DataError: there are no lessons.
-        RetrievalError: a needless search failed; when it is drawn.
+        RetrievalError: a needless search failed (raised when it is drawn).
     """
     if not taught:
         raise DataError(
@@ -62,7 +62,7 @@ def batches(taught: Sequence[Lesson], config: ColdstartConfig, *, seed: int = 0)
 
 def _draw(taught: Sequence[Lesson], config: ColdstartConfig, rng: random.Random) -> Iterator[list[Sample]]:
     for _ in range(config.drills):
-        # Many short ones: everything else builds on copying a name from the question into a query.
+        # Many short samples: everything else builds on copying a name from the question into a query.
         yield [
             _sample(lesson, lesson.clean.prompt_ids, [lesson.clean.turns[0].model_copy(update=_UNANSWERED)])
             for lesson in rng.choices(taught, k=_DRILL_FACTOR * config.batch_size)
@@ -100,7 +100,7 @@ def demonstration(lesson: Lesson, config: ColdstartConfig, rng: random.Random) -
 
 
 def _sample(lesson: Lesson, prompt_ids: tuple[int, ...], turns: Sequence[Turn], read_only: int = 0) -> Sample:
-    """The first ``read_only`` turns are not imitated."""
+    """A sample of ``turns``; the actions of the first ``read_only`` turns are masked out."""
     ids: list[int] = []
     mask: list[int] = []
     for number, turn in enumerate(turns):

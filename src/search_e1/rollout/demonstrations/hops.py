@@ -1,4 +1,4 @@
-"""Demonstrations that are written: a search for each passage that a question needs, and thoughts that quote what was read."""
+"""Generates demonstrations: a search for each passage that a question needs, and thoughts that quote the passages."""
 
 import random
 import re
@@ -13,8 +13,8 @@ from search_e1.text.prompts import neutralize
 from search_e1.types import Passage, Question, Turn
 
 YES_NO = frozenset({"yes", "no"})
-_QUOTE_WORDS = 3  # quoted before the target words: where a longer quote should begin is a guess
-_OPENING_WORDS = 4  # quoted of a passage that contains neither the answer nor the next title
+_QUOTE_WORDS = 3  # quoted before the target; where a longer quote should begin would be a guess
+_OPENING_WORDS = 4  # quoted from a passage that contains neither the answer nor the next title
 _FINAL_PARENTHESIS = re.compile(r"\s*\([^()]*\)$")
 _WORD = re.compile(r"\w+")
 
@@ -25,7 +25,7 @@ class Hop:
 
     passages: tuple[Passage, ...]
     name: str
-    """The entity searched for, as the question or an earlier passage writes it; empty: the question is the query."""
+    """The entity to search for, as written in the question or an earlier passage; empty if the question is the query."""
     queries: tuple[str, ...]
 
     @property
@@ -35,7 +35,7 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The searches that a question takes."""
+    """The searches that answer a question."""
 
     question: Question
     hops: tuple[Hop, ...]
@@ -53,10 +53,10 @@ def find_name(name: str, text: str) -> str:
 
 
 def place_of(name: str, text: str) -> int | None:
-    """Where ``find_name`` finds ``name``."""
+    """Offset at which ``find_name`` finds ``name``; ``None`` if it does not occur."""
     bare = _bare(name)
     lower = text.lower()
-    if len(lower) != len(text):  # the places would differ; a capital of two letters is rare
+    if len(lower) != len(text):  # offsets would shift; capitals whose lower case is longer are rare
         lower = "".join(c if len(c.lower()) != 1 else c.lower() for c in text)
     return next(_places(bare.lower(), lower), None) if len(bare) > 1 else None
 
@@ -66,7 +66,7 @@ def _bare(name: str) -> str:
 
 
 def _places(words: str, text: str) -> Iterator[int]:
-    """Where ``words`` occur in ``text`` as whole words. Patterns of so many names would take long to compile."""
+    """Offsets at which ``words`` occur in ``text`` as whole words. Compiling a regex for each name would be slow."""
     at = text.find(words)
     while at >= 0:
         around = text[at - 1 : at] + text[at + len(words) : at + len(words) + 1]
@@ -76,7 +76,7 @@ def _places(words: str, text: str) -> Iterator[int]:
 
 
 def lessons(plans: Sequence[Plan], writer: Writer, progress: Progress = silent) -> list[Lesson]:
-    """What ``plans`` come to. Without those whose answer does not occur in what is retrieved, or that exceed the limits.
+    """The lessons of ``plans``, except those whose answer is not retrieved or that exceed the limits.
 
     Raises:
         RetrievalError: from the retriever.
@@ -105,7 +105,7 @@ class _Narrator:
         return Lesson(self.question, clean, self.writer, self.plan.detours, needed)
 
     def _turns(self) -> list[Turn] | None:
-        """A search for each hop that no earlier search has satisfied, each after a thought on what was read; the answer."""
+        """A search per hop that no earlier search satisfies, each after a thought on the passages so far; then the answer."""
         hops, answers = self.plan.hops, self.question.answers
         if self.question.unanswerable:
             [query] = hops[0].queries
@@ -132,18 +132,18 @@ class _Narrator:
         return [*turns, self.writer.answer(f"{thought}So the answer is {answer}.", answer)]
 
     def _answer(self, read: str) -> str:
-        """An answer as it was read; that of a comparison may occur in the question only."""
+        """An answer as written in the passages; the answer of a comparison may occur only in the question."""
         hops, answers = self.plan.hops, self.question.answers
         places = [p.text for hop in reversed(hops) for p in hop.passages] + [p.title for p in hops[-1].passages]
         for text in places:
             for answer in answers:
-                # Without its final parenthesis it may be a different answer.
+                # Without its final parenthesis, it may be a different answer.
                 if (name := find_name(answer, text)) and name in read and exact_match(name, answers):
                     return name
         return next((a for a in answers if a.lower() in YES_NO or find_name(a, self.question.text)), "")
 
     def _first_hit(self, hop: Hop, thought: str, answers: Sequence[str]) -> Turn | None:
-        """The first of the hop's queries that retrieves its passage (and shows one of ``answers``, if there are any)."""
+        """The turn of the hop's first query that retrieves its passage (and shows one of ``answers``, if given)."""
         for query in hop.queries:
             if not self.writer.retrieves(query, hop.ids):
                 continue
@@ -161,7 +161,7 @@ class _Narrator:
         return max(shown, key=lambda p: any(find_name(a, p.text) for a in answers), default=None)
 
     def _fact(self, passage: Passage, target: str, read: str) -> str:
-        """What ``passage`` says: the words up to ``target``, an annotated fact, or its opening."""
+        """A fact from ``passage``: a quote that ends with ``target``, an annotated fact, or its opening."""
         question = self.question
         if target and not find_name(target, question.text):
             quotes = _quotes(passage.text, target, question.text)
@@ -178,7 +178,7 @@ def _goal(hop: Hop, query: str, question: Question) -> str:
 
 
 def _quotes(text: str, target: str, question: str) -> list[str]:
-    """Every occurrence of ``target`` with the words before it; those that share most words with the question first."""
+    """Every occurrence of ``target`` with the words before it; most words in common with the question first."""
     text = " ".join(text.split())
     asked = set(_WORD.findall(question.lower()))
     quotes = []

@@ -1,7 +1,7 @@
-"""Demonstrations from supporting passages: how a question could have been searched and answered.
+"""Plans from annotated supporting passages.
 
-Each supporting passage is retrieved by a search whose query the searcher could know by then: a title named in the question or
-in an earlier passage, or the question itself.
+Each supporting passage is retrieved by a query that is known at that point: a title named in the question or in an earlier
+passage, or the question itself.
 """
 
 import random
@@ -26,13 +26,13 @@ def plans(questions: Sequence[Question], passages: Mapping[str, Passage], *, see
 
 
 def plan(question: Question, passages: Mapping[str, Passage], rng: random.Random) -> Plan | None:
-    """The searches that ``question`` takes, by its ``metadata``; ``None`` if that names no supporting passage.
+    """The plan of ``question`` by its ``metadata``; ``None`` if that names no supporting passage.
 
-    Several ``gold_passage_ids`` are all required if the question has several hops, and alternatives if it has one;
+    Several ``gold_passage_ids`` are all required if the question has several hops, and alternatives if it has one.
     ``answer_passage_ids`` are always alternatives.
 
     Raises:
-        DataError: ``passages`` lacks a passage that is named.
+        DataError: a named passage is not in ``passages``.
     """
     gold, answering = (_named(question, key, passages) for key in _KEYS)
     if not gold and not answering:

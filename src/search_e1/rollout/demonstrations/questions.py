@@ -1,8 +1,8 @@
-"""Demonstrations from questions and a retriever alone: where what a name in the question finds holds the answer.
+"""Plans from questions and a retriever alone: a name in the question retrieves a passage with the answer.
 
-The passages that hold it take the place of the supporting passages. They may hold it by chance, which no one can tell here:
-answers that nearly every passage would hold (yes, no, a single character), and those that the question holds, teach nothing.
-An unanswerable question teaches to search, read, and say so.
+Passages that contain the answer replace annotated supporting passages. They may contain it by chance, so answers that are in
+nearly every passage (yes, no, a single character) or in the question are not used. An unanswerable question teaches to search,
+read, and say so.
 """
 
 import random
@@ -23,11 +23,11 @@ _FUNCTION_WORDS = (
     "she that the their these they this to was were what when where which while who whom whose why with"
 )
 _NO_NAMES = frozenset(_FUNCTION_WORDS.split())
-_BRIDGES = 8  # names of one passage that a second search is tried with
+_BRIDGES = 8  # names per passage that are tried as a second query
 
 
 def plans(questions: Sequence[Question], writer: Writer, *, seed: int = 0, progress: Progress = silent) -> list[Plan]:
-    """The plans of the questions whose answer is found by one search, or by a second that the first leads to.
+    """Plans for the questions whose answer is retrieved by one search, or by a second one that the first leads to.
 
     Raises:
         RetrievalError: from the retriever.
@@ -45,7 +45,7 @@ def plans(questions: Sequence[Question], writer: Writer, *, seed: int = 0, progr
 
 
 def names_in(text: str) -> list[str]:
-    """What looks like a name in ``text``: what is quoted, and capitalized words side by side."""
+    """Likely names in ``text``: quoted phrases, and runs of capitalized words."""
     found = _QUOTED.findall(text)
     for match in _CAPITALIZED.finditer(text):
         words = match[0].split()
@@ -56,14 +56,14 @@ def names_in(text: str) -> list[str]:
 
 
 def _names_asked(question: Question, writer: Writer) -> list[str]:
-    """Names in the question, the longest first; titles that the question itself finds are names too, however written."""
+    """Names in the question, longest first; includes titles of passages that the question retrieves, in any case."""
     titles = (find_name(passage.title, question.text) for passage in writer.passages(question.text))
     names = dict.fromkeys(name for name in (*titles, *names_in(question.text)) if name and name.casefold() not in _NO_NAMES)
     return sorted(names, key=len, reverse=True)
 
 
 def _answers(question: Question) -> list[str]:
-    """The answers that tell something where they are found."""
+    """The answers whose occurrence in a passage is informative."""
     long = (answer for answer in question.answers if len(answer) > 1 and answer.casefold() not in YES_NO)
     return [answer for answer in long if not find_name(answer, question.text)]
 
@@ -84,7 +84,7 @@ def _one_hop(question: Question, names: Sequence[str], writer: Writer) -> list[H
 
 
 def _bridges(question: Question, names: Sequence[str], writer: Writer) -> Iterator[tuple[str, Passage, str]]:
-    """A name in the question, the passage of that title, and a name there that the question lacks."""
+    """Triples of a name in the question, the passage with that title, and a name in the passage but not in the question."""
     for name in names:
         passage = next((p for p in writer.passages(name) if find_name(p.title, name)), None)
         if passage:

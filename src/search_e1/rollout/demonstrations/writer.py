@@ -1,4 +1,4 @@
-"""Words become turns, in the policy's protocol and ids, and what a search is answered with is what the retriever finds."""
+"""Writes turns in the policy's protocol and token ids, with observations from the retriever."""
 
 import os
 import random
@@ -17,7 +17,7 @@ from search_e1.text.protocol import Action
 from search_e1.text.protocols import protocol_of
 from search_e1.types import ActionKind, Passage, Question, StopReason, Trajectory, Turn
 
-_BATCH = 256  # queries a call of the retriever
+_BATCH = 256  # queries per retriever call
 _DETOURS = 2
 
 Item = TypeVar("Item")
@@ -25,12 +25,12 @@ Made = TypeVar("Made")
 
 
 class Writer:
-    """Writes turns and trajectories. Threads may share it."""
+    """Writes turns and trajectories. Thread-safe."""
 
     def __init__(self, tokenizer: Any, prompts: Prompts, rollout: RolloutConfig, retriever: Retriever) -> None:
         """
         Raises:
-            ModelError: the tokenizer cannot be used under the protocol.
+            ModelError: the tokenizer does not support the protocol.
         """
         self.tokenizer, self.prompts, self.rollout, self.retriever = tokenizer, prompts, rollout, retriever
         self.protocol = protocol_of(tokenizer, prompts)
@@ -39,7 +39,7 @@ class Writer:
         self._lock = Lock()
 
     def retrieve(self, queries: Iterable[str], progress: Progress = silent) -> None:
-        """Retrieve for the queries that were not asked before, in batches."""
+        """Retrieve passages for new queries, in batches."""
         new = [query for query in dict.fromkeys(queries) if query not in self._found]
         total = len(self._found) + len(new)
         for start in range(0, len(new), _BATCH):
@@ -81,7 +81,7 @@ class Writer:
         return trajectory(self.tokenizer, self.prompts, question, turns, self._reward)
 
     def fits(self, trajectory: Trajectory) -> bool:
-        """Whether a rollout could have made ``trajectory``: within the limits, each action read as it was meant."""
+        """Whether a rollout could have produced ``trajectory``: within the limits, and every action parses as intended."""
         return (
             len(trajectory.prompt_ids) + len(trajectory.response_ids) <= self.rollout.max_tokens
             and trajectory.searches <= self.rollout.max_searches
@@ -93,12 +93,12 @@ class Writer:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def map(self, write: Callable[[Item], Made | None], items: Sequence[Item]) -> list[Made]:
-        """What ``write`` makes of each of ``items``, in their order, without the ``None``; in threads."""
-        self.ids("")  # sets truncation and padding, which must not happen in several threads at once
+        """The results of ``write`` on ``items`` in order, without ``None``; runs in threads."""
+        self.ids("")  # sets truncation and padding, which is not thread-safe
         language = (language_in_force(),)
         with ThreadPoolExecutor(
             os.cpu_count(), initializer=put_in_force, initargs=language
-        ) as pool:  # the tokenizer works outside Python's lock
+        ) as pool:  # the tokenizer releases the GIL
             return [made for made in pool.map(write, items) if made is not None]
 
 
@@ -111,7 +111,7 @@ def detours(question: str, rng: random.Random) -> tuple[str, ...]:
 def trajectory(
     tokenizer: Any, prompts: Prompts, question: Question, turns: Sequence[Turn], reward: Callable[[str | None, Question], float]
 ) -> Trajectory:
-    """``turns``, of which the last answers, under the plain prompt."""
+    """A trajectory of ``turns``, ending with an answer, under the plain prompt."""
     answer = turns[-1].argument
     return Trajectory(
         question_id=question.id,
@@ -125,5 +125,5 @@ def trajectory(
 
 
 def seen(trajectory: Trajectory) -> frozenset[str]:
-    """Ids of the passages that its searches found."""
+    """Ids of the passages that the trajectory's searches returned."""
     return frozenset(id for turn in trajectory.turns for id in turn.passage_ids)

@@ -1,6 +1,6 @@
-"""Reward functions by name: what an answer is worth, from 0 to 1, given every answer that counts as right.
+"""Reward functions by name: from an answer and all gold answers to a reward from 0 to 1.
 
-A function of one's own is named ``module:function`` in ``rollout.reward`` and needs no registration.
+Name your own function as ``module:function`` in ``rollout.reward``; it needs no registration.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,10 +30,10 @@ def _of_question(answer: str | None, golds: Sequence[str]) -> float:
 
 
 def open_reward(name: str, key: str = "rollout.reward") -> Reward:
-    """The reward function called ``name``. A trajectory without an answer scores 0; the function is not called for it.
+    """The reward function ``name``. A missing answer scores 0 without a call of the function.
 
     Raises:
-        ConfigError: there is none, or, when it is called, it returns something other than a number from 0 to 1.
+        ConfigError: there is no such function; or, when called, it returns something other than a number from 0 to 1.
     """
     function = REWARDS.get(name, key)
     if not callable(function):
@@ -42,7 +42,7 @@ def open_reward(name: str, key: str = "rollout.reward") -> Reward:
 
 
 def checked(function: Reward, name: str, key: str) -> Reward:
-    """``function``, not asked of no answer, and refused where it returns no number from 0 to 1."""
+    """``function`` with its result checked to be a number from 0 to 1; 0 for a missing answer."""
 
     def reward(answer: str | None, golds: Sequence[str]) -> float:
         value = 0.0 if answer is None else function(answer, golds)

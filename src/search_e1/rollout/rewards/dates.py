@@ -1,4 +1,4 @@
-"""Dates, however they are written: ``5 May 2020``, ``May 5, 2020``, ``2020-05-05``."""
+"""Compares dates in any notation: ``5 May 2020``, ``May 5, 2020``, ``2020-05-05``."""
 
 import re
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ _LIKELY = re.compile(
     r"\d{3,4}|\d{1,2}[./-]\d{1,2}[./-]\d{2}|\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)", re.IGNORECASE
 )
 _DROPPED = re.compile(r"\b(?:on|in|the|of|at|around)\b", re.IGNORECASE)
-_ELSE = datetime(2000, 1, 1), datetime(2004, 12, 31)
-"""What stands for parts that a text leaves out: those that differ between the two were not in it. Both are leap years."""
+_FILLS = datetime(2000, 1, 1), datetime(2004, 12, 31)
+"""Defaults for parts that a text omits: a part that differs between the two parses was omitted. Both are leap years."""
 
 
 class Day(NamedTuple):
-    """``None`` for what is not said."""
+    """A date; ``None`` for omitted parts."""
 
     year: int | None
     month: int | None
@@ -26,9 +26,9 @@ class Day(NamedTuple):
 
 
 def date(answer: str | None, golds: Sequence[str], order: Order = "MDY") -> float:
-    """1.0 if ``answer`` and a gold answer are dates, and all that the gold one says is in the answer; else their exact match.
+    """1.0 if ``answer`` and a gold answer are dates, and the answer has all parts of the gold one; else exact match.
 
-    ``order`` decides what 5/6/2020 is.
+    ``order``: how to read 5/6/2020.
     """
 
     def equal(gold: str) -> float:
@@ -41,7 +41,7 @@ def date(answer: str | None, golds: Sequence[str], order: Order = "MDY") -> floa
 
 
 def read_date(text: str, order: Order = "MDY") -> Day | None:
-    """The date that ``text`` is; ``None`` if it is none, or has more than one."""
+    """The date in ``text``; ``None`` if it is not exactly one date."""
     from dateutil.parser import ParserError, parse
 
     plain = " ".join(_DROPPED.sub(" ", text).strip(" .,;\n").split())
@@ -51,7 +51,7 @@ def read_date(text: str, order: Order = "MDY") -> Day | None:
     if not _LIKELY.search(plain) or len(plain) > 40:
         return None
     try:
-        first, second = (parse(plain, default=default, dayfirst=order == "DMY", yearfirst=order == "YMD") for default in _ELSE)
+        first, second = (parse(plain, default=fill, dayfirst=order == "DMY", yearfirst=order == "YMD") for fill in _FILLS)
     except (ParserError, OverflowError, ValueError):
         return None
     return Day(*(getattr(first, part) if getattr(first, part) == getattr(second, part) else None for part in Day._fields))

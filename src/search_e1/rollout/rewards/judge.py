@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible endpoint: one word, correct or incorrect, kept on disk."""
+"""A judge behind an OpenAI-compatible endpoint: its verdict is one word, correct or incorrect, cached on disk."""
 
 import json
 import logging
@@ -45,12 +45,12 @@ class _Completion(BaseModel):
 
 
 class Judge:
-    """Asks once for each question and answer. An exact match is right without being asked about."""
+    """Requests one verdict per question and answer. An exact match is correct without a request."""
 
     def __init__(self, config: JudgeConfig) -> None:
         """
         Raises:
-            ConfigError: the URL is none, the environment's key cannot be sent, or there is no place for the cache.
+            ConfigError: the URL is invalid, the API key cannot be sent, or the cache's directory does not exist.
         """
         self._config, self._cache = config, Path(config.cache)
         if not self._cache.parent.is_dir():
@@ -63,10 +63,10 @@ class Judge:
         self._verdicts = _read(self._cache)
         self._under_way: dict[str, Future[float]] = {}
         self.requests = self.tokens = self.cached = 0
-        self._told = 0
+        self._last_logged = 0
 
     def begin(self, answer: str, question: Question) -> None:
-        """Ask about ``answer``, unless the verdict is known or asked for."""
+        """Request the verdict on ``answer``, unless it is known or already requested."""
         if exact_match(answer, question.answers):
             return
         payload, key = self._payload(answer, question)
@@ -83,10 +83,10 @@ class Judge:
         return key in self._verdicts or (key in self._under_way and self._under_way[key].done())
 
     def verdict(self, answer: str, question: Question) -> float:
-        """1.0 if ``answer`` is right.
+        """1.0 if ``answer`` is correct, else 0.0.
 
         Raises:
-            EndpointError: the judge did not answer, or what it said is no verdict.
+            EndpointError: the judge did not answer, or its answer is not a verdict.
         """
         if exact_match(answer, question.answers):
             return 1.0
@@ -97,9 +97,9 @@ class Judge:
         return self._verdicts[key]
 
     def tell(self, *, seldom: bool) -> None:
-        """Log what was asked so far, if it was more than before; ``seldom``: if it has doubled."""
-        if self.requests > self._told and (not seldom or self.requests >= 2 * self._told):
-            self._told = self.requests
+        """Log the requests so far if there are new ones; ``seldom``: only if they have doubled."""
+        if self.requests > self._last_logged and (not seldom or self.requests >= 2 * self._last_logged):
+            self._last_logged = self.requests
             logger.info("judge %s: %s", self._config.model, self)
 
     def __str__(self) -> str:
@@ -141,7 +141,7 @@ class Judge:
 
 
 def _read(path: Path) -> dict[str, float]:
-    """The verdicts of a cache; a line that a kill has cut is removed, so that the next is not glued to it."""
+    """The verdicts of a cache file. Truncates it after the last intact line, so that new lines are not joined to a cut one."""
     entries = summed_entries(path)
     sound = "".join(map(summed_line, entries)).encode()
     if path.is_file() and path.stat().st_size > len(sound):
@@ -153,7 +153,7 @@ def _read(path: Path) -> dict[str, float]:
 
 @cache
 def open_judge(config: JudgeConfig) -> Judge:
-    """The judge of this process under ``config``: what one part of a run has asked, another need not ask.
+    """The judge for ``config``, one per process, so that parts of a run share its verdicts.
 
     Raises:
         ConfigError: see ``Judge``.

@@ -1,4 +1,4 @@
-"""Answers of several items, and of yes or no."""
+"""Rewards for lists and for yes-or-no answers."""
 
 import re
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ _YES_NO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 
 
 def list_match(answer: str | None, golds: Sequence[str]) -> float:
-    """1.0 if ``answer`` has the items of a gold answer and no others, in any order; each gold answer is a whole list."""
+    """1.0 if ``answer`` has exactly the items of a gold answer, in any order; each gold answer is a complete list."""
     return max((float(_f1(answer, gold) == 1.0) for gold in golds), default=0.0)
 
 
 def list_f1(answer: str | None, golds: Sequence[str]) -> float:
-    """The best F1 of the items over the gold answers, each of which is a whole list."""
+    """The best F1 of the items over the gold answers, each of which is a complete list."""
     return max((_f1(answer, gold) for gold in golds), default=0.0)
 
 
 def items(text: str) -> frozenset[str]:
-    """The items, normalized as EM does: parted by ``;``, ``|`` and new lines, or without these by commas, ``and``, ``&``."""
+    """The items, normalized as for EM: split at ``;``, ``|`` and newlines, or without these at commas, ``and``, ``&``."""
     parts = (_STRONG if _STRONG.search(text.strip()) else _WEAK).split(text)
     return frozenset(filter(None, (normalize_answer(_BULLET.sub("", part)) for part in parts)))
 
@@ -33,7 +33,7 @@ def _f1(answer: str | None, gold: str) -> float:
 
 
 def yes_no(answer: str | None, golds: Sequence[str]) -> float:
-    """1.0 if ``answer`` begins with the yes or no (true, false) of a gold answer; exact match where that is neither."""
+    """1.0 if ``answer`` starts with the yes or no (true, false) of a gold answer; exact match if the gold answer is neither."""
 
     def equal(gold: str) -> float:
         wanted = _YES_NO.get(normalize_answer(gold))

@@ -1,4 +1,4 @@
-"""Numbers, alone and with units. Units are compared, never converted: ``3 km`` is not ``3000 m``."""
+"""Rewards for numbers, with or without units. Units are compared, never converted: ``3 km`` is not ``3000 m``."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from search_e1.runs.nfc import nfc
 TOLERANCE = 1e-6
 _NUMBER = re.compile(r"(?<![\w.,])[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?![.,]?\d)")
 _GLUED = re.compile(r"(?<![\w.,])([-+]?[\d.,]*\d)(?=(?!e[-+]?\d)[^\W\d_]|[%°])")
-"""A number with its unit right behind it: ``3km``."""
+"""A number directly followed by its unit: ``3km``."""
 _WORDS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
     "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
@@ -31,7 +31,7 @@ _UNITS = {
     "°f": "fahrenheit degrees_fahrenheit",
 }  # fmt: skip
 _SPELLINGS = {spelling.replace("_", " "): unit for unit, names in _UNITS.items() for spelling in (unit, *names.split())}
-_MOST_WORDS = max(spelling.count(" ") for spelling in _SPELLINGS) + 1
+_MAX_UNIT_WORDS = max(spelling.count(" ") for spelling in _SPELLINGS) + 1
 _NO_UNIT = frozenset(
     ("of", "and", "or", "the", "a", "an", "to", "at", "for", "by", "from", "long", "tall", "high", "wide", "deep", "old",
      "total", "about", "over", "under", "ago")
@@ -41,13 +41,13 @@ _NO_UNIT = frozenset(
 class Quantity(NamedTuple):
     value: float
     unit: str
-    """The common spelling of a known unit, else the word behind the number; "" without one."""
+    """The canonical spelling of a known unit, else the word after the number; "" without one."""
 
 
 def numeric(answer: str | None, golds: Sequence[str]) -> float:
-    """1.0 if ``answer`` and a gold answer hold one number each and the same (within 1e-6 of it); else their exact match.
+    """1.0 if ``answer`` and a gold answer have one number each, equal within 1e-6 (relative); else their exact match.
 
-    Signs, thousands separators and exponents are understood, words and units around a number are ignored.
+    Handles signs, thousands separators and exponents; ignores words and units around a number.
     """
 
     def equal(gold: str) -> float:
@@ -60,9 +60,9 @@ def numeric(answer: str | None, golds: Sequence[str]) -> float:
 
 
 def number(answer: str | None, golds: Sequence[str], tolerance: float = TOLERANCE) -> float:
-    """1.0 if ``answer`` and a gold answer hold one number each, equal within ``tolerance``, and no two different units.
+    """1.0 if ``answer`` and a gold answer have one number each, equal within ``tolerance`` (relative), without different units.
 
-    A unit that only one of them names is taken as meant. What holds no number, or several, is compared by exact match.
+    A missing unit matches any unit. Texts with no number or several numbers are compared by exact match.
     """
 
     def equal(gold: str) -> float:
@@ -76,11 +76,11 @@ def number(answer: str | None, golds: Sequence[str], tolerance: float = TOLERANC
 
 
 def quantity(text: str) -> Quantity | None:
-    """The number in ``text`` and its unit, if there is exactly one number: figures, or a word up to twenty."""
+    """The number in ``text`` and its unit, if there is exactly one number: digits, or a word up to twenty."""
     plain = _GLUED.sub(r"\1 ", nfc(text.lower().replace("\N{MINUS SIGN}", "-")))
     before, after = "", ""
     found = list(re.finditer(r"[-+]?[$€£]", plain))
-    if len(found) == 1:  # a currency's sign may stand before the number
+    if len(found) == 1:  # a currency sign may precede the number
         sign = found[0][0]
         plain = f"{plain[: found[0].start()]}{sign[:-1]}{plain[found[0].end() :].lstrip()}"
         before = sign[-1]
@@ -101,7 +101,7 @@ def quantity(text: str) -> Quantity | None:
 
 def _unit(words: Sequence[str]) -> str:
     plain = [word.strip(".,;:!?()\"'") for word in words]
-    for count in range(min(_MOST_WORDS, len(plain)), 0, -1):
+    for count in range(min(_MAX_UNIT_WORDS, len(plain)), 0, -1):
         if unit := _SPELLINGS.get(" ".join(plain[:count])):
             return unit
     return plain[0] if plain and plain[0] not in _NO_UNIT else ""

@@ -1,4 +1,4 @@
-"""The reward of a run: by the question's kind, with "not in the documents" as an answer, and with a judge."""
+"""The reward of a run: by answer type, with "not in the documents" as an answer, and with a judge."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,15 +12,15 @@ from search_e1.rollout.rewards.dates import date
 from search_e1.rollout.rewards.numbers import number
 from search_e1.types import Question
 
-if TYPE_CHECKING:  # an HTTP client, which others do not need
+if TYPE_CHECKING:  # imports an HTTP client
     from search_e1.rollout.rewards.judge import Judge
 
 TYPES = {"text": "em", "number": "number", "date": "date", "list": "list", "yes_no": "yes_no"}
-"""``metadata.answer_type`` -> reward, where ``rollout.rewards.types`` says nothing else."""
+"""``metadata.answer_type`` -> reward, unless ``rollout.rewards.types`` overrides it."""
 
 
 class Scorer:
-    """What an answer to a question is worth, from 0 to 1."""
+    """Computes the reward of an answer to a question, from 0 to 1."""
 
     def __init__(self, config: RolloutConfig) -> None:
         """Use ``open_scorer``."""
@@ -32,15 +32,15 @@ class Scorer:
 
     @property
     def is_default(self) -> bool:
-        """Whether it is exact match and nothing else."""
+        """Whether the reward is plain exact match."""
         return self.name == "em" and not self._not_found
 
     def __call__(self, answer: str | None, question: Question) -> float:
         """
         Raises:
-            ConfigError: a reward of the user's returned no number from 0 to 1.
-            DataError: the question's ``metadata.answer_type`` is none.
-            EndpointError: the judge did not answer, or gave no verdict.
+            ConfigError: a user's reward function returned something other than a number from 0 to 1.
+            DataError: the question's ``metadata.answer_type`` is unknown.
+            EndpointError: the judge did not answer, or its answer is not a verdict.
         """
         if (settled := self._settled(answer, question)) is not None:
             return settled
@@ -48,24 +48,24 @@ class Scorer:
         return found(answer, question.answers) if callable(found) else found.verdict(answer or "", question)
 
     def begin(self, answer: str | None, question: Question) -> None:
-        """Let a judge begin with what will be asked for."""
+        """Request a judge's verdict in advance, if a judge decides."""
         if self._settled(answer, question) is None and not callable(found := self._of(question)):
             found.begin(answer or "", question)
 
     def ready(self, answer: str | None, question: Question) -> bool:
-        """Whether a call would wait for nobody."""
+        """Whether a call would not block."""
         if self._settled(answer, question) is not None or callable(found := self._of(question)):
             return True
         return found.ready(answer or "", question)
 
     def tell(self, *, seldom: bool = False) -> None:
-        """Log what judges have cost so far; see ``Judge.tell``."""
+        """Log the judges' usage so far; see ``Judge.tell``."""
         for found in (self._reward, *self._by_type.values()):
             if not callable(found):
                 found.tell(seldom=seldom)
 
     def _settled(self, answer: str | None, question: Question) -> float | None:
-        """The reward where no function decides it."""
+        """The reward if no reward function is needed: no answer, or "not found"; else ``None``."""
         if answer is None:
             return 0.0
         if not self._not_found:
@@ -99,15 +99,15 @@ class Scorer:
 
 
 def open_scorer(config: RolloutConfig, instruction: str | None = None) -> Scorer:
-    """The reward that ``config`` asks for. ``instruction``: what the policy is asked with.
+    """The scorer for ``config``. ``instruction``: the policy's instruction, if it should be checked.
 
     Raises:
-        ConfigError: there is no such reward function, or the instruction does not say that an answer may be missing.
+        ConfigError: there is no such reward function, or the instruction does not mention the "not found" answer.
     """
-    told = config.rewards.not_found
-    if told and instruction is not None and not any(text.lower() in instruction.lower() for text in told):
+    texts = config.rewards.not_found
+    if texts and instruction is not None and not any(text.lower() in instruction.lower() for text in texts):
         raise ConfigError(
-            f"prompts.instruction does not tell the policy to answer {told[0]!r} where the documents hold no answer, which "
+            f"prompts.instruction does not tell the policy to answer {texts[0]!r} where the documents hold no answer, which "
             "rollout.rewards.not_found rewards; say so in it"
         )
     return Scorer(config)
