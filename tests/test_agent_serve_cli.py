@@ -3,10 +3,8 @@
 import json
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -19,7 +17,6 @@ from forking import Verb
 from search_e1.retrieval.bm25 import Bm25Index
 from test_cli import run
 
-COMMAND = [sys.executable, "-c", "from search_e1.cli.main import main; main()", "serve"]
 LONG = {"model": "tiny", "messages": [{"role": "user", "content": "Who is the mayor of Bel?"}], "temperature": 1, "seed": 1}
 
 
@@ -28,7 +25,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("served") / "agent")
 
 
-def answered_until(stop: signal.Signals, running: Any) -> None:
+def answered_until(stop: signal.Signals, running: Verb) -> None:
     """The rest of an answer comes after ``running``, a served agent, is told to ``stop``."""
     line = running.stdout.readline()
     assert line.startswith("tiny answers at http://127.0.0.1:")
@@ -50,19 +47,10 @@ def answered_until(stop: signal.Signals, running: Any) -> None:
     assert json.loads(told[-2][6:])["choices"][0]["finish_reason"] in ("stop", "length")
 
 
-def test_it_answers_until_it_is_told_to_stop_and_finishes_what_it_has_begun(bundle: Path) -> None:
-    running = subprocess.Popen(
-        [*COMMAND, str(bundle), "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={"SEARCH_E1_SERVE_KEY": "a-key", "PATH": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-    )  # fmt: skip
-    answered_until(signal.SIGTERM, running)
-    said, errors = running.communicate(timeout=60)
-    assert (running.returncode, said, errors) == (0, "stopped\n", "")
-
-
-def test_ctrl_c_is_no_other_end(bundle: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_it_answers_until_it_is_told_to_stop_and_finishes_what_it_has_begun(bundle: Path, stop: signal.Signals) -> None:
     running = Verb("serve", bundle, "--port", 0, SEARCH_E1_SERVE_KEY="a-key")
-    answered_until(signal.SIGINT, running)
+    answered_until(stop, running)
     assert running.communicate() == (0, "stopped\n", "")
 
 
@@ -100,7 +88,7 @@ def test_bundles_that_cannot_be_served(monkeypatch, capsys, tmp_path: Path) -> N
 def test_an_open_address_without_a_key_is_warned_of(monkeypatch, capsys, tmp_path: Path) -> None:
     status, _, err = run(monkeypatch, capsys, "serve", tmp_path / "none", "--port", 0, "--host", "0.0.0.0")
     assert (status, err.count("\n")) == (2, 2)
-    assert err.startswith("0.0.0.0: whoever reaches this address can ask, and read the passages; give a --key")
+    assert err.startswith("0.0.0.0: anyone who can reach this address can ask and read the passages; give --key")
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys, tmp_path: Path) -> None:

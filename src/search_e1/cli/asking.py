@@ -1,4 +1,4 @@
-"""The verbs that answer questions now: one (`ask`), or one after another (`chat`)."""
+"""The verbs that answer questions: one (`ask`), or one after another (`chat`)."""
 
 import json
 import re
@@ -22,22 +22,26 @@ if TYPE_CHECKING:
     from search_e1.stages.inputs import Inputs
     from search_e1.types import Passage, Turn
 
-# Overrides such as --grpo.steps 8 are not known to typer; they are checked against the config.
+# typer does not know overrides such as --grpo.steps 8; they are checked against the config.
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 console = Console(markup=False, emoji=False)
 
 AgentOption = Annotated[Path | None, typer.Option("--agent", help="Bundle of an agent (`search-e1 bundle`).")]
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="Limits, and the run whose policy and index to use.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="TOML file with the limits, and the run whose policy and index to use.")
+]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Policy directory, Hub id, or `small`.")]
-IndexOption = Annotated[list[Path] | None, typer.Option("--index", help="Index directory; twice: their rankings are fused.")]
-EncoderOption = Annotated[str | None, typer.Option("--encoder", help="Where the encoder of a dense index is now.")]
+IndexOption = Annotated[
+    list[Path] | None, typer.Option("--index", help="Directory of an index. Given twice, their rankings are fused.")
+]
+EncoderOption = Annotated[str | None, typer.Option("--encoder", help="Current directory of a dense index's encoder.")]
 UrlOption = Annotated[str | None, typer.Option("--url", help="Retrieval server, instead of --index.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")]
 EndpointOption = Annotated[
     str | None,
-    typer.Option("--endpoint", help="OpenAI-compatible server to ask instead of a policy, e.g. http://127.0.0.1:8000/v1."),
+    typer.Option("--endpoint", help="OpenAI-compatible server to use instead of a policy, e.g. http://127.0.0.1:8000/v1."),
 ]
-EndpointModelOption = Annotated[str | None, typer.Option("--endpoint-model", help="Its name for the model.")]
+EndpointModelOption = Annotated[str | None, typer.Option("--endpoint-model", help="Name of the model on the endpoint.")]
 
 
 def ask(
@@ -54,7 +58,7 @@ def ask(
     endpoint_model: EndpointModelOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer and its sources as one line of JSON.")] = False,
 ) -> None:
-    """Answer one question: each thought, search and passage as it comes, the answer, and the passages that hold it."""
+    """Answer one question: show thoughts, searches and passages live, then the answer and the passages that hold it."""
     if not question.strip():
         raise ConfigError("the question is empty; give one in quotes")
     asked = endpoint_of(endpoint, endpoint_model, model)
@@ -80,22 +84,23 @@ def chat(
     endpoint: EndpointOption = None,
     endpoint_model: EndpointModelOption = None,
 ) -> None:
-    """Answer questions, a line each, until Ctrl-D. Each is asked by itself; Ctrl-C ends an answer."""
+    """Answer questions, one per line, until Ctrl-D. Each question is independent; Ctrl-C interrupts an answer."""
     asked = endpoint_of(endpoint, endpoint_model, model)
     opened = context.with_resource(_open(context, agent, config, model, index, encoder, url, asked))
     for question in _lines():
         try:
             _answer(opened, question, temperature)
-        except SearchE1Error as error:  # of this question; the next may fare better
+        except SearchE1Error as error:  # concerns this question; the next may succeed
             print(f"search-e1: {plain(str(error))}", file=sys.stderr)
         except KeyboardInterrupt:
             console.print("\n(interrupted)", style="red")
 
 
 def endpoint_of(url: str | None, model: str | None, policy: str | None) -> "Endpoint | None":
-    """
+    """The endpoint that the options name, if any.
+
     Raises:
-        ConfigError: one of ``url`` and ``model`` alone, or with a policy.
+        ConfigError: only one of ``url`` and ``model`` is given, or both with a policy.
     """
     from search_e1.rollout.engines.endpoint import Endpoint
 
@@ -107,7 +112,7 @@ def endpoint_of(url: str | None, model: str | None, policy: str | None) -> "Endp
 
 
 def newest(stages: "Inputs") -> str:
-    """The last policy that the run made, else the one it starts from."""
+    """The last policy made by the run, else the one that it starts from."""
     for round in range(stages.config.rounds, 0, -1):
         for name in (f"ofsd-{round}", f"grpo-{round}"):
             if (stages.root / name).exists():
@@ -126,7 +131,7 @@ def _open(
     url: str | None,
     endpoint: "Endpoint | None",
 ) -> "Agent":
-    """The agent that the options ask for, with everything that it takes loaded."""
+    """The agent that the options describe, loaded."""
     from search_e1.agent.agent import Agent
     from search_e1.config import PolicyConfig, load
     from search_e1.retrieval.base import Retriever
@@ -170,7 +175,7 @@ def _open(
 
 
 def _answer(agent: "Agent", question: str, temperature: float) -> "Answer":
-    """Ask, and show what comes as it comes."""
+    """Ask, showing the trajectory as it is sampled."""
     from search_e1.cli.display.answers import show_answer
 
     shown = _Live() if console.is_terminal else None
@@ -181,7 +186,7 @@ def _answer(agent: "Agent", question: str, temperature: float) -> "Answer":
 
 
 class _Live:
-    """What is sampled, as it is sampled; then what it was answered with."""
+    """Shows text as it is sampled, then each observation."""
 
     def __init__(self) -> None:
         self._said = False
@@ -206,10 +211,10 @@ def _show_turn(turn: "Turn", passages: "Sequence[Passage]") -> None:
 
 
 def _lines() -> Iterator[str]:
-    """Questions from the terminal, or from whatever stands in its place; empty lines are none."""
+    """Questions from the terminal or another standard input, without empty lines."""
     prompt = "\n? " if sys.stdin.isatty() and console.is_terminal else ""
     with suppress(ImportError):
-        import readline  # noqa: F401  editing and earlier lines, where Python has it
+        import readline  # noqa: F401  line editing and history, if Python has it
     while True:
         try:
             line = input(prompt)
@@ -220,7 +225,7 @@ def _lines() -> Iterator[str]:
         except UnicodeDecodeError as error:
             print(f"search-e1: a line that is not UTF-8 ({error.reason})", file=sys.stderr)
             continue
-        # Escape sequences of keys that the terminal did not take are no part of a question.
+        # Escape sequences of keys that the terminal did not handle are not part of a question.
         line = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]", " ", line).strip()
         if line:
             yield line

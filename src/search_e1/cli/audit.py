@@ -31,23 +31,21 @@ def audit(
         Path | None, typer.Option("--config", help="TOML file of a run: its corpus or index, its questions, its policy.")
     ] = None,
     corpus: Annotated[
-        list[str] | None, typer.Option("--corpus", help="Passages, as `index build` takes them. Instead of the config's.")
+        list[str] | None, typer.Option("--corpus", help="Passages, as for `index build`; instead of the config's.")
     ] = None,
-    index: Annotated[Path | None, typer.Option("--index", help="An index, whose passages are read.")] = None,
+    index: Annotated[Path | None, typer.Option("--index", help="Index to read the passages from.")] = None,
     train: Annotated[list[Path] | None, typer.Option("--train", help="Training questions. Repeatable.")] = None,
     eval: Annotated[list[str] | None, typer.Option("--eval", help="Evaluation questions: [NAME=]FILE. Repeatable.")] = None,
     policy: Annotated[
         str | None, typer.Option("--policy", help="Policy whose tokenizer must be able to write the answers.")
     ] = None,
-    topk: Annotated[
-        int | None, typer.Option("--topk", min=1, help="Passages for a search. Default: rollout.topk, or 3.")
-    ] = None,
+    topk: Annotated[int | None, typer.Option("--topk", min=1, help="Passages per search. Default: rollout.topk, or 3.")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="File for all figures as JSON.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="CSV file for the questions that have a problem.")] = None,
 ) -> None:
-    """Say what questions and passages allow: answers that are nowhere, leaks, repeats, conflicts, answers that cannot be given.
+    """Check questions and passages: answers in no passage, leaks, repeats, conflicts, answers that cannot be written.
 
-    Whole files are read, whatever data.max_train and data.max_eval say; nothing is written but --json and --out.
+    Reads whole files, whatever data.max_train and data.max_eval say; writes nothing but --json and --out.
     """
     from search_e1.cli.display import watch
     from search_e1.config import RolloutConfig, load
@@ -95,7 +93,7 @@ def _named(word: str) -> tuple[str, Path]:
 
 
 def _passages(config: "Config | None", corpus: list[str] | None, index: Path | None) -> _Passages:
-    """Title and text of each passage: of what is named, else of the config's index, else of its corpus."""
+    """Title and text of each passage, from --corpus or --index, else the config's index, else its corpus."""
     from search_e1.data.corpus import Corpus
     from search_e1.retrieval import directory
     from search_e1.retrieval.passages import Passages
@@ -141,7 +139,7 @@ def _tokenizer(config: "Config | None", policy: str | None) -> Any:
 
 
 def show(console: Console, found: "Audit") -> None:
-    """What is within reach, then what is wrong with the questions, a row for each file; then the findings. Fits 80 columns."""
+    """Print the reach of the questions and their problems, one row per file, then the findings. Fits 80 columns."""
     from search_e1.cli.display.findings import findings_table
 
     rows = [*found.files, *(total for total in found.totals if sum(f.role == total.role for f in found.files) > 1)]

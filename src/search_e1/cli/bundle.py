@@ -1,4 +1,4 @@
-"""The verb ``search-e1 bundle``: an agent as one directory, from a run, and from there to the Hub."""
+"""The verb ``search-e1 bundle``: makes an agent's directory from a run, and pushes it to the Hub."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,36 +15,38 @@ console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def bundle(
-    source: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run; or a bundle, to push it.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Directory of the new bundle.")] = None,
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run, or of a bundle to push.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Directory for the new bundle.")] = None,
     policy: Annotated[
-        str | None, typer.Option("--policy", metavar="STAGE", help="Which policy, e.g. grpo-1. Default: the last.")
+        str | None, typer.Option("--policy", metavar="STAGE", help="Stage of the policy, e.g. grpo-1. Default: the last.")
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option("--dtype", help="Of the weights. Default: what the run computed in."),
+        typer.Option("--dtype", help="Type of the weights. Default: the run's compute type."),
     ] = None,
     index: Annotated[
         list[Path] | None,
-        typer.Option("--index", help="Where the index that the run searched is now. Twice: their rankings are fused."),
+        typer.Option("--index", help="Current directory of the run's index. Given twice, their rankings are fused."),
     ] = None,
-    no_index: Annotated[bool, typer.Option("--no-index", help="Leave the passages out; they are searched elsewhere.")] = False,
+    no_index: Annotated[bool, typer.Option("--no-index", help="Leave the index out; it is searched elsewhere.")] = False,
     url: Annotated[str | None, typer.Option("--url", help="With --no-index: retrieval server of the same passages.")] = None,
-    ollama: Annotated[bool, typer.Option("--ollama", help="With a Modelfile. Ollama has the model without its loop.")] = False,
+    ollama: Annotated[
+        bool, typer.Option("--ollama", help="Add a Modelfile. Ollama runs the model without the search loop.")
+    ] = False,
     push: Annotated[str | None, typer.Option("--push", metavar="OWNER/NAME", help="Upload it to the Hugging Face Hub.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="With --push: nobody else can read it.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="With --push: make the repository private.")] = False,
 ) -> None:
-    """Make one directory of a trained policy, the index it searches, its limits and a model card; or push such a one."""
+    """Make one directory with a trained policy, its index, its limits and a model card; or push one."""
     from search_e1.agent import publish
     from search_e1.agent.bundle import FILE, Bundle
 
     if private and not push:
-        raise ConfigError("--private is of --push OWNER/NAME; give both")
+        raise ConfigError("--private needs --push OWNER/NAME; give both")
     if push:
         publish.check_push(push)  # before the work
     if (source / FILE).exists():
         if out or policy or dtype or index or no_index or url or ollama or not push:
-            raise ConfigError(f"{source} is a bundle; of that there is only --push OWNER/NAME [--private]")
+            raise ConfigError(f"{source} is a bundle; it can only be pushed: --push OWNER/NAME [--private]")
         made = Bundle.read(source)
     else:
         made = _made(source, out, policy, dtype, index or [], no_index, url, ollama)
@@ -69,10 +71,10 @@ def _made(
     if out is None:
         raise ConfigError("no place for the bundle; give --out DIR")
     if url and not no_index:
-        raise ConfigError("--url stands in the place of the index; give --no-index with it")
+        raise ConfigError("--url replaces the index; give --no-index with it")
     if index and no_index:
         raise ConfigError("--index and --no-index; give one of them")
-    with on_signals():  # what ends it leaves nothing half-written
+    with on_signals():  # a signal leaves nothing half-written
         made = make_bundle(run, out, stage=policy, dtype=dtype, searched=Searched(index, not no_index, url), modelfile=ollama)
     total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     console.print(f"{out}: {made.trained['stage']} in {made.dtype}, {_passages(made)}, {total / 1e6:.1f} MB")

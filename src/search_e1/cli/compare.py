@@ -27,18 +27,18 @@ def compare(
     evaluations: Annotated[
         list[str],
         typer.Argument(
-            help="[NAME=]PLACE each, the first is the baseline. PLACE: an evaluation's directory, RUN:STAGE (runs/a:ofsd-1), "
-            "or RUN for all evaluations of a run.",
+            help="Evaluations; the first is the baseline. PLACE: an evaluation's directory, RUN:STAGE (runs/a:ofsd-1), or RUN "
+            "for all evaluations of a run.",
             metavar="[NAME=]PLACE...",
         ),
     ],
-    common: Annotated[bool, typer.Option("--common", help="Compare on the questions that all share.")] = False,
+    common: Annotated[bool, typer.Option("--common", help="Compare on the questions shared by all.")] = False,
     allow_mixed: Annotated[
-        bool, typer.Option("--allow-mixed", help="Compare although limits, prompts or retrieval differ.")
+        bool, typer.Option("--allow-mixed", help="Compare even if limits, prompts or retrieval differ.")
     ] = False,
     published: Annotated[bool, typer.Option("--published", help="Add published results at 3B parameters.")] = False,
     questions: Annotated[bool, typer.Option("--questions", help="List the questions won and lost.")] = False,
-    format: Annotated[Format | None, typer.Option("--format", help="Default: by the ending of --out, else terminal.")] = None,
+    format: Annotated[Format | None, typer.Option("--format", help="Default: by the suffix of --out, else terminal.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write, instead of the terminal.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Where a verb takes its config from: `search-e1 train mine.toml`, or `--config mine.toml`."""
+"""The config argument of a verb: `search-e1 train mine.toml`, or `--config mine.toml`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ ConfigArgument = Annotated[
     Path,
     typer.Argument(
         metavar="CONFIG",
-        parser=str,  # the words are sorted below, and a path would lose slashes of an override
+        parser=str,  # may be an override (see `_split`), which would lose slashes as a path
         help="TOML file; `--config FILE` is the same. Every key can be set as `--section.key VALUE`.",
     ),
 ]
@@ -23,23 +23,22 @@ _OPTION = "--config"
 class ConfigCommand(TyperCommand):
     """A verb with a `config: ConfigArgument`.
 
-    Overrides (``--grpo.steps 8``) are no options that typer knows, so it is said here which word is the file, and which the
-    value of an override.
+    typer does not know overrides (``--grpo.steps 8``), so this decides which word is the file and which an override's value.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         for param in self.params:
             if param.name == "config":
-                param.required = False  # checked below, in words of our own
+                param.required = False  # checked below, with a better message
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """
         Raises:
-            ConfigError: no file is given, or two are.
+            ConfigError: no file or more than one is given.
         """
         super().parse_args(ctx, args)
-        first = ctx.params["config"]  # of the words that belong to no option of the verb, whatever it is
+        first = ctx.params["config"]  # the first word that belongs to no option: the file or part of an override
         files, ctx.args = _split([*([] if first is None else [first]), *ctx.args])
         if len(files) > 1:
             raise ConfigError(f"two configs: {' and '.join(files)}; give one, and overrides as --section.key VALUE")
@@ -50,7 +49,7 @@ class ConfigCommand(TyperCommand):
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The config files among the words, and the overrides."""
+    """The config files among ``words``, and the overrides."""
     files: list[str] = []
     overrides: list[str] = []
     at = 0

@@ -42,7 +42,7 @@ app.command()(questions)
 
 @app.command()
 def prepare(
-    out: Annotated[Path, typer.Option("--out", help="Directory of the new files.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory for the new files.")],
     train: Annotated[
         list[str] | None,
         typer.Option("--train", help="Training questions: BENCHMARK[:SPLIT] or [NAME=]FILE. Repeatable."),
@@ -63,14 +63,17 @@ def prepare(
         list[str] | None,
         typer.Option("--column", help="FIELD=COLUMN of your files, e.g. question=Frage, answers=labels.text, id=."),
     ] = None,
-    separator: Annotated[str | None, typer.Option(help="Separates several answers in one cell, e.g. '|'.")] = None,
+    separator: Annotated[str | None, typer.Option(help="Separator of several answers in one cell, e.g. '|'.")] = None,
     duplicates: Annotated[Duplicates, typer.Option(help="What to do with duplicate questions.")] = Duplicates.KEEP,
     keep_unanswerable: Annotated[
-        bool, typer.Option("--keep-unanswerable", help="Keep questions without an answer, and those that MuSiQue calls so.")
+        bool,
+        typer.Option(
+            "--keep-unanswerable", help="Keep questions without an answer, and those that MuSiQue marks as unanswerable."
+        ),
     ] = False,
     drop_leaks: Annotated[bool, typer.Option("--drop-leaks", help="Remove evaluation questions from training.")] = False,
     dev_share: Annotated[float | None, typer.Option(help="Share of your own training file set aside for evaluation.")] = None,
-    max: Annotated[int | None, typer.Option("--max", min=1, help="Maximum number of questions of each file.")] = None,
+    max: Annotated[int | None, typer.Option("--max", min=1, help="Maximum number of questions per file.")] = None,
     max_train: Annotated[int | None, typer.Option(min=1, help="The same, for training files.")] = None,
     max_eval: Annotated[int | None, typer.Option(min=1, help="The same, for evaluation files.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of subsets and of --dev-share.")] = 0,
@@ -78,7 +81,7 @@ def prepare(
 ) -> None:
     """Read benchmarks or your own questions, check them, and write the files that a config names.
 
-    Without --train and --eval: the published set-up, NQ + HotpotQA for training and the seven benchmarks for evaluation.
+    Without --train and --eval: the published setup, NQ + HotpotQA for training and the seven benchmarks for evaluation.
     """
     from search_e1.data import benchmarks
     from search_e1.data import prepare as preparing
@@ -112,7 +115,7 @@ def prepare(
 
 
 def _show(prepared: "Prepared", duplicates: Duplicates, *, drop_leaks: bool) -> None:
-    """The files, then warnings, duplicates and leaks. Fits 80 columns."""
+    """Print the files, then warnings, duplicates and leaks. Fits 80 columns."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("file", "for", "read", "repeated", "leaked", "written", "answers/q"):
         table.add_column(heading, justify="left" if heading in ("file", "for") else "right", overflow="fold")

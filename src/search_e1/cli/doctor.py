@@ -16,14 +16,14 @@ def doctor(
     config: ConfigArgument,
     policy: Annotated[str | None, typer.Option("--policy", help="Policy to examine. Default: policy.model.")] = None,
     questions: Annotated[
-        int, typer.Option("--questions", min=1, help="Training questions of which a group each is sampled, as GRPO would.")
+        int, typer.Option("--questions", min=1, help="Training questions to sample a group for, as GRPO does.")
     ] = 16,
     evaluated: Annotated[
-        int, typer.Option("--evaluated", min=1, help="Evaluation questions that are answered, over all benchmarks.")
+        int, typer.Option("--evaluated", min=1, help="Evaluation questions to answer, over all benchmarks.")
     ] = 32,
     json: Annotated[Path | None, typer.Option("--json", help="File for the findings as JSON.")] = None,
 ) -> None:
-    """Say whether a run can learn, whether it fits and how long it takes. Leaves with 1 if it cannot learn.
+    """Check whether a run can learn, whether it fits, and how long it takes. Exit status 1 if it cannot learn.
 
     Nothing is written into the run directory.
     """

@@ -24,11 +24,11 @@ ColumnOption = Annotated[
     list[str] | None,
     typer.Option(
         "--column",
-        help="FIELD=COLUMN of the corpus, e.g. text=body; id= makes ids of file and line. May be given several times.",
+        help="FIELD=COLUMN of the corpus, e.g. text=body; id= makes ids from file and line. Repeatable.",
     ),
 ]
 PrefixOption = Annotated[
-    bool, typer.Option("--prefix-ids", help="Put the name of its corpus before each id, where several use the same ids.")
+    bool, typer.Option("--prefix-ids", help="Prefix each id with the name of its corpus, for corpora with equal ids.")
 ]
 app = typer.Typer(no_args_is_help=True, help="Build and inspect retrieval indexes.")
 console = Console(markup=False, emoji=False)
@@ -42,10 +42,10 @@ def index_build(
         typer.Option(
             "--corpus",
             help="JSON lines, CSV or TSV (plain, .gz, .zst) or Parquet with id and contents, or id, title and text; a "
-            "directory of such files; or owner/name[:config[:split]] on the Hub. May be given several times.",
+            "directory of such files; or owner/name[:config[:split]] on the Hub. Repeatable.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Directory of the new index.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory for the new index.")],
     column: ColumnOption = None,
     prefix_ids: PrefixOption = False,
     kind: Annotated[Literal["bm25", "dense"], typer.Option("--kind", help="bm25, or dense.")] = "bm25",
@@ -55,23 +55,23 @@ def index_build(
     max_passage_bytes: Annotated[int, typer.Option(min=1, help="A longer passage is an invalid record.")] = 2**20,
     processes: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes that count words (bm25). Default: one a core, at most 8."),
+        typer.Option(min=1, help="Processes that count words (bm25). Default: one per core, at most 8."),
     ] = None,
     language: Annotated[
         str,
-        typer.Option("--language", help="Of its words (bm25), e.g. de, or en+zh. auto: that of a sample; none: no stems."),
+        typer.Option("--language", help="Language (bm25), e.g. de, or en+zh. auto: detected in a sample; none: no stemming."),
     ] = AUTO,
     encoder: Annotated[
         str | None, typer.Option("--encoder", help="Directory of an encoder, or a Hub id. For --kind dense.")
     ] = None,
     faiss: Annotated[
         str,
-        typer.Option("--faiss", help="exact, graph, compressed, or a FAISS factory string. Dense only, as all below."),
+        typer.Option("--faiss", help="exact, graph, compressed, or a FAISS factory string. Dense only, like all below."),
     ] = "exact",
     parameters: ParametersOption = None,
     **encoder_options: Any,
 ) -> None:
-    """Build an index of a corpus: of words (bm25) or vectors (dense). An interrupted build is resumed."""
+    """Build an index of a corpus: by words (bm25) or vectors (dense). An interrupted build is resumed."""
     from search_e1.cli.display import watch
     from search_e1.data.corpus import Corpus
     from search_e1.data.formats.passages import CorpusColumns
@@ -104,15 +104,15 @@ def index_build(
 @with_options(EncoderSettings, without=("model",))
 def index_import(
     corpus: Annotated[list[str], typer.Option("--corpus", help="The passages, in the order of the vectors; as for `build`.")],
-    faiss: Annotated[Path, typer.Option("--faiss", help="File of FAISS's index, e.g. e5_Flat.index.")],
+    faiss: Annotated[Path, typer.Option("--faiss", help="FAISS index file, e.g. e5_Flat.index.")],
     encoder: Annotated[str, typer.Option("--encoder", help="The encoder of its vectors: a directory, or a Hub id.")],
-    out: Annotated[Path, typer.Option("--out", help="Directory of the new index.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory for the new index.")],
     column: ColumnOption = None,
     prefix_ids: PrefixOption = False,
     parameters: ParametersOption = None,
     **encoder_options: Any,
 ) -> None:
-    """Take over an index that FAISS made of a corpus: its vectors are searched as they are, none is computed again."""
+    """Import an existing FAISS index of a corpus; its vectors are used as they are."""
     from search_e1.cli.display import watch
     from search_e1.data.corpus import Corpus
     from search_e1.data.formats.passages import CorpusColumns
@@ -143,7 +143,7 @@ def index_info(directory: Annotated[Path, typer.Argument(help="Directory of an i
 
 @app.command("search")
 def index_search(
-    query: Annotated[str, typer.Argument(help="What to look for.")],
+    query: Annotated[str, typer.Argument(help="The query.")],
     index: IndexOption,
     topk: Annotated[int, typer.Option(min=1, help="Passages to show.")] = 3,
     encoder: EncoderOption = None,

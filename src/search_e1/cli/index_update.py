@@ -14,16 +14,16 @@ console = Console(highlight=False, markup=False, emoji=False)
 
 def index_update(
     places: Annotated[
-        list[Path], typer.Argument(metavar="INDEX...", help="Directories of indexes over the same corpus, or of one bundle.")
+        list[Path], typer.Argument(metavar="INDEX...", help="Directories of indexes over one corpus, or of one bundle.")
     ],
-    corpus: Annotated[list[str], typer.Option("--corpus", help="What it is to hold now; see `index build`. Repeatable.")],
+    corpus: Annotated[list[str], typer.Option("--corpus", help="The current corpus; see `index build`. Repeatable.")],
     encoder: EncoderOption = None,
     device: DeviceOption = "auto",
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes that count words (bm25). Default: one a core, at most 8.")
+        int | None, typer.Option(min=1, help="Processes that count words (bm25). Default: one per core, at most 8.")
     ] = None,
 ) -> None:
-    """Bring an index, or that of a bundle, up to date with its corpus. Only new and changed passages are encoded."""
+    """Update an index, or a bundle's, to its corpus. Only new and changed passages are encoded."""
     from search_e1.agent.update import update_indexes
     from search_e1.cli.display import watch
     from search_e1.data.corpus import Corpus

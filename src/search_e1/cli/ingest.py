@@ -14,29 +14,29 @@ if TYPE_CHECKING:
     from search_e1.data.documents.ingest import Report
 
 console = Console(highlight=False, markup=False, emoji=False)
-_SHOWN = 5  # files that were not read
+_SHOWN = 5  # unread files listed
 
 
 def ingest(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders with documents.")],
-    out: Annotated[Path, typer.Option("--out", help="Directory of the corpus; an earlier one is brought up to date.")],
-    words: Annotated[int, typer.Option(min=10, help="Words of a passage, about.")] = 100,
-    overlap: Annotated[int, typer.Option(min=0, help="Most words that a passage repeats of the one before.")] = 20,
+    out: Annotated[Path, typer.Option("--out", help="Directory of the corpus; an existing one is updated.")],
+    words: Annotated[int, typer.Option(min=10, help="Approximate words per passage.")] = 100,
+    overlap: Annotated[int, typer.Option(min=0, help="Maximum words that a passage repeats from the previous one.")] = 20,
     language: Annotated[
-        str | None, typer.Option(help="Language of all files, e.g. de. Default: what a file says, else detected.")
+        str | None, typer.Option(help="Language of all files, e.g. de. Default: declared in the file, else detected.")
     ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="Names or paths to leave out, e.g. '*.log' or 'old/*'. Repeatable.")
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes that read files. Default: one a core, at most 4.")
+        int | None, typer.Option(min=1, help="Processes that read files. Default: one per core, at most 4.")
     ] = None,
-    time_limit: Annotated[float, typer.Option(min=0.1, help="Most seconds for one file.")] = 60,
-    max_file_mib: Annotated[float, typer.Option(min=0, help="Largest file.")] = 100,
-    max_unpacked_mib: Annotated[float, typer.Option(min=0, help="Largest DOCX, PPTX, XLSX or EPUB, unpacked.")] = 1024,
-    memory_mib: Annotated[int, typer.Option(min=256, help="Most memory of a process that reads files (Linux).")] = 4096,
+    time_limit: Annotated[float, typer.Option(min=0.1, help="Maximum seconds per file.")] = 60,
+    max_file_mib: Annotated[float, typer.Option(min=0, help="Maximum size of a file.")] = 100,
+    max_unpacked_mib: Annotated[float, typer.Option(min=0, help="Maximum unpacked size of a DOCX, PPTX, XLSX or EPUB.")] = 1024,
+    memory_mib: Annotated[int, typer.Option(min=256, help="Maximum memory per process that reads files (Linux).")] = 4096,
 ) -> None:
-    """Turn folders of documents into passages. Run again, it reads new and changed files alone."""
+    """Turn folders of documents into passages. When run again, it reads only new and changed files."""
     from search_e1.cli.display import watch
     from search_e1.data.documents.ingest import ingest as run
     from search_e1.data.documents.passages import Cutting
@@ -52,7 +52,7 @@ def ingest(
 
 
 def _show(report: "Report", out: Path) -> None:
-    """A row for each kind, the first files that were not read, and what to do with the corpus. Fits 80 columns."""
+    """Print one row per kind of file, the first unread files, and the config line for the corpus. Fits 80 columns."""
     from search_e1.cli.display import plain_table
     from search_e1.data.documents.folder import kinds
     from search_e1.data.documents.ingest import NOT_READ, PASSAGES
@@ -67,9 +67,9 @@ def _show(report: "Report", out: Path) -> None:
     table.add_row("all", *(f"{counter.total():,}" for counter in totals), f"{sum(report.seconds.values()):.1f}")
     console.print(table)
     if report.all_again:
-        console.print("Other settings than last time: all files were read again.")
+        console.print("Settings differ from last time: all files were read again.")
     if report.removed:
-        console.print(f"{report.removed:,} files of the last time are gone, and so are their passages.")
+        console.print(f"{report.removed:,} files of last time are gone; their passages were removed.")
     silent = ("hidden", "excluded")
     told = [entry for entry in report.not_read if entry.reason not in silent and entry.status != "duplicate"]
     for entry in told[:_SHOWN]:
@@ -77,7 +77,7 @@ def _show(report: "Report", out: Path) -> None:
             Text(f"{entry.status}: {printable(entry.name)}: {printable(entry.reason)}", style="yellow"), soft_wrap=True
         )
     if report.not_read:
-        more = f"{len(told) - _SHOWN:,} more; all" if len(told) > _SHOWN else "All that was not read"
+        more = f"{len(told) - _SHOWN:,} more; all" if len(told) > _SHOWN else "All unread files"
         console.print(f"{more}, with reasons: {out / NOT_READ}", soft_wrap=True)
     state = "" if report.changed else ", as it was"
     console.print(f"\n{out / PASSAGES}: {report.passages.total():,} passages{state}, in {report.elapsed:.1f} s", soft_wrap=True)

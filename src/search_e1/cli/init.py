@@ -1,4 +1,4 @@
-"""The verb ``search-e1 init``: the first config, and what to do with it."""
+"""The verb ``search-e1 init``: writes the first config, and prints the next commands."""
 
 import shlex
 import sys
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 console = Console(highlight=False, markup=False, emoji=False)
 THIS, NONE = "this", "none"
-_SHARE = 0.2  # of one's own questions, set aside for evaluation
+_SHARE = 0.2  # of the user's questions, set aside for evaluation
 _MOST_A_STEP = {True: 8, False: 32}
-"""Questions of a GRPO step of a small model, and of others."""
+"""Small model or not -> maximum questions per GRPO step."""
 
 
 def init(
@@ -28,16 +28,14 @@ def init(
     ] = None,
     questions: Annotated[
         str | None,
-        typer.Option("--questions", help=f"File of questions and answers; `{NONE}`: they are made from the documents."),
+        typer.Option("--questions", help=f"File of questions and answers; `{NONE}`: make them from the documents."),
     ] = None,
-    gpu: Annotated[
-        str | None, typer.Option("--gpu", help=f"h100, 4090, ...: to be rented; `{THIS}`: this machine, as it is.")
-    ] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help=f"GPU to rent: h100, 4090, ...; `{THIS}`: this machine.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="Directory, Hub id, GGUF file. Default: one that fits the machine.")
+        str | None, typer.Option("--model", help="Directory, Hub id or GGUF file. Default: one that fits the machine.")
     ] = None,
 ) -> None:
-    """Write a config for your documents, questions and machine, and say the next commands. Asks for what is not given."""
+    """Write a config for your documents, questions and machine, and print the next commands. Asks for missing options."""
     from search_e1.lab.plan.constants import load_constants
     from search_e1.lab.recipe import SMALL_MODEL, Recipe, default_model, fitted, unmeasured
 
@@ -73,7 +71,7 @@ def init(
         except ModelError as error:
             recipe = unmeasured(recipe)
             console.print(Text(f"whether it fits {card.name} is not known: {error}", style="yellow"), soft_wrap=True)
-    recipe.config()  # what is written is read first
+    recipe.config()  # validates the config before it is written
     file.write_text(recipe.toml(), encoding="utf-8")
     console.print(Text(f"{file}: {recipe.model} on {recipe.machine}"), soft_wrap=True)
     fetch = ["python scripts/fetch_smollm2.py"] if recipe.model == SMALL_MODEL and not Path(SMALL_MODEL).exists() else []
@@ -91,7 +89,7 @@ class _Data(NamedTuple):
     train: str
     eval: str
     number: int | None
-    """Training questions, where they can be counted."""
+    """Number of training questions, if they can be counted."""
     commands: list[str]
 
 
@@ -117,10 +115,10 @@ def _data(documents: str, questions: str, stem: str) -> _Data:
 
 
 def _ask(text: str, flag: str, default: str | None = None) -> str:
-    """The answer to a question at the terminal.
+    """Ask a question at the terminal; without a terminal, returns ``default``.
 
     Raises:
-        ConfigError: nobody is there to ask, and there is no default.
+        ConfigError: there is neither a terminal nor a default.
     """
     if not sys.stdin.isatty():
         if default is None:
@@ -130,7 +128,7 @@ def _ask(text: str, flag: str, default: str | None = None) -> str:
 
 
 def _this_gpu(constants: "Constants") -> "Gpu | None":
-    """This machine's GPU, by the planner's sheet of the one that is most like it; ``None`` without one."""
+    """This machine's GPU, with the planner's data for the GPU closest in memory; ``None`` without a GPU."""
     import torch
 
     if not torch.cuda.is_available():

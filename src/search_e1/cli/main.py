@@ -1,4 +1,4 @@
-"""The command line: one verb per stage."""
+"""The command line."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ from search_e1.runs.allocation import keep_freed_memory
 from search_e1.runs.safe import plain
 from search_e1.runs.stopping import STATUS, Stopped, on_signals
 
-# What takes seconds to import (torch, transformers) is imported by the verb that needs it: `--help` must not wait for it.
+# Slow imports (torch, transformers) are inside the verbs that need them, so that `--help` is fast.
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,10 +31,10 @@ app = typer.Typer(
 )
 console = stages.console
 _AFTER_FIRST = 5.0
-"""Seconds after which a rank other than 0 tells an error of its own."""
+"""Seconds after which a rank other than 0 prints its own error."""
 
 OVERRIDES = asking.OVERRIDES
-# Panels of `--help`; they come in the order of their first verbs.
+# Panels of `--help`, in the order of their first verbs.
 RUN, STAGES, RUNS, ASK, DATA = (
     "A run",
     "Its stages, one by one",
@@ -56,11 +56,11 @@ def _show_version(asked: bool) -> None:
 def options(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version, and leave.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show tracebacks of errors.")] = False,
     other_versions: Annotated[
-        bool, typer.Option("--other-versions", help="Go on with a run that was begun under other package versions.")
+        bool, typer.Option("--other-versions", help="Resume a run that was started under other package versions.")
     ] = False,
 ) -> None:
     global _show_traceback
@@ -82,11 +82,11 @@ def train(
         Path | None,
         typer.Option(
             "--branch",
-            help="A new run directory, which takes over from `run` what a changed config would make the same.",
+            help="New run directory for a changed config; reuses the artifacts of `run` that it would make the same.",
         ),
     ] = None,
 ) -> None:
-    """Run the whole loop, or what is left of it, and print what came of it."""
+    """Run the whole loop, or resume it, and print the results."""
     from search_e1 import evolve
     from search_e1.agent.make import AGENT
     from search_e1.cli.display import summary_table, watch
@@ -120,14 +120,14 @@ def train(
 
 @app.command(rich_help_panel=DATA)
 def world(
-    directory: Annotated[Path, typer.Argument(help="Where corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl go.")],
+    directory: Annotated[Path, typer.Argument(help="Directory for corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl.")],
     train: Annotated[int, typer.Option(min=1, help="Training questions.")] = 800,
     dev: Annotated[int, typer.Option(min=1, help="Development questions.")] = 300,
-    test: Annotated[int, typer.Option(min=1, help="Test questions, over entities that no other question touches.")] = 300,
-    seed: Annotated[int, typer.Option(min=0, help="Of the questions; the world itself is always the same.")] = 0,
+    test: Annotated[int, typer.Option(min=1, help="Test questions, about entities in no other question.")] = 300,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the questions; the world is always the same.")] = 0,
     hard: Annotated[bool, typer.Option("--hard", help="Questions of three to six hops; three entities share a name.")] = False,
 ) -> None:
-    """Write the small world, a corpus and questions about it; it needs no download."""
+    """Write the small world: a corpus and questions about it, without a download."""
     from search_e1.data.world import HARD, USUAL, make_world, write
 
     if (directory / "corpus.jsonl").exists():
@@ -144,7 +144,7 @@ def world(
 
 @app.command(rich_help_panel=RUN)
 def config() -> None:
-    """Print every key of the configuration, its default and what it does."""
+    """Print every configuration key with its default and meaning."""
     from search_e1.config import describe
 
     print(describe(), end="")
@@ -172,10 +172,10 @@ app.command("mcp", rich_help_panel=ASK)(serving.mcp)
 def main() -> None:
     """Entry point of ``search-e1``: a user's mistake is one line and exit status 2; see ``stopping`` for signals."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # OpenMP threads that spin while they wait starve each other on busy cores: a rollout took 13 times as long.
+    # OpenMP threads that spin while waiting starve each other on busy cores: a rollout took 13 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     keep_freed_memory()
-    # What libraries say to their developers; errors still come through.
+    # Silences libraries' messages to developers; errors are still shown.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -204,7 +204,7 @@ def main() -> None:
 
 
 class _Lines(logging.Handler):
-    """What the program has to tell beside its results: a line each on standard error, above the progress bars, by rank 0."""
+    """Prints log messages on rank 0, one line each on standard error, above the progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if ranks.is_first():
@@ -215,7 +215,7 @@ _LINES = _Lines()
 
 
 def _say(message: str) -> None:
-    """One line on standard error. What all ranks find is said by rank 0 alone, whose end ends those that wait."""
+    """Print one line on standard error. Rank 0 alone prints errors of all ranks: when it exits, the waiting ones are ended."""
     if ranks.is_first():
         print(f"search-e1: {message}", file=sys.stderr)
         return
@@ -224,14 +224,14 @@ def _say(message: str) -> None:
 
 
 def _show_causes(error: BaseException | None) -> None:
-    """Let a traceback show what an error was made of, also where its message says it all and so hides that."""
+    """Make the traceback show the causes of an error, even those suppressed by ``raise ... from None``."""
     while error is not None:
         error.__suppress_context__ = False
         error = error.__context__
 
 
 def _record(error: Exception) -> None:
-    """Leave the error for torchrun, which tells the first that ended the group."""
+    """Record the error for torchrun, which reports the first one that ended the group."""
     if ranks.count() == 1:
         return
     from torch.distributed.elastic.multiprocessing.errors import record

@@ -1,4 +1,4 @@
-"""Options that several verbs share: an index and its encoder, and one for each field of a record of settings."""
+"""Options shared by several verbs: an index and its encoder, and one option per field of a settings model."""
 
 import inspect
 from collections.abc import Callable
@@ -16,7 +16,7 @@ IndexOption = Annotated[
 ]
 EncoderOption = Annotated[
     str | None,
-    typer.Option("--encoder", help="Present directory of the encoder that a dense index was built with."),
+    typer.Option("--encoder", help="Current directory of the encoder that a dense index was built with."),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="Device of the encoder: auto, cpu, cuda, cuda:1, ...")]
 ParametersOption = Annotated[
@@ -29,13 +29,13 @@ _UNITS: dict[str, tuple[str, float]] = {
     "memory_bytes": ("memory_mib", 2**20),
     "batch_wait": ("batch_wait_ms", 0.001),
 }
-"""Field -> option in another unit, and how much of the field that unit is."""
+"""Field -> option in another unit, and the size of that unit in the field's."""
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def with_options(model: type[BaseModel], *, without: tuple[str, ...] = ()) -> Callable[[Command], Command]:
-    """Decorator that adds an option for each field of ``model`` to a command; they arrive in its keyword arguments."""
+    """Decorator that adds an option per field of ``model`` to a command, passed to it as keyword arguments."""
 
     def add(command: Command) -> Command:
         signature = inspect.signature(command)
@@ -62,7 +62,7 @@ def settings_of(model: type[BaseModel], options: dict[str, Any]) -> Any:
     """``model`` from the options that ``with_options`` added.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
     values = {}
     for field in model.model_fields:
@@ -78,9 +78,9 @@ def settings_of(model: type[BaseModel], options: dict[str, Any]) -> Any:
 
 
 def encoder_settings(model: str | None, **options: Any) -> EncoderSettings | None:
-    """Settings of the encoder ``model``; options that are None are left to its files.
+    """Settings of the encoder ``model``; options that are None come from its files.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
     return None if model is None else settings_of(EncoderSettings, {"model": model, **options})

@@ -16,11 +16,11 @@ console = Console(highlight=False, markup=False, emoji=False)
 PAIRS = (
     "train.jsonl",
     "held_out.jsonl",
-)  # as `distill.files` names them; importing it here would keep `--help` waiting
+)  # as in `selfdistill.files`, whose import would slow down `--help`
 
 
 class _Group(TyperGroup):
-    """``pairs mine.toml`` is ``pairs mine mine.toml``."""
+    """Makes ``pairs mine.toml`` an abbreviation of ``pairs mine mine.toml``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, *self.get_help_option_names(ctx)):
@@ -38,7 +38,7 @@ app = typer.Typer(
 @app.command()
 def show(
     place: Annotated[
-        Path, typer.Argument(metavar="RUN_OR_ARTIFACT", help="A run (its newest pairs), or the directory of pairs.")
+        Path, typer.Argument(metavar="RUN_OR_ARTIFACT", help="A run (its newest pairs), or a directory of pairs.")
     ],
     question: Annotated[str | None, typer.Option("--question", help="Show the pairs of the question with this id.")] = None,
     number: Annotated[
@@ -74,7 +74,7 @@ def _newest(place: Path) -> Path:
     """``place`` itself if it holds pairs, else the pairs of the last round of the run in it.
 
     Raises:
-        DataError: neither.
+        DataError: ``place`` is neither.
     """
     if all((place / name).is_file() for name in PAIRS):
         return place
@@ -88,7 +88,7 @@ def _read(directory: Path) -> "list[tuple[Pair, str]]":
     """All pairs, each with its use.
 
     Raises:
-        DataError: there are none, or a file of them cannot be read.
+        DataError: there are none, or a file cannot be read.
     """
     from search_e1.selfdistill import files
 

@@ -1,4 +1,4 @@
-"""The verb ``search-e1 data questions``: question-answer pairs from passages, and what a review makes of them."""
+"""The verb ``search-e1 data questions``: makes question-answer pairs from passages, and applies a review of them."""
 
 import json
 from collections.abc import Sequence
@@ -30,38 +30,44 @@ PolicyOption = Annotated[
     str | None, typer.Option("--policy", help="Directory or GGUF file of a model that writes them on this machine.")
 ]
 MaxTokensOption = Annotated[
-    int | None, typer.Option("--max-tokens", min=8, help="Of one reply. Default: 1024 from an endpoint, 192 from a policy.")
+    int | None,
+    typer.Option("--max-tokens", min=8, help="Maximum tokens of a reply. Default: 1024 from an endpoint, 192 from a policy."),
 ]
 IndexesOption = Annotated[
-    list[Path] | None, typer.Option("--index", help="Index of the corpus. Default: BM25, built meanwhile. Repeatable.")
+    list[Path] | None, typer.Option("--index", help="Index of the corpus. Default: a temporary BM25 index. Repeatable.")
 ]
 ReviewOption = Annotated[
-    Path | None, typer.Option("--review", help="A reviewed review.csv: write what it keeps, instead of making questions.")
+    Path | None,
+    typer.Option("--review", help="A reviewed review.csv: write the questions that it keeps, instead of making questions."),
 ]
 
 
 def questions(
-    out: Annotated[Path, typer.Option("--out", help="New directory of the question files.")],
+    out: Annotated[Path, typer.Option("--out", help="New directory for the question files.")],
     corpus: CorpusOption = None,
     endpoint: EndpointOption = None,
-    model: Annotated[str | None, typer.Option("--model", help="Its name for the model.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Name of the model on the endpoint.")] = None,
     policy: PolicyOption = None,
-    by: Annotated[Literal["rule"] | None, typer.Option("--by", help="`rule`: by rules, without a model.")] = None,
-    number: Annotated[int, typer.Option("--number", min=1, help="Questions to make, of both splits together.")] = 200,
-    two_hop: Annotated[float, typer.Option(min=0, max=1, help="Share of them that take two linked passages.")] = 0.25,
-    depth: Annotated[int, typer.Option(min=1, help="The retriever finds each passage within so many.")] = 10,
+    by: Annotated[
+        Literal["rule"] | None, typer.Option("--by", help="`rule`: write the questions by rules, without a model.")
+    ] = None,
+    number: Annotated[int, typer.Option("--number", min=1, help="Questions to make, in both splits together.")] = 200,
+    two_hop: Annotated[float, typer.Option(min=0, max=1, help="Share of questions that need two linked passages.")] = 0.25,
+    depth: Annotated[int, typer.Option(min=1, help="The retriever must find each passage within this many.")] = 10,
     index: IndexesOption = None,
     encoder: EncoderOption = None,
-    eval_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the questions, from documents of their own.")] = 0.2,
-    per_passage: Annotated[int, typer.Option(min=1, max=10, help="Most questions of one passage or pair.")] = 2,
-    temperature: Annotated[float, typer.Option(min=0, help="Of the writing; answers are greedy.")] = 0.7,
+    eval_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of questions for evaluation, from separate documents.")
+    ] = 0.2,
+    per_passage: Annotated[int, typer.Option(min=1, max=10, help="Maximum questions per passage or linked pair.")] = 2,
+    temperature: Annotated[float, typer.Option(min=0, help="Temperature of the questions; answers are greedy.")] = 0.7,
     max_tokens: MaxTokensOption = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests to the endpoint under way together.")] = 8,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds for one attempt of a request.")] = 300.0,
+    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests to the endpoint.")] = 8,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds per attempt of a request.")] = 300.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of choice, split and sampling.")] = 0,
     review: ReviewOption = None,
 ) -> None:
-    """Make questions with short answers from passages, filter them, and split them by document; or apply a review of them."""
+    """Make questions with short answers from passages, filter them, and split them by document; or apply a review."""
     if out.exists() or out.is_symlink():
         raise RunError(f"{out} exists; give another --out, or remove it")
     if review is not None:
@@ -102,7 +108,7 @@ def questions(
 
 
 def _show(made: "Made", costs: "Costs | None", out: Path, corpus: Sequence[str]) -> None:
-    """What is left after each filter, what it cost, and a config. Fits 80 columns."""
+    """Print the questions left after each filter, the costs, and a config. Fits 80 columns."""
     from search_e1.cli.display import plain_table
 
     table = plain_table("Questions left after each filter", "", "one hop", "two hops", "all", "of written")

@@ -14,18 +14,18 @@ _HOST = "127.0.0.1"
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run directories, finished or not; several are compared in one page.")
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories, finished or not; several are compared on one page.")
     ],
     out: Annotated[Path | None, typer.Option("--out", help="HTML file. Default: report.html in the first run.")] = None,
     most: Annotated[
-        int, typer.Option(min=1, help="About this many trajectories; of more, a fixed sample of questions.")
+        int, typer.Option(min=1, help="Approximate number of trajectories; beyond it, a fixed sample of questions.")
     ] = 5_000,
     serve: Annotated[
-        bool, typer.Option("--serve", help="Write no file: serve a page that follows the runs, on this machine alone.")
+        bool, typer.Option("--serve", help="Serve a page on this machine that follows the runs, instead of writing a file.")
     ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0 takes a free one.")] = 8010,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve; 0 picks a free one.")] = 8010,
 ) -> None:
-    """Write runs as one HTML file: figures, costs, trajectories, pairs, rounds; or serve it while they go on."""
+    """Write runs as one HTML file (figures, costs, trajectories, pairs, rounds), or serve it while they are in progress."""
     if serve:
         if out:
             raise ConfigError(f"--serve writes no file; leave out --out {out}")

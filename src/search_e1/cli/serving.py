@@ -25,19 +25,21 @@ BundleArgument = Annotated[
     str, typer.Argument(metavar="DIR", help="Bundle (`search-e1 bundle`), or its owner/name on the Hub.")
 ]
 PlaceOption = Annotated[
-    list[Path] | None, typer.Option("--index", help="Present place of its index, where the bundle holds none.")
+    list[Path] | None, typer.Option("--index", help="Current directory of its index, if the bundle holds none.")
 ]
 UrlOption = Annotated[str | None, typer.Option("--url", help="Retrieval server with its passages, instead of an index.")]
-HostOption = Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0: all of this machine's.")]
-PortOption = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")]
+HostOption = Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0: all addresses of this machine.")]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")]
 KeyOption = Annotated[
     str | None,
     typer.Option(
-        envvar="SEARCH_E1_SERVE_KEY", help="What clients must send as `Authorization: Bearer`. Other users see options."
+        envvar="SEARCH_E1_SERVE_KEY",
+        help="Key that clients must send as `Authorization: Bearer`. Other users can see options.",
     ),
 ]
 OriginOption = Annotated[
-    list[str] | None, typer.Option("--allow-origin", help="Web page that may ask, e.g. https://example.org; *: any.")
+    list[str] | None,
+    typer.Option("--allow-origin", help="Origin of a web page that may send requests, e.g. https://example.org; *: any."),
 ]
 
 
@@ -54,7 +56,7 @@ def serve(
     device: DeviceOption = "auto",
     **options: Any,
 ) -> None:
-    """Serve an agent over HTTP: OpenAI's chat completions, a page to ask on at /, passages, /healthz and /metrics."""
+    """Serve an agent over HTTP: OpenAI's chat completions, a web page at /, passages, /healthz and /metrics."""
     with _extra("serve"):
         from search_e1.agent import server
         from search_e1.serving import listening
@@ -73,7 +75,9 @@ def serve(
 @with_options(ServeSettings)
 def mcp(
     bundle: BundleArgument,
-    http: Annotated[bool, typer.Option("--http", help="Over streamable HTTP at /mcp, not standard input and output.")] = False,
+    http: Annotated[
+        bool, typer.Option("--http", help="Serve streamable HTTP at /mcp instead of standard input and output.")
+    ] = False,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
     key: KeyOption = None,
@@ -84,13 +88,13 @@ def mcp(
     device: DeviceOption = "auto",
     **options: Any,
 ) -> None:
-    """Offer an agent to other agents by MCP: the tools ask and search. The client starts this; --http makes a server of it."""
+    """Serve an agent to other agents by MCP: the tools ask and search. The MCP client starts it; --http starts a server."""
     with _extra("mcp"):
         from search_e1.agent import mcp as server
         from search_e1.serving import listening
     settings = settings_of(ServeSettings, options)
     if not http:
-        with redirect_stdout(sys.stderr):  # standard output is the client's
+        with redirect_stdout(sys.stderr):  # standard output belongs to the client
             agent = _opened(bundle, index, url, encoder, device)
         with agent:
             server.run_stdio(agent, settings)
@@ -110,7 +114,7 @@ def mcp(
 def serve_retriever(
     index: IndexOption,
     host: Annotated[
-        str, typer.Option(help="Address to listen on. 0.0.0.0: all of this machine's; there is no authentication.")
+        str, typer.Option(help="Address to listen on. 0.0.0.0: all addresses of this machine; there is no authentication.")
     ] = "127.0.0.1",
     port: PortOption = 8000,
     encoder: EncoderOption = None,
@@ -157,7 +161,7 @@ def _check_access(host: str, key: str | None) -> None:
 
     check_key(key)
     if key is None and not is_loopback(host):
-        logger.warning("%s: whoever reaches this address can ask, and read the passages; give a --key to change that", host)
+        logger.warning("%s: anyone who can reach this address can ask and read the passages; give --key to prevent that", host)
 
 
 def _opened(bundle: str, index: list[Path] | None, url: str | None, encoder: str | None, device: str) -> "Agent":

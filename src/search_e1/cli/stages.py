@@ -1,4 +1,4 @@
-"""The verbs that run one stage, and what they share with ``train``."""
+"""The verbs that run one stage, and their shared parts with ``train``."""
 
 import json
 import re
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from search_e1.runs import Artifact
     from search_e1.stages.runner import StageRunner
 
-# In what is named by users, brackets are brackets. Rank 0 speaks for all.
+# No markup, since users' names may contain brackets. Only rank 0 prints.
 console = Console(markup=False, emoji=False, quiet=not ranks.is_first())
 
 RoundOption = Annotated[int, typer.Option("--round", min=1, help="The round that this stage belongs to.")]
 PolicyOption = Annotated[
     str | None,
-    typer.Option("--policy", help="Policy to start from. Default: what the stage before it in the run made."),
+    typer.Option("--policy", help="Policy to start from. Default: the one made by the run's previous stage."),
 ]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Where the artifact goes. Default: its place in the run.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Directory of the artifact. Default: its place in the run.")]
 OtherPolicyOption = Annotated[
-    bool, typer.Option("--allow-other-policy", help="Take what another policy sampled, if the tokenizer is the same.")
+    bool, typer.Option("--allow-other-policy", help="Accept trajectories of another policy, if the tokenizer is the same.")
 ]
 
 
 def coldstart(context: typer.Context, config: ConfigArgument, out: OutOption = None) -> None:
-    """Fine-tune the policy, or one from nothing, on demonstrations of how to search and answer."""
+    """Fine-tune the policy, or one from scratch, on demonstrations of how to search and answer."""
     from search_e1.stages.coldstart import Coldstart
 
     with open_runner(config, context) as runner:
@@ -88,7 +88,7 @@ def mine(
     out: OutOption = None,
     other: OtherPolicyOption = False,
 ) -> None:
-    """Mine a pool for pairs of an efficient reference and a sibling that is to learn from it."""
+    """Mine a pool for pairs of an efficient reference and a sibling to learn from it."""
     from search_e1.stages.pairs import Pairs
 
     with open_runner(config, context) as runner:
@@ -105,7 +105,7 @@ def lead(
     out: OutOption = None,
     other: OtherPolicyOption = False,
 ) -> None:
-    """Measure how much better the policy is when it sees the reference."""
+    """Measure the lead: how much better the policy is when it sees the reference."""
     from search_e1.cli.display import lead_table
     from search_e1.selfdistill.lead import Lead
     from search_e1.stages.lead import MeasureLead
@@ -126,9 +126,9 @@ def distill(
     out: OutOption = None,
     other: OtherPolicyOption = False,
 ) -> None:
-    """Measure the lead if it is not measured yet, distill, and merge the adapter. Refused without a lead.
+    """Measure the lead if necessary, distill, and merge the adapter. Refused without a lead.
 
-    With distill.objective = "sft" the references are imitated instead, and no lead is asked for.
+    With distill.objective = "sft" the references are imitated instead, and no lead is needed.
     """
     from search_e1.lab.plan import check_memory
     from search_e1.stages.distill import Distill
@@ -148,13 +148,13 @@ def evaluate(
     policy: PolicyOption = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the evaluation. Default: the policy's stage.")] = None,
     benchmark: Annotated[
-        list[str] | None, typer.Option("--benchmark", help="Only this benchmark of data.eval. May come again.")
+        list[str] | None, typer.Option("--benchmark", help="Only this benchmark of data.eval. Repeatable.")
     ] = None,
     out: OutOption = None,
     endpoint: asking.EndpointOption = None,
     endpoint_model: asking.EndpointModelOption = None,
 ) -> None:
-    """Evaluate a policy on the evaluation questions, greedily and sampled, and say why answers are wrong."""
+    """Evaluate a policy on the evaluation questions, greedily and sampled, and classify wrong answers."""
     from search_e1.cli.display import show_evaluation
     from search_e1.stages.evaluate import Evaluate, Recall, read_evaluation
 
@@ -180,7 +180,7 @@ def evaluate(
 
 @contextmanager
 def joined(config: "Config") -> Iterator[None]:
-    """With the other ranks, if torchrun has started several."""
+    """Join the other ranks within the context, if torchrun has started several."""
     if ranks.count() == 1:
         yield
         return
@@ -192,7 +192,7 @@ def joined(config: "Config") -> Iterator[None]:
 
 @contextmanager
 def open_runner(config: Path, context: typer.Context) -> "Iterator[StageRunner]":
-    """What runs the stages of the config's run, whose directory is held as long as the context lasts."""
+    """The runner of the config's stages, with the run directory locked within the context."""
     from search_e1.cli.display import watch
     from search_e1.config import load, migrate_fingerprint
     from search_e1.runs.opening import opened
@@ -209,7 +209,7 @@ def open_runner(config: Path, context: typer.Context) -> "Iterator[StageRunner]"
 
 
 def _report(artifact: "Artifact") -> None:
-    """The artifact's place, and its figures. No stage but an evaluation, which has its own tables, answers greedily."""
+    """Print the artifact's path and figures. All these stages sample, so ``em`` is ``em_sampled``; evaluations have tables."""
     console.print(f"{artifact.path}", highlight=False, markup=False)
     for name, value in artifact.manifest.result.items():
         shown: Any = f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
@@ -217,7 +217,7 @@ def _report(artifact: "Artifact") -> None:
         console.print(f"  {name}  {shown}", highlight=False, markup=False)
 
 
-# Which policy a stage starts from, read off the run directory.
+# The policy that a stage starts from, found in the run directory.
 
 
 def _complete(runner: "StageRunner", name: str) -> Path:

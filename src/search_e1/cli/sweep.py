@@ -29,15 +29,13 @@ def sweep(
         Path, typer.Option("--config", help="TOML file that all variants start from; keys as --section.key VALUE.")
     ],
     out: Annotated[Path | None, typer.Option("--out", help="Directory. Default: runs/ and the file's name.")] = None,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs side by side. Default: one a core, or one where there is a GPU.")
-    ] = None,
-    report: Annotated[bool, typer.Option("--report", help="Run nothing; compare what is finished.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs in parallel. Default: one per core, or one on a GPU.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Run nothing; compare the finished runs.")] = False,
     stage: Annotated[
         str, typer.Option("--stage", help="Policies to show: last, base, grpo-1, ofsd-1, ... Files hold all.")
     ] = "last",
 ) -> None:
-    """Run variants of a config under several seeds, side by side, and compare them. To resume, run it again."""
+    """Run variants of a config under several seeds in parallel, and compare them. To resume, run it again."""
     from search_e1.cli.display.sweep import show_progress
     from search_e1.lab.sweep import running, spec
     from search_e1.runs.locks import held
@@ -58,7 +56,7 @@ def sweep(
 
 
 def _default_jobs(sweep: "Sweep") -> int:
-    """One a core; one in all where runs would share an accelerator."""
+    """One per core; a single one if runs would share an accelerator."""
     from search_e1.runs.devices import device
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -91,7 +89,7 @@ def _compare(sweep: "Sweep", done: "Sequence[Run]", stage: str) -> None:
 
 
 def _exit(sweep: "Sweep", outcomes: "Sequence[Outcome]", done: "Sequence[Run]") -> None:
-    """Say which runs are missing, and why; status 1 if any is."""
+    """Print which runs are unfinished and why; exit with status 1 if any are."""
     from search_e1.lab.sweep.running import Ending
 
     for outcome in outcomes:

@@ -11,12 +11,14 @@ from search_e1.types import Record
 class Limits(Record):
     """Limits on clients. Each field is an option of the verbs that serve."""
 
-    max_body_bytes: int = Field(4 * 2**20, ge=1, description="Largest request.")
-    memory_bytes: int = Field(2**29, ge=1, description="Most memory for requests and large responses in flight.")
-    head_timeout: float = Field(10.0, ge=0.1, description="Seconds for a request's head, and until a new connection begins it.")
+    max_body_bytes: int = Field(4 * 2**20, ge=1, description="Maximum size of a request.")
+    memory_bytes: int = Field(2**29, ge=1, description="Maximum memory for requests and large responses in flight.")
+    head_timeout: float = Field(10.0, ge=0.1, description="Seconds for a request's head to arrive, and to start arriving.")
     body_timeout: float = Field(30.0, ge=0.1, description="Seconds for the body of a request to arrive.")
-    send_timeout: float = Field(60.0, ge=0.1, description="Seconds for a client to take its response.")
-    connections: int = Field(800, ge=1, description="Most open connections; a new one replaces the oldest incomplete one.")
+    send_timeout: float = Field(60.0, ge=0.1, description="Seconds for a client to read its response.")
+    connections: int = Field(
+        800, ge=1, description="Maximum open connections; a new one replaces the oldest without a complete request."
+    )
     shutdown_timeout: int = Field(30, ge=0, description="Seconds for requests in flight at Ctrl-C or SIGTERM.")
     access_log: bool = Field(False, description="Log a line for each request.")
 

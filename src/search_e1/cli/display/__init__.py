@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 def watch(console: Console, rounds: int) -> Callable[[str], AbstractContextManager[Progress]]:
-    """A bar for each stage: name, round, progress, time passed and left, and the figure to watch.
+    """A progress bar per stage: name, round, progress, elapsed and remaining time, and the figure to watch.
 
-    If the output is no terminal, one line at the end of each stage.
+    If the output is not a terminal, one line at the end of each stage.
     """
 
     @contextmanager
@@ -40,7 +40,7 @@ def watch(console: Console, rounds: int) -> Callable[[str], AbstractContextManag
 
 
 class _Bar:
-    """A listener that draws a bar."""
+    """A progress listener that draws a bar."""
 
     def __init__(self, console: Console, label: str) -> None:
         self._pace = Pace()
@@ -49,7 +49,7 @@ class _Bar:
             BarColumn(bar_width=6),
             TextColumn("{task.fields[count]:>9}", markup=False),
             TextColumn("{task.fields[pace]!s:>11}", markup=False),
-            # The rest of the line; its most important part comes first.
+            # The rest of the line, most important part first, since it may be cut off.
             TextColumn("{task.fields[figure]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             console=console,
             expand=True,
@@ -69,8 +69,8 @@ class _Bar:
 
 
 def plain_table(title: str | None, *headings: str, left: int = 1) -> Table:
-    """A table without a frame, so that the widest one here fits 80 columns. The first ``left`` columns are text, which folds;
-    the others are figures, which do not."""
+    """A table without a frame, to fit 80 columns. The first ``left`` columns are text, which folds; the others are figures,
+    which do not."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for number, heading in enumerate(headings):
         text = number < left
@@ -79,12 +79,12 @@ def plain_table(title: str | None, *headings: str, left: int = 1) -> Table:
 
 
 def summary_table(summary: "Summary") -> RenderableType:
-    """The run: EM with 95% intervals, then what it took; a row each for every evaluated policy. Fits 80 columns."""
+    """A run's EM with 95% intervals, then its costs, one row per evaluated policy. Fits 80 columns."""
     return Group(_em_table(summary), "", _cost_table(summary))
 
 
 def _em_table(summary: "Summary") -> Table:
-    """Macro averages only of several benchmarks, which else are all there is."""
+    """EM of each policy; macro averages only if there are several benchmarks."""
     several = any(len(policy.by_benchmark) > 1 for policy in summary.policies)
     over = ("\nmicro", "95%") if several else ("", "95%")
     headings = ["policy", "n", f"greedy EM{over[0]}", over[1], f"sampled EM{over[0]}", over[1]]
@@ -118,14 +118,14 @@ def _cost_table(summary: "Summary") -> Table:
 
 
 def _round_seconds(summary: "Summary", stage: str) -> float:
-    """Seconds spent on this policy: GRPO for a GRPO policy; pool, pairs, lead and distillation for an OFSD one."""
+    """Seconds spent on this policy: GRPO for a GRPO policy; pool, pairs, lead and distillation for an OFSD policy."""
     kind, _, number = stage.rpartition("-")
     names = [stage] if kind != "ofsd" else [f"{part}-{number}" for part in ("pool", "pairs", "lead", "ofsd")]
     return sum(summary.seconds.get(name, 0.0) for name in names)
 
 
 def show_evaluation(console: Console, evaluation: "Evaluation") -> None:
-    """Figures, retrieval recall, and failure classes: a row for each benchmark. Fits 80 columns."""
+    """Print figures, retrieval recall, and failure classes, one row per benchmark. Fits 80 columns."""
     console.print(evaluation_table(evaluation))
     for table in (recall_table(evaluation), failure_table(evaluation)):
         console.print()
@@ -133,8 +133,8 @@ def show_evaluation(console: Console, evaluation: "Evaluation") -> None:
 
 
 def evaluation_table(evaluation: "Evaluation") -> Table:
-    """A row for each benchmark and hop count, and for the averages over questions and, of several, over benchmarks."""
-    name = evaluation.reward_name  # in place of F1 and cover, where there is one
+    """One row per benchmark and hop count, then the average over questions and, if several, over benchmarks."""
+    name = evaluation.reward_name  # if set, replaces F1 and cover EM
     other = ("F1", "cover") if name is None else (f"{'reward' if ':' in name else name}", "95%")
     table = plain_table(None, "questions", "n", "greedy\nEM", "95%", "sampled\nEM", *other, "searches", "tokens")
     hops = ((f"{hops}-hop", row) for hops, row in evaluation.by_hops.items())
@@ -151,7 +151,7 @@ def evaluation_table(evaluation: "Evaluation") -> Table:
 
 
 def recall_table(evaluation: "Evaluation") -> Table:
-    """Where an answer occurs, and greedy EM over the questions whose answer is in the corpus."""
+    """How often an answer is in the passages, and greedy EM over the questions whose answer is in the corpus."""
     title = "An answer is in what was read, in the question's own top k, in the corpus"
     table = plain_table(title, "questions", "read", "top k", "corpus", "greedy EM\nif in corpus", "95%")
     for name, row in (*evaluation.by_benchmark.items(), (_MICRO, evaluation)):
@@ -161,7 +161,7 @@ def recall_table(evaluation: "Evaluation") -> Table:
 
 
 def failure_table(evaluation: "Evaluation") -> Table:
-    """How many wrong answers are of each class, by benchmark; empty classes are left out."""
+    """Number of wrong answers of each class by benchmark, without empty classes."""
     wrong = sum(evaluation.failures.values())
     headings = (_FAILURES.get(failure, failure) for failure in evaluation.failures)
     table = plain_table(f"Why {wrong} answers are wrong" if wrong else "No answer is wrong", "questions", *headings)
@@ -172,7 +172,7 @@ def failure_table(evaluation: "Evaluation") -> Table:
     return table
 
 
-# Headings of several lines, so that all classes fit beside the longest name of a benchmark.
+# Multi-line headings, so that all classes fit beside the longest benchmark name.
 _FAILURES = {
     "not_in_corpus": "not in\ncorpus",
     "repeated_search": "re-\npeated",
@@ -186,7 +186,7 @@ _FAILURES = {
 
 
 _MICRO = "all (micro)"
-"""The mean over questions, whatever their benchmark."""
+"""Label of the mean over all questions."""
 
 
 def share(value: float | None, unknown: str = "") -> str:
@@ -198,7 +198,7 @@ def _interval(interval: tuple[float, float] | None) -> str:
 
 
 def lead_table(lead: "Lead") -> RenderableType:
-    """Plain against privileged prompt, then KL by token class. Fits 80 columns."""
+    """Plain and privileged prompt compared, then KL by token class. Fits 80 columns."""
     sampling = plain_table(None, "prompt", "sampled EM", "sampled EM off track", "searches", "tokens")
     for name in ("plain", "privileged"):
         em, off_track, searches, tokens = (
@@ -222,7 +222,7 @@ def lead_table(lead: "Lead") -> RenderableType:
 
 
 def index_table(manifest: "IndexManifest") -> Table:
-    """An index: a row for each setting, then one for each file. Fits 80 columns."""
+    """An index: one row per setting, then one per file. Fits 80 columns."""
     total = _bytes(sum(manifest.files.values()))
     table = plain_table(printable(f"{manifest.kind} index, {manifest.passages:,} passages, {total}"))
     table.show_header = False
@@ -248,7 +248,7 @@ def _bytes(number: float) -> str:
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names, without unset ones."""
+    """Nested settings by dotted name, without unset ones."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -259,7 +259,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def show_turn(console: Console, turn: Turn) -> None:
-    """A thought, a search, and the beginning of each passage."""
+    """Print a thought, a search, and the beginning of each passage."""
     thought = re.split(r"<(?:search|open|answer|tool_call)>", turn.action_text)[0]
     thought = re.sub(r"</?think>", "", thought).strip()
     if thought:
@@ -268,7 +268,7 @@ def show_turn(console: Console, turn: Turn) -> None:
 
 
 def show_reply(console: Console, turn: Turn) -> None:
-    """A search, and the beginning of each passage."""
+    """Print a search, and the beginning of each passage."""
     if turn.kind.is_call:
         console.print(Text(f"{turn.tool or 'search'}  {printable(turn.argument or '')}", style="bold cyan"))
         for line in seen_passages(turn.observation_text):

@@ -7,11 +7,11 @@ from search_e1.agent.answer import NOT_FOUND, Answer, Source
 from search_e1.runs.safe import printable
 
 _AROUND = 60
-"""Characters shown on either side of where the answer stands."""
+"""Characters shown on either side of the answer in a passage."""
 
 
 def show_answer(console: Console, answer: Answer) -> None:
-    """The answer; each passage that holds it, with the place; how many others were read."""
+    """Print the answer, each passage that holds it with an excerpt, and how many others were read."""
     if answer.text is None:
         why = "" if answer.trajectory.stop_reason == "answered" else f" ({answer.trajectory.stop_reason})"
         console.print(Text(f"no answer{why}: {NOT_FOUND}", style="red"))
@@ -19,7 +19,7 @@ def show_answer(console: Console, answer: Answer) -> None:
         console.print(Text(printable(answer.text), style="bold green"))
     else:
         console.print(Text(NOT_FOUND, style="red"))
-        console.print(Text(f"a guess, which nothing that was read holds: {printable(answer.text)}", style="dim"))
+        console.print(Text(f"a guess that no passage read holds: {printable(answer.text)}", style="dim"))
     holding = [source for source in answer.sources if source.holds]
     for number, source in enumerate(holding, 1):
         console.print(Text(f"  [{number}] {origin(source)}", style="bold"))
@@ -31,7 +31,7 @@ def show_answer(console: Console, answer: Answer) -> None:
 
 
 def origin(source: Source) -> str:
-    """Title, and what the corpus tells: its name among several, file, page, heading, link."""
+    """Title and metadata: name of the corpus among several, file, page, heading, link."""
     told = source.passage.metadata
     keys = ("corpus", "file", "heading", "url")
     parts = [source.passage.title or source.passage.id, *(f"{told[key]}" for key in keys if key in told)]
@@ -41,7 +41,7 @@ def origin(source: Source) -> str:
 
 
 def _excerpt(source: Source) -> Text:
-    """The first place where the answer stands, in bold, and the words around it."""
+    """The first occurrence of the answer, in bold, with the words around it."""
     text, (begin, end) = source.passage.text, source.marks[0]
     first, last = max(0, begin - _AROUND), min(len(text), end + _AROUND)
     first = text.find(" ", first, begin) + 1 if first else 0

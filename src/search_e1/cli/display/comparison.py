@@ -13,7 +13,7 @@ from search_e1.runs.safe import printable
 
 
 def show_comparison(console: Console, comparison: Comparison, *, questions: bool = False) -> None:
-    """EM by benchmark, costs, published figures, and the questions won and lost. Fits 80 columns."""
+    """Print EM by benchmark, costs, published figures, and the questions won and lost. Fits 80 columns."""
     for name, rows in by_benchmark(comparison).items():
         console.print(_compared(printable(name), rows))
         console.print()
@@ -31,7 +31,7 @@ def show_comparison(console: Console, comparison: Comparison, *, questions: bool
 
 def _compared(title: str, rows: Sequence[Row]) -> Table:
     table = plain_table(f"{title} ({rows[0].n} questions)", "policy", "greedy EM x 100", "difference", "p", "won", "lost")
-    for column, width in zip(table.columns, (14, 17, 20, 5, 5, 5), strict=True):  # alike for all benchmarks
+    for column, width in zip(table.columns, (14, 17, 20, 5, 5, 5), strict=True):  # the same for all benchmarks
         column.min_width = width
     for row in rows:
         change = row.difference
@@ -41,7 +41,7 @@ def _compared(title: str, rows: Sequence[Row]) -> Table:
 
 
 def _costs(comparison: Comparison) -> Table:
-    """Searches and tokens by benchmark and, of several benchmarks, on average."""
+    """Searches and tokens by benchmark and, if several, on average."""
     headings = ("benchmark", "policy", "searches", "difference", "tokens", "difference")
     table = plain_table("Searches and sampled tokens a question", *headings, left=2)
     for name, rows in by_benchmark(comparison).items():

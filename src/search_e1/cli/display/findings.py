@@ -18,14 +18,14 @@ _ENDS = {
 
 
 def show_findings(console: Console, findings: Sequence[Finding]) -> None:
-    """The findings, and what they come to."""
+    """Print the findings and the conclusion."""
     console.print(findings_table(findings))
     level = worst(findings)
     console.print(Text(_ENDS[level], style=_STYLES[level]))
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
-    """A row for each finding, with its remedy below it. Fits 80 columns."""
+    """One row per finding, with its remedy below it. Fits 80 columns."""
     table = plain_table(None, "", "", "", left=3)
     table.show_header = False
     for finding in findings:

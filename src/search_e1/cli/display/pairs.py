@@ -20,7 +20,7 @@ _ARGUMENT = re.compile(r"<(?:search|answer|tool_call)>")
 
 
 def show_pair(console: Console, pair: Pair, heading: str) -> None:
-    """Print it. In a terminal of 80 columns each side has 39."""
+    """Print ``pair``. In a terminal of 80 columns each side has 39."""
     console.print(Text(_flat(heading), style="bold"))
     facts = {
         "question": pair.question.text,
@@ -89,5 +89,5 @@ def _turn(turn: Turn | None) -> RenderableType:
 
 
 def _flat(text: str) -> str:
-    """On one line, without control characters."""
+    """``text`` on one line, without control characters."""
     return " ".join(printable(text).split())

@@ -10,7 +10,7 @@ from search_e1.lab.plan.plan import Plan
 
 
 def show_plan(console: Console, plan: Plan) -> None:
-    """Memory, work and disk, then what was assumed and what will go wrong. Fits 80 columns."""
+    """Print memory, work and disk, then assumptions and problems. Fits 80 columns."""
     console.print(Text(printable(plan.model), style="bold"))
     console.print(f"{plan.shape.parameters / 1e9:.2f} billion weights, on {plan.gpus} x {plan.gpu.name}")
     for table in (_memory(plan), _work(plan)):
@@ -27,7 +27,7 @@ def show_plan(console: Console, plan: Plan) -> None:
 
 
 def _error(plan: Plan) -> str:
-    """How far hours may be off."""
+    """The error of the hours, in words."""
     measured = plan.measured
     if measured is None:
         return "Hours: the error was not measured; shares of the data sheet are assumed (constants.toml)."

@@ -19,7 +19,7 @@ from search_e1.runs.safe import printable
 
 @contextmanager
 def show_progress(console: Console, runs: int) -> Iterator[OnChange]:
-    """A bar of the runs that have ended, with the active ones and their stages; a line for each that has ended."""
+    """A progress bar over the runs with the active ones and their stages; prints one line per run that ends."""
     stages = Column(ratio=1, no_wrap=True, overflow="ellipsis")
     bars = Bars(
         TextColumn("runs"),
@@ -49,13 +49,13 @@ def show_progress(console: Console, runs: int) -> Iterator[OnChange]:
 
 
 def _stage(run: Run) -> str:
-    """The stage at work, read off the run directory."""
+    """The stage in progress, found in the run directory."""
     begun = (path.name[1:].removesuffix(".partial") for path in run.config.run.glob(".*.partial") if path.is_dir())
     return next(begun, "")
 
 
 def show_comparison(console: Console, comparison: Comparison, stage: str) -> None:
-    """EM with differences, then searches, tokens, leads and costs: a row for each variant. Fits 80 columns."""
+    """Print EM with differences, then searches, tokens, leads and costs, one row per variant. Fits 80 columns."""
     rows = comparison.at(stage)
     seeds = sorted({seed for row in rows for seed in row.seeds})
     policies = "Last policies" if stage == "last" else stage
