@@ -1,6 +1,6 @@
-"""The protocol of engines, an extension point: anything with these members samples for rollouts.
+"""The engine interface, an extension point: any object with these members can sample for rollouts.
 
-A rollout samples through a session: it submits rows, collects finished ones step by step, and submits a row again with its
+A rollout samples through a session: it submits rows, collects finished ones step by step, and resubmits a row with its
 observation while others are still being sampled. An engine that samples whole batches subclasses ``BatchEngine``, which
 provides the session.
 """
@@ -18,16 +18,16 @@ from search_e1.types import StopReason
 class Generation:
     """The tokens sampled after one prompt.
 
-    ``ids`` ends with the token that completed a stop string or is an end token; it never holds padding. ``logprobs``, where
-    the engine has them, are those of ``ids`` under the distribution that was sampled from.
+    ``ids`` ends with an end token or the token that completed a stop string, unless cut by the token limit; it never contains
+    padding. ``logprobs``, if the engine has them, are those of ``ids`` under the sampling distribution.
     """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None = None
     stop: StopReason | None = None
-    """Why the engine ends the trajectory here, if it does; ``ids`` say nothing then."""
+    """The reason if the engine ends the trajectory here; ``ids`` are then meaningless."""
     words: str = ""
-    """What a server said of that."""
+    """A server's message about ``stop``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,44 +35,44 @@ class Request:
     """A row to sample."""
 
     key: int
-    """Identifies the row in its session. A finished row is submitted again under its key, with a longer prompt."""
+    """Identifies the row in its session. A finished row is resubmitted under its key with a longer prompt."""
     prompt: Sequence[int]
     max_new_tokens: int
     seed: int
-    """Seed of this generation alone, whatever batch it is sampled in."""
+    """Seed of this generation, independent of the batch it is sampled in."""
     begun: Generation = Generation(())
-    """Tokens that an interrupted session had sampled already; they count as new tokens. An engine that cannot continue them
-    samples the generation again."""
+    """Tokens that an interrupted session already sampled; they count as new tokens. An engine that cannot continue them samples
+    the generation again."""
     temperature: float | None = None
-    """In place of the session's."""
+    """Overrides the session's temperature."""
 
 
 class Interrupted(BaseException):
-    """A step was abandoned because ``Session.interrupted`` is true; no row is lost. Not an ``Exception``: it is no error."""
+    """A step was abandoned because ``Session.interrupted`` is true; no row is lost. Not an error, so not an ``Exception``."""
 
 
 class Session(Protocol):
-    """Sampling of many rows together. One whose generations cost money may have ``keep``: see ``remote``."""
+    """Samples many rows together. A session whose generations cost money may have ``keep``: see ``remote``."""
 
     admission_interval: int
-    """Submit rows every so many steps; more than 1 where admitting rows is expensive."""
+    """Steps between submissions of rows; more than 1 if admitting rows is expensive."""
 
     interrupted: Callable[[], bool]
-    """Checked within long steps, which then raise ``Interrupted``."""
+    """Checked during long steps, which raise ``Interrupted`` when it is true."""
 
     def submit(self, request: Request) -> None:
-        """Queue a row until there is room for it."""
+        """Queue a row; it is sampled when there is room."""
         ...
 
     def step(self) -> list[tuple[int, Generation]]:
-        """Sample one or more tokens; keys and generations of the rows that finished, perhaps none.
+        """Sample one or more tokens; returns keys and generations of the rows that finished, possibly none.
 
         A generation ends at an end token of the model, at a token that completes a stop string, or at ``max_new_tokens``.
         """
         ...
 
     def release(self, key: int) -> None:
-        """Drop a row that will not be submitted again. One that is being sampled may be finished all the same."""
+        """Drop a row that will not be resubmitted. A row being sampled may still be finished."""
         ...
 
     def begun(self) -> dict[int, Generation]:
@@ -85,13 +85,13 @@ class Engine(Protocol):
 
     tokenizer: Any
     context_length: int
-    """Most ids of a prompt and its generation together."""
+    """Maximum ids of a prompt and its generation together."""
 
     def session(self, *, temperature: float, stop: Sequence[str], max_tokens: int) -> AbstractContextManager["Session"]:
-        """A session, for as long as the context lasts.
+        """A session, valid within the context.
 
-        ``temperature`` 0 is greedy; otherwise the full distribution is sampled, without top-k or top-p. ``stop``: strings
-        that end a generation, besides the model's end tokens. ``max_tokens``: most ids of a prompt and its generation.
+        ``temperature`` 0 is greedy; otherwise the full distribution is sampled, without top-k or top-p. ``stop``: strings that
+        end a generation, in addition to the model's end tokens. ``max_tokens``: maximum ids of a prompt and its generation.
         """
         ...
 
@@ -104,7 +104,7 @@ class BatchEngine(ABC):
 
     @abstractmethod
     def generate(self, requests: Sequence[Request], *, temperature: float, stop: Sequence[str]) -> list[Generation]:
-        """One generation per request, in their order. See ``Session.step`` and ``Engine.session``."""
+        """One generation per request, in order. See ``Session.step`` and ``Engine.session``."""
 
     @contextmanager
     def session(self, *, temperature: float, stop: Sequence[str], max_tokens: int) -> Iterator["_Batches"]:
@@ -142,5 +142,5 @@ class _Batches:
         self._waiting = [request for request in self._waiting if request.key != key]
 
     def begun(self) -> dict[int, Generation]:
-        """None: a batch is sampled whole."""
+        """Empty: batches are sampled whole."""
         return {}

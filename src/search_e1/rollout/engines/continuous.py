@@ -1,8 +1,8 @@
-"""Continuous batching: finished rows leave the batch, answered rows join it, and nothing is computed twice.
+"""Continuous batching: finished rows leave the batch, rows with a new observation join it, and nothing is computed twice.
 
-Rows hold slots of a ``RaggedCache``: first the active rows, which are sampled together, then rows that wait for an
-observation, then free slots. A slot keeps its row's earlier turns until the row is released; siblings copy their prompt's
-cache; the common beginning of all prompts (the instruction) is computed once a session.
+Rows hold slots of a ``RaggedCache``: first the active rows, which are sampled together, then rows waiting for an observation,
+then free slots. A slot keeps its row's earlier turns until the row is released. Siblings copy their prompt's cache, and the
+common prefix of all prompts (the instruction) is computed once per session.
 """
 
 import gc
@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 _Tokens = Sequence[tuple[int, float]]
 """Sampled ids and their log-probabilities."""
 _PREFILL, _CPU_PREFILL = 8192, 1024
-"""Most tokens, padding included, of one forward pass over prompts or observations. A signal waits for one pass, and on a CPU
-larger ones are no faster."""
-_PREFIX = 16
-"""A common beginning of prompts is computed apart if it has as many tokens."""
+"""Maximum tokens, padding included, of one forward pass over prompts or observations. A signal has to wait for one pass, and on
+a CPU larger passes are no faster."""
+_MIN_PREFIX = 16
+"""A common prefix of prompts is computed separately if it has at least this many tokens."""
 
 
 @dataclass(slots=True, eq=False)
@@ -38,22 +38,22 @@ class _Row:
     key: int
     slot: int | None = None
     stored: int = 0
-    """The slot where its cache lies; differs from ``slot`` while rows change places."""
+    """The slot that currently holds its cache; differs from ``slot`` until ``_settle`` moves it."""
     num_cached: int = 0
     """How many of ``ids`` are in the cache."""
     ids: list[int] = field(default_factory=list)
     """Prompt and sampled tokens."""
     prompt: int = 0
-    """How many of ``ids`` are the prompt."""
+    """Length of the prompt within ``ids``."""
     end: int = 0
-    """Length of ``ids`` once ``max_new_tokens`` are sampled."""
+    """Length of ``ids`` after ``max_new_tokens``."""
     source: Numbers = field(init=False)
     temperature: float | None = None
     logprobs: list[float] = field(default_factory=list)
     unfinished: bool = True
 
     def begin(self, request: Request) -> None:
-        """Continue with the request's prompt; starts over if it does not extend what is cached."""
+        """Continue with the request's prompt; starts over if it does not extend the cached ids."""
         prompt = list(request.prompt)
         if self.ids[: self.num_cached] != prompt[: self.num_cached] or self.num_cached >= len(prompt):
             self.num_cached = 0
@@ -69,7 +69,7 @@ class _Row:
 
     @property
     def pending_ids(self) -> list[int]:
-        """The ids to prefill: all that are not cached, except the last."""
+        """The ids to prefill: all uncached ones, except the last."""
         return self.ids[self.num_cached : -1]
 
 
@@ -79,7 +79,7 @@ class ContinuousSession:
     interrupted = staticmethod(never)
     admission_interval = STEPS
     answers_wait = False
-    """Whether a step takes long enough for a retriever to work beside it: answers are then taken a step later. Optional."""
+    """Whether steps are long enough to overlap with the retriever: observations are then inserted a step later. Optional."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class ContinuousSession:
         rows: int,
         decoder: Callable[[int], DecodeLoop] | None = None,
     ) -> None:
-        """``rows``: most that hold a slot. ``decoder``: what samples several tokens a step of as many rows, with its cache."""
+        """``rows``: number of slots. ``decoder``: opens a loop for that many rows that samples several tokens per step."""
         self._model, self._ends, self._temperature, self._decoder = model, ends, temperature, decoder
         self._prefill_tokens = _CPU_PREFILL if model.device.type == "cpu" else _PREFILL
         self._rows: dict[int, _Row] = {}
@@ -102,7 +102,7 @@ class ContinuousSession:
         self.rows = rows
         self._held: list[_Row | None] = [None] * rows  # by slot
         self._active = 0
-        self._prefix: list[int] | None = None  # until the first prompts have shown what they have in common
+        self._prefix: list[int] | None = None  # unknown until the first prompts arrive
         self.loop = self._decoder(rows) if self._decoder else None
         self._cache = self.loop.cache if self.loop else RaggedCache(self._model, rows + 1)  # slot `rows` holds the prefix
         if self.loop:
@@ -134,13 +134,13 @@ class ContinuousSession:
         }
 
     def step(self) -> list[tuple[int, Generation]]:
-        """See ``Session``: one token for each active row, after rows have joined.
+        """See ``Session``: admit waiting rows, then sample the active ones.
 
         Raises:
-            ModelError: memory does not hold a single row.
+            ModelError: not even a single row fits in memory.
         """
         try:
-            self._settle()  # now it is known who was released, and need not be kept
+            self._settle()  # only now, when released rows need not be moved
             if self._waiting and (not self._active or self._steps % self.admission_interval == 0):
                 self._join()
             self._steps += 1
@@ -164,7 +164,7 @@ class ContinuousSession:
         return [(row.key, Generation(tuple(row.ids[row.prompt :]), tuple(row.logprobs))) for row in finished]
 
     def _take(self, row: _Row, tokens: _Tokens) -> bool:
-        """Add sampled tokens to a row up to its end; whether it has ended."""
+        """Append sampled tokens to a row up to its end; returns whether it has ended."""
         ends = self._ends
         for id, logprob in tokens:
             if math.isnan(logprob):
@@ -184,7 +184,7 @@ class ContinuousSession:
         return [[token] for token in zip(*self._draw(logits, rows), strict=True)]
 
     def _sample_ahead(self, loop: DecodeLoop, rows: Sequence[_Row]) -> Sequence[_Tokens]:
-        """Tokens of several steps; none if the loop turned out not to work, which ends its use."""
+        """Tokens of several steps; empty if the loop does not work, which disables it."""
         own = [self._temperature if row.temperature is None else row.temperature for row in rows]
         todo = [
             Next(row.ids[-1], row.num_cached, row.end - len(row.ids), temperature, row.source.peek(STEPS))
@@ -203,7 +203,7 @@ class ContinuousSession:
         return sampled
 
     def _draw(self, logits: torch.Tensor, rows: Sequence[_Row]) -> tuple[Sequence[int], Sequence[float]]:
-        """Rows of one temperature are drawn together, as ``draw`` does."""
+        """Draw an id per row, grouped by temperature; see ``draw``."""
         own = [self._temperature if row.temperature is None else row.temperature for row in rows]
         if len(set(own)) == 1:
             return draw(logits, own[0], [row.source for row in rows])
@@ -216,7 +216,7 @@ class ContinuousSession:
         return ids, logprobs
 
     def _leave(self, row: _Row) -> None:
-        """The last active row takes the place of one that leaves them."""
+        """Remove a row from the active ones; the last active row takes its place."""
         self._active -= 1
         self._put(row, self._active)
 
@@ -235,50 +235,50 @@ class ContinuousSession:
         leaders: dict[tuple[int, ...], _Row] = {}
         followers = [row for row in joining if not row.num_cached and leaders.setdefault(tuple(row.ids), row) is not row]
         followed = {row.key for row in followers}
-        needy = [row for row in joining if row.key not in followed]
+        to_prefill = [row for row in joining if row.key not in followed]
         self._begin(list(leaders.values()))
         self._gather(joining)
         self._settle()
-        self._prefill(sorted(needy, key=lambda row: len(row.ids) - row.num_cached, reverse=True))
+        self._prefill(sorted(to_prefill, key=lambda row: len(row.ids) - row.num_cached, reverse=True))
         self._copy([leaders[tuple(row.ids)] for row in followers], followers)
         self._active += len(joining)
 
     def _begin(self, rows: Sequence[_Row]) -> None:
-        """Give new rows, whose prompts differ, what these have in common."""
+        """Copy the cached common prefix to new rows with distinct prompts."""
         self._cache.clear([row.stored for row in rows])
         if self._prefix is None and len(rows) > 1:
             common = _common([row.ids[:-1] for row in rows])
-            self._prefix = common if len(common) >= _PREFIX else []
+            self._prefix = common if len(common) >= _MIN_PREFIX else []
             if self._prefix:
                 self._cache.forward([self.rows], [0], [self._prefix])
         prefix = _Row(-1, stored=self.rows, ids=self._prefix or [], num_cached=len(self._prefix or []))
-        given = [row for row in rows if row.ids[: prefix.num_cached] == prefix.ids and len(row.ids) > prefix.num_cached > 0]
-        self._copy([prefix] * len(given), given)
+        sharing = [row for row in rows if row.ids[: prefix.num_cached] == prefix.ids and len(row.ids) > prefix.num_cached > 0]
+        self._copy([prefix] * len(sharing), sharing)
 
-    def _copy(self, models: Sequence[_Row], rows: Sequence[_Row]) -> None:
-        """Let each row have what the cache holds of another."""
+    def _copy(self, sources: Sequence[_Row], rows: Sequence[_Row]) -> None:
+        """Copy the cache of each of ``sources`` to the corresponding row."""
         if rows:
-            length = max(model.num_cached for model in models)
-            self._cache.move([row.stored for row in rows], [model.stored for model in models], length)
-        for row, model in zip(rows, models, strict=True):
+            length = max(model.num_cached for model in sources)
+            self._cache.move([row.stored for row in rows], [model.stored for model in sources], length)
+        for row, model in zip(rows, sources, strict=True):
             row.num_cached = model.num_cached
 
     def _prefill(self, rows: Sequence[_Row]) -> None:
-        """Fill the cache up to the last id of each row; ``rows`` are sorted, the longest prefill first."""
-        at, most = 0, self._prefill_tokens
+        """Fill the cache up to the last id of each row; ``rows`` are sorted by prefill, longest first."""
+        at, limit = 0, self._prefill_tokens
         while at < len(rows) and rows[at].pending_ids:
-            width = total = min(len(rows[at].pending_ids), most)
+            width = total = min(len(rows[at].pending_ids), limit)
             end = at + 1
             while end < len(rows) and (new := len(rows[end].pending_ids)):
                 total += width if self._cache.padded else new
-                # Padding to twice a row's length costs more than another pass.
-                if total > most or (self._cache.padded and new * 2 <= width):
+                # Padding a row to twice its length costs more than another pass.
+                if total > limit or (self._cache.padded and new * 2 <= width):
                     break
                 end += 1
             part = rows[at:end]
             if self.interrupted():
                 raise Interrupted
-            pieces = [row.pending_ids[:width] for row in part]  # a row longer than a pass is alone
+            pieces = [row.pending_ids[:width] for row in part]  # a row longer than a pass is alone in it
             self._cache.forward([row.stored for row in part], [row.num_cached for row in part], pieces)
             for row, piece in zip(part, pieces, strict=True):
                 row.num_cached += len(piece)
@@ -287,7 +287,7 @@ class ContinuousSession:
     # Slots.
 
     def _gather(self, rows: Sequence[_Row]) -> None:
-        """Let ``rows`` have the slots behind the active ones; those who are there already stay."""
+        """Assign ``rows`` the slots after the active ones; rows already there stay."""
         places = range(self._active, self._active + len(rows))
         elsewhere = [row for row in rows if row.slot not in places]
         held = {row.slot for row in rows}
@@ -295,7 +295,7 @@ class ContinuousSession:
             self._put(row, place)
 
     def _put(self, row: _Row, slot: int) -> None:
-        """Let ``row`` change slots with whoever holds ``slot``; ``_settle`` moves what they have in the cache."""
+        """Swap the slots of ``row`` and the holder of ``slot``, if any; ``_settle`` moves their cache."""
         assert row.slot is not None
         other = self._held[row.slot] = self._held[slot]
         if other:
@@ -304,14 +304,14 @@ class ContinuousSession:
 
     def _settle(self) -> None:
         moved = [row for row in self._held if row and row.slot != row.stored]
-        if kept := [row for row in moved if row.num_cached]:
-            length = max(row.num_cached for row in kept)
-            self._cache.move([row.slot or 0 for row in kept], [row.stored for row in kept], length)
+        if cached := [row for row in moved if row.num_cached]:
+            length = max(row.num_cached for row in cached)
+            self._cache.move([row.slot or 0 for row in cached], [row.stored for row in cached], length)
         for row in moved:
             row.stored = row.slot or 0
 
     def _shrink(self) -> None:
-        """Go on with half the rows. What was sampled stays; what the cache held is computed again."""
+        """Continue with half the rows. Sampled tokens are kept; the cache is recomputed."""
         warnings.warn(
             f"out of memory: {self.rows // 2} trajectories are sampled together instead of {self.rows}; "
             "lower rollout.batch_size",
@@ -329,6 +329,6 @@ class ContinuousSession:
 
 
 def _common(lists: Sequence[list[int]]) -> list[int]:
-    """What all begin with: the first and the last in order differ wherever any two do."""
+    """The common prefix: that of the smallest and the largest list in lexicographic order."""
     first, last = min(lists), max(lists)
     return [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))]

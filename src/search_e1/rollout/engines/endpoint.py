@@ -1,9 +1,9 @@
-"""An engine somewhere else: any server of OpenAI's ``/v1/chat/completions``. For evaluation and ``ask``, not for training.
+"""A remote engine: any server of OpenAI's ``/v1/chat/completions``. For evaluation and ``ask``, not for training.
 
-An endpoint takes and gives text, so that nothing here knows which ids were sampled: those in a trajectory are places in a
-list of words (``words.Words``). Observations are messages of their own: the user's under ``tags``, the tool's under
-``tools``. That is what vLLM, llama.cpp and OpenAI all take; going on within an assistant's message, and prompts without a
-chat template (``/v1/completions``), are not.
+An endpoint exchanges text, so the sampled ids are unknown: ids in a trajectory are indices into a list of words
+(``words.Words``). Observations are separate messages, from the user under ``tags`` and from the tool under ``tools``. vLLM,
+llama.cpp and OpenAI all support this, unlike continuing an assistant's message or prompts without a chat template
+(``/v1/completions``).
 """
 
 import json
@@ -26,8 +26,8 @@ from search_e1.text.prompts import neutralize
 from search_e1.text.tools import tools_of
 from search_e1.types import StopReason
 
-_CHARS = 64  # a token of an action; what is beyond it is cut, as the rest of an observation is
-_MOST_CALLS = 16  # of one message; more than one is malformed anyway
+_CHARS = 64  # per token of an action; longer text is cut
+_MOST_CALLS = 16  # per message; more than one is malformed anyway
 
 
 class _Function(BaseModel):
@@ -65,38 +65,38 @@ class _Completion(BaseModel):
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     url: str
-    """With or without `/v1`, or `/v1/chat/completions`, at its end."""
+    """With or without a trailing `/v1` or `/v1/chat/completions`."""
     model: str
-    """As the server names it."""
+    """The server's name of the model."""
     timeout: float = 300.0
-    """Seconds for one attempt of a request, to the last byte of its answer."""
+    """Seconds for one attempt of a request, up to the last byte of the answer."""
     attempts: int | None = None
-    """Most attempts of a request; default: as many as its time allows."""
+    """Maximum attempts of a request; default: as many as ``time_limit`` allows."""
     time_limit: float = 600.0
     """Seconds for all attempts of a request, waits included."""
     concurrency: int = 8
-    """Requests under way together."""
+    """Concurrent requests."""
     keys: str = "--endpoint, --endpoint-model"
-    """Where the user gave `url` and `model`: for messages."""
+    """The user's names of `url` and `model`, for messages."""
 
     @property
     def address(self) -> str:
         """
         Raises:
-            ConfigError: ``url`` is not an http or https URL, or holds a password.
+            ConfigError: ``url`` is not an http or https URL, or contains a password.
         """
         return str(api_url(self.url, self.keys.split(",")[0], "/chat/completions"))
 
 
 class EndpointEngine(RemoteEngine):
-    """Samples from what an endpoint serves. A ``Engine`` of words, without log-probabilities; seeds are not sent."""
+    """Samples from an endpoint's model: an ``Engine`` over words, without log-probabilities; seeds are not sent."""
 
-    context_length = sys.maxsize  # not known; the server says when a conversation is too long for it
+    context_length = sys.maxsize  # unknown; the server reports when a conversation is too long
 
     def __init__(self, endpoint: Endpoint, prompts: Prompts) -> None:
         """
         Raises:
-            ConfigError: the endpoint's URL is none, or the environment's key cannot be sent.
+            ConfigError: the endpoint's URL is invalid, or the API key cannot be sent.
         """
         self.tokenizer = Words()
         self.endpoint = endpoint
@@ -137,10 +137,9 @@ class EndpointEngine(RemoteEngine):
         return Generation(self.tokenizer.said("", None, 1), stop=stop, words=words)
 
     def _text(self, choice: _Choice, most: int) -> str:
-        """What a choice says, as a policy of ours would have said it; at most ``most`` characters.
+        """A choice's text as a policy would have written it, at most ``most`` characters.
 
-        Only what is said where it counts is an action: thinking that comes apart may quote anything, and so may the text beside
-        calls that come apart.
+        Separate reasoning, and text beside separate tool calls, are neutralized: markup that they quote is not an action.
         """
         message, text = choice.message, ""
         thought = (message.reasoning_content or message.reasoning or "")[:most].strip()
@@ -158,18 +157,18 @@ class EndpointEngine(RemoteEngine):
         return neutralize(self.tokenizer, text, self._protocol, tools=self._names)
 
     def _closed(self, text: str) -> str:
-        """With the stop string that servers leave out."""
+        """``text`` with the stop string, which servers omit."""
         last = next(iter(deque(self._tag.finditer(text), maxlen=1)), None)
         return f"{text}</{last[2]}>" if last and not last[1] else text
 
 
 def _written(call: _Call) -> str:
-    """A call as text, with the server's own id; ``<`` is escaped, so that no argument ends it."""
+    """A call as text, with the server's id; ``<`` is escaped, so that no argument can close the tag."""
     arguments = call.function.arguments
     try:
-        told = json.dumps(read_json(arguments) if isinstance(arguments, str) else arguments, ensure_ascii=False)
+        text = json.dumps(read_json(arguments) if isinstance(arguments, str) else arguments, ensure_ascii=False)
     except ValueError:
-        told = str(arguments)  # no JSON: shown, and malformed
+        text = str(arguments)  # invalid JSON: kept as text, and malformed
     head = json.dumps(({"id": call.id} if call.id else {}) | {"name": call.function.name}, ensure_ascii=False)
-    written = f'{head[:-1]}, "arguments": {told}}}'.replace("<", "\\u003c")
+    written = f'{head[:-1]}, "arguments": {text}}}'.replace("<", "\\u003c")
     return f"<tool_call>\n{written}\n</tool_call>"

@@ -1,4 +1,4 @@
-"""Steps that are recorded once and replayed without Python: CUDA graphs, which spare a GPU the launch of each kernel."""
+"""CUDA graphs: steps recorded once and replayed without Python and without a launch per kernel."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -19,22 +19,22 @@ class Recorder(Protocol):
 
     @property
     def bytes(self) -> int:
-        """Of memory that recorded steps hold beside the tensors that they read and leave."""
+        """Memory of recorded steps, in addition to their input and output tensors."""
         ...
 
     def capture(self, step: Step) -> tuple[Callable[[], object], torch.Tensor]:
-        """A function that repeats ``step``, and the tensor that it leaves the step's result in.
+        """A function that replays ``step``, and the tensor that receives its result.
 
-        ``step`` runs a few times, and repeated on the memory that it had then: what changes must change in place.
+        ``step`` runs a few times during the capture. A replay uses the same memory, so inputs must be updated in place.
 
         Raises:
-            CaptureError: it cannot be repeated.
+            CaptureError: the step cannot be replayed.
         """
         ...
 
 
 class CudaGraphs:
-    """Records CUDA graphs of one device, which share their memory: one runs at a time."""
+    """Records CUDA graphs of one device in a shared memory pool; only one may run at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -44,7 +44,7 @@ class CudaGraphs:
 
     @property
     def bytes(self) -> int:
-        """See ``Recorder``. To torch most of it is reserved and not allocated; it serves these graphs alone all the same."""
+        """See ``Recorder``. Torch counts most of it as reserved, not allocated, but only these graphs can use it."""
         return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._pool))
 
     def capture(self, step: Step) -> tuple[Callable[[], object], torch.Tensor]:
@@ -54,7 +54,7 @@ class CudaGraphs:
             try:
                 return self._capture(step, before)
             except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
-                torch.cuda.set_stream(before)  # the context that failed did not
+                torch.cuda.set_stream(before)  # the failed context did not restore it
                 if out_of_memory := _out_of_memory(error):
                     raise out_of_memory from None
                 raise CaptureError(str(error).partition("\n")[0] or type(error).__name__) from error
@@ -62,19 +62,19 @@ class CudaGraphs:
     def _capture(self, step: Step, before: torch.cuda.Stream) -> tuple[Callable[[], object], torch.Tensor]:
         self._stream.wait_stream(before)
         with torch.cuda.stream(self._stream):
-            step()  # what is set up or chosen at first use is not for the graph
-            with NoHostReads():  # a capture that fails half-way leaves torch's random generator unusable
+            step()  # warm-up: lazy setup and autotuning must not be captured
+            with NoHostReads():  # check first: a failed capture leaves torch's random generator unusable
                 step()
         before.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # A retriever's encoder may allocate in its own thread meanwhile, hence "thread_local".
+        # "thread_local", because a retriever's encoder may allocate in its own thread meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = step()
         return graph.replay, result
 
 
 class NoHostReads(TorchDispatchMode):
-    """Raises ``CaptureError`` where the host would wait for a number from the device, or send it one."""
+    """Raises ``CaptureError`` on transfers between host and device, including reads of a scalar."""
 
     def __init__(self, device: str = "cuda") -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class NoHostReads(TorchDispatchMode):
         devices = {one.device.type for one in args if isinstance(one, torch.Tensor)}
         if (
             (name in _HOST_READS and self._device in devices)
-            or (name == "lift_fresh" and result.device.type == self._device)  # a tensor of Python's numbers
+            or (name == "lift_fresh" and result.device.type == self._device)  # a tensor from Python numbers
             or (name in ("_to_copy", "copy_") and len(devices | {result.device.type}) > 1)
         ):
             raise CaptureError(f"the model computes on the host ({name})")
@@ -94,7 +94,7 @@ class NoHostReads(TorchDispatchMode):
 
 
 def _out_of_memory(error: BaseException | None) -> torch.OutOfMemoryError | None:
-    """Ending a capture that ran out of memory raises another error over it."""
+    """The out-of-memory error in the context chain of ``error``: ending a failed capture raises another error on top of it."""
     while error:
         if isinstance(error, torch.OutOfMemoryError):
             return error

@@ -1,8 +1,8 @@
-"""A ``RaggedCache`` that flash attention reads in place: each row as far as it reaches, keys and values once for grouped heads.
+"""A ``RaggedCache`` that flash attention reads in place: only each row's actual length, and once per group of heads.
 
-torch's ``varlen_attn`` takes a pool of pages and a table of which pages each row has; a slot is a stretch of such pages. The
-kernel needs CUDA, half precision, compute capability 8.0 and a head size that is a multiple of 8, at most 256. None of this is
-asked here: the engine tries the cache on the model, and goes without where the kernel refuses.
+torch's ``varlen_attn`` takes a pool of pages and a table of each row's pages; a slot is a run of consecutive pages. The kernel
+needs CUDA, half precision, compute capability 8.0 and a head size that is a multiple of 8 and at most 256. This is not checked
+here: the engine tries the cache on the model, and falls back if the kernel refuses.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,30 +18,30 @@ from transformers import AttentionInterface, PreTrainedModel
 from search_e1.rollout.engines.ragged import RaggedCache
 
 PAGE = 256
-"""Positions of a page; the kernel takes multiples of this."""
+"""Positions per page; the kernel requires a multiple of this."""
 _NAME = "search_e1_paged"
-_TRIED = 4096
-"""Wider sliding windows are not crossed when the kernel is tried: that would take more memory than it is worth."""
+_MAX_PROBED_WINDOW = 4096
+"""The trial does not cross wider sliding windows, because that would take too much memory."""
 _EXTRAS = ("softcap", "s_aux", "position_bias")
-"""What attention functions of transformers may be given that the kernel cannot do."""
+"""Arguments of transformers' attention functions that the kernel does not support."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Reach:
-    """What the new tokens of a pass read."""
+    """The positions that the new tokens of a pass attend to."""
 
     starts: torch.Tensor
-    """[rows + 1], int32: where the new tokens of each row begin, all rows one after another."""
+    """[rows + 1], int32: cumulative counts of the rows' new tokens."""
     width: int
-    """Most new tokens of a row."""
+    """Maximum new tokens of a row."""
     lengths: torch.Tensor
-    """[rows], int32: positions of each row, new ones included."""
+    """[rows], int32: length of each row, new tokens included."""
     pages: torch.Tensor
     """[rows, pages of a slot], int32."""
 
 
 class PagedCache(RaggedCache):
-    """See the module. Rows are packed without padding, unless the model has convolutions, which would run from row to row."""
+    """See the module. Rows are packed without padding, unless the model has convolutions, which would leak between rows."""
 
     def __init__(self, model: PreTrainedModel, slots: int, capacity: int = 0) -> None:
         super().__init__(model, slots, capacity)
@@ -50,7 +50,7 @@ class PagedCache(RaggedCache):
         windows = [k.get("sliding_window") for k in self._layer_kwargs]
         self._window_of = {layer: -1 if window is None else window - 1 for layer, window in enumerate(windows)}
         self.padded = self.convolves
-        self.border = min(max([PAGE, *(width for width in self._windows if width <= _TRIED)]), self._longest - 3)
+        self.border = min(max([PAGE, *(width for width in self._windows if width <= _MAX_PROBED_WINDOW)]), self._longest - 3)
         self._reach: _Reach | None = None
         self._layer = 0
 
@@ -75,23 +75,23 @@ class PagedCache(RaggedCache):
             return self._logits(pending_ids, self._no_masks(), starts[1:] - 1)[0]
 
     def step(self, ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, extent: int) -> torch.Tensor:
-        """See ``RaggedCache``; each row reads as far as it reaches, whatever ``extent`` is."""
+        """See ``RaggedCache``; attention reads each row's own length, regardless of ``extent``."""
         self._place(positions, slots, extent)
         starts = torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device)
         with self._read_by_pages(_Reach(starts, 1, (positions + 1).int(), self._pages(slots))):
             return self._logits(ids[:, None], self._no_masks())[:, -1]
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None) -> torch.Tensor:
-        """Queries [rows, heads, new, width] of the layer that was updated last to outputs [rows, new, heads, width].
+        """Attention of the layer updated last: queries [rows, heads, new, width] to outputs [rows, new, heads, width].
 
-        Keys and values are those of all slots.
+        ``keys`` and ``values`` are those of all slots.
         """
-        from torch.nn.attention.varlen import varlen_attn  # not in all versions with what it needs: a reason to go without
+        from torch.nn.attention.varlen import varlen_attn  # missing in some torch versions: the engine then falls back
 
         reach = self._reach
         assert reach is not None
         window = self._window_of[self._layer]
-        # One new token sees all there is: without a window the kernel then reads keys and values once for grouped heads.
+        # A single new token attends to everything: without causality, the kernel reads keys and values once per group of heads.
         right = -1 if reach.width == 1 and window < 0 else 0
         rows, heads, new, width = query.shape
         output = varlen_attn(
@@ -99,7 +99,7 @@ class PagedCache(RaggedCache):
             keys.view(-1, PAGE, *keys.shape[2:]),
             values.view(-1, PAGE, *values.shape[2:]),
             reach.starts,
-            reach.starts,  # of the keys: must be there, is not read where there are pages
+            reach.starts,  # of the keys: required, but ignored with a page table
             reach.width,
             self.capacity,
             scale=scale,
@@ -107,7 +107,7 @@ class PagedCache(RaggedCache):
             enable_gqa=True,
             seqused_k=reach.lengths,
             block_table=reach.pages,
-            num_splits=1,  # more would sum a row's keys in an order that depends on the longest row beside it
+            num_splits=1,  # with more, a row's summation order would depend on the longest row in the batch
         )
         assert isinstance(output, torch.Tensor)
         return output.view(rows, new, heads, -1)
@@ -115,12 +115,12 @@ class PagedCache(RaggedCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ``RaggedCache``; while pages are read, all slots go out."""
+        """See ``RaggedCache``; returns all slots while pages are read."""
         self._layer = layer_idx
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def _whole(self, kept: torch.Tensor) -> torch.Tensor:
-        return super()._whole(kept) if self._reach is None else kept
+    def _visible(self, stored: torch.Tensor) -> torch.Tensor:
+        return super()._visible(stored) if self._reach is None else stored
 
     def _rounded(self, length: int) -> int:
         return -(-length // PAGE) * PAGE
@@ -145,7 +145,7 @@ class PagedCache(RaggedCache):
             config._attn_implementation, self._reach = before, None
 
 
-_reading: ContextVar[PagedCache] = ContextVar("_reading")  # not every model passes what it is given down to its attention
+_reading: ContextVar[PagedCache] = ContextVar("_reading")  # not every model passes extra arguments down to its attention
 
 
 def _attention(
@@ -158,7 +158,7 @@ def _attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers calls it."""
+    """The attention function that transformers calls."""
     if extras := [name for name in _EXTRAS if kwargs.get(name) is not None]:
         raise NotImplementedError(f"attention with {extras[0]}")
     return _reading.get().attend(query, key, value, scaling), None

@@ -1,4 +1,4 @@
-"""The key-value cache of rows that come, wait, go on and leave, each with its own length."""
+"""A key-value cache for rows of different lengths that join, wait, continue and leave."""
 
 from collections.abc import Sequence
 from itertools import chain, zip_longest
@@ -12,29 +12,29 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from search_e1.training.policy import context_length
 
-_ROUND = 64
+_CAPACITY_STEP = 64
 """Capacity grows in steps of this many positions."""
 _LAYERS = {"full_attention", "sliding_attention", "conv"}
 
 
 class RaggedCache(Cache):
-    """A slot for each row; in it, what a position's token left behind lies at that position, without padding.
+    """One slot per row; the state of a token is stored at its position in the slot, without padding.
 
-    Attention layers keep keys and values as [slots, capacity, heads, width], short convolutions their last inputs as
-    [slots, channels, kernel]. A forward pass concerns the rows of some slots, each with new tokens at its own positions,
-    padded on the right: what padding leaves lies behind a row's end, where the mask hides it until it is overwritten.
-    Slots side by side are read in place, others are gathered.
+    Attention layers store keys and values as [slots, capacity, heads, width], short convolutions their last inputs as
+    [slots, channels, kernel]. A forward pass runs the rows of some slots, each with new tokens at its own positions, padded on
+    the right. Padding is written after a row's end, where the mask hides it until it is overwritten. Contiguous slots are read
+    in place, others are gathered.
     """
 
     padded = True
-    """Whether the new tokens of several rows take as much room as those of the longest."""
+    """Whether the new tokens of all rows are padded to the longest."""
     border = 0
-    """The position from which attention works otherwise than before it: what tries the cache on a model crosses it."""
+    """Position from which attention takes another path; a trial of the cache on a model should cross it."""
 
     def __init__(self, model: PreTrainedModel, slots: int, capacity: int = 0) -> None:
-        """``capacity``: positions of a slot that are reserved at once; more are when they are needed."""
+        """``capacity``: initial positions per slot; grows on demand."""
         super().__init__(layers=[])
-        self._weak_model = ref(model)  # a cache that an engine keeps for its next session must not keep the model
+        self._weak_model = ref(model)  # a cache kept for an engine's next session must not keep the model alive
         config = model.config.get_text_config(decoder=True)
         types, kwargs = get_layer_types_and_kwargs(config)
         if not set(types) <= _LAYERS or config._attn_implementation not in ("sdpa", "eager"):
@@ -46,7 +46,7 @@ class RaggedCache(Cache):
         self.slots = slots
         self.capacity = self._rounded(capacity)
         self.moved = 0
-        """How often keys and values were moved to new memory."""
+        """How often keys and values were reallocated."""
         self._attention: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._convolution: dict[int, torch.Tensor] = {}
         self._rows = self._positions = self._counts = torch.empty(0)
@@ -55,26 +55,26 @@ class RaggedCache(Cache):
         self._extent = 0
 
     def forward(self, slots: Sequence[int], num_cached: Sequence[int], ids: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Logits, [rows, vocabulary], after the last of the (padded) ``ids`` of the rows in ``slots``.
+        """Logits [rows, vocabulary] after the last of the (padded) ``ids`` of the rows in ``slots``.
 
-        ``num_cached`` tells how many tokens of each row are in the cache already.
+        ``num_cached``: how many tokens of each row are already in the cache.
         """
         pending_ids = self._tensor(list(zip_longest(*ids, fillvalue=0))).T
         width = pending_ids.shape[1]
         self._positions = self._tensor(num_cached)[:, None] + torch.arange(width, device=pending_ids.device)
         self._extent = max(num_cached) + width
         self._rows = self._tensor(slots)[:, None]
-        beside = list(slots) == list(range(slots[0], slots[0] + len(slots)))
-        self._at = self._read = slice(slots[0], slots[0] + len(slots)) if beside else self._rows[:, 0]
+        contiguous = list(slots) == list(range(slots[0], slots[0] + len(slots)))
+        self._at = self._read = slice(slots[0], slots[0] + len(slots)) if contiguous else self._rows[:, 0]
         self._counts = self._tensor(list(map(len, ids)))
         self.reserve(self._extent)
         return self._logits(pending_ids, self._masks())[:, -1]
 
     def step(self, ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, extent: int) -> torch.Tensor:
-        """Logits, [rows, vocabulary], after one token of each row; all that varies is on the device, as a graph needs it.
+        """Logits [rows, vocabulary] after one token per row; all varying inputs are on the device, as a CUDA graph needs.
 
-        The rows lie in slots 0, 1, and so on; ``slots``, [rows], says where each writes: there, or into a slot that nobody
-        reads. ``extent``, at most ``capacity``: how many positions attention reads.
+        Row i reads slot i and writes to ``slots[i]``: its own slot, or one that is never read. ``extent``: how many positions
+        attention reads, at most ``capacity``.
         """
         self._place(positions, slots, extent)
         return self._logits(ids[:, None], self._masks())[:, -1]
@@ -82,13 +82,13 @@ class RaggedCache(Cache):
     def _place(self, positions: torch.Tensor, slots: torch.Tensor, extent: int) -> None:
         self._positions, self._rows, self._extent = positions[:, None], slots[:, None], extent
         self._at, self._counts = slots, torch.ones_like(positions)
-        self._read = slice(len(slots))  # in place; what a row that writes elsewhere makes of it, nobody looks at
+        self._read = slice(len(slots))  # in place; the output of a row that writes elsewhere is ignored
 
     def _logits(self, ids: torch.Tensor, masks: Any, keep: int | torch.Tensor = 1) -> torch.Tensor:
         output = self._model(
             input_ids=ids,
             attention_mask=masks,
-            position_ids=self._positions.clamp(max=self._longest - 1),  # padding may reach beyond
+            position_ids=self._positions.clamp(max=self._longest - 1),  # padding may exceed the context
             past_key_values=self,
             use_cache=True,
             logits_to_keep=keep,
@@ -103,40 +103,40 @@ class RaggedCache(Cache):
         return model
 
     def move(self, to: Sequence[int], of: Sequence[int], length: int) -> None:
-        """Copy the first ``length`` positions of slots ``of`` over those of slots ``to``."""
+        """Copy the first ``length`` positions of slots ``of`` to slots ``to``."""
         target, source = self._tensor(to), self._tensor(of)
-        for kept in chain.from_iterable(self._attention.values()):
-            rows = kept.flatten(1)[:, : length * kept[0, 0].numel()]  # one stretch of each slot: copied faster
+        for stored in chain.from_iterable(self._attention.values()):
+            rows = stored.flatten(1)[:, : length * stored[0, 0].numel()]  # one contiguous range per slot copies faster
             rows.index_copy_(0, target, rows.index_select(0, source))
         for state in self._convolution.values():
             state.index_copy_(0, target, state.index_select(0, source))
 
     def clear(self, slots: Sequence[int]) -> None:
-        """Make slots ready for rows that begin. (Keys and values need nothing: the mask hides them.)"""
+        """Reset slots for new rows. Keys and values need no reset: the mask hides them."""
         for state in self._convolution.values():
             state[slots] = 0
 
     @property
     def convolves(self) -> bool:
-        """Whether layers have states that a token changes for good, unlike keys and values, which later ones overwrite."""
+        """Whether layers have convolution states, which a token changes irreversibly; keys and values are overwritten later."""
         return "conv" in self._types
 
     def states(self) -> dict[int, torch.Tensor]:
-        """A copy of the states of convolutions, for ``restore``."""
+        """A copy of the convolution states, for ``restore``."""
         return {layer: state.clone() for layer, state in self._convolution.items()}
 
     def restore(self, states: dict[int, torch.Tensor]) -> None:
-        """Undo what happened to the states of convolutions; keys and values need nothing."""
+        """Restore the convolution states; keys and values need no restoring."""
         for layer, state in states.items():
             self._convolution[layer].copy_(state)
 
     @property
     def bytes(self) -> int:
-        """Of all that it holds."""
-        return sum(kept.nbytes for kept in (*chain.from_iterable(self._attention.values()), *self._convolution.values()))
+        """Total memory of the cache."""
+        return sum(stored.nbytes for stored in (*chain.from_iterable(self._attention.values()), *self._convolution.values()))
 
     def bytes_per_position(self) -> int:
-        """Of one row's keys and values, once something was computed."""
+        """Memory of one position's keys and values; 0 before the first forward pass."""
         return sum(
             2 * keys.element_size() * keys.shape[2] * max(keys.shape[3], values.shape[3])
             for keys, values in self._attention.values()
@@ -146,12 +146,12 @@ class RaggedCache(Cache):
         return torch.from_numpy(np.array(numbers)).to(self._model.device)  # torch reads lists five times slower
 
     def _masks(self) -> Any:
-        """As transformers' models take them ready made: one for all layers, or one for each type of layers."""
-        places = torch.arange(self._extent, device=self._positions.device)
-        seen = places <= self._positions[:, None, :, None]  # [rows, 1, width, extent]
+        """Masks in the form that transformers' models accept: one for all layers, or one per layer type."""
+        positions = torch.arange(self._extent, device=self._positions.device)
+        seen = positions <= self._positions[:, None, :, None]  # [rows, 1, width, extent]
         masks: dict[str, torch.Tensor | None] = {"full_attention": seen, "conv": None}
         for window in self._windows:
-            masks["sliding_attention"] = seen & (places > self._positions[:, None, :, None] - window)
+            masks["sliding_attention"] = seen & (positions > self._positions[:, None, :, None] - window)
         if self._additive:
             masks = {name: self._as_addend(mask) for name, mask in masks.items()}
         needed = set(self._types)
@@ -162,7 +162,7 @@ class RaggedCache(Cache):
         return mask if mask is None else torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
 
     def reserve(self, length: int) -> None:
-        """Make room for rows of ``length`` positions."""
+        """Grow the slots to at least ``length`` positions."""
         if length <= self.capacity:
             return
         self.capacity = self._rounded(max(length, min(2 * self.capacity, 4096)))
@@ -171,39 +171,39 @@ class RaggedCache(Cache):
             self._attention[layer] = self._grown(keys), self._grown(values)
 
     def _rounded(self, length: int) -> int:
-        return -(-length // _ROUND) * _ROUND
+        return -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
 
     def _grown(self, old: torch.Tensor) -> torch.Tensor:
         new = old.new_zeros(self.slots, self.capacity, *old.shape[2:])
         new[:, : old.shape[1]] = old
         return new
 
-    # What models call.
+    # The interface that models call.
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [rows, heads, new, width] come in; those of all positions so far go out."""
+        """Store new keys and values [rows, heads, new, width]; returns those of all positions so far."""
         if layer_idx not in self._attention:
-            self._attention[layer_idx] = self._room(key_states), self._room(value_states)
+            self._attention[layer_idx] = self._new_buffer(key_states), self._new_buffer(value_states)
         keys, values = self._attention[layer_idx]
         keys[self._rows, self._positions] = key_states.transpose(1, 2)
         values[self._rows, self._positions] = value_states.transpose(1, 2)
-        return self._whole(keys), self._whole(values)
+        return self._visible(keys), self._visible(values)
 
-    def _whole(self, kept: torch.Tensor) -> torch.Tensor:
-        kept = kept[:, : self._extent]
+    def _visible(self, stored: torch.Tensor) -> torch.Tensor:
+        stored = stored[:, : self._extent]
         at = self._read
-        return (kept[at] if isinstance(at, slice) else kept.index_select(0, at)).transpose(1, 2)
+        return (stored[at] if isinstance(at, slice) else stored.index_select(0, at)).transpose(1, 2)
 
-    def _room(self, states: torch.Tensor) -> torch.Tensor:
+    def _new_buffer(self, states: torch.Tensor) -> torch.Tensor:
         _, heads, _, width = states.shape
         return states.new_zeros(self.slots, self.capacity, heads, width)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """The rows' last inputs, [rows, channels, kernel], to be written in place when one token is added.
+        """The rows' last inputs, [rows, channels, kernel], for the model to update in place when one token is added.
 
-        ``None`` where there are none in one place: the model goes by ``update_conv_state`` then.
+        ``None`` if the slots are not contiguous; the model then calls ``update_conv_state``.
         """
         state = self._convolution.get(layer_idx)
         return None if state is None or not isinstance(self._at, slice) else state[self._at]
@@ -216,7 +216,7 @@ class RaggedCache(Cache):
         conv_kernel_size: int | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """New inputs [rows, channels, new] come in; they go out behind the earlier ones that the kernel reaches."""
+        """Store new inputs [rows, channels, new]; returns them appended to the stored inputs [rows, channels, kernel]."""
         if conv_kernel_size is None or state_idx:
             raise NotImplementedError("a convolution of another kind")
         rows, channels, _width = conv_states.shape

@@ -1,7 +1,8 @@
-"""Engines by name, and the function that opens the one a config asks for: ``torch``, ``vllm``, or ``module:attribute``.
+"""Engines by name, and the function that opens the one that a config names: ``torch``, ``vllm``, or ``module:attribute``.
 
-An entry is a function from a config, a policy's path, the policy where it is in memory already, and the most ids of a
-trajectory (``None``: the policy's whole context) to a context with an ``Engine``. A user's own needs no registration.
+An entry is a function that takes a config, a policy's path, the loaded policy if it is in memory, and the maximum ids of a
+trajectory (``None``: the policy's whole context), and returns a context manager of an ``Engine``. A user's own engine needs no
+registration.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,11 +27,11 @@ ENGINES: Registry[OpenEngine] = Registry("engine")
 
 
 def check_engine(config: Config, policy: str | Path | None = None) -> None:
-    """Find what can be found before ``policy`` is loaded.
+    """Check the engine before ``policy`` is loaded.
 
     Raises:
-        ConfigError: there is no such engine, or what it needs is not installed.
-        ModelError: the engine does not read ``policy``.
+        ConfigError: there is no such engine, or its dependencies are not installed.
+        ModelError: the engine cannot load ``policy``.
     """
     ENGINES.get(config.rollout.engine, "rollout.engine")
     if config.rollout.engine == "vllm":
@@ -43,10 +44,10 @@ def check_engine(config: Config, policy: str | Path | None = None) -> None:
 def open_engine(
     config: Config, policy: str | Path | Endpoint, loaded: Policy | None = None
 ) -> Iterator[tuple[Engine, Prompts]]:
-    """What samples from ``policy``, for as long as the context lasts, and the prompts to ask it with.
+    """The engine that samples from ``policy``, valid within the context, and the policy's prompts.
 
-    ``loaded``: the policy where something else needs it too; trajectories may fill its whole context then (a prompt with a
-    reference is longer), and ``rollout.max_tokens`` otherwise.
+    ``loaded``: the policy, if it is already in memory. Trajectories may then fill its whole context (a prompt with a reference
+    is longer); otherwise ``rollout.max_tokens``.
 
     Raises:
         ConfigError: see ``check_engine``.
@@ -54,9 +55,9 @@ def open_engine(
     """
     if isinstance(policy, Endpoint):
         prompts = config.prompts or Prompts()
-        asked = EndpointEngine(policy, prompts)
-        with asked.server:
-            yield asked, prompts
+        remote = EndpointEngine(policy, prompts)
+        with remote.server:
+            yield remote, prompts
         return
     open_by_name = ENGINES.get(config.rollout.engine, "rollout.engine")
     prompts = loaded.prompts if loaded else load_reader(config, policy).prompts
@@ -65,7 +66,7 @@ def open_engine(
 
 
 def load_reader(config: Config, policy: str | Path) -> Reader:
-    """``policy`` without its weights; raises as ``open_engine``."""
+    """``policy`` without its weights; raises like ``open_engine``."""
     reader = policies.load_reader(policy, config.policy, config.prompts)
     protocol_of(reader.tokenizer, reader.prompts)
     return reader
@@ -83,16 +84,16 @@ def _open_torch(config: Config, policy: str | Path, loaded: Policy | None, max_t
 def _open_vllm(config: Config, policy: str | Path, loaded: Policy | None, max_tokens: int | None) -> Iterator[Engine]:
     tokenizer = load_reader(config, policy).tokenizer
     if config.vllm.url:
-        served = VllmServerEngine(config.vllm, policy, tokenizer, concurrency=config.rollout.batch_size)
-        with served.server:
-            yield served
+        remote = VllmServerEngine(config.vllm, policy, tokenizer, concurrency=config.rollout.batch_size)
+        with remote.server:
+            yield remote
         return
     with vllm_launch(config, policy, max_tokens, shared=loaded is not None).running(tokenizer) as engine:
         yield engine
 
 
 def vllm_launch(config: Config, policy: str | Path, max_tokens: int | None, *, shared: bool) -> vllm.VllmLaunch:
-    """vLLM in this process; ``shared`` where the policy is in the device's memory too.
+    """vLLM in this process; ``shared``: the policy is in the device's memory too.
 
     Raises:
         ConfigError: ``vllm.url`` names a server instead.

@@ -1,4 +1,4 @@
-"""Engines behind HTTP: concurrent requests with retries, answers as they arrive and kept as they arrive."""
+"""Engines behind HTTP: concurrent requests with retries; answers are used and saved as they arrive."""
 
 import json
 import logging
@@ -21,13 +21,13 @@ from search_e1.runs.http import Reply, Server, TransientError, check_status, rea
 from search_e1.types import StopReason
 
 API_KEY = "SEARCH_E1_API_KEY"
-"""Environment variable of the key that is sent. No other is: a key of one provider is not for another."""
+"""Environment variable of the API key. No other variable is read: one provider's key must not be sent to another."""
 _RESPONSE_BYTES = 2**23
 """Size limit of one answer, far above the longest action."""
-_FIRST = 8
-"""So many refusals before the first answer are no accident."""
+_MAX_REFUSALS = 8
+"""Refusals before the first answer after which the session fails."""
 _POLL = 0.5
-"""Seconds between two looks for a signal while answers are awaited."""
+"""Seconds between checks for a signal while waiting for answers."""
 
 _OVERFLOW_CODES = {"context_length_exceeded", "exceed_context_size_error"}
 _OVERFLOW = re.compile(
@@ -48,13 +48,13 @@ _REFUSED = re.compile(
     re.IGNORECASE,
 )
 _FINAL_CODES = {"insufficient_quota"}
-"""Of statuses that may pass otherwise."""
+"""Error codes that are final even if their HTTP status is retried."""
 
 logger = logging.getLogger(__name__)
 
 
 class RemoteEngine(ABC):
-    """A ``Engine`` that asks an HTTP server, one request a generation. ``server`` is to be closed, unless the process ends."""
+    """An ``Engine`` over an HTTP server, one request per generation. Close ``server`` after use, unless the process ends."""
 
     tokenizer: Any
     context_length: int
@@ -62,10 +62,10 @@ class RemoteEngine(ABC):
     def __init__(
         self, url: httpx.URL, *, timeout: float, attempts: int | None, time_limit: float, concurrency: int, check: str
     ) -> None:
-        """See ``Server``. ``check``: what the user had best look at when the server refuses.
+        """See ``Server``. ``check``: what the user should check if the server refuses.
 
         Raises:
-            ConfigError: the environment's key cannot be sent.
+            ConfigError: the API key cannot be sent.
         """
         self._check, self._path = check, url.path
         self._answered, self._refusals = False, 0
@@ -80,20 +80,20 @@ class RemoteEngine(ABC):
 
     @abstractmethod
     def _read(self, content: bytes, payload: dict[str, Any]) -> Generation:
-        """The answer's. Raises ValidationError or LookupError if it is none."""
+        """The generation in an answer. Raises ValidationError or LookupError if there is none."""
 
     @abstractmethod
     def _ended(self, stop: StopReason, words: str) -> Generation:
-        """Stands for what the server refuses: a context that is too long for it, or what its content filter holds back."""
+        """A generation for a refused request: the context is too long, or the content filter blocked it."""
 
     @contextmanager
-    def session(self, *, temperature: float, stop: Sequence[str], max_tokens: int) -> Iterator["_UnderWay"]:
+    def session(self, *, temperature: float, stop: Sequence[str], max_tokens: int) -> Iterator["_RemoteSession"]:
         """See ``Engine.session``.
 
         Raises:
-            EndpointError: at its end, all requests were refused.
+            EndpointError: on exit, if all requests were refused.
         """
-        session = _UnderWay(self, temperature, stop)
+        session = _RemoteSession(self, temperature, stop)
         try:
             yield session
         finally:
@@ -102,14 +102,14 @@ class RemoteEngine(ABC):
             raise self._all_refused()
 
     def _understood(self, reply: Reply, payload: dict[str, Any]) -> Generation:
-        """The generation in a reply, refused ones included."""
+        """The generation for a reply, including refusals."""
         if reply.ok:
             try:
                 generation = self._read(reply.content, payload)
             except (ValidationError, LookupError) as error:
                 words = reply.words.partition(" (")[2]
                 raise TransientError(f"not an answer of {self._path}{words and f' ({words}'}") from error
-        elif stop := _stopped_by(reply):
+        elif stop := _stop_reason(reply):
             generation = self._ended(stop, reply.words)
         else:
             if not _codes(reply.content) & _FINAL_CODES:
@@ -120,7 +120,7 @@ class RemoteEngine(ABC):
             return generation
         self._refusals += 1
         self._words = generation.words
-        if self._refusals >= _FIRST and not self._answered:
+        if self._refusals >= _MAX_REFUSALS and not self._answered:
             raise self._all_refused()
         return generation
 
@@ -130,8 +130,8 @@ class RemoteEngine(ABC):
         )
 
 
-class _UnderWay:
-    """A ``Session``: requests under way. They go on while the caller does something else."""
+class _RemoteSession:
+    """A ``Session`` of concurrent requests, which continue while the caller does other work."""
 
     interrupted = staticmethod(never)
     admission_interval = 1
@@ -142,19 +142,19 @@ class _UnderWay:
         self._in_flight: set[Future[tuple[int, Generation]]] = set()
 
     def keep(self, answers: Answers) -> None:
-        """Take answers from ``answers`` rather than the server, and put new ones there as they arrive."""
+        """Use saved answers instead of requests, and save new answers as they arrive."""
         self._answers = answers
         self._engine._answered |= answers.begun
 
     def submit(self, request: Request) -> None:
         """See ``Session``."""
-        self._in_flight.add(self._engine.server.submit(self._one(request)))
+        self._in_flight.add(self._engine.server.submit(self._request(request)))
 
     def step(self) -> list[tuple[int, Generation]]:
         """See ``Session``: waits until at least one request is answered.
 
         Raises:
-            EndpointError: the server does not answer, or not as it should, for as long as it may.
+            EndpointError: the server gives no valid answer within its time limit.
         """
         while not (done := wait(self._in_flight, timeout=_POLL, return_when=FIRST_COMPLETED).done):
             if self.interrupted():
@@ -163,17 +163,17 @@ class _UnderWay:
         return sorted((future.result() for future in done), key=lambda answered: answered[0])
 
     def release(self, key: int) -> None:
-        """Nothing is kept."""
+        """Does nothing: no state is kept per row."""
 
     def begun(self) -> dict[int, Generation]:
-        """A server tells whole answers only."""
+        """Empty: a server returns whole answers only."""
         return {}
 
     def cancel(self) -> None:
         for future in self._in_flight:
             future.cancel()
 
-    async def _one(self, request: Request) -> tuple[int, Generation]:
+    async def _request(self, request: Request) -> tuple[int, Generation]:
         engine = self._engine
         temperature = self._temperature if request.temperature is None else request.temperature
         payload = engine._payload(request, temperature, self._stop)
@@ -191,10 +191,10 @@ class _UnderWay:
 
 
 def key_headers() -> dict[str, str]:
-    """What the environment's key is sent as.
+    """The authorization header with the environment's API key.
 
     Raises:
-        ConfigError: it cannot be sent.
+        ConfigError: the key contains characters that cannot be sent.
     """
     key = os.environ.get(API_KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
@@ -203,10 +203,10 @@ def key_headers() -> dict[str, str]:
 
 
 def api_url(url: str, key: str, resource: str) -> httpx.URL:
-    """The URL of an OpenAI-compatible API's ``resource``, in ``/v1`` where ``url`` has no path. ``key`` names ``url``.
+    """The URL of an OpenAI-compatible API's ``resource``, under ``/v1`` if ``url`` has no path. ``key``: its config key.
 
     Raises:
-        ConfigError: not an http or https URL, or one with a password.
+        ConfigError: ``url`` is not an http or https URL, or contains a password.
     """
     parsed = server_url(url, key, resource, "/v1")
     if parsed.userinfo:
@@ -214,8 +214,8 @@ def api_url(url: str, key: str, resource: str) -> httpx.URL:
     return parsed
 
 
-def _stopped_by(reply: Reply) -> StopReason | None:
-    """Whether a refusal is of this one trajectory, and why."""
+def _stop_reason(reply: Reply) -> StopReason | None:
+    """The stop reason if a refusal concerns this trajectory only; else ``None``."""
     codes = _codes(reply.content)
     if codes & _OVERFLOW_CODES or _OVERFLOW.search(reply.words):
         return StopReason.MAX_TOKENS
@@ -225,10 +225,10 @@ def _stopped_by(reply: Reply) -> StopReason | None:
 def _codes(content: bytes) -> set[str]:
     """The codes and types of an error, in the forms of OpenAI and Azure, llama.cpp and vLLM."""
     try:
-        told = read_json(content)
+        decoded = read_json(content)
     except ValueError:
         return set()
-    error = told.get("error", told) if isinstance(told, dict) else None
+    error = decoded.get("error", decoded) if isinstance(decoded, dict) else None
     inner = error.get("innererror") if isinstance(error, dict) else None
     named = [found.get(name) for found in (error, inner) if isinstance(found, dict) for name in ("code", "type")]
     return {name for name in named if isinstance(name, str)}

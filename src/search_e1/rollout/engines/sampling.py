@@ -1,4 +1,4 @@
-"""How the next ids are drawn, and when a row has ended: the same for every way of running a transformers model."""
+"""Drawing of ids and detection of a row's end, shared by all ways of running a transformers model."""
 
 import math
 from collections import deque
@@ -11,23 +11,23 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import PreTrainedModel
 
-_AT_ONCE = 2**23
-"""Most entries of a distribution that are summed in double precision together: 64 MiB."""
+_MAX_ENTRIES = 2**23
+"""Maximum entries that are summed in float64 at once: 64 MiB."""
 
 _BLOCK = 128
-"""Entries that are summed as one before the drawn one is searched among them."""
+"""Entries per block: the drawn block is found first, then the entry within it."""
 Mode = Literal["greedy", "sampled", "mixed"]
-"""Whether rows take the most likely id, draw, or some take and some draw."""
+"""Whether all rows take the most likely id, all draw, or some do each."""
 
 
 class Source(Protocol):
-    """What numbers between 0 and 1 are drawn from."""
+    """A source of random numbers in [0, 1)."""
 
     def random(self) -> float: ...
 
 
 class Numbers:
-    """A row's random numbers, one a token. What was looked at ahead is given out first."""
+    """A row's random numbers, one per token, with lookahead."""
 
     def __init__(self, seed: int) -> None:
         self._source = Random(seed)
@@ -38,32 +38,32 @@ class Numbers:
         return self._ahead.popleft() if self._ahead else self._source.random()
 
     def peek(self, count: int) -> list[float]:
-        """The next numbers, which ``random`` will give out."""
+        """The next ``count`` numbers, without consuming them."""
         while len(self._ahead) < count:
             self._ahead.append(self._source.random())
         return list(islice(self._ahead, count))
 
 
 def draw(logits: torch.Tensor, temperature: float, sources: Sequence[Source]) -> tuple[list[int], list[float]]:
-    """The next id of each row, and its log-probability under the distribution that was sampled from.
+    """The next id of each row, and its log-probability under the sampling distribution.
 
-    ``logits`` is [rows, vocabulary]; temperature 0 takes the most likely id and tells its log-probability at temperature 1.
-    Each row's randomness is one number of its own source (the inverse of the cumulative distribution), so that a row draws
-    the same whoever it is sampled with.
+    ``logits`` is [rows, vocabulary]; temperature 0 takes the most likely id and returns its log-probability at temperature 1.
+    Each row uses one number of its own source (inverse of the cumulative distribution), so that its draws do not depend on the
+    rest of the batch.
 
     Raises:
-        FloatingPointError: logits hold NaN or plus infinity, either of which makes every probability of its row NaN.
+        FloatingPointError: logits contain NaN or plus infinity, either of which makes all probabilities of the row NaN.
     """
     logits = logits.float() / temperature if temperature not in (0.0, 1.0) else logits.float()
     probabilities = torch.softmax(logits, -1)
     if temperature:
         numbers = torch.tensor([source.random() for source in sources], dtype=torch.float64, device=logits.device)
-        rows = max(1, _AT_ONCE // logits.shape[1])
+        rows = max(1, _MAX_ENTRIES // logits.shape[1])
         parts = zip(probabilities.split(rows), numbers.split(rows), strict=True)
         ids = torch.cat([_inverse(part, number) for part, number in parts])
     else:
         ids = probabilities.argmax(-1)
-    # One transfer: on an accelerator each is a wait for it.
+    # One transfer, because each synchronizes with an accelerator.
     both = torch.stack((ids.double(), probabilities.gather(1, ids[:, None])[:, 0].log().double())).tolist()
     if any(map(math.isnan, both[1])):
         raise FloatingPointError("logits that are not finite")
@@ -71,7 +71,7 @@ def draw(logits: torch.Tensor, temperature: float, sources: Sequence[Source]) ->
 
 
 def _inverse(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    # In single precision the small probabilities at the end of a large vocabulary would be lost in the sum.
+    # In float32, the small probabilities at the end of a large vocabulary would be lost in the sum.
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     ids = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)[:, 0]
     return ids.clamp_(max=probabilities.shape[1] - 1)
@@ -80,10 +80,10 @@ def _inverse(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor
 def draw_on_device(
     logits: torch.Tensor, temperatures: torch.Tensor, numbers: torch.Tensor, mode: Mode
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``draw``, without a look from the host: ids and log-probabilities, both [rows].
+    """``draw`` without host synchronization: ids and log-probabilities, both [rows].
 
-    ``temperatures`` and ``numbers`` (double precision) are [rows]. Log-probabilities are NaN where ``draw`` would raise. Ids
-    differ from those of ``draw`` only where a number lies within double precision's rounding of the border between two.
+    ``temperatures`` and ``numbers`` (float64) are [rows]. Log-probabilities are NaN where ``draw`` would raise. Ids differ from
+    those of ``draw`` only if a number is within float64 rounding of the boundary between two ids.
     """
     logits = logits.float()
     if mode != "greedy":
@@ -96,7 +96,7 @@ def draw_on_device(
 
 
 def _inverse_by_blocks(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """``_inverse`` for GPUs: a cumulative sum over all of a large vocabulary takes them ten times as long as a plain one."""
+    """``_inverse`` for GPUs, where a cumulative sum over a large vocabulary takes ten times as long as a plain sum."""
     rows, vocabulary = probabilities.shape
     blocks = torch.nn.functional.pad(probabilities, (0, -vocabulary % _BLOCK)).view(rows, -1, _BLOCK)
     sums = blocks.sum(-1, dtype=torch.float64)
@@ -105,30 +105,30 @@ def _inverse_by_blocks(probabilities: torch.Tensor, numbers: torch.Tensor) -> to
     block = torch.searchsorted(cumulative, wanted, right=True).clamp_(max=blocks.shape[1] - 1)
     rest = wanted - (cumulative.gather(1, block) - sums.gather(1, block))
     within = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
-    # Rounding must not lead beyond the block's entries, nor to one without a share.
+    # Rounding must not select an entry beyond the block, nor one of probability 0.
     rest = rest.clamp(min=0.0).minimum(torch.nextafter(within[:, -1:], torch.zeros_like(rest)))
     ids = block * _BLOCK + torch.searchsorted(within, rest, right=True)
     return ids[:, 0].clamp_(max=vocabulary - 1)
 
 
 class Ends:
-    """Tells when a row has ended."""
+    """Detects the end of a row."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        # The tokenizer's, and those that the model's generation config adds (chat models often have two).
+        # The tokenizer's end token and those of the model's generation config (chat models often have two).
         configured = getattr(model.generation_config, "eos_token_id", None)
         self._end_ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
-        last = _that_may_end(tokenizer, self._stop)
+        last = _ending_tokens(tokenizer, self._stop)
         self.candidates = None if last is None else last.keys() | self._end_ids
-        """No other id ends a row; ``None`` if any may."""
-        self._end_ids |= {id for id, whole in (last or {}).items() if whole}  # their text need not be looked at
+        """The only ids that can end a row; ``None`` if any can."""
+        self._end_ids |= {id for id, whole in (last or {}).items() if whole}  # no need to decode these
         self.certain = {id for id in self._end_ids if id is not None}
-        """Ids that end a row whatever is before them."""
+        """Ids that end a row regardless of the ids before."""
 
     def at(self, ids: Sequence[int], begin: int = 0) -> bool:
-        """Whether the last of ``ids`` is an end token, or completes a stop string of what follows ``begin``."""
+        """Whether the last of ``ids`` is an end token, or completes a stop string in the text from ``begin`` on."""
         if ids[-1] in self._end_ids:
             return True
         text = self._tokenizer.decode(ids[begin:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -136,11 +136,11 @@ class Ends:
 
 
 @lru_cache(maxsize=8)
-def _that_may_end(tokenizer: Any, stop: tuple[str, ...]) -> dict[int, bool] | None:
-    """Ids of the tokens that can complete a stop string, and whether they hold it whole.
+def _ending_tokens(tokenizer: Any, stop: tuple[str, ...]) -> dict[int, bool] | None:
+    """Ids of the tokens that can complete a stop string, and whether they contain it whole.
 
-    ``None`` if that cannot be told by their looks.
-    Vocabularies write ASCII characters as they are, bytes of their own as ``<0x3E>``, all else as they please.
+    ``None`` if this cannot be determined from the token strings: vocabularies write ASCII characters literally and byte tokens
+    as ``<0x3E>``, but have no common form for other characters.
     """
     if not all(character.isascii() and character.isprintable() and character != " " for character in "".join(stop)):
         return None
@@ -153,6 +153,6 @@ def _that_may_end(tokenizer: Any, stop: tuple[str, ...]) -> dict[int, bool] | No
 
 
 def _may_end(token: str, string: str) -> bool:
-    """A token completes a string that it holds, or that ends with what the token begins with."""
+    """Whether a token can complete ``string``: it contains it, or its beginning is the string's end."""
     begins = any(string.endswith(token[:n]) for n in range(1, min(len(token), len(string)) + 1))
     return begins or string in token or token.startswith("<0x")

@@ -1,4 +1,4 @@
-"""The engine over a transformers model in memory: a trainer can lend its own."""
+"""The engine over a transformers model in memory, for instance the one being trained."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -30,17 +30,17 @@ from search_e1.rollout.engines.sampling import Ends, Numbers, draw
 from search_e1.training.policy import context_length
 
 logger = logging.getLogger(__name__)
-_MEMORY = 0.6
-"""Share of free memory that the cache may take. The rest is for what a forward pass needs."""
-_KEPT = 0.25
-"""Share of free memory up to which a GPU's cache, and the graphs that point at it, are kept for the model's next session."""
+_CACHE_SHARE = 0.6
+"""Maximum share of free memory for the cache. The rest is for forward passes."""
+_KEEP_SHARE = 0.25
+"""Maximum share of free memory for a GPU's cache and its graphs to be kept for the model's next session."""
 
 
 class TorchEngine:
-    """Samples from a transformers model, with continuous batching (``ContinuousSession``) where its layers allow it.
+    """Samples from a transformers model, with continuous batching (``ContinuousSession``) if its layers allow.
 
-    This is tried on the model itself. Models with recurrent states or kernels of their own are sampled in whole batches, by
-    transformers' ``generate`` (``PlainEngine``).
+    A trial on the model decides. Models with recurrent states or custom kernels are sampled in whole batches by transformers'
+    ``generate`` (``PlainEngine``).
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class TorchEngine:
         *,
         batch_size: int = 64,
     ) -> None:
-        """``batch_size``: most rows in memory together; fewer where their cache does not fit."""
+        """``batch_size``: maximum rows in memory together; fewer if their cache does not fit."""
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -59,7 +59,7 @@ class TorchEngine:
     @contextmanager
     def session(self, *, temperature: float, stop: Sequence[str], max_tokens: int) -> Iterator[Session]:
         """See ``Engine.session``. The model's own sampling defaults are ignored."""
-        with _lent(self.model):
+        with _sampling_mode(self.model):
             size = _bytes_per_position(self.model)
             if size is None:
                 plain = PlainEngine(self.model, self.tokenizer, batch_size=self.batch_size)
@@ -71,25 +71,25 @@ class TorchEngine:
                 with self._on_gpu(recorder, ends, size, temperature, max_tokens) as session:
                     yield session
                 return
-            rows = max(1, min(self.batch_size, int(_MEMORY * _free_memory(self.model.device) / (size * max_tokens)) - 1))
+            rows = max(1, min(self.batch_size, int(_CACHE_SHARE * _free_memory(self.model.device) / (size * max_tokens)) - 1))
             session = ContinuousSession(self.model, ends, temperature=temperature, rows=rows)
             yield session
-            if session.rows < rows:  # memory ran out; it would again
+            if session.rows < rows:  # out of memory; it would happen again
                 self.batch_size = session.rows
 
     @contextmanager
     def _on_gpu(
         self, recorder: Recorder, ends: Ends, size: int, temperature: float, max_tokens: int
     ) -> Iterator[ContinuousSession]:
-        """A session that replays recorded steps; if memory has room for them, they and their cache stay for the next one."""
+        """A session that replays CUDA graphs; graphs and cache are kept for the next session if memory allows."""
         model, weights, wanted = self.model, weights_of(self.model), self.batch_size
         kept = _kept.pop(model, None)
         loops = [kept.loop] if kept and kept.serves(weights, wanted, max_tokens) else []
         if kept and kept.weights != weights:
-            _moving.add(model)
+            _unstable.add(model)
         del kept
         free = _free_memory(model.device)
-        keep, rows = bool(loops), max(1, min(wanted, int(_MEMORY * free / (size * max_tokens)) - 2))
+        keep, rows = bool(loops), max(1, min(wanted, int(_CACHE_SHARE * free / (size * max_tokens)) - 2))
         if loops:
             rows = loops[0].rows
 
@@ -102,7 +102,7 @@ class TorchEngine:
             self.batch_size = session.rows
         if session.loop is None:
             _refused.add(model)
-        elif model not in _moving and (keep or session.loop.bytes <= _KEPT * free):
+        elif model not in _unstable and (keep or session.loop.bytes <= _KEEP_SHARE * free):
             _kept[model] = _Kept(session.loop, weights, self.batch_size)
 
 
@@ -113,16 +113,16 @@ class _Kept:
     batch_size: int
 
     def serves(self, weights: tuple[object, ...], batch_size: int, max_tokens: int) -> bool:
-        """Whether a session would make the same anew."""
+        """Whether the kept loop suits a session with these settings."""
         return (self.weights, self.batch_size) == (weights, batch_size) and max_tokens <= self.loop.cache.capacity
 
 
 _kept: WeakKeyDictionary[PreTrainedModel, _Kept] = WeakKeyDictionary()
-"""What models' last sessions left behind for their next. An update in place changes what it samples, not where it lies."""
-_moving: WeakSet[PreTrainedModel] = WeakSet()
-"""Models whose weights are put elsewhere between sessions, as those of a sharded one: nothing is kept in vain again."""
+"""Decode loops kept between sessions, by model. In-place weight updates do not invalidate them."""
+_unstable: WeakSet[PreTrainedModel] = WeakSet()
+"""Models whose weights move between sessions, e.g. sharded ones: nothing is kept for them."""
 _refused: WeakSet[PreTrainedModel] = WeakSet()
-"""Models whose steps cannot be replayed."""
+"""Models whose steps cannot be replayed as CUDA graphs."""
 
 
 def _recorder(device: torch.device) -> Recorder | None:
@@ -130,7 +130,7 @@ def _recorder(device: torch.device) -> Recorder | None:
 
 
 class PlainEngine(BatchEngine):
-    """Samples from any transformers model by its own ``generate``: whole batches, every prompt from its beginning."""
+    """Samples from any transformers model with ``generate``: whole batches, every prompt recomputed from the start."""
 
     def __init__(
         self,
@@ -149,8 +149,8 @@ class PlainEngine(BatchEngine):
     def generate(self, requests: Sequence[Request], *, temperature: float, stop: Sequence[str]) -> list[Generation]:
         """See ``BatchEngine``. The model's own sampling defaults are ignored."""
         ends = Ends(self.model, self.tokenizer, stop)
-        with _lent(self.model):
-            # Rows of like length side by side: less padding. Longest first: a batch that does not fit fails at once.
+        with _sampling_mode(self.model):
+            # Sorted by length for less padding; longest first, so that running out of memory happens at once.
             order = sorted(requests, key=lambda request: -len(request.prompt))
             done: dict[int, Generation] = {}
             for at in range(0, len(order), self.batch_size):
@@ -163,7 +163,7 @@ class PlainEngine(BatchEngine):
         ids = [[self._pad_id] * pad + list(r.prompt) for pad, r in zip(pads, requests, strict=True)]
         mask = [[0] * pad + [1] * (width - pad) for pad in pads]
         drawn = _Drawn(requests, width, temperature, ends)
-        model: Any = self.model  # mixed in from GenerationMixin, which the type of the class does not show
+        model: Any = self.model  # `generate` is from GenerationMixin, which PreTrainedModel's type lacks
         model.generate(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
@@ -178,7 +178,7 @@ class PlainEngine(BatchEngine):
 
 
 class _Drawn(LogitsProcessor):
-    """Draws each id itself, leaves ``generate`` nothing to choose, and ends rows.
+    """Draws each id itself, leaving ``generate`` no choice, and ends rows.
 
     ``generate`` could return all logits instead, but at a vocabulary of 151,936 that is 19 GB for 64 rows of 500 tokens.
     """
@@ -219,12 +219,12 @@ class _Done(StoppingCriteria):
 
 
 @contextmanager
-def _lent(model: PreTrainedModel) -> Iterator[None]:
-    """The model as it samples: a trainer lends it in train mode, in which dropout would sample from another policy."""
+def _sampling_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Switch the model to sampling within the context: in training mode, dropout would sample from another policy."""
     was_training, defaults = model.training, model.generation_config
     model.eval()
-    # A model's own defaults (Qwen's have top-k, top-p and a repetition penalty) fill whatever is not set, and would
-    # silently change the distribution that training believes was sampled.
+    # A model's own defaults (Qwen's have top-k, top-p and a repetition penalty) fill unset options, and would silently change
+    # the sampling distribution that training assumes.
     model.generation_config = GenerationConfig(eos_token_id=getattr(defaults, "eos_token_id", None))
     try:
         with torch.no_grad():
@@ -244,7 +244,7 @@ _tried: dict[tuple[object, ...], int | None] = {}
 
 
 def _bytes_per_position(model: PreTrainedModel, kind: type[RaggedCache] = RaggedCache) -> int | None:
-    """What a token of one row takes in the cache; ``None`` if the model does not work with rows of differing lengths."""
+    """Cache memory per token of a row; ``None`` if the model does not work with this cache. Tried once per kind of model."""
     attention = model.config.get_text_config(decoder=True)._attn_implementation
     key = type(model), model.config.to_json_string(), kind, model.dtype, model.device.type, attention
     if key not in _tried:
@@ -265,9 +265,15 @@ def _cache_of(model: PreTrainedModel) -> type[RaggedCache]:
 
 
 def _try(model: PreTrainedModel, kind: type[RaggedCache]) -> int:
-    """Two rows of differing lengths that change places and go on must have the logits that each has alone.
+    """Check that two rows of different lengths that swap slots and continue have the same logits as each alone.
 
-    One crosses the cache's border in its prompt, the other as it goes on.
+    One row crosses the cache's border in its prompt, the other while continuing.
+
+    Returns:
+        ``bytes_per_position`` of the cache.
+
+    Raises:
+        NotImplementedError: the logits differ.
     """
     cache = kind(model, 3)
     before, draw = max(0, cache.border - 4), Random(0)
@@ -285,7 +291,7 @@ def _try(model: PreTrainedModel, kind: type[RaggedCache]) -> int:
 
 
 def _free_memory(device: torch.device) -> int:
-    """In bytes; what torch holds without using it is free too, but for what belongs to recorded graphs."""
+    """Free memory in bytes, including torch's unused cache, except memory of CUDA graphs."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])

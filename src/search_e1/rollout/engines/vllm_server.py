@@ -1,6 +1,6 @@
-"""A running vLLM server, ids in and ids out: its ``/v1/completions`` takes a prompt as ids and tells those that it sampled.
+"""A running vLLM server, ids in and ids out: its ``/v1/completions`` accepts prompts as ids and returns the sampled ids.
 
-So what it samples is as good as an engine's in this process, unlike what other endpoints say (``endpoint``).
+Unlike other endpoints (``endpoint``), it is equivalent to an engine in this process.
 """
 
 from collections.abc import Sequence
@@ -43,14 +43,14 @@ class _Models(BaseModel):
 
 
 class VllmServerEngine(RemoteEngine):
-    """Samples from the policy that a ``vllm serve`` was started with."""
+    """Samples from the policy of a running ``vllm serve``."""
 
     def __init__(self, config: VllmConfig, policy: str | Path, tokenizer: Any, *, concurrency: int) -> None:
-        """Connect. ``concurrency``: requests under way together.
+        """Connect. ``concurrency``: number of concurrent requests.
 
         Raises:
-            ConfigError: ``config.url`` is none, or its server has another policy than ``policy``.
-            EndpointError: the server does not answer, or is no vLLM.
+            ConfigError: ``config.url`` is invalid, or its server serves another policy than ``policy``.
+            EndpointError: the server does not answer, or is not vLLM.
         """
         url = api_url(str(config.url), "vllm.url", "/completions")
         super().__init__(
@@ -61,7 +61,7 @@ class VllmServerEngine(RemoteEngine):
         self._model, self.context_length = self._served(models, str(policy))
 
     def _served(self, url: httpx.URL, policy: str) -> tuple[str, int]:
-        """Name and context of the policy there."""
+        """The server's name and context length of ``policy``."""
 
         def read(reply: Reply) -> list[_Model]:
             check_status(reply)
@@ -81,9 +81,9 @@ class VllmServerEngine(RemoteEngine):
         for model in models:
             if names & {model.id, model.root} and model.max_model_len:
                 return model.id, model.max_model_len
-        told = ", ".join(model.root or model.id for model in models) or "nothing"
+        listed = ", ".join(model.root or model.id for model in models) or "nothing"
         raise ConfigError(
-            f"vllm.url: {server.shown} serves {server.hide(told)}, and the policy is {policy}; start the server with `vllm "
+            f"vllm.url: {server.shown} serves {server.hide(listed)}, and the policy is {policy}; start the server with `vllm "
             f"serve {policy}`, or, where it has another path there, with --served-model-name {policy}"
         )
 
@@ -99,8 +99,8 @@ class VllmServerEngine(RemoteEngine):
             "skip_special_tokens": False,  # they may be, or complete, a stop string
             "spaces_between_special_tokens": False,
             "return_token_ids": True,
-            "logprobs": 0,  # of the sampled id alone
-            # The server's defaults are the model's own, which would change the distribution.
+            "logprobs": 0,  # only the sampled id's
+            # Override the server's defaults: they are the model's own and would change the distribution.
             "top_p": 1.0,
             "top_k": 0,
             "min_p": 0.0,
@@ -109,9 +109,9 @@ class VllmServerEngine(RemoteEngine):
 
     def _read(self, content: bytes, payload: dict[str, Any]) -> Generation:
         choice = _Completion.model_validate_json(content).choices[0]
-        ids, told = tuple(choice.token_ids), choice.logprobs.token_logprobs if choice.logprobs else []
-        # A server tells those of temperature 1, unless it was started with --logprobs-mode, which it does not tell.
-        known = [logprob for logprob in told if logprob is not None] if payload["temperature"] in (0.0, 1.0) else []
+        ids, logprobs = tuple(choice.token_ids), choice.logprobs.token_logprobs if choice.logprobs else []
+        # A server returns log-probabilities at temperature 1, unless --logprobs-mode was set, which it does not expose.
+        known = [logprob for logprob in logprobs if logprob is not None] if payload["temperature"] in (0.0, 1.0) else []
         return Generation(ids, tuple(known) if len(known) == len(ids) else None)
 
     def _ended(self, stop: StopReason, words: str) -> Generation:

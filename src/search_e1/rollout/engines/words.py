@@ -1,4 +1,4 @@
-"""A tokenizer for text that has no tokens of ours: what an endpoint says and is told. Its ids cannot be trained on."""
+"""A stand-in tokenizer for the text exchanged with an endpoint. Its ids are not the policy's and cannot be trained on."""
 
 import json
 import re
@@ -11,18 +11,18 @@ from search_e1.runs.http import read_json
 from search_e1.text.tool_calls import CALL, Pieces
 
 END = "<|end|>"
-"""After a message that the endpoint ended itself."""
+"""Marks the end of a message that the endpoint ended itself."""
 _PIECE = re.compile(r"\s*\w+|\s*[^\w\s]|\s+")
 
 
 class Words:
-    """Ids are places in a list of words that grows as they come, apart for what was said and what was told.
+    """Ids are indices into a growing list of words, with separate ids for words of the endpoint and words sent to it.
 
-    So limits count words and punctuation marks, and a context can be read back as the messages it was made of.
+    Limits therefore count words and punctuation marks, and a context can be split back into its messages.
     """
 
     ids_of_process = True
-    """Another process cannot read them: ``rollout`` resumes no trajectory by them."""
+    """The ids are valid in this process only: ``rollout`` cannot resume a trajectory from them."""
     chat_template = "endpoint"  # the endpoint has one, and applies it
     all_special_tokens = (END,)
     all_special_ids = (0,)
@@ -30,15 +30,15 @@ class Words:
     eos_token = END
     eos_token_id = pad_token_id = 0
     tool_pieces = Pieces(closing="", result="0result0", thinking=False)
-    """Of the tools protocol: a result is a message of its own, with nothing around it."""
+    """For the ``tools`` protocol: a tool result is a separate message without surrounding text."""
 
     def __init__(self) -> None:
         self._words: list[tuple[bool, str]] = [(True, END)]
         self._ids: dict[tuple[bool, str], int] = {}
-        self._lock = Lock()  # a retriever's thread tells while a server's says
+        self._lock = Lock()  # the retriever's and the server's threads both add words
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Of what is told."""
+        """Ids of text sent to the endpoint."""
         return [self._id(False, piece) for piece in _PIECE.findall(text)]
 
     def __call__(self, text: str, **_: Any) -> dict[str, list]:
@@ -49,7 +49,7 @@ class Words:
         return self.encode(messages[0]["content"])
 
     def said(self, text: str, tokens: int | None, most: int) -> tuple[int, ...]:
-        """Ids of what the endpoint said: as many as it counted, from one to ``most``; together they are all of it."""
+        """Ids of the endpoint's text: as many as the ``tokens`` it counted, from 1 to ``most``; they decode to ``text``."""
         pieces = _PIECE.findall(text)
         count = min(max(1, len(pieces) if tokens is None else tokens), most)
         kept = [*pieces[: count - 1], "".join(pieces[count - 1 :])]
@@ -59,7 +59,7 @@ class Words:
         return "".join(self._words[i][1] for i in ids)
 
     def messages(self, ids: Sequence[int]) -> list[dict[str, Any]]:
-        """The conversation that a context is: what was told, as a user's or a tool's messages, and what was said."""
+        """The conversation in a context: sent text as user or tool messages, the endpoint's text as assistant messages."""
         runs: list[tuple[bool, list[str]]] = []
         for said, word in (self._words[i] for i in ids):
             if not runs or runs[-1][0] != said:
@@ -88,9 +88,9 @@ class Words:
 
 
 def _assistant(text: str, count: int) -> dict[str, Any]:
-    """What was said, as an endpoint takes it back: calls as such, without thinking, which no endpoint wants to see again.
+    """The endpoint's text as an assistant message: tool calls as such, thinking removed, as endpoints expect.
 
-    ``count``: calls before. Those without an id of the server's get one, of nine letters and digits: some take no other.
+    ``count``: number of earlier calls. Calls without a server's id get one of nine letters and digits, as some servers require.
     """
     text = _without_thinking(text.removesuffix(END))
     calls: list[dict[str, Any]] = []
