@@ -68,8 +68,11 @@ def test_bundles_that_cannot_be_served(monkeypatch, capsys, tmp_path: Path) -> N
     whole = make_bundle(tmp_path / "whole")
     bare = make_bundle(tmp_path / "bare", index=(), checksum=Bm25Index.open(whole / "index").checksum)
     Bm25Index.build(PASSAGES[:2], tmp_path / "other")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "agent").symlink_to(whole)
     for words, says in (
         ([tmp_path / "none"], f"{tmp_path / 'none'}: not a bundle (no agent.json)"),
+        ([tmp_path / "run"], f"{tmp_path / 'run'}: not a bundle (no agent.json); this run's is {tmp_path / 'run' / 'agent'}"),
         ([bare], f"{bare}: a bundle without passages; give --index DIR or --url URL"),
         (
             [bare, "--index", tmp_path / "other"],

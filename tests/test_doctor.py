@@ -116,6 +116,13 @@ def test_weights_that_do_not_fit_stop(project, tmp_path, monkeypatch):
     assert stops[0].remedy
 
 
+def test_a_key_is_named_as_the_config_writes_it(project, tmp_path, monkeypatch, capsys):
+    file = toml(config(project, tmp_path / "run"), tmp_path / "c.toml")
+    status, said = run(monkeypatch, capsys, "--config", file, "--policy", "./none")
+    assert status == 1
+    assert "stop policy policy.model = './none': no such directory or file. Give a directory" in " ".join(said.out.split())
+
+
 def test_a_mistake_is_one_line(project, tmp_path, monkeypatch, capsys):
     settings = config(project, tmp_path / "run")
     file = toml(settings, tmp_path / "c.toml")

@@ -194,3 +194,8 @@ def test_a_mistake_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert said in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_another_kind_is_no_benchmark(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^faq\.docx: what kind of file is it\? known: \.jsonl, "):
+        prepared(train=("faq.docx",))

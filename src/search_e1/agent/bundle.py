@@ -77,7 +77,9 @@ class Bundle(Record):
             content = json.loads(file.read_text(encoding="utf-8"))
             format = content["format"]
         except (FileNotFoundError, NotADirectoryError):
-            raise DataError(f"{directory}: not a bundle (no {FILE}); make one with `search-e1 bundle RUN --out DIR`") from None
+            of_run = directory / "agent"  # where `train` writes it
+            there = f"this run's is {of_run}" if (of_run / FILE).is_file() else "make one with `search-e1 bundle RUN --out DIR`"
+            raise DataError(f"{directory}: not a bundle (no {FILE}); {there}") from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise DataError(f"{file}: not the description of a bundle; {_AGAIN}") from None
         if format != FORMAT:

@@ -195,7 +195,7 @@ def _load(request: Request) -> list[Part]:
 
 def _resolve(text: str, role: Role, request: Request) -> list[Part]:
     name, equals, file = text.partition("=")
-    if equals or text.lower().endswith(user_files.SUFFIXES) or "/" in text or Path(text).is_file():
+    if equals or text.lower().endswith(user_files.SUFFIXES) or "/" in text or Path(text).suffix or Path(text).is_file():
         path = Path(file if equals else text)
         name = name if equals else user_files.benchmark_name(path)
         if not name.replace("-", "").replace("_", "").isalnum():

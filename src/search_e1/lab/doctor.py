@@ -1,5 +1,6 @@
 """The doctor: whether a run can learn, whether it fits, and how long it takes, before it is started."""
 
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,8 @@ from search_e1.training.trained import TrainedPolicy
 from search_e1.types import Group, Question, Record
 
 _PASSES = 3
+_KEY = re.compile(r"\w+\.\w")
+"""The beginning of a message that names a key, as it is written in a config."""
 _MOST_PASSAGES = 2**20
 """A larger corpus is not searched for every answer, since that takes longer than everything else."""
 
@@ -224,5 +227,9 @@ def updates_per_second(run: Inputs, policy: str, groups: Sequence[Group]) -> flo
 
 def _sentences(check: str, level: Level, text: str, remedy: str = "") -> Finding:
     """A finding made from an error's message."""
-    ended = [part[:1].upper() + part[1:] + ("" if part.endswith(".") else ".") if part else "" for part in (text, remedy)]
-    return Finding(check=check, level=level, text=ended[0], remedy=ended[1])
+
+    def sentence(part: str) -> str:
+        first = part[:1] if _KEY.match(part) else part[:1].upper()
+        return first + part[1:] + ("" if part.endswith(".") else ".") if part else ""
+
+    return Finding(check=check, level=level, text=sentence(text), remedy=sentence(remedy))
