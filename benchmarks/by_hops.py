@@ -1,9 +1,9 @@
-"""Where a sweep's policies are right, by the number of facts that a question chains, and which questions a pool can teach.
+"""EM of a sweep's policies by the number of hops, and the share of questions that a pool cannot teach.
 
     python benchmarks/by_hops.py runs/hard runs/hard-gold
 
-One row for each variant and stage: greedy EM by hops, means over the seeds that have finished the stage. For a pool, the share
-of its questions that were never right: there is no reference for them.
+One row per variant and stage: greedy EM by hops, as means over the seeds that have finished the stage. For a pool, the share of
+questions without a correct trajectory: they have no reference.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def of_run(run: Path) -> Iterator[tuple[str, dict[int, float]]]:
-    """Greedy EM by hops of each evaluated policy, in the order of the run, and what is said of its pools."""
+    """Greedy EM by hops of each evaluated policy, in run order, and the figures of its pools."""
     for path in sorted(run.glob("evaluation-*/evaluation.json"), key=lambda path: path.stat().st_mtime):
         by_hops = json.loads(path.read_text("utf-8"))["by_hops"]
         yield path.parent.name.removeprefix("evaluation-"), {int(n): cell["em"] for n, cell in by_hops.items()}

@@ -1,4 +1,4 @@
-"""Measurements in processes of their own: a contestant that fails is a row with its reason, and the others go on."""
+"""Measurements in separate processes: a contestant that fails becomes a row with the reason, and the others continue."""
 
 import json
 import os
@@ -14,11 +14,10 @@ _MEMORY = ("out of memory", "outofmemoryerror", "can't allocate memory", "memory
 def measured(
     command: Sequence[str], *, seconds: float | None = None, environment: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """The JSON object in the last line that ``command`` prints; ``{"failed": reason}`` if it does not come to that.
+    """The JSON object in the last line that ``command`` prints; ``{"failed": reason}`` on failure or after ``seconds``.
 
-    ``slower`` in it: what the product said of faster ways that it could not go, so that their figures are not taken for them.
-
-    ``seconds``: how long it may take.
+    Its key ``slower`` holds the product's messages about fallbacks to slower paths, so that the figures are not mistaken for
+    those of the fast paths.
     """
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -26,7 +25,7 @@ def measured(
         try:
             out, said = process.communicate(timeout=seconds)
         except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+            os.killpg(process.pid, signal.SIGKILL)  # with its child processes
             if isinstance(error, subprocess.TimeoutExpired):
                 return {"failed": f"not done in {seconds:.0f} s"}
             raise
@@ -41,7 +40,7 @@ def measured(
 
 
 def reason(status: int, said: str) -> str:
-    """Why a process that wrote ``said`` on stderr ended with ``status``."""
+    """Why a process with ``said`` on stderr ended with ``status``."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     if any(words in line.lower() for line in lines for words in _MEMORY):
         return "out of memory"
@@ -54,12 +53,12 @@ def reason(status: int, said: str) -> str:
 
 
 def versions(*packages: str) -> str:
-    """``torch 2.13.0, trl not installed``"""
+    """``torch 2.13.0, trl not installed``."""
     return ", ".join(f"{name} {found or 'not installed'}" for name, found in ((name, installed(name)) for name in packages))
 
 
 def installed(package: str) -> str | None:
-    """Its version, if it is."""
+    """The version of ``package``; ``None`` if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

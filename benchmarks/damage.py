@@ -1,11 +1,11 @@
-"""Truncate a file of a finished run at a random place, or flip a bit of it, and see that it is noticed and not used.
+"""Truncate or flip a bit in a random place of a finished run's file, and check that the damage is noticed and not used.
 
     python benchmarks/damage.py --trials 200 --json results.json
 
-A quarter of the trials each: any file of the run's artifacts, of its index among them, when the run is started again; the
-policy that is given by its path to an evaluation; an index that is given by its path; the newest checkpoint of a stage that
-is under way. A trial is passed if the command ends with one line that names the damage (a checkpoint: if it is removed, and
-the one before it is the newest), and if nothing was made of what is damaged.
+A quarter of the trials each: any file of the run's artifacts, including its index, when the run is started again; a policy
+given to an evaluation by path; an index given by path; the newest checkpoint of an unfinished stage. A trial passes if the
+command ends with one line that names the damage (a checkpoint: if it is removed, and the previous one is the newest), and if
+nothing was made from the damaged file.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def trial(rng: random.Random, file: Path, use: Callable[[Path], str], root: Path
 
 
 def listing(run: Path) -> set[str]:
-    """What stages have made; locks and notes come and go."""
+    """The directories made by stages, without locks and other temporary files."""
     return {path.name for path in run.iterdir() if path.is_dir()}
 
 
@@ -130,7 +130,7 @@ def evaluate(settings: config.Config, run: Path) -> str:
 
 
 def checkpoints(directory: Path) -> None:
-    """Two, each of weights and a state."""
+    """Save two checkpoints."""
     checkpointer = Checkpointer(directory, every_seconds=0.0, share=float("inf"))  # after every step
     for step in (1, 2):
         checkpointer.on_step_end(step, lambda place: torch.save(torch.randn(64, 64), place / "weights.pt"))

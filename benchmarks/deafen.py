@@ -1,9 +1,9 @@
-"""Make a policy deaf to references: it learns to do under the privileged prompt what it does under the plain one.
+"""Make a policy deaf to references: train it to act under the privileged prompt as under the plain one.
 
     python benchmarks/deafen.py runs/ablations/runs/ofsd/0 runs/deaf-policies/0
 
-RUN has a pool that was sampled from the policy it began with. Every trajectory of the pool, right or wrong, is imitated under
-both prompts, whatever the reference shows.
+RUN has a pool sampled from its base policy. Every trajectory of the pool, right or wrong, is imitated under both prompts,
+whatever the reference.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def under_both(policy: Policy, groups: Path) -> list[list[Sample]]:
-    """Each trajectory of a group that has a reference, under the plain prompt and under the privileged one."""
+    """Each trajectory of the groups with a reference, under the plain and the privileged prompt."""
     samples = []
     for group in pool.read(groups):
         if group.reference is None:
@@ -76,7 +76,7 @@ def under_both(policy: Policy, groups: Path) -> list[list[Sample]]:
 
 
 def batches(samples: list[list[Sample]], size: int) -> Iterator[list[Sample]]:
-    """Without end: ``size`` trajectories, each under both prompts."""
+    """Endless batches of ``size`` trajectories, each under both prompts."""
     shuffle = random.Random(0)
     while True:
         shuffle.shuffle(samples)

@@ -1,10 +1,10 @@
-"""What a distillation step costs beside the bare passes it consists of.
+"""The cost of a distillation step compared with its bare forward and backward passes.
 
     python benchmarks/distill.py --repeats 7 --json results.json
 
-Trains the small policy on pairs of the small world with the training loop and, in turn, makes only the passes of the same
-batches: the teacher's forward pass, the student's forward and backward pass, both heads at the sampled positions. The ratio
-is taken repeat by repeat; asked for is at most 1.05.
+Trains the small policy on pairs of the small world with the training loop and, alternating with it, runs only the passes of the
+same batches: the teacher's forward pass, the student's forward and backward pass, both heads at the sampled positions. The
+ratio is taken per repeat; the target is at most 1.05.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, str | float]]:
-    """Milliseconds of a step and of its passes: medians over steps and repeats, the loop and the passes in turn."""
+    """Milliseconds of a step and of its bare passes, measured alternately: medians over steps and repeats."""
     config = DistillConfig(batch_size=arguments.batch_size, learning_rate=3e-4)
     steps, bare = [], []
     with tempfile.TemporaryDirectory() as scratch:
@@ -88,7 +88,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, str | float]]:
             schedule, objective = Schedule(source.steps, config.learning_rate), SelfDistillation(config)
             context = StageContext(Path(scratch), repeat)
             records = train(trained, source, {"distill": objective}, config.training, schedule, context)
-            # The first step of the loop holds its start.
+            # The loop's first step includes its startup.
             steps.append(statistics.median(record["seconds"] for record in records[1:]))
             passes = [bare_passes(trained, source.next(step)["distill"]) for step in range(source.steps)]
             bare.append(statistics.median(passes[1:]))
@@ -100,7 +100,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, str | float]]:
 
 
 def bare_passes(policy: TrainedPolicy, samples: Sequence[Sample]) -> float:
-    """Seconds of the passes of a step: what it would cost if everything else were free."""
+    """Seconds of a step's bare passes."""
     groups = micro_batches(samples, policy.micro_batch_tokens, packed=policy.packed)
     batches = [batch_of([samples[i] for i in group], policy) for group in groups]
     model = policy.model.train()
@@ -132,7 +132,7 @@ def small_policy(device: str) -> Policy:
 
 
 def world_pairs(directory: Path, count: int) -> list[Pair]:
-    """Pairs of the small world, mined from a pool as a run does."""
+    """Pairs of the small world, mined from a pool as in a run."""
     from search_e1.data.corpus import Corpus
     from search_e1.data.questions import load_questions
 

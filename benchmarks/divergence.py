@@ -1,12 +1,12 @@
-"""The fused forward KL beside the naive one, TRL's and Liger's: peak memory and time of loss and gradient, same tensors.
+"""The fused forward KL compared with a naive one, TRL's and Liger's: peak memory and time of loss and gradient.
 
     python benchmarks/divergence.py --repeats 5 --json divergence.json
     python benchmarks/divergence.py --device cuda --dtype bfloat16 --positions 8192 --width 2048
 
-Every measurement is a process of its own, and the candidates take turns, so that neither what one leaves behind nor a
-busy machine favors another. Memory is what the process needs beyond its inputs: on a CPU the rise of its peak resident
-size (VmHWM, reset before), on a GPU that of the allocator's peak. Where only a share of the positions is sampled, each
-candidate masks them as its library does, unless they are selected before.
+Every measurement runs in a separate process on the same tensors, and the candidates alternate, so that neither leftovers nor a
+busy machine favor one. Memory is what the process needs beyond its inputs: on a CPU the rise of its peak resident size (VmHWM,
+reset before), on a GPU of the allocator's peak. If only a share of the positions is sampled, each candidate masks the others as
+its library does, unless positions are selected beforehand.
 """
 
 import argparse
@@ -38,7 +38,7 @@ CASES = {  # share of sampled positions, and whether they are selected before th
     "30% sampled": (0.3, False),
     "30% sampled, selected before": (0.3, True),
 }
-# At most this much of the other's: peak memory, time.
+# Targets: at most this share of the other's peak memory and time.
 ASKED = {"naive": (1 / 40, 0.8), "TRL": (1 / 10, 0.75), "Liger": (1 / 4, 1.0)}
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # student [N, H], teacher [N, H], head [V, H], mask [N]
@@ -79,7 +79,7 @@ CANDIDATES: dict[str, Callable[..., Tensor]] = {
     "ours": ours,
     "naive": naive,
     "TRL": trl,
-    "Liger": liger(chunk_size=64, compiled=False),  # the least memory: smaller chunks change nothing any more
+    "Liger": liger(chunk_size=64, compiled=False),  # least memory: smaller chunks make no difference
     "Liger, default": liger(),
 }
 
@@ -122,7 +122,7 @@ def parse() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> list[dict]:
-    """A row for each case and candidate."""
+    """One row per case and candidate."""
     found: dict[tuple[str, str], list[dict]] = {}
     for repeat in range(arguments.repeats):
         for case, name in product(arguments.cases, arguments.candidates):
@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace) -> list[dict]:
 
 
 def summary(ones: list[dict]) -> dict[str, Any]:
-    """Of the repeats of one candidate."""
+    """Figures over the repeats of one candidate."""
     if failed := next((one["failed"] for one in ones if "failed" in one), None):
         return {"failed": failed}
     return {
@@ -175,13 +175,13 @@ def table(case: str, rows: list[dict]) -> Table:
 
 
 def measure(arguments: argparse.Namespace, name: str, case: str) -> dict[str, float]:
-    """One measurement, in this process. ``seconds`` are of CPU time on a CPU, else of the wall clock."""
+    """Run one measurement in this process. ``seconds``: CPU time on a CPU, else wall-clock time."""
     torch.set_num_threads(arguments.threads)
     share, selected = CASES[case]
     tensors = inputs(arguments, share, selected)
     function = CANDIDATES[name]
     on_gpu = arguments.device == "cuda"
-    # Once before: what is loaded or compiled at the first call, is so for the shapes that are measured where that matters.
+    # Warm-up: loads and compiles everything, with the measured shapes if compilation depends on them.
     whole = on_gpu or "default" in name
     step(function, tensors if whole else tuple(t[:8] if t.shape[0] == len(tensors[0]) else t for t in tensors))
     begin_memory = reset_peak(on_gpu)
@@ -198,7 +198,7 @@ def measure(arguments: argparse.Namespace, name: str, case: str) -> dict[str, fl
 
 
 def inputs(arguments: argparse.Namespace, share: float, selected: bool) -> Inputs:
-    """The same for all candidates. The teacher is the student and some noise, as before the first step of a distillation."""
+    """Inputs, the same for all candidates. The teacher is the student plus noise, as before a distillation's first step."""
     generator = torch.Generator().manual_seed(0)
     shape = (arguments.positions, arguments.width)
     student = torch.randn(shape, generator=generator)
@@ -213,7 +213,7 @@ def inputs(arguments: argparse.Namespace, share: float, selected: bool) -> Input
 
 
 def step(function: Callable[..., Tensor], tensors: Inputs) -> tuple[float, float]:
-    """Loss and norm of its gradient by the student's hidden states; no gradient is left behind."""
+    """The loss, and the norm of its gradient with respect to the student's hidden states; leaves no gradient."""
     student, teacher, weight, mask = tensors
     leaf = student.detach().requires_grad_()
     loss = function(leaf, teacher, weight, mask)
@@ -229,7 +229,7 @@ def reset_peak(on_gpu: bool) -> float:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else memory that is free but not returned would not count as new
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed memory that is still held would not count as new
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 

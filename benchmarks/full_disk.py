@@ -1,10 +1,10 @@
-"""Let the disk run full at random points of a small run, make room, and see what the run ends with.
+"""Let the disk fill up at random points of a small run, make room, resume the run, and check the result.
 
     python benchmarks/full_disk.py --levels 20 --json results.json
 
-Each trial has a file system of its own in memory (it takes Linux, and either root or `unshare -rm`), of which a random share of
-what the run needs is left. The run must end with one line and status 2; every artifact that was finished must verify and be
-that of a run that had room; and once there is room the run must complete, with the same files.
+Each trial has its own in-memory file system (this needs Linux, and root or `unshare -rm`) with a random share of the space that
+the run needs. The run must end with one line and status 2; every finished artifact must verify and equal that of a run with
+enough space; and with enough space the run must complete, with the same files.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from search_e1 import evolve  # noqa: F401  loaded once, before processes are fo
 from small_run import contents, prepare, search_e1
 
 ROOM = 2**20
-"""Least that a level leaves: the lock, the config, and notes of a few bytes."""
+"""Minimum free bytes: enough for the lock, the config, and small files."""
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the levels")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     arguments = parser.parse_args()
-    if os.geteuid():  # as root of a namespace of one's own, one may mount
+    if os.geteuid():  # mounting is allowed as root of a separate namespace
         sys.exit(subprocess.run(["unshare", "-rm", sys.executable, *sys.argv], check=False).returncode)
     with TemporaryDirectory() as scratch:
         rows = trials(Path(scratch), arguments.levels, random.Random(arguments.seed))
@@ -46,13 +46,13 @@ def main() -> None:
     out.print(table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
-    # Where the room was enough after all, there is nothing to say.
+    # No message is expected if the space was enough after all.
     told = all(row["one_line"] or row["status"] == 0 for row in rows)
     sys.exit(not (told and all(row["unharmed"] and row["completed"] for row in rows)))
 
 
 def trials(scratch: Path, count: int, rng: random.Random) -> list[dict[str, Any]]:
-    """The first run, with all the room there is, says how much it takes."""
+    """One row per fill level. A first run with enough space measures how much a run needs."""
     settings = prepare(scratch)
     if search_e1("train", "--config", settings, log=scratch / "log"):
         raise SystemExit((scratch / "log").read_text())

@@ -1,15 +1,15 @@
-"""All that is measured on a GPU: one command, one table, one JSON file.
+"""All measurements on a GPU: one command, one table, one JSON file.
 
     python benchmarks/gpu.py                                   # at most 20 minutes; gpu.json
     python benchmarks/gpu.py --parts ceilings divergence       # some parts, in their order; the file keeps the others
-    python benchmarks/gpu.py --again updates                   # measured once more
-    python benchmarks/gpu.py --tiny --json tiny.json           # small sizes on a CPU: whether all of it works
+    python benchmarks/gpu.py --again updates                   # measure a part again
+    python benchmarks/gpu.py --tiny --json tiny.json           # small sizes on a CPU, as a test
 
-Needs a GPU, torch, transformers, peft, accelerate and triton, and PYTHONPATH=src where the package is not installed; rows of
-TRL, Liger and pytest say so where these are not. Each measurement is a process of its own, and each row is written to the file
-when it is there: a command that is cut off goes on where it was. A contestant that runs out of memory is a row. What is not
-begun within a part's time is measured by the next call. `gpu_report.py` makes the tables of docs/performance.md, and the
-planner's constants, of it.
+Needs a GPU, torch, transformers, peft, accelerate and triton, and PYTHONPATH=src if the package is not installed; rows of TRL,
+Liger and pytest say so if these are not installed. Each measurement is a separate process, and each row is written to the file
+at once: an interrupted command resumes where it stopped. A contestant that runs out of memory becomes a row. Jobs that do not
+start within a part's time are left to the next call. `gpu_report.py` makes the tables of docs/performance.md and the planner's
+constants from the file.
 """
 
 import argparse
@@ -32,11 +32,11 @@ class Job:
     """One measurement."""
 
     row: dict[str, Any]
-    """What it is of, and how it is told from others; begins its row. Its command, with all sizes, is in the row too."""
+    """Identifies the measurement; first part of its row, which also holds the command with all sizes."""
     command: Sequence[str]
-    """A script beside this file and its arguments."""
+    """A script in this directory and its arguments."""
     spare: bool = False
-    """Only where the job before it failed."""
+    """Run only if the previous job failed."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Part:
 
     title: str
     seconds: float
-    """In which its jobs may begin."""
+    """Time within which its jobs may start."""
     jobs: Callable[["Sizes"], list[Job]]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured how large."""
+    """Sizes of the measurements."""
 
     place: tuple[str, ...] = ("--device", "cuda", "--dtype", "bfloat16")
     matrices: int = 8192
@@ -64,14 +64,14 @@ class Sizes:
     updated: tuple[str, ...] = ("qwen2.5-3b", "qwen2.5-1.5b", "qwen2.5-0.5b")
     update: tuple[str, ...] = ("--trajectories", "64", "--longest", "4096", "--steps", "2")
     micro_batches: tuple[int, int] = (8, 2)
-    """TRL's: its default, and what is tried where that fails."""
+    """TRL's default, and the fallback if that fails."""
     coldstart: tuple[str, ...] = ("--shape", "smollm2-135m", "--trajectories", "256", "--steps", "3")
     planned: tuple[tuple[str, str, int, int, bool], ...] = (
         ("grpo-lora", "qwen2.5-3b", 4, 4096, True), ("distill", "qwen2.5-3b", 2, 4096, True),
         ("grpo-lora", "qwen2.5-1.5b", 2, 4096, False), ("grpo", "qwen2.5-1.5b", 2, 4096, True),
         ("distill", "qwen2.5-0.5b", 2, 4096, False),
     )  # fmt: skip
-    """Stage, shape, rows, tokens of each, activation checkpointing."""
+    """Stage, shape, rows, tokens per row, activation checkpointing."""
 
 
 TINY = Sizes(
@@ -124,7 +124,7 @@ def _rollouts(sizes: Sizes) -> list[Job]:
 
 
 def _updates(sizes: Sizes) -> list[Job]:
-    """Adapters first, the largest shape first: what matters most."""
+    """Most important first: adapters, then large shapes."""
     made = []
     for weights in ("lora", "all"):
         for shape in sizes.updated:
@@ -168,7 +168,7 @@ PARTS = {
     "coldstart": Part("Cold start", 40, _coldstart),
     "plan": Part("The plan beside the measured", 130, _plan),
 }
-"""In the order of their worth; together 18.5 minutes."""
+"""Most important first; 18.5 minutes in total."""
 
 
 def main() -> None:
@@ -194,7 +194,7 @@ def main() -> None:
 
 @dataclass
 class Report:
-    """The file, in memory."""
+    """The content of the JSON file."""
 
     path: Path
     machine: dict[str, Any]
@@ -202,7 +202,7 @@ class Report:
 
     @classmethod
     def read(cls, path: Path, sizes: Sizes) -> "Report":
-        """What ``path`` has so far. Ends the program where that is of another machine."""
+        """The content of ``path`` so far. Exits if it is from another machine."""
         machine = run(["gpu_measure.py", "machine", *sizes.place], 300)
         if "failed" in machine:
             sys.exit(f"nothing can be measured on {sizes.place[1]}: {machine['failed']}")
@@ -214,7 +214,7 @@ class Report:
         return cls(path, machine, found["parts"])
 
     def measure(self, name: str, sizes: Sizes, end: float) -> None:
-        """The jobs of a part that the file lacks, until its time or all time is over."""
+        """Run a part's jobs that the file lacks, until the part's time or the total time is over."""
         part, begun = PARTS[name], time.monotonic()
         kept = self.parts.setdefault(name, {"seconds": 0.0, "rows": [], "complete": False})
         rows, failed = {_key(row["of"]): row for row in kept["rows"]}, False
@@ -241,7 +241,7 @@ class Report:
         self.write()
 
     def _gpu(self, job: Job) -> list[str]:
-        """The planner plans for the GPU that is here, if it knows it."""
+        """The option that names this machine's GPU for the planner, if the planner knows it."""
         known = job.command[0] == "plan.py" and self.machine["gpu"]
         return ["--gpu", self.machine["gpu"]] if known else []
 
@@ -258,7 +258,7 @@ def _key(row: dict[str, Any]) -> str:
 
 
 def run(command: Sequence[str], seconds: float) -> dict[str, Any]:
-    """The row of a script beside this file."""
+    """Run a script in this directory; returns its row."""
     return measured([sys.executable, str(HERE / command[0]), *command[1:]], seconds=seconds)
 
 

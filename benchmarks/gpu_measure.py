@@ -1,10 +1,10 @@
-"""What `gpu.py` measures that no other script here does: the machine, its ceilings, decoding, and the tests of its CUDA paths.
+"""Measurements of `gpu.py` that have no script of their own: the machine, its ceilings, decoding, and the CUDA tests.
 
     python benchmarks/gpu_measure.py ceilings --device cuda
     python benchmarks/gpu_measure.py decoding --shape qwen2.5-3b --rows 320 --positions 1500 --device cuda --dtype bfloat16
 
-Prints one JSON object. Decoding is the engine's own session, and so whatever it does on a GPU: all rows have joined and a
-first call of steps is over before the clock runs.
+Prints one JSON object. Decoding is measured in the engine's own session: the clock starts once all rows have joined and the
+first steps are over.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def machine(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The device, and the planner's name for it, if it has one; versions."""
+    """The device, the planner's name for it if there is one, and versions."""
     versions = {name: installed(name) for name in _PACKAGES} | {"python": platform.python_version()}
     if arguments.device == "cpu":
         device = {"device": f"{os.cpu_count()} cores {platform.machine()}", "gpu": None}
@@ -68,7 +68,7 @@ def machine(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def sheet_of(name: str, memory_gib: float) -> "Gpu | None":
-    """The planner's data sheet of a GPU that its driver calls ``name``; the one of like memory where a model has several."""
+    """The planner's data sheet for a GPU's driver name; if a model has several, the one closest in memory."""
     from search_e1.lab.plan.constants import load_constants
 
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
@@ -78,7 +78,7 @@ def sheet_of(name: str, memory_gib: float) -> "Gpu | None":
 
 
 def ceilings(arguments: argparse.Namespace) -> dict[str, float]:
-    """Dense products in 10^12 operations a second, and a copy in 10^9 bytes a second, read and written; the best of ten."""
+    """Matrix products in 10^12 operations/s, and a copy in 10^9 bytes/s (read plus written); best of ten."""
     size, found = arguments.size, {}
     for name in ("bfloat16", "float32"):
         left, right = (torch.randn(size, size, device=arguments.device, dtype=getattr(torch, name)) for _ in range(2))
@@ -91,7 +91,7 @@ def ceilings(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def _best(arguments: argparse.Namespace, work: Any) -> float:
-    """Seconds. Ten at a time, so that the launch does not count; the best of ten such."""
+    """Seconds of one call of ``work``: best of ten batches, of ten calls each on a GPU to hide launch latency."""
     seconds = []
     repeats = 10 if arguments.device != "cpu" else 1
     for _ in range(10):
@@ -109,7 +109,7 @@ def _now(arguments: argparse.Namespace) -> float:
 
 
 def decoding(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds that all rows take for a token each, and bytes that such a step has to read: weights, keys and values."""
+    """Milliseconds of a decoding step (one token per row), and bytes that a step has to read: weights, keys and values."""
     from search_e1.config import PolicyConfig
     from search_e1.lab.plan.shapes import shape_of
     from search_e1.rollout.engines.base import Request
@@ -141,7 +141,7 @@ def decoding(arguments: argparse.Namespace) -> dict[str, Any]:
             step()
         for _ in range(2):
             step()
-        rates, begun = [], sampled()  # the median's step is none in which a graph was recorded, or a row ended
+        rates, begun = [], sampled()  # the median excludes steps that recorded a graph or ended a row
         while sampled() - begun < arguments.tokens * (rows - len(ended)):
             before, clock = sampled(), _now(arguments)
             step()
@@ -158,15 +158,15 @@ def decoding(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def tests(arguments: argparse.Namespace) -> dict[str, Any]:
-    """`pytest -m gpu` over the files that have such tests."""
+    """Run `pytest -m gpu` over the files that have such tests."""
     files = [str(path) for path in sorted(TESTS.glob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, check=False)
     if "No module named pytest" in done.stderr:
         return {"failed": "pytest is not installed"}
-    if done.returncode > 1:  # no tests that failed: none that ran
+    if done.returncode > 1:  # not failed tests: no test ran
         return {"failed": f"pytest: {((done.stderr or done.stdout).strip() or f'status {done.returncode}').splitlines()[-1]}"}
-    dots = re.findall(r"^([.sFE]+)\s+\[", done.stdout, re.MULTILINE)  # the project's `-q` and ours leave no summary
+    dots = re.findall(r"^([.sFE]+)\s+\[", done.stdout, re.MULTILINE)  # the project's `-q` plus this one leave no summary
     by_letter = {"passed": ".", "skipped": "s", "broken": "F", "errors": "E"}
     counts = {word: sum(line.count(letter) for line in dots) for word, letter in by_letter.items()}
     names = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)

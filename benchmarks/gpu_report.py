@@ -1,11 +1,11 @@
-"""What `gpu.py` measured, as tables and as the planner's constants.
+"""The measurements of `gpu.py` as tables and as the planner's constants.
 
     python benchmarks/gpu_report.py gpu.json                                   # the tables, in the terminal
     python benchmarks/gpu_report.py gpu.json --docs docs/performance.md        # the tables between the markers there
     python benchmarks/gpu_report.py gpu.json --constants src/search_e1/lab/plan/measured.toml
 
-A table whose part was not measured says so, with the command. Constants are shares of the GPU's data sheet: the median over
-updates, and what fits the decoding steps best; their error is the largest over all that was measured.
+The table of a part that was not measured says so, with the command. Constants are shares of the GPU's data sheet: the median
+over updates, and the best fit to the decoding steps; their error is the largest over all measurements.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
         made = constants_of(report)
         if made is None:
             sys.exit(f"{arguments.report}: updates and decoding of a GPU that the planner knows are needed for its constants")
-        import tomli_w  # no part of a bare machine
+        import tomli_w  # not installed on a bare machine
 
         arguments.constants.write_text(tomli_w.dumps(made), encoding="utf-8")
     if not arguments.docs and not arguments.constants:
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def show(report: dict[str, Any]) -> None:
-    """In the terminal."""
+    """Print the tables in the terminal."""
     out = Console(width=None if sys.stdout.isatty() else 110)
     out.print(described(report["machine"]))
     for name, part in PARTS.items():
@@ -74,10 +74,7 @@ def described(machine: dict[str, Any] | None) -> str:
 
 
 def fill(text: str, report: dict[str, Any]) -> str:
-    """``text`` with what stands between a part's marks replaced by its table.
-
-    Ends the program where a mark of a part is missing.
-    """
+    """``text`` with each part's table between its markers. Exits if a marker is missing."""
     for name in PARTS:
         begin, end = (mark.format(name=name) for mark in _MARKS)
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
@@ -100,11 +97,11 @@ def markdown(name: str, report: dict[str, Any]) -> str:
     return f"{table}{notes}\n\n{described(report['machine'])}.{rest}"
 
 
-# Tables: a line of headings, then rows.
+# Tables: a row of headings, then the rows.
 
 
 def cells_of(name: str, report: dict[str, Any]) -> Cells:
-    """The table of a part; empty if nothing of it was measured."""
+    """The table of a part; empty if it was not measured."""
     rows = report["parts"].get(name, {}).get("rows", [])
     if not rows:
         return []
@@ -121,13 +118,13 @@ def cells_of(name: str, report: dict[str, Any]) -> Cells:
 
 
 def notes_of(name: str, report: dict[str, Any]) -> list[str]:
-    """What was measured in a slower way than the one that is meant, and why."""
+    """Measurements that fell back to a slower path, and why."""
     rows = report["parts"].get(name, {}).get("rows", [])
     return [f"{', '.join(map(str, row['of'].values()))}: {said}" for row in rows for said in row.get("slower", [])]
 
 
 def _figure(key: str, form: str, times: float = 1.0) -> Callable[[dict[str, Any], dict[str, Any]], str]:
-    """A column of figures; empty where a row has none."""
+    """A column of figures; empty if a row lacks the figure."""
     return lambda row, report: "" if row.get(key) is None else format(row[key] * times, form)
 
 
@@ -136,13 +133,13 @@ def _plain(key: str) -> Callable[[dict[str, Any], dict[str, Any]], str]:
 
 
 def _of_ceiling(row: dict[str, Any], report: dict[str, Any]) -> str:
-    """Operations a second over those of large products on the same GPU."""
+    """Operations/s as a share of those of large products on the same GPU."""
     found = _ceilings(report)
     return f"{row['flops'] / row['seconds'] / found['tflops_bfloat16'] / 1e12:.0%}" if found else ""
 
 
 def _of_copy(row: dict[str, Any], report: dict[str, Any]) -> str:
-    """Bytes that a step has to read, a second, over those of a large copy."""
+    """Bytes/s that a step has to read, as a share of those of a large copy."""
     found = _ceilings(report)
     return f"{row['bytes'] / row['ms'] / found['copy_gb_s'] / 1e6:.0%}" if found else ""
 
@@ -190,7 +187,7 @@ _COLUMNS: dict[str, dict[str, Callable[[dict[str, Any], dict[str, Any]], str]]] 
 
 
 def constants_of(report: dict[str, Any]) -> dict[str, Any] | None:
-    """What ``--constants`` of the planner reads; ``None`` where that was not measured, or on a GPU without a data sheet."""
+    """The constants for the planner's ``--constants``; ``None`` if not measured, or for a GPU without a data sheet."""
     machine, known = report["machine"], load_constants()
     gpu = known.gpus.get((machine or {}).get("gpu") or "")
     updates, steps, plans = (_good(report, name) for name in ("updates", "decoding", "plan"))
@@ -219,11 +216,11 @@ def _share(row: dict[str, Any], gpu: Gpu) -> float:
 
 
 def _decoding(steps: Sequence[dict[str, Any]], gpu: Gpu) -> tuple[float, float]:
-    """Share of the bandwidth and milliseconds a layer for which the steps' relative errors are least, squared."""
+    """Share of the bandwidth, and milliseconds per layer: least squares fit of the steps' relative errors."""
     by_memory = [row["bytes"] / gpu.gb_per_second / 1e6 / row["ms"] for row in steps]
     by_layers = [row["layers"] / row["ms"] for row in steps]
     (slowness, layer_ms), *_ = np.linalg.lstsq(np.array([by_memory, by_layers]).T, np.ones(len(steps)), rcond=None)
-    if slowness <= 0:  # short rows alone: their time is that of the launches
+    if slowness <= 0:  # only short rows: launches dominate their time
         return 1.0, 1 / median(by_layers)
     return 1 / slowness, max(1e-4, layer_ms)
 

@@ -1,11 +1,11 @@
-"""What hostile passages, questions and answers change, with what is done against them and without.
+"""The effect of hostile passages, questions and answers, with and without the defenses.
 
     python benchmarks/injection.py --texts 1000 --json injection.json
 
-Each generated text (tags, control tokens of chat templates, whole messages, plain and disguised by invisible, full-width or
-nested characters) is a passage's title and text, a question, and a gold answer, in a rollout whose policy quotes every passage
-word for word. Counted is in how many rollouts it changed an action or the answer, the passages or tags of the observation, or
-the special ids (under tools: all added ones) of observation and prompt.
+Each generated text (tags, control tokens of chat templates, whole messages; plain, or disguised by invisible, full-width or
+nested characters) is used as a passage's title and text, a question, and a gold answer, in a rollout whose policy quotes every
+passage verbatim. Counts the rollouts in which it changed an action or the answer, the passages or tags of the observation, or
+the special ids (under tools: all added ids) of observation and prompt.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def counted(tokenizer: Any, protocol: str, texts: list[str], raw: bool) -> dict[
 
 
 def _raw(tokenizer: Any, text: str, *_: Any, **__: Any) -> str:
-    return text.encode("utf-8", "replace").decode()  # without this no tokenizer takes halves of characters
+    return text.encode("utf-8", "replace").decode()  # tokenizers refuse surrogates
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -1,10 +1,10 @@
-"""Whether EM and F1 are what other hands compute, and whether answers are found where others found them.
+"""Compare EM and F1 with an independent implementation, and answers found in a corpus with the files' metadata.
 
     python benchmarks/judging.py questions/*.dev.jsonl.gz
     python benchmarks/judging.py questions/*.dev.jsonl.gz --corpus corpus.jsonl.gz
 
-The first holds EM and F1 against torchmetrics' SQuAD on pairs made of the files' answers by perturbation. With a corpus, the
-share of questions whose answer is in it, beside what the files say in ``metadata.answer_in_corpus``, question by question.
+The first command compares EM and F1 with torchmetrics' SQuAD on perturbed answers of the files. With a corpus, it also compares
+whether the corpus holds each question's answer with ``metadata.answer_in_corpus``.
 """
 
 import argparse
@@ -65,7 +65,7 @@ OTHER = "another's answer"
 
 
 def pairs(questions: Sequence[Question], count: int, seed: int) -> list[tuple[str, str, tuple[str, ...]]]:
-    """``count`` of: how it was made, an answer, the gold answers. Every kind equally often, questions drawn anew for each."""
+    """``count`` triples of kind, answer and gold answers. Kinds are equally frequent; each triple draws a new question."""
     rng = random.Random(seed)
     kinds = [*PERTURBATIONS, OTHER]
     made = []
@@ -84,7 +84,7 @@ def theirs(answer: str, gold: Sequence[str]) -> tuple[float, float]:
 
 
 def agreement(made: Sequence[tuple[str, str, tuple[str, ...]]]) -> tuple[list[dict], list[dict]]:
-    """A row for each kind of pair, and every pair on which EM or F1 differ."""
+    """One row per kind of pair, and every pair on which EM or F1 differ."""
     rows: dict[str, Counter] = {}
     differing = []
     for kind, answer, gold in made:
@@ -98,14 +98,14 @@ def agreement(made: Sequence[tuple[str, str, tuple[str, ...]]]) -> tuple[list[di
 
 
 def found_in(corpus: Path, questions: Sequence[Question]) -> tuple[list[bool | None], float]:
-    """Whether the corpus holds an answer to each question (``None``: nothing to look for), and the seconds it took."""
+    """Whether the corpus holds an answer to each question (``None``: nothing to search for), and the seconds taken."""
     clock = time.perf_counter()
     texts = (f"{passage.title} {passage.text}" for passage in Corpus(corpus))
     return in_corpus(texts, [patterns(question) for question in questions]), time.perf_counter() - clock
 
 
 def corpus_rows(questions: Sequence[Question], found: Sequence[bool | None]) -> tuple[list[dict], list[dict]]:
-    """A row for each benchmark, and every question on which the file's metadata says otherwise."""
+    """One row per benchmark, and every question on which the file's metadata differs."""
     rows: dict[str, Counter] = {}
     differing = []
     for question, here in zip(questions, found, strict=True):

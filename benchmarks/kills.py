@@ -1,11 +1,11 @@
-"""Kill runs at random times, start them again, and compare what they end with to a run that was never interrupted.
+"""Kill runs at random times, resume them, and compare the results with those of an uninterrupted run.
 
     python benchmarks/kills.py --kills 60 --json results.json
 
-A small run in the generated world: a cold start, then a round of all stages from the policy that comes with the package. Each
-process is killed with SIGKILL at a random time within the stage that it has come to, and the run is started again, until it is
-complete; then the next run begins. Every file is compared to the bit, but for times and what holds nothing else. Processes are
-forked from one that has loaded the libraries, so that they are at work at once.
+A small run in the generated world: a cold start, then a round of all stages from the package's policy. Each process is killed
+with SIGKILL at a random time within its current stage, and the run is resumed, until it is complete; then the next run starts.
+Every file must be bit-identical, apart from times. Processes are forked from one that has loaded the libraries, so that they
+start work at once.
 """
 
 import argparse
@@ -84,15 +84,15 @@ batch_size = 4
 """
 VERBS = ("coldstart", "train")
 TIMES = {"started", "seconds", "cpu_seconds", "attempts", "trajectories_per_second", "tokens_per_second"}
-"""Keys, at any depth, whose values are times (or, as the number of attempts, what a kill is meant to change)."""
+"""Keys, at any depth, whose values are times, or counts of attempts, which kills change."""
 UNCOMPARED = {"timings.json", ".sha256"}
-"""Files that hold times and nothing else; and the checksums of those that hold some, which are compared themselves."""
+"""Files that hold only times, and checksums of files that hold times; those files are compared themselves."""
 
 
 @dataclass
 class Kill:
     stage: str
-    """That was at work."""
+    """The stage that was killed."""
     run: int
     identical: bool = False
 
@@ -116,7 +116,7 @@ def main() -> None:
 
 
 def measure(root: Path, count: int, dice: random.Random) -> list[Kill]:
-    """``count`` kills, in as many runs as it takes; what each run ends with is compared to one without kills."""
+    """Make ``count`` kills, in as many runs as necessary; each run's result is compared with a run without kills."""
     world = root / "world"
     write(make_world(), world, train=48, dev=6, test=6, seed=0)
     add_evidence(world / "train.jsonl")
@@ -154,9 +154,9 @@ class Run:
         self._aimed: set[str] = set()
 
     def attempt(self, dice: random.Random | None = None, lasts: dict[str, float] | None = None) -> str | None:
-        """Start the verbs that are left; the stage in which they were killed, or ``None``: complete.
+        """Start the remaining verbs; returns the stage that was killed, or ``None`` if the run is complete.
 
-        A stage is aimed at once in a run, so that the next process comes to the next.
+        Each stage is targeted once per run, so that the next process reaches the next stage.
         """
         for verb in VERBS:
             if (self.path / verb).exists():  # the cold start is complete
@@ -171,7 +171,7 @@ class Run:
         return None
 
     def _verb(self, verb: str) -> None:
-        """In the process that works."""
+        """Run the verb, in the forked process."""
         with self._log.open("a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
@@ -184,7 +184,7 @@ class Run:
             if stage and stage not in self._aimed:
                 self._aimed.add(stage)
                 process.join(dice.uniform(0.0, lasts[stage]))
-                # It was faster than before: the next stage is hit instead, or nothing, if it was the last.
+                # If the stage ended early, this kills the next stage, or nothing after the last.
                 stage = self._at_work() or stage
                 if not process.is_alive():
                     return None
@@ -202,7 +202,7 @@ class Run:
 
 
 def add_evidence(questions: Path) -> None:
-    """Say which passages a question needs, which a cold start goes by: those of all entities but the answer."""
+    """Add the passages that each question needs, for the cold start: those of all entities but the answer."""
     rows = [json.loads(line) for line in questions.read_text().splitlines()]
     for row in rows:
         row["metadata"]["gold_passage_ids"] = row["metadata"]["entities"][:-1]
@@ -216,7 +216,7 @@ def durations(run: Path) -> dict[str, float]:
 
 
 def content(run: Path) -> Iterator[tuple[str, Any]]:
-    """Name and content of every file, without times and without the run's own place."""
+    """Name and content of every file, without times and the run's own path."""
     for path in sorted(run.rglob("*")):
         if path.is_file() and not any(path.name.endswith(name) for name in UNCOMPARED):
             data = path.read_bytes().replace(str(run).encode(), b"RUN")
@@ -230,7 +230,7 @@ def parts(path: Path, data: bytes) -> list[bytes]:
 
 
 def without_times(value: Any) -> Any:
-    """Checksums of files that hold times go as well; the files themselves are compared."""
+    """``value`` without times, and without checksums of files that hold times; those files are compared themselves."""
     if isinstance(value, dict):
         timed = ("steps.jsonl", "timings.json", "manifest.json", ".sha256")
         return {k: without_times(v) for k, v in value.items() if k not in TIMES and not k.endswith(timed)}

@@ -1,8 +1,8 @@
-"""The small world as a laboratory: GRPO to its plateau, then self-distillation, its variants and rivals, as Markdown tables.
+"""Experiments in the small world: GRPO to its plateau, then self-distillation, its variants and rivals, as Markdown tables.
 
     python benchmarks/laboratory.py
 
-Makes the world and runs the sweeps of configs/sweeps one after the other; finished runs are read, not run again. Hours on two
+Makes the world and runs the sweeps of configs/sweeps one after another; finished runs are not run again. Takes hours on two
 cores.
 """
 
@@ -39,7 +39,7 @@ SWEEPS = {
 """Sweep -> heading."""
 METRICS = (("em", "EM", 3), ("em_sampled", "sampled EM", 3), ("searches", "searches", 2), ("tokens", "tokens", 1))
 ALL_STAGES = {"plateau", "laboratory", "rounds", "deaf"}
-"""Sweeps whose every policy is shown, not only the last."""
+"""Sweeps that show every policy, not only the last."""
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def search_e1(*arguments: str) -> int:
 
 
 def make_world() -> None:
-    """The questions; and of the training questions the easiest and the hardest alone."""
+    """Write the questions, and files with only the easiest and only the hardest training questions."""
     if WORLD.exists():
         return
     if status := search_e1("world", str(WORLD), "--train", "2000", "--dev", "400", "--test", "400"):
@@ -87,21 +87,21 @@ def make_world() -> None:
 
 
 def make_deaf() -> None:
-    """The policies that the ablations begin with, deaf to references."""
+    """Make the ablations' starting policies deaf to references."""
     for run in sorted(Path("runs/ablations/runs/ofsd").glob("*")):
         if not (out := DEAF / run.name).exists():
             subprocess.run([sys.executable, "benchmarks/deafen.py", str(run), str(out)], check=True)
 
 
 def finished_runs(sweep: spec.Sweep) -> spec.Sweep:
-    """The sweep with its finished runs alone."""
+    """The sweep with only its finished runs."""
     if not (done := [run for run in sweep.runs if running.is_finished(run)]):
         sys.exit(f"{sweep.directory}: no run is finished; run this without --report")
     return replace(sweep, runs=tuple(done))
 
 
 def table(sweep: spec.Sweep, *, every_stage: bool) -> list[dict[str, str]]:
-    """A row for each variant's last policy, or each of its policies: metrics, differences with 95% intervals, charges."""
+    """One row per variant's last policy, or per policy: metrics, differences with 95% intervals, costs."""
     found = [result for run in sweep.runs for result in results.read_results(run)]
     compared = comparison.compare_variants(found, sweep.reference)
     passed = passed_gate(sweep, every_stage=every_stage)
@@ -121,9 +121,9 @@ def table(sweep: spec.Sweep, *, every_stage: bool) -> list[dict[str, str]]:
 
 
 def passed_gate(sweep: spec.Sweep, *, every_stage: bool) -> dict[tuple[str, str], str]:
-    """Variant and policy -> how many of the measured teachers pass the gate at its defaults.
+    """Variant and policy -> number of measured teachers that pass the gate at its defaults.
 
-    The policy is the distilled one (``every_stage``), or the last, beside all of the variant's teachers.
+    With ``every_stage``, each distilled policy has its own teachers; otherwise the last policy has all of the variant's.
     """
     passed: dict[tuple[str, str], list[bool]] = {}
     for run in sweep.runs:
@@ -139,7 +139,7 @@ def summary(run: spec.Run) -> Summary:
 
 
 def lead_table(sweep: spec.Sweep) -> list[dict[str, str]]:
-    """A row for each variant and policy: its EM, and what a reference in the prompt adds to that; means, and by seed."""
+    """One row per variant and policy: EM, and the gain from a reference in the prompt, as means and by seed."""
     rows = []
     for variant, of_variant in groupby(sweep.runs, key=lambda run: run.variant):
         summaries = [summary(run) for run in of_variant]

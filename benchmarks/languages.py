@@ -1,11 +1,11 @@
 # ruff: noqa: E501  # a passage and its question are one line
-"""Recall of BM25 in languages other than English: by English's rule, as it was for all, and by the language of the corpus.
+"""Recall of BM25 in languages other than English, with the English rule and with the language of the corpus.
 
     python benchmarks/languages.py
 
-Each language has 20 short passages of facts and a question for each, in other words than the passage's where the language has
-them. A question counts where its passage is among the first three. Passages of a language share their subject (rivers, cities,
-people), so that a question's rarest word alone does not decide.
+Each language has 20 short passages of facts with a question each, paraphrased if the language allows. A question counts if its
+passage is among the first three. Passages of a language share their subjects (rivers, cities, people), so that a question's
+rarest word alone does not decide.
 """
 
 import logging
@@ -131,7 +131,7 @@ Die Berliner Mauer fiel am neunten November 1989.|Wann war der Fall der Mauern i
 Das Brandenburger Tor wurde nach dem Vorbild eines Tores in Athen errichtet.|Nach welchen Vorbildern errichtete man das Tor der Brandenburger?
 """,
 }
-"""Language -> a passage and its question a line."""
+"""Language -> lines of a passage and its question."""
 
 
 def recall(passages: list[Passage], questions: list[str], directory: Path, language: str) -> tuple[str, str]:

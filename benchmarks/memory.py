@@ -12,7 +12,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """How far memory rises in a context: the process's resident size on a CPU (Linux), else the allocator's on a GPU."""
+    """Peak rise of memory in a context: the process's resident size on a CPU (Linux), the allocator's on a GPU."""
 
     def __init__(self, device: str) -> None:
         self._cuda = device.startswith("cuda")
@@ -25,7 +25,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated() / 2**20
         else:
-            # Memory that is free but not returned would not count as new.
+            # Freed memory that is still held would not count as new.
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             _CLEAR.write_text("5")  # resets VmHWM
             self._before = _kib("VmRSS") / 1024

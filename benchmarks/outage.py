@@ -1,10 +1,10 @@
-"""Kill the retrieval server within a stage, start it again later, and see what the run ends with.
+"""Kill the retrieval server within a stage, restart it later, and check the run's result.
 
     python benchmarks/outage.py --seconds 60 --json results.json
 
-One run has a server that stays up; in the other the server is killed with SIGKILL in the middle of GRPO and again in the middle
-of the pool, and is away for that long each time. The second run must complete by itself, with the same files to the bit: then
-no trajectory of it, and no weight, knows of the outages.
+In one run the server stays up; in the other it is killed with SIGKILL in the middle of GRPO and again in the middle of the
+pool, and stays down for ``--seconds`` each time. The second run must complete by itself with bit-identical files: the outages
+then changed no trajectory and no weight.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def measure(root: Path, seconds: float) -> dict[str, Any]:
 
 
 def interrupt(server: Server, run: Path, seconds: float, outages: list[str]) -> None:
-    """Within each of ``STAGES``: as soon as its directory is there."""
+    """Cause an outage in each of ``STAGES``, as soon as its directory exists."""
     for stage in STAGES:
         while not (run / f".{stage}.partial").exists():
             time.sleep(0.05)
@@ -125,7 +125,7 @@ def interrupt(server: Server, run: Path, seconds: float, outages: list[str]) -> 
 
 
 def failed(run: Path) -> int:
-    """Searches that were served, and show no passages, in all trajectories that the run keeps."""
+    """Number of served searches without passages, over all stored trajectories of the run."""
     count = 0
     for path in run.glob("*/*.jsonl"):
         for line in path.read_text().splitlines():

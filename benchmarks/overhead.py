@@ -1,9 +1,9 @@
-"""What being able to go on costs: the time of checkpoints, of chunks on disk, and of manifests, by stage of the quickstart.
+"""The cost of being resumable: the time of checkpoints, chunks on disk, and manifests in the quickstart.
 
     python benchmarks/overhead.py --run runs/overhead --rounds 1 --json results.json
 
-Takes the quickstart's config (its world is made by `make quickstart`) and further flags for it. With `--every 0` a checkpoint
-is due as soon as the share of the time allows it, which is the most that checkpoints can cost.
+Takes the quickstart's config (`make quickstart` makes its world) and more flags for it. With `--every 0`, checkpoints are as
+frequent as their share of the time allows, which is their maximum cost.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from search_e1 import config, evolve, runs
 from search_e1.cli.display import watch
 from search_e1.runs import artifacts, checkpoints
 
-# What is measured, and where it is done. Manifests: the checksums of all inputs and outputs as well.
+# The measured parts, and the functions that do them. Manifests include the checksums of all inputs and outputs.
 PARTS = (
     ("checkpoints", checkpoints.Checkpointer, "_save"),
     ("chunks", checkpoints.Lines, "append"),
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def timed(function: Callable[..., Any], part: str, spent: dict[str, float]) -> Callable[..., Any]:
-    """``function``, whose time counts for ``part``; of calls within others only the outermost counts."""
+    """``function``, with its time added to ``part``, less the time of other parts within it."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         begun, before = time.perf_counter(), sum(spent.values())

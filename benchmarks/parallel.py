@@ -1,11 +1,11 @@
-"""What two processes under torchrun give and cost, stage by stage, beside one process.
+"""Speed and cost of two processes under torchrun compared with one, stage by stage.
 
     python benchmarks/parallel.py --questions 60 --repeats 1 --json results.json
 
-Runs a round of the quickstart's config (its world: `search-e1 world runs/quickstart-world`; further flags are passed on) with
-one process, with two, and with two and twice the questions: strong and weak scaling. Seconds and CPU seconds are those of the
-stages' manifests, of all processes, checkpoints and checksums among them; the start is what the command took beside them:
-importing, joining and checking. One OpenMP thread a process.
+Runs a round of the quickstart's config (its world: `search-e1 world runs/quickstart-world`; other flags are passed on) with one
+process, with two (strong scaling), and with two and twice the questions (weak scaling). Seconds and CPU seconds are from the
+stages' manifests, over all processes, including checkpoints and checksums; the start is the rest of the command's time:
+importing, joining and checking. One OpenMP thread per process.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from rich.table import Table
 BIN = Path(sys.executable).parent
 STAGES = ("evaluation-base", "grpo-1", "pool-1", "lead-1", "ofsd-1")
 KINDS = {"one": (1, 1), "strong": (2, 1), "weak": (2, 2)}
-"""Processes, and times the questions."""
+"""Kind -> number of processes, and factor of the number of questions."""
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def measure(kind: str, arguments: argparse.Namespace, overrides: list[str], repeat: int) -> list[dict[str, Any]]:
-    """A row a stage, and one of the start."""
+    """One row per stage, and one for the start."""
     processes, times = KINDS[kind]
     run, asked = arguments.runs / kind, arguments.questions * times
     shutil.rmtree(run, ignore_errors=True)

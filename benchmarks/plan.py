@@ -1,14 +1,14 @@
-"""What `search-e1 plan` computes beside what is measured: peak memory and seconds of an update, by stage.
+"""`search-e1 plan` compared with measurements: peak memory and seconds of an update, by stage.
 
     python benchmarks/plan.py                                              # small shapes on the CPU, a few minutes
     python benchmarks/plan.py --shapes qwen2.5-1.5b qwen2.5-3b --device cuda --dtype bfloat16 --tokens 4096 --rows 4 \\
         --checkpointing --constants measured.toml
-    python benchmarks/plan.py --scaling configs/search-e1-3b.toml          # computed alone: from 1 to 64 GPUs
+    python benchmarks/plan.py --scaling configs/search-e1-3b.toml          # plans only: from 1 to 64 GPUs
 
-Every measurement is a process of its own, with random weights: passes of the training loop over made trajectories, then its
-optimizer; then the same trajectories are scored, forward alone. On a CPU memory is the rise of the peak resident size from
-before the policy is made, on a GPU the allocator's peak. `share` is operations a second over those of large matrix products
-here (on a GPU over its data sheet, with --gpu), in training and in `scoring`; --constants writes the least of them, for
+Every measurement is a separate process with random weights: the training loop's passes over generated trajectories and its
+optimizer; then the same trajectories are scored (forward only). Memory is, on a CPU, the rise of the peak resident size since
+before the policy was made, on a GPU the allocator's peak. `share` is operations/s as a share of those of large matrix products
+here (with --gpu, of the GPU's data sheet) in training, and `scoring` in scoring; --constants writes the smallest, for
 `search-e1 plan --constants`.
 """
 
@@ -53,7 +53,7 @@ STAGES = ("grpo", "grpo-lora", "distill", "distill-all")
 CONSTANTS = load_constants()
 MICRO_BATCHES = 2
 SHARES = {"training": "share", "forward": "scoring"}
-"""The planner's constants, and the columns that they are the least of."""
+"""Planner constant -> column whose minimum it is."""
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def scale(arguments: argparse.Namespace) -> list[dict]:
-    """A row for each number of GPUs: GiB of a GPU at the peak of each stage, and hours."""
+    """One row per number of GPUs: peak GiB per GPU of each stage, and hours."""
     rows = []
     for gpus in (1, 2, 4, 8, 16, 32, 64):
         plan = make_plan(load(arguments.scaling), CONSTANTS.gpu(arguments.gpu or "h100"), gpus, CONSTANTS)
@@ -110,8 +110,8 @@ def scale(arguments: argparse.Namespace) -> list[dict]:
 
 
 def compare(arguments: argparse.Namespace) -> list[dict]:
-    """A row for each stage and shape; ``ratio``: computed / measured."""
-    # Freed memory goes back at once, so that the resident size is what is alive.
+    """One row per stage and shape; ``ratio``: computed / measured."""
+    # Returns freed memory at once, so that the resident size counts only live memory.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_TRIM_THRESHOLD_": str(2**18)}
     rows = []
     for stage in arguments.stages:
@@ -119,7 +119,7 @@ def compare(arguments: argparse.Namespace) -> list[dict]:
             command = [sys.executable, __file__, *sys.argv[1:], "--measure", stage, "--shapes", shape]
             row = {"stage": stage, "shape": shape, **in_a_process(command, environment=environment)}
             rows.append(row)
-            print(json.dumps(row), file=sys.stderr, flush=True)  # for a long run that is cut short
+            print(json.dumps(row), file=sys.stderr, flush=True)  # in case a long run is interrupted
     return rows
 
 
@@ -142,7 +142,7 @@ def row_of(stage: str, shape: str, arguments: argparse.Namespace) -> dict:
 
 
 def product_flops(arguments: argparse.Namespace) -> float:
-    """Operations a second: of the GPU's data sheet if it is named, else of the best of ten large matrix products."""
+    """Operations/s: from the data sheet of ``--gpu``, else of the best of ten large matrix products."""
     if arguments.gpu:
         return CONSTANTS.gpu(arguments.gpu).tflops * 1e12
     dtype = getattr(torch, arguments.dtype)
@@ -164,7 +164,7 @@ def model_config(shape: str):
 
 
 def stage_config(stage: str, arguments: argparse.Namespace) -> Config:
-    """Passes of ``--rows`` trajectories of ``--tokens``; the teacher's rows are twice as long."""
+    """A config with passes of ``--rows`` trajectories of ``--tokens``; the teacher's rows are twice as long."""
     rows = arguments.rows * (1 if stage.startswith("grpo") else 2)
     training = {
         "micro_batch_tokens": rows * arguments.tokens,
@@ -182,7 +182,7 @@ def stage_config(stage: str, arguments: argparse.Namespace) -> Config:
 
 
 def compute(stage: str, shape: str, arguments: argparse.Namespace) -> tuple[Memory, float, float, float]:
-    """Memory of an update, operations of its training passes and of its teacher's, and those of scoring."""
+    """Memory of an update; operations of its training passes, of its teacher's passes, and of scoring."""
     config, settings = stage_config(stage, arguments), model_config(shape)
     counted, kind = shape_of(settings), stage.partition("-")[0]
     job = training_jobs(config)[kind]
@@ -194,7 +194,7 @@ def compute(stage: str, shape: str, arguments: argparse.Namespace) -> tuple[Memo
 
 
 def measure(stage: str, shape: str, arguments: argparse.Namespace) -> dict:
-    """Seconds of an update by the parts of the training loop and of scoring, the best of two each, and the peak of memory."""
+    """Seconds of an update with the training loop's parts, and of scoring (best of two each), and peak memory."""
     from search_e1.training.batch import make_batch, micro_batches, normalised_weights
     from search_e1.training.objectives.grpo import Grpo
     from search_e1.training.objectives.self_distillation import SelfDistillation
@@ -239,7 +239,7 @@ def measure(stage: str, shape: str, arguments: argparse.Namespace) -> dict:
 
 
 def make_samples(count: int, tokens: int, *, has_teacher: bool) -> list[Sample]:
-    """Of ``tokens`` tokens, an eighth of them prompt; half of the response was sampled."""
+    """Samples of ``tokens`` tokens: one eighth is the prompt, and half of the response was sampled."""
     prompt, response = tokens // 8, tokens - tokens // 8
     mask = tuple(int(i % 50 < 25) for i in range(response))
     return [
@@ -261,7 +261,7 @@ def peak(device: str) -> int:
 
 
 def now(device: str) -> float:
-    """Seconds: of the clock on a GPU; of CPU time on a CPU, which may be busy with other work."""
+    """Seconds of wall-clock time on a GPU, of CPU time on a CPU, which may be busy with other work."""
     if device == "cpu":
         return time.process_time()
     torch.cuda.synchronize()

@@ -1,8 +1,8 @@
-"""The quickstart for several seeds: what each stage changes, and what it costs.
+"""The quickstart with several seeds: the effect and cost of each stage.
 
     python benchmarks/quickstart.py --seeds 0 1 2 --json results.json
 
-Runs that are complete are read, not made again. The seeds run one after the other, so that each has the whole machine.
+Complete runs are not run again. Seeds run one after another, so that each has the whole machine.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def seed_rows(summary: evolve.Summary) -> list[dict]:
-    """One row for each evaluated policy; ``lead`` is the one measured before it, ``seconds`` those of the whole run."""
+    """One row per evaluated policy; ``lead`` was measured before it, ``seconds`` are of the whole run."""
     rows = []
     for policy in summary.policies:
         row = {"seed": summary.seed, "stage": policy.stage, **{name: getattr(policy, name) for name in FIGURES}}

@@ -1,10 +1,10 @@
-"""How large the report of a run is, and how soon a browser shows it.
+"""Size of a run's report, and the time until a browser shows it.
 
     python benchmarks/report.py --run runs/quickstart --json report.json
 
-Headless Chromium opens the report of the run, if one is given, and of a made one of 5,000 trajectories (1,000 questions under
-five policies, three passages a search, about as long as Wikipedia's), each several times with a new profile. First paint is
-the browser's own figure, from the start of the navigation; "ready" is when trajectories can be searched.
+Headless Chromium opens the report of the given run, if any, and of a generated run with 5,000 trajectories (1,000 questions
+under five policies, three passages per search, about as long as Wikipedia's), each several times with a new profile. First
+paint is the browser's own figure, from the start of the navigation; "ready" is when trajectories can be searched.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def measure(name: str, run: Path, scratch: Path, repeats: int) -> dict[str, Any]:
-    """Milliseconds, but for ``write_s``."""
+    """Figures in milliseconds, except ``write_s``."""
     out = scratch / f"{name}.html"
     begun = time.perf_counter()
     shown = page.write(run, out)

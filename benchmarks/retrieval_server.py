@@ -1,10 +1,10 @@
-"""What the HTTP server costs over calling the index, and what it gains over a naive server, side by side in one run.
+"""The HTTP server's overhead over calling the index, and its gain over a naive server, measured in one run.
 
     search-e1 index build --corpus wiki_multi.jsonl.gz --out runs/wiki-bm25
     python benchmarks/retrieval_server.py --index runs/wiki-bm25 --questions questions/*.dev.jsonl.gz --json server.json
 
-Every repeat asks questions of its own, so that no cache has seen them; then the same once more for the warm figures.
-Servers run in processes of their own, clients in this one.
+Every repeat uses new questions, so that the cache is cold, and then the same again for the warm figures. Servers run in
+separate processes, clients in this one.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 SHAPES = {
-    # name -> clients at the same time, queries of a request, how many times each query is asked
+    # name -> concurrent clients, queries per request, number of times that each query is sent
     "1 client, 64 a request": (1, 64, 1),
     "16 clients, 4 a request": (16, 4, 1),
     "64 clients, 1 a request": (64, 1, 1),
@@ -70,7 +70,7 @@ SHAPES = {
 
 
 def server_rows(index: Path, questions: Sequence[str], repeats: int) -> list[dict]:
-    """Queries a second for each shape of load: in this process, our server cold and warm, the naive server."""
+    """Queries/s for each load: in this process, with our server's cache cold and warm, and with the naive server."""
     local = open_index(index)
     share = len(questions) // (repeats * len(SHAPES)) // 64 * 64
     if not share:
@@ -107,7 +107,7 @@ def server_rows(index: Path, questions: Sequence[str], repeats: int) -> list[dic
 
 
 def warm_up(local: Index, urls: Sequence[str], questions: Sequence[str]) -> None:
-    """Have every process touch the pages of the index, with another topk, for which no cache is asked later."""
+    """Make every process touch the pages of the index, with another topk, which leaves the cache cold."""
     local.search(questions, TOPK + 1)
     for url in urls:
         with HttpRetriever(url) as retriever:
@@ -115,7 +115,7 @@ def warm_up(local: Index, urls: Sequence[str], questions: Sequence[str]) -> None
 
 
 def over_http(url: str, parts: Sequence[Sequence[str]], clients: int) -> float:
-    """Seconds. One client is our own, checks included; many are bare connections, so that it is the server that is measured."""
+    """Seconds of all requests. One client is ours, with its checks; several are bare connections, to measure the server."""
     if clients == 1:
         with HttpRetriever(url) as retriever:
             retriever.search(["warm up the connection"], 1)
@@ -154,7 +154,7 @@ def naive(index: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _running(command: Sequence[str]) -> Iterator[str]:
-    """A server in a process of its own; its first line."""
+    """Run a server in a separate process; yields its first line of output."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         try:
@@ -164,7 +164,7 @@ def _running(command: Sequence[str]) -> Iterator[str]:
 
 
 def serve_naively(index: Index) -> None:
-    """What one writes first: one request at a time, no batching, no cache."""
+    """A naive server: one request at a time, no batching, no cache."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

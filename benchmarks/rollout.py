@@ -1,11 +1,11 @@
-"""Rollouts of one policy by several hands: completed trajectories a second, and where the time goes.
+"""Rollouts of one policy by several implementations: completed trajectories per second, and where the time goes.
 
-    python benchmarks/rollout.py                        # the policy that comes with the package, in the small world
+    python benchmarks/rollout.py                        # the package's policy, in the small world
 
-``ours`` is what GRPO, pools and evaluation sample with. ``plain`` is transformers' own ``generate``, turn by turn over the
-whole batch. ``TRL`` is the loop of ``trl.GRPOTrainer`` with an ``environment_factory``, which parses calls, searches and
-generates again; it stops at the closing tags because this policy's tokenizer has them as single tokens. All have the same
-model, questions, passages and limits, and take turns, so that a busy machine is busy for all. The share outside ``forward``
+``ours`` is the engine of GRPO, pools and evaluation. ``plain`` is transformers' own ``generate``, turn by turn over the whole
+batch. ``TRL`` is the loop of ``trl.GRPOTrainer`` with an ``environment_factory``, which parses calls, searches and generates
+again; it stops at the closing tags because they are single tokens of this policy's tokenizer. All use the same model,
+questions, passages and limits, and alternate, so that other load on the machine affects all. The share outside ``forward``
 is of the main thread's CPU time.
 """
 
@@ -67,16 +67,16 @@ SEARCH = re.compile(r"<search>((?:(?!<search>).)*?)</search>", re.DOTALL)
 
 @dataclass
 class Run:
-    """What one contestant did in one round."""
+    """One contestant's result in one round."""
 
     trajectories: int
     sampled: float
-    """Tokens a trajectory."""
+    """Sampled tokens per trajectory."""
     searches: float
     em: float
     seconds: float
     outside: float
-    """Share of the main thread's CPU time that was not spent in ``forward``."""
+    """Share of the main thread's CPU time spent outside ``forward``."""
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()  # for all, as the command line does
+    keep_freed_memory()  # for all contestants, as the command line does
     with tempfile.TemporaryDirectory() as directory:
         contestants = small_world(arguments, Path(directory))
         rounds: dict[str, list[Run]] = {name: [] for name in contestants}
@@ -100,11 +100,11 @@ def main() -> None:
                 except (RuntimeError, MemoryError) as error:
                     if not memory.ran_out(error):
                         raise
-                    del contestants[name]  # it would again
+                    del contestants[name]  # it would fail again
                     rounds[name].clear()
                     print(f"round {number}, {name}: out of memory", file=sys.stderr)
                     continue
-                if number:  # the first is for warming up
+                if number:  # the first round warms up
                     rounds[name].append(played)
                 print(f"round {number}, {name}: {played}", file=sys.stderr)
     out = Console(width=None if sys.stdout.isatty() else 100)
@@ -160,7 +160,7 @@ def small_world(arguments: argparse.Namespace, directory: Path) -> dict[str, Cal
 
 @contextmanager
 def forward_timed(model: Any) -> Iterator[list[float]]:
-    """Main thread's CPU seconds in the model's forward passes, in the list's only place."""
+    """Yields a list whose only element counts the main thread's CPU seconds in the model's forward passes."""
     spent, forward = [0.0], model.forward
 
     def timed(*args: Any, **kwargs: Any) -> Any:
@@ -179,7 +179,7 @@ def forward_timed(model: Any) -> Iterator[list[float]]:
 def trl_loop(
     policy: Policy, retriever: Any, questions: Sequence[Question], arguments: argparse.Namespace, directory: Path
 ) -> Callable[[], Run]:
-    """TRL's own loop, over the same ids: its chat template writes what our protocol does."""
+    """TRL's own loop over the same ids: its chat template writes what our protocol writes."""
     own = policies.load("small", PolicyConfig(model="small"))
     tokenizer, model, protocol = own.tokenizer, own.model, protocol_of(policy.tokenizer, policy.prompts)
 
@@ -249,7 +249,7 @@ def trl_loop(
 def judged(
     made: Any, seconds: float, outside: float, answers: dict[str, Question], tokenizer: Any, inputs: Sequence[dict]
 ) -> Run:
-    """TRL's trajectories, told apart by their masks."""
+    """Figures of TRL's trajectories, whose turns are recovered from the masks."""
     ids, masks = made[1], made[2]
     sampled = sum(map(sum, masks))
     searches, right = 0, 0.0
@@ -264,7 +264,7 @@ def judged(
 
 
 def table(rounds: dict[str, list[Run]]) -> Table:
-    """One row a contestant; ratios are of the same round, and their median is told."""
+    """One row per contestant; ratios are per round, shown as their median."""
     shown = Table(title="Completed trajectories a second")
     for column in ("", "a second, median", "min-max", "tokens", "searches", "EM", "outside forward", "ours is"):
         shown.add_column(column, justify="left" if not column else "right")

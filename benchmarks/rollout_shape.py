@@ -1,10 +1,10 @@
-"""Rollouts of a random policy in the shape of a real one: how much of its single-turn speed is left over four turns.
+"""Rollouts of a random policy in the shape of a real one: the share of single-turn speed kept over four turns.
 
     python benchmarks/rollout_shape.py --shape qwen2.5-3b --device cuda --dtype bfloat16
 
-Every trajectory samples ``--action`` tokens, four times, and reads ``--observation`` tokens after each of the first three. The
-other side is the same engine with one turn: as many prompt and observation tokens in its prompt, as many sampled after it.
-``plain`` is transformers' own ``generate``, turn by turn. Each contestant is a process of its own.
+Every trajectory samples ``--action`` tokens four times, and reads ``--observation`` tokens after each of the first three. The
+comparison is the same engine with a single turn: all prompt and observation tokens in its prompt, and as many sampled tokens.
+``plain`` is transformers' own ``generate``, turn by turn. Each contestant is a separate process.
 """
 
 import argparse
@@ -43,7 +43,7 @@ CONTESTANTS = ("single turn", f"{TURNS} turns", f"{TURNS} turns, plain")
 
 
 class Searching(Tags):
-    """Takes whatever was sampled for a search."""
+    """Parses any text as a search."""
 
     stop = ()
 
@@ -52,7 +52,7 @@ class Searching(Tags):
 
 
 class Endless:
-    """Finds a passage that is longer than any observation may be."""
+    """Retriever that finds a passage longer than the observation limit."""
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
         return [[Passage(id="p", title="", text="Gula Purdak is a film. " * 500)] for _ in queries]
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One contestant, in this process; the first round is for warming up."""
+    """Measure one contestant in this process; the first round warms up."""
     play, rates = prepared(arguments), []
     for number in range(arguments.rounds + 1):
         clock = time.perf_counter()
@@ -104,7 +104,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def prepared(arguments: argparse.Namespace) -> Callable[[], int]:
-    """What samples all trajectories of the contestant, and tells how many tokens it sampled."""
+    """A function that samples all trajectories of the contestant and returns the number of sampled tokens."""
     small = policies.load("small", PolicyConfig(model="small"))
     model = random_model(arguments.shape, arguments.device, getattr(torch, arguments.dtype)).eval()
     most = min(model.config.vocab_size, len(small.tokenizer)) - 10
@@ -147,7 +147,7 @@ def prepared(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """A row a contestant; shares are of the single turn's median."""
+    """One row per contestant; shares are of the single turn's median."""
     shown = Table(title="Sampled tokens a second")
     for column in ("", "median", "min-max", "of the single turn's"):
         shown.add_column(column, justify="left" if not column else "right")

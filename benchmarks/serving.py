@@ -1,10 +1,10 @@
-"""What serving costs over evaluating: the same questions through `search-e1 serve`, by OpenAI's client, and by `evaluate`.
+"""The overhead of serving over evaluating: the same questions to `search-e1 serve` by OpenAI's client, and to `evaluate`.
 
     python benchmarks/serving.py --json serving.json
 
-Both sides answer questions of the small world with the policy that comes with the package, greedily, each in a process of its
-own with the same threads, one after the other, as often as ``--repeats`` says. All questions are sent at once. On a machine
-that does other work too, the ratio of the processes' CPU seconds says more than that of the seconds.
+Both answer questions of the small world greedily with the package's policy, in separate processes with the same number of
+threads, one after the other, ``--repeats`` times. All questions are sent at once. On a busy machine, the ratio of CPU seconds
+is more reliable than that of seconds.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 WARM_UP = 8
-"""Questions that are asked before the clock runs."""
+"""Questions asked before the clock starts."""
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def make(directory: Path, questions: int) -> None:
-    """A bundle in ``directory / "agent"``, and ``questions.json`` beside it."""
+    """Write a bundle to ``directory / "agent"``, and ``questions.json`` beside it."""
     from search_e1.agent.bundle import Bundle
     from search_e1.config import PolicyConfig, load
     from search_e1.data.corpus import Corpus
@@ -88,7 +88,7 @@ def make(directory: Path, questions: int) -> None:
 
 
 def evaluated(directory: Path) -> dict[str, Any]:
-    """One side, in this process: seconds of ``evaluate``'s rollouts, answers, peak memory."""
+    """``evaluate``, in this process: seconds of its rollouts, answers, peak memory."""
     from search_e1.agent.bundle import Bundle, open_retriever
     from search_e1.config import EvaluationConfig, PolicyConfig
     from search_e1.evaluation import evaluate as evaluation
@@ -123,7 +123,7 @@ def by_evaluate(directory: Path) -> dict[str, Any]:
 
 
 def by_serve(directory: Path) -> dict[str, Any]:
-    """The other: seconds of all questions at once, answers, seconds of each, peak memory of the server."""
+    """``serve``: seconds of all questions at once, answers, seconds of each, peak memory of the server."""
     texts = [question["text"] for question in json.loads((directory / "questions.json").read_text())]
     with served(directory / "agent") as (url, pid):
         asyncio.run(ask(url, texts[:WARM_UP]))
@@ -166,7 +166,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def peak(pid: int) -> float:
-    """Most memory that a process has held, in MiB."""
+    """Peak memory of a process, in MiB."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 

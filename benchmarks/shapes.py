@@ -1,4 +1,4 @@
-"""Random models in the shapes of real ones, and samples of the lengths of real trajectories with random ids."""
+"""Random models in the shapes of real ones, and samples with random ids in the lengths of real trajectories."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from search_e1.types import Sample
 
 LENGTHS = Path(__file__).parent / "real_lengths.json"
 GROUP = 8
-_PRIVILEGED = 120  # tokens that a teacher's prompt has beside the reference
+_PRIVILEGED = 120  # tokens of a teacher's prompt besides the reference
 SMOLLM2 = dict(
     model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
     num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, rms_norm_eps=1e-5,
@@ -25,16 +25,16 @@ TINY = dict(
     num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=True,
 )  # fmt: skip
 ALL: dict[str, dict[str, Any]] = {"smollm2-135m": SMOLLM2, "tiny": TINY, **SHAPES}
-"""By name, arguments of ``AutoConfig.for_model``."""
+"""Name -> arguments of ``AutoConfig.for_model``."""
 
 
 def config_of(shape: str) -> Any:
-    """transformers' configuration; ids that would end a text are left out."""
+    """transformers' configuration, without ids that would end a text."""
     return AutoConfig.for_model(**ALL[shape], bos_token_id=None, eos_token_id=None)
 
 
 def random_model(shape: str, device: str, dtype: torch.dtype) -> Any:
-    """A causal language model, the same weights each time on one device."""
+    """A causal language model, with the same weights each time on one device."""
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config_of(shape), dtype=dtype)
@@ -43,8 +43,8 @@ def random_model(shape: str, device: str, dtype: torch.dtype) -> Any:
 def samples_of(
     count: int, vocabulary: int, *, scale: float = 1.0, longest: int | None = None, taught: bool = False
 ) -> list[Sample]:
-    """Every group has right and wrong ones. ``scale``: of all lengths; ``longest``: scaled so that the longest row has this
-    many tokens; ``taught``: a teacher reads the next trajectory before each."""
+    """``count`` samples in groups with right and wrong trajectories. ``scale``: factor of all lengths; ``longest``: scale so
+    that the longest row has this many tokens; ``taught``: add a teacher's prompt with a reference to each."""
     chooser = random.Random(0)
     lengths = json.loads(LENGTHS.read_text())["trajectories"]
     lengths = [lengths[i % len(lengths)] for i in range(count)]

@@ -1,4 +1,4 @@
-"""A run of one round in the small world, small enough to be repeated tens of times, in processes of their own."""
+"""A run of one round in the small world, small enough to repeat tens of times, in separate processes."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes are forked: there must be no threads before
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # no threads may exist before processes are forked
 
 from search_e1 import runs
 from search_e1.cli import main as cli
@@ -57,14 +57,14 @@ _WITH_TIMES = ("steps.jsonl", "evaluation.json", "timings.json", "manifest.json"
 
 
 def prepare(root: Path, retrieval: str = "", steps: int = 1) -> Path:
-    """The world and the config of a run in ``root / "run"``; returns the config's path."""
+    """Write the world and the config of a run in ``root / "run"``; returns the config's path."""
     write(make_world(), root / "world", train=12, dev=1, test=2, seed=0)
     (root / "config.toml").write_text(CONFIG.format(root=root, retrieval=retrieval, steps=steps))
     return root / "config.toml"
 
 
 def search_e1(*words: object, log: Path, before: Callable[[], None] = lambda: None) -> int:
-    """The command in a forked process, which has loaded all libraries already; its exit status. ``log`` gets what it says."""
+    """Run the command in a forked process, with libraries already loaded; returns its exit status. ``log`` gets its output."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -86,7 +86,7 @@ def search_e1(*words: object, log: Path, before: Callable[[], None] = lambda: No
 
 
 def contents(run: Path) -> dict[str, str]:
-    """Every file of every finished artifact that no clock decides about -> its checksum; all verified."""
+    """Every file of the finished artifacts that contains no times -> its checksum; all are verified."""
     found = {}
     for path in sorted(run.glob(f"*/{runs.MANIFEST}")):
         for name, checksum in runs.read(path.parent).manifest.files.items():

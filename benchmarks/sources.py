@@ -1,11 +1,11 @@
-"""Whether the marked passages are the right ones, and whether "not found in these documents" is true.
+"""Check whether the marked passages are the right ones, and whether "not found in these documents" is true.
 
     python benchmarks/sources.py questions/*.dev.jsonl.gz --corpus corpus.jsonl.gz --policy runs/x/grpo-1/policy
 
-A policy answers each question twice: over the whole corpus, and over the corpus without every passage that holds an answer to
-any of the questions. Questions are drawn from those that are not answered by yes or no and whose answers stand in 1 to 20
-passages, so that the second corpus lacks the answers and little else. "Not found" is what the agent says when the policy gave
-no answer, or one that nothing it read holds (docs/agent.md); "gold" passages are those of ``metadata.gold_passage_ids``.
+A policy answers each question twice: over the whole corpus, and over the corpus without the passages that hold an answer to any
+of the questions. Questions are drawn from those without yes/no answers whose answers are in 1 to 20 passages, so that the
+second corpus lacks the answers and little else. The agent says "not found" if the policy gave no answer, or one that no passage
+it read holds (docs/agent.md); "gold" passages are those of ``metadata.gold_passage_ids``.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def passages_that_hold(questions: Sequence[Question], passages: Iterable[Passage]) -> dict[str, set[str]]:
-    """Question id -> ids of the passages that hold one of its answers; none for yes/no questions."""
+    """Question id -> ids of the passages that hold one of its answers; empty for yes/no questions."""
     found: dict[str, set[str]] = {question.id: set() for question in questions}
     by_word: dict[str, list[tuple[str, str]]] = defaultdict(list)  # longest word -> padded patterns and their questions
     for question in questions:

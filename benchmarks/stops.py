@@ -1,11 +1,11 @@
-"""How long a stage takes to stop on SIGTERM, and what it keeps.
+"""The time that a stage takes to stop on SIGTERM, and what it keeps.
 
     python benchmarks/stops.py evaluate rollout grpo --config configs/quickstart.toml
     python benchmarks/stops.py evaluate --config FILE --delays 30 60 -- --policy.model DIR
 
-Each verb is started, sent SIGTERM after each of the delays (seconds of work, from the first file of its artifact on), and
-started again after each. A row tells how long it took to end, its exit status, and what lay on disk then: sampled ids of
-interrupted trajectories, whole trajectories, steps, and passes of the step at hand. What follows ``--`` goes to the command.
+Each verb is started, sent SIGTERM after each delay (seconds since the first file of its artifact), and started again. A row
+gives the time until it ended, its exit status, and what was on disk then: sampled ids of interrupted trajectories, complete
+trajectories, steps, and passes of the current step. Arguments after ``--`` go to the command.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from rich.table import Table
 
 STAGES = {"evaluate": "evaluation-base", "rollout": "pool-1", "grpo": "grpo-1"}
 _WAIT = 600.0
-"""Seconds that a stage may take to begin or to end."""
+"""Seconds that a stage may take to start or to end."""
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def stop(verb: str, config: Path, run: Path, more: list[str], delay: float, attempt: int) -> dict[str, Any]:
-    """Start the verb's stage for the ``attempt``-th time, send SIGTERM after ``delay`` seconds, and look at what is left."""
+    """Start the verb's stage for the ``attempt``-th time, send SIGTERM after ``delay`` seconds, and examine what is left."""
     command = [str(Path(sys.executable).parent / "search-e1"), verb, "--config", str(config), "--run", str(run), *more]
     if verb == "rollout":
         command += ["--policy", value_of(more, "--policy.model") or "small"]
@@ -91,7 +91,7 @@ def wait_for(process: subprocess.Popen, ready: Any) -> None:
 
 
 def kept(partial: Path) -> dict[str, int]:
-    """What the unfinished artifact holds."""
+    """Counts of what the unfinished artifact holds."""
     ids = whole = steps = passes = 0
     for path in (partial / ".work").glob("unfinished-*.json"):
         for row in json.loads(path.read_text())["rows"].values():

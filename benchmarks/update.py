@@ -1,16 +1,16 @@
-"""An update of GRPO, of a distillation or of a cold start, beside TRL's, on the same samples.
+"""An update of GRPO, distillation or a cold start, compared with TRL's on the same samples.
 
     python benchmarks/update.py                                # GRPO, SmolLM2-135M's shape, lengths of real trajectories
-    python benchmarks/update.py --shape small                  # the policy of the package
+    python benchmarks/update.py --shape small                  # the package's policy
     python benchmarks/update.py --shape qwen2.5-3b --weights lora --longest 4096 --device cuda --dtype bfloat16
 
-Weights are random, ids too; the lengths of prompts, actions and observations are those of trajectories of real questions
-(real_lengths.json). Each measurement is a process of its own, and the contestants take turns. Time is from samples in memory
-to the optimizer's step; memory is the peak beyond what the process held with model and samples in memory. On a GPU a step
-comes before those that are measured, in which kernels are compiled and the size of a pass is found.
+Weights and ids are random; the lengths of prompts, actions and observations are those of trajectories on real questions
+(real_lengths.json). Each measurement is a separate process, and the contestants alternate. Time runs from samples in memory to
+the optimizer's step; memory is the peak beyond the model and samples. On a GPU, a warm-up step comes first, which compiles
+kernels and finds the micro-batch size.
 
-TRL's GRPO is its trainer. TRL's distillation is its chunked loss in plain passes over padded rows: its trainer samples for
-itself, and has no privileged prompt.
+TRL's GRPO is its trainer. TRL's distillation is its chunked loss in plain passes over padded rows, since its trainer samples by
+itself and has no privileged prompt.
 """
 
 import argparse
@@ -91,13 +91,13 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-# One contestant, in this process.
+# One contestant, run in this process.
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     keep_freed_memory()
     model = model_of(arguments)
-    scale = 0.25 if arguments.shape == "small" else 1.0  # its context is 2,048 tokens, its texts are short
+    scale = 0.25 if arguments.shape == "small" else 1.0  # its context is 2,048 tokens and its texts are short
     samples = samples_of(
         arguments.trajectories, model.config.vocab_size, scale=scale, longest=arguments.longest,
         taught=arguments.objective == "distill",
@@ -112,12 +112,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read(sample: Sample) -> int:
-    """Tokens of the student's row."""
+    """Number of tokens in the student's row."""
     return len(sample.prompt_ids) + len(sample.response_ids)
 
 
 def model_of(arguments: argparse.Namespace) -> Any:
-    """Frozen weights are in the type of the products, those that are trained in float32."""
+    """The model: frozen weights in the compute dtype, trained weights in float32."""
     if arguments.shape == "small":
         torch.manual_seed(0)
         return policies.load("small", PolicyConfig(model="small", device=arguments.device)).model
@@ -126,7 +126,7 @@ def model_of(arguments: argparse.Namespace) -> Any:
 
 
 def flops_of(arguments: argparse.Namespace, model: Any, samples: Sequence[Sample]) -> float:
-    """Operations that an update needs, whoever makes it: nothing is counted twice for being computed again."""
+    """Operations that an update needs in any implementation; recomputation is not counted."""
     shape = shape_of(model.config)
     lora = LoraConfig() if arguments.weights == "lora" else None
     job = Job(lora, TrainingConfig(gradient_checkpointing=False), has_teacher=False, has_copy=False)
@@ -170,7 +170,7 @@ def ours(arguments: argparse.Namespace, model: Any, samples: list[Sample], out: 
 
 
 class Clock:
-    """Seconds, CPU seconds and peak memory of the steps behind the first, which on a GPU is for warming up."""
+    """Seconds, CPU seconds and peak memory of the measured steps; on a GPU, the first step is a warm-up and excluded."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.device, self.steps = arguments.device, arguments.steps
@@ -189,7 +189,7 @@ class Clock:
 
 
 class HeadClock:
-    """An objective whose losses are timed: the head's products, forward and backward, are all in there."""
+    """An objective with a timed loss, which contains all products of the output head, forward and backward."""
 
     def __init__(self, device: str, objective: Any) -> None:
         self._objective, self._device, self._spans, self._step = objective, device, [], 0
@@ -227,7 +227,7 @@ def trl_grpo(arguments: argparse.Namespace, model: Any, samples: list[Sample], o
     from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    tokenizer = policies.load_reader("small", PolicyConfig(model="small")).tokenizer  # asked for; nothing is encoded
+    tokenizer = policies.load_reader("small", PolicyConfig(model="small")).tokenizer  # required by TRL; nothing is encoded
     clock, asked, found = Clock(arguments), iter(range(10**6)), {}
 
     def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def trl_grpo(arguments: argparse.Namespace, model: Any, samples: list[Sample], o
         gradient_checkpointing=arguments.checkpointing, report_to="none", save_strategy="no", disable_tqdm=True,
         logging_steps=1, lr_scheduler_type="constant", temperature=1.0,
     )  # fmt: skip
-    ranks = LoraConfig()  # as `with_adapter` makes them
+    ranks = LoraConfig()  # the same as in `with_adapter`
     adapter = AdapterConfig(r=ranks.rank, lora_alpha=ranks.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -291,7 +291,7 @@ def trl_distill(arguments: argparse.Namespace, model: Any, samples: list[Sample]
     clock, half = Clock(arguments), arguments.dtype == "bfloat16"
 
     def states(of: Any, part: Sequence[Sample], prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """[1, responses' tokens, width] of padded rows."""
+        """Hidden states of padded rows at the response tokens: [1, response tokens, hidden size]."""
         rows = [[*prompt, *s.response_ids] for prompt, s in zip(prompts, part, strict=True)]
         width = max(map(len, rows))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=arguments.device)

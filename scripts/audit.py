@@ -1,9 +1,9 @@
-"""Look up the installed packages in PyPI's advisories, with pip-audit, and say what was found.
+"""Check the installed packages against PyPI's advisories with pip-audit.
 
     python scripts/audit.py
 
-Exit status 1 if there is a fix for what was found: take it. What has no fix is told, and so is what could not be looked up
-(no network, a mirror without advisories, a package of our own); neither fails.
+Exit status 1 if an advisory has a fix: upgrade to it. Advisories without a fix, and packages that could not be looked up (no
+network, a mirror without advisories, an unpublished package), are printed but do not fail.
 """
 
 import json
@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def judged(packages: Sequence[Mapping[str, Any]]) -> tuple[list[str], int]:
-    """What to say of pip-audit's ``dependencies``, and the exit status."""
+    """The lines to print about pip-audit's ``dependencies``, and the exit status."""
     audited = [package for package in packages if "vulns" in package]
     lines, status = [], 0
     for package in audited:

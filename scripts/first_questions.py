@@ -1,4 +1,4 @@
-"""The first questions of a file, a line each: what `make try` asks.
+"""Print the first questions of a file, one per line, for `make try`.
 
 python scripts/first_questions.py 3 questions.jsonl
 """

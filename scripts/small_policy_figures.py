@@ -1,4 +1,4 @@
-"""What the small policy can do in the small world, measured on questions over dev entities.
+"""Measure the small policy in the small world, on questions about dev entities.
 
 python scripts/small_policy_figures.py src/search_e1/data/small_policy --questions 300
 """
@@ -27,11 +27,11 @@ from search_e1.types import ActionKind, Question, Trajectory, Turn
 ROLLOUT = RolloutConfig(
     max_searches=5, topk=2, max_action_tokens=48, max_observation_tokens=128, max_tokens=1024, batch_size=128
 )
-GROUP = 4  # sampled trajectories a question
+GROUP = 4  # sampled trajectories per question
 
 
 def figures(policy: Policy, questions: int, index: Path, seed: int = 0) -> dict[str, Any]:
-    """Plain prompt greedy and sampled; then the lead of the privileged prompt, with references mined as a run mines them."""
+    """Figures of the plain prompt, greedy and sampled, and the lead of the privileged prompt, with references as in a run."""
     torch.manual_seed(seed)
     world = make_world()
     asked = world.questions("dev", questions)
@@ -65,7 +65,7 @@ def _leads(
     groups: Sequence[Sequence[Trajectory]],
     rng: random.Random,
 ) -> dict[str, Any]:
-    """EM under both prompts from the question on, from the middle of a wrong sibling, and with complete evidence."""
+    """EM under both prompts, starting from the question, from the middle of a wrong sibling, and with complete evidence."""
     begins: dict[str, list[tuple[Question, str, Sequence[Turn]]]] = defaultdict(list)
     for question, group in zip(asked, groups, strict=True):
         right = [t for t in group if t.correct]
@@ -101,7 +101,7 @@ def _leads(
 
 
 def _complete(question: Question, trajectory: Trajectory) -> Sequence[Turn] | None:
-    """The turns up to and with the one whose passages completed the gold chain's evidence; None if none did."""
+    """The turns up to and including the one whose passages complete the gold chain's evidence; None if none does."""
     needed = set(question.metadata["entities"][:-1])
     for n, turn in enumerate(trajectory.turns, 1):
         needed -= set(turn.passage_ids)

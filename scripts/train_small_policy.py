@@ -1,8 +1,8 @@
-"""Make the small policy from nothing: tokenizer, random weights, demonstrations in practice worlds, training, figures.
+"""Make the small policy from scratch: tokenizer, random weights, demonstrations in practice worlds, training, figures.
 
     python scripts/train_small_policy.py --out src/search_e1/data/small_policy
 
-It is trained in worlds that share no entity and no name with the world of ``search-e1 world``, on which it is measured.
+It is trained in worlds that share no entity and no name with the world of ``search-e1 world``, where it is measured.
 """
 
 import argparse
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-# A protocol tag, "Title:" and its bracket, a word or a sign is one piece, each with the space before it.
+# Each protocol tag, "Title:" with its bracket, word or sign is one piece, together with the space before it.
 _PIECE = r" ?</?(?:think|search|information|answer)>|\(Title:|'s\b| ?\w+|\n+| ?[^\w\s]+?|\s"
 _TAGS = [
     f"{space}<{slash}{tag}>"
@@ -52,14 +52,14 @@ _TAGS = [
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A token for each piece that occurs in ``texts``, and for each byte, so that any text can be encoded and decoded."""
+    """A tokenizer with one token per piece in ``texts`` and per byte, so that any text can be encoded and decoded."""
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = {piece for text in texts for piece in re.findall(_PIECE, text)} | set(_TAGS)
     pieces |= {f" {half}" for halves in name_halves() for half in halves}
     words = sorted({to_bytes.pre_tokenize_str(piece)[0][0] for piece in pieces} - set(alphabet))
     vocabulary = {token: i for i, token in enumerate([*alphabet, *words])}
-    # Without merges a piece is either a token of its own or bytes.
+    # Without merges, a piece is either a single token or bytes.
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_PIECE), "isolated"), to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
@@ -72,7 +72,7 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def vocabulary_texts(world: World, prompts: Prompts) -> Iterator[str]:
-    """Texts in which every word occurs that a prompt, an observation or a demonstration is made of."""
+    """Texts that contain every word of prompts, observations and demonstrations."""
     yield prompts.privileged
     yield prompts.correction
     yield f" {PHRASES}"
@@ -83,7 +83,7 @@ def vocabulary_texts(world: World, prompts: Prompts) -> Iterator[str]:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, hidden: int) -> Lfm2ForCausalLM:
-    """Random weights: LFM2's convolutions let so small a model learn to copy names that it has never seen."""
+    """A model with random weights. LFM2's convolutions let such a small model learn to copy names that it has never seen."""
     config = Lfm2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -103,7 +103,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, hidden: int) -> Lfm2ForCausa
 
 
 def make_policy(arguments: argparse.Namespace, directory: Path) -> Policy:
-    """Tokenizer, random model, and its training in practice worlds, whose indexes go into ``directory``."""
+    """Make the tokenizer and a random model, and train it in practice worlds, whose indexes go into ``directory``."""
     torch.manual_seed(arguments.seed)
     worlds = [make_world(seed, practice=True) for seed in range(1, arguments.worlds + 1)]
     tokenizer = build_tokenizer(vocabulary_texts(worlds[0], PROMPTS))
@@ -117,8 +117,8 @@ def make_policy(arguments: argparse.Namespace, directory: Path) -> Policy:
         if done % 50 == 0:
             print(f"step {done}/{total}  {figure}  {time.perf_counter() - started:.0f} s", flush=True)
 
-    # First to read, search and follow examples; then the bad habits, which are quickly learned and quickly unlearned; the last
-    # to fill its thoughts with words.
+    # Phases: reading, searching and following examples; then bad habits, which are quickly learned and unlearned; then padding
+    # thoughts with words.
     for steps, drills, slips, off_track, rate, seed in (
         (arguments.steps, arguments.drills, Slips(), 0.6, arguments.learning_rate, arguments.seed),
         (arguments.habit_steps, 0, HABITS, 0.75, arguments.learning_rate * 0.4, arguments.seed),

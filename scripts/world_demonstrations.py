@@ -1,12 +1,12 @@
-"""Demonstrations of searching in the small world: sloppy ones under the plain prompt, efficient ones beside a reference.
+"""Demonstrations of searching in the small world: sloppy ones under the plain prompt, efficient ones with a reference.
 
-A policy trained on them is to the small world what an instruct model is to the real one: it knows the protocol, wastes searches
-and words, is often wrong, and follows an example in its prompt, even from a bad start.
+A policy trained on them resembles an instruct model in the real world: it knows the protocol, wastes searches and words, is
+often wrong, and follows an example in its prompt, even from a bad start.
 
     python scripts/world_demonstrations.py runs/laboratory-world
 
-writes the efficient trajectories of that world's training questions into its ``demonstrations.jsonl``, for
-``pairs.references_by = "gold"``; of the hard world's too.
+Writes the efficient trajectories of that world's training questions into its ``demonstrations.jsonl``, for
+``pairs.references_by = "gold"``. It also works for the hard world.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from search_e1.text.prompts import observation, plain_prompt, privileged_prompt
 from search_e1.training.policy import Reader, load_reader
 from search_e1.types import Question, Sample
 
-_SLIP = "|"  # prefix of a word whose choice is a slip; the words that follow from it are not marked
+_SLIP = "|"  # prefix of a word whose choice is a slip; words that follow from it are not marked
 
 _TOPK, _MAX_OBSERVATION_TOKENS = 2, 128
 _MAX_SEARCHES = 5  # bounds the detours: a demonstration never needs more
@@ -42,7 +42,7 @@ _FILLERS = (
 )
 
 PHRASES = " ".join([*_FILLERS, "found need done search again for maybe of is useful I give up unknown : ."])
-"""Every word of a thought that is not a name or relation of the world, for a tokenizer's vocabulary."""
+"""Every word of a thought except names and relations of the world, for the tokenizer's vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,36 +54,36 @@ class Slips:
     duplicate: float = 0.12
     """Probability, at each turn, of repeating the last search."""
     recheck: float = 0.3
-    """Probability, at each turn, of another search although the evidence is complete."""
+    """Probability, at each turn, of another search even though the evidence is complete."""
     early: tuple[float, float, float] = (0.2, 0.2, 0.2)
-    """Share of trajectories of two, three and four hops that answer with an entity on the way."""
+    """Shares of trajectories of two, three and four hops that answer with an intermediate entity."""
     one_short: bool = False
-    """These stop exactly one fact short, rather than anywhere."""
+    """Early answers stop exactly one fact short, rather than anywhere."""
     give_up: float = 0.08
     """Share of trajectories that answer with ``unknown``."""
     wrong: float = 0.18
     """Share of trajectories that at some point take the value of another relation."""
     confused: float = 0.0
-    """Share of the remaining trajectories that mistake the last relation, if it is one of ``CONFUSED``, for another."""
+    """Share of the remaining trajectories that confuse the last relation, if it is in ``CONFUSED``, with another."""
     verbose: float = 0.5
     """Share of trajectories that pad their thoughts."""
     favourite: float = 0.0
-    """Share of the padding that is always the same sentence; the rest is drawn."""
+    """Share of the padding that is always the same sentence; the rest is random."""
     misread: float = 0.0
-    """Probability, at each turn of a bad start, of continuing with a name that occurs in no passage."""
+    """Probability, at each turn of a bad start, of continuing with a name that is in no passage."""
     stray: int = 3
-    """Most turns of a bad start."""
+    """Maximum turns of a bad start."""
 
     def correct(self) -> "Slips":
-        """The same inefficiency, without the slips that cost the answer."""
+        """The same inefficiency, without the slips that lead to a wrong answer."""
         return replace(self, early=(0.0, 0.0, 0.0), give_up=0.0, wrong=0.0, confused=0.0)
 
 
 CLEAN = Slips(irrelevant=0, duplicate=0, recheck=0, early=(0, 0, 0), give_up=0, wrong=0, verbose=0)
 HABITS = Slips(early=(0.15, 0.65, 0.7), one_short=True, wrong=0.05, confused=0.7, misread=0.35, stray=4)
-"""Some slips are more likely than the right action, so that the greedy trajectory is wrong too."""
+"""Some slips are more likely than the right action, so that greedy trajectories are wrong too."""
 WORDY = replace(HABITS, verbose=0.9, favourite=0.85)
-"""Padded thoughts too are more likely than plain ones. They cost only tokens: a reward for the answer does not see them."""
+"""Padded thoughts are more likely than plain ones. They cost only tokens: a reward for the answer ignores them."""
 CONFUSED = {
     "employer": "birthplace",
     "studio": "director",
@@ -111,8 +111,8 @@ class DemonstrationWriter:
     def privileged(self, rng: random.Random, question: Question, slips: Slips, *, off_track: float) -> Sample:
         """An efficient trajectory under the privileged prompt.
 
-        With probability ``off_track`` it continues a sloppy beginning. Slips of that are not imitated, but the words that
-        follow from them are: a teacher that meets a strange phrase should complete it and then do the right thing.
+        With probability ``off_track`` it continues a sloppy beginning. Slips in that are not imitated, but the words that
+        follow from them are: a teacher that sees a strange phrase should complete it and then act correctly.
         """
         reference = Walk(self, question, rng)
         reference.go(slips.correct() if rng.random() < 0.5 else CLEAN)
@@ -127,7 +127,7 @@ class DemonstrationWriter:
         return walk.sample(prompt, imitate_slips=False)
 
     def clean_text(self, question: Question) -> str:
-        """The text of the efficient trajectory: one search a hop, then the answer."""
+        """The text of the efficient trajectory: one search per hop, then the answer."""
         walk = Walk(self, question, random.Random(0))
         walk.go(CLEAN)
         return "".join(walk.text)
@@ -151,7 +151,7 @@ class DemonstrationWriter:
 
 
 class Walk:
-    """A trajectory under construction, and what it knows so far."""
+    """A trajectory under construction, and the facts found so far."""
 
     def __init__(self, writer: DemonstrationWriter, question: Question, rng: random.Random) -> None:
         self.writer, self.rng, self.question = writer, rng, question
@@ -170,12 +170,12 @@ class Walk:
 
     @property
     def progress(self) -> int:
-        """How many of the chain's facts, from the first on, the retrieved passages state."""
+        """Number of the chain's facts, from the first on, that the retrieved passages state."""
         return next((h for h in range(self.hops) if self.chain[h].id not in self.seen), self.hops)
 
     @property
     def searches_spent(self) -> bool:
-        """Whether the searches that remain are all needed."""
+        """Whether all remaining searches are needed."""
         return len(self.queries) + self.hops - self.progress >= _MAX_SEARCHES
 
     def sample(self, prompt_ids: tuple[int, ...], *, imitate_slips: bool) -> Sample:
@@ -185,12 +185,12 @@ class Walk:
         )
 
     def go(self, slips: Slips) -> None:
-        """Take turns up to the answer, or to the end of a plan that makes it wrong."""
+        """Take turns up to the answer, or to the end of a plan that makes the answer wrong."""
         self._draw_padding(slips)
         plan, turn = self._plan(slips)
         while not self.answered:
             at = self.progress
-            mistaken = plan == "confused" and at == turn  # confident: nothing is checked first
+            mistaken = plan == "confused" and at == turn  # confident: does not check first
             if not mistaken and self._detour(slips):
                 continue
             if plan == "give_up" and at >= turn:
@@ -229,7 +229,7 @@ class Walk:
             self._search([*thought, "need", relation, "of", name], relation, name)
 
     def _detour(self, slips: Slips) -> bool:
-        """Perhaps a useless search; returns whether one was made."""
+        """Make a useless search with some probability; returns whether one was made."""
         if self.searches_spent:
             return False
         again = slips.recheck if self.progress == self.hops else slips.duplicate
@@ -245,7 +245,7 @@ class Walk:
         return True
 
     def irrelevant(self) -> tuple[str, str]:
-        """A query about something that was read about and is not on the chain, or about nothing in particular."""
+        """A query about an entity that was read about and is not on the chain, or about nothing in particular."""
         names = {e.name for e in self.chain}
         met = [self.entities[id] for id in sorted(self.seen)]
         others = [self.entities[value] for e in met for value in e.facts.values()]
@@ -257,7 +257,7 @@ class Walk:
         return self.rng.choice(list(entity.facts)), entity.name
 
     def _take_wrong(self) -> None:
-        """Go wrong at the last known fact: answer with, or search on from, another value, and then answer."""
+        """Go wrong at the last known fact: answer with another value, or search on from it and then answer."""
         if self.progress < self.hops:
             entity = self._search_wrong()
             relation = self.rng.choice(list(entity.facts))
@@ -267,7 +267,7 @@ class Walk:
         self._answer_with(entity, relation)
 
     def _misread(self, slips: Slips) -> bool:
-        """Perhaps a search that continues from a wrongly copied name; returns whether one was made."""
+        """With some probability, search on from a wrongly copied name; returns whether it did."""
         at, rng = self.progress, self.rng
         if not at or self.searches_spent or rng.random() >= slips.misread:
             return False
@@ -304,7 +304,7 @@ class Walk:
         return self.rng.choice([r for r in entity.facts if r != relation] or list(entity.facts))
 
     def _plan(self, slips: Slips) -> tuple[str, int]:
-        """What makes the answer wrong, if anything does, and after how many facts."""
+        """The plan that makes the answer wrong ("" for none), and the number of facts after which it applies."""
         rng, hops = self.rng, self.hops
         draw = rng.random()
         early = slips.early[max(0, min(hops, 4) - 2)]
@@ -361,9 +361,9 @@ class Walk:
 
 
 def write_gold(path: Path, world: World, questions: Sequence[Question], reader: Reader) -> None:
-    """Write the efficient trajectory of each question, a line of ``id`` and ``text`` each, as ``pairs.gold`` reads them.
+    """Write the efficient trajectory of each question, one line of ``id`` and ``text`` each, in the format of ``pairs.gold``.
 
-    Prompts and tokenizer are those of ``reader``; the observations are those of BM25 over the world's passages.
+    Prompts and tokenizer come from ``reader``; observations from BM25 over the world's passages.
     """
     with TemporaryDirectory() as directory:
         index = Bm25Index.build(world.passages, Path(directory) / "index")
@@ -382,9 +382,10 @@ def batches(
     privileged: float = 0.5,
     off_track: float = 0.6,
 ) -> Iterator[list[Sample]]:
-    """Endless batches: ``drills`` of clean one-hop trajectories (twice as many, since they are short), then the mixture.
+    """Endless batches: first ``drills`` batches of clean one-hop trajectories (twice the size, since they are short), then the
+    mixture.
 
-    ``privileged`` is the share of demonstrations beside a reference, ``off_track`` the share of these that begin badly.
+    ``privileged``: share of demonstrations with a reference; ``off_track``: share of these that begin badly.
     """
     rng = random.Random(seed)
     pools = [(w, [q for s in SPLITS for q in w.world.questions(s, 1500, seed)]) for w in writers]
