@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--trajectories", type=int, default=16, help="a step, each under both prompts")
+    parser.add_argument("--trajectories", type=int, default=16, help="trajectories per step, each under both prompts")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -51,7 +51,7 @@ ASKED = 1.05
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--batch-size", type=int, default=8, help="pairs a step")
+    parser.add_argument("--batch-size", type=int, default=8, help="pairs per step")
     parser.add_argument("--steps", type=int, default=8, help="steps of one repeat")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write the rows here as well")

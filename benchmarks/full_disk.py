@@ -34,7 +34,7 @@ ROOM = 2**20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--levels", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of the levels")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the levels")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     arguments = parser.parse_args()
     if os.geteuid():  # mounting is allowed as root of a separate namespace

@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--again", nargs="+", choices=PARTS, default=[], help="forget what the file has of these")
     parser.add_argument("--tiny", action="store_true", help="small sizes on the CPU")
-    parser.add_argument("--minutes", type=float, default=20, help="after which no job begins")
+    parser.add_argument("--minutes", type=float, default=20, help="time limit for starting jobs")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"))
     arguments = parser.parse_args()
     sizes = TINY if arguments.tiny else Sizes()

@@ -31,7 +31,7 @@ _MARKS = "<!-- gpu: {name} -->", "<!-- /gpu: {name} -->"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("report", type=Path, nargs="?", help="gpu.py's file; without it nothing counts as measured")
+    parser.add_argument("report", type=Path, nargs="?", help="gpu.py's file; without it, nothing is measured")
     parser.add_argument("--docs", type=Path, help="fill the tables of this file")
     parser.add_argument("--constants", type=Path, help="write the planner's constants here")
     arguments = parser.parse_args()

@@ -100,7 +100,7 @@ class Kill:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0, help="of the times")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     parser.add_argument("--keep", type=Path, help="leave the runs in this new directory")
     arguments = parser.parse_args()

@@ -36,7 +36,7 @@ STAGES = ("grpo-1", "pool-1")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each outage")
+    parser.add_argument("--seconds", type=float, default=60.0, help="length of each outage")
     parser.add_argument("--json", type=Path, help="write the result here as well")
     arguments = parser.parse_args()
     with TemporaryDirectory() as scratch:

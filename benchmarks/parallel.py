@@ -32,9 +32,9 @@ KINDS = {"one": (1, 1), "strong": (2, 1), "weak": (2, 2)}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.toml"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/parallel-benchmark"), help="made anew")
-    parser.add_argument("--questions", type=int, default=60, help="of pool and evaluation, with one process")
-    parser.add_argument("--steps", type=int, default=4, help="of GRPO")
+    parser.add_argument("--runs", type=Path, default=Path("runs/parallel-benchmark"), help="directory of the runs, recreated")
+    parser.add_argument("--questions", type=int, default=60, help="questions of pool and evaluation with one process")
+    parser.add_argument("--steps", type=int, default=4, help="GRPO steps")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     arguments, overrides = parser.parse_known_args()

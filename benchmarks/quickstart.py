@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.toml"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path, default=Path("runs/quickstart-seeds"), help="one run directory a seed")
+    parser.add_argument("--runs", type=Path, default=Path("runs/quickstart-seeds"), help="directory with one run per seed")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     arguments, overrides = parser.parse_known_args()
     keep_freed_memory()  # as the command line does

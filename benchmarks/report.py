@@ -33,8 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a run directory")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--questions", type=int, default=1_000, help="of the made run; five policies answer each")
-    parser.add_argument("--words", type=int, default=100, help="a passage of the made run")
+    parser.add_argument("--questions", type=int, default=1_000, help="questions of the generated run, under five policies")
+    parser.add_argument("--words", type=int, default=100, help="words per passage of the generated run")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     arguments = parser.parse_args()
     if chromium.MISSING:

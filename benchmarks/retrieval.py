@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--questions", nargs="+", required=True)
     parser.add_argument("--encoder", help="directory or Hub id of an encoder")
     parser.add_argument("--passages", default="1000000", help="size of the large corpus and of the large dense index")
-    parser.add_argument("--work", type=Path, default=Path("runs/retrieval"), help="where indexes go")
+    parser.add_argument("--work", type=Path, default=Path("runs/retrieval"), help="directory for the indexes")
     parser.add_argument("--json", type=Path, help="directory for the rows")
     arguments = parser.parse_args()
     bm25, dense, questions = arguments.work / "bm25", arguments.work / "dense", ["--questions", *arguments.questions]

@@ -82,7 +82,7 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=64)
-    parser.add_argument("--group", type=int, default=8, help="trajectories a question")
+    parser.add_argument("--group", type=int, default=8, help="trajectories per question")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--temperature", type=float, default=1.0)
