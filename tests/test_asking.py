@@ -7,7 +7,9 @@ import pytest
 
 from conftest import TinyRetriever, make_tiny_policy
 from search_e1.agent import agent
+from search_e1.agent.answer import Source
 from search_e1.cli import asking, main
+from search_e1.cli.display.answers import origin
 from search_e1.errors import RetrievalError
 from search_e1.retrieval import indexes
 from search_e1.rollout.engines.base import BatchEngine, Generation
@@ -75,9 +77,9 @@ def test_a_session_goes_on(monkeypatch, capsys, spoken) -> None:
     assert status == 0
     said = [line for line in out.splitlines() if line and "neither" not in line and line != "no"]
     assert said == [
-        "not found in these documents", "a guess that no passage read holds: one",
+        "not found in these documents", "a guess, in none of the passages read: one",
         "no answer (malformed): not found in these documents",
-        "not found in these documents", "a guess that no passage read holds: three",
+        "not found in these documents", "a guess, in none of the passages read: three",
     ]  # fmt: skip
 
 
@@ -88,7 +90,7 @@ def test_a_question_that_fails_does_not_end_a_session(monkeypatch, capsys, spoke
     monkeypatch.setattr(TinyRetriever, "search", broken)
     spoken.script = ["<search>a</search>", "<answer>two</answer>"]
     status, out, err = verb(monkeypatch, capsys, "chat", *BASE, stdin="a?\nb?\n")
-    assert (status, out.splitlines()[-1]) == (0, "a guess that no passage read holds: two")
+    assert (status, out.splitlines()[-1]) == (0, "a guess, in none of the passages read: two")
     assert err.strip() == "search-e1: http://x: no passages after 4 attempts"
 
 
@@ -99,7 +101,7 @@ def test_an_endpoint_is_asked(monkeypatch, capsys) -> None:
         status, out, _ = verb(monkeypatch, capsys, "ask", "Who?", *options, terminal=True)
     assert status == 0
     assert "search  bel city" in out
-    assert out.splitlines()[-2:] == ["a guess that no passage read holds: Cor Dun", "  1 passage read"]
+    assert out.splitlines()[-2:] == ["a guess, in none of the passages read: Cor Dun", "  1 passage read"]
 
 
 @pytest.mark.parametrize(
@@ -115,3 +117,13 @@ def test_what_is_missing_is_said(monkeypatch, capsys, words, message: str) -> No
     assert status == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_heading_that_the_title_holds_is_not_said_twice() -> None:
+    told = {"file": "os.html", "heading": "OS > arch()", "page": 3}
+    for title, shown in (
+        ("Node > OS > arch()", "Node > OS > arch(), os.html, page 3"),
+        ("Node", "Node, os.html, OS > arch(), page 3"),
+    ):
+        passage = Passage(id="p", title=title, text="x64", metadata=told)
+        assert origin(Source(passage=passage, query="arch", turn=0, holds=True)) == shown

@@ -73,6 +73,29 @@ def test_no_row_of_no_table_is_cut_at_the_largest_figures():
     assert max(map(len, out.splitlines())) <= 80
 
 
+def test_a_narrow_terminal_loses_no_column():
+    table = display.plain_table("Title", "policy", "\u6f22\u5b57", "first", "second", "third")
+    table.add_row("grpo-1", *("0.97 [0.94, 0.98]",) * 3, "last")
+    wide, stream = printed(table), StringIO()
+    Console(file=stream, width=60, color_system=None).print(table)
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) == 60
+    assert "".join(wide.split()) == "".join(stream.getvalue().split())
+    assert lines[-1] == "  last"
+
+
+def test_a_stage_refused_at_once_shows_no_bar():
+    shown = {}
+    for name, done in (("refused", 0), ("failed", 1)):
+        stream = StringIO()
+        stage = display.watch(Console(file=stream, width=80), 1)(name)
+        stage.__enter__()(done, 2)
+        assert not stage.__exit__(RuntimeError, RuntimeError(), None)
+        shown[name] = stream.getvalue().strip()
+    assert shown["refused"] == ""
+    assert shown["failed"].startswith("failed  ")
+
+
 def test_a_notebook_shows_the_summary_as_a_table():
     made = summary(BENCHMARKS, 6, 0)
     evil = made.policies[0].model_copy(update={"stage": "<script>x"})

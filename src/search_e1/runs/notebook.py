@@ -73,6 +73,6 @@ class _Line:
         known = f' max="{self.total}" value="{self.total if self.ended else self.done:g}"' if self.total else ""
         known = ' max="1" value="1"' if self.ended and not self.total else known
         return (
-            f'<div style="white-space:pre;font-family:monospace">{escape(self.label):<19} '
+            f'<div style="white-space:pre;font-family:monospace">{escape(self.label):<20} '
             f'<progress{known} style="width:8em"></progress> {escape(self.text)}</div>'
         )

@@ -1,13 +1,15 @@
 """Terminal output: progress, tables, turns."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
+from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from search_e1.selfdistill.lead import Lead
 
 
+_TABLE_WIDTH = 80  # columns that every table fits
+
+
 def watch(console: Console, rounds: int) -> Callable[[str], AbstractContextManager[Progress]]:
     """A progress bar per stage: name, round, progress, elapsed and remaining time, and the figure to watch.
 
@@ -33,7 +38,11 @@ def watch(console: Console, rounds: int) -> Callable[[str], AbstractContextManag
     def stage(name: str) -> Iterator[Progress]:
         bar = _Bar(console, printable(stage_label(name, rounds)))
         with bar.bars:
-            yield bar
+            try:
+                yield bar
+            except BaseException:
+                bar.hide_unless_begun()
+                raise
             bar.end()
 
     return stage
@@ -45,7 +54,7 @@ class _Bar:
     def __init__(self, console: Console, label: str) -> None:
         self._pace = Pace()
         self.bars = Bars(
-            TextColumn("{task.description:<19}", markup=False),
+            TextColumn("{task.description:<20}", markup=False),
             BarColumn(bar_width=6),
             TextColumn("{task.fields[count]:>9}", markup=False),
             TextColumn("{task.fields[pace]!s:>11}", markup=False),
@@ -63,15 +72,35 @@ class _Bar:
 
     within = __call__
 
+    def hide_unless_begun(self) -> None:
+        """A stage that was refused at once has no progress to show."""
+        self.bars.update(self._task, visible=bool(self.bars.tasks[self._task].completed))
+
     def end(self) -> None:
         done = self.bars.tasks[self._task].completed or 1
         self.bars.update(self._task, completed=done, total=done, pace=str(self._pace).partition("<")[0])
 
 
+class _Figures(Table):
+    """A table that loses no column on a terminal narrower than 80 columns: its lines then go on below."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        if width >= _TABLE_WIDTH:
+            yield from super().__rich_console__(console, options)
+            return
+        segments = cast("Iterable[Segment]", super().__rich_console__(console, options.update(width=_TABLE_WIDTH)))
+        for line in Segment.split_and_crop_lines(segments, _TABLE_WIDTH, pad=False, include_new_lines=False):
+            cells = cell_len("".join(segment.text for segment in line).rstrip())
+            for part in Segment.divide(line, [*range(width, cells, width), cells]):
+                yield from part
+                yield Segment.line()
+
+
 def plain_table(title: str | None, *headings: str, left: int = 1) -> Table:
     """A table without a frame, to fit 80 columns. The first ``left`` columns are text, which folds; the others are figures,
     which do not."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table = _Figures(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for number, heading in enumerate(headings):
         text = number < left
         table.add_column(heading, justify="left" if text else "right", overflow="fold", no_wrap=not text)
@@ -101,7 +130,7 @@ def _em_table(summary: "Summary") -> Table:
 def _cost_table(summary: "Summary") -> Table:
     hops = sorted({h for policy in summary.policies for h in policy.by_hops if h != "None"})
     figures = ("policy", *(f"{h}-hop" for h in hops), "searches", "tokens", "lead", "pairs", "s")
-    table = plain_table("Greedy EM by hops; searches, tokens a question; lead in sampled EM", *figures)
+    table = plain_table("Greedy EM by hops; searches, tokens per question; lead in sampled EM", *figures)
     for policy in summary.policies:
         kind, _, number = policy.stage.rpartition("-")
         round = summary.rounds.get(number) if kind == "ofsd" else None
@@ -152,7 +181,7 @@ def evaluation_table(evaluation: "Evaluation") -> Table:
 
 def recall_table(evaluation: "Evaluation") -> Table:
     """How often an answer is in the passages, and greedy EM over the questions whose answer is in the corpus."""
-    title = "An answer is in what was read, in the question's own top k, in the corpus"
+    title = "Answer in the passages read, in the top k for the question, in the corpus"
     table = plain_table(title, "questions", "read", "top k", "corpus", "greedy EM\nif in corpus", "95%")
     for name, row in (*evaluation.by_benchmark.items(), (_MICRO, evaluation)):
         recall = (share(row.read), share(row.in_topk, "unknown"), share(row.in_corpus, "unknown"))

@@ -19,7 +19,7 @@ def show_answer(console: Console, answer: Answer) -> None:
         console.print(Text(printable(answer.text), style="bold green"))
     else:
         console.print(Text(NOT_FOUND, style="red"))
-        console.print(Text(f"a guess that no passage read holds: {printable(answer.text)}", style="dim"))
+        console.print(Text(f"a guess, in none of the passages read: {printable(answer.text)}", style="dim"))
     holding = [source for source in answer.sources if source.holds]
     for number, source in enumerate(holding, 1):
         console.print(Text(f"  [{number}] {origin(source)}", style="bold"))
@@ -33,8 +33,9 @@ def show_answer(console: Console, answer: Answer) -> None:
 def origin(source: Source) -> str:
     """Title and metadata: name of the corpus among several, file, page, heading, link."""
     told = source.passage.metadata
+    title = source.passage.title or source.passage.id
     keys = ("corpus", "file", "heading", "url")
-    parts = [source.passage.title or source.passage.id, *(f"{told[key]}" for key in keys if key in told)]
+    parts = [title, *(text for key in keys if (text := str(told.get(key, ""))) and text not in title)]
     if "page" in told:
         parts.append(f"page {told['page']}")
     return printable(", ".join(parts))
