@@ -184,7 +184,7 @@ def test_a_judge_is_asked_once_for_each_answer(tmp_path):
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        (reply("It is correct, I think"), "the judge said 'It is correct, I think', where one word is needed"),
+        (reply("It is correct, I think"), "the judge said 'It is correct, I think' instead of correct or incorrect"),
         ((401, b'{"error": {"message": "bad key"}}'), r"401.*check rollout\.rewards\.judge\.url"),
         ((200, b"{}"), "not an answer of /v1/chat/completions"),
     ],

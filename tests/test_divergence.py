@@ -359,7 +359,7 @@ def test_without_a_gradient_the_value_is_the_same():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(teacher_hidden=torch.zeros(1, 3)), r"as many each, not \[2, 3\] and \[1, 3\]"),
+        (dict(teacher_hidden=torch.zeros(1, 3)), r"with equal positions, not \[2, 3\] and \[1, 3\]"),
         (dict(teacher_hidden=torch.zeros(2, 5)), r"the teacher's head is \[4, 3\].* of hidden states of width 5"),
         (dict(teacher_head=Head(torch.zeros(6, 3))), r"the teacher's head is \[6, 3\].* logits over 4 ids"),
         (dict(divergence="js", beta=1.0), r"beta = 1: must lie between 0 and 1"),

@@ -71,7 +71,7 @@ def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused(tiny_polic
         return output
 
     model.forward = shifted
-    with pytest.raises(ModelError, match="makes its logits in a way"):
+    with pytest.raises(ModelError, match="computes its logits in an unsupported way"):
         split_head(model)
 
 

@@ -163,7 +163,7 @@ def test_without_triton_plain_torch_is_used(monkeypatch, caplog):
     monkeypatch.delattr(kernels, "programs", raising=False)
     reason = why_not(caplog)
     assert reason.startswith("Triton cannot be imported (")
-    assert reason.endswith(f"install the version of it that torch {torch.__version__} asks for")
+    assert reason.endswith(f"install the version that torch {torch.__version__} requires")
     assert programs_name not in sys.modules
 
 
@@ -202,7 +202,7 @@ def without_kernel(function, *args, kernel, **options):
 @pytest.mark.parametrize(
     ("call", "what"),
     [
-        (lambda: fused_divergence(HIDDEN, HIDDEN, Head(WEIGHT), top_k=2, kernel=True), "do not know top_k; leave `kernel` out"),
+        (lambda: fused_divergence(HIDDEN, HIDDEN, Head(WEIGHT), top_k=2, kernel=True), "not support top_k; leave `kernel` out"),
         (lambda: fused_divergence(HIDDEN.double(), HIDDEN.double(), Head(WEIGHT.double()), kernel=True), "torch.float64"),
         (lambda: fused_token_loss(HIDDEN, torch.tensor([0, 1]), Head(WEIGHT.bfloat16()), kernel=True), "in torch.bfloat16"),
     ],

@@ -93,9 +93,9 @@ def test_a_truncated_gguf_file_is_refused(tmp_path: Path, size: int) -> None:
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
-    assert "tiny.gguf is no GGUF file (it does not begin with GGUF); download it again" in refused(damaged(tmp_path, None))
+    assert "tiny.gguf is not a GGUF file (it does not begin with GGUF); download it again" in refused(damaged(tmp_path, None))
     (tmp_path / "model.onnx").write_bytes(b"x")
-    assert "a file that is no .gguf" in refused(tmp_path / "model.onnx")
+    assert "not a .gguf file" in refused(tmp_path / "model.onnx")
     assert "no such directory or file" in refused("models/none.gguf")
 
 
@@ -193,7 +193,7 @@ def test_an_adapter_whose_base_is_not_there_is_refused(model: Path, tmp_path: Pa
     make_adapter(model, tmp_path / "adapter")
     shutil.rmtree(model)
     said = refused(tmp_path / "adapter")
-    assert f"names the base {str(model)!r}, which is not there or is no model; write its directory, GGUF file or Hub id" in said
+    assert f"names the base {str(model)!r}, which is missing or not a model; write its directory, GGUF file or Hub id" in said
     assert said == refused(tmp_path / "adapter", read)
 
 
@@ -307,4 +307,4 @@ def test_a_plan_reads_the_shape_of_a_gguf_file_and_of_an_adapters_base(model: Pa
         shape = shape_of(read_config(str(path)))
         assert (shape.parameters, shape.context_length, shape.layers) == (tiny_model().num_parameters(), 512, 2)
     shutil.rmtree(model)
-    assert "is not there or is no model" in refused(tmp_path / "adapter", lambda path: read_config(str(path)))
+    assert "is missing or not a model" in refused(tmp_path / "adapter", lambda path: read_config(str(path)))

@@ -159,9 +159,7 @@ def test_the_day_is_the_runs(tmp_path: Path, tiny_policy, monkeypatch, caplog) -
     assert given.prompts.date == date(2024, 1, 2)
     assert not caplog.messages
     assert load_reader(tmp_path / "base", config).prompts.date == date.today()
-    assert caplog.messages == [
-        f"{tmp_path / 'base'}: its chat template tells the date, today's here; prompts.date sets another"
-    ]
+    assert caplog.messages == [f"{tmp_path / 'base'}: its chat template contains the date; using today's, or set prompts.date"]
     (tmp_path / "run" / "day.json").write_text("{")
     with pytest.raises(RunError, match=r"day\.json: damaged; write"), opened(tmp_path / "run", {}):
         pass

@@ -239,7 +239,7 @@ def test_others_are_packed_by_a_mask_and_say_why(policy, may, why, monkeypatch, 
     assert pack(model, torch.float32) is may
     records = [record for record in caplog.records if record.name.startswith("search_e1")]
     said = [record.message for record in records]
-    assert said == ([f"packed rows are told apart by a mask, which is slower: {why}"] if may else [])
+    assert said == ([f"packed rows are separated by a mask, which is slower: {why}"] if may else [])
     tried = why == "attention with softcap"  # it could have been otherwise
     assert all(record.levelno == (logging.WARNING if tried else logging.INFO) for record in records)
     assert model.config._attn_implementation == before

@@ -118,7 +118,7 @@ def test_a_row_that_the_engine_gives_up_is_no_generation(taught) -> None:
     policy, directory = taught
     with engine(directory).running(policy.tokenizer) as generator:
         LLM.running[0].finish_reason = "abort"
-        with pytest.raises(ModelError, match=r"vLLM gave a row up \(abort\)"):
+        with pytest.raises(ModelError, match=r"vLLM aborted a row \(abort\)"):
             play(policy, generator)
 
 
@@ -130,7 +130,7 @@ def missing(_: str) -> str:
     ("installed", "settings", "device", "message"),
     [
         (None, {}, "cpu", r'vLLM is not installed; run `pip install "search-e1\[vllm\]"`'),
-        ("0.29.1", {}, "cpu", r"vLLM 0\.29\.1 is installed, and 0\.30\.\* needed"),
+        ("0.29.1", {}, "cpu", r"vLLM 0\.29\.1 is installed, but 0\.30\.\* is needed"),
         ("0.30.2", {}, "cuda", "this vLLM runs on cuda, and policy.device is cpu"),
         ("0.30.2", {"dtype": "half"}, "cpu", r"vllm\.engine\.dtype: set `policy\.dtype`"),
         (
@@ -277,7 +277,7 @@ def test_a_server_of_another_policy_is_refused(taught) -> None:
     policy, directory = taught
     with (
         misbehaving(Served(policy, "/models/other")) as server,
-        pytest.raises(ConfigError, match=r"serves /models/other, and the policy is .*; start the server with `vllm serve"),
+        pytest.raises(ConfigError, match=r"serves /models/other, but the policy is .*; start the server with `vllm serve"),
     ):
         server_generator(server.url, directory, policy)
 
@@ -288,7 +288,7 @@ def test_what_is_no_vllm_server_is_one_line(taught) -> None:
         server_generator(server.url, directory, policy)
     with (
         misbehaving(lambda *_: (200, b'{"data": 3}')) as server,
-        pytest.raises(EndpointError, match="not an answer of"),
+        pytest.raises(EndpointError, match="not a vLLM server"),
     ):
         server_generator(server.url, directory, policy)
     with pytest.raises(EndpointError, match=r"no list of models after 4 attempts: .*; is the server running"):

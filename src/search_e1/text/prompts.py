@@ -127,7 +127,7 @@ def check_template(tokenizer, prompts: Prompts) -> None:
     text = _apply_template(tokenizer, prompts, prompts.instruction.replace("{question}", question), tokenize=False)
     if question not in text:
         raise ModelError(
-            "the policy's chat template drops the question (what it writes lacks the user's message); mend "
+            "the policy's chat template drops the question (its output lacks the user's message); mend "
             "chat_template.jinja in its directory, or use another model"
         )
 

@@ -59,8 +59,8 @@ def _attention(
     """
     rows, _, length, _ = query.shape
     unknown = [name for name in _UNKNOWN if others.get(name) is not None]
-    unknown += ["dropout"] * (dropout > 0) + ["a mask of its own"] * (attention_mask is not None)
-    unknown += ["a view of what follows"] * (others.get("is_causal") is False or not getattr(module, "is_causal", True))
+    unknown += ["dropout"] * (dropout > 0) + ["a custom mask"] * (attention_mask is not None)
+    unknown += ["access to later positions"] * (others.get("is_causal") is False or not getattr(module, "is_causal", True))
     if unknown:
         raise NotImplementedError(f"attention with {unknown[0]}")
     if key.shape[2] != length:
@@ -104,7 +104,7 @@ def attend_by_borders(model: PreTrainedModel) -> int:
     if others := set(types) - _LAYERS:
         raise NotImplementedError(f"layers of kind {min(others)}")
     if not model._can_set_attn_implementation():
-        raise NotImplementedError("an attention of its own")
+        raise NotImplementedError("a custom attention")
     model.set_attn_implementation(PACKED)
     return max(option.get("sliding_window") or 0 for option in options)
 

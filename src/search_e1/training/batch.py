@@ -198,7 +198,7 @@ def pack(model: Any, dtype: torch.dtype) -> bool:
         except (NotImplementedError, TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if may := packs(model, dtype):
-        said = "packed rows are told apart by a mask, which is slower: %s"
+        said = "packed rows are separated by a mask, which is slower: %s"
         logger.log(logging.WARNING if tried else logging.INFO, said, reason)
     return may
 

@@ -98,7 +98,7 @@ def fused_divergence(
     teacher_head = head if teacher_head is None else teacher_head
     _check(student_hidden, teacher_hidden, head, teacher_head)
     if divergence == "js" and not 0 < beta < 1:
-        raise ConfigError(f"beta = {beta:g}: must lie between 0 and 1; these are forward_kl and reverse_kl")
+        raise ConfigError(f"beta = {beta:g}: must lie between 0 and 1; for 0 and 1, use forward_kl and reverse_kl")
     if weights is None:
         weights = mean_weights(student_hidden)
     trained = (student_hidden, head.weight, head.bias)
@@ -120,7 +120,7 @@ def fused_divergence(
 def _check(student: Tensor, teacher: Tensor, head: Head, teacher_head: Head) -> None:
     if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher):
         shapes = f"{list(student.shape)} and {list(teacher.shape)}"
-        raise ConfigError(f"hidden states of student and teacher must be [positions, width], as many each, not {shapes}")
+        raise ConfigError(f"hidden states of student and teacher must be [positions, width] with equal positions, not {shapes}")
     for role, hidden, of in (("student", student, head), ("teacher", teacher, teacher_head)):
         if of.weight.shape != (len(head.weight), hidden.shape[1]):
             raise ConfigError(

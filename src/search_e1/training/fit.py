@@ -77,7 +77,7 @@ def fit_passes(policy: TrainedPolicy, samples: Mapping[str, Sequence[Sample]], m
                 break
     policy.micro_batch_tokens = max(tokens, _PROBE_TOKENS[0])
     logger.info(
-        "passes of %s tokens %s gradient checkpointing, by two passes measured",
+        "passes of %s tokens %s gradient checkpointing, from two measured passes",
         f"{policy.micro_batch_tokens:,}", "with" if policy.checkpointing else "without",
     )  # fmt: skip
 

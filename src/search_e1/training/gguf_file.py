@@ -64,7 +64,7 @@ def _read(path: Path, size: int, changed: int) -> tuple[dict[str, tuple[int, GGM
 def _problem(path: Path, size: int, changed: int) -> str | None:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            return "is no GGUF file (it does not begin with GGUF); download it again, or give a Hugging Face directory"
+            return "is not a GGUF file (it does not begin with GGUF); download it again, or give a Hugging Face directory"
     try:
         tensors, parts = _read(path, size, changed)
     # Raised by reads past the end of the file and by corrupt lengths.

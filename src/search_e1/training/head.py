@@ -39,8 +39,8 @@ def split_head(model: Any) -> tuple[nn.Module, Head]:
     decoder, layer = model.get_decoder(), model.get_output_embeddings()
     if type(layer) is not nn.Linear:
         raise ModelError(
-            f"the output head is a {type(layer).__module__}.{type(layer).__qualname__}, and distillation knows plain linear "
-            "ones only: teacher and student share it; take adapters off the head (lm_head), or merge them first"
+            f"the output head is a {type(layer).__module__}.{type(layer).__qualname__}, but only plain linear heads are "
+            "supported, as teacher and student share it; take adapters off the head (lm_head), or merge them first"
         )
     with torch.no_grad():
         ids = torch.arange(1, 5, device=model.device)[None] % layer.weight.shape[0]
@@ -54,8 +54,8 @@ def split_head(model: Any) -> tuple[nn.Module, Head]:
             if not error.norm() > 1e-2 * whole.norm():  # `not >` passes NaN: non-finite weights are reported by the loss
                 return decoder, head
     raise ModelError(
-        f"a {type(model).__name__} makes its logits in a way that distillation does not know (beyond an output head, a scale "
-        "and a soft cap); use another model"
+        f"a {type(model).__name__} computes its logits in an unsupported way (other than an output head, a scale and a soft "
+        "cap); use another model"
     )
 
 

@@ -99,7 +99,7 @@ def _today(model: str) -> date:
     """Today, with one warning per model: the date in the prompts of a policy outside a run."""
     if model not in _warned:
         _warned.add(model)
-        logger.warning("%s: its chat template tells the date, today's here; prompts.date sets another", model)
+        logger.warning("%s: its chat template contains the date; using today's, or set prompts.date", model)
     return date.today()
 
 

@@ -48,7 +48,7 @@ def resolve(model: str) -> Path | str:
     if model == SMALL:
         return _SMALL_DIRECTORY
     if model == NEW:
-        raise ModelError(f"policy.model = {NEW!r}: made by the cold start; run `search-e1 coldstart`, and give what it makes")
+        raise ModelError(f"policy.model = {NEW!r}: created by the cold start; run `search-e1 coldstart` and give its policy")
     path = Path(model).expanduser()
     if not path.exists():
         if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1 or is_gguf(path):
@@ -59,7 +59,7 @@ def resolve(model: str) -> Path | str:
         return model
     if path.is_file():
         if not is_gguf(path):
-            raise ModelError(f"policy.model = {model!r}: a file that is no .gguf; give the directory of a Hugging Face model")
+            raise ModelError(f"policy.model = {model!r}: not a .gguf file; give the directory of a Hugging Face model")
         return path
     _check_directory(model, path)
     return path
@@ -92,7 +92,7 @@ def base_of(model: str) -> str | None:
         resolved = resolve(base)
     except ModelError:
         raise ModelError(
-            f"{where} names the base {base!r}, which is not there or is no model; write its directory, GGUF file or Hub id "
+            f"{where} names the base {base!r}, which is missing or not a model; write its directory, GGUF file or Hub id "
             "there as base_model_name_or_path"
         ) from None
     if isinstance(resolved, Path) and (resolved / _ADAPTER_CONFIG).is_file():

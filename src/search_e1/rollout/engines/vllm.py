@@ -75,11 +75,11 @@ def check(policy: PolicyConfig, config: VllmConfig) -> None:
             ) from error
     if not found.startswith(SERIES):
         raise ConfigError(
-            f'rollout.engine = "vllm": vLLM {found} is installed, and {SERIES}* needed; run `pip install "search-e1[vllm]"`'
+            f'rollout.engine = "vllm": vLLM {found} is installed, but {SERIES}* is needed; run `pip install "search-e1[vllm]"`'
         )
     if device(policy.device).index is not None:
         raise ConfigError(
-            f"policy.device = {policy.device!r}: vLLM takes the devices that it sees in their order; set "
+            f"policy.device = {policy.device!r}: vLLM uses the visible devices in order; set "
             f'CUDA_VISIBLE_DEVICES and policy.device = "{device(policy.device).type}"'
         )
 
@@ -285,7 +285,7 @@ class _VLLMSession:
             outputs = self._engine.step()
         except torch.OutOfMemoryError as error:
             raise ModelError(
-                "vLLM: out of memory; lower rollout.batch_size, or vllm.gpu_memory_utilization and its shared one"
+                "vLLM: out of memory; lower rollout.batch_size, vllm.gpu_memory_utilization or shared_gpu_memory_utilization"
             ) from error
         finished = []
         for output in outputs:
@@ -295,7 +295,7 @@ class _VLLMSession:
             if output.finished:
                 del self._rows[output.request_id]
                 if sampled.finish_reason not in ("stop", "length"):
-                    raise ModelError(f"vLLM gave a row up ({sampled.finish_reason}); its log says why")
+                    raise ModelError(f"vLLM aborted a row ({sampled.finish_reason}); its log says why")
                 finished.append((row.key, Generation(tuple(row.ids), tuple(row.logprobs))))
         return finished
 

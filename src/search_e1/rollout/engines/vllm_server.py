@@ -70,7 +70,7 @@ class VllmServerEngine(RemoteEngine):
             try:
                 return _Models.model_validate_json(reply.content).data
             except ValidationError as error:
-                raise EndpointError(f"{server.shown}: not an answer of vLLM's; give the URL of a `vllm serve`") from error
+                raise EndpointError(f"{server.shown}: not a vLLM server's answer; give the URL of a `vllm serve`") from error
 
         with Server(
             url, EndpointError, what="list of models", timeout=30.0, time_limit=60.0, most_bytes=2**20, concurrency=1,
@@ -83,8 +83,8 @@ class VllmServerEngine(RemoteEngine):
                 return model.id, model.max_model_len
         listed = ", ".join(model.root or model.id for model in models) or "nothing"
         raise ConfigError(
-            f"vllm.url: {server.shown} serves {server.hide(listed)}, and the policy is {policy}; start the server with `vllm "
-            f"serve {policy}`, or, where it has another path there, with --served-model-name {policy}"
+            f"vllm.url: {server.shown} serves {server.hide(listed)}, but the policy is {policy}; start the server with `vllm "
+            f"serve {policy}`, or, if its path differs there, with --served-model-name {policy}"
         )
 
     def _payload(self, request: Request, temperature: float, stop: Sequence[str]) -> dict[str, Any]:
@@ -115,4 +115,4 @@ class VllmServerEngine(RemoteEngine):
         return Generation(ids, tuple(known) if len(known) == len(ids) else None)
 
     def _ended(self, stop: StopReason, words: str) -> Generation:
-        raise EndpointError(f"{self.server.shown}: {words}; the server takes less than it says; lower rollout.max_tokens")
+        raise EndpointError(f"{self.server.shown}: {words}; the server accepts less than it reports; lower rollout.max_tokens")

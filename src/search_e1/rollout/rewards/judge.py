@@ -134,7 +134,7 @@ class Judge:
         word = _THOUGHT.sub("", said, count=1).strip().rstrip(".").lower()
         if word not in _VERDICTS:
             raise EndpointError(
-                f"{self._server.shown}: the judge said {said[:80]!r}, where one word is needed, correct or incorrect; mend "
+                f"{self._server.shown}: the judge said {said[:80]!r} instead of correct or incorrect; mend "
                 "rollout.rewards.judge.prompt, raise its max_tokens, or name another model"
             )
         return _VERDICTS[word]

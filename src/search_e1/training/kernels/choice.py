@@ -31,7 +31,7 @@ def use_kernels(wanted: bool | None, inputs: Sequence[tuple[Tensor, Head]], top_
     """
     unknown = "top_k" if top_k is not None else _unknown_types(inputs)
     if wanted and unknown:
-        raise ConfigError(f"the head's kernels do not know {unknown}; leave `kernel` out for plain torch in such a case")
+        raise ConfigError(f"the head's kernels do not support {unknown}; leave `kernel` out to use plain torch")
     device = inputs[0][0].device
     return (device.type == "cuda" and unknown is None and works(device)) if wanted is None else wanted
 
@@ -57,7 +57,7 @@ def _problem(device: torch.device) -> str | None:
     try:
         from search_e1.training.kernels import programs  # noqa: F401
     except ImportError as error:
-        return f"Triton cannot be imported ({_line(error)}); install the version of it that torch {torch.__version__} asks for"
+        return f"Triton cannot be imported ({_line(error)}); install the version that torch {torch.__version__} requires"
     if not multiplies_bfloat16(device):
         return "the GPU has no bfloat16; the kernels are for compute capability 8.0 or later"
     try:
