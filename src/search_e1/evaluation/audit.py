@@ -99,7 +99,9 @@ class _Row:
 
 
 def read_source(path: Path, name: str, role: Role, not_found: Sequence[str] | None = None) -> Source:
-    """The questions of ``path``; lines that a run would refuse are collected, not raised. ``not_found``: a config key.
+    """The questions of ``path``; lines that a run would refuse are collected, not raised.
+
+    ``not_found``: the run's ``rollout.rewards.not_found``.
 
     Raises:
         DataError: the file cannot be read, or holds no question.
