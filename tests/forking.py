@@ -73,7 +73,7 @@ def _run_verb(pipes: Sequence[tuple[int, int]], words: Sequence[object], environ
         os.dup2(write if number else read, number)
         os.close(read)
         os.close(write)
-    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", 1)  # buffered as Python does
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     sys.argv = ["search-e1", *map(str, words)]

@@ -36,20 +36,28 @@ class Tape:
 class _Recording(NoHostReads):
     def __init__(self) -> None:
         super().__init__("cpu")
-        self._done: list[tuple[Any, Any, Any, Any]] = []
+        self._done: list[tuple[Any, Any, Any, list[tuple[int, torch.Tensor]]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        self._done.append((func, args, kwargs or {}, result))
+        given = {_memory(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        leaves = enumerate(tree_leaves(result))
+        made = [(i, leaf) for i, leaf in leaves if isinstance(leaf, torch.Tensor) and _memory(leaf) not in given]
+        if made or func._schema.is_mutable:  # a view has nothing to repeat
+            self._done.append((func, args, kwargs or {}, made))
         return result
 
     def repeat(self) -> None:
         with torch.no_grad():
-            for func, args, kwargs, result in self._done:
+            for func, args, kwargs, made in self._done:
                 again = func(*args, **kwargs)
-                for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # neither a view nor in place
-                        old.copy_(new)
+                leaves = [again] if isinstance(again, torch.Tensor) else tree_leaves(again)
+                for i, old in made:
+                    old.copy_(leaves[i])
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def varlen_attn(

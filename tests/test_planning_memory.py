@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from planned import H100, a_config, memory_model, tiny
+from planned import H100, FewLayers, a_config, memory_model, tiny
 from search_e1.config import LoraConfig
 from search_e1.errors import ConfigError
 from search_e1.lab.plan import check_memory
@@ -28,7 +28,9 @@ def traced(dtype: torch.dtype = torch.float32, lora: LoraConfig | None = None, r
     return TracedModel(tiny(), dtype, lora, recompute)
 
 
-def train(model: TracedModel, rows: int, width: int, *, autocast: bool = False, streamed: bool = False) -> Activations:
+def train(
+    model: TracedModel | FewLayers, rows: int, width: int, *, autocast: bool = False, streamed: bool = False
+) -> Activations:
     return model.train(rows, width, autocast=autocast, streamed=streamed)
 
 
@@ -97,6 +99,13 @@ def test_memory_grows_with_rows_and_shrinks_by_checkpointing() -> None:
     # The input of each layer, and the last states twice.
     assert 4 * 128 * 64 * 4 * 3 <= kept < four / 4
     assert train(plain, 2, 64, streamed=True).peak < train(plain, 2, 64).peak
+
+
+def test_a_deep_model_by_few_of_its_layers_is_what_a_whole_trace_finds() -> None:
+    lora = LoraConfig(rank=4)
+    whole, few = (made(tiny(num_hidden_layers=5), torch.bfloat16, lora, True) for made in (TracedModel, FewLayers))
+    assert (few.weights, few.trained, few.forward(2, 16)) == (whole.weights, whole.trained, whole.forward(2, 16))
+    assert train(few, 2, 16, autocast=True) == train(whole, 2, 16, autocast=True)
 
 
 # Stages.

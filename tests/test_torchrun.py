@@ -1,13 +1,12 @@
 """The command line under torchrun, two processes on the tiny policy: what one process makes, stopped, killed and resumed.
 
-Importing takes torchrun longer than all of the work; so its agent and its ranks are forks of this process, but for one real
-command.
+Importing takes torchrun longer than all of the work; so its agent is a fork of this process, and so are its ranks, but for
+those of one test.
 """
 
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -20,6 +19,7 @@ import pytest
 from safetensors.torch import load_file
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
+from torch.distributed.run import main as torchrun_main
 
 from forking import end, fork
 from search_e1 import evolve, runs
@@ -77,6 +77,23 @@ def at_step(stage: str, step: int, on: int, act: Callable[[], object]) -> Callab
     return lambda *_: watch
 
 
+def status_of(agent: Callable[[], object]) -> int | None:
+    """The exit status of a process that is ``agent``."""
+
+    def process() -> None:
+        status = 0
+        try:
+            agent()
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    return end([fork(process)])[0]
+
+
 def torchrun(config: Path, *words: str) -> int | None:
     """``torchrun -- search-e1 train`` whose processes are forked; its exit status."""
 
@@ -87,17 +104,15 @@ def torchrun(config: Path, *words: str) -> int | None:
     def agent() -> None:
         launching, *_ = config_from_args(parse_args([*TWO, "unused"]))
         launching.start_method = "fork"
-        status = 0
-        try:
-            elastic_launch(launching, entrypoint=rank)()
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        elastic_launch(launching, entrypoint=rank)()
 
-    return end([fork(agent)])[0]
+    return status_of(agent)
+
+
+def torchrun_command(config: Path) -> int | None:
+    """The same with ranks that are commands of their own, as a user's are; only torchrun itself is forked."""
+    words = ["--no-python", "--", BIN / "search-e1", "train", "--config", config]
+    return status_of(lambda: torchrun_main([*TWO, *map(str, words)]))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +161,7 @@ def test_two_processes_make_the_artifacts_of_one(together, alone):
 
 
 def test_a_run_that_is_stopped_and_killed_ends_the_same(project, together, alone, tmp_path, monkeypatch, capfd):
-    """SIGTERM to torchrun in GRPO, SIGKILL to a rank in distillation; the real command finishes it."""
+    """SIGTERM to torchrun in GRPO, SIGKILL to a rank in distillation; ranks of the real command finish it."""
     run = tmp_path / "run"
     path = toml(settings_of(project, run), tmp_path / "run.toml")
     monkeypatch.setattr("search_e1.cli.display.watch", at_step("grpo-1", 2, 1, lambda: os.kill(os.getppid(), signal.SIGTERM)))
@@ -170,9 +185,7 @@ def test_a_run_that_is_stopped_and_killed_ends_the_same(project, together, alone
     assert "Signal 9 (SIGKILL) received by PID" in said or "by peer" in said
     assert (run / "grpo-1").exists()
     assert not (run / "ofsd-1").exists()
-    command = [BIN / "torchrun", *TWO, "--no-python", "--", BIN / "search-e1", "train", "--config", path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert torchrun_command(path) == 0, capfd.readouterr().err
     attempts = {stage: runs.read(run / stage).manifest.attempts for stage in ("evaluation-base", "grpo-1", "ofsd-1")}
     assert attempts == {"evaluation-base": 1, "grpo-1": 2, "ofsd-1": 2}
     assert_the_same(run, alone, exact=together[0])
