@@ -1,6 +1,6 @@
 """Line files written by all ranks together, chunk by chunk, identical in order and content to those of one process.
 
-Chunks depend on the config, never on the number of ranks: chunk i is made by rank i modulo the number of ranks, into its own
+Chunks depend on the config, never on the number of ranks. They are assigned to ranks round-robin, each is written to its own
 file, and rank 0 joins them. Chunks that a killed attempt finished are reused, by any number of ranks.
 """
 

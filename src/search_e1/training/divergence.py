@@ -76,7 +76,7 @@ def fused_divergence(
     the sum, ``"none"`` (or no ``tau``) caps nothing. Capped values get no gradient.
 
     ``top_k``: only the teacher's k most likely entries are kept apart; all others are merged into one with their total
-    probability. This divergence is a lower bound of the one over all entries.
+    probability. Unless entries are capped, this is a lower bound of the divergence over all entries.
 
     Args:
         student_hidden: [N, H], the student's last hidden states, at the loss positions only.
