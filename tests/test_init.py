@@ -1,6 +1,7 @@
 """The first config: what it holds for a machine, and what is said to do next."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,13 +86,28 @@ def test_a_folder_with_tables_is_documents_and_one_of_passages_is_a_corpus(here)
         recipe.is_made(here / "a.pdf")
 
 
-def test_a_table_of_questions_is_counted_and_one_that_needs_columns_is_said(here, monkeypatch, capsys):
+def test_a_table_of_questions_is_counted_whatever_its_columns_are_called(here, monkeypatch, capsys):
     (here / "faq.csv").write_text("question,answer\n" + "".join(f"Who is {i}?,Ada\n" for i in range(5)))
-    (here / "fragen.csv").write_text("Frage,Antwort\nWer?,Ada\n")
+    (here / "meine fragen.csv").write_text("Frage,Antwort\n" + "".join(f"Wer ist {i}?,Ada\n" for i in range(5)))
     assert run(monkeypatch, capsys, "init", "a.toml", "--documents", "docs", "--questions", "faq.csv")[0] == 0
     assert load(here / "a.toml").grpo.questions_per_step == 4
-    code, out, _ = run(monkeypatch, capsys, "init", "b.toml", "--documents", "docs", "--questions", "fragen.csv")
-    assert (code, "the questions cannot be read as they are: fragen.csv" in out) == (0, True)
+    words = ("--documents", "docs", "--questions", "meine fragen.csv")
+    code, out, err = run(monkeypatch, capsys, "init", "b c.toml", *words)
+    assert (code, out) == (2, "")
+    assert err == (
+        "search-e1: meine fragen.csv:2: no column 'question'; there are 'Frage', 'Antwort' (--column FIELD=COLUMN)\n"
+    )
+    columns = ("--column", "question=Frage", "--column", "answers=Antwort")
+    code, out, _ = run(monkeypatch, capsys, "init", "b c.toml", *words, *columns)
+    assert code == 0
+    assert load(here / "b c.toml").grpo.questions_per_step == 4
+    assert commands(out)[2:5] == [
+        "search-e1 data prepare --train 'meine fragen.csv' --column question=Frage --column answers=Antwort --dev-share 0.2 "
+        "--out 'b c-questions'",
+        "search-e1 doctor 'b c.toml'",
+        "search-e1 train 'b c.toml'",
+    ]
+    assert run(monkeypatch, capsys, *shlex.split(commands(out)[2])[1:])[0] == 0
 
 
 def test_an_answer_is_asked_for_where_somebody_is_there(here, monkeypatch, capsys):
@@ -105,7 +121,9 @@ def test_an_answer_is_asked_for_where_somebody_is_there(here, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ((), "--documents is missing, and there is no terminal to ask at"),
+        ((), "--documents is missing, and there is no terminal to ask for it; give it"),
+        (("--documents", "empty"), "empty: an empty folder; give one with documents"),
+        (("--documents", "docs", "--questions", "gap.csv"), "gap.csv:3: a question without answers"),
         (("--documents", "nowhere/"), "nowhere/: no such folder or file; give --documents"),
         (("--documents", "docs", "--questions", "no.csv"), "no.csv: no such file; give --questions, or --questions none"),
         (("--documents", "docs", "--gpu", "h1000"), "--gpu h1000: unknown (known: b200-180gb"),
@@ -114,6 +132,8 @@ def test_an_answer_is_asked_for_where_somebody_is_there(here, monkeypatch, capsy
 )
 def test_a_mistake_is_one_line_and_writes_nothing(here, monkeypatch, capsys, words, says):
     (here / "there.toml").write_text("mine")
+    (here / "empty").mkdir()
+    (here / "gap.csv").write_text("question,answer\nWho?,Ada\nWhere?,\n")
     code, _, err = run(monkeypatch, capsys, "init", *words)
     assert code != 0
     assert says in " ".join(err.split())

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from search_e1.errors import ConfigError, DataError, ModelError, RunError
+from search_e1.errors import ConfigError, ModelError, RunError
 
 if TYPE_CHECKING:
     from search_e1.lab.plan.constants import Constants, Gpu
@@ -30,6 +30,10 @@ def init(
         str | None,
         typer.Option("--questions", help=f"File of questions and answers; `{NONE}`: make them from the documents."),
     ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option("--column", help="FIELD=COLUMN of the questions' file, as `data prepare` takes it. Repeatable."),
+    ] = None,
     gpu: Annotated[str | None, typer.Option("--gpu", help=f"GPU to rent: h100, 4090, ...; `{THIS}`: this machine.")] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="Directory, Hub id or GGUF file. Default: one that fits the machine.")
@@ -45,6 +49,8 @@ def init(
     documents = documents or _ask("Where are your documents? A folder, or a file of passages", "--documents")
     if not Path(documents).exists():
         raise ConfigError(f"{documents}: no such folder or file; give --documents")
+    if Path(documents).is_dir() and not any(found.is_file() for found in Path(documents).rglob("*")):
+        raise ConfigError(f"{documents}: an empty folder; give one with documents")
     questions = questions or _ask(
         "A file of questions and answers? (none: they are made from the documents)", "--questions", NONE
     )
@@ -52,7 +58,7 @@ def init(
         raise ConfigError(f"{questions}: no such file; give --questions, or --questions {NONE}")
     gpu = gpu or _ask("A GPU to rent (h100, a100, 4090, ...), or this machine as it is", "--gpu", THIS)
     card = _this_gpu(constants) if gpu == THIS else constants.gpu(gpu)
-    data = _data(documents, questions, file.stem)
+    data = _data(documents, questions, column or [], file.stem)
     recipe = Recipe(
         file=str(file),
         machine=card.name if card else "a machine without a GPU",
@@ -75,8 +81,9 @@ def init(
     file.write_text(recipe.toml(), encoding="utf-8")
     console.print(Text(f"{file}: {recipe.model} on {recipe.machine}"), soft_wrap=True)
     fetch = ["python scripts/fetch_smollm2.py"] if recipe.model == SMALL_MODEL and not Path(SMALL_MODEL).exists() else []
-    plan = [f"search-e1 plan {file} --gpu {gpu}"] if gpu != THIS else []
-    last = [f"search-e1 doctor {file}", f"search-e1 train {file}", f"search-e1 serve {recipe.run}/agent"]
+    written = shlex.quote(str(file))
+    plan = [f"search-e1 plan {written} --gpu {gpu}"] if gpu != THIS else []
+    last = [f"search-e1 doctor {written}", f"search-e1 train {written}", f"search-e1 serve {shlex.quote(recipe.run)}/agent"]
     console.print("\nNext:\n")
     for command in (*fetch, *data.commands, *plan, *last):
         console.print(Text(f"    {command}"), soft_wrap=True)
@@ -93,24 +100,23 @@ class _Data(NamedTuple):
     commands: list[str]
 
 
-def _data(documents: str, questions: str, stem: str) -> _Data:
+def _data(documents: str, questions: str, columns: list[str], stem: str) -> _Data:
     from search_e1.data import user_files
     from search_e1.lab.recipe import is_made
 
     commands, corpus, directory = [], documents, f"{stem}-questions"
+    out = shlex.quote(directory)
     if not is_made(Path(documents)):
         corpus = f"{stem}-corpus"
-        commands.append(f"search-e1 data ingest {shlex.quote(documents)} --out {corpus}")
+        commands.append(f"search-e1 data ingest {shlex.quote(documents)} --out {shlex.quote(corpus)}")
     if questions == NONE:
-        commands.append(f"search-e1 data questions --corpus {shlex.quote(corpus)} --out {directory} --by rule")
+        commands.append(f"search-e1 data questions --corpus {shlex.quote(corpus)} --out {out} --by rule")
         return _Data(corpus, f"{directory}/train.jsonl", f"{directory}/eval.jsonl", None, commands)
-    commands.append(f"search-e1 data prepare --train {shlex.quote(questions)} --dev-share {_SHARE} --out {directory}")
-    name, count = user_files.benchmark_name(Path(questions)), None
-    try:
-        count = len(user_files.load(Path(questions), name, user_files.Columns.parse(())).questions)
-    except DataError as error:
-        console.print(Text(f"the questions cannot be read as they are: {error}", style="yellow"), soft_wrap=True)
-    count = max(1, int((1 - _SHARE) * count)) if count else None
+    name = user_files.benchmark_name(Path(questions))
+    count = len(user_files.load(Path(questions), name, user_files.Columns.parse(columns)).questions)
+    flags = "".join(f" --column {shlex.quote(column)}" for column in columns)
+    commands.append(f"search-e1 data prepare --train {shlex.quote(questions)}{flags} --dev-share {_SHARE} --out {out}")
+    count = max(1, int((1 - _SHARE) * count))
     return _Data(corpus, f"{directory}/{name}.train.jsonl", f"{directory}/{name}.dev.jsonl", count, commands)
 
 
@@ -122,7 +128,7 @@ def _ask(text: str, flag: str, default: str | None = None) -> str:
     """
     if not sys.stdin.isatty():
         if default is None:
-            raise ConfigError(f"{flag} is missing, and there is no terminal to ask at")
+            raise ConfigError(f"{flag} is missing, and there is no terminal to ask for it; give it")
         return default
     return str(typer.prompt(text, default=default))
 
