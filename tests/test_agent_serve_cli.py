@@ -29,7 +29,7 @@ def answered_until(stop: signal.Signals, running: Verb) -> None:
     """The rest of an answer comes after ``running``, a served agent, is told to ``stop``."""
     line = running.stdout.readline()
     assert line.startswith("tiny answers at http://127.0.0.1:")
-    assert line.endswith("/; with the key; Ctrl-C stops it\n")
+    assert line.endswith("/ (key required); Ctrl-C stops it\n")
     url = line.split()[3].removesuffix("/v1,")
     assert httpx.get(f"{url}/v1/models").status_code == 401
     with httpx.stream(

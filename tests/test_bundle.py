@@ -300,13 +300,13 @@ def test_a_reward_that_a_bundle_names_is_not_imported(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("RUN",), "no place for the bundle; give --out DIR"),
+        (("RUN",), "no directory for the bundle; give --out DIR"),
         (("RUN", "--out", "RUN/agent"), "is there already; remove it, or give another directory"),
         (("RUN", "--out", "OUT", "--policy", "grpo-9"), "no policy 'grpo-9'; there are base, grpo-1"),
         (("RUN", "--out", "OUT", "--policy", "../grpo-1"), "no policy '../grpo-1'; there are base, grpo-1"),
         (("RUN", "--out", "OUT", "--private"), "--private needs --push OWNER/NAME; give both"),
         (("RUN", "--out", "OUT", "--url", "http://x"), "give --no-index with it"),
-        (("RUN", "--out", "OUT", "--no-index", "--index", "x"), "--index and --no-index; give one of them"),
+        (("RUN", "--out", "OUT", "--no-index", "--index", "x"), "--index and --no-index exclude each other; give one of them"),
         (("RUN", "--out", "OUT", "--index", "none"), "none: the index that the run searched is not there; give its present"),
         (("RUN/agent", "--out", "OUT"), "is a bundle; it can only be pushed: --push"),
         (("OUT", "--out", "OUT/agent"), "no run of which a policy was evaluated (no summary.json)"),

@@ -62,7 +62,7 @@ def test_an_interruption_is_one_line(project, monkeypatch, capsys):
 
     monkeypatch.setattr("search_e1.config.load", interrupted)
     status, _, told = run(monkeypatch, capsys, "doctor", project / "config.toml")
-    assert (status, told) == (130, "search-e1: interrupted; run the same command again to go on\n")
+    assert (status, told) == (130, "search-e1: interrupted; run the same command again to resume\n")
 
 
 def test_training_says_in_one_line_what_it_computes_in(project, monkeypatch, capsys):
@@ -161,12 +161,12 @@ def test_a_stage_before_its_time_is_refused(project, monkeypatch, capsys):
     ):
         status, _, err = run(monkeypatch, capsys, *words, "--config", project / "config.toml")
         assert status == 2
-        assert f"{missing}: not made yet; run its stage first, or name another artifact\n" in err
+        assert f"{missing}: does not exist yet; run its stage first, or name another artifact\n" in err
         assert len(err.splitlines()) == 1
     for words in (("grpo", "--round", 2), ("rollout", "--round", 2, "--grpo.steps", 0)):
         status, _, err = run(monkeypatch, capsys, *words, "--config", project / "config.toml")
         assert status == 2
-        assert "round 1 is not made yet; run its stages first, or give --policy\n" in err
+        assert "round 1 does not exist yet; run its stages first, or give --policy\n" in err
     assert not [path for path in (project / "run").iterdir() if path.is_dir()]
 
 

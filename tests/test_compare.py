@@ -266,7 +266,7 @@ MISTAKES = {
     "only one": (["{run}:base"], "give another to compare it with"),
     "the same twice": (["{run}:base", "{run}:base"], "two evaluations are called 'run/base'"),
     "a name for many": (["x={run}", "{run}:base"], "has 2 evaluations; name one: x="),
-    "no format": (["{run}", "--out", "x.txt"], "--out x.txt: in which format?"),
+    "no format": (["{run}", "--out", "x.txt"], "--out x.txt: unknown format; end its name in"),
     "unknown stage": (["{run}:x"], "no evaluation of 'x' in it; available: base, grpo-1"),
     "no run": (["{empty}", "{run}"], "no run"),
     "not an evaluation": (["{run}:base", "{other}"], "give an artifact of `search-e1 evaluate`"),

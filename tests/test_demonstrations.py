@@ -231,7 +231,9 @@ def test_the_new_tokenizer_keeps_any_text_and_has_one_id_for_a_tag():
     "section", [{"new_policy": {"heads": 5}}, {"new_policy": {"heads": 64}}, {"early": 0.8, "duplicate": 0.3}, {"drills": 500}]
 )
 def test_impossible_sections_are_refused(section):
-    with pytest.raises(ValueError, match=r"hidden_size 192 does not split|exceed 1|drills = 500 of 100"):
+    with pytest.raises(
+        ValueError, match=r"hidden_size 192 does not split|add up to more than 1|drills = 500 exceeds steps = 100"
+    ):
         ColdstartConfig(**section)
 
 

@@ -105,7 +105,7 @@ def test_the_same_seed_gives_the_same_policy_and_another_other_students(taught, 
 
 
 def test_fresh_students_need_a_teacher_and_an_engine_that_takes_weights(policy, tmp_path) -> None:
-    with pytest.raises(ValidationError, match='students = "fresh" need a teacher'):
+    with pytest.raises(ValidationError, match='students = "fresh" needs a teacher'):
         DistillConfig(students="fresh", objective="sft")
     config = config_of(tmp_path, distill=FRESH, rollout={"engine": "made:engine"})
     with pytest.raises(ConfigError, match="distillation with fresh students gives each step's weights"):

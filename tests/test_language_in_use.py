@@ -68,7 +68,7 @@ def test_a_runs_index_is_in_the_language_of_the_config(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="language"):
         assert Inputs(config_of(tmp_path), run).index
     assert directory.read(Inputs(config_of(tmp_path), tmp_path / "auto").index.path / "bm25").settings["language"] == "de"
-    with pytest.raises(ValueError, match="language is only for a bm25 index that is built"):
+    with pytest.raises(ValueError, match="language is only for building a bm25 index"):
         config_of(tmp_path, retrieval={"language": "fr", "index": [str(tmp_path)]})
     with pytest.raises(ValueError, match="language = 'french': no such language; did you mean 'fr'"):
         config_of(tmp_path, retrieval={"language": "french"})

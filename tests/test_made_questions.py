@@ -181,7 +181,7 @@ def test_an_interrupted_call_pays_for_no_reply_twice(corpus: Path, tmp_path: Pat
     with misbehaving(answering) as server:
         printed = run(*arguments, "--endpoint", server.url)
         rest = len(server.requests)
-    assert "20 replies of an interrupted call used again" in printed
+    assert "20 replies reused from an interrupted call" in printed
     with misbehaving(answering) as server:
         run(*arguments[:-1], tmp_path / "whole", "--endpoint", server.url)
     assert len(server.requests) == rest + 20
@@ -223,8 +223,8 @@ def test_a_policy_writes_on_this_machine(tiny_policy, tmp_path: Path):
     ("arguments", "message"),
     [
         (("--by", "rule"), "no passages; give --corpus"),
-        (("--corpus", "CORPUS"), "who writes the questions"),
-        (("--corpus", "CORPUS", "--by", "rule", "--policy", "x"), "Give one of"),
+        (("--corpus", "CORPUS"), "nothing to write the questions with"),
+        (("--corpus", "CORPUS", "--by", "rule", "--policy", "x"), "give one of"),
         (("--corpus", "CORPUS", "--endpoint", "http://x"), "--endpoint and --model belong together"),
         (("--corpus", "CORPUS", "--by", "rule", "--eval-share", "1"), "leaves no training questions"),
         (("--review", "r.csv", "--by", "rule"), "--review goes with --out alone"),

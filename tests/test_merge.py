@@ -81,8 +81,8 @@ def test_the_stage_merges_what_answers_best(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("section", "says"),
     [
-        ({"weights": "all", "merge": {"strengths": [0.0, 1.0]}}, "there is no adapter"),
-        ({"merge": {"strengths": [1.0, 1.0]}}, "one of them twice"),
+        ({"weights": "all", "merge": {"strengths": [0.0, 1.0]}}, "other weights have no adapter"),
+        ({"merge": {"strengths": [1.0, 1.0]}}, "a value is repeated"),
         ({"merge": {"strengths": []}}, "at least 1 item"),
         ({"merge": {"strengths": [1.5]}}, "less than or equal to 1"),
     ],

@@ -140,8 +140,8 @@ def test_a_text_may_hold_any_separator(tmp_path):
 
 def test_a_place_without_pairs_is_named(pairs, monkeypatch, capsys):
     run_directory = pairs.parent
-    assert "pairs-1: it holds no pairs" in show(monkeypatch, capsys, run_directory / "pairs-1")[2]
-    assert "neither a run that has pairs nor pairs" in show(monkeypatch, capsys, run_directory / "nothing")[2]
+    assert "pairs-1: no pairs in it" in show(monkeypatch, capsys, run_directory / "pairs-1")[2]
+    assert "neither a run with pairs nor a directory of pairs" in show(monkeypatch, capsys, run_directory / "nothing")[2]
     (pairs / "train.jsonl").write_text("{}\n")
     status, _, err = show(monkeypatch, capsys, pairs)
     assert (status, err) == (
@@ -154,7 +154,7 @@ def test_a_place_without_pairs_is_named(pairs, monkeypatch, capsys):
 def test_mining_needs_no_verb(project, monkeypatch, capsys, words):  # noqa: F811
     status, _, err = run(monkeypatch, capsys, *words, "--config", project / "config.toml", "--pairs.students", 2)
     assert status == 2
-    assert "grpo-1: not made yet" in err or "pool-1: not made yet" in err
+    assert "grpo-1: does not exist yet" in err or "pool-1: does not exist yet" in err
     assert "unexpected" not in err
 
 

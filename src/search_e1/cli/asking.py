@@ -223,7 +223,7 @@ def _lines() -> Iterator[str]:
                 console.print()
             return
         except UnicodeDecodeError as error:
-            print(f"search-e1: a line that is not UTF-8 ({error.reason})", file=sys.stderr)
+            print(f"search-e1: skipped a line that is not UTF-8 ({error.reason})", file=sys.stderr)
             continue
         # Escape sequences of keys that the terminal did not handle are not part of a question.
         line = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]", " ", line).strip()

@@ -110,7 +110,7 @@ def _passages(config: "Config | None", corpus: list[str] | None, index: Path | N
         return _Passages(Passages.open(index).texts())
     own = Inputs(config, config.run).corpus if config else None
     if own is None:
-        console.print(Text("No passages to look in: give --corpus or --index.", style="yellow"))
+        console.print(Text("No passages to search: give --corpus or --index.", style="yellow"))
         return _Passages(None)
     own.skip_bad_lines = True
     return _of_corpus(own)
@@ -134,7 +134,7 @@ def _tokenizer(config: "Config | None", policy: str | None) -> Any:
     except ModelError as error:
         if policy:
             raise
-        console.print(Text(printable(f"Without the policy's tokenizer: {error}"), style="yellow"), soft_wrap=True)
+        console.print(Text(printable(f"Continuing without the policy's tokenizer: {error}"), style="yellow"), soft_wrap=True)
         return None
 
 
@@ -155,7 +155,7 @@ def _reach_table(rows: "list[FileAudit]", found: "Audit") -> Table:
     from search_e1.cli.display import plain_table, share
 
     depths = sorted({k for row in rows for k in row.in_top})
-    title = f"Questions with an answer in {found.passages:,} passages, and in the first k for their own words"
+    title = f"Questions with an answer in {found.passages:,} passages, and in the top k for the question"
     table = plain_table(
         title, "questions", "n", "yes/\nno", "corpus", *(f"top\n{k}" for k in depths), "rank", "pas-\nsages", "com-\nmon"
     )

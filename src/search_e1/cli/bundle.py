@@ -69,11 +69,11 @@ def _made(
     from search_e1.runs.stopping import on_signals
 
     if out is None:
-        raise ConfigError("no place for the bundle; give --out DIR")
+        raise ConfigError("no directory for the bundle; give --out DIR")
     if url and not no_index:
         raise ConfigError("--url replaces the index; give --no-index with it")
     if index and no_index:
-        raise ConfigError("--index and --no-index; give one of them")
+        raise ConfigError("--index and --no-index exclude each other; give one of them")
     with on_signals():  # a signal leaves nothing half-written
         made = make_bundle(run, out, stage=policy, dtype=dtype, searched=Searched(index, not no_index, url), modelfile=ollama)
     total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
@@ -81,14 +81,14 @@ def _made(
     options = "" if made.index or made.url else " --url URL"
     console.print(f'ask it: search-e1 ask --agent {out}{options} "QUESTION"')
     if ollama:
-        console.print(f"{out / FILE}: `ollama create NAME -f {FILE}` there; {LOST}", style="yellow")
+        console.print(f"{out / FILE}: run `ollama create NAME -f {FILE}` there; {LOST}", style="yellow")
     return made
 
 
 def _passages(made: "Bundle") -> str:
     if made.index:
         return f"{made.passages:,} passages"
-    return f"passages at {made.url}" if made.url else "without passages (--index DIR or --url URL when it is asked)"
+    return f"passages at {made.url}" if made.url else "without passages (ask it with --index DIR or --url URL)"
 
 
 def _push(made: "Bundle", repository: str, private: bool) -> None:

@@ -50,7 +50,7 @@ def compare(
 
     chosen = format or (Format(SUFFIXES.get(out.suffix, "terminal")) if out else Format.TERMINAL)
     if out and chosen is Format.TERMINAL:
-        raise ConfigError(f"--out {out}: in which format? End its name in {', '.join(SUFFIXES)}, or give --format")
+        raise ConfigError(f"--out {out}: unknown format; end its name in {', '.join(SUFFIXES)}, or give --format")
     loaded = [comparing.load(path, name) for name, path in places(evaluations).items()]
     if len(loaded) < 2:
         raise ConfigError(f"only one evaluation ({loaded[0].path}); give another to compare it with")

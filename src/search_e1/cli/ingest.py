@@ -67,9 +67,9 @@ def _show(report: "Report", out: Path) -> None:
     table.add_row("all", *(f"{counter.total():,}" for counter in totals), f"{sum(report.seconds.values()):.1f}")
     console.print(table)
     if report.all_again:
-        console.print("Settings differ from last time: all files were read again.")
+        console.print("Settings changed since last time: all files were read again.")
     if report.removed:
-        console.print(f"{report.removed:,} files of last time are gone; their passages were removed.")
+        console.print(f"{report.removed:,} files have disappeared since last time; their passages were removed.")
     silent = ("hidden", "excluded")
     told = [entry for entry in report.not_read if entry.reason not in silent and entry.status != "duplicate"]
     for entry in told[:_SHOWN]:
@@ -79,6 +79,6 @@ def _show(report: "Report", out: Path) -> None:
     if report.not_read:
         more = f"{len(told) - _SHOWN:,} more; all" if len(told) > _SHOWN else "All unread files"
         console.print(f"{more}, with reasons: {out / NOT_READ}", soft_wrap=True)
-    state = "" if report.changed else ", as it was"
+    state = "" if report.changed else ", unchanged"
     console.print(f"\n{out / PASSAGES}: {report.passages.total():,} passages{state}, in {report.elapsed:.1f} s", soft_wrap=True)
     console.print(f'For a config: data.corpus = "{out}"', soft_wrap=True)

@@ -131,7 +131,7 @@ def world(
     from search_e1.data.world import HARD, USUAL, make_world, write
 
     if (directory / "corpus.jsonl").exists():
-        console.print(f"{directory} is there already, and stays as it is", markup=False, highlight=False)
+        console.print(f"{directory} already exists and was left unchanged", markup=False, highlight=False)
         return
     write(make_world(difficulty=HARD if hard else USUAL), directory, train=train, dev=dev, test=test, seed=seed)
     console.print(
@@ -196,7 +196,7 @@ def main() -> None:
         sys.exit(stopped.status)
     except SystemExit as end:
         if end.code == STATUS[signal.SIGINT]:  # Typer makes this of a KeyboardInterrupt, without a word
-            _say("interrupted; run the same command again to go on")
+            _say("interrupted; run the same command again to resume")
         raise
     except Exception as error:
         _record(error)

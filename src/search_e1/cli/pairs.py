@@ -80,7 +80,9 @@ def _newest(place: Path) -> Path:
         return place
     stages = [path for path in place.glob("pairs-*") if path.name.removeprefix("pairs-").isdigit()]
     if not stages:
-        raise DataError(f"{place}: neither a run that has pairs nor pairs; make them with `search-e1 pairs --config FILE`")
+        raise DataError(
+            f"{place}: neither a run with pairs nor a directory of pairs; make them with `search-e1 pairs --config FILE`"
+        )
     return max(stages, key=lambda path: int(path.name.removeprefix("pairs-")))
 
 
@@ -95,5 +97,5 @@ def _read(directory: Path) -> "list[tuple[Pair, str]]":
     parts = zip(PAIRS, ("to distill on", "held out"), strict=True)
     pairs = [(pair, part) for name, part in parts for pair in files.read(directory / name)]
     if not pairs:
-        raise DataError(f"{directory}: it holds no pairs; its manifest.json says what the pool was like")
+        raise DataError(f"{directory}: no pairs in it; its manifest.json has the pool's figures")
     return pairs

@@ -78,9 +78,11 @@ def questions(
         _show_review(apply(review, out), out)
         return
     if not corpus:
-        raise ConfigError("no passages; give --corpus FILE-OR-DIRECTORY, or --review FILE of questions that were made")
+        raise ConfigError("no passages; give --corpus FILE-OR-DIRECTORY, or --review FILE of questions made earlier")
     if sum(map(bool, (endpoint, policy, by))) != 1:
-        raise ConfigError("who writes the questions? Give one of --endpoint URL --model NAME, --policy DIR, --by rule")
+        raise ConfigError(
+            "nothing to write the questions with; give one of --endpoint URL --model NAME, --policy DIR, --by rule"
+        )
     if bool(endpoint) != bool(model):
         raise ConfigError("--endpoint and --model belong together; give both")
     if eval_share == 1:
@@ -116,12 +118,12 @@ def _show(made: "Made", costs: "Costs | None", out: Path, corpus: Sequence[str])
     for step, (one, two) in made.funnel.items():
         table.add_row(step, str(one), str(two), str(one + two), f"{(one + two) / max(1, written):.3f}")
     console.print(table)
-    console.print(f"\nwritten of {made.candidates[0]:,} passages and {made.candidates[1]:,} linked pairs")
+    console.print(f"\nwritten from {made.candidates[0]:,} passages and {made.candidates[1]:,} linked pairs")
     for note in made.notes:
         console.print(Text(printable(note), style="yellow"), soft_wrap=True)
     if costs:
         tokens = f"{costs.prompt_tokens:,} prompt and {costs.completion_tokens:,} completion tokens"
-        reused = f"; {costs.reused:,} replies of an interrupted call used again" if costs.reused else ""
+        reused = f"; {costs.reused:,} replies reused from an interrupted call" if costs.reused else ""
         console.print(f"{costs.requests:,} requests, {tokens}{reused}", soft_wrap=True)
     counts = ", ".join(f"{len(drafts)} in {name}.jsonl" for name, drafts in made.questions.items())
     console.print(f"{out}: {counts}; look through {out / 'review.csv'}", soft_wrap=True)

@@ -65,8 +65,8 @@ def serve(
     with listening.bind(host, port) as bound, _opened(bundle, index, url, encoder, device) as agent:
 
         def ready(url: str) -> None:
-            told = "" if key is None else "; with the key"
-            console.print(f"{agent.name} answers at {url}/v1, its page is {url}/{told}; Ctrl-C stops it", soft_wrap=True)
+            told = "" if key is None else " (key required)"
+            console.print(f"{agent.name} answers at {url}/v1, with a page at {url}/{told}; Ctrl-C stops it", soft_wrap=True)
 
         server.serve(agent, bound, settings, key=key, origins=allow_origin or (), ready=ready)
     console.print("stopped")
@@ -103,8 +103,8 @@ def mcp(
     with listening.bind(host, port) as bound, _opened(bundle, index, url, encoder, device) as agent:
 
         def ready(url: str) -> None:
-            told = "" if key is None else "; with the key"
-            console.print(f"{agent.name} by MCP at {url}/mcp{told}; Ctrl-C stops it", soft_wrap=True)
+            told = "" if key is None else " (key required)"
+            console.print(f"{agent.name} over MCP at {url}/mcp{told}; Ctrl-C stops it", soft_wrap=True)
 
         server.run_http(agent, bound, settings, key=key, origins=allow_origin or (), ready=ready)
     console.print("stopped")

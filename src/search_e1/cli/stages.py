@@ -225,7 +225,7 @@ def _complete(runner: "StageRunner", name: str) -> Path:
 
     path = runner.run.root / name
     if not path.exists():
-        raise RunError(f"{path}: not made yet; run its stage first, or name another artifact")
+        raise RunError(f"{path}: does not exist yet; run its stage first, or name another artifact")
     return runs.read(path).path
 
 
@@ -236,7 +236,7 @@ def _before_grpo(runner: "StageRunner", round: int) -> str:
     for name in (f"ofsd-{round - 1}", f"grpo-{round - 1}"):
         if (runner.run.root / name).exists():
             return str(_complete(runner, name) / "policy")
-    raise RunError(f"{runner.run.root}: round {round - 1} is not made yet; run its stages first, or give --policy")
+    raise RunError(f"{runner.run.root}: round {round - 1} does not exist yet; run its stages first, or give --policy")
 
 
 def _after_grpo(runner: "StageRunner", round: int) -> str:

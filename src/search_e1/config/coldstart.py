@@ -83,9 +83,9 @@ class ColdstartConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> "ColdstartConfig":
         if self.drills > self.steps:
-            raise ValueError(f"drills = {self.drills} of {self.steps} steps; give fewer")
+            raise ValueError(f"drills = {self.drills} exceeds steps = {self.steps}; lower it")
         if self.demonstrations == "endpoint" and self.endpoint is None:
             raise ValueError('demonstrations = "endpoint" needs [coldstart.endpoint]; give its url and model')
         if self.irrelevant + self.duplicate + self.early > 1:
-            raise ValueError("irrelevant, duplicate and early together exceed 1")
+            raise ValueError("irrelevant, duplicate and early add up to more than 1; lower them")
         return self

@@ -109,7 +109,7 @@ class MergeConfig(Section):
     @model_validator(mode="after")
     def _distinct(self) -> "MergeConfig":
         if len(set(self.strengths)) < len(self.strengths):
-            raise ValueError(f"strengths = {list(self.strengths)}: one of them twice")
+            raise ValueError(f"strengths = {list(self.strengths)}: a value is repeated; give each once")
         return self
 
 
@@ -169,11 +169,11 @@ class DistillConfig(Section):
     @model_validator(mode="after")
     def _is_used(self) -> "DistillConfig":
         if self.beta != 0.5 and self.divergence != "js":
-            raise ValueError(f'beta = {self.beta:g} belongs to divergence = "js", not to "{self.divergence}"; take it out')
+            raise ValueError(f'beta = {self.beta:g} belongs to divergence = "js", not to "{self.divergence}"; remove it')
         if self.students == "fresh" and not self.has_teacher:
             raise ValueError(
-                f'students = "fresh" need a teacher, and objective = "{self.objective}" has none; take one of them out'
+                f'students = "fresh" needs a teacher, and objective = "{self.objective}" has none; change one of them'
             )
         if self.weights != "lora" and self.merge.strengths != (1.0,):
-            raise ValueError('merge.strengths need weights = "lora": there is no adapter to merge a share of')
+            raise ValueError('merge.strengths needs weights = "lora": other weights have no adapter to scale and merge')
         return self

@@ -77,7 +77,7 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}; give the path of a TOML file with {flag}") from None
     except RecursionError:
-        raise ConfigError(f"{path}: not TOML: nested too deep") from None
+        raise ConfigError(f"{path}: not TOML: nested too deeply") from None
     except ValueError as error:  # invalid TOML or UTF-8, or a number with too many digits
         raise ConfigError(f"{path}: not TOML: {error}") from None
 

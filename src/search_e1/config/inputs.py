@@ -114,7 +114,7 @@ class RetrievalConfig(Section):
         if "dense" in indexes and not (self.encoder or self.index):
             raise ValueError(f"kind = {self.kind!r} needs an encoder; give encoder.model")
         if self.language != AUTO and (self.index or "bm25" not in indexes):
-            raise ValueError("language is only for a bm25 index that is built; an index has its own, and knows it")
+            raise ValueError("language is only for building a bm25 index; an existing index records its own")
         if self.cache_key and indexes:
             raise ValueError("cache_key is only for a url; an index has its own checksum")
         return self

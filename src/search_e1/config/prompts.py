@@ -100,7 +100,7 @@ class Prompts(BaseModel):
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(f"{path}: not a prompts file ({str(error).splitlines()[0]})") from None
         except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from None
+            raise ConfigError(f"{path}: cannot be read ({error.strerror}); fix or remove it") from None
 
     @staticmethod
     def saved_in(directory: Path) -> bool:

@@ -43,7 +43,7 @@ def _compared(title: str, rows: Sequence[Row]) -> Table:
 def _costs(comparison: Comparison) -> Table:
     """Searches and tokens by benchmark and, if several, on average."""
     headings = ("benchmark", "policy", "searches", "difference", "tokens", "difference")
-    table = plain_table("Searches and sampled tokens a question", *headings, left=2)
+    table = plain_table("Searches and sampled tokens per question", *headings, left=2)
     for name, rows in by_benchmark(comparison).items():
         for row in rows:
             change = row.difference

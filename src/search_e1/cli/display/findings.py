@@ -11,8 +11,8 @@ from search_e1.evaluation.preflight import Finding, Level, worst
 
 _STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.STOP: "red"}
 _ENDS = {
-    Level.OK: "Nothing speaks against this run.",
-    Level.WARNING: "The run can begin; see the warnings.",
+    Level.OK: "No problems found; the run can start.",
+    Level.WARNING: "The run can start; see the warnings.",
     Level.STOP: "The run cannot learn.",
 }
 

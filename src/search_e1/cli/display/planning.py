@@ -18,9 +18,9 @@ def show_plan(console: Console, plan: Plan) -> None:
         console.print(table)
     console.print(Text(f"\n{_error(plan)}", style="dim"))
     disk = ", ".join(f"{name} {_gib(size)}" for name, size in plan.disk.items())
-    console.print(f"Disk, GiB: {disk}, sum {_gib(sum(plan.disk.values()))}; an index not counted.", style="dim")
+    console.print(f"Disk, GiB: {disk}, sum {_gib(sum(plan.disk.values()))}; not counting an index.", style="dim")
     if plan.assumed:
-        console.print(Text(f"Files not here, assumed: {printable(', '.join(plan.assumed))}.", style="dim"))
+        console.print(Text(f"Files not found, sizes assumed: {printable(', '.join(plan.assumed))}.", style="dim"))
     for warning in (*plan.problems, *plan.warnings):
         console.print(Text(f"! {printable(warning)}", style="yellow"))
     console.print("It does not fit." if plan.problems else "It fits.", style="red" if plan.problems else "green")
@@ -30,13 +30,13 @@ def _error(plan: Plan) -> str:
     """The error of the hours, in words."""
     measured = plan.measured
     if measured is None:
-        return "Hours: the error was not measured; shares of the data sheet are assumed (constants.toml)."
+        return "Hours: error not measured; based on assumed fractions of the data sheet (constants.toml)."
     there = "" if plan.gpu.name.split("-")[0] in measured.device.lower() else ", another GPU"
-    return f"Hours, for so many tokens: within {measured.hours_error:.0%} of what was measured on {measured.device}{there}."
+    return f"Hours, for these token counts: within {measured.hours_error:.0%} of what was measured on {measured.device}{there}."
 
 
 def _memory(plan: Plan) -> Table:
-    table = plain_table(f"GiB of a GPU at each stage's peak (of {plan.gpu.memory_gib:.1f}, {plan.usable / GIB:.1f} usable)")
+    table = plain_table(f"GiB per GPU at each stage's peak (of {plan.gpu.memory_gib:.1f}, {plan.usable / GIB:.1f} usable)")
     table.add_column("stage")
     parts = ("weights", "gradients", "optimizer", "other", "activations", "logits", "cache", "total")
     for heading in (

@@ -67,8 +67,8 @@ def show_comparison(console: Console, comparison: Comparison, stage: str) -> Non
     console.print()
     console.print(_costs(rows))
     console.print(
-        "\nBrackets: 95% intervals over seeds and questions, paired in differences. Charged: all that a policy took to make, "
-        "stages shared with other variants included, evaluation not.",
+        "\nBrackets: 95% intervals over seeds and questions, paired for differences. Charged: all it took to make a policy, "
+        "including stages shared with other variants, excluding evaluation.",
         style="dim",
     )
     for note in comparison.notes:
@@ -92,7 +92,7 @@ def _quality(rows: Sequence[VariantRow]) -> Table:
 
 
 def _trajectories(rows: Sequence[VariantRow]) -> Table:
-    table = _table("A question", "variant", "searches", "difference", "tokens", "difference")
+    table = _table("Per question", "variant", "searches", "difference", "tokens", "difference")
     for row in rows:
         searches, tokens = (row.differences.get(name) for name in ("searches", "tokens"))
         table.add_row(
