@@ -151,7 +151,7 @@ def test_both_layouts_of_a_directory_hold_the_same(collection: Path, tmp_path: P
     assert from_flat.checksum == hashlib.sha256(packed).hexdigest()
     assert (nested.expected, from_flat.expected) == (2417, None)
     assert benchmarks.splits("musique", flat) == ("dev",)
-    with pytest.raises(DataError, match=r"neither musique/test.jsonl nor musique.test.jsonl.* of musique it has dev"):
+    with pytest.raises(DataError, match=r"neither musique/test.jsonl nor musique.test.jsonl.* for musique it has dev"):
         benchmarks.load("musique", "test", flat)
 
 
@@ -173,7 +173,7 @@ def test_the_published_set_up_needs_no_flags(collection: Path, tmp_path: Path, p
     assert [q.id for q in load_many(map(Path, config["train"]))] == ["nq_train_0", "nq_train_1", "hotpotqa_train_0"]
     assert list(config["eval"]) == ["nq", "2wikimultihopqa", "musique", "bamboogle"]
     assert load_questions(Path(config["eval"]["musique"]))[0].hops == 3
-    assert "79168 are known of it" in " ".join(said.split())
+    assert "79168 were expected" in " ".join(said.split())
     assert "nq.train.jsonl and nq.test.jsonl: 1" in said
     assert "Where is the Arda?  (line 2 = line 1)" in said
     assert max(len(line) for line in said[: said.index("[data]")].splitlines()) <= 80

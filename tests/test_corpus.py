@@ -71,7 +71,7 @@ def test_it_streams(tmp_path: Path) -> None:
     ("line", "says"),
     [
         ("{not json", "not JSON"),
-        ("3", "int found where a JSON object is needed"),
+        ("3", "int where a JSON object is needed"),
         ({"contents": "x"}, "field 'id' is missing"),
         ({"id": "1"}, "field 'contents' is missing"),
         ({"id": "1", "text": None}, "field 'text' is NoneType, not text"),
@@ -206,8 +206,8 @@ def test_bad_lines_are_left_out_and_counted(tmp_path: Path) -> None:
     for _ in range(2):
         assert [p.id for p in corpus] == ["0", "1", "2"]
         assert corpus.report() == (
-            f"9 records left out: 2 not JSON (first {path}:2), 2 with an id that came before (first {path}:6), "
-            f"1 without contents (first {path}:3), 1 no JSON object (first {path}:5), 1 without text (first {path}:7), "
+            f"9 records left out: 2 not JSON (first {path}:2), 2 with a repeated id (first {path}:6), "
+            f"1 without contents (first {path}:3), 1 not a JSON object (first {path}:5), 1 without text (first {path}:7), "
             f"1 too long (first {path}:8), 1 not UTF-8 (first {path}:12)"
         )
     with pytest.raises(DataError, match=r"no passages in it \(1 records left out: 1 not JSON"):
@@ -218,7 +218,7 @@ def test_bad_lines_are_left_out_and_counted(tmp_path: Path) -> None:
 def test_a_passage_of_megabytes(tmp_path: Path, text: str, length: str) -> None:
     path = write(tmp_path / "c.jsonl", GOOD, {"id": "1", "contents": text}, {"id": "2", "contents": "x"})
     message = refusal(path)
-    assert message.startswith(f"{path}:2: a passage of {length} bytes, and 1,048,576 are allowed; split it")
+    assert message.startswith(f"{path}:2: a passage of {length} bytes exceeds the limit of 1,048,576; split it")
     assert len(message) < 300
     assert [p.id for p in Corpus(path, skip_bad_lines=True)] == ["0", "2"]
     assert len(list(Corpus(path, most_bytes=2**24))) == 3

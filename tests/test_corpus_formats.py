@@ -60,7 +60,7 @@ def test_ms_marco_s_collection_has_neither_header_nor_quotes(tmp_path: Path, pac
         Passage(id="2", title="", text="A tab\tin it."),
     ]
     broken = write(tmp_path / "c.tsv", "0\tOne.\nnone\n2\tTwo.\n")
-    assert refusal(broken) == f"{broken}:2: no tab in it; a line of this file is a number, a tab and a text"
+    assert refusal(broken) == f"{broken}:2: no tab in it; each line of this file is a number, a tab and a text"
     assert [p.id for p in read(broken, skip_bad_lines=True)] == ["0", "2"]
 
 
@@ -99,7 +99,7 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
     )
     assert refusal(csv).startswith(f"{csv}: its columns are docid, body, Titel; needed are id and contents, or id, title and")
     typo = refusal(tmp_path / "c.jsonl", columns=["id=docid", "text=body", "title=meta.titel"])
-    assert typo.endswith("c.jsonl: no record has the column 'meta.titel' that 'title' is read from; mend its name")
+    assert typo.endswith("c.jsonl: no record has the column 'meta.titel' that 'title' is read from; correct its name")
 
 
 def test_rows_of_a_table_that_are_none_can_be_left_out(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_rows_of_a_table_that_are_none_can_be_left_out(tmp_path: Path) -> None:
     assert [p.id for p in corpus] == ["1", "4"]
     assert corpus.report() == (
         f"3 records left out: 1 with too many or too few cells (first {path}:3), 1 without text (first {path}:4), "
-        f"1 with an id that came before (first {path}:7)"
+        f"1 with a repeated id (first {path}:7)"
     )
 
 
@@ -128,7 +128,7 @@ def test_an_array_is_read_item_by_item(tmp_path: Path, monkeypatch: pytest.Monke
         assert [(p.id, p.text) for p in read(path)] == [(str(item["id"]), item["text"]) for item in items]
     whole = path.read_text()
     assert refusal(write(path, whole[:-3])).startswith(f"{path}:40: not JSON (")
-    assert refusal(write(path, "[1, 2]")).startswith(f"{path}:1: int found where a JSON object is needed")
+    assert refusal(write(path, "[1, 2]")).startswith(f"{path}:1: int where a JSON object is needed")
     monkeypatch.setattr(arrays, "_MOST", 1000)
     assert refusal(write(path, '[{"id": "' + "x" * 5000)) == f"{path}:1: an item of more than 0 MiB, or broken JSON"
 
@@ -151,7 +151,7 @@ def test_memory_does_not_grow_with_a_table(tmp_path: Path) -> None:
 def test_ids_of_two_corpora(tmp_path: Path) -> None:
     a, b = (write(tmp_path / name, f"id,text\n1,{name}\n") for name in ("wiki.csv", "news.csv"))
     assert refusal(a, b) == (
-        f"{b}:2: id '1' was used in {a}:2; give every passage its own, or have the corpora's names put before theirs "
+        f"{b}:2: id '1' was used in {a}:2; give every passage its own, or prefix the ids with the corpus names "
         "(--prefix-ids; data.prefix_ids)"
     )
     assert [p.id for p in read(a, b, prefix_ids=True)] == ["wiki:1", "news:1"]
@@ -171,7 +171,7 @@ def test_the_corpus_of_a_config() -> None:
     assert data.corpus_columns == CorpusColumns.parse(["id=", "text=body", "text=content"])
     for wrong, said in (
         ({"body": "text"}, "unknown field 'body' of a passage"),
-        ({"text": ""}, "field 'text' of a passage: an empty column"),
+        ({"text": ""}, "field 'text' of a passage: the column name is empty"),
         ({"text": "a", "contents": "b"}, "fields 'contents' and 'text' of a passage are both given"),
     ):
         with pytest.raises(ValueError, match=said):

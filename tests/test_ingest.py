@@ -74,7 +74,7 @@ def test_a_folder_becomes_a_corpus(docs: Path, tmp_path: Path, here: list[str]) 
         "read": {"markdown": 1, "text": 1}, "empty": {"text": 1}, "skipped": {"other": 1},
     }  # fmt: skip
     assert reasons(out) == {
-        "photo.jpg": ("skipped", ".jpg is no kind of document that is read"),
+        "photo.jpg": ("skipped", ".jpg files are not supported"),
         "sub/empty.txt": ("empty", "no text in it"),
     }
 
@@ -206,11 +206,11 @@ def test_what_cannot_work_is_refused_before_anything_is_written(docs: Path, tmp_
         run(empty, out)
     with pytest.raises(DataError, match="no such folder"):
         run(tmp_path / "nowhere", out)
-    with pytest.raises(ConfigError, match="the folder that is read"):
+    with pytest.raises(ConfigError, match="this is the folder being read"):
         run(docs, docs)
     with pytest.raises(ConfigError, match="overlap 100: give less than --words 100"):
         run(docs, out, cutting=Cutting(overlap=100))
-    with pytest.raises(ConfigError, match="holds something else"):
+    with pytest.raises(ConfigError, match="holds something other than a corpus"):
         run(empty, docs)
     assert not out.exists()
 
@@ -220,7 +220,7 @@ def test_a_folder_that_lost_all_its_text_leaves_the_corpus(docs: Path, tmp_path:
     run(docs, out)
     (docs / "a.md").unlink()
     (docs / "sub" / "b.txt").unlink()
-    with pytest.raises(DataError, match=r"no file has any text \(2 looked at\)"):
+    with pytest.raises(DataError, match=r"none of 2 files has any text"):
         run(docs, out)
     assert len(texts(out)) == 3
 
@@ -229,7 +229,7 @@ def test_a_damaged_store_says_so(docs: Path, tmp_path: Path, here: list[str]) ->
     out = tmp_path / "corpus"
     run(docs, out)
     (out / FILE).write_bytes(b"x" * 8192)
-    with pytest.raises(DataError, match=r"\.ingest\.sqlite: damaged .*; remove it, and all files are read again"):
+    with pytest.raises(DataError, match=r"\.ingest\.sqlite: damaged .*; remove it to read all files again"):
         run(docs, out)
 
 
@@ -263,7 +263,7 @@ def test_the_command_shows_a_row_for_each_kind(docs: Path, tmp_path: Path, here:
         ["text", "2", "1", "0", "0", "1", "0", "1"],
         ["all", "4", "2", "0", "0", "1", "1", "3"],
     ]
-    assert "skipped: photo.jpg: .jpg is no kind of document that is read" in result.output
+    assert "skipped: photo.jpg: .jpg files are not supported" in result.output
     assert all(len(line) <= 80 for line in result.output.splitlines() if str(tmp_path) not in line)
     record = json.loads((out / "passages.jsonl").read_text().splitlines()[0])
     assert (record["title"], record["file"]) == ("Alpha", "a.md")

@@ -212,8 +212,8 @@ def test_ids_follow_the_text_not_its_place(tmp_path: Path) -> None:
         ("a.txt", b"\x89PNG\0\0", "binary, not text"),
         ("a.pdf", b"%PDF-1.4 rubbish", "a damaged PDF (Failed to load document (PDFium: Data format error).)"),
         ("a.docx", b"no archive", "damaged (File is not a zip file)"),
-        ("a.xlsx", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1....", "encrypted, or of an old format under a new suffix"),
-        ("a.eml", b"\n\nno headers", "no mail: it has no headers"),
+        ("a.xlsx", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1....", "encrypted, or an old format under a new suffix"),
+        ("a.eml", b"\n\nno headers", "not an email: it has no headers"),
     ],
 )
 def test_what_cannot_be_read_says_why(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
@@ -227,7 +227,7 @@ def test_an_encrypted_pdf_and_an_archive_that_is_no_workbook(tmp_path: Path) -> 
     assert outcome_of(tmp_path / "a.pdf").reason == "encrypted; it needs a password"
     with zipfile.ZipFile(tmp_path / "a.xlsx", "w") as archive:
         archive.writestr("x", "y")
-    assert outcome_of(tmp_path / "a.xlsx").reason.startswith("not a sound xlsx file (KeyError: ")
+    assert outcome_of(tmp_path / "a.xlsx").reason.startswith("not a valid xlsx file (KeyError: ")
 
 
 def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_duplicates_are_counted_dropped_or_refused(tmp_path: Path) -> None:
     ]
     assert [len(part.rows) for part in keep.parts] == [3, 2]
     assert [texts(part) for part in drop.parts] == [["Who?", "Where?"], ["When?"]]
-    with pytest.raises(DataError, match=r"a.jsonl:2: 'The who' was asked at .*a.jsonl:1; --duplicates drop"):
+    with pytest.raises(DataError, match=r"a.jsonl:2: 'The who' was already asked at .*a.jsonl:1; --duplicates drop"):
         prepared(train=(str(a),), duplicates="refuse")
     # Evaluation files are judged one by one.
     assert [len(part.repeated) for part in prepared(eval=(str(a), str(b))).parts] == [1, 0]
@@ -143,7 +143,7 @@ def test_what_is_no_prepared_data_is_never_overwritten(tmp_path: Path) -> None:
     mine = jsonl(tmp_path / "data" / "mine.jsonl", row("Who?"))
     made = prepared(train=(str(mine),))
     for place in (tmp_path / "data", mine):
-        with pytest.raises(RunError, match="holds something else than prepared questions"):
+        with pytest.raises(RunError, match="holds something other than prepared questions"):
             prepare.write(made, Request(), place, overwrite=True)
     with pytest.raises(RunError, match="cannot be written"):
         prepare.write(made, Request(), mine / "out")
@@ -169,7 +169,7 @@ def test_writing_that_is_cut_short_leaves_nothing(tmp_path: Path, monkeypatch: p
 
 MISTAKES = {
     "unknown benchmark": (["--eval", "hotpott"], "unknown benchmark 'hotpott'; did you mean 'hotpotqa'?"),
-    "unknown split": (["--eval", "nq:tset"], "has no nq/tset.jsonl; of nq it has train, dev, test"),
+    "unknown split": (["--eval", "nq:tset"], "has no nq/tset.jsonl; for nq it has train, dev, test"),
     "no train split": (
         ["--train", "bamboogle"],
         "no train split of bamboogle; it has test: write --train bamboogle:test",
@@ -179,7 +179,7 @@ MISTAKES = {
     "a name that is none": (["--eval", "a.b=mine.jsonl"], "'a.b' cannot be a name; use letters, digits, - and _"),
     "an empty separator": (["--eval", "mine.jsonl", "--separator", ""], "--separator is empty"),
     "twice the same": (["--eval", "mine.jsonl", "--eval", "mine.jsonl"], "mine.test.jsonl would be written twice"),
-    "an empty directory": (["--from", "."], "no train split of nq; it has nothing of it"),
+    "an empty directory": (["--from", "."], "no train split of nq; it has none"),
     "all of nothing": (["--eval", "all", "--from", "."], "no benchmark has 'all'"),
 }
 
@@ -197,5 +197,5 @@ def test_a_mistake_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_file_of_another_kind_is_no_benchmark(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^faq\.docx: what kind of file is it\? known: \.jsonl, "):
+    with pytest.raises(DataError, match=r"^faq\.docx: unknown kind of file; known: \.jsonl, "):
         prepared(train=("faq.docx",))

@@ -139,7 +139,7 @@ def test_2wikimultihopqa_and_its_aliases(tmp_path: Path) -> None:
     (first, second), warnings = read(path)
     assert first["golden_answers"] == ["Małgorzata Braunek", "Malgorzata Braunek", "Braunek"]
     assert second["golden_answers"] == ["no"]
-    assert warnings == [f"dev.train.jsonl: answers have the other names that {aliases} gives them"]
+    assert warnings == [f"dev.train.jsonl: answers include the aliases from {aliases} gives them"]
 
 
 def test_musique_without_its_unanswerable_questions(tmp_path: Path) -> None:
@@ -209,16 +209,20 @@ def test_columns_that_are_given_count_before_a_layout(tmp_path: Path) -> None:
             [{k: HOTPOT[k] for k in ("_id", "question", "context")}],
             ":1: no answer; the test set of HotpotQA",
         ),
-        ("wiki.json", [WIKI2, {"_id": "x"}], ":2: not as the rows of 2WikiMultihopQA are (no 'question'); give the file as"),
-        ("musique.jsonl", [MUSIQUE | {"paragraphs": [1]}], ":1: not as the rows of MuSiQue are ("),
+        ("wiki.json", [WIKI2, {"_id": "x"}], ":2: not in the layout of 2WikiMultihopQA (no 'question'); give the file as"),
+        ("musique.jsonl", [MUSIQUE | {"paragraphs": [1]}], ":1: not in the layout of MuSiQue ("),
         (
             "trivia.json",
             {"Data": [{"Question": "Who?", "QuestionId": "x"}]},
-            ":1: no answer; the test set of TriviaQA has none",
+            ":1: no answer; the test set of TriviaQA is published without answers",
         ),
-        ("nq-test-kilt.jsonl", [{"id": "1", "input": "who?"}], ":1: no answer; the test set of KILT has none in public"),
-        ("triviaqa-kilt.jsonl", [{"id": "1", "output": KILT["output"]}], ":1: not as the rows of KILT are (no 'input': KILT's"),
-        ("broken.json", "x", ":1: str found"),
+        (
+            "nq-test-kilt.jsonl",
+            [{"id": "1", "input": "who?"}],
+            ":1: no answer; the test set of KILT is published without answers",
+        ),
+        ("triviaqa-kilt.jsonl", [{"id": "1", "output": KILT["output"]}], ":1: not in the layout of KILT (no 'input': KILT's"),
+        ("broken.json", "x", ":1: str where a JSON object is needed"),
     ],
 )
 def test_another_file_is_refused_in_one_line(tmp_path: Path, name: str, content: Any, said: str) -> None:
@@ -232,5 +236,7 @@ def test_another_file_is_refused_in_one_line(tmp_path: Path, name: str, content:
 def test_aliases_of_another_form_are_refused(tmp_path: Path) -> None:
     path = file(tmp_path / "dev.json", [WIKI2])
     (tmp_path / "id_aliases.json").write_text('{"Q1": ["x"]}\n')
-    with pytest.raises(DataError, match=r"id_aliases.json:1: not Q_id, aliases and demonyms; give id_aliases.json as it is"):
+    with pytest.raises(
+        DataError, match=r"id_aliases.json:1: not Q_id, aliases and demonyms; give id_aliases.json as published"
+    ):
         read(path)

@@ -85,7 +85,7 @@ def test_gz_and_plain_hold_the_same(tmp_path: Path) -> None:
     ("line", "says"),
     [
         ("{not json", "not JSON"),
-        ("[1]", "list found where a JSON object is needed"),
+        ("[1]", "list where a JSON object is needed"),
         ({"question": "Who?", "golden_answers": ["x"]}, "field 'id' is missing"),
         ({"id": "a", "golden_answers": ["x"]}, "field 'question' is missing"),
         ({"id": "a", "question": "Who?"}, "field 'golden_answers' is missing"),
@@ -100,9 +100,9 @@ def test_gz_and_plain_hold_the_same(tmp_path: Path) -> None:
         ),
         ({"id": "a", "question": "Who?", "golden_answers": ["", " "]}, "a question without answers"),
         ({"id": "a", "question": "Who?", "golden_answers": ["x", ""]}, "an empty answer (golden_answers = ['x', ''])"),
-        ('{"id": "a", "question": "Who?", "golden_answers": [NaN]}', "golden_answers = [nan] is not a list of texts"),
-        ({"id": "a", "question": "Who?", "golden_answers": "x"}, "golden_answers = 'x' is not a list of texts"),
-        ({"id": "a", "question": "Who?", "golden_answers": [1]}, "golden_answers = [1] is not a list of texts"),
+        ('{"id": "a", "question": "Who?", "golden_answers": [NaN]}', "golden_answers = [nan] is not a list of strings"),
+        ({"id": "a", "question": "Who?", "golden_answers": "x"}, "golden_answers = 'x' is not a list of strings"),
+        ({"id": "a", "question": "Who?", "golden_answers": [1]}, "golden_answers = [1] is not a list of strings"),
         ({"id": "a", "question": "", "golden_answers": ["x"]}, "question = ''"),
         ({"id": "", "question": "Who?", "golden_answers": ["x"]}, "id = ''"),
         ({"id": "a", "question": 3, "golden_answers": ["x"]}, "question = 3"),
@@ -112,14 +112,14 @@ def test_gz_and_plain_hold_the_same(tmp_path: Path) -> None:
         ),
         ({"id": "a", "question": "Who?", "golden_answers": ["x"], "metadata": [1]}, "metadata is list"),
         ({"id": "a", "question": " ", "golden_answers": ["x"]}, "question = ' ': an empty question"),
-        ({"id": "a", "question": "Who?", "golden_answers": [True]}, "golden_answers = [True] is not a list of texts"),
+        ({"id": "a", "question": "Who?", "golden_answers": [True]}, "golden_answers = [True] is not a list of strings"),
         *(
             ({"id": "a", "question": "Who?", "golden_answers": ["x"], "metadata": {"hops": hops}}, f"metadata.hops = {hops!r}")
             for hops in (True, 0, -1, 1.5, float("inf"), float("nan"), [1])
         ),
         (
             '{"id": "a", "question": "Who?", "golden_answers": ["x"], "golden_answers": ["y"]}',
-            "key 'golden_answers' is there twice",
+            "key 'golden_answers' appears twice",
         ),
     ],
 )
@@ -169,7 +169,7 @@ def test_a_subset_is_the_same_for_a_seed() -> None:
     assert chosen == [int(q.id) for q in subset(questions, 10, seed=3)]
     assert chosen != [int(q.id) for q in subset(questions, 10, seed=4)]
     assert subset(questions, 100, seed=0) == questions
-    with pytest.raises(DataError, match="101 questions asked for, and there are 100"):
+    with pytest.raises(DataError, match="101 questions requested, but there are only 100"):
         subset(questions, 101, seed=0)
 
 
@@ -177,5 +177,5 @@ def test_a_line_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("search_e1.data.lines._MOST_BYTES", 2**20)
     path = tmp_path / "q.jsonl.gz"
     path.write_bytes(gzip.compress(b"\n{" + b" " * 2**21 + b"}\n"))
-    with pytest.raises(DataError, match=rf"{path}:2: more than 1 MiB in one line; write one object a line"):
+    with pytest.raises(DataError, match=rf"{path}:2: more than 1 MiB in one line; write one object per line"):
         load_questions(path)

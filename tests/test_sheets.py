@@ -55,7 +55,7 @@ def test_cells_are_what_was_meant(tmp_path: Path) -> None:
     assert [record["metadata"]["topic"] for record in records] == ["places", "places", "moon", "numbers", "numbers", "numbers"]
     assert warnings == [
         "a.train.jsonl: read from the first sheet, 'Fragen'; not from 'More'",
-        "a.train.jsonl: 2 dates are written as 1969-07-20 (Fragen!B3); make them text to have them as they are seen",
+        "a.train.jsonl: 2 dates are written as 1969-07-20 (Fragen!B3); format the cells as text to keep them as displayed",
     ]
 
 
@@ -65,19 +65,27 @@ def test_cells_are_what_was_meant(tmp_path: Path) -> None:
         (
             ["Who?", "#N/A", "x"],
             lambda sheet: setattr(sheet["B2"], "data_type", "e"),
-            ":Fragen!B2: holds the error #N/A; mend it",
+            ":Fragen!B2: holds the error #N/A; fix it",
         ),
         (["Who?", "=A2", "x"], lambda sheet: None, ":Fragen!B2: a formula without its value; save the file in a"),
-        (["Who?", "x", "y"], lambda sheet: sheet.merge_cells("A2:B2"), ":Fragen!A2:B2: merged over columns, so that"),
-        (["Who?", "x", "y"], lambda sheet: sheet.merge_cells("A2:A3"), ":Fragen!A2:A3: merged over rows, each of which"),
+        (["Who?", "x", "y"], lambda sheet: sheet.merge_cells("A2:B2"), ":Fragen!A2:B2: merged across columns, so"),
+        (["Who?", "x", "y"], lambda sheet: sheet.merge_cells("A2:A3"), ":Fragen!A2:A3: merged across rows, each of which"),
         (["Who?", "x", "y", "z"], lambda sheet: None, ":Fragen!D2: its column has no name in the first row; give it one"),
         (
             ["Who?", "x", "y"],
             lambda sheet: setattr(sheet["C1"], "value", "answers"),
-            ":Fragen!B1: column 'answers' is there twice",
+            ":Fragen!B1: column 'answers' appears twice",
         ),
-        (["Who?", "NaN", "y"], lambda sheet: None, ":2: column 'answers' holds 'NaN', not texts; write the answers as texts"),
-        (["Who?", "['a', {'b': 1}]", "y"], lambda sheet: None, ":2: column 'answers' holds \"['a', {'b': 1}]\", which is no"),
+        (
+            ["Who?", "NaN", "y"],
+            lambda sheet: None,
+            ":2: column 'answers' holds 'NaN', not strings; write the answers as strings",
+        ),
+        (
+            ["Who?", "['a', {'b': 1}]", "y"],
+            lambda sheet: None,
+            ":2: column 'answers' holds \"['a', {'b': 1}]\", not a list of strings",
+        ),
     ],
 )
 def test_a_cell_that_cannot_be_read_is_named(

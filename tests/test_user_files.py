@@ -149,7 +149,7 @@ def test_what_only_parquet_holds_is_what_was_meant(tmp_path: Path) -> None:
         [part] = prepared(train=(str(file),)).parts
         assert part.rows[0].question.answers == (texts[name],)
     parquet.write_table(pyarrow.Table.from_pylist([{"question": "W?", "answer": b"\xff\xfe"}]), tmp_path / "b.parquet")
-    with pytest.raises(DataError, match=r"b\.parquet:1: a value that is bytes"):
+    with pytest.raises(DataError, match=r"b\.parquet:1: a value of type bytes"):
         prepared(train=(str(tmp_path / "b.parquet"),))
 
 
@@ -189,7 +189,7 @@ def test_several_answer_columns_can_be_given(tmp_path: Path) -> None:
     made = prepared(train=(str(lines),), columns=columns)
     assert made.parts[0].rows[0].question.answers == ("Oslo", "Kristiania")
     assert made.warnings == [
-        "a.train.jsonl: not read: o_aliases; if right answers are there, give all columns that hold some with "
+        "a.train.jsonl: not read: o_aliases; if they hold correct answers, name every column of answers with "
         "--column answers=COLUMN"
     ]
 
@@ -240,8 +240,8 @@ def test_a_suffix_in_any_case(tmp_path: Path, name: str) -> None:
 def test_golds_that_normalise_to_nothing_are_a_warning(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", row("Which article?", "the", "The."), row("Who?", "The Who"))
     assert prepared(train=(str(file),)).warnings == [
-        f"a.train.jsonl: 2 answers are only punctuation and articles ({file}:1: 'the'), of which exact match keeps nothing: "
-        "no answer matches them"
+        f"a.train.jsonl: 2 answers are only punctuation and articles ({file}:1: 'the'), which exact match strips "
+        "entirely: no answer matches them"
     ]
 
 
@@ -256,22 +256,27 @@ BAD_FILES = {
     ),
     "no answers": ("a.csv", "question,answers\nW?,x\nW?,\n", (), "a.csv:3: a question without answers"),
     "row of another width": ("a.csv", "question,answers\nW?,x,y\n", (), "a.csv:2: 3 cells under a header of 2"),
-    "column twice": ("a.csv", "question,answers, answers\nW?,x,y\n", (), "a.csv:1: column 'answers' is there twice"),
+    "column twice": ("a.csv", "question,answers, answers\nW?,x,y\n", (), "a.csv:1: column 'answers' appears twice"),
     "open quote": ("a.csv", 'question,answers\nW?,"x\n', (), "a.csv:2: not CSV (unexpected end of data)"),
-    "a quote in two lines": ("a.tsv", 'question\tanswers\nW?\t"x\nV?\ty"\n', (), "a.tsv:2: a quote that is not closed, or in"),
-    "a quoted line end": ("a.tsv", 'question\tanswers\nW?\t"\rx\t"\n', (), "a.tsv:2: a quote that is not closed, or in"),
+    "a quote in two lines": (
+        "a.tsv",
+        'question\tanswers\nW?\t"x\nV?\ty"\n',
+        (),
+        "a.tsv:2: a quote that is not closed, or not on",
+    ),
+    "a quoted line end": ("a.tsv", 'question\tanswers\nW?\t"\rx\t"\n', (), "a.tsv:2: a quote that is not closed, or not on"),
     "not UTF-8": ("a.csv", b"question,answers\nW\xff?,x\n", (), "a.csv: cannot be read ("),
     "header alone": ("a.csv", "question,answers\n", (), "a.csv: no questions in it"),
     "no Parquet": ("a.parquet", "question", (), "a.parquet: cannot be read ("),
     "cut .gz": ("a.csv.gz", gzip.compress(b"question,answers\nW?,x\n")[:-9], (), "a.csv.gz"),
-    "unknown kind": ("./a.ods", "x", (), "a.ods: what kind of file is it? known: .jsonl"),
+    "unknown kind": ("./a.ods", "x", (), "a.ods: unknown kind of file; known: .jsonl"),
     "hops no number": (
         "a.csv",
         "question,answers,hops\nW?,x,two\n",
         (),
-        "a.csv:2: column 'hops' holds 'two'; hops are",
+        "a.csv:2: column 'hops' holds 'two'; hops must be a whole number",
     ),
-    "metadata no JSON": ("a.csv", "question,answers,metadata\nW?,x,{\n", (), "a.csv:2: column 'metadata' is no JSON"),
+    "metadata no JSON": ("a.csv", "question,answers,metadata\nW?,x,{\n", (), "a.csv:2: column 'metadata' is not JSON"),
     "no such metadata": ("a.csv", "question,answers\nW?,x\n", ("metadata=more",), "a.csv:2: no column 'more'"),
     "metadata no object": ("a.jsonl", '{"question": "W?", "answers": "x", "metadata": [1]}', (), "'metadata' is list"),
     "answers no text": ("a.jsonl", '{"question": "W?", "answers": [{"t": "x"}]}', (), "--column answers=answers.text"),
@@ -283,14 +288,14 @@ BAD_FILES = {
         (),
         "a.jsonl:1: column 'answers' holds an",
     ),
-    "an object in a cell": ("a.csv", "question,answers\nW?,{'text': 'x'}\n", (), "which is no list of texts; write ["),
-    "a list with an object": ("a.csv", """question,answers\nW?,"['x', {'a': 1}]"\n""", (), "which is no list of texts"),
-    "NaN in a cell": ("a.csv", "question,answers\nW?,nan\n", (), "a.csv:2: column 'answers' holds 'nan', not texts; write"),
+    "an object in a cell": ("a.csv", "question,answers\nW?,{'text': 'x'}\n", (), "not a list of strings; write ["),
+    "a list with an object": ("a.csv", """question,answers\nW?,"['x', {'a': 1}]"\n""", (), "not a list of strings"),
+    "NaN in a cell": ("a.csv", "question,answers\nW?,nan\n", (), "a.csv:2: column 'answers' holds 'nan', not strings; write"),
     "a key twice": (
         "a.jsonl",
         '{"question": "W?", "answer": "x", "answer": "y"}',
         (),
-        "a.jsonl:1: key 'answer' is there twice",
+        "a.jsonl:1: key 'answer' appears twice",
     ),
     "an id that is a list": (
         "a.jsonl",

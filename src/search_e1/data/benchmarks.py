@@ -85,7 +85,7 @@ def load(benchmark: str, split: str, directory: Path | None = None, revision: st
     path = _local(benchmark, split, directory)
     rows = [(f"{path}:{n}", _question(row, benchmark, f"{path}:{n}")) for n, row in read_lines(path)]
     if not rows:
-        raise DataError(f"{path}: no questions in it; give a file with a question a line")
+        raise DataError(f"{path}: no questions in it; give a file with one question per line")
     nested = path.parent.name == benchmark
     return Loaded(rows, str(path), checksum(path), SIZES[benchmark].get(split) if nested else None)
 
@@ -99,7 +99,7 @@ def _local(benchmark: str, split: str, directory: Path) -> Path:
     present = splits(benchmark, directory)
     raise DataError(
         f"{directory}: neither {benchmark}/{split}.jsonl nor {benchmark}.{split}.jsonl[.gz|.zst] is in it; "
-        + (f"of {benchmark} it has {', '.join(present)}" if present else f"it has nothing of {benchmark}")
+        + (f"for {benchmark} it has {', '.join(present)}" if present else f"it has nothing for {benchmark}")
     )
 
 
@@ -108,7 +108,7 @@ def _from_hub(benchmark: str, split: str, revision: str | None) -> Loaded:
 
     file = f"{benchmark}/{split}.jsonl"
     if split not in SIZES[benchmark]:
-        raise ConfigError(f"{REPOSITORY} has no {file}; of {benchmark} it has {', '.join(SIZES[benchmark])}")
+        raise ConfigError(f"{REPOSITORY} has no {file}; for {benchmark} it has {', '.join(SIZES[benchmark])}")
     instead = f"give --from DIR with {file} or {benchmark}.{split}.jsonl in it instead"
     commit = revision
     if not datasets.config.HF_HUB_OFFLINE:  # offline, `datasets` reads its cache or fails at once

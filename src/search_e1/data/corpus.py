@@ -91,7 +91,7 @@ class Corpus:
         if unseen:
             columns = " or ".join(map(repr, self.columns.given[min(unseen)]))
             raise DataError(
-                f"{self._listed()}: no record has the column {columns} that {min(unseen)!r} is read from; mend its name"
+                f"{self._listed()}: no record has the column {columns} that {min(unseen)!r} is read from; correct its name"
             )
 
     def report(self) -> str:
@@ -111,13 +111,13 @@ class Corpus:
 
     def _refuse_second(self, id: str, where: str) -> None:
         if self.skip_bad_lines:
-            raise BadRecordError("with an id that came before", "")
+            raise BadRecordError("with a repeated id", "")
         for prefix, _, first, record in self._records():
             if first == where:
                 return  # two ids with the same hash
             if self._id(record, first, prefix) == id:
                 several = len(self.places) > 1 and not prefix
-                remedy = ", or have the corpora's names put before theirs (--prefix-ids; data.prefix_ids)" if several else ""
+                remedy = ", or prefix the ids with the corpus names (--prefix-ids; data.prefix_ids)" if several else ""
                 raise BadRecordError("", f"{where}: id {id!r} was used in {first}; give every passage its own{remedy}")
 
     def _id(self, record: sources.Record, where: str, prefix: str) -> str | None:
@@ -139,7 +139,7 @@ def _names(places: Sequence[str | Path]) -> list[str]:
 def _prefixes(places: Sequence[str | Path]) -> list[str]:
     names = _names(places)
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ConfigError(f"two corpora are called {twice!r}, so that a name before their ids is no help; rename one")
+        raise ConfigError(f"two corpora are called {twice!r}, so their names cannot tell ids apart; rename one")
     return [f"{name}:" for name in names]
 
 
@@ -219,8 +219,8 @@ def _passage(record: Mapping[str, Any], where: str, prefix: str, name: str, colu
 def _too_long(where: str, length: str, most: int) -> BadRecordError:
     return BadRecordError(
         "too long",
-        f"{where}: a passage of {length} bytes, and {most:,} are allowed; split it, raise --max-passage-bytes, or leave such "
-        "lines out with --skip-bad-lines",
+        f"{where}: a passage of {length} bytes exceeds the limit of {most:,}; split it, raise --max-passage-bytes, or leave "
+        "such lines out with --skip-bad-lines",
     )
 
 
@@ -239,7 +239,7 @@ def _fields(record: Mapping[str, Any], where: str, prefix: str, columns: CorpusC
             raise BadRecordError(f"without {name}", f"{where}: field {name!r} is missing; {HOLDS}")
         if not isinstance(value, str) and not (number and name in ("id", "title")):
             kind = f"{where}: field {name!r} is {type(value).__name__}, not text; {HOLDS}"
-            raise BadRecordError(f"whose {name} is no text", kind)
+            raise BadRecordError(f"whose {name} is not text", kind)
     fields = {name: value if isinstance(value, str) else str(int(value)) for name, value in found.items()}
     if not fields["id"]:
         raise BadRecordError("with an empty id", f"{where}: field 'id' is empty; give every passage its own")

@@ -19,9 +19,9 @@ def info(name: str, subject: str, instead: str, revision: str | None = None) -> 
     try:
         return HfApi().dataset_info(name, revision=revision, timeout=10)
     except RevisionNotFoundError:
-        raise ConfigError(f"{name} has no revision {revision!r}; leave --revision out for the newest") from None
+        raise ConfigError(f"{name} has no revision {revision!r}; leave --revision out for the latest") from None
     except RepositoryNotFoundError:
-        raise DataError(f"{subject}not found on the Hub, or closed to you; {instead}") from None
+        raise DataError(f"{subject}not found on the Hub, or not accessible to you; {instead}") from None
     except Exception as error:  # huggingface_hub's transport errors are not part of its API
         raise DataError(f"{subject}the Hub cannot be reached ({one_line(error)}); {instead}") from None
 

@@ -34,7 +34,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     for number, line in raw_lines(path, _MOST_BYTES):
         if len(line) > _MOST_BYTES:
-            raise DataError(f"{path}:{number}: more than {_MOST_BYTES >> 20} MiB in one line; write one object a line")
+            raise DataError(f"{path}:{number}: more than {_MOST_BYTES >> 20} MiB in one line; write one object per line")
         yield number, parse(line, f"{path}:{number}", unique=True)
 
 
@@ -105,7 +105,7 @@ def parse(line: bytes, where: str, nan: float | None = math.nan, *, unique: bool
         if len(found) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise BadRecordError("a key twice", f"{where}: key {twice!r} is there twice; give each its own name")
+            raise BadRecordError("a key twice", f"{where}: key {twice!r} appears twice; give each its own name")
         return found
 
     hook = unique_keys if unique else None
@@ -116,18 +116,18 @@ def parse(line: bytes, where: str, nan: float | None = math.nan, *, unique: bool
     except UnicodeDecodeError as error:
         raise BadRecordError("not UTF-8", f"{where}: not UTF-8 ({error}); write the file in UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise BadRecordError("not JSON", f"{where}: not JSON ({error}); write one JSON object a line") from None
+        raise BadRecordError("not JSON", f"{where}: not JSON ({error}); write one JSON object per line") from None
     if b"\\u" in line:  # JSON can escape half of a surrogate pair, which no UTF-8 file or tokenizer can represent
         try:
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise BadRecordError(
                 "half of a surrogate pair",
-                f"{where}: half of a surrogate pair in its text; mend or remove the \\u escape",
+                f"{where}: half of a surrogate pair in its text; fix or remove the \\u escape",
             ) from None
     if not isinstance(record, dict):
         raise BadRecordError(
-            "no JSON object",
-            f"{where}: {type(record).__name__} found where a JSON object is needed; write one object a line",
+            "not a JSON object",
+            f"{where}: {type(record).__name__} where a JSON object is needed; write one object per line",
         )
     return record

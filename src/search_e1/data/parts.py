@@ -107,7 +107,7 @@ def without_duplicates(parts: Sequence[Part], duplicates: Duplicates) -> list[Pa
             if twin is not row:
                 repeated.append(Again(row.where, twin.where, row.question.text))
                 if duplicates == "refuse":
-                    asked = f"{row.question.text!r} was asked at {twin.where}"
+                    asked = f"{row.question.text!r} was already asked at {twin.where}"
                     raise DataError(f"{row.where}: {asked}; --duplicates drop keeps the first")
             if twin is row or duplicates == "keep":
                 rows.append(row)

@@ -161,7 +161,7 @@ def check_out(out: Path, *, overwrite: bool) -> None:
     except (OSError, ValueError):
         stage = None
     if stage != STAGE or out.is_symlink():
-        raise RunError(f"{out} holds something else than prepared questions and is not overwritten; give another --out")
+        raise RunError(f"{out} holds something other than prepared questions and is not overwritten; give another --out")
 
 
 def config_snippet(prepared: Prepared, out: Path) -> str:
@@ -227,7 +227,7 @@ def _split(benchmark: str, role: Role, directory: Path | None, *, needed: bool =
     if not needed:
         return ""
     wanted = "train split" if role == "train" else "test or dev split"
-    has = f"it has {', '.join(present)}: write --{role} {benchmark}:{present[0]}" if present else "it has nothing of it"
+    has = f"it has {', '.join(present)}: write --{role} {benchmark}:{present[0]}" if present else "it has none"
     raise DataError(f"{directory or benchmarks.REPOSITORY}: no {wanted} of {benchmark}; {has}")
 
 
@@ -247,13 +247,15 @@ def _warnings(part: Part) -> list[str]:
     expected, found = part.loaded.expected, len(part.loaded.questions)
     warnings = [f"{part.file}: {note}" for note in part.loaded.notes]
     if expected not in (None, found):
-        warnings.append(f"{part.loaded.source} has {found} questions, and {expected} are known of it: figures may not compare")
+        warnings.append(
+            f"{part.loaded.source} has {found} questions, but {expected} were expected: figures may not be comparable"
+        )
     empty = [(row.where, answer) for row in part.rows for answer in row.question.answers if not normalize_answer(answer)]
     if empty:
         where, answer = empty[0]
         warnings.append(
-            f"{part.file}: {len(empty)} answers are only punctuation and articles ({where}: {answer!r}), of which exact match "
-            "keeps nothing: no answer matches them"
+            f"{part.file}: {len(empty)} answers are only punctuation and articles ({where}: {answer!r}), which exact match "
+            "strips entirely: no answer matches them"
         )
     return warnings
 

@@ -18,8 +18,8 @@ from search_e1.types import Question
 
 logger = logging.getLogger(__name__)
 _HOLDS = (
-    'each line holds {"id", "question", "golden_answers"} and perhaps "metadata"; `search-e1 data prepare` makes such files of '
-    "others"
+    'each line holds {"id", "question", "golden_answers"} and optionally "metadata"; `search-e1 data prepare` converts '
+    "other files"
 )
 
 
@@ -77,7 +77,7 @@ def settle(question: Question, not_found: Sequence[str] | None, where: str) -> Q
         return question.model_copy(update={"answers": tuple(not_found)})
     if not question.answers:
         raise DataError(
-            f"{where}: a question without answers (golden_answers = []); set rollout.rewards.not_found to what is right where "
+            f"{where}: a question without answers (golden_answers = []); set rollout.rewards.not_found to what is correct when "
             "the documents hold no answer, give one, or remove the question"
         )
     return question
@@ -90,7 +90,7 @@ def subset(questions: Sequence[Question], n: int, seed: int) -> list[Question]:
         DataError: there are fewer than ``n`` questions.
     """
     if n > len(questions):
-        raise DataError(f"{n} questions asked for, and there are {len(questions)}; ask for fewer")
+        raise DataError(f"{n} questions requested, but there are only {len(questions)}; ask for fewer")
     chosen = random.Random(seed).sample(range(len(questions)), n)
     return [questions[i] for i in sorted(chosen)]
 
@@ -158,7 +158,7 @@ def to_question(record: Mapping[str, Any], benchmark: str, where: str, *, may_la
     answers, metadata = record["golden_answers"], record.get("metadata") or {}
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise DataError(
-            f'{where}: golden_answers = {answers!r} is not a list of texts; write ["..."], as `search-e1 data prepare` does'
+            f'{where}: golden_answers = {answers!r} is not a list of strings; write ["..."], as `search-e1 data prepare` does'
         )
     if not any(map(str.strip, answers)) and (answers or not may_lack_answers):
         raise DataError(f"{where}: a question without answers (golden_answers = {answers!r}); give at least one")
@@ -170,11 +170,11 @@ def to_question(record: Mapping[str, Any], benchmark: str, where: str, *, may_la
         raise DataError(f"{where}: metadata.unanswerable = {marked!r}; write true or false")
     if not answers:
         if marked is False:
-            raise DataError(f"{where}: metadata.unanswerable = false, and golden_answers = []; mend one of them")
+            raise DataError(f"{where}: metadata.unanswerable = false, and golden_answers = []; change one of them")
         metadata = {**metadata, "unanswerable": True}
     id, hops, text = record["id"], metadata.get("hops"), record["question"]
     if hops is not None and not whole_number(hops):
-        raise DataError(f"{where}: metadata.hops = {hops!r}: hops are a whole number from 1")
+        raise DataError(f"{where}: metadata.hops = {hops!r}: hops must be a whole number, at least 1")
     if isinstance(text, str) and not text.strip():
         raise DataError(f"{where}: question = {text!r}: an empty question; remove it")
     try:

@@ -65,7 +65,7 @@ def _numbered(line: bytes, where: str) -> dict[str, Any] | BadRecordError:
     except UnicodeDecodeError as error:
         return BadRecordError("not UTF-8", f"{where}: not UTF-8 ({error}); write the file in UTF-8")
     if not tab:
-        return BadRecordError("without a tab", f"{where}: no tab in it; a line of this file is a number, a tab and a text")
+        return BadRecordError("without a tab", f"{where}: no tab in it; each line of this file is a number, a tab and a text")
     return {"id": id, "text": text}
 
 
@@ -85,7 +85,7 @@ def _rows(
             line = reader.line_num
             twice = next((name for name in names if names.count(name) > 1), None)
             if twice is not None:
-                raise DataError(f"{path}:1: column {twice!r} is there twice; give each its own name")
+                raise DataError(f"{path}:1: column {twice!r} appears twice; give each its own name")
             if names:
                 choose(names, str(path))
             for row in reader:
@@ -104,7 +104,7 @@ def _rows(
         ) from None
     except csv.Error as error:
         raise DataError(
-            f"{path}:{line + 1}: not CSV ({error}); a cell that begins with a quote ends with one, and quotes within it are "
+            f"{path}:{line + 1}: not CSV ({error}); a cell that begins with a quote must end with one, with quotes inside it "
             'doubled: """Weird Al"" Yankovic"'
         ) from None
 
@@ -136,7 +136,7 @@ def _is_plain(path: Path, most: int) -> bool:
                 if row != other:
                     deque(rows, maxlen=0)  # a later csv.Error may still show that it is not CSV
                     raise DataError(
-                        f"{path}:{lines.line_num}: a quote that is not closed, or in another line; double it, and put quotes "
+                        f"{path}:{lines.line_num}: a quote that is not closed, or not on this line; double it, and put quotes "
                         'around the cell: """Weird Al"""'
                     )
         except csv.Error:

@@ -95,7 +95,7 @@ class Columns:
             else:
                 where[key] = column
         if separator == "":
-            raise ConfigError("--separator is empty; give what stands between the answers, e.g. --separator '|'")
+            raise ConfigError("--separator is empty; give what separates the answers, e.g. --separator '|'")
         return cls(**chosen, answers=tuple(answers), more=tuple(more.items()), separator=separator)
 
 
@@ -139,7 +139,7 @@ def load(path: Path, name: str, columns: Columns, *, keep_unanswerable: bool = F
     said = (*(read.lines() if read else ()), *sheet_notes, *notes.lines(), *marked)
     if not questions:
         alone = " but unanswerable ones (--keep-unanswerable)" if read and read.left_out else ""
-        raise DataError(f"{path}: no questions in it{alone}; give a file with a question a line")
+        raise DataError(f"{path}: no questions in it{alone}; give a file with one question per line")
     sums = checksum(path) if not (read and read.aliases) else sha256_text(checksum(path) + checksum(read.aliases_file))
     return Loaded(questions, str(path), sums, notes=said)
 
@@ -168,7 +168,7 @@ class _Published:
 
     def lines(self) -> Iterable[str]:
         if self.aliases:
-            yield f"answers have the other names that {self.aliases_file} gives them"
+            yield f"answers include the aliases from {self.aliases_file} gives them"
         if self.left_out:
             number = f"{len(self.left_out)} unanswerable questions are left out ({self.left_out[0]})"
             yield f"{number}; --keep-unanswerable keeps them"
@@ -200,10 +200,10 @@ class _Notes:
     def lines(self) -> Iterable[str]:
         several = max(self.used, key=len, default=())
         if len(several) > 1 and not self.columns.answers:
-            yield f"the answers are those of the columns {', '.join(several)}; --column answers=COLUMN chooses"
+            yield f"answers are taken from the columns {', '.join(several)}; --column answers=COLUMN selects one"
         if self.unused:
             yield (
-                f"not read: {', '.join(self.unused)}; if right answers are there, give all columns that hold some with "
+                f"not read: {', '.join(self.unused)}; if they hold correct answers, name every column of answers with "
                 "--column answers=COLUMN"
             )
         for kind, said in (
@@ -236,7 +236,7 @@ def _rows(path: Path, question: str, notes: list[str]) -> Iterator[tuple[str, di
         for number, row in read_lines(path):
             yield f"{path}:{number}", row
     else:
-        raise DataError(f"{path}: what kind of file is it? known: {', '.join(SUFFIXES)}")
+        raise DataError(f"{path}: unknown kind of file; known: {', '.join(SUFFIXES)}")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -259,7 +259,7 @@ def _of_json(where: str, value: Any) -> Any:
     with contextlib.suppress(UnicodeDecodeError):
         if isinstance(value, bytes):
             return value.decode()
-    raise DataError(f"{where}: a value that is {type(value).__name__} ({str(value)[:40]!r}); give texts and numbers")
+    raise DataError(f"{where}: a value of type {type(value).__name__} ({str(value)[:40]!r}); give strings and numbers")
 
 
 def _record(row: Mapping[str, Any], columns: Columns, where: str) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def _record(row: Mapping[str, Any], columns: Columns, where: str) -> dict[str, A
     id = row.get("id") if columns.id is None else _dig(row, columns.id, where) if columns.id else None
     if isinstance(id, bool) or not isinstance(id, str | int | float | None) or _text(id) is None:
         raise DataError(
-            f"{where}: column {columns.id or 'id'!r} holds {id!r}, no id; give another with --column id=COLUMN, or "
+            f"{where}: column {columns.id or 'id'!r} holds {id!r}, not an id; give another with --column id=COLUMN, or "
             "have ids generated with --column id="
         )
     metadata = _dig(row, columns.metadata, where) if columns.metadata else row.get("metadata")
@@ -276,7 +276,7 @@ def _record(row: Mapping[str, Any], columns: Columns, where: str) -> dict[str, A
             metadata = json.loads(metadata)
         except ValueError as error:
             raise DataError(
-                f"{where}: column {columns.metadata or 'metadata'!r} is no JSON ({error}); write an object"
+                f"{where}: column {columns.metadata or 'metadata'!r} is not JSON ({error}); write an object"
             ) from None
     if metadata and not isinstance(metadata, dict):
         raise DataError(f"{where}: column {columns.metadata or 'metadata'!r} is {type(metadata).__name__}; write a JSON object")
@@ -310,12 +310,12 @@ def _answers_in(found: Any, column: str, separator: str | None, where: str) -> l
     if isinstance(found, str) and separator is None:
         found = _list_in(found)
         if isinstance(found, str) and _BRACKETED.fullmatch(found):
-            raise DataError(f'{where}: column {column!r} holds {found!r}, which is no list of texts; write ["...", "..."]')
+            raise DataError(f'{where}: column {column!r} holds {found!r}, not a list of strings; write ["...", "..."]')
     items = [_text(item) for item in found] if isinstance(found, list) else [_text(found)]
     if None in items:
         nested = any(isinstance(item, dict) for item in (found if isinstance(found, list) else [found]))
-        remedy = f"give a path into it, e.g. --column answers={column}.text" if nested else "write the answers as texts"
-        raise DataError(f"{where}: column {column!r} holds {found!r}, not texts; {remedy}")
+        remedy = f"give a path into it, e.g. --column answers={column}.text" if nested else "write the answers as strings"
+        raise DataError(f"{where}: column {column!r} holds {found!r}, not strings; {remedy}")
     texts = [text.strip() for text in items if text is not None]
     if len(texts) > 1 and not all(texts):
         raise DataError(f"{where}: column {column!r} holds an empty answer ({found!r}); remove it")
@@ -372,5 +372,5 @@ def _whole(value: Any, column: str, where: str) -> int | None:
         return None
     number = whole_number(value)
     if number is None:
-        raise DataError(f"{where}: column {column!r} holds {value!r}; hops are a whole number from 1")
+        raise DataError(f"{where}: column {column!r} holds {value!r}; hops must be a whole number, at least 1")
     return number

@@ -136,7 +136,7 @@ def _add(path: Path, name: str, about: os.stat_result, found: Folder) -> None:
     elif suffix in _OLD_OFFICE:
         found.skipped.append(Skipped(name, OTHER, f"{suffix} is an old format; save it as {_OLD_OFFICE[suffix]}"))
     elif suffix and suffix not in KINDS:
-        found.skipped.append(Skipped(name, OTHER, f"{suffix} is no kind of document that is read"))
+        found.skipped.append(Skipped(name, OTHER, f"{suffix} files are not supported"))
     else:
         found.files.append(Found(name, path, KINDS.get(suffix, "text"), about.st_size, about.st_mtime_ns))
 

@@ -117,9 +117,9 @@ def _check_out(folders: Sequence[Path], out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: a file; give a directory")
     if any(out.resolve() == folder.resolve() for folder in folders):
-        raise ConfigError(f"--out {out}: the folder that is read; give another directory, which may be inside it")
+        raise ConfigError(f"--out {out}: this is the folder being read; give another directory, which may be inside it")
     if out.is_dir() and not (out / FILE).exists() and any(not file.name.startswith(".") for file in out.iterdir()):
-        raise ConfigError(f"--out {out}: holds something else than a corpus of `data ingest`; give a new directory")
+        raise ConfigError(f"--out {out}: holds something other than a corpus from `data ingest`; give a new directory")
 
 
 def _checksums(
@@ -206,7 +206,7 @@ def _publish(out: Path, store: Store, report: Report) -> None:
     writer.writerows((entry.status, entry.name, entry.reason) for entry in report.not_read)
     write_atomically(out / NOT_READ, table.getvalue())
     if not report.passages.total():
-        raise DataError(f"no file has any text ({sum(report.files.values())} looked at); {out / NOT_READ} says why of each")
+        raise DataError(f"none of {sum(report.files.values())} files has any text; {out / NOT_READ} gives the reason for each")
     if store.published and (out / PASSAGES).exists():
         return
     partial = out / f".{PASSAGES}.partial"

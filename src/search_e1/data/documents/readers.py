@@ -73,7 +73,7 @@ def read(path: Path, kind: str, words: int, max_unpacked: int) -> Document:
 
 def _check_zip(path: Path, most: int) -> None:
     if path.read_bytes()[:8] == b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1":  # OLE container: Office's encrypted and old formats
-        raise UnreadableError("encrypted, or of an old format under a new suffix")
+        raise UnreadableError("encrypted, or an old format under a new suffix")
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -225,7 +225,7 @@ def _mail(path: Path) -> Document:
     with path.open("rb") as stream:
         message = email.message_from_binary_file(stream, policy=email.policy.default)
     if not message.keys():
-        raise UnreadableError("no mail: it has no headers")
+        raise UnreadableError("not an email: it has no headers")
     assert isinstance(message, EmailMessage)
     lines = [f"{name}: {message[name]}" for name in ("From", "To", "Cc", "Date") if message[name]]
     head = Part("\n".join(lines))

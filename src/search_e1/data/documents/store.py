@@ -61,8 +61,8 @@ class Store:
             yield cls(connection)
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):  # a full disk, a file system without locks
-                raise DataError(f"{path}: {error}; see to the disk, and run the same command again") from error
-            raise DataError(f"{path}: damaged ({error}); remove it, and all files are read again") from error
+                raise DataError(f"{path}: {error}; check the disk, then run the same command again") from error
+            raise DataError(f"{path}: damaged ({error}); remove it to read all files again") from error
         finally:
             connection.close()
 

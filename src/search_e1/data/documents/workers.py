@@ -176,7 +176,7 @@ def read_file(file: Found, cutting: Cutting, limits: Limits) -> Outcome:
         status, reason = FAILED, f"cannot be read ({error.strerror or error})"
     except Exception as error:  # a parser may raise anything on a malformed file
         first = str(error).strip().partition("\n")[0][:200]
-        status, reason = FAILED, f"not a sound {file.kind} file ({type(error).__name__}: {first})"
+        status, reason = FAILED, f"not a valid {file.kind} file ({type(error).__name__}: {first})"
     if status == READ and not number:
         status, reason = EMPTY, reason or "no text in it"
     seconds = max(time.perf_counter() - clock, 1e-6)

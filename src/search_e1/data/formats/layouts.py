@@ -42,12 +42,14 @@ def read(layout: Layout, row: Mapping[str, Any], aliases: Aliases, where: str) -
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         missing = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise DataError(
-            f"{where}: not as the rows of {layout.name} are ({missing}); give the file as it is published, or say where things "
+            f"{where}: not in the layout of {layout.name} ({missing}); give the file as published, or say where things "
             "are with --column FIELD=COLUMN"
         ) from None
     answered = any(isinstance(answer, str) and answer.strip() for answer in record["golden_answers"])
     if not answered and not record["metadata"].get("unanswerable"):
-        raise DataError(f"{where}: no answer; the test set of {layout.name} has none in public, give its train or dev file")
+        raise DataError(
+            f"{where}: no answer; the test set of {layout.name} is published without answers; give its train or dev file"
+        )
     return record
 
 
@@ -61,7 +63,7 @@ def read_aliases(path: Path) -> Aliases:
     for number, row in read_lines(path):
         names: list[Any] = [row.get(key) for key in ("aliases", "demonyms")]
         if "Q_id" not in row or not all(isinstance(these, list) for these in names):
-            raise DataError(f"{path}:{number}: not Q_id, aliases and demonyms; give {ALIASES} as it is published, or remove it")
+            raise DataError(f"{path}:{number}: not Q_id, aliases and demonyms; give {ALIASES} as published, or remove it")
         found[row["Q_id"]] = [name for these in names for name in these]
     return found
 

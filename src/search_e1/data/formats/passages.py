@@ -37,7 +37,7 @@ class CorpusColumns:
                 hint = f"did you mean {close[0]!r}? " if close else ""
                 raise ConfigError(f"unknown field {name!r} of a passage; {hint}(known: {', '.join(FIELDS)}, metadata.KEY)")
             if not column and name != "id":
-                raise ConfigError(f"field {name!r} of a passage: an empty column; give the name of one")
+                raise ConfigError(f"field {name!r} of a passage: the column name is empty; give one")
             given[name] = (*given.get(name, ()), *([column] if column else []))
         if "contents" in given and "text" in given:
             raise ConfigError("fields 'contents' and 'text' of a passage are both given; contents is title and text in one")

@@ -34,7 +34,7 @@ def sheet_rows(path: Path, question: str, notes: list[str]) -> Iterator[tuple[st
     names = {cell.column: str(cell.value).strip() for cell in first if cell.value is not None}
     twice = next((cell for cell in first if list(names.values()).count(names.get(cell.column, "")) > 1), None)
     if twice is not None:
-        raise DataError(f"{_place(path, twice)}: column {twice.value!r} is there twice; give each its own name")
+        raise DataError(f"{_place(path, twice)}: column {twice.value!r} appears twice; give each its own name")
     merged = _merged(path, sheet, names, question, first[0].row)
     dates: list[str] = []
     for row in rows:
@@ -48,7 +48,9 @@ def sheet_rows(path: Path, question: str, notes: list[str]) -> Iterator[tuple[st
         if any(value is not None for value in values.values()):
             yield f"{path}:{row[0].row}", values
     if dates:
-        notes.append(f"{len(dates)} dates are written as 1969-07-20 ({dates[0]}); make them text to have them as they are seen")
+        notes.append(
+            f"{len(dates)} dates are written as 1969-07-20 ({dates[0]}); format the cells as text to keep them as displayed"
+        )
 
 
 def _open(path: Path, *, values: bool) -> Any:
@@ -73,9 +75,9 @@ def _merged(path: Path, sheet: Any, names: dict[int, str], question: str, head: 
     for area in sheet.merged_cells.ranges:
         where = f"{path}:{sheet.title}!{area.coord}"
         if area.min_col != area.max_col:
-            raise DataError(f"{where}: merged over columns, so that it is not known whose it is; unmerge it")
+            raise DataError(f"{where}: merged across columns, so its column is ambiguous; unmerge it")
         if area.min_row <= head or names.get(area.min_col) == question:
-            raise DataError(f"{where}: merged over rows, each of which needs its own; unmerge it")
+            raise DataError(f"{where}: merged across rows, each of which needs its own value; unmerge it")
         top = sheet.cell(area.min_row, area.min_col)
         found |= {(row, area.min_col): top for row in range(area.min_row, area.max_row + 1)}
     return found
@@ -84,7 +86,7 @@ def _merged(path: Path, sheet: Any, names: dict[int, str], question: str, head: 
 def _value(path: Path, cell: Any, formula: Any, dates: list[str]) -> Any:
     value = cell.value
     if cell.data_type == "e":
-        raise DataError(f"{_place(path, cell)}: holds the error {value}; mend it, or clear it")
+        raise DataError(f"{_place(path, cell)}: holds the error {value}; fix it, or clear it")
     if value is None and formula.data_type == "f":
         raise DataError(f"{_place(path, cell)}: a formula without its value; save the file in a spreadsheet program first")
     if isinstance(value, datetime.datetime | datetime.date | datetime.time | datetime.timedelta):
