@@ -192,7 +192,8 @@ def test_the_published_set_up_needs_no_flags(collection: Path, tmp_path: Path, p
 
 
 PREPARE = """
-import contextlib, io, json, sys
+import contextlib, gc, io, json, sys
+gc.disable()  # objects of imports stay
 from search_e1.cli.main import main
 told = []
 for words in json.loads(sys.argv[1]):

@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import random
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,15 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
     return Encoder.open(make_tiny_encoder(tmp_path_factory.mktemp("models") / "e"), dtype="float32")
 
 
-def by_numpy(encoder: Encoder, corpus: list[Passage], query: str) -> np.ndarray:
-    """The score of every passage."""
-    return encoder.passages([p.contents for p in corpus]) @ encoder.queries([query])[0]
+@cache
+def vectors(encoder: Encoder) -> np.ndarray:
+    """[300, dimension]: of ``passages()``."""
+    return encoder.passages([p.contents for p in passages()])
+
+
+def by_numpy(encoder: Encoder, query: str) -> np.ndarray:
+    """The score of each of ``passages()``."""
+    return vectors(encoder) @ encoder.queries([query])[0]
 
 
 def test_exact_search_is_numpy_s(tmp_path: Path, encoder: Encoder) -> None:
@@ -46,7 +53,7 @@ def test_exact_search_is_numpy_s(tmp_path: Path, encoder: Encoder) -> None:
     found = index.search(QUERIES, 5)
     assert len(index) == 300
     for query, hits in zip(QUERIES, found, strict=True):
-        scores = by_numpy(encoder, corpus, query)
+        scores = by_numpy(encoder, query)
         np.testing.assert_allclose([hit.score for hit in hits], np.sort(scores)[::-1][:5], atol=1e-6)
         np.testing.assert_allclose([hit.score for hit in hits], [scores[int(hit.id[1:])] for hit in hits], atol=1e-6)
         assert all(hit.contents == corpus[int(hit.id[1:])].contents for hit in hits)
@@ -74,7 +81,7 @@ def test_other_indexes_that_look_everywhere_find_the_same(
     tolerance = 1e-6 if "Flat" in index else 2e-3  # half precision
     for found in (built.search(QUERIES, 3), DenseIndex.open(tmp_path / "index").search(QUERIES, 3)):
         for query, hits in zip(QUERIES, found, strict=True):
-            scores = np.sort(by_numpy(encoder, corpus, query))[::-1]
+            scores = np.sort(by_numpy(encoder, query))[::-1]
             np.testing.assert_allclose([hit.score for hit in hits], scores[:3], atol=tolerance)
     kept = {"HNSW8,SQfp16": {"index.faiss"}, "SQfp16": {"vectors.faiss"}}.get(index, {"index.faiss", "vectors.faiss"})
     assert {file.name for file in (tmp_path / "index").glob("*.faiss")} == kept

@@ -1,4 +1,5 @@
 import random
+from functools import cache
 from pathlib import Path
 
 import faiss
@@ -27,12 +28,17 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
     return Encoder.open(make_tiny_encoder(tmp_path_factory.mktemp("models") / "e"), dtype="float32")
 
 
+@cache
+def vectors(encoder: Encoder, texts: tuple[str, ...]) -> np.ndarray:
+    return encoder.passages(list(texts))
+
+
 def made(path: Path, encoder: Encoder, corpus: list[Passage], factory: str, metric: int = faiss.METRIC_INNER_PRODUCT) -> Path:
     """An index as Search-R1's script makes one: position n is line n."""
     index = faiss.index_factory(encoder.dimension, factory, metric)
-    vectors = encoder.passages([p.contents for p in corpus])
-    index.train(vectors)
-    index.add_with_ids(vectors, np.arange(len(corpus))) if factory.startswith("IDMap") else index.add(vectors)
+    rows = vectors(encoder, tuple(p.contents for p in corpus))
+    index.train(rows)
+    index.add_with_ids(rows, np.arange(len(corpus))) if factory.startswith("IDMap") else index.add(rows)
     faiss.write_index(index, str(path))
     return path
 

@@ -109,6 +109,9 @@ def test_memory_that_runs_out_is_a_finding(project, tmp_path, monkeypatch):
 
 def test_weights_that_do_not_fit_stop(project, tmp_path, monkeypatch):
     settings = config(project, tmp_path / "run")
+    one_size = settings.grpo.training.model_copy(update={"micro_batch_tokens": 600, "gradient_checkpointing": False})
+    settings = settings.model_copy(update={"grpo": settings.grpo.model_copy(update={"training": one_size})})
+    settings = settings.model_copy(update={"distill": settings.distill.model_copy(update={"training": one_size})})
     monkeypatch.setattr(doctor, "misfits", lambda *args, **options: misfits(*args, **options, size=2**14))
     stops = [finding for finding in doctor.examine(settings, evaluated=1).findings if finding.level is Level.STOP]
     assert {finding.check for finding in stops} == {"memory"}
