@@ -56,6 +56,10 @@ def test_tokens_are_trajectories_times_lengths() -> None:
     assert (work["pool"].trajectories, work["evaluation"].trajectories) == (2 * 800, 5 * 50 * 2)
     assert work["lead"].trajectories == 2 * 4 * 12.5 * 2  # a quarter of 50 pairs is held out; 2 prompts, 2 kinds of start
     assert work["distill"].trained == 2 * 37 * 650
+    begun = work_of(a_config(**sections, coldstart={"steps": 30, "batch_size": 8}), **lengths)
+    assert list(begun) == ["evaluation", "coldstart", *list(work)[1:]]
+    assert (begun["coldstart"].trained, begun["coldstart"].sampled) == (30 * 8 * 650, 0)
+    assert begun["evaluation"].trajectories == 6 * 50 * 2
     sections |= dict(distill={"objective": "sft", "epochs": 3}, grpo=sections["grpo"] | {"keep_groups": True})
     sections["pool"] = sections["pool"] | {"source": "grpo"}
     work = work_of(a_config(**sections), **lengths)
@@ -169,8 +173,13 @@ def test_a_plan_of_the_quickstart(tmp_path: Path) -> None:
     assert (update.rows, update.tokens) == (65_536 // 64, 64)
     size = 4 * shape_of(tiny()).parameters
     assert (plan.disk["policies"], plan.disk["checkpoints"]) == (3 * size, 6 * size)
-    small = Gpu(name="small", memory_gib=0.01)
+    small, none = Gpu(name="small", memory_gib=0.01), Gpu(name="none", memory_gib=1e-5)
     assert make_plan(load(CONFIGS / "quickstart.toml", flags), small, 1, CONSTANTS).problems
+    begun = make_plan(load(CONFIGS / "quickstart.toml", [*flags, "--coldstart.steps", "10"]), none, 1, CONSTANTS)
+    assert [memory.stage for memory in begun.memory] == ["coldstart: update", *stages]
+    assert begun.disk["policies"] == 4 * size
+    assert begun.problems[0].startswith("coldstart: update: needs ")
+    assert "; train adapters ([coldstart.lora]), or use a smaller policy" in begun.problems[0]
     never = make_plan(load(CONFIGS / "quickstart.toml", [*flags, "--ofsd", "never"]), H100, 1, CONSTANTS)
     assert [memory.stage for memory in never.memory] == stages[:3]
     assert {work.stage for work in never.work} == {"evaluation", "grpo"}

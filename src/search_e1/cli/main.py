@@ -98,7 +98,7 @@ def train(
     origin = loaded.run if branch else None
     loaded = loaded.model_copy(update={"run": branch}) if branch else loaded
     with stages.joined(loaded), on_signals() as stop:
-        check_memory(loaded, loaded.policy.model, ("grpo", "distill"), ranks.count())
+        check_memory(loaded, loaded.policy.model, ("coldstart", "grpo", "distill"), ranks.count())
         summary = evolve.train(
             loaded,
             watch(console, loaded.rounds),

@@ -37,11 +37,14 @@ OtherPolicyOption = Annotated[
 
 def coldstart(context: typer.Context, config: ConfigArgument, out: OutOption = None) -> None:
     """Fine-tune the policy, or one from scratch, on demonstrations of how to search and answer."""
+    from search_e1.lab.plan import check_memory
     from search_e1.stages.coldstart import Coldstart
 
     with open_runner(config, context) as runner:
         Coldstart().check(runner.run)
-        runner.run.check(runner.run.config.policy.model)
+        start = runner.run.config.policy.model
+        runner.run.check(start)
+        check_memory(runner.run.config, start, ("coldstart",), ranks.count())
         _report(runner.make(Coldstart(), out))
 
 

@@ -48,8 +48,10 @@ class Job(NamedTuple):
 
 
 def training_jobs(config: Config) -> dict[str, Job]:
-    """Stage (``grpo``, ``distill``) -> its job, for the stages that ``config`` has."""
-    grpo, distill, jobs = config.grpo, config.distill, {}
+    """Stage (``coldstart``, ``grpo``, ``distill``) -> its job, for the stages that ``config`` has."""
+    coldstart, grpo, distill, jobs = config.coldstart, config.grpo, config.distill, {}
+    if coldstart:
+        jobs["coldstart"] = Job(coldstart.lora, coldstart.training, has_teacher=False, has_copy=False)
     if grpo.steps:
         jobs["grpo"] = Job(grpo.lora, grpo.training, grpo.asks_teachers, grpo.kl_coefficient > 0 and not grpo.lora)
     if config.distillations:

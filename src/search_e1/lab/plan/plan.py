@@ -58,7 +58,7 @@ def make_plan(config: Config, gpu: Gpu, gpus: int, constants: Constants) -> Plan
     work = work_model.stages(train, evaluated)
     kept = [memory_model.dtype, *(torch.float32 for job in training_jobs(config).values() if job.training.master_weights)]
     size, policies = max(dtype.itemsize for dtype in kept) * shape.parameters, config.distillations
-    policies += config.rounds if config.grpo.steps else 0
+    policies += bool(config.coldstart) + (config.rounds if config.grpo.steps else 0)
     stored = sum(w.trajectories for w in work if w.stage in ("pool", "evaluation")) * work_model.total
     disk = {"policies": policies * size, "trajectories": round(stored * constants.data["bytes_per_token"])}
     if any(not job.lora for job in training_jobs(config).values()):
@@ -79,6 +79,8 @@ def stage_memory(model: MemoryModel) -> tuple[Memory, ...]:
         own = -(-config.grpo.questions_per_step * config.grpo.group_size // model.gpus)
         sampling = model.sample("grpo: sample", min(rows, own), model.longest, during=jobs["grpo"])
         stages = [sampling, updates["grpo"], *stages]
+    if "coldstart" in jobs:
+        stages = [updates["coldstart"], *stages]
     if "distill" in jobs:
         stages += [model.sample("lead", rows, model.longest_privileged)] if jobs["distill"].has_teacher else []
         stages.append(updates["distill"])
@@ -97,7 +99,7 @@ def misfit(model: MemoryModel, memory: Memory) -> str | None:
         ways = ["change [vllm] gpu_memory_utilization"]
     elif memory.fixed > limit:
         if memory.optimizer > memory.weights / 10:  # all weights are trained
-            ways.insert(0, "train adapters ([grpo.lora])" if stage == "grpo" else 'set distill.weights = "lora"')
+            ways.insert(0, 'set distill.weights = "lora"' if stage == "distill" else f"train adapters ([{stage}.lora])")
         if model.gpus > 1 and not model.sharded:
             ways.insert(0, 'set parallel.sharding = "fsdp2"')
     elif kind == "update":
@@ -153,7 +155,7 @@ def misfits(
 def _warnings(config: Config) -> Iterator[str]:
     dtype = config.policy.dtype
     for stage, job in training_jobs(config).items():
-        rate = config.grpo.learning_rate if stage == "grpo" else config.distill.learning_rate
+        rate = getattr(config, stage).learning_rate
         if dtype != "float32" and not job.training.master_weights and not job.lora and rate < _ROUNDED_AWAY:
             yield (
                 f"{stage} trains all weights in {dtype}, and steps of {rate:g} round away; set "

@@ -41,8 +41,12 @@ class WorkModel:
     def stages(self, train_questions: int, eval_questions: int) -> list[Work]:
         """The work of each stage, in loop order."""
         config, rounds, jobs = self.config, self.config.distillations, training_jobs(self.config)
-        policies = 1 + rounds + (config.rounds if "grpo" in jobs else 0)
+        policies = 1 + bool(config.coldstart) + rounds + (config.rounds if "grpo" in jobs else 0)
         work = [self.sample("evaluation", policies * eval_questions * (1 + config.evaluation.samples), calls=policies)]
+        if config.coldstart:
+            work.append(
+                self.train(Work(stage="coldstart"), jobs["coldstart"], config.coldstart.steps * config.coldstart.batch_size)
+            )
         if "grpo" in jobs:
             per_step, steps = config.grpo.questions_per_step * config.grpo.group_size, config.rounds * config.grpo.steps
             sampled = self.sample("grpo", steps * per_step, calls=steps)
