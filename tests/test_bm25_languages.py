@@ -176,7 +176,7 @@ def test_gaps_are_said_in_one_line_with_the_remedy(tmp_path: Path, caplog: pytes
     [
         ("german", r"language = 'german': no such language; did you mean 'de'\?"),
         ("xx", "language = 'xx': no such language; known: "),
-        ("en+en", "language = 'en\\+en': a language is there twice"),
+        ("en+en", "language = 'en\\+en': a language is repeated"),
         ("en+de", "language = 'en\\+de': en and de: both have the latin script"),
         ("en+none", "language = 'en\\+none': no such language"),
     ],

@@ -122,7 +122,7 @@ FAULTS: dict[str, tuple[Reply, str]] = {
     "truncated JSON": (lambda r, n: (200, good(r)[1][:-20]), "not a response of /retrieve (the response: Invalid JSON"),
     "no JSON": (lambda *_: (200, b"<html>"), "not a response of /retrieve (the response: Invalid JSON"),
     "no bytes": (lambda *_: (200, b""), "not a response of /retrieve (the response: Invalid JSON"),
-    "not gzip": (lambda r, n: (*good(r), {"Content-Encoding": "gzip"}), "a body that cannot be unpacked: "),
+    "not gzip": (lambda r, n: (*good(r), {"Content-Encoding": "gzip"}), "a body that cannot be decompressed: "),
     "other keys": (lambda *_: (200, b'{"results": []}'), "not a response of /retrieve (result: Field required)"),
     "null": (lambda *_: answer(None), "not a response of /retrieve (result: Input should be a valid "),
     "a text": (lambda *_: answer([[], "x"]), "(result.1: Input should be a valid "),

@@ -230,8 +230,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     monkeypatch.setattr("sys.argv", ["search-e1", "train", "--config", "run.json"])
     assert end([fork(cli.main)]) == [status]
     told = capfd.readouterr().err
-    assert f"{signum.name}: finishing the step; once more ends it at once\n" in told
-    assert told.endswith(f"search-e1: stopped by {signum.name}; run the same command again to go on\n")
+    assert f"{signum.name}: finishing the step; repeat to stop immediately\n" in told
+    assert told.endswith(f"search-e1: stopped by {signum.name}; run the same command again to resume\n")
     work = run / ".grpo-1.partial" / ".work"
     assert [path.name for path in work.glob("step-*")] == ["step-0000000001"]
     monkeypatch.setattr("search_e1.cli.display.watch", lambda *_: Watch(("evaluation-grpo-1", 0), then=lambda: sys.exit(7)))
@@ -270,7 +270,7 @@ def test_a_run_directory_of_another_config_is_refused(finished, project):
     settings, _, _ = finished
     before = sorted(settings.run.rglob("*"))
     changed = settings.model_copy(update={"seed": 2})
-    with pytest.raises(RunError, match=r"seed: 1 there, 2 given"):
+    with pytest.raises(RunError, match=r"seed: was 1, now 2"):
         evolve.train(changed)
     assert sorted(settings.run.rglob("*")) == before
 

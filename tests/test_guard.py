@@ -224,7 +224,7 @@ def test_grpo_at_an_absurd_learning_rate_keeps_the_policy_it_began_with(tmp_path
     if fall["kept"] == 1:
         assert equal(AutoModelForCausalLM.from_pretrained(tmp_path / "policy").state_dict(), start.model.state_dict())
     (said,) = [record.getMessage() for record in caplog.records if "collapsed" in record.getMessage()]
-    assert f"ended after step {fall['step']} of 40" in said
+    assert f"stopped after step {fall['step']} of 40" in said
     assert "lower grpo.learning_rate (now 3)" in said
     assert "\n" not in said
     groups = [json.loads(line) for line in (tmp_path / "groups.jsonl").read_text().splitlines()]

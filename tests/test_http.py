@@ -143,7 +143,7 @@ def test_a_body_that_is_cut_short_or_not_packed_as_it_says_is_no_answer(who: str
     packed = gzip.compress(BODY[who])
     for body in (packed[:-9], BODY[who], b"\x1f\x8b"):
         message, requests = failing(who, lambda *_, body=body: (200, body, {"Content-Encoding": "gzip"}))
-        assert "after 2 attempts: a body that cannot be unpacked: " in message
+        assert "after 2 attempts: a body that cannot be decompressed: " in message
         assert requests == 2
 
 
@@ -279,7 +279,7 @@ def test_it_waits_as_it_is_told_from_the_first_request_on(who: str, monkeypatch,
     assert slept == [15] * 6
     warned = [record.message for record in caplog.records if record.name.startswith("search_e1")]
     assert len(warned) == 1
-    assert "status 429 Too Many Requests (slow down); waiting 15 s, as it asks" in warned[0]
+    assert "status 429 Too Many Requests (slow down); waiting 15 s as requested" in warned[0]
 
 
 def ask_patiently(url: str) -> str:
@@ -305,7 +305,7 @@ def test_an_endpoint_that_is_not_there_is_found_soon_and_one_that_goes_is_waited
 
 
 def test_a_wait_beyond_the_limit_is_refused_in_words() -> None:
-    told = "after 1 attempt: status 429 Too Many Requests; it asks to wait 86400 s, and 600 s are allowed"
+    told = "after 1 attempt: status 429 Too Many Requests; it asks to wait 86400 s, longer than the limit of 600 s"
     with misbehaving(lambda *_: (429, b"", {"Retry-After": "86400"})) as server:
         with pytest.raises(EndpointError, match=told):
             ask_patiently(server.url)

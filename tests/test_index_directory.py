@@ -113,7 +113,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_written(tmp_path: Path) -> N
     with pytest.raises(RunError) as caught:
         broken_off(tmp_path / "index", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     assert str(caught.value) == (
-        f"{tmp_path / 'index'}: the disk is full; what was finished is kept: run the same command again once that is mended"
+        f"{tmp_path / 'index'}: the disk is full; finished work is kept: run the same command again once this is fixed"
     )
     assert not (tmp_path / "index").exists()
     with building(tmp_path / "index", SETTINGS) as work:
@@ -134,7 +134,7 @@ def test_one_process_builds(tmp_path: Path) -> None:
         holder = json.loads((tmp_path / ".index.unfinished" / ".holder.json").read_text())
         assert holder["pid"] == os.getpid()
         with (
-            pytest.raises(RunError, match=rf"\.index\.unfinished: process {os.getpid()} on .* works in this run"),
+            pytest.raises(RunError, match=rf"\.index\.unfinished: process {os.getpid()} on .* is using this run"),
             building(tmp_path / "index", None),
         ):
             raise AssertionError

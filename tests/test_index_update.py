@@ -175,7 +175,7 @@ def test_figures_made_with_the_old_index_are_not_taken_for_those_of_the_new_one(
     StageRunner(Inputs(config, run)).make(Recall())
     update_indexes([index], corpus(tmp_path / "c", changed=True))
     later = Inputs(config, run)
-    with pytest.raises(RunError, match=r"recall was made of something else[\s\S]*inputs\.retrieval"):
+    with pytest.raises(RunError, match=r"recall was made from other settings or inputs[\s\S]*inputs\.retrieval"):
         StageRunner(later).make(Recall())
     assert [hit.id for hit in later.retriever.search(["purple mountain"], 1)[0]] == ["new"]  # which `ask --config` searches
 

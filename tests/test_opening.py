@@ -47,10 +47,10 @@ def test_what_differs_is_told_a_line_a_key():
     assert found[2] == Change("grpo.steps", 8, 16)
     assert lines(found).splitlines() == [
         "",
-        "  grpo.gone: 1 there, nothing given",
-        "  grpo.new: nothing there, [2] given",
-        "  grpo.steps: 8 there, 16 given",
-        "  inputs.policy: aaaaaaaaaaaa there, bbbbbbbbbbbb given",
+        "  grpo.gone: was 1, now not set",
+        "  grpo.new: was not set, now [2]",
+        "  grpo.steps: was 8, now 16",
+        "  inputs.policy: was aaaaaaaaaaaa, now bbbbbbbbbbbb",
     ]
 
 
@@ -98,11 +98,11 @@ def test_a_run_of_an_earlier_version_goes_on_where_the_new_keys_stand_at_their_d
     with pytest.raises(RunError) as caught, opened(tmp_path, other, migrate=migrate_fingerprint):
         pass
     assert str(caught.value).splitlines()[1:] == [
-        '  data.eval.nq: "e" there, nothing given',
-        '  data.eval.pop: nothing there, "e" given',
-        "  grpo.lora.alpha: 32 there, 8 given",
+        '  data.eval.nq: was "e", now not set',
+        '  data.eval.pop: was not set, now "e"',
+        "  grpo.lora.alpha: was 32, now 8",
     ]
-    with pytest.raises(RunError, match=r"\n  data\.max_eval: nothing there, 5 given$"):
+    with pytest.raises(RunError, match=r"\n  data\.max_eval: was not set, now 5$"):
         stage(tmp_path, "grpo-1", {"grpo": now["grpo"], "data.max_eval": 5})
 
 
@@ -114,7 +114,7 @@ def test_other_versions_are_refused_until_they_are_allowed(tmp_path, monkeypatch
         stage(root, "grpo-1", {})
     new = {**runs.versions(), "torch": "99.0"}
     monkeypatch.setattr(artifacts, "versions", lambda: new)
-    said = r"install those.*--other-versions.*\n  torch: \"[^9].*\" there, \"99.0\" given$"
+    said = r"install those.*--other-versions.*\n  torch: was \"[^9].*\", now \"99.0\"$"
     with pytest.raises(RunError, match=said), opened(tmp_path, CONFIG):
         pass
     with opened(tmp_path, CONFIG, other_versions=True):
@@ -130,7 +130,7 @@ def test_without_a_note_of_versions_the_last_artifact_tells(tmp_path, monkeypatc
     with opened(tmp_path, CONFIG):
         pass
     monkeypatch.setattr(artifacts, "versions", lambda: {"torch": "99.0", "new-package": "1"})
-    with pytest.raises(RunError, match=r"\n  torch: .*\"99.0\" given$"), opened(tmp_path, CONFIG):
+    with pytest.raises(RunError, match=r"\n  torch: .*\"99.0\"$"), opened(tmp_path, CONFIG):
         pass
 
 
@@ -169,7 +169,7 @@ def test_a_damaged_artifact_is_not_taken_over(tmp_path):
 
 def test_branches_that_cannot_be(tmp_path):
     with (
-        pytest.raises(RunError, match="no run to branch off there"),
+        pytest.raises(RunError, match="no run there to branch from"),
         opened(tmp_path / "b", {}, branch_of=tmp_path / "a"),
     ):
         pass
@@ -178,7 +178,7 @@ def test_branches_that_cannot_be(tmp_path):
             pass
     with pytest.raises(RunError, match="into its own directory"), opened(tmp_path / "a", {}, branch_of=tmp_path / "a"):
         pass
-    with pytest.raises(RunError, match=r"no branch of .*/a;"), opened(tmp_path / "c", {}, branch_of=tmp_path / "a"):
+    with pytest.raises(RunError, match=r"not a branch of .*/a;"), opened(tmp_path / "c", {}, branch_of=tmp_path / "a"):
         pass
 
 
@@ -192,7 +192,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout
     assert process.stdout.readline() == "held\n"
-    said = rf"process {process.pid} on {socket.gethostname()} \(since 20.*\) works in this run directory; wait for it"
+    said = rf"process {process.pid} on {socket.gethostname()} \(since 20.*\) is using this run directory; wait for it"
     with pytest.raises(RunError, match=said), locks.held(tmp_path):
         pass
     process.send_signal(signal.SIGKILL)
@@ -214,7 +214,7 @@ def no_locks(monkeypatch):
 
 def test_where_there_are_no_locks_a_file_stands_in(tmp_path, no_locks):
     with locks.held(tmp_path):
-        with pytest.raises(RunError, match=r"for certain, remove .*\.lock-file\)"), locks.held(tmp_path):
+        with pytest.raises(RunError, match=r"is certainly gone, remove .*\.lock-file\)"), locks.held(tmp_path):
             pass
         marker = (tmp_path / ".lock-file").read_text()
     assert not (tmp_path / ".lock-file").exists()
@@ -224,7 +224,7 @@ def test_where_there_are_no_locks_a_file_stands_in(tmp_path, no_locks):
     with locks.held(tmp_path):
         pass  # left by a process of this machine that is dead
     (tmp_path / ".lock-file").write_text(marker.replace(socket.gethostname(), "another-machine"))
-    with pytest.raises(RunError, match="works in this run directory"), locks.held(tmp_path):
+    with pytest.raises(RunError, match="is using this run directory"), locks.held(tmp_path):
         pass
 
 
@@ -237,14 +237,14 @@ def test_where_there_are_no_locks_a_file_stands_in(tmp_path, no_locks):
         (OSError(28, "No space left on device", "/runs/x/weights"), r"the disk is full \(/runs/x/weights\)"),
         (OSError(122, "Disk quota exceeded"), "the disk is full"),
         (OSError(30, "Read-only file system", "/runs/x"), r"Read-only file system \(/runs/x\)"),
-        (OSError(5, "Input/output error"), "the disk fails"),
+        (OSError(5, "Input/output error"), "disk I/O error"),
         (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "the disk is full"),
         (ValueError("I/O error: No space left on device (os error 28)"), "the disk is full"),
     ],
 )
 def test_what_the_disk_does_is_told_in_one_line(tmp_path, error, said):
     with (
-        pytest.raises(RunError, match=f"^{tmp_path}: {said}; what was finished is kept") as caught,
+        pytest.raises(RunError, match=f"^{tmp_path}: {said}; finished work is kept") as caught,
         disk.translate_disk_errors(tmp_path),
     ):
         raise error

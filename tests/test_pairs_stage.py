@@ -93,7 +93,7 @@ def test_another_policy_is_refused_and_left_as_it_was(stages, tmp_path):
     sampled = pool(stages, policy)
     pairs = stages.pairs(policy, sampled, 1).path
     stages.run.retriever = TinyRetriever([])
-    told = rf"sampled by another policy than {other} \(checksum {checksum(Path(policy))[:12]} there, {before[:12]} given\)"
+    told = rf"sampled by a policy other than {other} \(checksum {checksum(Path(policy))[:12]}, not {before[:12]}\)"
     for refused in (
         lambda: stages.pairs(other, sampled, 2),
         lambda: stages.lead(other, pairs, 1),
@@ -183,7 +183,7 @@ def test_demonstrations_are_part_of_what_pairs_are_made_of(stages, tmp_path):
     assert made.manifest.inputs["demonstrations"] == checksum(path)
     assert (made.manifest.result["pairs"], made.manifest.result["no_demonstration"]) == (3, MANY - 3)
     path.write_text(path.read_text() + "\n")
-    with pytest.raises(RunError, match="was made of something else"):
+    with pytest.raises(RunError, match="was made from other settings or inputs"):
         by_gold.pairs(policy, stages.root / "pool-1", 1)
     path.unlink()
     with pytest.raises(DataError, match=r"demonstrations\.jsonl: cannot be read"):

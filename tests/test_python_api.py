@@ -77,7 +77,7 @@ def test_kept_evaluations_are_compared(policy, index, tmp_path):
         search_e1.compare(first, tmp_path / "c")
     with pytest.raises(ConfigError, match="exists; give another directory"):
         search_e1.evaluate(policy, index, questions(), LIMITS, out=tmp_path / "b")
-    with pytest.raises(RunError, match="made of something else"):
+    with pytest.raises(RunError, match="made from other settings or inputs"):
         search_e1.evaluate("small", index, questions("nq"), LIMITS, out=tmp_path / "a")
 
 

@@ -426,7 +426,7 @@ def test_work_that_cannot_be_shared_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        ("meta:1", r"policy\.device = 'meta:1': 2 processes take a device each; write 'meta'"),
+        ("meta:1", r"policy\.device = 'meta:1': each of 2 processes takes its own device; write 'meta'"),
         ("meta", r"process 1 of this machine has no meta device: 0 are visible; start fewer \(torchrun"),
     ],
 )

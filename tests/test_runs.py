@@ -52,9 +52,9 @@ def test_a_complete_artifact_is_returned_and_not_made_again(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"settings": {"grpo": {"steps": 9}}}, r"\n  grpo\.steps: 8 there, 9 given"),
-        ({"inputs": {"policy": "y"}}, r'\n  inputs\.policy: "x" there, "y" given'),
-        ({"seed": 1}, r"\n  seed: 0 there, 1 given"),
+        ({"settings": {"grpo": {"steps": 9}}}, r"\n  grpo\.steps: was 8, now 9"),
+        ({"inputs": {"policy": "y"}}, r'\n  inputs\.policy: was "x", now "y"'),
+        ({"seed": 1}, r"\n  seed: was 0, now 1"),
     ],
 )
 def test_another_identity_is_refused_and_named(tmp_path, changes, said):
@@ -119,7 +119,7 @@ def test_a_killed_stage_goes_on_from_what_it_kept_and_from_nothing_else(tmp_path
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("seed", "pool-1.partial: begun otherwise, so that it begins anew:\n  seed: 0 there, 1 given"),
+        ("seed", "pool-1.partial: begun with other settings or inputs; starting over:\n  seed: was 0, now 1"),
         ("versions", "\n  versions.torch: "),
         ("torn", None),
     ],
@@ -190,7 +190,7 @@ def test_a_directory_of_another_config_is_refused_and_untouched(tmp_path):
         ask(root / "grpo-1", [])
     before = (tmp_path / "run" / "config.json").read_text()
     with (
-        pytest.raises(RunError, match=r"\n  grpo\.steps: 8 there, 16 given"),
+        pytest.raises(RunError, match=r"\n  grpo\.steps: was 8, now 16"),
         opened(tmp_path / "run", {"grpo": {"steps": 16}, "seed": 0}),
     ):
         pass

@@ -167,7 +167,7 @@ def test_a_run_that_is_stopped_and_killed_ends_the_same(project, together, alone
     monkeypatch.setattr("search_e1.cli.display.watch", at_step("grpo-1", 2, 1, lambda: os.kill(os.getppid(), signal.SIGTERM)))
     assert torchrun(path) == 1
     said = capfd.readouterr().err
-    assert said.count("search-e1: stopped by SIGTERM; run the same command again to go on\n") == 1
+    assert said.count("search-e1: stopped by SIGTERM; run the same command again to resume\n") == 1
     saved = run / ".grpo-1.partial" / ".work"
     assert sorted(saved.glob("step-*"))[-1].name in ("step-0000000002", "step-0000000003")
 

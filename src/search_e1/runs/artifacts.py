@@ -125,8 +125,8 @@ def artifact(
             found = read(path)
             if different := _different(found.manifest, identity, defaults):
                 raise RunError(
-                    f"{path} was made of something else; give what it was made of again, or use another run directory, or go "
-                    f"on in one that takes over what stays the same (search-e1 train --branch DIR):{lines(different)}"
+                    f"{path} was made from other settings or inputs; restore them, or use another run directory, or continue "
+                    f"in one that keeps what is unaffected (search-e1 train --branch DIR):{lines(different)}"
                 )
             shutil.rmtree(path / WORK, ignore_errors=True)  # left by a kill between the last two lines of `_make`
             ranks.broadcast_object(None)
@@ -207,7 +207,7 @@ def _begin(partial: Path, identity: dict[str, Any], defaults: Defaults) -> _Begu
     before = _begun(partial)
     different = _changes_since_begun(before.identity, identity, defaults) if before else []
     if before and different:
-        logger.warning("%s: begun otherwise, so that it begins anew:%s", partial.name.strip("."), lines(different))
+        logger.warning("%s: begun with other settings or inputs; starting over:%s", partial.name.strip("."), lines(different))
     if before and not different:
         kept = {WORK, *(file.name.removesuffix(JOURNAL) for file in (partial / WORK).glob(f"*{JOURNAL}"))}
         # A killed attempt cannot record when it ended; its last write is the best estimate.
@@ -281,7 +281,7 @@ def _in_turn(path: Path, stage: str, identity: Mapping[str, Any]) -> Iterator[Pa
         yield None
         return
     except (ValueError, LookupError, TypeError):
-        raise RunError(f"{path.parent / SHARED}: damaged; remove it and start again what began the run") from None
+        raise RunError(f"{path.parent / SHARED}: damaged; remove it and run the command that began the run again") from None
     key = {"stage": stage, **identity, "versions": versions()}
     shared = place / f"{stage}-{sha256_text(json.dumps(key, sort_keys=True))[:16]}"
     with locks.in_turn(place / f".{shared.name}.lock"):

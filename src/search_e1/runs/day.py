@@ -41,7 +41,7 @@ def recorded(directory: Path) -> date | None:
         return None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise RunError(
-            f'{directory / FILE}: damaged; write {{"begun": "YYYY-MM-DD"}}, the day on which the run was begun'
+            f'{directory / FILE}: damaged; write {{"begun": "YYYY-MM-DD"}}, the day on which the run began'
         ) from None
 
 

@@ -35,5 +35,5 @@ def device(name: str) -> torch.device:
     except RuntimeError:
         raise ModelError(f"device = {name!r}: no such device; write auto, cpu, cuda, cuda:1, ...") from None
     if found.type not in ("cpu", "meta", there.type if there else "cpu"):
-        raise ModelError(f"device = {name!r}: none here; use auto, or {there.type if there else 'cpu'}")
+        raise ModelError(f"device = {name!r}: not available here; use auto, or {there.type if there else 'cpu'}")
     return found

@@ -34,9 +34,7 @@ def translate_disk_errors(directory: Path) -> Iterator[None]:
         what = next((said for said in map(_said, _causes(error)) if said), None)
         if what is None:
             raise
-        raise RunError(
-            f"{directory}: {what}; what was finished is kept: run the same command again once that is mended"
-        ) from error
+        raise RunError(f"{directory}: {what}; finished work is kept: run the same command again once this is fixed") from error
 
 
 def reserve(path: Path, size: int) -> None:
@@ -63,4 +61,4 @@ def _said(error: BaseException) -> str | None:
         return f"the disk is full{where}"
     if number is not None and number in _REFUSED:
         return f"{os.strerror(number)}{where}"
-    return f"the disk fails{where}" if number == errno.EIO else None
+    return f"disk I/O error{where}" if number == errno.EIO else None

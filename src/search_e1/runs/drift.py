@@ -53,13 +53,13 @@ def _is_default(value: Any, path: tuple[str, ...], defaults: Defaults) -> bool:
 
 
 def lines(found: Sequence[Change]) -> str:
-    """One line per change, each after a line break: ``grpo.steps: 8 there, 16 given``."""
-    return "".join(f"\n  {change.key}: {_short(change.there)} there, {_short(change.given)} given" for change in found)
+    """One line per change, each after a line break: ``grpo.steps: was 8, now 16``."""
+    return "".join(f"\n  {change.key}: was {_short(change.there)}, now {_short(change.given)}" for change in found)
 
 
 def _short(value: Any) -> str:
     if value is ABSENT:
-        return "nothing"
+        return "not set"
     if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
         return value[:12]  # a checksum
     text = json.dumps(value, default=str, ensure_ascii=False)

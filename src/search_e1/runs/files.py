@@ -72,7 +72,7 @@ def read_summed(path: Path) -> bytes:
     """
     text, beside = path.read_bytes(), path.with_name(path.name + SUM)
     if beside.exists() and beside.read_bytes() != _sum_of(path, text):
-        raise ValueError("not as it was written")
+        raise ValueError("changed since it was written")
     return text
 
 

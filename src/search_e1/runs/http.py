@@ -238,7 +238,7 @@ class Server:
         except TimeoutError:
             raise TransientError(f"no answer within {seconds:.3g} s{self._remedy}") from None
         except zlib.error as error:
-            raise TransientError(f"a body that cannot be unpacked: {error}") from None
+            raise TransientError(f"a body that cannot be decompressed: {error}") from None
         except httpx.HTTPError as error:
             raise TransientError(self.hide(f"{type(error).__name__}: {error}") + "; is the server running?") from None
         for secret in self._secrets:
@@ -265,7 +265,7 @@ class Server:
             if max(received, len(content)) > self._most_bytes:
                 raise self.failure(f"a response of more than {self._most_bytes >> 20} MiB; is it the right server?")
         if unpack and received and not unpack.eof:
-            raise zlib.error("the compressed body is cut short")
+            raise zlib.error("the compressed body is truncated")
         return bytes(content)
 
     def _report(self, state: RetryCallState) -> None:
@@ -275,7 +275,9 @@ class Server:
         if getattr(error, "retry_after", 0.0):  # the server is up, and may answer other requests meanwhile
             if seconds >= _LONG_WAIT and not self._is_limited:
                 self._is_limited = True
-                logger.warning("%s: %s; waiting %.0f s, as it asks, now and whenever it does", self.shown, error, seconds)
+                logger.warning(
+                    "%s: %s; waiting %.0f s as requested, now and whenever it asks again", self.shown, error, seconds
+                )
         elif (state.attempt_number >= _EARLY_ATTEMPTS or seconds >= _LONG_WAIT) and not self._is_down:
             self._is_down = True
             logger.warning("%s: %s; retrying for up to %g s", self.shown, error, self._time_limit)
@@ -284,7 +286,7 @@ class Server:
         error = state.outcome.exception() if state.outcome else None
         asked = getattr(error, "retry_after", 0.0)
         late = asked > self._time_limit - (state.seconds_since_start or 0.0)
-        wait = f"; it asks to wait {asked:.0f} s, and {self._time_limit:g} s are allowed" if late else ""
+        wait = f"; it asks to wait {asked:.0f} s, longer than the limit of {self._time_limit:g} s" if late else ""
         raise self.failure(f"{error}{wait}", state.attempt_number) from None
 
 

@@ -54,7 +54,7 @@ def parse(text: str, key: str) -> tuple[str, ...]:
             hint = f"did you mean {by_name.get(close[0], close[0])!r}?" if close else f"known: {' '.join(NAMES)}, or {NONE}"
             raise ConfigError(f"{key} = {text!r}: no such language; {hint}")
     if len(set(codes)) < len(codes):
-        raise ConfigError(f"{key} = {text!r}: a language is there twice; name each once")
+        raise ConfigError(f"{key} = {text!r}: a language is repeated; name each once")
     return codes
 
 

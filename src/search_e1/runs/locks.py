@@ -35,7 +35,7 @@ def held(directory: Path) -> Iterator[None]:
         lock = _acquire(directory)
     except Timeout as error:
         raise RunError(
-            f"{directory}: {_holder(directory)} works in this run directory; wait for it, or use another"
+            f"{directory}: {_holder(directory)} is using this run directory; wait for it, or use another"
             f"{_stale(Path(error.lock_file))}"
         ) from None
     except OSError as error:
@@ -117,4 +117,4 @@ def _stale(path: Path) -> str:
         marked = path.stat().st_size > 0  # with kernel locks the file is empty
     except OSError:
         return ""
-    return f" (if that process is gone for certain, remove {path})" if marked else ""
+    return f" (if that process is certainly gone, remove {path})" if marked else ""

@@ -59,7 +59,7 @@ def opened(
 
 def _check_branch(directory: Path, origin: Path) -> None:
     if not (origin / CONFIG).exists():
-        raise RunError(f"{origin}: no run to branch off there; give its directory with --run, the new one with --branch")
+        raise RunError(f"{origin}: no run there to branch from; give its directory with --run, the new one with --branch")
     if directory.resolve() == origin.resolve():
         raise RunError(f"{directory}: a run cannot branch into its own directory; give another with --branch")
     if not directory.exists() or all(file.name.startswith(".") for file in directory.iterdir()):
@@ -69,7 +69,7 @@ def _check_branch(directory: Path, origin: Path) -> None:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         known = None
     if known != str(origin.resolve()):
-        raise RunError(f"{directory}: there already, and no branch of {origin}; give a new directory with --branch")
+        raise RunError(f"{directory}: already exists and is not a branch of {origin}; give a new directory with --branch")
 
 
 def _check_config(directory: Path, config: dict[str, Any], migrate: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
@@ -84,8 +84,8 @@ def _check_config(directory: Path, config: dict[str, Any], migrate: Callable[[Ma
         raise RunError(f"{path}: damaged; use another run directory") from None
     if found := changes(there, config):
         raise RunError(
-            f"{directory} belongs to another config; set that again, or `run` to another directory, or go on in one that takes "
-            f"over what the change does not concern (search-e1 train --branch DIR):{lines(found)}"
+            f"{directory} belongs to another config; restore that, or set `run` to another directory, or continue in one that "
+            f"keeps what the change does not affect (search-e1 train --branch DIR):{lines(found)}"
         )
 
 
@@ -96,8 +96,8 @@ def _check_versions(directory: Path, allowed: bool) -> None:
     found = changes({key: there[key] for key in both}, {key: here[key] for key in both})
     if found and not allowed:
         raise RunError(
-            f"{directory} was begun with other versions; install those, or go on with these all the same (search-e1 "
-            f"--other-versions VERB ...), and its results are of both:{lines(found)}"
+            f"{directory} was begun with other versions; install those, or continue with these anyway (search-e1 "
+            f"--other-versions VERB ...), which mixes both in its results:{lines(found)}"
         )
     if found or not there:
         write_atomically(directory / _VERSIONS, json.dumps(here, indent=2) + "\n")
@@ -122,7 +122,7 @@ def _begun_with(directory: Path) -> dict[str, str]:
         made = [json.loads(path.read_text(encoding="utf-8")) for path in _stages(directory)]
         return max(made, key=lambda manifest: manifest["started"])["versions"] if made else {}
     except ValueError:
-        raise RunError(f"{directory / _VERSIONS}: damaged; remove it, and the present versions count") from None
+        raise RunError(f"{directory / _VERSIONS}: damaged; remove it to accept the installed versions") from None
 
 
 def _stages(directory: Path) -> Iterator[Path]:

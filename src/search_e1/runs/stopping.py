@@ -18,7 +18,7 @@ class Stopped(BaseException):
     """A signal ended the work; everything saved is intact. Not an ``Exception``, so that no handler swallows it."""
 
     def __init__(self, signum: signal.Signals) -> None:
-        super().__init__(f"stopped by {signum.name}; run the same command again to go on")
+        super().__init__(f"stopped by {signum.name}; run the same command again to resume")
         self.signum, self.status = signum, STATUS[signum]
 
 
@@ -56,7 +56,7 @@ class Stop:
         first, self.asked = self.asked is None, signal.Signals(signum)
         if self._finishing and first:
             # Not `print`: the signal may have arrived during another write to the same buffer.
-            os.write(2, f"\n{self.asked.name}: finishing the step; once more ends it at once\n".encode())
+            os.write(2, f"\n{self.asked.name}: finishing the step; repeat to stop immediately\n".encode())
             return
         for number in STATUS:  # a third signal kills the process directly
             signal.signal(number, signal.SIG_DFL)

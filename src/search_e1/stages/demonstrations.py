@@ -42,7 +42,7 @@ def check(config: Config) -> None:
     """
     chosen = sources(config)
     if chosen == ("passages",) and not config.data.corpus:
-        raise ConfigError("data.corpus is missing; supporting passages are read there")
+        raise ConfigError("data.corpus is missing; supporting passages are read from it")
     if chosen == ("file",) and config.data.demonstrations is None:
         raise ConfigError('coldstart.demonstrations = "file": data.demonstrations is missing; give the path of that file')
     if chosen == ("endpoint",):

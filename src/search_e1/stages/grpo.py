@@ -289,7 +289,7 @@ def describe_collapse(stage: str, collapse: Collapse, config: GrpoConfig) -> str
     what = {"reward": "the mean reward", "answered": "the share of answered trajectories"}[collapse.figure]
     before = f"step {collapse.kept - 1}" if collapse.kept > 1 else "the beginning of the stage"
     return (
-        f"{stage}: training collapsed and was ended after step {collapse.step} of {config.steps}: {what} fell from "
+        f"{stage}: training collapsed and was stopped after step {collapse.step} of {config.steps}: {what} fell from "
         f"{collapse.best:.3f} (until step {collapse.best_step}) to {collapse.now:.3f}; the policy of {before} is kept as the "
         f"stage's result; lower grpo.learning_rate (now {config.learning_rate:g}) or set grpo.kl_coefficient, and raise "
         "grpo.questions_per_step if steps are noisy"

@@ -83,7 +83,7 @@ class Inputs:
             return CachedRetriever(self._index, path, key)
         if isinstance(section.cache, Path):
             raise ConfigError(
-                f"retrieval.cache: {section.url or section.kind} does not tell its index's checksum; name what it serves with "
+                f"retrieval.cache: {section.url or section.kind} does not report its index's checksum; identify it with "
                 "retrieval.cache_key, or leave retrieval.cache out"
             )
         return self._index
@@ -295,7 +295,7 @@ class Inputs:
         if known in (None, given) or other_policy:
             return known or given
         raise RunError(
-            f"{path}: sampled by another policy than {policy} (checksum {known[:12]} there, {given[:12]} given); give the "
+            f"{path}: sampled by a policy other than {policy} (checksum {known[:12]}, not {given[:12]}); give the "
             "policy that sampled it with --policy, or sample a new pool, or allow it with --allow-other-policy"
         )
 

@@ -138,5 +138,5 @@ def refuse(found: Sequence[Finding]) -> None:
     for finding in found:
         if finding.level is Level.STOP:
             raise PreflightError(
-                f'the run cannot learn: {finding.text} {finding.remedy} To train all the same, set preflight = "warn".'
+                f'the run cannot learn: {finding.text} {finding.remedy} To train anyway, set preflight = "warn".'
             )

@@ -45,11 +45,13 @@ class StageRunner:
         name = self.run.config.policy.device
         chosen = device(name)
         if chosen.index is not None:
-            raise ConfigError(f"policy.device = {name!r}: {ranks.count()} processes take a device each; write {chosen.type!r}")
+            raise ConfigError(
+                f"policy.device = {name!r}: each of {ranks.count()} processes takes its own device; write {chosen.type!r}"
+            )
         if chosen.type != "cpu" and ranks.local_rank() >= (gpus := torch.accelerator.device_count()):
             raise ConfigError(
                 f"process {ranks.local_rank()} of this machine has no {chosen.type} device: {gpus} are visible; start fewer "
-                "(torchrun --nproc-per-node), or mend CUDA_VISIBLE_DEVICES"
+                "(torchrun --nproc-per-node), or correct CUDA_VISIBLE_DEVICES"
             )
 
     def make(self, stage: Stage, out: Path | None = None) -> Artifact:

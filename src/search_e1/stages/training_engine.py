@@ -40,7 +40,7 @@ def check_training_engine(config: Config, policy: str | Path, stage: str) -> Non
         vllm_launch(config, policy, config.rollout.max_tokens, shared=True)
     elif engine != "torch":
         raise ConfigError(
-            f'rollout.engine = "{engine}": {stage} gives each step\'s weights to "torch" and "vllm" alone; set one of them'
+            f'rollout.engine = "{engine}": {stage} needs an engine that takes each step\'s weights; set "torch" or "vllm"'
         )
 
 

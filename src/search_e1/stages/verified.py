@@ -70,7 +70,7 @@ def verified(
     if rows and not follow:
         raise NoLeadError(
             f"none of {len(rows)} teachers follows its reference: {figures['teachers_right']} answer right, and "
-            f"{figures['teachers_beyond']} search beyond it; mend prompts.privileged, or train the policy so that it follows a "
+            f"{figures['teachers_beyond']} search beyond it; edit prompts.privileged, or train the policy so that it follows a "
             "reference (grpo.replay)"
         )
     return [pair for pair in pairs if pair.question.id in follow], figures
