@@ -195,7 +195,7 @@ def compute(stage: str, shape: str, arguments: argparse.Namespace) -> tuple[Memo
 
 def measure(stage: str, shape: str, arguments: argparse.Namespace) -> dict:
     """Seconds of an update with the training loop's parts, and of scoring (best of two each), and peak memory."""
-    from search_e1.training.batch import make_batch, micro_batches, normalised_weights
+    from search_e1.training.batch import make_batch, micro_batches, normalized_weights
     from search_e1.training.objectives.grpo import Grpo
     from search_e1.training.objectives.self_distillation import SelfDistillation
     from search_e1.training.optimizer import make_optimizers
@@ -218,7 +218,7 @@ def measure(stage: str, shape: str, arguments: argparse.Namespace) -> dict:
     policy.model.train()
     optimizers = make_optimizers(policy.model, job.training, 1e-5)
     samples = make_samples(MICRO_BATCHES * arguments.rows, arguments.tokens, has_teacher=job.has_teacher)
-    weights = normalised_weights(samples, objective.average, float, arguments.tokens)
+    weights = normalized_weights(samples, objective.average, float, arguments.tokens)
     seconds = []
     for _ in range(3):
         started = now(arguments.device)

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from conftest import make_tiny_policy
 from made_pairs import gemma_policy, lfm2_policy
-from search_e1.training.batch import make_batch, micro_batches, normalised_weights, packs
+from search_e1.training.batch import make_batch, micro_batches, normalized_weights, packs
 from search_e1.training.head import split_head
 from search_e1.types import Sample
 from trained import sample
@@ -89,22 +89,22 @@ def test_averages_by_hand():
         return own
 
     # Positions weigh 3 x 1, 1, nothing, 1 + 3 + 4: 12 in all.
-    assert normalised_weights(samples, "tokens", total) == [[1 / 12] * 3, [1 / 12], [], [1 / 12, 3 / 12, 4 / 12]]
-    assert normalised_weights(samples, "sequences", total) == [[1 / 12] * 3, [1 / 4], [], [1 / 32, 3 / 32, 4 / 32]]
-    assert normalised_weights(samples, "constant", total, 50) == [
+    assert normalized_weights(samples, "tokens", total) == [[1 / 12] * 3, [1 / 12], [], [1 / 12, 3 / 12, 4 / 12]]
+    assert normalized_weights(samples, "sequences", total) == [[1 / 12] * 3, [1 / 4], [], [1 / 32, 3 / 32, 4 / 32]]
+    assert normalized_weights(samples, "constant", total, 50) == [
         [1 / 200] * 3,
         [1 / 200],
         [],
         [1 / 200, 3 / 200, 4 / 200],
     ]
-    assert normalised_weights([], "sequences", total) == []
+    assert normalized_weights([], "sequences", total) == []
 
 
 def test_averages_divide_by_what_all_ranks_hold():
     """Another rank holds as much again."""
     samples = [by_hand(), by_hand(action_mask=(1, 0, 0, 0))]
-    assert normalised_weights(samples, "tokens", lambda own: 2 * own) == [[1 / 8] * 3, [1 / 8]]
-    assert normalised_weights(samples, "sequences", lambda own: 2 * own) == [[1 / 12] * 3, [1 / 4]]
+    assert normalized_weights(samples, "tokens", lambda own: 2 * own) == [[1 / 8] * 3, [1 / 8]]
+    assert normalized_weights(samples, "sequences", lambda own: 2 * own) == [[1 / 12] * 3, [1 / 4]]
 
 
 def test_micro_batches_hold_at_most_so_many_tokens_longest_first():

@@ -11,7 +11,7 @@ from conftest import make_tiny_policy
 from made_pairs import gemma_policy, lfm2_policy
 from search_e1.config import DistillConfig, GatedConfig, LoraConfig, TrainingConfig
 from search_e1.errors import ConfigError
-from search_e1.training.batch import make_batch, normalised_weights, packs
+from search_e1.training.batch import make_batch, normalized_weights, packs
 from search_e1.training.objectives import objectives, open_objective
 from search_e1.training.objectives.gated import Gated
 from search_e1.training.objectives.hindsight import Hindsight
@@ -308,7 +308,7 @@ def test_observations_and_prompts_receive_exactly_zero_gradient(tiny, name, pack
     model.get_base_model().get_decoder().register_forward_hook(keep)
     policy.packed = packed
     policy.model.train()
-    weights = normalised_weights(prepared, objective.average, lambda own: own)
+    weights = normalized_weights(prepared, objective.average, lambda own: own)
     batch = make_batch(prepared, weights, packed=packed)
     policy.run(batch, objective.loss, objective.teacher)[0].backward()
     assert len(kept) == 1  # the teacher's pass has no gradient

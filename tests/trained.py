@@ -10,7 +10,7 @@ import torch
 from search_e1.config import Config, GrpoConfig, TrainingConfig
 from search_e1.runs.checkpoints import Checkpointer
 from search_e1.runs.context import StageContext
-from search_e1.training.batch import make_batch, normalised_weights
+from search_e1.training.batch import make_batch, normalized_weights
 from search_e1.training.loop import Schedule, train
 from search_e1.training.objectives.base import Objective
 from search_e1.training.objectives.grpo import Grpo
@@ -114,7 +114,7 @@ def gradients(
     if not prepared:
         samples = list(objective.prepare(policy, samples))
     policy.model.train()
-    weights = normalised_weights(samples, objective.average, lambda own: own, objective.max_tokens)
+    weights = normalized_weights(samples, objective.average, lambda own: own, objective.max_tokens)
     loss, figures = policy.run(make_batch(samples, weights, packed=packed), objective.loss, objective.teacher)
     (loss * objective.weight).backward()
     found = {name: weight.grad for name, weight in policy.parameters.items() if weight.grad is not None}

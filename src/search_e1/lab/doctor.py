@@ -24,7 +24,7 @@ from search_e1.stages.grpo import sample_of
 from search_e1.stages.inputs import Inputs, Watch, no_progress, subsample
 from search_e1.stages.preflight import findings, of_files, train_recall
 from search_e1.training import memory
-from search_e1.training.batch import make_batch, micro_batches, normalised_weights
+from search_e1.training.batch import make_batch, micro_batches, normalized_weights
 from search_e1.training.objectives import open_objective
 from search_e1.training.policy import with_adapter
 from search_e1.training.trained import TrainedPolicy
@@ -209,7 +209,7 @@ def updates_per_second(run: Inputs, policy: str, groups: Sequence[Group]) -> flo
     trained = TrainedPolicy(model, config.training, frozen_start=False, dtype=loaded.dtype)
     objective = open_objective("grpo", "grpo.objective", run.config)
     samples = [sample_of(t, 1.0) for group in groups for t in group.trajectories]
-    weights = normalised_weights(samples, objective.average, lambda own: own, objective.max_tokens)
+    weights = normalized_weights(samples, objective.average, lambda own: own, objective.max_tokens)
     batches = list(micro_batches(samples, trained.micro_batch_tokens, packed=trained.packed))
     trained.model.train()
     seconds = count = 0.0

@@ -45,8 +45,10 @@ class Spent:
     @contextmanager
     def _on(self, part: str) -> Iterator[None]:
         clock = time.perf_counter()
-        yield
-        setattr(self, part, getattr(self, part) + time.perf_counter() - clock)
+        try:
+            yield
+        finally:
+            setattr(self, part, getattr(self, part) + time.perf_counter() - clock)
 
 
 def rollout(

@@ -58,7 +58,7 @@ class Batch:
     targets: Tensor
     """int64: the predicted ids."""
     weights: Tensor
-    """Weight of each position in the loss of the whole update; see ``normalised_weights``."""
+    """Weight of each position in the loss of the whole update; see ``normalized_weights``."""
     advantages: Tensor | None
     sampling_logprobs: Tensor | None
     old_logprobs: Tensor | None
@@ -133,7 +133,7 @@ Average = str
 """``tokens``: mean over all tokens; ``sequences``: mean of sample means; ``constant``: sample sums over a fixed length."""
 
 
-def normalised_weights(
+def normalized_weights(
     samples: Sequence[Sample], average: Average, total: Callable[[float], float], max_tokens: int = 1
 ) -> list[list[float]]:
     """Weights of each sample's positions, such that an update's loss is the weighted sum over all of its positions.

@@ -20,7 +20,7 @@ from search_e1.errors import TrainingError
 from search_e1.runs import ranks
 from search_e1.runs.context import StageContext
 from search_e1.training import memory
-from search_e1.training.batch import Batch, make_batch, micro_batches, normalised_weights
+from search_e1.training.batch import Batch, make_batch, micro_batches, normalized_weights
 from search_e1.training.checkpoint import TrainingState, Unfinished
 from search_e1.training.fit import fit_passes
 from search_e1.training.guard import Guard
@@ -184,7 +184,7 @@ class _Step:
         """The micro-batches of an update. All ranks get the same number: short ranks are filled up with zero-weight ones."""
         for name, part in samples.items():
             objective = self.objectives[name]
-            weights = normalised_weights(part, objective.average, ranks.total, objective.max_tokens)
+            weights = normalized_weights(part, objective.average, ranks.total, objective.max_tokens)
             taught = [(s, w) for s, w in zip(part, weights, strict=True) if objective.teaches(s)]
             groups = list(micro_batches([s for s, _ in taught], size, packed=self.policy.packed))
             batches = [[taught[i] for i in group] for group in groups]
