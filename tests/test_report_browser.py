@@ -77,9 +77,9 @@ def test_the_answer_stands_beside_the_gold_ones(report):
     report.open("#trajectories?at=base/nq/q0")
     assert report.texts(".detail .answers > div > dt") == ["✓rightAnswered, right", "Goldany of these"]
     title = report.js("document.querySelector('.detail .passages li:has(mark) b').textContent")
-    assert report.texts(".detail .answers dd") == ["Gold 0", f"stands in {title}", "Gold 0G. 0"]
+    assert report.texts(".detail .answers dd") == ["Gold 0", f"found in {title}", "Gold 0G. 0"]
     report.open("#trajectories?at=base/musique/q1")
-    assert report.texts(".detail .answers .given.wrong dd") == ["somebody else", "stands in nothing that was read"]
+    assert report.texts(".detail .answers .given.wrong dd") == ["somebody else", "found in nothing that was read"]
     report.open("#trajectories?at=base/musique/q5")
     assert report.texts(".detail .answers .given.wrong dt")[0].endswith("No answer")
     assert report.texts(".detail .answers .given.wrong dd") == [

@@ -129,7 +129,7 @@ function restsOn({ answer, turns }) {
   const read = [...new Set(turns.flatMap((turn) => turn.passages || []))];
   const holding = read.map((index) => records.passages[index]).filter(([, text]) => text.search(wanted) >= 0);
   const titles = holding.map(([id, text]) => line(splitPassage(text)[0]) || line(id));
-  return h("dd", { class: "meta rests" }, titles.length ? `stands in ${[...new Set(titles)].join(" · ")}` : "stands in nothing that was read");
+  return h("dd", { class: "meta rests" }, titles.length ? `found in ${[...new Set(titles)].join(" · ")}` : "found in nothing that was read");
 }
 
 function measures(trajectory) {
