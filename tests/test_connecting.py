@@ -50,7 +50,7 @@ def test_a_server_that_tells_nothing_is_cached_under_a_name_only(tmp_path: Path)
         assert isinstance(named.retriever, CachedRetriever)
         assert (named.retriever.path, named.retriever.key) == (tmp_path / "mine", "wiki-18 e5")
         assert named.retrieval_checksum() == "wiki-18 e5"
-        with pytest.raises(ConfigError, match=r"retrieval\.cache: .* does not report its index's checksum; identify it it"):
+        with pytest.raises(ConfigError, match=r"retrieval\.cache: .* does not report its index's checksum; identify it"):
             assert inputs(tmp_path, server.url, cache=tmp_path / "mine").retriever
 
 

@@ -102,7 +102,7 @@ def test_a_variant_that_has_changed_is_refused_before_any_run(tmp_path):
     runs = [a_run(tmp_path, "good"), a_run(tmp_path, "fine")]
     finish(runs[1])
     changed = Run("fine", 0, runs[1].config.model_copy(update={"rounds": 5}))
-    with pytest.raises(RunError, match=r"variant 'fine' has changed since it was run \(seed 0\).*\n  rounds: 2 there, 5 given"):
+    with pytest.raises(RunError, match=r"variant 'fine' has changed since it was run \(seed 0\).*\n  rounds: was 2, now 5"):
         running.run_all([runs[0], changed], tmp_path, 1, Stop(), ignore_changes)
     assert not runs[0].config.run.exists()
 
