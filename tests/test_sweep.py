@@ -1,12 +1,19 @@
 """A sweep from the shell's side, with a real run of a tiny policy in a process of its own."""
 
 import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 from pyarrow import parquet
 
 from conftest import PASSAGES
+from forking import fork
 from search_e1 import runs
 from search_e1.lab.sweep import running, spec, worker
 from taught import QUESTIONS, teach
@@ -53,7 +60,40 @@ def project(tmp_path) -> Path:
     return tmp_path
 
 
+class ForkedWorker:
+    """As much of a worker's ``Popen`` as a sweep uses, in a copy of this process: importing takes longer than the run."""
+
+    def __init__(self, command: list[str], *, stdout: IO[bytes], env: dict[str, str], **options: Any) -> None:
+        assert command == running.WORKER == [sys.executable, "-m", "search_e1.lab.sweep.worker"]
+        assert options == {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+        read, write = os.pipe()
+        self._process = fork(_work, read, write, stdout, env)
+        os.close(read)
+        self.stdin = os.fdopen(write, "wb")
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid or 0, number)
+
+
+def _work(read: int, write: int, log: IO[bytes], environment: dict[str, str]) -> None:
+    os.close(write)
+    for number, file in enumerate((read, log.fileno(), log.fileno())):
+        os.dup2(file, number)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", 1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(environment)
+    runpy.run_module(running.WORKER[2], run_name="__main__")
+
+
 def test_a_run_of_a_sweep(project, monkeypatch, capsys):
+    monkeypatch.setattr(running.subprocess, "Popen", ForkedWorker)
     out = project / "out"
     words = [project / "sweep.toml", "--config", project / "base.toml", "--out", out]
     status, shown, err = verb(monkeypatch, capsys, *words)
@@ -71,7 +111,7 @@ def test_a_run_of_a_sweep(project, monkeypatch, capsys):
     assert (row["em"], row["tokens"], row["n"]) == (evaluated["em"], evaluated["tokens"], 3)
     assert (out / "comparison.svg").exists()
 
-    monkeypatch.setattr(running, "WORKER", ["false"])  # nothing is left to do, so that none is begun
+    monkeypatch.delattr(running.subprocess, "Popen")  # nothing is left to do, so that none is begun
     assert verb(monkeypatch, capsys, *words)[0] == 0
 
 
