@@ -73,7 +73,8 @@ def init(
     )
     if card:
         try:
-            recipe = fitted(recipe, card, constants)
+            with Console(stderr=True).status(f"planning what fits {card.name}, which takes some seconds"):
+                recipe = fitted(recipe, card, constants)
         except ModelError as error:
             recipe = unmeasured(recipe)
             console.print(Text(f"whether it fits {card.name} is not known: {error}", style="yellow"), soft_wrap=True)

@@ -33,7 +33,7 @@ def plan(
     from search_e1.lab.plan.plan import make_plan
 
     loaded, known = load(config, context.args), load_constants(constants)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), Console(stderr=True).status("tracing passes, which takes a second or more each"):
         warnings.simplefilter("ignore")  # torch warns about fake tensors
         planned = make_plan(loaded, known.gpu(gpu), gpus, known)
     if json:
