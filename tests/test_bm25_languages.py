@@ -118,7 +118,7 @@ def test_chinese_is_found_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixt
     caplog.set_level(logging.INFO, "search_e1")
     index = Bm25Index.build(CHINESE, tmp_path / "zh")
     assert caplog.messages == [
-        f"{tmp_path / 'zh'}: language zh, by a sample of 3 passages; --language or retrieval.language sets another"
+        f"{tmp_path / 'zh'}: language zh, detected in a sample of 3 passages; --language or retrieval.language sets another"
     ]
     assert index.manifest.settings == {
         "k1": 0.9, "b": 0.4, "language": "zh", "analysis": 1, "stopwords": "none", "stemmer": "none", "unspaced": "bigrams",
@@ -155,14 +155,14 @@ def test_gaps_are_said_in_one_line_with_the_remedy(tmp_path: Path, caplog: pytes
     Bm25Index.build([*CHINESE, *ENGLISH[:1]], tmp_path / "en", language="en")
     [said] = caplog.messages
     assert said == (
-        f"{tmp_path / 'en'}: by the rule for language en, 0% of the passages have no word to search for, and 44% of the "
-        "letters are in no word; searches will find little of them: build it with --language en+zh"
+        f"{tmp_path / 'en'}: by the rules for language en, 0% of the passages have no word to search for, and 44% of the "
+        "letters are in no word, so searches will rarely find them; build it with --language en+zh"
     )
     caplog.clear()
     empty = [Passage(id=str(i), title="?", text="!") for i in range(30)]
     Bm25Index.build([*ENGLISH, *empty], tmp_path / "empty")
     [said] = caplog.messages
-    assert ": by the rule for language en, 42% of the passages have no word to search for, and " in said
+    assert ": by the rules for language en, 42% of the passages have no word to search for, and " in said
     assert said.endswith("build a dense index instead")
     caplog.clear()
     Bm25Index.build(ENGLISH, tmp_path / "fine")
@@ -177,7 +177,7 @@ def test_gaps_are_said_in_one_line_with_the_remedy(tmp_path: Path, caplog: pytes
         ("german", r"language = 'german': no such language; did you mean 'de'\?"),
         ("xx", "language = 'xx': no such language; known: "),
         ("en+en", "language = 'en\\+en': a language is repeated"),
-        ("en+de", "language = 'en\\+de': en and de: both have the latin script"),
+        ("en+de", "language = 'en\\+de': en and de: both use the latin script"),
         ("en+none", "language = 'en\\+none': no such language"),
     ],
 )

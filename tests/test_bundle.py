@@ -279,7 +279,7 @@ def spoil(**changes: Any) -> Callable[[Path], None]:
         (lambda d: (d / "model.safetensors").unlink(), "model.safetensors: missing; copy or download the whole bundle"),
         (lambda d: (d / "model.safetensors").write_bytes(b"version https://git-lfs"), "23 bytes long, not "),
         (lambda d: (d / "tokenizer_config.json").unlink(), "no tokenizer_config.json in it"),
-        (lambda d: (d / "config.json").write_text("{"), "config.json is no JSON"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda d: (d / "index" / "bm25" / "passages.jsonl").unlink(), "a damaged index .passages.jsonl is missing"),
     ],
 )

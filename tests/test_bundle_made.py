@@ -44,7 +44,7 @@ def test_a_dense_index_is_searched_with_its_own_parameters_and_tells_where_its_e
     with Agent.open(tmp_path / "out", device="cpu") as agent:
         assert [p.id for p in agent.search("mayor of Bel")] == [p.id for p in opened.search(["mayor of Bel"], 3)[0]]
     encoder.rename(tmp_path / "elsewhere")
-    with pytest.raises(ModelError, match="or give its present directory with --encoder"):
+    with pytest.raises(ModelError, match="or give its current directory with --encoder"):
         Agent.open(tmp_path / "out")
     Agent.open(tmp_path / "out", encoder=tmp_path / "elsewhere", device="cpu").close()
 

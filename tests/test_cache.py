@@ -191,7 +191,7 @@ def test_a_file_that_is_removed_meanwhile_is_no_error(path: Path) -> None:
 def test_places_where_no_file_can_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for place in (tmp_path / "file", tmp_path / "file" / "cache"):
-        with pytest.raises(DataError, match="no query cache can be kept there"):
+        with pytest.raises(DataError, match="cannot hold a query cache"):
             CachedRetriever(Counting(), place, "index")
     assert (tmp_path / "file").read_text() == "x"
 

@@ -265,7 +265,7 @@ def test_index_build_and_search(project, monkeypatch, capsys):
     assert "Oslo" not in out
     status, _, err = run(monkeypatch, capsys, "index", "build", "--corpus", project / "corpus.jsonl", "--out", index)
     assert status == 2
-    assert "is there already" in err
+    assert "already exists" in err
 
 
 def test_some_benchmarks_are_evaluated(project, monkeypatch, capsys):

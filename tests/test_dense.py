@@ -171,9 +171,9 @@ def test_a_build_that_was_killed_goes_on_to_the_same_bytes(
 def test_another_encoder_is_refused(tmp_path: Path, encoder: Encoder) -> None:
     DenseIndex.build(passages(20), tmp_path / "index", encoder)
     other = make_tiny_encoder(tmp_path / "other", seed=1)
-    with pytest.raises(DataError, match=r"made by .*, and this is another encoder \(.*other"):
+    with pytest.raises(DataError, match=r"made by .*, not by this encoder \(.*other"):
         DenseIndex.open(tmp_path / "index", EncoderSettings(model=str(other)))
-    with pytest.raises(DataError, match="another encoder"):
+    with pytest.raises(DataError, match="not by this encoder"):
         DenseIndex.open(tmp_path / "index", Encoder.open(encoder.name, Overrides(query_prefix="q: ")))
     moved = make_tiny_encoder(tmp_path / "moved")
     index = DenseIndex.open(tmp_path / "index", EncoderSettings(model=str(moved)))
@@ -185,7 +185,7 @@ def test_an_encoder_that_is_gone_can_be_named(tmp_path: Path) -> None:
     directory = make_tiny_encoder(tmp_path / "e")
     DenseIndex.build(passages(20), tmp_path / "index", Encoder.open(directory))
     directory.rename(tmp_path / "elsewhere")
-    with pytest.raises(ModelError, match=r"no such directory.* or give its present directory with --encoder"):
+    with pytest.raises(ModelError, match=r"no such directory.* or give its current directory with --encoder"):
         open_index(tmp_path / "index")
     named = EncoderSettings(model=str(tmp_path / "elsewhere"))
     assert len(DenseIndex.open(tmp_path / "index", named)) == 20
@@ -229,7 +229,7 @@ def test_parameters_for_searching(tmp_path: Path, encoder: Encoder) -> None:
 def test_what_is_damaged_is_refused(tmp_path: Path, encoder: Encoder) -> None:
     directory = tmp_path / "index"
     DenseIndex.build(passages(20), directory, encoder)
-    with pytest.raises(RunError, match="is there already"):
+    with pytest.raises(RunError, match="already exists"):
         DenseIndex.build(passages(20), directory, encoder)
     stored = (directory / "vectors.faiss").read_bytes()
     (directory / "vectors.faiss").write_bytes(b"\0" * len(stored))

@@ -84,14 +84,14 @@ def refusal(tmp_path: Path, encoder: Encoder, corpus: list[Passage], file: Path)
 def test_an_index_that_does_not_belong_is_refused(tmp_path: Path, encoder: Encoder) -> None:
     corpus = passages()
     file = made(tmp_path / "flat.index", encoder, corpus, "Flat")
-    assert refusal(tmp_path, encoder, corpus[:-1], file).startswith(f"{file}: holds 700 vectors, and the corpus 699 passages; ")
+    assert refusal(tmp_path, encoder, corpus[:-1], file).startswith(f"{file}: holds 700 vectors, but the corpus 699 passages; ")
     assert "passages by their own text" in refusal(tmp_path, encoder, corpus[350:] + corpus[:350], file)
     other = Encoder.open(make_tiny_encoder(tmp_path / "wide", dimension=32), dtype="float32")
     assert refusal(tmp_path, other, corpus, file).startswith(
-        f"{file}: vectors of 16 dimensions, and encoder {other.name} gives 32;"
+        f"{file}: vectors of 16 dimensions, but encoder {other.name} gives 32;"
     )
     stranger = Encoder.open(make_tiny_encoder(tmp_path / "stranger", seed=1), dtype="float32")
-    assert "give the encoder and prefixes that it was made with" in refusal(tmp_path, stranger, corpus, file)
+    assert "give the encoder and prefixes it was built with" in refusal(tmp_path, stranger, corpus, file)
 
 
 def test_kinds_that_are_not_read_are_refused(tmp_path: Path, encoder: Encoder) -> None:
@@ -105,5 +105,5 @@ def test_kinds_that_are_not_read_are_refused(tmp_path: Path, encoder: Encoder) -
     assert refusal(tmp_path, encoder, corpus, broken).startswith(
         f"{broken}: not an index that FAISS {faiss.__version__} reads ("
     )
-    with pytest.raises(DataError, match=r"none.index: no such file; give the file of an index of FAISS"):
+    with pytest.raises(DataError, match=r"none.index: no such file; give the file of a FAISS index"):
         DenseIndex.take_over(corpus, tmp_path / "index", encoder, file=tmp_path / "none.index")

@@ -76,7 +76,7 @@ def test_what_came_back_cannot_open_a_tag(tiny_policy, written):
         ({"id": "q1", "text": ANSWER + SEEN}, "turn 1 is not a search"),
         ({"id": "q1", "turns": [{"action_text": ANSWER, "observation_text": SEEN}]}, "something follows the answer"),
         ({"id": "q1", "text": "<answer>Fen</answer>"}, r"answers 'Fen', and question 'q1' has \['Cor Dun'\]"),
-        ({"id": "q9", "text": ANSWER}, "no demonstration of any training question; give one whose ids are"),
+        ({"id": "q9", "text": ANSWER}, "no demonstration of any training question; give a file whose ids match"),
     ],
 )
 def test_what_is_no_demonstration_is_one_line_that_names_the_place(tiny_policy, written, row, says):

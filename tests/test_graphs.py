@@ -406,7 +406,7 @@ def test_a_kernel_that_is_wrong_in_long_rows_alone_is_found_out(
     hf._tried.clear()
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
     assert hf._bytes_per_position(policy.model, hf.PagedCache) is None
-    assert caplog.text.count("slower: rows that are sampled together differ from what they are alone") == 1
+    assert caplog.text.count("slower: rows sampled together differ from rows sampled alone") == 1
 
 
 @pytest.mark.parametrize(("window", "positions", "border"), [(9, 512, 256), (300, 512, 300), (5000, 9000, 256), (9, 64, 61)])

@@ -64,7 +64,7 @@ def test_its_checksum_is_of_both_and_the_settings(indexes: tuple[Bm25Index, Dens
 def test_what_cannot_be_fused_is_refused(tmp_path: Path, indexes: tuple[Bm25Index, DenseIndex]) -> None:
     other = Bm25Index.build(CORPUS[:2], tmp_path / "other")
     with pytest.raises(
-        ConfigError, match=r"different corpora .*\(3 passages, .* and 2 passages, .*build them from the same one"
+        ConfigError, match=r"different corpora .*\(3 passages, .* and 2 passages, .*build them from the same corpus"
     ):
         HybridIndex([indexes[1], other])
     for same in ([indexes[0]], [indexes[0], Bm25Index.open(tmp_path / "bm25")]):

@@ -143,7 +143,7 @@ def test_one_process_builds(tmp_path: Path) -> None:
 def test_what_is_there_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "mine").write_text("x")
-    with pytest.raises(RunError, match="is there already"), building(tmp_path / "index", SETTINGS):
+    with pytest.raises(RunError, match="already exists"), building(tmp_path / "index", SETTINGS):
         raise AssertionError
     assert (tmp_path / "index" / "mine").read_text() == "x"
 
@@ -167,7 +167,7 @@ def test_another_version_or_kind_and_damage_are_refused(tmp_path: Path) -> None:
     (made / "manifest.json").write_text(json.dumps({**manifest, "passages": "many"}))
     assert "manifest.json: damaged" in refusal(made)
     (made / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    assert "an index of format 99, and this version reads 2" in refusal(made)
+    assert "an index of format 99, but this version reads 2" in refusal(made)
 
 
 @pytest.mark.parametrize("name", ["sub/scores", "passages.jsonl", "offsets.npy", "manifest.json", "manifest.json.sha256"])

@@ -48,7 +48,7 @@ def test_dense_and_fused_indexes_from_the_command_line(tmp_path, monkeypatch, ca
             "index 'IVF', parameters '': could not parse index string IVF; give exact",
         ),
         ([*build, tmp_path / "x", *dense, "--device", "warp"], "device = 'warp': no such device"),
-        ([*search, "--encoder", other], "this is another encoder"),
+        ([*search, "--encoder", other], "not by this encoder"),
         ([*search, "--device", "warp"], "device = 'warp': no such device"),
         ([*search, "--parameters", "nprobe=3"], "parameters 'nprobe=3'"),
         ([*search, "--index", tmp_path / "dense"], "two different indexes"),

@@ -108,7 +108,10 @@ def refused(model: Path) -> str:
 def test_pickled_weights_are_refused(model: Path, touched: Path) -> None:
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Runs(touched)}))
-    assert "weights only as pickles (pytorch_model.bin), which can run code; save them as safetensors" in refused(model)
+    assert (
+        "weights only as pickles (pytorch_model.bin), which can run code; if you trust them, save them as safetensors"
+        in refused(model)
+    )
     assert not touched.exists()
 
 
@@ -143,7 +146,7 @@ def test_code_beside_a_known_architecture_is_not_run(model: Path, touched: Path)
 def test_code_of_an_encoder_is_never_run(tmp_path: Path, touched: Path) -> None:
     directory = make_tiny_encoder(tmp_path / "e")
     bring_code(directory, touched, model_type="evil")
-    with pytest.raises(ModelError, match="brings code of its own, which is never run here"):
+    with pytest.raises(ModelError, match="ships its own code, which is never run here"):
         Encoder.open(directory)
     assert not touched.exists()
 

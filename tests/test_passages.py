@@ -62,8 +62,8 @@ def short_offsets(directory: Path) -> None:
     [
         (lambda directory: (directory / "passages.json").unlink(), "passages.json is missing"),
         (lambda directory: (directory / "passages.json").write_text("{"), "unreadable passages"),
-        (cut_lines, "passages.jsonl has another length than recorded"),
-        (short_offsets, "passages.jsonl has another length than recorded"),
+        (cut_lines, "passages.jsonl differs in length from the manifest"),
+        (short_offsets, "passages.jsonl differs in length from the manifest"),
         (lambda directory: (directory / "offsets.npy").write_bytes(b"x"), "unreadable passages"),
     ],
 )

@@ -91,8 +91,8 @@ NORM = "model.layers.1.input_layernorm.weight"
     [
         (lambda w: w.pop(NORM), f"weights are missing: {NORM}; give the whole directory"),
         (lambda w: [w.pop(name) for name in list(w) if ".1." in name], "weights are missing: model.layers.1.input_layernorm"),
-        (lambda w: w.update({"score.weight": torch.ones(2, 32)}), "left over, for which this architecture has no place: score"),
-        (lambda w: w.update({NORM: torch.ones(16)}), f"of other shapes than its config.json says: {NORM} (16,) for (32,)"),
+        (lambda w: w.update({"score.weight": torch.ones(2, 32)}), "left over: this architecture has no place for them: score"),
+        (lambda w: w.update({NORM: torch.ones(16)}), f"of shapes that its config.json does not give: {NORM} (16,) for (32,)"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(model: Path, change, said: str, capfd) -> None:

@@ -103,7 +103,9 @@ def test_a_kind_that_cannot_be_dequantised_is_refused(tmp_path: Path) -> None:
     raw = ("blk.0.ffn_up.weight", np.zeros((64, 40), np.uint8), Kind.Q8_1)
     write_gguf(tmp_path / "tiny.gguf", tiny_model(), raw=raw)
     said = refused(tmp_path / "tiny.gguf")
-    assert "holds blk.0.ffn_up.weight as Q8_1, which cannot be dequantized; give a file of another kind, Q8_0 or F16" in said
+    assert (
+        "holds blk.0.ffn_up.weight as Q8_1, which cannot be dequantized; give a file of another type, e.g. Q8_0 or F16" in said
+    )
     assert said == refused(tmp_path / "tiny.gguf", read)
 
 
@@ -199,7 +201,7 @@ def test_an_adapter_whose_base_is_not_there_is_refused(model: Path, tmp_path: Pa
 
 def test_an_adapter_without_a_base_or_of_an_adapter_is_refused(model: Path, tmp_path: Path) -> None:
     make_adapter(model, tmp_path / "none", "")
-    assert "adapter_config.json does not name the base; write it there" in refused(tmp_path / "none")
+    assert "adapter_config.json does not name the base; add it there" in refused(tmp_path / "none")
     make_adapter(model, tmp_path / "second", str(tmp_path / "none"))
     assert "an adapter too; merge that one first" in refused(tmp_path / "second")
     (tmp_path / "none" / "adapter_config.json").write_text("{")

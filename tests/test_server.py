@@ -102,11 +102,11 @@ def test_what_search_r1_takes_is_taken(url: str) -> None:
         (b'{"queries": ["a"], "topk": -1}', 422, "topk: Input should be greater than or equal to 1"),
         (b'{"queries": ["a"], "topk": 1.5}', 422, "topk: Input should be a valid integer"),
         (b'{"queries": ["a"], "topk": NaN}', 422, "topk: Input should be a finite number"),
-        (b'{"queries": ["a"], "topk": 6}', 422, "topk: 6 is more than 5"),
+        (b'{"queries": ["a"], "topk": 6}', 422, "topk: 6 exceeds the limit of 5"),
         (b'{"queries": ["a"], "topk": 1' + b"0" * 400 + b"}", 422, "topk: 1"),
         (b'{"queries": ["a"], "return_scores": 7}', 422, "return_scores: Input should be a valid boolean"),
-        (b'{"queries": ["a", "b", "c", "d", "e"]}', 422, "queries: 5 are more than 4; send several requests"),
-        (b'{"queries": ["a", "' + b"b" * 21 + b'"]}', 422, "queries.1: 21 characters are more than 20"),
+        (b'{"queries": ["a", "b", "c", "d", "e"]}', 422, "queries: 5 exceed the limit of 4; split them into several requests"),
+        (b'{"queries": ["a", "' + b"b" * 21 + b'"]}', 422, "queries.1: 21 characters exceed the limit of 20"),
         (b'{"queries": ["' + b"b" * 1000 + b'"]}', 413, "the body has more than 1000 bytes; send fewer queries"),
         (b" " * 9000, 413, "the body has more than 1000 bytes"),
     ],
@@ -198,7 +198,7 @@ def test_a_full_queue_is_told_and_nothing_is_lost() -> None:
             pass
         refused = post(url, queries=["d"])
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-        assert refused.json() == {"detail": "too many queries wait; retry later"}
+        assert refused.json() == {"detail": "too many queries are waiting; retry later"}
         joined = pool.submit(post, url, queries=["b", "c"])  # needs no room
         index.open.set()
         assert [r.result().status_code for r in (busy, waiting, joined)] == [200, 200, 200]
@@ -315,7 +315,7 @@ def test_addresses_that_cannot_be_had() -> None:
 
 
 def test_settings_that_cannot_work() -> None:
-    with pytest.raises(ConfigError, match="topk = 9 is more than max_topk = 5"):
+    with pytest.raises(ConfigError, match="topk = 9 exceeds max_topk = 5"):
         server.Settings(topk=9, max_topk=5)
     with pytest.raises(ConfigError, match="a queue of 10 queries never has room for a request of 1024"):
         server.Settings(queue=10)

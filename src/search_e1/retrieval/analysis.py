@@ -59,7 +59,7 @@ class Analysis:
         for code in codes:
             script = _SCRIPT_OF.get(code, "latin")
             if (other := self._by_script.setdefault(script, code)) != code:
-                problem = f"both have the {script} script, which can have the endings of one language"
+                problem = f"both use the {script} script, for which only one language's endings are possible"
                 raise ConfigError(f"language = {self.language!r}: {other} and {code}: {problem}; name one of them")
         self._stemmers = {code: Stemmer.Stemmer(NAMES[code], 0) for code in codes if NAMES.get(code) in Stemmer.algorithms()}
         self._stemming = threading.Lock()  # Stemmer is not thread-safe

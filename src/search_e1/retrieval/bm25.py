@@ -132,7 +132,7 @@ def _analysis(language: str, sample: Sequence[str], directory: Path) -> Analysis
     found = detect(sample)
     logger.log(
         logging.DEBUG if found.language == "en" else logging.INFO,  # the usual case is not reported
-        "%s: language %s, by a sample of %d passages; --language or retrieval.language sets another",
+        "%s: language %s, detected in a sample of %d passages; --language or retrieval.language sets another",
         directory,
         found,
         len(sample),
@@ -148,8 +148,8 @@ def _warn_of_gaps(analysis: Analysis, wordless: float, sample: Sequence[str], di
     found = detect(sample).language
     remedy = f"build it with --language {found}" if found != analysis.language else "build a dense index instead"
     logger.warning(
-        "%s: by the rule for language %s, %.0f%% of the passages have no word to search for, and %.0f%% of the letters are in "
-        "no word; searches will find little of them: %s", directory, analysis.language, 100 * wordless, 100 * uncovered, remedy,
+        "%s: by the rules for language %s, %.0f%% of the passages have no word to search for, and %.0f%% of the letters are in "
+        "no word, so searches will rarely find them; %s", directory, analysis.language, 100 * wordless, 100 * uncovered, remedy,
     )  # fmt: skip
 
 

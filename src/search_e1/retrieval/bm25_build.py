@@ -68,7 +68,7 @@ def build(
     """
     vocabulary = _count(passages, scratch, progress, processes, language)
     if not vocabulary:
-        raise DataError(f"the corpus has {len(passages)} passages and not one word to search for; look at its contents")
+        raise DataError(f"the corpus has {len(passages)} passages but not one word to search for; check its contents")
     numbers = {name: np.memmap(scratch / name, dtype=np.int32, mode="r") for name in _NUMBERS}
     frequencies = np.zeros(len(vocabulary), dtype=np.int64)
     for start in range(0, len(numbers["words.i4"]), postings):
@@ -196,7 +196,7 @@ def _counted(passages: Passages, bounds: Sequence[int], processes: int, language
             while ahead:
                 yield ahead.popleft().result()
         except BrokenProcessPool as error:
-            problem = "a process that counts words was killed, perhaps out of memory"
+            problem = "a process that counts words was killed, perhaps for lack of memory"
             raise RunError(f"{problem}; run the command again with fewer --processes") from error
         finally:
             for future in ahead:

@@ -74,7 +74,7 @@ class CachedRetriever:
             path.mkdir(parents=True, exist_ok=True)
             self._open()
         except (OSError, diskcache.Timeout, *_DAMAGE) as error:
-            raise DataError(f"{path}: no query cache can be kept there ({error}); give another directory") from None
+            raise DataError(f"{path}: cannot hold a query cache ({error}); give another directory") from None
 
     @property
     def checksum(self) -> str:

@@ -194,9 +194,9 @@ def _parse(content: bytes, queries: int, topk: int) -> list[list[Passage]]:
         del hits[topk:]
         scores = [hit.score for hit in hits if hit.score is not None]
         if scores and len(scores) < len(hits):
-            raise TransientError("a passage without a score among others with one")
+            raise TransientError("some passages have a score and some do not")
         if any(first < second for first, second in pairwise(scores)):
-            raise TransientError("passages that are not in the order of their scores")
+            raise TransientError("passages out of order by score")
         ids = [hit.document.id for hit in hits if hit.document.id is not None]
         if len(set(ids)) < len(ids):
             raise TransientError("the same passage twice for a query")

@@ -112,7 +112,7 @@ def _read_modules(directory: Path) -> dict[str, str]:
     modules, file = {}, directory / "modules.json"
     for module in _read_json(file, list):
         if not (isinstance(module, dict) and all(isinstance(module.get(key, ""), str) for key in ("type", "path"))):
-            raise ModelError(f"{file}: a module that is none ({module!r}); use the encoder's own file")
+            raise ModelError(f"{file}: not a valid module ({module!r}); use the encoder's own file")
         kind, path = module.get("type", "").rpartition(".")[2], module.get("path", "")
         if kind not in ("Transformer", "Pooling", "Normalize"):
             supported = "only encoders of Transformer, Pooling and Normalize are supported"
@@ -190,8 +190,8 @@ def _read_json(path: Path, kind: type = dict) -> Any:
     except FileNotFoundError:
         return kind()
     except RecursionError:
-        raise ModelError(f"{path}: nested too deep; use the encoder's own file") from None
+        raise ModelError(f"{path}: nested too deeply; use the encoder's own file") from None
     except ModelError:
         raise
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not JSON ({error}); get the model again") from None
+        raise ModelError(f"{path}: not JSON ({error}); download the model again") from None

@@ -187,8 +187,8 @@ class DenseIndex(StoredIndex):
             index = _read(work.path, settings, encoder.dimension)
             if index.ntotal != len(passages):
                 raise DataError(
-                    f"{file}: holds {index.ntotal:,} vectors, and the corpus {len(passages):,} passages; give the corpus that "
-                    "it was made of, in its order"
+                    f"{file}: holds {index.ntotal:,} vectors, but the corpus {len(passages):,} passages; give the corpus "
+                    "it was built from, in the same order"
                 )
             _tune(index, wanted.parameters)
             _check_vectors(index, passages, encoder, file)
@@ -223,7 +223,7 @@ class DenseIndex(StoredIndex):
         if not isinstance(encoder, Encoder):
             encoder = _open_encoder(directory, encoder, about["model"], convention, device)
         if encoder.checksum != manifest.settings["encoder"]:
-            problem = f"its vectors were made by {about['model']}, and this is another encoder"
+            problem = f"its vectors were made by {about['model']}, not by this encoder"
             other = f"({encoder.directory}, or its prefixes or pooling)"
             raise DataError(f"{directory}: {problem} {other}; give the encoder of the build, or build the index again")
         chosen = ",".join(part for part in (manifest.settings["parameters"], parameters) if part)
@@ -260,7 +260,7 @@ def _finish(work: Building, passages: Passages, encoder: Encoder, settings: dict
 def _check_file(file: Path, encoder: Encoder, parameters: str) -> str:
     """Validate the FAISS index in ``file``; returns its class names, outermost first, e.g. ``IndexPreTransform IndexIVFPQ``."""
     if not file.is_file():
-        raise DataError(f"{file}: no such file; give the file of an index of FAISS")
+        raise DataError(f"{file}: no such file; give the file of a FAISS index")
     try:
         index = faiss.read_index(str(file), _MAPPED)
     except RuntimeError as error:
@@ -277,7 +277,7 @@ def _check_file(file: Path, encoder: Encoder, parameters: str) -> str:
         raise DataError(f"{file}: {kinds[0]} ranks by distance, not by inner product; build it with METRIC_INNER_PRODUCT")
     if index.d != encoder.dimension:
         raise ConfigError(
-            f"{file}: vectors of {index.d} dimensions, and encoder {encoder.name} gives {encoder.dimension}; give the encoder "
+            f"{file}: vectors of {index.d} dimensions, but encoder {encoder.name} gives {encoder.dimension}; give the encoder "
             "that made them"
         )
     try:
@@ -300,7 +300,7 @@ def _check_vectors(index: Any, passages: Passages, encoder: Encoder, file: Path)
     if 4 * own < len(rows):  # lenient: coarse codes miss some of them too
         raise DataError(
             f"{file}: finds {own} of {len(rows)} passages by their own text (encoded by {encoder.name}); give the encoder and "
-            "prefixes that it was made with, and its corpus in the same order"
+            "prefixes it was built with, and its corpus in the same order"
         )
 
 
@@ -394,7 +394,7 @@ def _open_encoder(
     try:
         return Encoder.open(built_with, convention, device=device, dtype="float32")
     except ModelError as error:
-        hint = "(the encoder of the build); or give its present directory with --encoder"
+        hint = "(the encoder of the build); or give its current directory with --encoder"
         raise ModelError(f"{directory}: {error} {hint}") from None
 
 

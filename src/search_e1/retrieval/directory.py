@@ -129,7 +129,7 @@ def refuse_existing(directory: Path) -> None:
         RunError: ``directory`` exists; an index is never overwritten.
     """
     if directory.exists():
-        raise RunError(f"{directory} is there already; remove it, or give another directory for the index")
+        raise RunError(f"{directory} already exists; remove it, or give another directory for the index")
 
 
 @contextmanager
@@ -189,7 +189,7 @@ def read(directory: Path, kind: str | None = None) -> IndexManifest:
         problem = "not an index (it has no manifest of one)"
         raise DataError(f"{directory}: {problem}; build one with `search-e1 index build`") from None
     if format != FORMAT:
-        raise DataError(f"{directory}: an index of format {format}, and this version reads {FORMAT}; {REBUILD}")
+        raise DataError(f"{directory}: an index of format {format}, but this version reads {FORMAT}; {REBUILD}")
     try:
         read_summed(directory / MANIFEST)
         manifest = IndexManifest.model_validate(content)
@@ -220,6 +220,6 @@ def verify(directory: Path, progress: Progress = silent) -> None:
     done, total = 0, sum(manifest.files.values())
     for name, checksum in manifest.checksums.items():
         if sha256(directory / name) != checksum:
-            raise DataError(f"{directory}: a damaged index ({name} is not as it was written); {REBUILD}")
+            raise DataError(f"{directory}: a damaged index ({name} has changed since it was written); {REBUILD}")
         done += manifest.files[name]
         progress(done // 2**20, total // 2**20, "MiB")

@@ -157,7 +157,7 @@ def _load_transformer(directory: Path, name: str, place: torch.device, dtype: st
     except Exception as error:  # from transformers, tokenizers, safetensors or torch, depending on the damage
         problem = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "custom code" in problem or "trust_remote_code" in str(error):
-            problem = "it brings code of its own, which is never run here; give another encoder"
+            problem = "it ships its own code, which is never run here; give another encoder"
         raise ModelError(f"encoder {name!r} does not load: {problem}") from None
     if module.tokenizer.pad_token is None:
         raise ModelError(

@@ -30,7 +30,7 @@ class HybridIndex:
         corpora = {index.manifest.corpus: index.manifest for index in indexes}
         if len(corpora) > 1:
             sizes = " and ".join(f"{m.passages:,} passages, {m.corpus[:12]}" for m in corpora.values())
-            raise ConfigError(f"indexes over different corpora cannot be fused ({sizes}); build them from the same one")
+            raise ConfigError(f"indexes over different corpora cannot be fused ({sizes}); build them from the same corpus")
         self.indexes = tuple(indexes)
         self.depth, self.k = depth, k
 

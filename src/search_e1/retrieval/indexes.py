@@ -80,7 +80,7 @@ def open_index(
     """
     kind = directories.read(directory).kind
     if kind not in _CLASSES:
-        raise DataError(f"{directory}: an index of the unknown kind {kind!r}; this version knows {', '.join(_CLASSES)}")
+        raise DataError(f"{directory}: an index of unknown kind {kind!r}; this version knows {', '.join(_CLASSES)}")
     index = _import_class(kind, directory)
     if kind == "dense":
         return index.open(directory, encoder, parameters=parameters, device=device)

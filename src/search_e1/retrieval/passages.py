@@ -55,7 +55,7 @@ class Passages:
         self._file = self.path.open("rb")  # kept open, since an index update replaces the file at this path
         self._lines = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         if self.offsets.shape != (about["passages"] + 1,) or self.offsets[-1] != len(self._lines):
-            raise ValueError(f"{_LINES} has another length than recorded")
+            raise ValueError(f"{_LINES} differs in length from the manifest")
 
     @classmethod
     def write(cls, corpus: Iterable[Passage], directory: Path, progress: Progress = silent) -> Self:

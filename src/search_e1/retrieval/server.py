@@ -160,7 +160,7 @@ async def _retrieve(request: Request, batcher: Batcher[Hits], settings: Settings
         body = _parse(await read_body(request, settings, memory, taken, "send fewer queries at once"))
         answers = await batcher.search(*_queries(body, settings))
     except QueueFullError as error:
-        raise HTTPException(503, "too many queries wait; retry later", {"Retry-After": "1"}) from error
+        raise HTTPException(503, "too many queries are waiting; retry later", {"Retry-After": "1"}) from error
     finally:
         memory.release(sum(taken))
     content = b'{"result":[' + b",".join(_encode(hits, body.return_scores) for hits in answers) + b"]}"
@@ -206,12 +206,14 @@ def _queries(body: Query, settings: Settings) -> tuple[list[str], int]:
     queries = [body.query or ""] if body.queries is None else body.queries
     topk = body.topk or settings.topk
     if topk > settings.max_topk:
-        raise HTTPException(422, f"topk: {topk} is more than {settings.max_topk}")
+        raise HTTPException(422, f"topk: {topk} exceeds the limit of {settings.max_topk}")
     if len(queries) > settings.max_queries:
-        raise HTTPException(422, f"queries: {len(queries)} are more than {settings.max_queries}; send several requests")
+        raise HTTPException(
+            422, f"queries: {len(queries)} exceed the limit of {settings.max_queries}; split them into several requests"
+        )
     for i, query in enumerate(queries):
         if len(query) > settings.max_query_chars:
-            raise HTTPException(422, f"queries.{i}: {len(query)} characters are more than {settings.max_query_chars}")
+            raise HTTPException(422, f"queries.{i}: {len(query)} characters exceed the limit of {settings.max_query_chars}")
     return queries, topk
 
 

@@ -30,7 +30,7 @@ class Settings(Limits):
         """
         super().__init__(**values)
         if self.topk > self.max_topk:
-            raise ConfigError(f"topk = {self.topk} is more than max_topk = {self.max_topk}; raise --max-topk")
+            raise ConfigError(f"topk = {self.topk} exceeds max_topk = {self.max_topk}; raise --max-topk")
         if self.queue < self.max_queries:
             problem = f"a queue of {self.queue} queries never has room for a request of {self.max_queries}"
             raise ConfigError(f"{problem}; raise --queue or lower --max-queries")

@@ -49,7 +49,7 @@ class Environment:
             indices = [i for i, call in enumerate(calls) if call.tool == name]
             answers = handler([calls[i].call for i in indices]) if indices else ()
             if len(answers) != len(indices):
-                raise RetrievalError(f"tool {name!r}: {len(answers)} answers to {len(indices)} calls")
+                raise RetrievalError(f"tool {name!r}: {len(answers)} results for {len(indices)} calls")
             for i, answer in zip(indices, answers, strict=True):
                 text, ids = self._protocol.observe(calls[i].action_text, answer, self._max_tokens)
                 passages = () if isinstance(answer, str) else answer

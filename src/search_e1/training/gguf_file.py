@@ -71,7 +71,7 @@ def _problem(path: Path, size: int, changed: int) -> str | None:
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, AttributeError):
         return "is truncated or damaged; download it again"
     if parts > 1:
-        return f"is one of {parts} parts; join them with `llama-gguf-split --merge` and give the whole"
+        return f"is one of {parts} parts; join them with `llama-gguf-split --merge` and give the result"
     kinds = {kind: name for name, (_, kind) in tensors.items()}
     for kind, name in kinds.items():
         if not _dequantizes(kind):
@@ -83,7 +83,7 @@ def _problem(path: Path, size: int, changed: int) -> str | None:
     return None
 
 
-_REMEDY = "give a file of another kind, Q8_0 or F16 say, or the model's Hugging Face directory"
+_REMEDY = "give a file of another type, e.g. Q8_0 or F16, or the model's Hugging Face directory"
 
 
 def _dequantizes(kind: GGMLQuantizationType) -> bool:

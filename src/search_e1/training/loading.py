@@ -73,9 +73,9 @@ def _no_load_report() -> Iterator[None]:
 def _check_report(model: str, report: dict[str, Any]) -> None:
     shapes = (f"{name} {tuple(found)} for {tuple(wanted)}" for name, found, wanted in report["mismatched_keys"])
     for what, names in (
-        ("of other shapes than its config.json says", shapes),
+        ("of shapes that its config.json does not give", shapes),
         ("missing", report["missing_keys"]),
-        ("left over, for which this architecture has no place", report["unexpected_keys"]),
+        ("left over: this architecture has no place for them", report["unexpected_keys"]),
     ):
         if names := sorted(names):
             raise ModelError(
@@ -118,7 +118,7 @@ def _merged(source: Source, base: PreTrainedModel) -> PreTrainedModel:
     if config.is_prompt_learning:
         raise ModelError(
             f"policy.model = {source.model!r}: a {config.peft_type.value} adapter, which cannot be merged into weights; give "
-            "one that can, LoRA say"
+            "one that can, e.g. LoRA"
         )
     try:
         wrapped = PeftModel(base, config, _ADAPTER)

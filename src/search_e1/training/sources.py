@@ -86,7 +86,7 @@ def base_of(model: str) -> str | None:
     except (ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{where} cannot be read ({error}); save the adapter again") from None
     if not base or not isinstance(base, str):
-        raise ModelError(f"{where} does not name the base; write it there as base_model_name_or_path")
+        raise ModelError(f"{where} does not name the base; add it there as base_model_name_or_path")
     base = str(path / base) if (path / base).exists() else base
     try:
         resolved = resolve(base)
@@ -96,7 +96,7 @@ def base_of(model: str) -> str | None:
             "there as base_model_name_or_path"
         ) from None
     if isinstance(resolved, Path) and (resolved / _ADAPTER_CONFIG).is_file():
-        raise ModelError(f"{where} names the base {base!r}, an adapter too; merge that one first")
+        raise ModelError(f"{where} names the base {base!r}, which is an adapter too; merge that one first")
     return base
 
 
@@ -172,8 +172,7 @@ def _check_directory(model: str, path: Path) -> None:
     pickled = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern)]
     if pickled:
         raise ModelError(
-            f"{where}: weights only as pickles ({pickled[0]}), which can run code; save them as safetensors, "
-            "where you trust them"
+            f"{where}: weights only as pickles ({pickled[0]}), which can run code; if you trust them, save them as safetensors"
         )
     if adapter:
         raise ModelError(f"{where}: no {ADAPTER_WEIGHTS} in it; give the directory of a whole PEFT adapter")
@@ -200,9 +199,9 @@ def _broken_json(directory: Path | str) -> str:
         try:
             held = json.loads(file.read_text(encoding="utf-8"))
         except RecursionError:
-            return f"{file.name} is nested too deep"
+            return f"{file.name} is nested too deeply"
         except (OSError, ValueError) as error:
-            return f"{file.name} is no JSON ({error})"
+            return f"{file.name} is not JSON ({error})"
         if not isinstance(held, dict):
             return f"{file.name} holds {type(held).__name__}, not an object"
     return ""

@@ -79,7 +79,7 @@ def sample(
 def _never_correct(config: EndpointConfig, trajectories: float, malformed: float) -> str:
     return (
         f"{config.model} at {masked_url(config.url)}: none of {trajectories:.0f} trajectories is correct "
-        f"({malformed / trajectories:.0%} malformed); name a stronger model in coldstart.endpoint, or see that the questions' "
+        f"({malformed / trajectories:.0%} malformed); name a stronger model in coldstart.endpoint, or check that the "
         "answers are in the corpus"
     )
 

@@ -105,7 +105,7 @@ class Demonstrations:
             raise DataError(
                 f"{self.path}: none of {len(given)} demonstrations of training questions is correct and within the limits of "
                 f"[rollout]; {where} answers {written[0].answer!r}, and question {question.id!r} has "
-                f"{list(question.answers)}; mend them"
+                f"{list(question.answers)}; fix them"
             )
         return lessons, len(given) - len(lessons)
 
@@ -118,7 +118,7 @@ class Demonstrations:
         known = [question for question in questions if question.id in self._by_question]
         if not known:
             raise DataError(
-                f"{self.path}: no demonstration of any training question; give one whose ids are those of data.train"
+                f"{self.path}: no demonstration of any training question; give a file whose ids match those of data.train"
             )
         return known
 
@@ -168,11 +168,11 @@ class Demonstrations:
             last = number == len(steps)
             if action.kind is not (ActionKind.ANSWER if last else ActionKind.SEARCH):
                 needed = "an answer" if last else "a search"
-                raise DataError(f"{where}: turn {number} is not {needed} in the protocol's form; mend it, or drop the line")
+                raise DataError(f"{where}: turn {number} is not {needed} in the protocol's form; fix it, or drop the line")
             if last and step.observation:
-                raise DataError(f"{where}: something follows the answer; mend it, or drop the line")
+                raise DataError(f"{where}: something follows the answer; fix it, or drop the line")
             if executed and not last and not step.observation:
-                raise DataError(f"{where}: nothing was found in turn {number}; mend it, or drop the line")
+                raise DataError(f"{where}: nothing was found in turn {number}; fix it, or drop the line")
         return [(action.kind, action.argument) for action in actions]
 
     def _trajectory(self, question: Question, steps: list[_Step], where: str) -> Trajectory:

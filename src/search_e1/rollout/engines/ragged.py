@@ -218,7 +218,7 @@ class RaggedCache(Cache):
     ) -> torch.Tensor:
         """Store new inputs [rows, channels, new]; returns them appended to the stored inputs [rows, channels, kernel]."""
         if conv_kernel_size is None or state_idx:
-            raise NotImplementedError("a convolution of another kind")
+            raise NotImplementedError("an unsupported kind of convolution")
         rows, channels, _width = conv_states.shape
         if layer_idx not in self._convolution:
             self._convolution[layer_idx] = conv_states.new_zeros(self.slots, channels, conv_kernel_size)

@@ -198,7 +198,7 @@ def key_headers() -> dict[str, str]:
     """
     key = os.environ.get(API_KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"{API_KEY}: holds characters that no key has; set it again")
+        raise ConfigError(f"{API_KEY}: holds characters that a key cannot have; set it again")
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 

@@ -232,7 +232,7 @@ def _sampling_mode(model: PreTrainedModel) -> Iterator[None]:
     except FloatingPointError as error:
         dtype = str(model.dtype).removeprefix("torch.")
         raise ModelError(
-            f"{error} while sampling with policy.dtype = {dtype!r}; set it to bfloat16 or float32, or, if it is, check that "
+            f"{error} while sampling with policy.dtype = {dtype!r}; set it to bfloat16 or float32; if it is, check that "
             "the policy's weights are finite"
         ) from error
     finally:
@@ -286,7 +286,7 @@ def _try(model: PreTrainedModel, kind: type[RaggedCache]) -> int:
     alone = torch.cat([model(input_ids=ids, logits_to_keep=1).logits[:, -1] for ids in whole]).float()
     spread = (alone - alone.mean(-1, keepdim=True)).norm()
     if not (together - alone).norm() <= tolerance(model.dtype) * spread:
-        raise NotImplementedError("rows that are sampled together differ from what they are alone")
+        raise NotImplementedError("rows sampled together differ from rows sampled alone")
     return cache.bytes_per_position()
 
 

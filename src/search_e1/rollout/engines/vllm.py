@@ -38,14 +38,14 @@ _RESERVED = {
     "skip_tokenizer_init": "stop strings need the tokenizer; leave it out",
     "dtype": "set `policy.dtype`",
     "trust_remote_code": "set `policy.trust_remote_code`",
-    "seed": "every trajectory has its own, made of `seed`; leave it out",
+    "seed": "every trajectory has its own, derived from `seed`; leave it out",
     "max_model_len": "set `rollout.max_tokens`",
     "max_num_seqs": "set `rollout.batch_size`",
     "gpu_memory_utilization": "set `vllm.gpu_memory_utilization`",
     "tensor_parallel_size": "set `vllm.tensor_parallel_size`",
-    "logprobs_mode": "training needs those of what was sampled from; leave it out",
+    "logprobs_mode": "training needs those of the distribution sampled from; leave it out",
     "generation_config": "the full distribution is sampled; leave it out",
-    "speculative_config": "its log-probabilities are not those of what was sampled from; leave it out",
+    "speculative_config": "its log-probabilities are not those of the distribution sampled from; leave it out",
 }
 
 

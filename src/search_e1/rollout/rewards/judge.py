@@ -134,7 +134,7 @@ class Judge:
         word = _THOUGHT.sub("", said, count=1).strip().rstrip(".").lower()
         if word not in _VERDICTS:
             raise EndpointError(
-                f"{self._server.shown}: the judge said {said[:80]!r} instead of correct or incorrect; mend "
+                f"{self._server.shown}: the judge said {said[:80]!r} instead of correct or incorrect; edit "
                 "rollout.rewards.judge.prompt, raise its max_tokens, or name another model"
             )
         return _VERDICTS[word]
@@ -145,7 +145,7 @@ def _read(path: Path) -> dict[str, float]:
     entries = summed_entries(path)
     sound = "".join(map(summed_line, entries)).encode()
     if path.is_file() and path.stat().st_size > len(sound):
-        logger.warning("%s: damaged after %d verdicts; the others are asked for again", path, len(entries))
+        logger.warning("%s: damaged after %d verdicts; the others are requested again", path, len(entries))
         os.truncate(path, len(sound))
     rows = map(json.loads, entries)
     return {row["key"]: row["verdict"] for row in rows}

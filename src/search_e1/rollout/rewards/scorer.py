@@ -79,7 +79,7 @@ class Scorer:
             return self._reward
         if kind not in self._by_type:
             raise DataError(
-                f"question {question.id!r}: metadata.answer_type = {kind!r}; known are {', '.join(self._by_type)}: mend it, or "
+                f"question {question.id!r}: metadata.answer_type = {kind!r}; known: {', '.join(self._by_type)}; fix it, or "
                 "add it to rollout.rewards.types"
             )
         return self._by_type[kind]
@@ -108,6 +108,6 @@ def open_scorer(config: RolloutConfig, instruction: str | None = None) -> Scorer
     if texts and instruction is not None and not any(text.lower() in instruction.lower() for text in texts):
         raise ConfigError(
             f"prompts.instruction does not tell the policy to answer {texts[0]!r} where the documents hold no answer, which "
-            "rollout.rewards.not_found rewards; say so in it"
+            "rollout.rewards.not_found rewards; add that to it"
         )
     return Scorer(config)

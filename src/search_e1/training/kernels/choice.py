@@ -65,7 +65,7 @@ def _problem(device: torch.device) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers, drivers and loaders raise anything
-        return f"Triton's kernels do not run ({type(error).__name__}: {_line(error)}); a newer driver may mend it"
+        return f"Triton's kernels do not run ({type(error).__name__}: {_line(error)}); a newer driver may fix it"
 
 
 def _differs(device: torch.device) -> str | None:
@@ -77,7 +77,7 @@ def _differs(device: torch.device) -> str | None:
             for got, wanted in zip(*results, strict=True)
         ]
     worst = float(torch.tensor(errors).max())  # NaN, if there is one
-    return None if worst < 1e-2 else f"they differ from torch, relatively by {worst:.1g}"
+    return None if worst < 1e-2 else f"their results differ from torch's by a relative {worst:.1g}"
 
 
 def _trial(device: torch.device, kernel: bool) -> Iterator[tuple[Tensor, Tensor]]:
