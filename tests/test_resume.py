@@ -7,6 +7,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -128,15 +129,29 @@ def training(project: Path, mined: Path, case: str) -> tuple[Config, Stage]:
     return settings_of(project, **TRAINING[case]), Grpo(policy, 1) if "GRPO" in case else Distill(policy, mined, lead, 1)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(project, mined, tmp_path_factory) -> Callable[[str], tuple[runs.Artifact, int]]:
+    """What a stage makes that is never interrupted, and the number of its passes."""
+
+    @cache
+    def of(case: str) -> tuple[runs.Artifact, int]:
+        run, passes = TrainedPolicy.run, []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TrainedPolicy, "run", lambda *args: passes.append(1) or run(*args))
+            return made(*training(project, mined, case), tmp_path_factory.mktemp("whole")), len(passes)
+
+    return of
+
+
 @pytest.mark.parametrize("case", TRAINING)
-def test_training(project, mined, tmp_path, case):
+def test_training(project, mined, undisturbed, tmp_path, case):
     """The step that is killed was not saved, the one before it was."""
     settings, stage = training(project, mined, case)
-    whole = made(settings, stage, tmp_path / "whole")
+    whole, _ = undisturbed(case)
     again, told = killed_again_and_again(settings, stage, tmp_path / "killed")
     assert again.manifest.attempts > 2
     assert told[-1] == whole.manifest.result["steps"]
-    assert_the_same(tmp_path / "killed", tmp_path / "whole")
+    assert_the_same(tmp_path / "killed", whole.path.parent)
     if "kept" in case:
         groups = list(pool.read(again.path / pool.FILE))
         assert len({group.question.id for group in groups}) == len(groups)
@@ -144,22 +159,20 @@ def test_training(project, mined, tmp_path, case):
 
 
 @pytest.mark.parametrize("case", TRAINING)
-def test_a_signal_between_two_passes(project, mined, tmp_path, monkeypatch, case):
+def test_a_signal_between_two_passes(project, mined, undisturbed, tmp_path, monkeypatch, case):
     """SIGTERM in every third pass of an attempt, until all is done: what is done of a step is not done again."""
     settings, stage = training(project, mined, case)
+    whole, total = undisturbed(case)
     run, passes = TrainedPolicy.run, []
 
     def counted(self: TrainedPolicy, *args: Any) -> Any:
         passes.append(attempts)
-        if passes.count(attempts) == last:
+        if passes.count(attempts) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return run(self, *args)
 
     monkeypatch.setattr(TrainedPolicy, "run", counted)
-    attempts = last = 0
-    made(settings, stage, tmp_path / "whole")
-    total, last = len(passes), 3
-    del passes[:]
+    attempts = 0
     while not (tmp_path / "cut" / str(stage.id)).exists():
         attempts += 1
         try:
@@ -169,7 +182,7 @@ def test_a_signal_between_two_passes(project, mined, tmp_path, monkeypatch, case
             continue
     assert attempts > settings.grpo.steps
     assert len(passes) == total
-    assert_the_same(tmp_path / "cut", tmp_path / "whole")
+    assert_the_same(tmp_path / "cut", whole.path.parent)
 
 
 SAMPLING = {
