@@ -240,10 +240,13 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     assert (run / weights).read_bytes() == (whole.run / weights).read_bytes()
 
 
-def test_without_a_lead_nothing_is_distilled_and_the_run_says_why(project, tmp_path):
-    """The tiny policy was never shown a reference: it cannot lead by 0.9."""
-    settings, watch = config(project, tmp_path / "run", enforce=True, minimum=0.9), Watch()
-    summary = evolve.train(settings, watch)
+def test_without_a_lead_nothing_is_distilled_and_the_run_says_why(finished, tmp_path):
+    """The tiny policy was never shown a reference: it cannot lead by 0.9. Branched off for what comes before."""
+    whole, _, _ = finished
+    lead = whole.lead.model_copy(update={"enforce": True, "minimum": 0.9})
+    settings, watch = whole.model_copy(update={"run": tmp_path / "run", "lead": lead}), Watch()
+    summary = evolve.train(settings, watch, branch_of=whole.run)
+    assert "lead-1" in watch.worked
     assert [p.stage for p in summary.policies] == ["base", "grpo-1"]
     assert "ofsd-1" not in watch.worked
     assert not (settings.run / "ofsd-1").exists()
@@ -252,14 +255,16 @@ def test_without_a_lead_nothing_is_distilled_and_the_run_says_why(project, tmp_p
     assert summary.lead["1"] is not None
 
 
-def test_where_no_teacher_follows_its_reference_nothing_is_distilled_and_the_run_says_why(project, tmp_path, monkeypatch):
+def test_where_no_teacher_follows_its_reference_nothing_is_distilled_and_the_run_says_why(finished, tmp_path, monkeypatch):
+    whole, _, _ = finished
+
     def none_follows(*_):
         raise NoLeadError("none of 3 teachers follows its reference")
 
     monkeypatch.setattr("search_e1.stages.distill.verified", none_follows)
-    base = config(project, tmp_path / "run")
-    settings = base.model_copy(update={"distill": base.distill.model_copy(update={"teachers": "verified"})})
-    summary = evolve.train(settings)
+    verified = whole.distill.model_copy(update={"teachers": "verified"})
+    settings = whole.model_copy(update={"run": tmp_path / "run", "distill": verified})
+    summary = evolve.train(settings, branch_of=whole.run)
     assert [p.stage for p in summary.policies] == ["base", "grpo-1"]
     assert summary.rounds["1"].refused == "none of 3 teachers follows its reference"
     assert summary.rounds["1"].lead is not None
