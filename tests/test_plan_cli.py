@@ -86,7 +86,7 @@ def test_what_does_not_fit_leaves_with_1_and_says_what_to_change(monkeypatch, ca
     given = ("--constants", tmp_path / "mine.toml", "--gpu", "mine", "--grpo.training.micro_batch_tokens", 4096)
     status, out, _ = run(monkeypatch, capsys, "--config", config, *given)
     assert status == 1
-    assert "! grpo: update: needs 0.0 GiB a GPU" in " ".join(out.split())
+    assert "! grpo: update: needs 0.0 GiB per GPU" in " ".join(out.split())
     assert out.endswith("It does not fit.\n")
 
 
@@ -99,6 +99,7 @@ def test_what_does_not_fit_leaves_with_1_and_says_what_to_change(monkeypatch, ca
             ("--gpu", "h100", "--policy.model", "me/mine"),
             "policy.model = 'me/mine': neither here nor a shape that is known",
         ),
+        (("--gpu", "h100", "--policy.model", "new", "--coldstart.steps", "4"), "policy.model = 'new': the cold start makes it"),
         (("--gpu", "h100", "--grpo.stepz", "1"), "unknown key 'grpo.stepz'; did you mean 'grpo.steps'?"),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from search_e1.config import NEW
 from search_e1.errors import ModelError
 from search_e1.lab.plan.constants import load_constants
 from search_e1.runs.devices import no_bars
@@ -47,6 +48,8 @@ def read_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
         ModelError: it is none of these, or cannot be read.
     """
     path = Path(model).expanduser()
+    if model == NEW:
+        raise ModelError(f"policy.model = {NEW!r}: the cold start makes it, and it is small; plan takes a model that is there")
     try:
         if path.is_file() and not is_gguf(path):
             raw = json.loads(path.read_text(encoding="utf-8"))
