@@ -116,6 +116,17 @@ def test_headings_have_their_names_without_the_signs_that_link_to_them(tmp_path:
     assert passages[2]["text"] == "See #."
 
 
+def test_a_heading_of_markdown_has_no_badges_anchors_or_addresses(tmp_path: Path) -> None:
+    file = tmp_path / "p.md"
+    badge = "[![Build status](https://ci.example/a.svg?branch=main)](https://ci.example/a)"
+    file.write_text(
+        f"# cssesc {badge}\n\nEscapes.\n\n## <a name='ls'></a> `org.ls(org, [opts])` in [the API](api.md)\n\nLists.\n\n"
+        "## f(x)[y](z w)\n\nEnds.\n"
+    )
+    titles = [passage["title"] for passage in passages_of(file)]
+    assert titles == ["cssesc", "cssesc > org.ls(org, [opts]) in the API", "cssesc > f(x)[y](z w)"]
+
+
 def test_a_fence_without_its_code_is_no_passage(tmp_path: Path) -> None:
     file = tmp_path / "p.md"
     file.write_text("Call it:\n\n```js\n" + "".join(f"const value_{i} = require('module_{i}');\n" for i in range(40)) + "```\n")

@@ -15,6 +15,8 @@ _FULLER = 1.25
 """A passage may exceed the requested words by this factor, so that a section leaves no remainder of a few words."""
 _MARKS = re.compile(r"[*`]+|(?<!\w)_+|_+(?!\w)")
 """Marks of emphasis and code; an underscore within a name is none."""
+_IMAGE_OR_ANCHOR = re.compile(r"!\[[^\]]*\]\([^)]*\)|<a\s[^>]*>\s*</a>")
+_LINK = re.compile(r"\[([^\]]*)\]\([^)\s]*\)")
 _MARKS_ALONE = re.compile(r"\s*(?:`{3,}|~{3,})[^\n]*\s*|[\W_]*")
 """The fence of a code block that is cut right after it, a rule, an empty list item: no passage."""
 
@@ -132,9 +134,14 @@ def _outline(text: str) -> tuple[list[_Section], list[_Table]]:
             continue
         first, last = token.map
         sections.append(_Section(tuple(heading for _, heading in path), begin, starts[first]))
-        level, heading = int(token.tag[1:]), " ".join(_MARKS.sub("", tokens[at + 1].content).split())
+        level, heading = int(token.tag[1:]), _plain(tokens[at + 1].content)
         path = [entry for entry in path if entry[0] < level] + ([(level, heading)] if heading else [])
         begin = min(starts[last], len(text))
     sections.append(_Section(tuple(heading for _, heading in path), begin, len(text)))
     filled = [section for section in sections if text[section.start : section.end].strip()]
     return filled or [_Section((), 0, len(text))], tables  # if there are only headings, they are the text
+
+
+def _plain(heading: str) -> str:
+    """A heading without badges, anchors, addresses of links and marks of emphasis."""
+    return " ".join(_MARKS.sub("", _LINK.sub(r"\1", _IMAGE_OR_ANCHOR.sub("", heading))).split())

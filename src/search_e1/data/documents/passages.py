@@ -24,7 +24,7 @@ class Cutting(Record):
     overlap: int = 20
     language: str | None = None
     """Language of all files; ``None``: detected per file."""
-    format: int = 2
+    format: int = 3
     """Version of the readers and of this module; a change makes all files be read again."""
 
 
