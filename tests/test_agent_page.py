@@ -30,7 +30,7 @@ def test_thoughts_searches_and_passages_come_as_they_are_sampled(page, server):
     assert page.texts(".trace .body") == ["I need the author.", "Moby Dick", "And the captain?", "Ahab"]
     assert page.js("[...document.querySelectorAll('.thought')].map((one) => one.open)") == [False, True]
     assert page.texts(".passages button") == ["Moby-Dick", "Sperm whale", "Captain Ahab"]
-    assert page.texts(".passages .origin") == ["novels.pdf · page 3 · Moby-Dick", "whales.md"]
+    assert page.texts(".passages .origin") == ["novels.pdf · page 3", "whales.md"]
     assert re.fullmatch(r"2 searches · 3 passages read · \d+\.\d s", page.text(".trace > summary"))
     assert not page.js("document.querySelector('.trace').open")
     assert page.js("document.getElementById('stop').hidden")

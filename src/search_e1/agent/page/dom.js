@@ -61,8 +61,9 @@ export function excerpt({ text, marks }, around = 140) {
   return [from > 0 && "… ", marked(text, marks, from, to), to < points.length && " …"];
 }
 
-/** The origin of a passage in words: file, page, heading. */
-export const origin = ({ file, page, heading }) => [file, page && `page ${page}`, heading].map(line).filter(Boolean).join(" · ");
+/** The origin of a passage in words: file, page, and the heading if the title, which stands above, does not hold it. */
+export const origin = ({ title, file, page, heading }) =>
+  [file, page && `page ${page}`, String(title ?? "").includes(heading) ? "" : heading].map(line).filter(Boolean).join(" · ");
 
 /** The address of a passage as a link; plain text unless it is http or https. */
 export function link(address) {
