@@ -50,7 +50,7 @@ def test_it_answers_over_http_in_words_and_in_fields() -> None:
     assert [(s["id"], s["holds"]) for s in asked.structured_content["sources"]] == [("p2", True), ("p1", False)]
     assert asked.content[0].text == "Cor Dun\n\n[1] Bel (id p2)\nBel is a city with mayor Cor Dun."
     assert guessed.structured_content == {"answer": "Gil Hor", "found": False, "searches": [], "sources": []}
-    assert guessed.content[0].text == "not found in these documents (a guess that none of them holds: Gil Hor)"
+    assert guessed.content[0].text == "not found in these documents (a guess, in none of the passages read: Gil Hor)"
     [passage] = found.structured_content["passages"]
     assert passage == {"id": "p2", "title": "Bel", "text": "Bel is a city with mayor Cor Dun.", "origin": {}}
     assert failed.is_error

@@ -119,14 +119,14 @@ def test_what_is_not_found_looks_different(page, server):
     assert page.text(".answer .about") == "The model has a guess, but none of the 2 passages it read holds it."
     assert page.text("#status") == "Not found in these documents. The model's guess: Jules Verne"
     assert page.texts("#result .found, .pill, mark, blockquote") == []
-    assert page.text(".sources h2") == "Passages that were read"
+    assert page.text(".sources h2") == "Passages read"
     page.ask("none")
-    assert page.text(".answer.missing .about") == "The model came to no answer. It asked for one more search than it may."
+    assert page.text(".answer.missing .about") == "The model gave no answer. It asked for more searches than it is allowed."
     assert page.texts(".guess, .sources") == []
     assert page.js("document.querySelector('.trace').hidden")
     page.ask("yes")
     assert page.text(".answer.found .big") == "yes"
-    assert "judge it by what was read" in page.text(".answer .about")
+    assert "check it against what was read" in page.text(".answer .about")
     assert page.texts("#history li .hidden") == [", answered", ", not found", ", not found"]
 
 

@@ -25,7 +25,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(page, server):
         page.type(key)
         page.press("Enter")
         if key == "wrong":
-            page.wait("document.querySelector('.problem h2')?.textContent === 'The server refuses this key'")
+            page.wait("document.querySelector('.problem h2')?.textContent === 'The server rejected this key'")
     page.wait("document.getElementById('agent').textContent === 'moby'")
     assert page.texts(".problem") == []
     page.ask()
@@ -45,12 +45,12 @@ FULL = (503, {"error": {"message": "64 questions wait"}}, {"Retry-After": "2"})
 @pytest.mark.parametrize(
     ("refusal", "title", "remedy"),
     [
-        (FULL, "The server is busy", "It asks to wait 2 seconds."),
-        ((429, {}, {"Retry-After": "7"}), "The server is busy", "It asks to wait 7 seconds."),
-        ((504, {"error": {"message": "60 s"}}, {}), "It took too long", "gave this question up"),
-        ((400, {"error": {"message": "too long"}}, {}), "The server does not take this question", "Change the question"),
-        ((422, {"detail": [{"msg": "x"}]}, {}), "The server does not take this question", "It said: status 422"),
-        ((500, {"detail": "<img src=x>"}, {}), "The server failed", "It said: <img src=x>"),
+        (FULL, "The server is busy", "Wait 2 seconds."),
+        ((429, {}, {"Retry-After": "7"}), "The server is busy", "Wait 7 seconds."),
+        ((504, {"error": {"message": "60 s"}}, {}), "It took too long", "gave up on this question"),
+        ((400, {"error": {"message": "too long"}}, {}), "The server rejected this question", "Change the question"),
+        ((422, {"detail": [{"msg": "x"}]}, {}), "The server rejected this question", "Its message: status 422"),
+        ((500, {"detail": "<img src=x>"}, {}), "The server failed", "Its message: <img src=x>"),
     ],
 )
 def test_a_refusal_says_what_to_do(page, server, refusal, title, remedy):
@@ -83,7 +83,7 @@ def test_a_full_queue_can_be_tried_again_after_its_wait(page, server):
 @pytest.mark.parametrize(
     ("end", "title"),
     [
-        (("cut",), "The connection broke off"),
+        (("cut",), "The connection was lost"),
         (("search", "x", [None]), "The server failed"),
         (("error", {"message": "the index is gone", "type": "server_error", "code": "failed"}), "The server failed"),
         (("error", {"message": "no answer within 60 s", "type": "timeout_error", "code": "timeout"}), "It took too long"),
@@ -106,7 +106,7 @@ def test_a_server_that_has_gone(driver):
         page = Page(driver, standin).open()
         page.wait("document.getElementById('agent').textContent === 'moby'")
     page.ask(until="document.querySelector('.problem')")
-    assert page.text(".problem h2") == "The server does not answer"
+    assert page.text(".problem h2") == "The server does not respond"
     assert "search-e1 serve" in page.text(".problem")
     assert all("ERR_CONNECTION_REFUSED" in entry["message"] for entry in driver.get_log("browser"))
 

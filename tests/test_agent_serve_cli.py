@@ -73,14 +73,14 @@ def test_bundles_that_cannot_be_served(monkeypatch, capsys, tmp_path: Path) -> N
     for words, says in (
         ([tmp_path / "none"], f"{tmp_path / 'none'}: not a bundle (no agent.json)"),
         ([tmp_path / "run"], f"{tmp_path / 'run'}: not a bundle (no agent.json); this run's is {tmp_path / 'run' / 'agent'}"),
-        ([bare], f"{bare}: a bundle without passages; give --index DIR or --url URL"),
+        ([bare], f"{bare}: the bundle has no passages; give --index DIR or --url URL"),
         (
             [bare, "--index", tmp_path / "other"],
             f"{tmp_path / 'other'}: an index of other passages or settings than the bundle's",
         ),
         ([whole, "--index", whole / "index", "--url", "http://127.0.0.1:1"], f"{whole}: an index and a URL; give one of them"),
-        ([whole, "--key", "ä"], "--key: not a key that a header can hold"),
-        ([whole, "--key", ""], "--key: not a key that a header can hold"),
+        ([whole, "--key", "ä"], "--key: not usable in a header"),
+        ([whole, "--key", ""], "--key: not usable in a header"),
         ([whole, "--memory-mib", "1"], "memory of 1 MiB has no room for a request of 4 MiB"),
     ):
         status, out, err = run(monkeypatch, capsys, "serve", *words, "--port", 0)

@@ -198,7 +198,7 @@ def test_an_index_on_another_file_system_is_copied(run: Path, tmp_path: Path, mo
 def test_without_an_index_it_asks_for_one_and_takes_none_of_other_passages(run: Path, tmp_path: Path) -> None:
     made = make_bundle(run, tmp_path / "out", searched=Searched(copied=False))
     assert not (tmp_path / "out" / "index").exists()
-    with pytest.raises(DataError, match="without passages; give --index DIR or --url URL"):
+    with pytest.raises(DataError, match="has no passages; give --index DIR or --url URL"):
         Agent.open(tmp_path / "out")
     groups = evaluated(run, "grpo-1")
     expected = ids([group.trajectories[0] for group in groups])
@@ -267,7 +267,7 @@ def spoil(**changes: Any) -> Callable[[Path], None]:
         (lambda d: (d / "agent.json").write_text("[" * 10**5), "agent.json: not the description of a bundle"),
         (lambda d: (d / "agent.json").write_bytes(b"\xff\xfe"), "agent.json: not the description of a bundle"),
         (lambda d: (d / "agent.json").write_text("[]"), "agent.json: not the description of a bundle"),
-        (spoil(format=2), "agent.json: a bundle of format 2, and this version reads 1"),
+        (spoil(format=2), "agent.json: a bundle of format 2, but this version reads 1"),
         (spoil(limits={"topk": 0}), "agent.json: limits.topk: Input should be greater than 0"),
         (spoil(weights={}), "agent.json: names no weights"),
         (spoil(weights={"../x": 1}), "agent.json: names '../x', which is not in the bundle; do not use this bundle"),
@@ -301,18 +301,21 @@ def test_a_reward_that_a_bundle_names_is_not_imported(bundle: Path) -> None:
     ("words", "said"),
     [
         (("RUN",), "no directory for the bundle; give --out DIR"),
-        (("RUN", "--out", "RUN/agent"), "is there already; remove it, or give another directory"),
+        (("RUN", "--out", "RUN/agent"), "already exists; remove it, or give another directory"),
         (("RUN", "--out", "OUT", "--policy", "grpo-9"), "no policy 'grpo-9'; there are base, grpo-1"),
         (("RUN", "--out", "OUT", "--policy", "../grpo-1"), "no policy '../grpo-1'; there are base, grpo-1"),
         (("RUN", "--out", "OUT", "--private"), "--private needs --push OWNER/NAME; give both"),
         (("RUN", "--out", "OUT", "--url", "http://x"), "give --no-index with it"),
         (("RUN", "--out", "OUT", "--no-index", "--index", "x"), "--index and --no-index exclude each other; give one of them"),
-        (("RUN", "--out", "OUT", "--index", "none"), "none: the index that the run searched is not there; give its present"),
+        (
+            ("RUN", "--out", "OUT", "--index", "none"),
+            "none: the index that the run searched is gone; give its current directory",
+        ),
         (("RUN/agent", "--out", "OUT"), "is a bundle; it can only be pushed: --push"),
-        (("OUT", "--out", "OUT/agent"), "no run of which a policy was evaluated (no summary.json)"),
+        (("OUT", "--out", "OUT/agent"), "no run with an evaluated policy (no summary.json)"),
         (("RUN", "--out", "OUT", "--push", "a/b/c"), "'a/b/c' cannot be the name of a repository; give OWNER/NAME"),
-        (("RUN", "--out", "OUT", "--push", "name"), "'name' is no name on the Hub; give OWNER/NAME"),
-        (("RUN", "--out", "OUT", "--push", "me/agent"), "no token of the Hub here; run `hf auth login`, or set HF_TOKEN"),
+        (("RUN", "--out", "OUT", "--push", "name"), "'name' is not a valid name on the Hub; give OWNER/NAME"),
+        (("RUN", "--out", "OUT", "--push", "me/agent"), "no Hub token found; run `hf auth login`, or set HF_TOKEN"),
     ],
 )
 def test_the_verb_refuses_in_one_line(
@@ -340,14 +343,14 @@ def test_damaged_runs_are_one_line(run: Path, tmp_path: Path) -> None:
         make_bundle(copied, tmp_path / "out")
     shutil.rmtree(copied / "index")
     (copied / "summary.json").write_text((run / "summary.json").read_text())
-    with pytest.raises(RunError, match="the index that the run searched is not there; give its present place with --index DIR"):
+    with pytest.raises(RunError, match="the index that the run searched is gone; give its current directory with --index DIR"):
         make_bundle(copied, tmp_path / "out", stage="base")
 
 
 def test_a_modelfile_has_the_prompt_of_training_and_says_what_is_lost(run: Path, tmp_path: Path) -> None:
     make_bundle(run, tmp_path / "out", modelfile=True)
     lines = (tmp_path / "out" / "Modelfile").read_text().splitlines()
-    assert "has no retrieval: the model writes a search, and nobody answers it" in lines[0]
+    assert "has no retrieval: the model writes a search, and nothing answers it" in lines[0]
     assert [line for line in lines if not line.startswith("#")] == [
         "FROM .", "PARAMETER temperature 0", "PARAMETER num_ctx 300", "PARAMETER num_predict 24", 'PARAMETER stop "</search>"',
         'PARAMETER stop "</answer>"', 'TEMPLATE """Question: {{ .Prompt }}', '"""',
@@ -391,8 +394,8 @@ def test_a_bundle_is_pushed_to_the_hub_and_opened_from_there(run: Path, hub: Pat
     unknown, no_right, missing, pushed, closed, opened, again = said
     for (status, _, err), line in (
         (unknown, "me/agent: your token is not valid (401)"),
-        (no_right, "me/agent: your token has no right to do this (403)"),
-        (missing, "me/agent: neither a directory nor found on the Hub, or closed to you"),
+        (no_right, "me/agent: your token does not permit this (403)"),
+        (missing, "me/agent: neither a directory nor found on the Hub, or not accessible to you"),
         (closed, "me/agent: not found, or your token is not valid (401)"),
     ):
         assert (status, len(err.splitlines())) == (2, 1)

@@ -71,6 +71,6 @@ def test_a_card_without_a_licence_says_so(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", {"url": "http://127.0.0.1:9"}, "http://127.0.0.1:9")
     make_bundle(run, tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "The license of the base is not known here: ask those who made it before you share the weights." in text
+    assert "The license of the base is unknown: ask its authors before you share the weights." in text
     assert "They are not in this bundle but at http://127.0.0.1:9" in text
     assert "license" not in (metadata_load(tmp_path / "out" / "README.md") or {})

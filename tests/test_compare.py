@@ -134,11 +134,11 @@ def test_sampled_em_has_an_interval_over_questions(tmp_path):
 def test_other_questions_are_named_and_refused(run, tmp_path):
     fewer = load(made(tmp_path / "fewer", AFTER, drop=("q1", "q7")), "fewer")
     base = both(run)[0]
-    with pytest.raises(ConfigError, match=r"base has 1 of nq \(q1\), 1 of hotpotqa \(q7\) that not all .* --common"):
+    with pytest.raises(ConfigError, match=r"base has 1 of nq \(q1\), 1 of hotpotqa \(q7\) that the others lack .* --common"):
         compare([base, fewer])
     found = compare([base, fewer], common=True)
     assert [row.n for row in found.rows if row.policy == "base"] == [5, 1, 6, 6]
-    assert found.notes == ("base has 1 of nq (q1), 1 of hotpotqa (q7) that not all have alike",)
+    assert found.notes == ("base has 1 of nq (q1), 1 of hotpotqa (q7) that the others lack or have differently",)
     retold = load(made(tmp_path / "retold", AFTER, retold=("q2",)), "retold")
     with pytest.raises(ConfigError, match=r"base has 1 of nq \(q2\).*; retold has 1 of nq \(q2\)"):
         compare([base, retold])

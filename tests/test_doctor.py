@@ -104,7 +104,7 @@ def test_memory_that_runs_out_is_a_finding(project, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "updates_per_second", fails)
     found = {finding.check: finding for finding in doctor.examine(config(project, tmp_path / "run"), evaluated=1).findings}
     assert found["memory"].level is Level.WARNING
-    assert "training comes on top" in found["time"].text
+    assert "training is extra" in found["time"].text
 
 
 def test_weights_that_do_not_fit_stop(project, tmp_path, monkeypatch):

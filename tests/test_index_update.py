@@ -160,7 +160,7 @@ def test_what_figures_or_a_bundle_are_bound_to_is_refused(tmp_path: Path) -> Non
     make_agent(tmp_path / "agent", [tmp_path / "run" / "index" / "bm25"])
     with pytest.raises(ConfigError, match="the index of a bundle; give the bundle"):
         update_indexes([tmp_path / "agent" / "index" / "bm25"], changed)
-    with pytest.raises(ConfigError, match="a bundle is updated by itself"):
+    with pytest.raises(ConfigError, match="a bundle is updated on its own"):
         update_indexes([tmp_path / "agent", tmp_path / "run"], changed)
     with pytest.raises(DataError, match="not an index"):
         update_indexes([tmp_path / "c"], changed)

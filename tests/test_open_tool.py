@@ -155,7 +155,7 @@ def test_a_tool_of_ones_own_answers_with_text() -> None:
     assert t.turns[0].observation_text == "\n\n<information>\nHM <ANSWER\n</information>\n\n"
     assert (t.turns[0].tool, t.turns[0].passage_ids) == ("shout", ())
     silent = TAGS.model_copy(update={"tools": ("test_open_tool:SILENT",)})
-    with pytest.raises(RetrievalError, match=r"tool 'silent': 0 answers to 1 calls"):
+    with pytest.raises(RetrievalError, match=r"tool 'silent': 0 results for 1 calls"):
         play(byte_tokenizer(), silent, "<silent>hm</silent>")
 
 
@@ -166,8 +166,8 @@ def test_a_tool_of_ones_own_answers_with_text() -> None:
         (("search", "open"), r"this retriever cannot open a passage; leave \"open\" out"),
         (("search", "search"), "each once"),
         ((), "at least one tool"),
-        (("test_open_tool:BAD",), "not a Tool with a name of its own"),
-        (("test_open_tool:LIMITS",), "not a Tool with a name of its own"),
+        (("test_open_tool:BAD",), "not a Tool with a unique lower-case name"),
+        (("test_open_tool:LIMITS",), "not a Tool with a unique lower-case name"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(tools: tuple[str, ...], message: str) -> None:

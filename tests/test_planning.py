@@ -85,7 +85,7 @@ def test_what_does_not_fit_says_what_to_change() -> None:
         return misfit(model, memory)
 
     states = dict(weights=70, optimizer=140)
-    assert "210.0 GiB a GPU and 73.6 are usable" in says("grpo: update", **states)
+    assert "210.0 GiB per GPU, but 73.6 are usable" in says("grpo: update", **states)
     assert says("grpo: update", 8, **states).endswith(
         'set parallel.sharding = "fsdp2", or train adapters ([grpo.lora]), or use a smaller policy or larger GPUs'
     )
@@ -100,9 +100,9 @@ def test_what_does_not_fit_says_what_to_change() -> None:
     [
         (
             {"policy": {"model": "small", "dtype": "bfloat16"}, "grpo": {"training": {"master_weights": False}}},
-            "grpo trains all weights in bfloat16, and steps of 1e-06",
+            "grpo trains all weights in bfloat16, where steps of 1e-06",
         ),
-        ({"policy": {"dtype": "float32"}}, "products in float32 are many times slower than in bfloat16 on a GPU"),
+        ({"policy": {"dtype": "float32"}}, "float32 matrix products are many times slower than in bfloat16 on a GPU"),
     ],
 )
 def test_settings_that_defeat_their_purpose_are_named(tmp_path: Path, sections: dict, says: str) -> None:

@@ -180,7 +180,7 @@ def test_at_start_what_cannot_fit_is_refused(tmp_path: Path, caplog: pytest.LogC
     check_memory(config, model, ("grpo", "distill"), 1, 80 * GIB)
     assert not caplog.records
     weights_alone = 4 * SIZE
-    with pytest.raises(ConfigError, match=r"grpo: update: needs .* GiB a GPU .* train adapters"):
+    with pytest.raises(ConfigError, match=r"grpo: update: needs .* GiB per GPU, .* train adapters"):
         check_memory(config, model, ("grpo",), 1, weights_alone)
     check_memory(config, model, (), 1, weights_alone)
     check_memory(config, "someone/unheard-of", ("grpo",), 1, weights_alone)  # nothing is known of it

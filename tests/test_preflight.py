@@ -73,7 +73,7 @@ def test_search():
 
 def test_groups():
     mixed, easy, hard = (preflight.groups(Observed(groups=16, mixed=m, rewarded=r)) for m, r in ((2, 7), (0, 80), (0, 0)))
-    assert (mixed.level, mixed.text) == (OK, "2 of 16 groups are mixed, so that GRPO has something to learn from.")
+    assert (mixed.level, mixed.text) == (OK, "2 of 16 groups are mixed, so GRPO has something to learn from.")
     assert (easy.level, hard.level) == (WARNING, WARNING)
     assert "too easy or too hard" in easy.text
     assert "no trajectory is right" in hard.text
@@ -95,12 +95,12 @@ SOME = Observed(trajectories=64, in_form=64, rewarded=1)
     ("found", "seen", "level", "words"),
     [
         (rows(20, 0, 0), NOTHING, STOP, "No passage holds an answer to any of 20 questions, and no trajectory has a reward."),
-        (rows(20, 0, 0), SOME, WARNING, "hold an answer of 0% of 20 questions, the corpus of 0%."),
+        (rows(20, 0, 0), SOME, WARNING, "hold an answer to 0% of 20 questions, the corpus to 0%."),
         (rows(19, 0, 0), NOTHING, WARNING, "0% of 19 questions"),
-        (rows(20, 0, 1), NOTHING, WARNING, "the corpus of 5%."),
+        (rows(20, 0, 1), NOTHING, WARNING, "the corpus to 5%."),
         (rows(20, 0, None), NOTHING, WARNING, "0% of 20 questions."),
-        (rows(20, 4, 5), NOTHING, WARNING, "20% of 20 questions, the corpus of 25%."),
-        (rows(20, 1, 15), NOTHING, WARNING, "5% of 20 questions, the corpus of 75%."),
+        (rows(20, 4, 5), NOTHING, WARNING, "20% of 20 questions, the corpus to 25%."),
+        (rows(20, 1, 15), NOTHING, WARNING, "5% of 20 questions, the corpus to 75%."),
         (rows(20, 2, 15, yes_no=3), NOTHING, OK, "10% of 20 questions"),
         (rows(20, 2, None), NOTHING, OK, "10% of 20 questions."),
     ],
@@ -180,7 +180,7 @@ def test_how_long_it_takes(tmp_path):
     assert sampled == {"evaluation": 500, "grpo": 800, "pool": 240, "lead": 80}
     found = preflight.time(sampled, per_second=0.1, tokens=70)
     assert found.text == (
-        "Sampling 1,620 trajectories takes about 4.5 h at the measured 7 tokens/s; training comes on top (search-e1 doctor "
+        "Sampling 1,620 trajectories takes about 4.5 h at the measured 7 tokens/s; training is extra (search-e1 doctor "
         "measures it)."
     )
     assert preflight.time(sampled, 10.0, 70, trained_per_second=0.1).text.endswith("3 min at the measured 700 tokens/s, "

@@ -190,7 +190,7 @@ def test_a_secret_in_a_config_stays_out_of_the_page(run, tmp_path):
     (copy / "config.json").write_text(json.dumps(config))
     overview, _ = report(copy, tmp_path / "r.html")
     assert "hush" not in (tmp_path / "r.html").read_text()
-    assert overview["repeat"]["toml"].startswith("# *** stands for a secret, which a run does not keep: set it.\n")
+    assert overview["repeat"]["toml"].startswith("# *** stands for a secret, which a run does not store: set it.\n")
 
 
 GAIN = {"stage": "ofsd-1", "before": "grpo-1", "gain": -0.303, "low": -0.357, "high": -0.253, "n": 300, "won": 0, "lost": 91}
@@ -206,10 +206,10 @@ LEAD = {"em_plain": 0.917, "em_privileged": 0.95, "low": -0.055, "high": 0.117, 
 def test_why_em_fell_is_one_sentence_with_the_run_s_figures():
     why = explain.falls([GAIN], SCORES, [{"round": 1, "lead": LEAD}], {})
     assert why == {
-        "ofsd-1": "Greedy EM fell by 0.303 from grpo-1 to ofsd-1 (95% −0.357 to −0.253): its teacher had no certain lead to "
-        "pass on (+0.033 EM, 95% −0.055 to +0.117, 30 pairs) but was 20% shorter; it learned on stored trajectories of grpo-1, "
-        "and once its own words change (searches 2.21 to 2.53, tokens 63 to 61 a question) it is in states that none of them "
-        "visits; the GRPO that follows teaches the decisions again in the new words: grpo-2 has EM 0.970."
+        "ofsd-1": "Greedy EM fell by 0.303 from grpo-1 to ofsd-1 (95% −0.357 to −0.253): its teacher had no significant lead "
+        "to pass on (+0.033 EM, 95% −0.055 to +0.117, 30 pairs) but was 20% shorter; it learned on stored trajectories of "
+        "grpo-1, and once its own words change (searches 2.21 to 2.53, tokens 63 to 61 per question) it is in states that none "
+        "of them visits; the GRPO that follows teaches the decisions again in the new words: grpo-2 has EM 0.970."
     }
     led = LEAD | {"em_privileged": 0.95, "em_plain": 0.45, "low": 0.3, "high": 0.7, "tokens_privileged": 72.0}
     fresh = explain.falls([GAIN | {"high": 0.01}], SCORES[:2], [{"round": 1, "lead": led}], {"distill": {"students": "fresh"}})
@@ -233,13 +233,13 @@ def test_an_empty_view_says_why(run, tmp_path):
     shutil.copy(run / "config.json", copy)
     (copy / ".grpo-1.partial").mkdir()
     overview, _ = report(copy, tmp_path / "r.html")
-    still = "Begun: grpo-1. No process works in the run; `search-e1 train` with its config resumes it."
+    still = "Begun: grpo-1. No process is working on the run; `search-e1 train` with its config resumes it."
     assert overview["empty"] == {
         "loop": f"No figures: no policy is evaluated. {still}",
         "cost": f"No cost: no stage is complete. {still}",
-        "trajectories": f"No trajectories: no evaluation is complete, and no pool. {still}",
-        "pairs": f"No pairs: the run has not reached mining, which follows GRPO and the pool. {still}",
-        "questions": "No questions: a question is shown here once a policy has answered it in an evaluation. " + still,
+        "trajectories": f"No trajectories: neither an evaluation nor a pool is complete. {still}",
+        "pairs": f"No pairs: the run has not reached pair mining, which follows GRPO and the pool. {still}",
+        "questions": "No questions yet: they appear once an evaluation is complete. " + still,
     }
     (copy / ".holder.json").write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": "now"}))
     overview, _ = report(copy, tmp_path / "r.html")
@@ -334,7 +334,7 @@ def test_what_is_no_run_is_one_clear_line(run, tmp_path):
             page.write(place, tmp_path / "r.html")
         assert "\n" not in str(refused.value)
     assert not (tmp_path / "r.html").exists()
-    with pytest.raises(RunError, match=r"missing/r\.html: there is no directory .*--out"):
+    with pytest.raises(RunError, match=r"missing/r\.html: no directory .*--out"):
         page.write(run, tmp_path / "missing" / "r.html")
 
 

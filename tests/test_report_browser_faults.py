@@ -109,7 +109,7 @@ def test_an_unfinished_run_says_so(driver, tmp_path):
         report.texts(".detail .empty")
         == report.texts(".why .empty")
         == [
-            "No questions: a question is shown here once a policy has answered it in an evaluation. Begun: grpo-1. No process "
-            "works in the run; search-e1 train with its config resumes it."
+            "No questions yet: they appear once an evaluation is complete. Begun: grpo-1. No process "
+            "is working on the run; search-e1 train with its config resumes it."
         ]
     )

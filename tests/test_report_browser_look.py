@@ -182,5 +182,5 @@ def test_several_runs(several):
     several.press("5")
     several.wait("document.body.dataset.view === 'pairs'")
     assert several.texts(".detail .empty")[0].startswith(
-        "No pairs: the run has not reached mining, which follows GRPO and the pool."
+        "No pairs: the run has not reached pair mining, which follows GRPO and the pool."
     )

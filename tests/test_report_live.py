@@ -97,7 +97,7 @@ def test_the_page_follows_the_run_and_keeps_what_is_selected(growing, driver):
         assert page.texts("h1")[0].startswith("From base to grpo-1")
         evaluation.write_text(good)
         (run / ".holder.json").unlink()
-        page.wait("document.getElementById('run-state').textContent === 'stopped: no process works in it'")
+        page.wait("document.getElementById('run-state').textContent === 'stopped: no process is running it'")
         assert page.js("window.scrollY") == 300
         for name in whole.iterdir():
             if name.is_dir() and not (run / name.name).exists():

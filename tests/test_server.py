@@ -107,8 +107,8 @@ def test_what_search_r1_takes_is_taken(url: str) -> None:
         (b'{"queries": ["a"], "return_scores": 7}', 422, "return_scores: Input should be a valid boolean"),
         (b'{"queries": ["a", "b", "c", "d", "e"]}', 422, "queries: 5 exceed the limit of 4; split them into several requests"),
         (b'{"queries": ["a", "' + b"b" * 21 + b'"]}', 422, "queries.1: 21 characters exceed the limit of 20"),
-        (b'{"queries": ["' + b"b" * 1000 + b'"]}', 413, "the body has more than 1000 bytes; send fewer queries"),
-        (b" " * 9000, 413, "the body has more than 1000 bytes"),
+        (b'{"queries": ["' + b"b" * 1000 + b'"]}', 413, "the body exceeds 1000 bytes; send fewer queries"),
+        (b" " * 9000, 413, "the body exceeds 1000 bytes"),
     ],
 )
 def test_wrong_requests_are_refused_in_one_line(url: str, index: FakeIndex, body: bytes, status: int, says: str) -> None:

@@ -69,8 +69,8 @@ def test_a_config_json_or_a_directory_is_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ("someone/unheard-of", "neither here nor a shape that is known without the network; give the directory"),
-        ("qwen2.5-33b", "neither here nor a shape"),
+        ("someone/unheard-of", "neither on this machine nor a known shape; give the directory"),
+        ("qwen2.5-33b", "neither on this machine nor a known shape"),
     ],
 )
 def test_an_unknown_model_is_refused(model: str, says: str) -> None:

@@ -83,7 +83,7 @@ class Bundle(Record):
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise DataError(f"{file}: not the description of a bundle; {_AGAIN}") from None
         if format != FORMAT:
-            raise DataError(f"{file}: a bundle of format {format!r}, and this version reads {FORMAT}; {_AGAIN}")
+            raise DataError(f"{file}: a bundle of format {format!r}, but this version reads {FORMAT}; {_AGAIN}")
         try:
             bundle = cls.model_validate(content | {"directory": directory})
         except ValidationError as error:
@@ -138,7 +138,7 @@ def open_retriever(
     if url and index:
         raise DataError(f"{bundle.directory}: an index and a URL; give one of them")
     if not url and not index and not bundle.index and not bundle.url:
-        raise DataError(f"{bundle.directory}: a bundle without passages; give --index DIR or --url URL")
+        raise DataError(f"{bundle.directory}: the bundle has no passages; give --index DIR or --url URL")
     found: Any
     if index or (bundle.index and not url):
         settings = EncoderSettings(model=str(encoder), device=device) if encoder else None

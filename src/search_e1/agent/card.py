@@ -94,7 +94,7 @@ class Base:
 def base_of_run(model: str) -> Base:
     """Facts about ``policy.model``: its Hub id, and its license from its card or GGUF file."""
     if model == NEW:
-        return Base("The policy was made from nothing (a cold start on demonstrations)")
+        return Base("The policy was trained from scratch (a cold start on demonstrations)")
     try:
         model = base_of(model) or model
         found = resolve(model)
@@ -143,7 +143,7 @@ def _front_matter(file: Path) -> dict[str, Any]:
     try:
         return metadata_load(file) or {}
     except Exception as error:  # malformed YAML can raise anything
-        logger.warning("%s: cannot be read (%s); the bundle's card tells no license", file, str(error).partition("\n")[0])
+        logger.warning("%s: cannot be read (%s); the bundle's card names no license", file, str(error).partition("\n")[0])
         return {}
 
 
@@ -201,7 +201,7 @@ def _searched(bundle: Bundle, indexes: Sequence[IndexManifest], encoder: str | N
     if encoder:
         lines.append(
             f"Queries are encoded by `{plain_name(encoder)}`, which is not in this bundle: `encoder` tells `Agent.open` where "
-            "it is, if it is no longer where it was."
+            "it is, if it has moved."
         )
     return " ".join(lines)
 
@@ -210,6 +210,6 @@ def _license(base: Base) -> str:
     files = ", ".join(f"`{file.name}`" for file in base.notices)
     beside = f" Its files are beside this one: {files}." if files else ""
     if not base.license:
-        return f"The license of the base is not known here: ask those who made it before you share the weights.{beside}"
+        return f"The license of the base is unknown: ask its authors before you share the weights.{beside}"
     license = base.license.get("license_name") or base.license["license"]
-    return f"The base is under `{license}`, as it says itself; so are the weights here, unless you say otherwise.{beside}"
+    return f"The base is under `{license}`, by its own statement; so are the weights here, unless you say otherwise.{beside}"

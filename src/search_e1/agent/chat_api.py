@@ -17,18 +17,18 @@ from search_e1.types import ActionKind, Passage, StopReason
 _REASONS = {StopReason.MAX_TOKENS: "length", StopReason.REFUSED: "content_filter"}
 _SEED = 9223372036854776000
 """Largest seed in OpenAI's schema."""
-_TOOLS = "the agent has its own tools, and takes no others"
+_TOOLS = "the agent has its own tools and accepts no others"
 _SAMPLING = "it samples as in its evaluation, by temperature and seed alone"
-_TEXT = "it answers in text alone"
+_TEXT = "it answers in text only"
 _ONLY: dict[str, tuple[list[Any], str]] = {
     "n": ([1], "there is one answer to a question"),
     "top_p": ([1], _SAMPLING),
     "frequency_penalty": ([0], _SAMPLING),
     "presence_penalty": ([0], _SAMPLING),
     "logit_bias": ([{}], _SAMPLING),
-    "logprobs": ([False], "it tells none"),
-    "top_logprobs": ([0], "it tells none"),
-    "stop": ([[]], "it ends where it has answered"),
+    "logprobs": ([False], "it reports none"),
+    "top_logprobs": ([0], "it reports none"),
+    "stop": ([[]], "it stops once it has answered"),
     "reasoning_effort": ([], "it reasons as it was trained to"),
     "verbosity": ([], _TEXT),
     "prediction": ([], _SAMPLING),
@@ -108,7 +108,7 @@ class ChatRequest(BaseModel):
         if not text.strip():
             raise Refused(400, f"{param}: the question is empty", param=param)
         if len(text) > most_chars:
-            message = f"{param}: a question of {len(text)} characters; this server takes {most_chars}"
+            message = f"{param}: a question of {len(text)} characters; this server accepts {most_chars}"
             raise Refused(400, message, param=param, code="context_length_exceeded")
         return text
 
@@ -131,7 +131,7 @@ def parse(body: bytes, model: str) -> ChatRequest:
             continue
         if name not in _ONLY:
             raise Refused(
-                400, f"{name[:100]}: this server does not know it; leave it out", param=name[:100], code="unknown_parameter"
+                400, f"{name[:100]}: unknown to this server; leave it out", param=name[:100], code="unknown_parameter"
             )
         allowed, why = _ONLY[name]
         if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
@@ -139,7 +139,7 @@ def parse(body: bytes, model: str) -> ChatRequest:
     if request.stream_options and not request.stream:
         raise Refused(400, "stream_options: only with stream = true", param="stream_options")
     if request.model != model:
-        message = f"model: there is no {request.model[:100]!r} here, but {model!r}"
+        message = f"model: no model {request.model[:100]!r} here, only {model!r}"
         raise Refused(404, message, param="model", code="model_not_found")
     return request
 

@@ -81,7 +81,7 @@ class Run:
             return cls(directory, Config.model_validate({**config, "run": directory}), found)
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(
-                f"{directory}: no run of which a policy was evaluated (no {SUMMARY}); give the directory of a `search-e1 train`"
+                f"{directory}: no run with an evaluated policy (no {SUMMARY}); give the directory of a `search-e1 train`"
             ) from None
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
@@ -228,7 +228,7 @@ def _searched(run: Run, searched: Searched, measured: Manifest | None) -> tuple[
     for source in sources if searched.copied else ():
         if not source.is_dir():
             raise RunError(
-                f"{source}: the index that the run searched is not there; give its present place with --index DIR, or leave it "
+                f"{source}: the index that the run searched is gone; give its current directory with --index DIR, or leave it "
                 "out with --no-index"
             )
     sources = [source for source in sources if source.is_dir()]
@@ -302,7 +302,7 @@ def _names(value: Any) -> Any:
 
 
 def _there(out: Path) -> RunError:
-    return RunError(f"{out} is there already; remove it, or give another directory for the bundle with --out")
+    return RunError(f"{out} already exists; remove it, or give another directory for the bundle with --out")
 
 
 @contextmanager

@@ -133,7 +133,7 @@ async def _reported(work: Any, timeout: float) -> Any:
     try:
         return await work
     except QueueFullError as error:
-        raise ToolError("too many questions wait; ask again later") from error
+        raise ToolError("too many questions are waiting; ask again later") from error
     except TimeoutError as error:
         raise ToolError(f"no answer within {timeout:g} s") from error
     except SearchE1Error as error:
@@ -158,7 +158,7 @@ def _found(passage: Passage) -> FoundPassage:
 
 def _readable(answer: Answer) -> str:
     held = [source.passage for source in answer.sources if source.holds]
-    guess = f" (a guess that none of them holds: {answer.text})" if answer.text and not answer.found else ""
+    guess = f" (a guess, in none of the passages read: {answer.text})" if answer.text and not answer.found else ""
     lines = [f"{answer}{guess}", *(f"[{i}] {_cited(passage)}\n{passage.text}" for i, passage in enumerate(held, 1))]
     return "\n\n".join(lines)
 

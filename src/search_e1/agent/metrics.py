@@ -23,7 +23,7 @@ class Metrics:
         counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
         histogram = partial(Histogram, registry=self.registry, buckets=_SECONDS)
         self.requests = counter(
-            "search_e1_agent_requests", "Requests, by the status of their response; gone: none.", ["status"]
+            "search_e1_agent_requests", "Requests, by response status; gone: the client left before one.", ["status"]
         )
         self.answers = counter("search_e1_agent_answers", "Answers, by what they rest on.", ["support"])
         self.found = counter("search_e1_agent_found", "Answers, by whether the documents gave them.", ["found"])

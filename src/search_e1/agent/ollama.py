@@ -8,7 +8,7 @@ from search_e1.text.prompts import plain_prompt
 from search_e1.text.protocols import protocol_of
 
 FILE = "Modelfile"
-LOST = "no retrieval: the model writes a search, and nobody answers it"
+LOST = "no retrieval: the model writes a search, and nothing answers it"
 _QUESTION = "SEARCHE1QUESTION"
 
 

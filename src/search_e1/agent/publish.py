@@ -33,9 +33,9 @@ def check_push(repository: str) -> None:
     except HFValidationError:
         raise ConfigError(f"{repository!r} cannot be the name of a repository; give OWNER/NAME") from None
     if repository.count("/") != 1:
-        raise ConfigError(f"{repository!r} is no name on the Hub; give OWNER/NAME")
+        raise ConfigError(f"{repository!r} is not a valid name on the Hub; give OWNER/NAME")
     if not get_token():
-        raise ConfigError("no token of the Hub here; run `hf auth login`, or set HF_TOKEN to one that may write")
+        raise ConfigError("no Hub token found; run `hf auth login`, or set HF_TOKEN to one that may write")
 
 
 def push(bundle: Bundle, repository: str, *, private: bool = False) -> str:
@@ -49,10 +49,10 @@ def push(bundle: Bundle, repository: str, *, private: bool = False) -> str:
     """
     check_push(repository)
     api = HfApi()
-    with _translated(repository, "push it again: what is there already is not sent twice"):
+    with _translated(repository, "push it again: files already uploaded are not sent twice"):
         api.create_repo(repository, private=private or None, exist_ok=True)
         if private and not api.model_info(repository).private:
-            raise ConfigError(f"{repository}: there already, and public; make it private on the Hub, or leave --private out")
+            raise ConfigError(f"{repository}: already exists and is public; make it private on the Hub, or leave --private out")
         done = api.upload_folder(
             repo_id=repository, folder_path=bundle.directory, commit_message=f"The agent {bundle.name}",
             ignore_patterns=[".*", "**/.*"], delete_patterns=_OURS,
@@ -89,18 +89,18 @@ def _translated(repository: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except RevisionNotFoundError:
-        raise ConfigError(f"{repository} has no such revision; leave it out for the newest") from None
+        raise ConfigError(f"{repository} has no such revision; leave it out for the latest") from None
     except RepositoryNotFoundError as error:
         status = error.response.status_code
         if status == 401:
             raise ConfigError(f"{repository}: not found, or your token is not valid (401); run `hf auth login`") from None
-        raise DataError(f"{repository}: neither a directory nor found on the Hub, or closed to you; {remedy}") from None
+        raise DataError(f"{repository}: neither a directory nor found on the Hub, or not accessible to you; {remedy}") from None
     except LocalEntryNotFoundError:
         raise DataError(f"{repository}: not here, and the Hub cannot be reached; {remedy}") from None
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             status = error.response.status_code
-            problem = "your token is not valid" if status == 401 else "your token has no right to do this"
+            problem = "your token is not valid" if status == 401 else "your token does not permit this"
             raise ConfigError(
                 f"{repository}: {problem} ({status}); give one that may with `hf auth login`, or as HF_TOKEN"
             ) from None
@@ -108,6 +108,6 @@ def _translated(repository: str, remedy: str) -> Iterator[None]:
     except (ConfigError, DataError):
         raise
     except ValueError as error:  # for example its check of the card
-        raise DataError(f"{repository}: the Hub refuses ({one_line(error)}); mend that in the bundle") from None
+        raise DataError(f"{repository}: the Hub refuses ({one_line(error)}); fix that in the bundle") from None
     except Exception as error:  # errors of its transport are not part of the interface
         raise DataError(f"{repository}: the Hub cannot be reached ({one_line(error)}); {remedy}") from error

@@ -272,9 +272,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def model(id: str) -> dict[str, Any]:
         """The agent, as a model."""
         if id != agent.name:
-            raise Refused(
-                404, f"there is no model {id[:100]!r} here, but {agent.name!r}", param="model", code="model_not_found"
-            )
+            raise Refused(404, f"no model {id[:100]!r} here, only {agent.name!r}", param="model", code="model_not_found")
         return listed
 
     @app.get("/passages/{id:path}", responses=_NOT_FOUND)
@@ -319,7 +317,7 @@ def _base(request: Request) -> str:
     try:
         return str(request.base_url).rstrip("/")
     except ValueError as error:
-        raise Refused(400, "a Host header that is no host") from error
+        raise Refused(400, "an invalid Host header") from error
 
 
 _STATUSES = {
@@ -329,7 +327,7 @@ _STATUSES = {
     408: "The request did not arrive in time.",
     413: "The body is too large.",
     500: "The retriever or the policy failed.",
-    503: "Too many questions wait; retry after `Retry-After` seconds.",
+    503: "Too many questions are waiting; retry after `Retry-After` seconds.",
     504: "The question took too long.",
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {code: {"description": text} for code, text in _STATUSES.items()}
@@ -348,7 +346,7 @@ def _refusal(error: Exception, timeout: float) -> tuple[Refused, str]:
             message = plain(str(error))
             return Refused(400, message, param="messages", code="context_length_exceeded"), "too_long"
         case QueueFullError():
-            message = "too many questions wait; ask again later"
+            message = "too many questions are waiting; ask again later"
             return Refused(503, message, type="overloaded_error", code="full", headers={"Retry-After": "2"}), "full"
         case TimeoutError():
             message = f"no answer within {timeout:g} s"
@@ -373,7 +371,7 @@ async def _error_response(request: Request, error: Exception) -> Response:
         case HTTPException(status_code=404):
             return Refused(404, f"nothing at {request.method} {request.url.path[:200]}", code="unknown_url").response
         case HTTPException(status_code=405):
-            message = f"{request.method} is no method of {request.url.path[:200]}"
+            message = f"{request.method} is not allowed for {request.url.path[:200]}"
             return Refused(405, message, code="wrong_method", headers=error.headers).response
         case HTTPException():
             kind = "invalid_request_error" if error.status_code < 500 else "overloaded_error"

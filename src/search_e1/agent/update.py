@@ -41,7 +41,7 @@ def update_indexes(
     """
     bundle = next((place for place in places if (place / FILE).exists()), None)
     if bundle and len(places) > 1:
-        raise ConfigError(f"{bundle}: a bundle is updated by itself; give it alone")
+        raise ConfigError(f"{bundle}: a bundle is updated on its own; give nothing else")
     indexes = [Bundle.read(bundle).within(name) for name in Bundle.read(bundle).index] if bundle else list(places)
     if not indexes:
         raise DataError(f"{bundle}: a bundle without an index; update the one that it searches, and give it with --index")
@@ -122,7 +122,7 @@ def _update_card(place: Path, before: Bundle, after: Bundle) -> None:
     was, now = (f"checksum `{bundle.checksum}`" for bundle in (before, after))
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     if was not in text:
-        logger.warning("%s: does not name the index that was searched; the card is left as it is", file)
+        logger.warning("%s: does not name the index that was searched; the card is left unchanged", file)
         return
     text = text.replace(f"{before.passages:,} passages by ", f"{after.passages:,} passages by ", 1)
     first = before.measured_on is None

@@ -140,7 +140,7 @@ def _policy(policy: Policy | str | Path, out: Path | None) -> tuple[Policy, str]
         identity = runs.checksum(source) if isinstance(source, Path) else source
         return policies.load(policy, PolicyConfig(model=str(policy))), identity
     if out and out.exists():
-        raise ConfigError(f"{out}: exists; give another directory, or the policy's in place of one in memory")
+        raise ConfigError(f"{out}: already exists; give another directory, or the policy's directory instead of one in memory")
     return policy, f"in memory, {uuid.uuid4()}"
 
 

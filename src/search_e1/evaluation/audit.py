@@ -29,13 +29,13 @@ from search_e1.types import Question, Record
 
 _DEPTHS = (10, 100)
 PROBLEMS = {
-    "refused": "a line that no run reads",
-    "unsayable": "no policy can say the answer so that it counts",
+    "refused": "a line that no run can read",
+    "unsayable": "no policy can give the answer so that it counts",
     "conflict": "the same question with other answers",
     "leak": "a training question that is an evaluation question",
-    "near leak": "the same but for inflection, order and small words",
+    "near leak": "a training question except for inflection, order and small words",
     "repeat": "asked before",
-    "near repeat": "asked before but for inflection, order and small words",
+    "near repeat": "asked before, except for inflection, order and small words",
     "out of reach": "no passage holds an answer",
     "far": "the question's own words find no answer among the first 100 passages",
     "common": f"more than {COMMON:.0%} of the passages hold an answer",
@@ -122,7 +122,7 @@ def read_source(path: Path, name: str, role: Role, not_found: Sequence[str] | No
             rows.append((where, question))
     if not rows:
         first = f" ({refused[0][0]}: {refused[0][1]})" if refused else ""
-        raise DataError(f"{path}: no question in it{first}; `search-e1 data prepare` makes such files of others")
+        raise DataError(f"{path}: no question in it{first}; `search-e1 data prepare` converts other files")
     return Source(name, role, rows, refused)
 
 
@@ -206,7 +206,7 @@ def _find_unsayable(rows: Sequence[_Row], tokenizer: Any, most: int) -> None:
         if not row.question.answers:
             continue
         if not answers:
-            row.problems["unsayable"] = "exact match keeps nothing of it"
+            row.problems["unsayable"] = "exact match strips it entirely"
         elif all(answer in fault for answer in answers):
             row.problems["unsayable"] = f"{answers[0]!r} {fault[answers[0]]}"
 

@@ -237,7 +237,7 @@ def _left_out(one: Evaluated, same: set[tuple[str, str]]) -> str:
         f"{len(ids)} of {benchmark} ({', '.join(ids[:_SHOWN_IDS])}{', ...' if len(ids) > _SHOWN_IDS else ''})"
         for benchmark, ids in missing.items()
     ]
-    return f"{one.name} has {', '.join(parts)} that not all have alike"
+    return f"{one.name} has {', '.join(parts)} that the others lack or have differently"
 
 
 Keys = list[list[tuple[str, str]]]

@@ -104,9 +104,9 @@ def form(seen: Observed) -> Finding:
     if seen.hopeless:
         return Finding(
             check="form", level=Level.STOP,
-            text=f"None of {seen.trajectories} trajectories made a search or gave an answer, and so none has a reward to learn "
+            text=f"None of {seen.trajectories} trajectories made a search or gave an answer, so none has a reward to learn "
             "from.",
-            remedy="Add a [coldstart] section (or demonstrations to it), or take a policy that knows the protocol.",
+            remedy="Add a [coldstart] section (or demonstrations to it), or use a policy that knows the protocol.",
         )  # fmt: skip
     text = f"{share:.0%} of {seen.trajectories} trajectories are malformed."
     if share <= _OFTEN_MALFORMED:
@@ -127,15 +127,15 @@ def search(seen: Observed) -> Finding:
 
 def groups(seen: Observed) -> Finding:
     """Are any groups mixed?"""
-    text = f"{seen.mixed} of {seen.groups} groups are mixed, so that GRPO has something to learn from."
+    text = f"{seen.mixed} of {seen.groups} groups are mixed, so GRPO has something to learn from."
     if seen.mixed:
         return Finding(check="groups", level=Level.OK, text=text)
     if seen.rewarded:
         text = f"None of {seen.groups} groups is mixed, and some trajectories are right: questions are too easy or too hard."
-        remedy = "Take other training questions, or raise grpo.group_size or grpo.temperature."
+        remedy = "Use other training questions, or raise grpo.group_size or grpo.temperature."
     else:
         text = f"None of {seen.groups} groups is mixed: no trajectory is right, and a step on such groups teaches nothing."
-        remedy = "Take easier training questions, raise grpo.group_size, or add a [coldstart] section."
+        remedy = "Use easier training questions, raise grpo.group_size, or add a [coldstart] section."
     return Finding(check="groups", level=Level.WARNING, text=text, remedy=remedy)
 
 
@@ -145,9 +145,9 @@ def answers(rows: Sequence[Recall], topk: int, seen: Observed) -> Finding | None
     in_topk, in_corpus = shares["in_topk"], shares["in_corpus"]
     if in_topk is None:
         return None
-    text = f"The first {topk} passages for a question hold an answer of {in_topk:.0%} of {count} questions"
-    text += "." if in_corpus is None else f", the corpus of {in_corpus:.0%}."
-    remedy = "Take passages that hold the answers: check data.corpus, or the index or server under [retrieval]."
+    text = f"The first {topk} passages for a question hold an answer to {in_topk:.0%} of {count} questions"
+    text += "." if in_corpus is None else f", the corpus to {in_corpus:.0%}."
+    remedy = "Use passages that hold the answers: check data.corpus, or the index or server under [retrieval]."
     if in_corpus == 0 and count >= CERTAIN_QUESTIONS and seen.trajectories >= CERTAIN_TRAJECTORIES and not seen.rewarded:
         text = f"No passage holds an answer to any of {count} questions, and no trajectory has a reward."
         return Finding(check="answers", level=Level.STOP, text=text, remedy=remedy)
@@ -173,7 +173,7 @@ def template(has_template: bool) -> Finding | None:
     """Does a policy that search-e1 did not train have a chat template? ``None`` if it does."""
     if has_template:
         return None
-    text = "The policy's tokenizer has no chat template, so that it reads the bare instruction, as a base model does."
+    text = "The policy's tokenizer has no chat template, so it reads the bare instruction, as a base model does."
     remedy = "Give a chat model's directory, with its chat_template.jinja; or add a [coldstart] section for a base model."
     return Finding(check="template", level=Level.WARNING, text=text, remedy=remedy)
 
@@ -227,7 +227,7 @@ def time(sampled: Mapping[str, int], per_second: float, tokens: float, trained_p
     hours = count / per_second / 3600
     text = f"Sampling {count:,} trajectories takes about {duration(hours)} at the measured {per_second * tokens:,.0f} tokens/s"
     if trained_per_second is None:
-        text += "; training comes on top (search-e1 doctor measures it)."
+        text += "; training is extra (search-e1 doctor measures it)."
     else:
         training = sampled.get("grpo", 0) / trained_per_second / 3600
         text += f", GRPO's updates {duration(training)}."

@@ -12,7 +12,7 @@ COMMON = 0.05
 """Share of passages above which containing an answer is no evidence: three random passages contain it one time in seven."""
 _FAR = 0.3
 _KIND: Mapping[Role, str] = {"train": "training", "eval": "evaluation"}
-_BUT_FOR = "but for inflection, order and small words"
+_BUT_FOR = "except for inflection, order and small words"
 
 
 class FileAudit(Record):
@@ -67,9 +67,9 @@ def reach(total: FileAudit) -> Finding:
     if not total.out_of_reach:
         text = f"All of {kind} have a passage that holds an answer."
     elif total.role == "eval":
-        text += f": EM can be at most {total.most:.2f}, unless the policy knows answers by heart."
+        text += f": EM can be at most {total.most:.2f}, unless the policy answers from memory."
     else:
-        text += ": only guesses are rewarded there."
+        text += ": there, only guesses can be rewarded."
     if total.in_top:
         shares = [f"{share:.0%} in the first {k}" for k, share in total.in_top.items()]
         text += f" The question's own words find one for {', '.join(shares)}."
@@ -86,12 +86,12 @@ def records(totals: Sequence[FileAudit], found: Reached | None, skipped: Mapping
     refused = sum(total.refused for total in totals)
     parts = [f"{_are(refused, 'line')} no question"] if refused else []
     if skipped:
-        parts.append("passages that are none: " + ", ".join(f"{number:,} {fault}" for fault, number in skipped.items()))
+        parts.append("invalid passages: " + ", ".join(f"{number:,} {fault}" for fault, number in skipped.items()))
     if parts:
-        remedy = "Mend or remove them: a run stops at the first."
+        remedy = "Fix or remove them: a run stops at the first."
         return Finding(check="records", level=Level.WARNING, text=f"{'; '.join(parts)}.", remedy=remedy)
     if found and found.repeated:
-        text = f"{found.repeated:,} of {found.passages:,} passages repeat another, and take a place in the first k beside it."
+        text = f"{found.repeated:,} of {found.passages:,} passages repeat another, and take up a place in the top k beside it."
         return Finding(check="records", level=Level.WARNING, text=text, remedy="Remove them from the corpus.")
     text = f"Every line can be read{', and no passage repeats another' if found else ''}."
     return Finding(check="records", level=Level.OK, text=text)
@@ -113,7 +113,7 @@ def wording(totals: Sequence[FileAudit]) -> Finding:
         )
     parts = [f"no policy can give the answer of {unsayable:,}"] if unsayable else []
     parts += [f"{_are(conflicts, 'question')} asked with other answers elsewhere"] if conflicts else []
-    remedy = "Mend their answers: search-e1 data audit --out lists them."
+    remedy = "Fix their answers: search-e1 data audit --out lists them."
     return Finding(check="wording", level=Level.WARNING, text=f"{text}; {'; '.join(parts)}.", remedy=remedy)
 
 
@@ -127,7 +127,7 @@ def repeats(totals: Sequence[FileAudit]) -> Finding:
     ]
     if not parts:
         return Finding(check="repeats", level=Level.OK, text="No question is asked twice.")
-    remedy = "`search-e1 data prepare --duplicates drop` keeps the first of equal ones."
+    remedy = "`search-e1 data prepare --duplicates drop` keeps the first of identical ones."
     return Finding(check="repeats", level=Level.WARNING, text=f"Asked before: {'; '.join(parts)}.", remedy=remedy)
 
 
@@ -140,7 +140,7 @@ def leaks(totals: Sequence[FileAudit]) -> Finding | None:
         return Finding(check="leaks", level=Level.OK, text="No evaluation question is a training question.")
     parts = [f"{_are(evaluated.leaks, 'evaluation question')} in training"] if evaluated.leaks else []
     parts += [f"{_are(evaluated.near_leaks, 'evaluation question')} in training {_BUT_FOR}"] if evaluated.near_leaks else []
-    remedy = "`search-e1 data prepare --drop-leaks` takes equal ones out of training; look at the others."
+    remedy = "`search-e1 data prepare --drop-leaks` removes identical ones from training; check the others."
     return Finding(check="leaks", level=Level.WARNING, text=f"{'; '.join(parts)}.", remedy=remedy)
 
 

@@ -167,7 +167,7 @@ def _before_coldstart(finding: Finding) -> Finding:
     """The finding lowered to a warning if a cold start will teach what it misses."""
     if finding.check not in ("form", "search", "groups") or finding.level is Level.OK:
         return finding
-    remedy = "[coldstart] comes first: ask again with --policy RUN/coldstart/policy once that is made."
+    remedy = "[coldstart] comes first: check again with --policy RUN/coldstart/policy once it exists."
     return finding.warning().model_copy(update={"remedy": remedy})
 
 

@@ -102,7 +102,7 @@ class Completions:
         if too_long := next((len(row) for row in rows if len(row) > room), 0):
             raise ModelError(
                 f"{self.name}: a prompt of {too_long} tokens and {self.max_tokens} new ones do not fit its context of "
-                f"{self.engine.context_length}; make the passages shorter, or give a smaller --max-tokens"
+                f"{self.engine.context_length}; shorten the passages, or lower --max-tokens"
             )
         replies: dict[int, str] = {}
         limit = max(map(len, rows)) + self.max_tokens

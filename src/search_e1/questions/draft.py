@@ -64,7 +64,7 @@ def split_documents(passages: Sequence[Passage], eval_share: float, seed: int) -
         return dict.fromkeys(sizes, "train")
     if len(sizes) < 2:
         raise ConfigError(
-            f"--eval-share {eval_share:g}: all passages are of one document ({next(iter(sizes))}), which cannot be split; "
+            f"--eval-share {eval_share:g}: all passages come from one document ({next(iter(sizes))}), which cannot be split; "
             "write --eval-share 0, or give more documents"
         )
     order = sorted(sizes)

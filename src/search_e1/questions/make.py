@@ -186,12 +186,12 @@ class _Maker:
             made.questions[name] = [*one, *two]
             if (got := len(one) + len(two)) < wanted[name]:
                 made.notes.append(
-                    f"{name}: {got} questions of {wanted[name]} that were asked for; {len(own):,} passages and {len(pairs):,} "
-                    "linked pairs gave no more"
+                    f"{name}: {got} of {wanted[name]} questions requested; {len(own):,} passages and {len(pairs):,} "
+                    "linked pairs yielded no more"
                 )
             elif len(two) < (asked := round(request.two_hop * wanted[name])):
                 made.notes.append(
-                    f"{name}: {len(two)} two-hop questions of {asked}, of {len(pairs):,} linked pairs; one hop instead"
+                    f"{name}: {len(two)} of {asked} two-hop questions, from {len(pairs):,} linked pairs; one hop instead"
                 )
 
     def _shuffled(self, candidates: Sequence[Candidate], name: str) -> Iterator[Candidate]:
@@ -243,7 +243,7 @@ def _nothing(made: Made) -> str:
     written = sum(made.funnel[WRITTEN])
     if not made.dropped:
         return (
-            f"no question was written of {sum(made.candidates)} passages: no rule finds a fact in them; give passages with "
+            f"no question was written from {sum(made.candidates)} passages: no rule finds a fact in them; give passages with "
             "titles, or a model: --endpoint URL --model NAME, or --policy DIR"
         )
     names = [name for _, name, _ in made.dropped]

@@ -64,7 +64,7 @@ def apply(table: Path, out: Path) -> Reviewed:
     """
     files: dict[Split, Path] = {split: file for split in SPLITS if (file := table.parent / f"{split}.jsonl").exists()}
     if not files:
-        raise DataError(f"{table}: no train.jsonl or eval.jsonl beside it; leave it in the directory it was made in")
+        raise DataError(f"{table}: no train.jsonl or eval.jsonl beside it; keep it in its original directory")
     rows = _rows(table)
     reviewed, known = Reviewed({}), set()
     for split, file in files.items():
@@ -75,7 +75,7 @@ def apply(table: Path, out: Path) -> Reviewed:
     if strange := next(((id, where) for id, (where, _) in rows.items() if id not in known), None):
         raise DataError(f"{strange[1]}: no question has the id {strange[0]!r}; leave the column id as it was")
     if not any(reviewed.questions.values()):
-        raise DataError(f"{table}: no question is kept; write yes into the column keep? of those that are good")
+        raise DataError(f"{table}: no question is kept; write yes in the column keep? of the good ones")
     inputs = {str(path): checksum(path) for path in (table, *files.values())}
     with locks.making(out):
         runs.artifact(
@@ -93,7 +93,7 @@ def _rows(table: Path) -> dict[str, tuple[str, dict[str, str]]]:
             raise DataError(f"{table}:1: column {missing!r} is missing; keep the columns of the table as they were")
         cells = {name: _ESCAPED.sub("", str(cell)).strip() for name, cell in row.items()}
         if cells["id"] in rows:
-            raise DataError(f"{where}: id {cells['id']!r} is there twice; remove one of the rows")
+            raise DataError(f"{where}: id {cells['id']!r} appears twice; remove one of the rows")
         if cells["keep?"].lower() not in _YES | _NO | {""}:
             raise DataError(f"{where}: keep? = {cells['keep?']!r}; write yes or no")
         rows[cells["id"]] = where, cells
@@ -108,7 +108,7 @@ def _reviewed(question: Question, found: tuple[str, dict[str, str]] | None, revi
     text = cells["question"]
     answers = tuple(answer.strip() for answer in cells["answers"].split(_SEPARATOR.strip()) if answer.strip())
     if not text or not answers:
-        raise DataError(f"{where}: an empty {'answer' if text else 'question'}; write one, or no into keep?")
+        raise DataError(f"{where}: an empty {'answer' if text else 'question'}; write one, or no in keep?")
     edited = (text, answers) != (question.text.strip(), question.answers)
     reviewed.counts["edited" if edited else "accepted"] += 1
     if edited and not any(cover_match(cells["passage"], [answer]) for answer in answers):

@@ -155,7 +155,7 @@ def refused(lead: Lead, config: LeadConfig, *, verified: bool = False) -> str | 
         return None
     if not verified and lead.added_searches > config.searches:
         return (
-            f"the teacher searches too far: {lead.searches_privileged:.2f} searches a question with the reference in the "
+            f"the teacher searches too far: {lead.searches_privileged:.2f} searches per question with the reference in the "
             f"prompt, {lead.searches_plain:.2f} without ({lead.pairs} pairs), and the difference exceeds "
             f"lead.searches = {config.searches:g}; a student that learns this answers worse; "
             'set distill.teachers = "verified", which leaves such teachers out'
@@ -171,7 +171,7 @@ def refused(lead: Lead, config: LeadConfig, *, verified: bool = False) -> str | 
         f"{lead.pairs} pairs), {'whose lower end is ' if config.gate == 'low' else ''}less than lead.minimum = "
         f"{config.minimum:g}, and it saves {lead.saving:.0%} of the tokens (lead.saving = {config.saving:.0%}); "
         + ("raise lead.pairs; or " if unsure else "")
-        + "mend prompts.privileged, or train the policy so that it still follows a reference (grpo.replay, a lower "
+        + "change prompts.privileged, or train the policy so that it still follows a reference (grpo.replay, a lower "
         "grpo.learning_rate), or set lead.enforce = false"
     )
 

@@ -27,7 +27,7 @@ def check_key(key: str | None) -> None:
         ConfigError: ``key`` cannot be sent in a header.
     """
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigError("--key: not a key that a header can hold; give printable ASCII characters without blanks")
+        raise ConfigError("--key: not usable in a header; give printable ASCII characters without spaces")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,12 @@ class Access:
             raise Refused(421, message, code="wrong_host")
         origin = headers.get("origin")
         if origin and not {origin, "*"} & set(self.origins) and origin.partition("://")[2].lower() != host.lower():
-            raise Refused(403, f"web pages of {origin} may not ask; allow them with --allow-origin", code="wrong_origin")
+            raise Refused(403, f"web pages of {origin} are not allowed; allow them with --allow-origin", code="wrong_origin")
         if self.key is None or path in self.open:
             return
         scheme, _, sent = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
-            message = "no key; send `Authorization: Bearer KEY`, with the key that the server was started with"
+            message = "no key; send `Authorization: Bearer KEY` with the key the server was started with"
             raise Refused(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         if not hmac.compare_digest(sent.strip().encode("latin-1"), self.key.encode()):
             raise Refused(401, "a wrong key", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

@@ -48,5 +48,5 @@ async def read_body(request: Request, limits: Limits, memory: Memory, taken: lis
         detail = f"the request did not arrive within {limits.body_timeout:g} s"
         raise HTTPException(408, detail, {"Connection": "close"}) from error
     if size > most:
-        raise HTTPException(413, f"the body has more than {most} bytes; {remedy}", {"Connection": "close"})
+        raise HTTPException(413, f"the body exceeds {most} bytes; {remedy}", {"Connection": "close"})
     return b"".join(parts)

@@ -98,7 +98,7 @@ def _apply_template(tokenizer, prompts: Prompts, message: str, **options):
         raise
     except Exception as error:  # a template is a program: sandbox violations, division by zero, recursion
         problem = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"the policy's chat template fails ({problem}); use another model, or mend it") from error
+        raise ModelError(f"the policy's chat template fails ({problem}); use another model, or fix it") from error
 
 
 @lru_cache(maxsize=16)
@@ -127,7 +127,7 @@ def check_template(tokenizer, prompts: Prompts) -> None:
     text = _apply_template(tokenizer, prompts, prompts.instruction.replace("{question}", question), tokenize=False)
     if question not in text:
         raise ModelError(
-            "the policy's chat template drops the question (its output lacks the user's message); mend "
+            "the policy's chat template drops the question (its output lacks the user's message); fix "
             "chat_template.jinja in its directory, or use another model"
         )
 

@@ -63,7 +63,7 @@ def tools_of(prompts: Prompts) -> tuple[Tool, ...]:
     tools = tuple(TOOLS.get(name, "prompts.tools") for name in prompts.tools)
     for name, tool in zip(prompts.tools, tools, strict=True):
         if not isinstance(tool, Tool) or not re.fullmatch(r"[a-z][a-z_]*", tool.name) or tool.name in _RESERVED:
-            raise ConfigError(f"prompts.tools: {name!r} is not a Tool with a name of its own, in lower-case letters")
+            raise ConfigError(f"prompts.tools: {name!r} is not a Tool with a unique lower-case name")
     if not tools or len({tool.name for tool in tools}) < len(tools):
         raise ConfigError(f"prompts.tools = {list(prompts.tools)}: name at least one tool, and each once")
     return tools

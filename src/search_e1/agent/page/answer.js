@@ -3,9 +3,9 @@
 import { excerpt, h, line, origin, plural, said } from "./dom.js";
 
 const STOPS = {
-  max_turns: "It asked for one more search than it may.",
-  max_tokens: "It came to the end of its context.",
-  malformed: "What it wrote last was neither a search nor an answer.",
+  max_turns: "It asked for more searches than it is allowed.",
+  max_tokens: "It ran out of context.",
+  malformed: "Its last output was neither a search nor an answer.",
   refused: "A content filter refused the question.",
 };
 
@@ -40,7 +40,7 @@ function yesOrNo(answer, sources) {
   return [
     h("h2", { class: "label" }, "Answer"), big(answer.answer),
     h("p", { class: "about" }, sources.length
-      ? "No passage can hold a yes or a no word for word: judge it by what was read, below."
+      ? "No passage states a yes or no word for word: check it against what was read, below."
       : "The model answered without reading a passage."),
   ];
 }
@@ -49,7 +49,7 @@ function missing({ answer, support, stop_reason }, sources) {
   const guess = support === "guess" && answer;
   return [
     h("h2", { class: "label" }, "No answer"), big("Not found in these documents"),
-    h("p", { class: "about" }, guess ? unheld(sources.length) : ["The model came to no answer. ", STOPS[stop_reason]]),
+    h("p", { class: "about" }, guess ? unheld(sources.length) : ["The model gave no answer. ", STOPS[stop_reason]]),
     guess && h("p", { class: "guess" }, h("span", { class: "label" }, "The model's guess"), h("bdi", null, said(answer))),
   ];
 }
@@ -63,7 +63,7 @@ function unheld(read) {
 function sourceList({ support }, sources, open) {
   if (!sources.length) return null;
   return h("section", { class: "sources", "aria-labelledby": "sources-title" },
-    h("h2", { id: "sources-title" }, support === "held" ? "Sources" : "Passages that were read"),
+    h("h2", { id: "sources-title" }, support === "held" ? "Sources" : "Passages read"),
     h("ol", null, sources.map((source, i) => h("li", { class: source.holds ? "card source holds" : "card source" },
       h("span", { class: "number", "aria-hidden": "true" }, i + 1),
       h("div", { class: "about-source" },

@@ -29,7 +29,7 @@ async function ask(question) {
   place(question);
   draw(question, trace.element, outcome);
   busy(true);
-  tell("Asked. The agent is at work.");
+  tell("Question sent. The agent is working.");
   let problem = null;
   try {
     agent ??= await api.agentName();

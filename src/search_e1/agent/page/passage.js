@@ -27,7 +27,7 @@ export async function openPassage(source, opener) {
   try {
     replace({ ...source, ...(await api.passage(source.id)) }, null);
   } catch (error) {
-    replace(source, error.kind === "gone" ? "The server does not answer." : "The server has no text of this passage.");
+    replace(source, error.kind === "gone" ? "The server does not respond." : "The server has no text of this passage.");
   }
 }
 

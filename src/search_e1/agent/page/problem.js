@@ -5,13 +5,13 @@ import { h, plural, said } from "./dom.js";
 
 const PROBLEMS = {
   no_key: ["This server asks for a key", "Give the key that it was started with. It stays in this tab and is forgotten when the tab is closed."],
-  wrong_key: ["The server refuses this key", "Give the key that it was started with."],
-  full: ["The server is busy", "More questions are waiting than it takes. Try again in a moment."],
-  timeout: ["It took too long", "The server gave this question up. Ask again when it has less to do, or start it with a longer time limit."],
-  gone: ["The server does not answer", "Check that search-e1 serve is still running and that this machine reaches it, then try again."],
-  cut: ["The connection broke off", "The server stopped before the answer was there. Try again; if it happens again, look at what the server printed."],
-  refused: ["The server does not take this question", "Change the question and ask again."],
-  failed: ["The server failed", "Try again; if it happens again, look at what the server printed."],
+  wrong_key: ["The server rejected this key", "Give the key that it was started with."],
+  full: ["The server is busy", "Too many questions are waiting. Try again in a moment."],
+  timeout: ["It took too long", "The server gave up on this question. Ask again when it is less busy, or start it with a longer time limit."],
+  gone: ["The server does not respond", "Check that search-e1 serve is still running and that this machine reaches it, then try again."],
+  cut: ["The connection was lost", "The server stopped before it had answered. Try again; if it happens again, check the server's output."],
+  refused: ["The server rejected this question", "Change the question and ask again."],
+  failed: ["The server failed", "Try again; if it happens again, check the server's output."],
 };
 
 /** A card that explains an error; `again` retries. */
@@ -19,13 +19,13 @@ export function problemView(problem, again) {
   const [title, remedy] = PROBLEMS[problem.kind] ?? PROBLEMS.failed;
   const wantsKey = problem.kind.endsWith("_key");
   return h("div", { class: "card problem" },
-    h("div", { role: "alert" }, h("h2", null, title), h("p", null, remedy, problem.wait ? ` It asks to wait ${plural(problem.wait, "second")}.` : "")),
-    problem.message && h("p", { class: "about" }, "It said: ", h("bdi", null, said(problem.message))),
+    h("div", { role: "alert" }, h("h2", null, title), h("p", null, remedy, problem.wait ? ` Wait ${plural(problem.wait, "second")}.` : "")),
+    problem.message && h("p", { class: "about" }, "Its message: ", h("bdi", null, said(problem.message))),
     wantsKey ? keyForm(again) : h("p", null, retry(problem.wait, again)));
 }
 
 function keyForm(again) {
-  const input = h("input", { id: "key", type: "password", autocomplete: "off", required: true, pattern: "[!-~]+", title: "letters, digits and signs, without spaces" });
+  const input = h("input", { id: "key", type: "password", autocomplete: "off", required: true, pattern: "[!-~]+", title: "letters, digits and punctuation, without spaces" });
   const submit = (event) => {
     event.preventDefault();
     api.setKey(input.value);

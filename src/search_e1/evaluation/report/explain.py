@@ -41,7 +41,11 @@ def _lead(lead: Figures | None, config: Figures) -> str:
         return "it was fine-tuned on references, without a teacher" if sft else "its teacher's lead was not measured"
     value = lead["em_privileged"] - lead["em_plain"]
     measured = f"({_signed(value)} EM, 95% {_signed(lead['low'])} to {_signed(lead['high'])}, {lead['pairs']} pairs)"
-    told = f"its teacher had a lead {measured}" if lead["low"] > 0 else f"its teacher had no certain lead to pass on {measured}"
+    told = (
+        f"its teacher had a lead {measured}"
+        if lead["low"] > 0
+        else f"its teacher had no significant lead to pass on {measured}"
+    )
     plain, privileged = lead.get("tokens_plain"), lead.get("tokens_privileged")
     saving = 1 - privileged / plain if plain and privileged is not None else 0.0
     return f"{told} but was {saving:.0%} shorter" if saving >= _SAVING else told
@@ -53,9 +57,9 @@ def _states(gain: Figures, scores: Mapping[str, Figures], config: Figures) -> st
         f"searches {before['searches']:.2f} to {after['searches']:.2f}, tokens {before['tokens']:.0f} to {after['tokens']:.0f}"
     )
     if config.get("distill", {}).get("students", "stored") == "fresh":
-        return f"it learned on fresh trajectories of its own ({moved} a question), so its states were not stale"
+        return f"it learned on fresh trajectories of its own ({moved} per question), so its states were not stale"
     return (
-        f"it learned on stored trajectories of {gain['before']}, and once its own words change ({moved} a question) it is in "
+        f"it learned on stored trajectories of {gain['before']}, and once its own words change ({moved} per question) it is in "
         "states that none of them visits"
     )
 
@@ -74,8 +78,8 @@ def empty(run: Run, *, finished: bool) -> dict[str, str]:
         found["cost"] = f"No cost: no stage is complete. {outlook}"
     if not run.evaluations:
         found["loop"] = f"No figures: no policy is evaluated. {outlook}"
-        found["questions"] = f"No questions: a question is shown here once a policy has answered it in an evaluation. {outlook}"
-        found["trajectories"] = f"No trajectories: no evaluation is complete, and no pool. {outlook}"
+        found["questions"] = f"No questions yet: they appear once an evaluation is complete. {outlook}"
+        found["trajectories"] = f"No trajectories: neither an evaluation nor a pool is complete. {outlook}"
     if reason := _no_pairs(run):
         found["pairs"] = f"No pairs: {reason}. {outlook if not run.of_rounds('pairs') else ''}".rstrip()
     return found
@@ -87,16 +91,16 @@ def _no_pairs(run: Run) -> str | None:
         return None
     if pairs:
         counts = [f"round {round}: {stage.figures.get('usable', 0)} usable questions" for round, stage in pairs.items()]
-        return f"none was held out to measure the lead on ({'; '.join(counts)}); a larger pool.questions would give some"
+        return f"none was held out to measure the lead on ({'; '.join(counts)}); raise pool.questions to get some"
     if run.config.get("ofsd") == "never":
         return 'the run does not distill (ofsd = "never"), so it mines none'
-    return "the run has not reached mining, which follows GRPO and the pool"
+    return "the run has not reached pair mining, which follows GRPO and the pool"
 
 
 def _outlook(run: Run, finished: bool) -> str:
     if finished:
-        return "The run is finished; `search-e1 evaluate` and the verbs of the stages add to it."
+        return "The run is finished; `search-e1 evaluate` and the stage verbs can still add to it."
     begun = f"Begun: {', '.join(run.begun)}. " if run.begun else ""
     if run.holder:
         return f"{begun}The run is in progress ({run.holder})."
-    return f"{begun}No process works in the run; `search-e1 train` with its config resumes it."
+    return f"{begun}No process is working on the run; `search-e1 train` with its config resumes it."

@@ -40,7 +40,7 @@ def write(run: Path, out: Path, most: int = 5_000, *, others: Sequence[Path] = (
     report = Report((run, *others), most)
     report.read()
     if out.is_dir() or not out.parent.is_dir():
-        what = "is a directory" if out.is_dir() else f"there is no directory {out.parent}"
+        what = "is a directory" if out.is_dir() else f"no directory {out.parent}"
         raise RunError(f"{out}: {what}; give a file that can be written with --out")
     text = report.html()
     try:

@@ -11,7 +11,7 @@ from search_e1.evaluation.report.files import Run
 from search_e1.runs.safe import HIDDEN, masked
 
 _HEAD = """\
-# The config of the run {name}, every key with its value. Its place is another, so that both can be compared.
+# The config of the run {name}, every key with its value. `run` names another directory, so that the two can be compared.
 # Not kept in a run, since they change no result: [parallel], [tracking], [checkpoints], and where servers are.
 """
 
@@ -24,7 +24,7 @@ def repeat(run: Run) -> dict[str, str] | None:
     file, place, there = f"{name}.toml", f"runs/{name}-again", str(run.path)
     text = _HEAD.format(name=" ".join(name.split())) + tomli_w.dumps({"run": place, **_without_none(masked(run.config))})
     if HIDDEN in text:
-        text = f"# {HIDDEN} stands for a secret, which a run does not keep: set it.\n{text}"
+        text = f"# {HIDDEN} stands for a secret, which a run does not store: set it.\n{text}"
     commands = (
         ("train", file),
         ("compare", there, place),

@@ -112,7 +112,7 @@ def misfit(model: MemoryModel, memory: Memory) -> str | None:
         ways = [f"set {stage}.training.micro_batch_tokens = {fitting}" if fitting else shorter]
     else:
         ways.insert(0, "lower rollout.batch_size")
-    needs = f"{memory.stage}: needs {memory.total / GIB:.1f} GiB a GPU and {limit / GIB:.1f} are usable"
+    needs = f"{memory.stage}: needs {memory.total / GIB:.1f} GiB per GPU, but {limit / GIB:.1f} are usable"
     return f"{needs}; {', or '.join(ways)}"
 
 
@@ -158,11 +158,11 @@ def _warnings(config: Config) -> Iterator[str]:
         rate = getattr(config, stage).learning_rate
         if dtype != "float32" and not job.training.master_weights and not job.lora and rate < _ROUNDED_AWAY:
             yield (
-                f"{stage} trains all weights in {dtype}, and steps of {rate:g} round away; set "
+                f"{stage} trains all weights in {dtype}, where steps of {rate:g} are lost to rounding; set "
                 f"{stage}.training.master_weights = true, or train adapters"
             )
     if dtype == "float32":
-        yield 'products in float32 are many times slower than in bfloat16 on a GPU; set policy.dtype = "auto"'
+        yield 'float32 matrix products are many times slower than in bfloat16 on a GPU; set policy.dtype = "auto"'
 
 
 def _questions(config: Config, constants: Constants) -> tuple[int, int, list[str]]:

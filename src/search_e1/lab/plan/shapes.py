@@ -70,7 +70,7 @@ def read_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
     if known := next((known for known in SHAPES if f"{name}-".startswith(f"{known}-")), None):
         return AutoConfig.for_model(**SHAPES[known])
     raise ModelError(
-        f"policy.model = {model!r}: neither here nor a shape that is known without the network; give the directory of the "
+        f"policy.model = {model!r}: neither on this machine nor a known shape; give the directory of the "
         f"model, its config.json, or one of {', '.join(SHAPES)} with --policy.model"
     )
 
@@ -82,7 +82,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype, **options: Any) ->
             return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     except (ValueError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"policy.model: a {config.model_type} is no causal language model here ({reason})") from None
+        raise ModelError(f"policy.model: a {config.model_type} is not a supported causal language model ({reason})") from None
 
 
 def shape_of(config: PreTrainedConfig) -> Shape:

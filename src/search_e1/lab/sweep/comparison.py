@@ -151,7 +151,7 @@ def _notes(results: Sequence[PolicyResult], variants: Sequence[str]) -> Iterator
         if missing := every - own:
             yield f"{name} lacks seed {', '.join(map(str, sorted(missing)))}: differences are over the seeds that both have"
     if len(every) == 1:
-        yield "one seed: intervals are over questions alone, and say nothing of another run"
+        yield "one seed: intervals are over questions only and do not cover variation between runs"
 
 
 def _records(row: VariantRow, reference: str) -> Iterator[dict[str, Any]]:

@@ -79,11 +79,11 @@ def read(path: Path, config: Path, directory: Path, flags: Sequence[str] = ()) -
         known = f"; known: {', '.join(SweepFile.model_fields)}" if problem["type"] == "extra_forbidden" else ""
         raise ConfigError(f"{path}: {key}: {problem['msg'].lower()}{known}") from None
     if len(set(file.seeds)) < len(file.seeds):
-        raise ConfigError(f"{path}: seeds: one comes twice; give each once")
+        raise ConfigError(f"{path}: seeds: a value is repeated; give each once")
     variants = _variants(file, path)
     reference = file.reference or next(iter(variants))
     if reference not in variants:
-        raise ConfigError(f"{path}: reference = {reference!r}: no such variant; there is {', '.join(variants)}")
+        raise ConfigError(f"{path}: reference = {reference!r}: no such variant; known: {', '.join(variants)}")
     shared = [*_pairs(file.common, path, "common"), *parse_overrides(flags)]
     runs = [
         Run(name, seed, _config(config, [*shared, *pairs], name, seed, directory))
@@ -157,4 +157,4 @@ def _refuse_equal_variants(runs: Sequence[Run], path: Path) -> None:
     for run in runs:
         same = known.setdefault(str(run.config.fingerprint()), run.variant)
         if same != run.variant:
-            raise ConfigError(f"{path}: variants {same!r} and {run.variant!r} are the same config; take one out")
+            raise ConfigError(f"{path}: variants {same!r} and {run.variant!r} are the same config; remove one")

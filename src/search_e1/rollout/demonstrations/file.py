@@ -156,7 +156,7 @@ class Demonstrations:
         answer = actions[-1][1]
         if not exact_match(answer, question.answers):
             raise DataError(
-                f"{where}: answers {answer!r}, and question {question.id!r} has {list(question.answers)}; mend it, or drop the "
+                f"{where}: answers {answer!r}, and question {question.id!r} has {list(question.answers)}; fix it, or drop the "
                 "line"
             )
         return actions

@@ -17,7 +17,7 @@ function browserView(state, changed) {
     state,
     changed,
     empty: () => overview.empty.trajectories || "No trajectories: the evaluations hold none.",
-    note: overview.left_out ? `${many(overview.left_out)} more are not in this page (--most); figures are over all.` : "",
+    note: overview.left_out ? `${many(overview.left_out)} more are not on this page (--most); the figures cover all of them.` : "",
     facets: {
       source: { label: "Source", of: (t) => SOURCES[t.source], asMade: true },
       stage: { label: "Policy", of: (t) => (t.source === "evaluation" ? t.stage : ""), asMade: true },

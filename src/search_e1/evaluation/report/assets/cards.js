@@ -2,18 +2,18 @@
 
 // Names are those of steps.jsonl and of live tracking.
 const CURVES = {
-  coldstart: [["loss", "Loss", "cross-entropy of the demonstrations, nats a token"], ["grad_norm", "Gradient norm", ""]],
+  coldstart: [["loss", "Loss", "cross-entropy of the demonstrations, nats per token"], ["grad_norm", "Gradient norm", ""]],
   grpo: [
     ["reward", "Reward", "mean exact match of the step's trajectories"],
-    ["searches", "Searches", "a trajectory"],
-    ["sampled_tokens", "Sampled tokens", "a trajectory"],
+    ["searches", "Searches", "per trajectory"],
+    ["sampled_tokens", "Sampled tokens", "per trajectory"],
     ["mixed", "Mixed groups", "share of groups with right and wrong answers; the others teach nothing"],
-    ["entropy", "Entropy", "nats a token"],
-    ["kl", "KL to the reference policy", "nats a token"],
+    ["entropy", "Entropy", "nats per token"],
+    ["kl", "KL to the reference policy", "nats per token"],
     ["grad_norm", "Gradient norm", ""],
     ["clip_ratio", "Clipped share", "of tokens"],
   ],
-  ofsd: [["loss", "Loss", "KL teacher ‖ student, or the cross-entropy of fine-tuning; nats a token"], ["grad_norm", "Gradient norm", ""]],
+  ofsd: [["loss", "Loss", "KL teacher ‖ student, or the cross-entropy of fine-tuning; nats per token"], ["grad_norm", "Gradient norm", ""]],
 };
 
 const TITLES = { coldstart: "Cold start, step by step", grpo: "GRPO, step by step", ofsd: "Self-distillation, step by step" };
@@ -119,7 +119,7 @@ function klCard(rounds) {
   const shown = rounds.filter((round) => round.lead?.kl);
   if (!shown.length) return null;
   const kinds = [...new Set(shown.flatMap((round) => Object.keys(round.lead.kl)))];
-  return card("Where teacher and student disagree", "KL(teacher ‖ student) at the students' sampled tokens before each distillation: nats a token, and the share of all divergence, by what the token is part of.", table([
+  return card("Where teacher and student disagree", "KL(teacher ‖ student) at the students' sampled tokens before each distillation: nats per token and share of the total divergence, by token class.", table([
     ["token of", (kind) => label(kind)],
     ...shown.flatMap((round) => [
       [`round ${round.round}`, (kind) => number(round.lead.kl[kind]?.mean), "number"],

@@ -6,5 +6,5 @@ function configView(overview) {
   return h("div", { class: "page" }, hiddenTitle("Config"),
     card("Repeat this run", `Save the config below as ${line(repeat.file)}, then train, compare and report. With the same versions on the same kind of machine the results are the same.`,
       copyable("commands", repeat.commands), versions(overview)),
-    card("Config", "Every key that decides about results.", copyable("config", repeat.toml)));
+    card("Config", "Every key that affects results.", copyable("config", repeat.toml)));
 }

@@ -16,7 +16,7 @@ function costView(overview) {
       ["work", (kind) => kind.name], ["wall-clock", (kind) => meter(kind.seconds / total("seconds"), duration(kind.seconds)), "number"],
       ["share", (kind) => `${Math.round((100 * kind.seconds) / total("seconds"))}%`, "number"],
     ], byKind(costs), "Cost by kind of work")),
-    card("Cost by stage", "From the manifests, in the order in which the stages were made. Sampled tokens: those that the policy wrote. Trained tokens: those that entered a loss, each as often as it did. A dash: nothing of the kind, or not recorded.", table([
+    card("Cost by stage", "From the manifests, in the order in which the stages ran. Sampled tokens: written by the policy. Trained tokens: entered a loss, counted each time. A dash: none, or not recorded.", table([
       ["stage", (cost) => cost.stage],
       ["wall-clock", (cost) => (cost.sum ? duration(cost.seconds) : meter(cost.seconds / longest, duration(cost.seconds))), "number"],
       ["sampled tokens", (cost) => many(cost.sampled_tokens), "number"], ["trained tokens", (cost) => many(cost.trained_tokens), "number"],

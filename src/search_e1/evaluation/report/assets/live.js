@@ -4,7 +4,7 @@ const PERIOD = 1000; // ms
 let { version, records: held } = data.live; // versions of the figures and of the records that the page has
 let trouble = "";
 
-stateOf = (run) => trouble || (run.finished ? "finished: nothing more to come" : run.holder ? ["live", ...run.begun].join(" · ") : "stopped: no process works in it");
+stateOf = (run) => trouble || (run.finished ? "finished: nothing more to come" : run.holder ? ["live", ...run.begun].join(" · ") : "stopped: no process is running it");
 
 async function follow() {
   try {
@@ -13,7 +13,7 @@ async function follow() {
     if (answer.status === 200) await take(await answer.json());
     else trouble = "";
   } catch {
-    trouble = "the server has gone: as it was last";
+    trouble = "the server is gone: showing the last state";
   }
   drawState();
   setTimeout(follow, PERIOD);

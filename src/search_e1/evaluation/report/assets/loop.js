@@ -19,7 +19,7 @@ function headline(overview) {
   const refused = rounds.filter((round) => round.refused).map((round) => h("p", { class: "notice" }, `Round ${round.round} was not distilled: `, line(round.refused)));
   const text = policies.length > 1
     ? [`From ${first.stage} to ${last.stage}, greedy exact match went from `, h("b", null, number(first.em)), " to ", h("b", null, number(last.em)),
-       ` (${signed(last.em - first.em)}), with ${number(last.searches, 2)} searches and ${number(last.tokens, 0)} sampled tokens a question (${signed(last.searches - first.searches, 2)}, ${signed(last.tokens - first.tokens, 0)}).`]
+       ` (${signed(last.em - first.em)}), with ${number(last.searches, 2)} searches and ${number(last.tokens, 0)} sampled tokens per question (${signed(last.searches - first.searches, 2)}, ${signed(last.tokens - first.tokens, 0)}).`]
     : policies.length ? [`One policy is evaluated so far: ${first.stage}, greedy exact match `, h("b", null, number(first.em)), "."]
     : ["No policy is evaluated yet."];
   return h("div", { class: "headline" }, h("h1", null, text), state, refused);
@@ -33,8 +33,8 @@ function tiles(overview) {
   return h("div", { class: "tiles" },
     last && tile("Greedy EM", number(last.em), last.em_interval ? `95% ${number(last.em_interval[0])} to ${number(last.em_interval[1])}, n = ${many(last.n)}` : `n = ${many(last.n)}`),
     last && last.em_sampled !== null && tile("Sampled EM", number(last.em_sampled), `F1 ${number(last.f1)} (greedy)`),
-    last && tile("Searches", number(last.searches, 2), "a question"),
-    last && tile("Sampled tokens", number(last.tokens, 0), "a question"),
+    last && tile("Searches", number(last.searches, 2), "per question"),
+    last && tile("Sampled tokens", number(last.tokens, 0), "per question"),
     lead && tile("Teacher's lead", signed(lead.em_privileged - lead.em_plain), `in EM, before the last distillation ${within(lead.low, lead.high, signed)}`),
     tile("Wall-clock", duration(seconds), `all stages; ${gpuHours(costs)}`));
 }
@@ -68,7 +68,7 @@ function gainCard(overview) {
     rows: [{ name: "over", text: gain.before }, { name: "questions", text: many(gain.n), note: `${many(gain.won)} won, ${many(gain.lost)} lost` }],
   }));
   const asked = (gain, what, count) => h("a", { href: link("questions", { change: `${what} ${gain.stage}` }), "aria-label": `${many(count)} questions ${what} ${gain.stage}` }, many(count));
-  return card("What each stage changed", "Greedy EM against the policy before it, on the same questions; 95% paired interval. Gains that shrink from round to round are a loop that decays.",
+  return card("What each stage changed", "Greedy EM against the policy before it, on the same questions; 95% paired interval. If gains shrink from round to round, the loop is decaying.",
     gainChart("Gain in EM by stage", bars),
     table([
       ["stage", (gain) => gain.stage], ["gain", (gain) => signed(gain.gain), "number"],

@@ -96,7 +96,7 @@ async function readRecords() {
     all = await unpack(document.getElementById("records").textContent);
     choose(place().state.get("run"));
   } catch (error) {
-    failed = `Trajectories cannot be read: ${error.message}. A browser of 2023 or newer is needed, and the whole file.`;
+    failed = `Trajectories cannot be read: ${error.message}. They need a browser from 2023 or later, and the complete file.`;
   }
   if (place().kind.needsRecords) show();
   document.body.dataset.ready = failed ? "failed" : "true";

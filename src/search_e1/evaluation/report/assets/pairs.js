@@ -93,7 +93,7 @@ class PairView {
   peaks() {
     const { kl } = this.pair;
     const top = this.order().slice(0, 5).filter((i) => kl.kl[i] > 0.05);
-    if (!top.length) return h("p", { class: "chips" }, "Teacher and student agree all along: no token above 0.05 nats.");
+    if (!top.length) return h("p", { class: "chips" }, "Teacher and student agree throughout: no token above 0.05 nats.");
     return h("p", { class: "chips" }, "Peaks:", top.map((i) => h("button", { type: "button", class: "chip", onclick: () => this.select(i, true) },
       h("code", null, shownToken(kl.pieces[i])), " → ", h("code", null, shownToken(kl.preferred[i])), ` ${number(kl.kl[i], 2)}`)));
   }
@@ -129,7 +129,7 @@ function shownToken(piece) {
 }
 
 function scale() {
-  return h("p", { class: "scale" }, "KL(teacher ‖ student), nats a token:", [0, 0.1, 0.5, 1, 3].map((kl) => {
+  return h("p", { class: "scale" }, "KL(teacher ‖ student), nats per token:", [0, 0.1, 0.5, 1, 3].map((kl) => {
     const sample = h("span", { class: "token" }, ` ${kl} `);
     sample.style.setProperty("--heat", `${(100 * heat(kl)).toFixed(1)}%`);
     return sample;

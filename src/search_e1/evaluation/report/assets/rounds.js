@@ -62,7 +62,7 @@ function column(item, name, previous) {
   const trajectory = item.by[name], before = item.by[previous];
   const shared = before ? sharedTurns(trajectory, before) : 0;
   const whole = before && shared === trajectory.turns.length && shared === before.turns.length;
-  const note = !before ? "" : whole ? `Says the same as ${previous}.` : shared ? `The first ${plural(shared, "turn")} as ${previous}, then another way.` : `Differs from ${previous} from the first turn on.`;
+  const note = !before ? "" : whole ? `The same as ${previous}.` : shared ? `The first ${plural(shared, "turn")} as in ${previous}, then different.` : `Differs from ${previous} from the first turn on.`;
   return h("section", { class: "column" }, h("h3", null, line(name)), h("dl", { class: "answers" }, given(trajectory)), measures(trajectory), h("p", { class: "about" }, line(note) || "\u00a0"),
     trajectoryView(trajectory, questionOf(item), before, true));
 }

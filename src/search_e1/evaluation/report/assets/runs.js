@@ -11,7 +11,7 @@ function runsView({ runs, differences }) {
   };
   const overlaid = (title, key, options) => h("div", null, h("h3", null, title), chart(title, key, options));
   return h("div", { class: "page" }, hiddenTitle("Runs"), resultCard(runs),
-    card("Greedy exact match by policy", "With 95% intervals over questions. The runs may have been asked different questions: `search-e1 compare` tells differences question by question.",
+    card("Greedy exact match by policy", "With 95% intervals over questions. The runs may have been asked different questions: `search-e1 compare` compares them question by question.",
       legend(runs.map((run) => named(run.run))), chart("Greedy exact match", "em", { height: 320 }) || h("p", { class: "empty" }, "No run has evaluated a policy."),
       h("div", { class: "duo" }, overlaid("Searches", "searches", { digits: 2 }), overlaid("Sampled tokens", "tokens", { digits: 0 }))),
     Object.keys(CURVES).map((kind) => curvesCard(runs, kind)), differenceCard(runs, differences));

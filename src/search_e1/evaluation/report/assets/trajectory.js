@@ -77,7 +77,7 @@ function turnBlocks(turn, trajectory, marked, open) {
 
 const STOPS = {
   answered: null,
-  max_turns: "Stopped: asked for one more search than it may.",
+  max_turns: "Stopped: asked for more searches than it is allowed.",
   max_tokens: "Stopped: no room for another token.",
   malformed: "Stopped: the last generation was neither a search nor an answer.",
   refused: "Stopped: the endpoint refused.",
@@ -118,7 +118,7 @@ function given(trajectory) {
   const { right, answer } = trajectory;
   return h("div", { class: right ? "given right" : "given wrong" },
     h("dt", null, verdict(right), right ? "Answered, right" : answer === null ? "No answer" : "Answered, wrong"),
-    h("dd", null, answer === null ? STOPS[trajectory.stop] || "Nothing was answered." : said(answer)),
+    h("dd", null, answer === null ? STOPS[trajectory.stop] || "No answer was given." : said(answer)),
     restsOn(trajectory));
 }
 
