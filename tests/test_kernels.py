@@ -193,7 +193,7 @@ def test_the_trial_compares_with_torch(factor, said, monkeypatch):
     monkeypatch.setattr("search_e1.training.logprobs.fused_token_loss", partial(without_kernel, fused_token_loss))
     with torch.no_grad():  # as where log-probabilities are computed before an update
         found = choice._differs(torch.device("cpu"))
-    assert found == (said and f"their results differ from torch's by a relative {said}")
+    assert found == (said and f"their results differ from torch's {said} (relative)")
 
 
 def without_kernel(function, *args, kernel, **options):

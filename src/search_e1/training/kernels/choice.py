@@ -77,7 +77,7 @@ def _differs(device: torch.device) -> str | None:
             for got, wanted in zip(*results, strict=True)
         ]
     worst = float(torch.tensor(errors).max())  # NaN, if there is one
-    return None if worst < 1e-2 else f"their results differ from torch's by a relative {worst:.1g}"
+    return None if worst < 1e-2 else f"their results differ from torch's by {worst:.1g} (relative)"
 
 
 def _trial(device: torch.device, kernel: bool) -> Iterator[tuple[Tensor, Tensor]]:
