@@ -151,7 +151,7 @@ def test_a_teacher_that_searches_more_is_refused_unless_each_is_verified(tiny_po
     assert more.added_searches == 0.5
     with pytest.raises(
         NoLeadError,
-        match=r"2\.50 searches a question .* 2\.00 without \(4 pairs\), and the difference exceeds lead\.searches = 0\.2; ",
+        match=r"2\.50 searches per question .* 2\.00 without \(4 pairs\), and the difference exceeds lead\.searches = 0\.2; ",
     ) as refused:
         gate(more, LeadConfig())
     assert "\n" not in str(refused.value)
