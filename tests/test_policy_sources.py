@@ -19,7 +19,7 @@ from search_e1.lab.plan.shapes import read_config, shape_of
 from search_e1.rollout.engines.registry import check_engine
 from search_e1.stages.inputs import Inputs
 from search_e1.training import policy as policies
-from search_e1.training.sources import base_of, plain_directory, resolve
+from search_e1.training.sources import base_of, plain_directory, problem_of, resolve
 from test_policy_loading import NORM, change_weights, load, logits, read, refused, save, tiny_model
 from test_policy_loading import model as model
 from tiny_gguf import MERGES, Kind, write_gguf
@@ -310,3 +310,13 @@ def test_a_plan_reads_the_shape_of_a_gguf_file_and_of_an_adapters_base(model: Pa
         assert (shape.parameters, shape.context_length, shape.layers) == (tiny_model().num_parameters(), 512, 2)
     shutil.rmtree(model)
     assert "is missing or not a model" in refused(tmp_path / "adapter", lambda path: read_config(str(path)))
+
+
+def test_a_hub_that_cannot_be_reached_is_named_with_the_way_around_it():
+    error = OSError(
+        "We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in the cache.\nMore"
+    )
+    assert problem_of(error, "some/model") == (
+        "it is not on this machine, and the Hub cannot be reached; download it elsewhere (`hf download some/model --local-dir "
+        "DIR`) and give that directory"
+    )

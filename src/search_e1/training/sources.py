@@ -188,6 +188,9 @@ def problem_of(error: BaseException, weights: Path | str) -> str:
         return "it brings code of its own; read that, and set policy.trust_remote_code = true to run it"
     if is_gguf(weights):
         return f"{problem}; give another GGUF file of this model, or its Hugging Face directory"
+    if "couldn't connect" in problem:
+        remedy = f"download it elsewhere (`hf download {weights} --local-dir DIR`) and give that directory"
+        return f"it is not on this machine, and the Hub cannot be reached; {remedy}"
     if isinstance(weights, str) and "config.json" in problem:
         return f"{problem}; if it is an adapter or a GGUF file, download it and give its path"
     return problem
