@@ -125,7 +125,7 @@ def test_each_kind_of_answer_has_its_reward():
     assert scorer("three", question("q", "3", answer_type="number")) == 1.0
     assert scorer("three", question("q", "3")) == 0.0  # exact match
     assert scorer("x, y", question("q", "x", answer_type="set")) == pytest.approx(2 / 3)
-    with pytest.raises(DataError, match=r"question 'q': metadata.answer_type = 'nmber'; known are text, number, date"):
+    with pytest.raises(DataError, match=r"question 'q': metadata.answer_type = 'nmber'; known: text, number, date"):
         scorer("3", question("q", "3", answer_type="nmber"))
     with pytest.raises(
         ConfigError, match=r"rollout\.rewards\.types\.set = 'lst': no such reward function; did you mean 'list'"

@@ -222,7 +222,7 @@ def test_what_is_no_toml_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_bytes(b"run = '\xff'")
     with pytest.raises(ConfigError, match="not TOML"):
         load(tmp_path / "c.toml")
-    assert refusal(tmp_path, text="a = " + "[" * 5000) == "not TOML: nested too deeplyly"
+    assert refusal(tmp_path, text="a = " + "[" * 5000) == "not TOML: nested too deeply"
     assert refusal(tmp_path, text="a = " + "1" * 5000).startswith("not TOML: ")
     with pytest.raises(ConfigError, match="give the path of a TOML file with --config"):
         load(tmp_path)

@@ -172,7 +172,7 @@ def test_an_endpoint_that_never_answers_correctly_is_one_line_at_once(tiny_polic
         sampled(tiny_policy, server, tmp_path, asked=many)
     assert str(refusal.value) == (
         f"m at {server.url}: none of 64 trajectories is correct (0% malformed); name a stronger model in coldstart.endpoint, "
-        "or see that the questions' answers are in the corpus"
+        "or check that the answers are in the corpus"
     )
     assert len(server.requests) == 64
     with answering(*[completion("Hm.")] * 5) as server, pytest.raises(EndpointError, match=r"none of 4 .* \(100% malformed\)"):

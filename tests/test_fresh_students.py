@@ -108,5 +108,5 @@ def test_fresh_students_need_a_teacher_and_an_engine_that_takes_weights(policy, 
     with pytest.raises(ValidationError, match='students = "fresh" needs a teacher'):
         DistillConfig(students="fresh", objective="sft")
     config = config_of(tmp_path, distill=FRESH, rollout={"engine": "made:engine"})
-    with pytest.raises(ConfigError, match="distillation with fresh students gives each step's weights"):
+    with pytest.raises(ConfigError, match="distillation with fresh students needs an engine that takes each step's weights"):
         Distill("start", tmp_path, None, 1).check(type("Run", (), {"config": config})())

@@ -228,7 +228,7 @@ def test_a_chat_template_that_drops_the_question_is_refused(model: Path, templat
     (model / "chat_template.jinja").write_text(template)
     said = refused(model)
     assert "chat template drops the question" in said
-    assert "mend chat_template.jinja" in said
+    assert "fix chat_template.jinja" in said
     assert said == refused(model, read)
 
 

@@ -84,7 +84,7 @@ def reach(total: FileAudit) -> Finding:
 def records(totals: Sequence[FileAudit], found: Reached | None, skipped: Mapping[str, int]) -> Finding:
     """Can every line be read, and does no passage repeat another?"""
     refused = sum(total.refused for total in totals)
-    parts = [f"{_are(refused, 'line')} no question"] if refused else []
+    parts = [f"{_are(refused, 'line')} not {'a question' if refused == 1 else 'questions'}"] if refused else []
     if skipped:
         parts.append("invalid passages: " + ", ".join(f"{number:,} {fault}" for fault, number in skipped.items()))
     if parts:
