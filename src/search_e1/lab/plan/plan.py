@@ -133,7 +133,7 @@ def misfits(
 ) -> Iterator[tuple[str, bool]]:
     """Why stages do not fit this machine's GPU and what to change, and whether not even short trajectories fit.
 
-    ``model``: the policy that ``stages`` (``grpo``, ``distill``) start from; if its shape is unknown, nothing is checked.
+    ``model``: the policy that ``stages`` (see ``training_jobs``) start from; if its shape is unknown, nothing is checked.
     ``size``: bytes of the GPU, by default this machine's. Empty on a CPU.
     """
     place = device(config.policy.device)
