@@ -231,7 +231,7 @@ class GroupSource:
         if config.replay.examples_per_step and config.replay.weight:
             replayed = replay_samples(policy, all_groups, config.replay, context, shown)
             samples["replay"] = replayed[ranks.rank() :: ranks.count()]
-        if config.evidence.strength or config.correction.strength:
+        if (config.evidence.strength or config.correction.strength) and not self._trained.fitted:
             fit_passes(self._trained, {**samples, "taught": [sample for sample in teach(shown) if sample]})
         if config.evidence.strength:
             samples["grpo"] = apply_evidence(self._trained, samples["grpo"], teach, shown, config.evidence)
