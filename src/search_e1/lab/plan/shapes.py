@@ -49,7 +49,7 @@ def read_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
     """
     path = Path(model).expanduser()
     if model == NEW:
-        raise ModelError(f"policy.model = {NEW!r}: the cold start makes it, and it is small; plan takes a model that is there")
+        raise ModelError(f"policy.model = {NEW!r}: the cold start creates it, so it has no shape yet; plan an existing model")
     try:
         if path.is_file() and not is_gguf(path):
             raw = json.loads(path.read_text(encoding="utf-8"))
