@@ -99,7 +99,10 @@ def test_what_does_not_fit_leaves_with_1_and_says_what_to_change(monkeypatch, ca
             ("--gpu", "h100", "--policy.model", "me/mine"),
             "policy.model = 'me/mine': neither on this machine nor a known shape",
         ),
-        (("--gpu", "h100", "--policy.model", "new", "--coldstart.steps", "4"), "policy.model = 'new': the cold start creates it"),
+        (
+            ("--gpu", "h100", "--policy.model", "new", "--coldstart.steps", "4"),
+            "policy.model = 'new': the cold start creates it",
+        ),
         (("--gpu", "h100", "--grpo.stepz", "1"), "unknown key 'grpo.stepz'; did you mean 'grpo.steps'?"),
     ],
 )
