@@ -188,7 +188,7 @@ def compute(stage: str, shape: str, arguments: argparse.Namespace) -> tuple[Memo
     job = training_jobs(config)[kind]
     memory = MemoryModel(settings, counted, config, Gpu(name="any", memory_gib=80), 1, CONSTANTS).update(kind, job)
     tokens = MICRO_BATCHES * arguments.rows * arguments.tokens
-    trained = training_flops(counted, tokens, arguments.tokens, tokens / 2, job)
+    trained = training_flops(counted, tokens, arguments.tokens, tokens / 2, job.lora, memory.recompute)
     taught = forward_flops(counted, 2 * tokens, 2 * arguments.tokens) + counted.head * tokens if job.has_teacher else 0.0
     return memory, trained, taught, forward_flops(counted, tokens, arguments.tokens) + counted.head * tokens
 

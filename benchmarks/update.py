@@ -36,7 +36,6 @@ from rich.table import Table
 from contest import measured, versions  # beside this file
 from memory import PeakMemory
 from search_e1.config import DistillConfig, GrpoConfig, LoraConfig, PolicyConfig, TrainingConfig
-from search_e1.lab.plan.memory import Job
 from search_e1.lab.plan.shapes import shape_of
 from search_e1.lab.plan.work import forward_flops, training_flops
 from search_e1.runs.allocation import keep_freed_memory
@@ -129,11 +128,10 @@ def flops_of(arguments: argparse.Namespace, model: Any, samples: Sequence[Sample
     """Operations that an update needs in any implementation; recomputation is not counted."""
     shape = shape_of(model.config)
     lora = LoraConfig() if arguments.weights == "lora" else None
-    job = Job(lora, TrainingConfig(gradient_checkpointing=False), has_teacher=False, has_copy=False)
     total = 0.0
     for sample in samples:
         scored, width = len(sample.positions), _read(sample)
-        total += training_flops(shape, width, width, scored, job)
+        total += training_flops(shape, width, width, scored, lora, recompute=False)
         if sample.teacher_prompt_ids:
             total += forward_flops(shape, len(sample), len(sample)) + 2 * shape.head * scored
     return total

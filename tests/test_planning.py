@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from planned import CONSTANTS, H100, FewLayers, a_config, memory_model, tiny
-from search_e1.config import LoraConfig, TrainingConfig, load
+from search_e1.config import LoraConfig, load
 from search_e1.errors import ConfigError
 from search_e1.lab.plan.constants import GIB, Constants, Gpu, load_constants
-from search_e1.lab.plan.memory import Job, Memory
+from search_e1.lab.plan.memory import Memory
 from search_e1.lab.plan.plan import make_plan, misfit
 from search_e1.lab.plan.shapes import shape_of
 from search_e1.lab.plan.work import Work, WorkModel, forward_flops, training_flops
@@ -24,13 +24,11 @@ def test_operations_are_those_of_the_formula() -> None:
     shape = shape_of(tiny())
     forward = 10 * (2 * shape.active + 2 * shape.attention_width * 100)
     assert forward_flops(shape, 10, 100) == forward
-    whole = Job(None, TrainingConfig(), has_teacher=False, has_copy=False)
-    assert training_flops(shape, 10, 100, 0, whole) == 3 * forward
-    assert training_flops(shape, 10, 100, 5, whole) - 3 * forward == 3 * 2 * shape.head * 5
-    adapters = whole._replace(lora=LoraConfig())
-    assert training_flops(shape, 10, 100, 0, adapters) == 10 * (4 * shape.active + 6 * shape.attention_width * 100)
-    recomputed = whole._replace(training=TrainingConfig(gradient_checkpointing=True))
-    assert training_flops(shape, 10, 100, 0, recomputed) == 4 * forward
+    assert training_flops(shape, 10, 100, 0, None, False) == 3 * forward
+    assert training_flops(shape, 10, 100, 5, None, False) - 3 * forward == 3 * 2 * shape.head * 5
+    adapters = training_flops(shape, 10, 100, 0, LoraConfig(), False)
+    assert adapters == 10 * (4 * shape.active + 6 * shape.attention_width * 100)
+    assert training_flops(shape, 10, 100, 0, None, True) == 4 * forward
 
 
 def constants(**lengths: float) -> Constants:
@@ -38,7 +36,7 @@ def constants(**lengths: float) -> Constants:
 
 
 def work_of(config, gpus: int = 1, **lengths: float) -> dict[str, Work]:
-    model = WorkModel(shape_of(tiny()), config, H100, gpus, constants(**lengths), 64)
+    model = WorkModel(shape_of(tiny()), config, H100, gpus, constants(**lengths), 64, frozenset())
     return {work.stage: work for work in model.stages(1000, 50)}
 
 
@@ -73,6 +71,22 @@ def test_more_gpus_take_less_time_and_a_step_of_decoding_never_less_than_its_lay
     assert one / 8 <= eight < one
     # Five evaluations of 100 trajectories, 64 together, three actions of 100 tokens, two layers.
     assert work_of(config)["evaluation"].hours * 3600 >= 5 * 100 / 64 * 300 * 2 * 0.35e-3
+
+
+def test_hours_count_the_recomputation_that_training_would_choose(tmp_path: Path) -> None:
+    def hours(checkpointing: bool | None, gib: float) -> float:
+        training = {"micro_batch_tokens": 2048, "gradient_checkpointing": checkpointing}
+        grpo = {"steps": 1, "lora": {}, "training": training}
+        config = a_config(policy={"model": str(tmp_path / "config.json")}, grpo=grpo, rollout={"max_tokens": 2048})
+        gpu = Gpu(name="any", memory_gib=gib)
+        return next(w for w in make_plan(config, gpu, 1, CONSTANTS).work if w.stage == "grpo").hours
+
+    tiny(num_hidden_layers=8).save_pretrained(tmp_path)
+    without, with_it = hours(False, 80), hours(True, 80)
+    assert with_it > without
+    assert hours(None, 80) == without
+    # A sequence of 2,048 tokens does not fit into 0.045 GiB without recomputation.
+    assert hours(None, 0.045) - hours(False, 0.045) == pytest.approx(with_it - without)
 
 
 # Problems.

@@ -166,7 +166,10 @@ def test_vllm_takes_its_share_whatever_it_needs() -> None:
     assert beside.total == pytest.approx(0.3 * H100.memory_gib * GIB + 12 * SIZE, rel=1e-6)
     full = beside.model_copy(update={"optimizer": 60 * GIB})
     assert misfit(model, full).endswith("change [vllm] gpu_memory_utilization")
-    assert misfit(model, beside.model_copy(update={"rows": 0}))
+    states = beside.model_copy(update={"optimizer": 80 * GIB})  # alone more than the GPU has
+    assert misfit(model, states).endswith("train adapters ([grpo.lora]), or use a smaller policy or larger GPUs")
+    none = misfit(model, beside.model_copy(update={"rows": 0}))
+    assert none == "grpo: sample: no trajectory of 128 tokens fits vLLM's cache; change [vllm] gpu_memory_utilization"
 
 
 # At start.

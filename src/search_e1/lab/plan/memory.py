@@ -21,6 +21,7 @@ class Memory(Record):
     stage: str
     rows: int
     tokens: int
+    recompute: bool = False  # gradient checkpointing, as configured or as training would choose
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
@@ -113,7 +114,7 @@ class MemoryModel:
         # Gathered: two layers (the current and the next), the gradients of one, and the embeddings.
         layers = ((2 if job.lora else 3) * self.shape.largest_layer + self.shape.embeddings) if sharded else 0
         return Memory(
-            stage=f"{stage}: update", rows=rows, tokens=self.longest, weights=self._share(stored.weights),
+            stage=f"{stage}: update", rows=rows, tokens=self.longest, recompute=recompute, weights=self._share(stored.weights),
             gradients=gradients * (2 if self.gpus > 1 and not sharded else 1),  # DDP's buckets
             optimizer=self._share(2 * stored.trained), other=copy + used.itemsize * layers, activations=activations,
             logits=logits,

@@ -54,7 +54,8 @@ def make_plan(config: Config, gpu: Gpu, gpus: int, constants: Constants) -> Plan
     memory = stage_memory(memory_model)
     sampling = next(m for m in memory if m.stage == "pool, eval.")
     train, evaluated, assumed = _questions(config, constants)
-    work_model = WorkModel(shape, config, gpu, gpus, constants, sampling.rows)
+    recomputed = {m.stage.removesuffix(": update") for m in memory if m.recompute}
+    work_model = WorkModel(shape, config, gpu, gpus, constants, sampling.rows, recomputed)
     work = work_model.stages(train, evaluated)
     kept = [memory_model.dtype, *(torch.float32 for job in training_jobs(config).values() if job.training.master_weights)]
     size, policies = max(dtype.itemsize for dtype in kept) * shape.parameters, config.distillations
@@ -95,13 +96,14 @@ def misfit(model: MemoryModel, memory: Memory) -> str | None:
     if memory.rows and memory.total <= limit:
         return None
     ways = ["use a smaller policy or larger GPUs"]
-    if by_vllm:
-        ways = ["change [vllm] gpu_memory_utilization"]
-    elif memory.fixed > limit:
+    trained = memory.weights + memory.gradients + memory.optimizer
+    if (trained if by_vllm else memory.fixed) > limit:
         if memory.optimizer > memory.weights / 10:  # all weights are trained
             ways.insert(0, 'set distill.weights = "lora"' if stage == "distill" else f"train adapters ([{stage}.lora])")
         if model.gpus > 1 and not model.sharded:
             ways.insert(0, 'set parallel.sharding = "fsdp2"')
+    elif by_vllm:
+        ways = ["change [vllm] gpu_memory_utilization"]
     elif kind == "update":
         job = training_jobs(model.config)[stage]
         width = model.longest_privileged if job.has_teacher else model.longest
@@ -112,8 +114,10 @@ def misfit(model: MemoryModel, memory: Memory) -> str | None:
         ways = [f"set {stage}.training.micro_batch_tokens = {fitting}" if fitting else shorter]
     else:
         ways.insert(0, "lower rollout.batch_size")
-    needs = f"{memory.stage}: needs {memory.total / GIB:.1f} GiB per GPU, but {limit / GIB:.1f} are usable"
-    return f"{needs}; {', or '.join(ways)}"
+    needs = f"needs {memory.total / GIB:.1f} GiB per GPU, but {limit / GIB:.1f} are usable"
+    if memory.total <= limit:
+        needs = f"no trajectory of {memory.tokens} tokens fits vLLM's cache"
+    return f"{memory.stage}: {needs}; {', or '.join(ways)}"
 
 
 def check_memory(config: Config, model: str, stages: Sequence[str], ranks: int, size: int | None = None) -> None:

@@ -1,10 +1,11 @@
 """Tokens and hours of each stage, by formula."""
 
 import math
+from collections.abc import Set
 
 import torch
 
-from search_e1.config import Config
+from search_e1.config import Config, LoraConfig
 from search_e1.lab.plan.constants import Constants, Gpu
 from search_e1.lab.plan.memory import Job, training_jobs
 from search_e1.lab.plan.shapes import Shape
@@ -23,10 +24,16 @@ class Work(Record):
 
 
 class WorkModel:
-    """Work of the stages of ``config``; ``side_by_side``: trajectories that one GPU samples at once."""
+    """Work of the stages of ``config``.
 
-    def __init__(self, shape: Shape, config: Config, gpu: Gpu, gpus: int, constants: Constants, side_by_side: int) -> None:
+    ``side_by_side``: trajectories that one GPU samples at once. ``recomputed``: stages with gradient checkpointing.
+    """
+
+    def __init__(
+        self, shape: Shape, config: Config, gpu: Gpu, gpus: int, constants: Constants, side_by_side: int, recomputed: Set[str]
+    ) -> None:
         self.shape, self.config, self.gpu, self.gpus, self.side_by_side = shape, config, gpu, gpus, side_by_side
+        self.recomputed = recomputed
         self.constants, lengths, limits = constants.hours, constants.lengths, config.rollout
         self.turns = 1 + min(lengths["searches"], limits.max_searches)
         action = min(lengths["action"], limits.max_action_tokens)
@@ -77,7 +84,8 @@ class WorkModel:
     def train(self, work: Work, job: Job, passes: int, *, anchored: bool = False) -> Work:
         """``work`` plus updates on ``passes`` trajectories. ``anchored``: add the reference policy's pass for a KL penalty."""
         halves, scored = self.halves, passes * self.sampled
-        hours = self._hours(training_flops(self.shape, passes * self.total, self.total, scored, job), "training", halves)
+        flops = training_flops(self.shape, passes * self.total, self.total, scored, job.lora, work.stage in self.recomputed)
+        hours = self._hours(flops, "training", halves)
         for width in (self.total,) * anchored + (self.privileged,) * job.has_teacher:
             flops = forward_flops(self.shape, passes * width, width) + 2 * self.shape.head * scored
             hours += self._hours(flops, "forward", halves)
@@ -106,12 +114,14 @@ def forward_flops(shape: Shape, tokens: float, width: float) -> float:
     return tokens * (2 * shape.active + 2 * shape.attention_width * width)
 
 
-def training_flops(shape: Shape, tokens: float, width: float, positions: float, job: Job) -> float:
+def training_flops(
+    shape: Shape, tokens: float, width: float, positions: float, lora: LoraConfig | None, recompute: bool
+) -> float:
     """Operations of forward and backward passes, with the head at ``positions``.
 
     Gradients of activations cost as much as a forward pass, and those of weights as much again (frozen weights have none);
-    attention's backward pass costs two. Checkpointing adds a forward pass.
+    attention's backward pass costs two. ``recompute`` (gradient checkpointing) adds a forward pass.
     """
-    again, passes = bool(job.training.gradient_checkpointing), 2 if job.lora else 3
+    passes = 2 if lora else 3
     weights, attention = 2 * shape.active * tokens, 2 * shape.attention_width * width * tokens
-    return (passes + again) * weights + (3 + again) * attention + passes * 2 * shape.head * positions
+    return (passes + recompute) * weights + (3 + recompute) * attention + passes * 2 * shape.head * positions
