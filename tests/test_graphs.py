@@ -6,6 +6,7 @@ import itertools
 import random
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 from weakref import ref
@@ -20,11 +21,13 @@ import replay
 from conftest import PASSAGES, TinyRetriever
 from replay import Tape
 from scripted import generate
+from search_e1.config import TrainingConfig
 from search_e1.errors import ModelError
 from search_e1.rollout.engines import torch as hf
 from search_e1.rollout.engines.base import Generation, Request
 from search_e1.rollout.engines.decoding import STEPS, _buckets
 from search_e1.rollout.engines.torch import TorchEngine
+from search_e1.training.trained import TrainedPolicy
 from search_e1.types import Trajectory
 from test_engine import FAMILIES, ids, play, random_policy
 
@@ -187,6 +190,22 @@ def test_weights_that_were_updated_in_place_are_sampled_from_without_a_new_captu
     after = tokens(policy)
     assert tape.captures == captures > 0
     assert after == plainly(lambda: tokens(policy)) != before
+
+
+def test_master_weights_are_sampled_from_without_a_new_capture(tape: Tape) -> None:
+    policy, seen = random_policy("qwen2"), []
+    trained = TrainedPolicy(policy.model, TrainingConfig(), frozen_start=False, dtype=torch.float64)  # no close draws
+    for _ in range(2):
+        with trained.sampled(keep=True) as model:
+            sampled = replace(policy, model=model)
+            seen.append((tokens(sampled), tape.captures))
+            assert seen[-1][0] == plainly(lambda policy=sampled: tokens(policy))
+        with torch.no_grad():
+            for weight in policy.model.parameters():
+                weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    (first, captures), (second, all_captures) = seen
+    assert all_captures == captures > 0
+    assert first != second
 
 
 def test_weights_that_lie_elsewhere_are_captured_anew(tape: Tape) -> None:

@@ -126,6 +126,10 @@ def test_an_update_holds_weights_gradients_and_two_states_of_what_is_trained() -
     assert adapted.other == 0  # adapters are switched off for the anchor
     assert adapted.optimizer == 2 * 4 * 4 * 2 * ADAPTERS  # two states, float32, rank 4, two layers
     assert update(stage="distill", distill={"weights": "all"}).other == 4 * SIZE  # the frozen teacher
+    rounded = {"policy": {"model": "small", "dtype": "bfloat16"}}
+    assert update(**rounded).other == 2 * SIZE  # the copy that is sampled from
+    assert update(**rounded, rollout={"max_tokens": 64, "engine": "vllm"}).other == 0  # vLLM has its own
+    assert update(**rounded, grpo={"lora": {"rank": 4}}).other == 0
     assert update(stage="distill").rows == 1  # the teacher's rows are twice as long
 
 

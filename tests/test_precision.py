@@ -73,6 +73,22 @@ def test_what_is_sampled_from_computes_as_training_does() -> None:
     assert model.dtype is torch.float32
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_rounded_copy_is_kept_in_place_where_graphs_point_to_it(keep: bool) -> None:
+    model = make_tiny_policy().model
+    policy = TrainedPolicy(model, TrainingConfig(), frozen_start=False, dtype=torch.bfloat16)
+    with policy.sampled(keep=keep) as sampled:
+        before = {name: weight.data_ptr() for name, weight in sampled.named_parameters()}
+    assert sum(weight.numel() for weight in sampled.parameters()) == (model.num_parameters() if keep else 0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1)
+    with policy.sampled(keep=keep) as sampled:
+        for name, weight in sampled.named_parameters():
+            assert torch.equal(weight, model.get_parameter(name).to(torch.bfloat16))
+            assert not keep or weight.data_ptr() == before[name]
+
+
 def test_adapters_over_bfloat16_are_merged_in_float32() -> None:
     model = make_tiny_policy().model.to(torch.bfloat16)
     before = {name: weight.float() for name, weight in weights(model).items()}

@@ -66,7 +66,7 @@ class _OwnModel:
 
     @contextmanager
     def updated(self) -> Iterator[Engine]:
-        with self._trained.sampled() as model:
+        with self._trained.sampled(keep=self._trained.device.type == "cuda") as model:
             yield TorchEngine(model, self._tokenizer, batch_size=self._rows)
 
 

@@ -45,7 +45,8 @@ def shard_like(value: Tensor, part: Tensor) -> Tensor:
 class UnshardedReplica:
     """An unsharded copy of a model, for sampling, merging and saving.
 
-    Create it before the model is sharded. Between uses it holds no weights; when filled, every rank holds all of them.
+    Create it before the model is sharded. Between uses it holds no weights, unless told to keep them; when filled, every
+    rank holds all of them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -55,17 +56,25 @@ class UnshardedReplica:
         self._dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
 
     def fill(self, sharded: Any, dtype: torch.dtype | None = None) -> Any:
-        """The model with the weights of ``sharded``, cast to ``dtype`` if given. All ranks must call this."""
+        """The model with the weights of ``sharded``, cast to ``dtype`` if given; kept weights are overwritten in place.
+
+        All ranks must call this.
+        """
         weights = dict(sharded.named_parameters())
         for name, weight in self.model.named_parameters():
-            weight.data = full_tensor(weights[name]).to(dtype or self._dtypes[name])
+            whole, kind = full_tensor(weights[name]), dtype or self._dtypes[name]
+            if (weight.shape, weight.dtype) == (whole.shape, kind):
+                weight.data.copy_(whole)
+            else:
+                weight.data = whole.to(kind)
         return self.model
 
     @contextmanager
-    def filled(self, sharded: Any, dtype: torch.dtype | None = None) -> Iterator[Any]:
-        """``fill`` within the context; drops the weights at its end."""
+    def filled(self, sharded: Any, dtype: torch.dtype | None = None, *, keep: bool = False) -> Iterator[Any]:
+        """``fill`` within the context; drops the weights at its end, unless ``keep``."""
         try:
             yield self.fill(sharded, dtype)
         finally:
-            for weight in self.model.parameters():
-                weight.data = weight.new_empty(0)
+            if not keep:
+                for weight in self.model.parameters():
+                    weight.data = weight.new_empty(0)

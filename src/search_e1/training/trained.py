@@ -194,10 +194,15 @@ class TrainedPolicy:
         return [row or (0.0,) * len(sample.response_ids) for row, sample in zip(found, samples, strict=True)]
 
     @contextmanager
-    def sampled(self) -> Iterator[Any]:
-        """The plain model with the current weights, in the compute dtype, for sampling within the context."""
+    def sampled(self, *, keep: bool = False) -> Iterator[Any]:
+        """The plain model with the current weights, in the compute dtype, for sampling within the context.
+
+        ``keep``: if only the dtype differs from the trained weights', keep the copy in memory between calls, so that CUDA
+        graphs of it stay valid. A copy of sharded weights is never kept: it could be larger than a rank's share of the rest.
+        """
         # Ranks sample at their own pace, so each needs all weights.
-        lent = self._replica.filled(self.model, self.dtype) if self._replica else nullcontext(self.model)
+        keep = keep and not self._sharded
+        lent = self._replica.filled(self.model, self.dtype, keep=keep) if self._replica else nullcontext(self.model)
         with lent as model, attending(plain_model(model), self._attention):
             cast_adapter_inputs(model, True)
             try:

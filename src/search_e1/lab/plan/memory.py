@@ -111,6 +111,8 @@ class MemoryModel:
         peaks = [(teacher, 0), (student.kept - counted, head), (student.peak - counted, 0)]
         activations, logits = max(peaks, key=sum)
         copy = self._share(self.shape.parameters * kept.itemsize) if job.has_copy else 0
+        if stage == "grpo" and not sharded and not job.lora and kept != self.dtype and self.config.rollout.engine == "torch":
+            copy += self.shape.parameters * self.dtype.itemsize  # what is sampled from; CUDA graphs point to it
         # Gathered: two layers (the current and the next), the gradients of one, and the embeddings.
         layers = ((2 if job.lora else 3) * self.shape.largest_layer + self.shape.embeddings) if sharded else 0
         return Memory(
