@@ -6,7 +6,7 @@ from typing import Any, Literal
 Preset = Literal["search-e1", "concise", "harmless"]
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # As published: the default of every key.
+    # The published method, gated and guarded: the default of every key.
     "search-e1": {},
     # GRPO, one self-distillation on students of any kind, and GRPO again: docs/when-it-pays.md.
     "concise": {"ofsd": "first_round", "pairs": {"students": 4, "students_by": "any"}},

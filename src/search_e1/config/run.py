@@ -25,9 +25,10 @@ class Config(Section):
     seed: NonNegative = 0
     """Every stage derives its own seed from it."""
     preset: Preset = "search-e1"
-    """Values of keys that are not given. `search-e1`: the defaults listed here, as published. `harmless`: distill once, with
-    verified teachers, merged at a strength that costs no EM on training questions (when-it-pays.md). `concise`: distill once
-    with all teachers; the next round's GRPO repairs the damage."""
+    """Values of keys that are not given. `search-e1`: the defaults listed here: the published method, with the lead as a gate
+    and a collapse guard, which it does not have (`lead.enforce = false` and `grpo.guard.drop = 0` turn them off). `harmless`:
+    distill once, with verified teachers, merged at a strength that costs no EM on training questions (when-it-pays.md).
+    `concise`: distill once with all teachers; the next round's GRPO repairs the damage."""
     rounds: Positive = 2
     """Rounds of GRPO and OFSD."""
     ofsd: Literal["every_round", "first_round", "last_round", "never"] = "every_round"
