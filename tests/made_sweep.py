@@ -44,6 +44,8 @@ def make(
     made = _Made(config.run, seconds, topk)
     for policy, right in policies.items():
         kind, _, number = policy.partition("-")
+        if kind == "coldstart":
+            made.stage(policy, {"steps": 3})
         if kind == "grpo":
             made.trained(policy)
             if number in refused:
@@ -66,7 +68,7 @@ class _Made:
     def trained(self, name: str) -> None:
         """Two steps of 4 trajectories with 30 and 20 sampled tokens each: 200 tokens."""
         lines = [json.dumps({"step": i, "sampled_tokens": tokens}) for i, tokens in ((1, 30.0), (2, 20.0))]
-        self.stage(name, {}, {"steps.jsonl": "\n".join(lines) + "\n"})
+        self.stage(name, {"steps": 2}, {"steps.jsonl": "\n".join(lines) + "\n"})
 
     def led(self, number: str, lead: float) -> None:
         self.stage(f"pool-{number}", {"tokens": 25.0, "questions": 3})  # x 8 trajectories: 600 tokens

@@ -42,7 +42,7 @@ def test_the_newest_checkpoint_is_given_and_only_two_are_kept(work, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "add", "sums", "no sums"])
-def test_a_damaged_checkpoint_is_dropped_for_the_one_before(work, tmp_path, damage):
+def test_a_damaged_checkpoint_is_dropped_for_the_one_before(work, tmp_path, damage, caplog):
     save(work, 1, 2)
     newest = tmp_path / "step-0000000002"
     {
@@ -55,6 +55,7 @@ def test_a_damaged_checkpoint_is_dropped_for_the_one_before(work, tmp_path, dama
     }[damage]()
     assert Checkpointer(tmp_path).newest() == tmp_path / "step-0000000001"
     assert not newest.exists()
+    assert caplog.messages == [f"{newest}: damaged checkpoint removed; training resumes from the one before, if there is one"]
 
 
 def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed(work, tmp_path):

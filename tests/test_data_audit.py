@@ -259,3 +259,23 @@ def test_level_follows_what_is_lost():
 
     assert level(held, lost) is Level.WARNING
     assert level(held, held.model_copy(update={"id": "3"})) is Level.OK
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data", "audit", "--train", "q.jsonl", "--json", "nodir/x.json"],
+        ["data", "audit", "--train", "q.jsonl", "--out", "nodir/x.csv"],
+        ["init", "nodir/mine.toml"],
+        ["world", "/proc/nope"],
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["search-e1", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "no directory nodir; make it first" in said or "/proc/nope: No such file or directory; give a directory" in said

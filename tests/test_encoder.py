@@ -88,12 +88,14 @@ def test_families_that_say_it_in_prose_only(tmp_path: Path, name: str, query: st
     assert convention.max_length == 64
 
 
-def test_empty_prompts_say_nothing_against_a_known_family(tmp_path: Path) -> None:
+def test_empty_prompts_say_nothing(tmp_path: Path) -> None:
     empty = {"query": "", "document": ""}  # what sentence-transformers saves by itself
     known = make_tiny_encoder(tmp_path / "e5-base", prompts=empty)
     assert Encoder.open(known).convention.query_prefix == "query: "
-    unknown = make_tiny_encoder(tmp_path / "mine", prompts=empty)
-    assert Encoder.open(unknown).convention.query_prefix == ""
+    for i, prompts in enumerate((empty, {"query": None, "document": None})):
+        unknown = make_tiny_encoder(tmp_path / f"mine-{i}", prompts=prompts)
+        with pytest.raises(ModelError, match="give --query-prefix and --passage-prefix"):
+            Encoder.open(unknown)
 
 
 def test_an_encoder_that_says_too_little_must_be_told(tmp_path: Path) -> None:

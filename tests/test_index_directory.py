@@ -123,7 +123,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_written(tmp_path: Path) -> N
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(RunError, match=r"\.index\.unfinished: Not a directory; give a run directory"),
+        pytest.raises(RunError, match=r"index: Not a directory; give a directory"),
         building(tmp_path / "file" / "index", SETTINGS),
     ):
         raise AssertionError
@@ -134,7 +134,7 @@ def test_one_process_builds(tmp_path: Path) -> None:
         holder = json.loads((tmp_path / ".index.unfinished" / ".holder.json").read_text())
         assert holder["pid"] == os.getpid()
         with (
-            pytest.raises(RunError, match=rf"\.index\.unfinished: process {os.getpid()} on .* is using this run"),
+            pytest.raises(RunError, match=rf"/index: process {os.getpid()} on .* is using it"),
             building(tmp_path / "index", None),
         ):
             raise AssertionError

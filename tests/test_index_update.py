@@ -188,3 +188,14 @@ def test_the_command_says_what_changed(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.output.splitlines()[-1] == f"{tmp_path / 'index'}: 40 passages: 1 new, 1 changed, 1 gone"
     assert CliRunner().invoke(app, arguments).output.splitlines()[-1] == f"{tmp_path / 'index'}: 40 passages: unchanged"
+
+
+def test_a_corpus_that_is_read_otherwise_is_refused_and_can_be_read_as_for_the_build(tmp_path: Path) -> None:
+    (tmp_path / "docs.jsonl").write_text('{"docid": 1, "body": "A green river."}\n{"docid": 2, "body": "Seven hills."}\n')
+    columns = ["--column", "id=docid", "--column", "text=body", "--prefix-ids"]
+    where, index = ["--corpus", str(tmp_path / "docs.jsonl")], str(tmp_path / "index")
+    assert CliRunner().invoke(app, ["index", "build", *where, "--out", index, *columns]).exit_code == 0
+    updated = CliRunner().invoke(app, ["index", "update", index, *where, *columns])
+    assert (updated.exit_code, updated.output) == (0, f"{index}: 2 passages: unchanged\n")
+    with pytest.raises(DataError, match="no passage of the corpus has an id of the index; read the corpus as for the build"):
+        CliRunner().invoke(app, ["index", "update", index, *where, *columns[:-1]], catch_exceptions=False)

@@ -195,6 +195,8 @@ def test_several_folders_go_by_their_names(docs: Path, tmp_path: Path, here: lis
     (other / "a.md").write_text("Other.")
     ingest([docs, other], tmp_path / "corpus", ENGLISH)
     assert {passage.metadata["file"] for passage in Corpus(tmp_path / "corpus")} == {"docs/a.md", "docs/sub/b.txt", "more/a.md"}
+    walked = walk([docs, other], tmp_path / "corpus", ["sub/*"])
+    assert {file.name for file in walked.files} == {"docs/a.md", "more/a.md"}
     with pytest.raises(ConfigError, match="folders of the same name"):
         walk([docs, tmp_path / "x" / "docs"], tmp_path / "corpus")
 

@@ -70,5 +70,10 @@ def test_a_runs_index_is_in_the_language_of_the_config(tmp_path: Path) -> None:
     assert directory.read(Inputs(config_of(tmp_path), tmp_path / "auto").index.path / "bm25").settings["language"] == "de"
     with pytest.raises(ValueError, match="language is only for building a bm25 index"):
         config_of(tmp_path, retrieval={"language": "fr", "index": [str(tmp_path)]})
+    for key, value in (("encoder", {"model": "e5"}), ("faiss", "graph"), ("parameters", "nprobe=9")):
+        for place in ({}, {"url": "http://127.0.0.1:8000"}):
+            with pytest.raises(ValueError, match=f"{key} is only for a dense index; set kind = 'dense' or 'hybrid'"):
+                config_of(tmp_path, retrieval={key: value, **place})
+        config_of(tmp_path, retrieval={key: value, "index": [str(tmp_path)]})
     with pytest.raises(ValueError, match="language = 'french': no such language; did you mean 'fr'"):
         config_of(tmp_path, retrieval={"language": "french"})

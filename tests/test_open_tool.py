@@ -10,6 +10,8 @@ from chat import call, chat_tokenizer
 from conftest import PASSAGES, TinyRetriever, byte_tokenizer
 from search_e1.config import Prompts, RolloutConfig
 from search_e1.errors import ConfigError, RetrievalError
+from search_e1.evaluation.evaluate import judge
+from search_e1.evaluation.failures import Failure
 from search_e1.retrieval.bm25 import Bm25Index
 from search_e1.retrieval.cache import CachedRetriever
 from search_e1.retrieval.passages import Passages
@@ -22,7 +24,7 @@ from search_e1.text.protocol import Action
 from search_e1.text.protocols import protocol_of
 from search_e1.text.tokens import TokenClass, token_classes
 from search_e1.text.tools import Call, Tool
-from search_e1.types import ActionKind, Passage, Question, StopReason, Trajectory
+from search_e1.types import ActionKind, Group, Passage, Question, StopReason, Trajectory
 
 TAGS = Prompts(instruction="Q: {question}\n", correction="\nNo.\n", tools=("search", "open"))
 CALLS = Prompts(protocol="tools", instruction="Q: {question}", correction="No.", tools=("search", "open"))
@@ -83,6 +85,16 @@ def test_a_passage_is_opened_by_number_or_title(prompts, tokenizer, search, open
     assert Trajectory.model_validate_json(t.model_dump_json()) == t
     kinds = dict(zip(t.turns[2].action_ids, token_classes(tokenizer, t.turns[2], prompts), strict=True))
     assert {TokenClass.TAG, TokenClass.SEARCH} <= set(kinds.values())
+
+
+def test_an_opened_passage_was_read() -> None:
+    """The answer stands in what was opened, not in what the search found; "2" is not read because it numbers a passage."""
+    actions = ["<search>city mayor</search>", "<open>Arda</open>", "<answer>wrong</answer>"]
+    trajectory = play(byte_tokenizer(), TAGS, *actions)
+    for answer, read in (("land", True), ("2", False)):
+        question = Question(id="q", text="?", answers=(answer,))
+        result = judge("nq", Group(question=question, trajectories=(trajectory,)))
+        assert (result.read, result.failure is Failure.NOT_READ_OUT) == (read, read)
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,18 @@ def test_a_branch_takes_over_what_the_change_does_not_concern(tmp_path):
     assert calls == ["pool-1"]
 
 
+def test_a_branch_is_of_the_same_versions(tmp_path, monkeypatch):
+    old, new = tmp_path / "old", tmp_path / "new"
+    with opened(old, {}) as root:
+        stage(root, "grpo-1", {})
+    monkeypatch.setattr(artifacts, "versions", lambda: {"torch": "99.0"})
+    with pytest.raises(RunError, match=r"/old was begun with other versions"), opened(new, {}, branch_of=old):
+        pass
+    for allowed in (True, False):  # then these are the branch's own
+        with opened(new, {}, branch_of=old, other_versions=allowed):
+            pass
+
+
 def test_a_damaged_artifact_is_not_taken_over(tmp_path):
     with opened(tmp_path / "old", {}) as root:
         stage(root, "grpo-1", {})
@@ -192,7 +204,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout
     assert process.stdout.readline() == "held\n"
-    said = rf"process {process.pid} on {socket.gethostname()} \(since 20.*\) is using this run directory; wait for it"
+    said = rf"process {process.pid} on {socket.gethostname()} \(since 20.*\) is using it; wait for it"
     with pytest.raises(RunError, match=said), locks.held(tmp_path):
         pass
     process.send_signal(signal.SIGKILL)
@@ -224,7 +236,7 @@ def test_where_there_are_no_locks_a_file_stands_in(tmp_path, no_locks):
     with locks.held(tmp_path):
         pass  # left by a process of this machine that is dead
     (tmp_path / ".lock-file").write_text(marker.replace(socket.gethostname(), "another-machine"))
-    with pytest.raises(RunError, match="is using this run directory"), locks.held(tmp_path):
+    with pytest.raises(RunError, match="is using it"), locks.held(tmp_path):
         pass
 
 

@@ -65,6 +65,12 @@ def test_tokens_are_trajectories_times_lengths() -> None:
     assert work["distill"].trained == 2 * 3 * 37 * 650
 
 
+def test_verified_teachers_and_merge_trials_are_counted() -> None:
+    sections = dict(pool={"questions": 100}, distill={"merge": {"strengths": [0, 1], "questions": 20}, "teachers": "verified"})
+    work = work_of(a_config(**sections), pair_yield=0.5)
+    assert (work["teachers"].trajectories, work["merge"].trajectories) == (2 * 50, 2 * 2 * 20)
+
+
 def test_more_gpus_take_less_time_and_a_step_of_decoding_never_less_than_its_layers() -> None:
     config = a_config(policy={"model": "small", "dtype": "bfloat16"})
     one, eight = (sum(w.hours for w in work_of(config, gpus).values()) for gpus in (1, 8))

@@ -178,13 +178,17 @@ def test_how_long_it_takes(tmp_path):
     sampled = preflight.amounts(settings, train_questions=100, eval_questions=50)
     # 5 policies x 50 x 2; 2 rounds x 10 x 40; 2 x 30 x 4; 2 x 4 x 5 x 2
     assert sampled == {"evaluation": 500, "grpo": 800, "pool": 240, "lead": 80}
+    harmless = config_of(tmp_path, preset="harmless", rounds=2, **sections)
+    more = preflight.amounts(harmless, train_questions=100, eval_questions=50)
+    # One distillation: a teacher for each of the pool's 30 questions; 5 strengths x 100 questions.
+    assert more == {"evaluation": 400, "grpo": 800, "pool": 120, "lead": 40, "teachers": 30, "merge": 500}
     found = preflight.time(sampled, per_second=0.1, tokens=70)
     assert found.text == (
         "Sampling 1,620 trajectories takes about 4.5 h at the measured 7 tokens/s; training is extra (search-e1 doctor "
         "measures it)."
     )
-    assert preflight.time(sampled, 10.0, 70, trained_per_second=0.1).text.endswith("3 min at the measured 700 tokens/s, "
-                                                                                  "GRPO's updates 2.2 h.")  # fmt: skip
+    timed = preflight.time(sampled, 10.0, 70, trained_per_second=0.1).text
+    assert timed.endswith("3 min at the measured 700 tokens/s, GRPO's updates 2.2 h; the other stages' updates are extra.")
     assert [preflight.duration(hours) for hours in (0.001, 0.5, 47.9, 72)] == ["1 min", "30 min", "47.9 h", "3.0 days"]
 
 

@@ -119,6 +119,12 @@ def test_a_share_is_set_aside_and_no_question_is_on_both_sides(tmp_path: Path) -
         prepared(eval=(str(mine),), dev_share=0.1)
 
 
+def test_a_share_set_aside_does_not_overwrite_an_evaluation_file(tmp_path: Path) -> None:
+    mine = jsonl(tmp_path / "nq.jsonl", *(row(f"What is {i}?", id=i) for i in range(10)))
+    with pytest.raises(ConfigError, match=r"nq\.dev\.jsonl would be written twice"):
+        prepared(train=(str(mine),), eval=("nq:dev",), dev_share=0.2)
+
+
 # Writing
 
 

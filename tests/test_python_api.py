@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import search_e1
+from conftest import PASSAGES, TinyRetriever
 from search_e1.errors import ConfigError, DataError, RunError
 from search_e1.evaluation.statistics import wilson
 from search_e1.runs.progress import silent
@@ -79,6 +80,33 @@ def test_kept_evaluations_are_compared(policy, index, tmp_path):
         search_e1.evaluate(policy, index, questions(), LIMITS, out=tmp_path / "b")
     with pytest.raises(RunError, match="made from other settings or inputs"):
         search_e1.evaluate("small", index, questions("nq"), LIMITS, out=tmp_path / "a")
+
+
+def test_an_evaluation_over_another_server_is_another(tmp_path):
+    class Serving(TinyRetriever):
+        """As an HTTP client: its checksum, if the server has one, is known after the first response."""
+
+        url: str | None = None
+        checksum: str | None = None
+        sent: str | None = None
+
+        def probe(self, topk: int) -> None:
+            self.checksum = self.sent
+
+    def over(out: str, **sent: str) -> search_e1.EvaluationResult:
+        retriever = Serving(PASSAGES)
+        for name, value in sent.items():
+            setattr(retriever, name, value)
+        return search_e1.evaluate("small", retriever, questions(), LIMITS, out=tmp_path / out)
+
+    for out, name, here, there in (("a", "sent", "x", "y"), ("b", "url", "http://a", "http://b")):
+        first = over(out, **{name: here})
+        assert over(out, **{name: here}).em == first.em
+        with pytest.raises(RunError, match="made from other settings or inputs"):
+            over(out, **{name: there})
+    over("c")
+    with pytest.raises(ConfigError, match="c: already exists, and a retriever without a checksum"):
+        over("c")
 
 
 def test_mistakes_are_short(policy, index, tmp_path):

@@ -38,6 +38,11 @@ def test_a_shape_is_counted_as_by_hand() -> None:
     assert apart.parameters - apart.active > 2 * apart.head
 
 
+def test_fused_projections_cache_only_their_keys_and_values() -> None:
+    shape = shape_of(AutoConfig.for_model("phi3", **dict(TINY, pad_token_id=0)))
+    assert shape.cached == 2 * 2 * 2 * 16  # layers, keys and values, groups, width of a head
+
+
 def test_of_experts_only_those_that_a_token_passes_count() -> None:
     dense = dict(TINY, head_dim=16, tie_word_embeddings=False)
     experts = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1, mlp_only_layers=[])

@@ -44,6 +44,15 @@ def test_a_policy_is_charged_with_all_that_it_took(found):
     assert costs["grpo-2"] == (grpo + refused, grpo + distilled + grpo + refused)
 
 
+@pytest.mark.parametrize("before", [{"base": (0, 0)}, {}])
+def test_the_cold_start_is_charged_and_may_be_the_first_policy(tmp_path, before):
+    found = results.read_results(make(tmp_path, "v", 0, before | {"coldstart": (0, 1), "grpo-1": (1, 1)}))
+    assert [one.stage for one in found] == [*before, "coldstart", "grpo-1"]
+    coldstart, grpo = found[-2:]
+    assert (coldstart.own, coldstart.charged) == (Cost(10.0, 5.0, 0, 0, 3), Cost(10.0, 5.0, 0, 0, 3))
+    assert (grpo.own.seconds, grpo.charged.seconds, grpo.charged.steps) == (10.0, 20.0, 5)
+
+
 def test_what_a_refused_round_cost_is_charged_to_the_policy_after_it(tmp_path):
     policies = {"base": (0, 0), "grpo-1": (0, 1), "grpo-2": (1, 1)}
     found = results.read_results(make(tmp_path, "v", 0, policies, refused="1"))

@@ -55,6 +55,11 @@ def test_a_variant_lies_over_flags_over_common_over_the_config(tmp_path):
     assert (long.grpo.steps, long.rounds) == (8, 2)
 
 
+@pytest.mark.parametrize("flags", [("--seed", "5"), ("--run", "elsewhere")])
+def test_flags_set_neither_seed_nor_directory(tmp_path, flags):
+    assert refusal(tmp_path, "[variants.a]\n", *flags).startswith(f"{flags[0]}: the sweep sets it; give `seeds`")
+
+
 def test_each_run_goes_on_from_what_another_sweep_made_under_its_seed(tmp_path):
     text = 'seeds = [3, 1]\n[common]\npolicy.model = "runs/first/{seed}/policy"\n'
     text += '[variants.a]\nprompts.instruction = "{question}"\n'

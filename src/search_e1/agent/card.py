@@ -28,7 +28,7 @@ _TEXT = """\
 # {name}
 
 A search agent: it reasons, writes search queries, reads what comes back, and answers with the passages that hold the answer.
-The weights are a plain causal language model; the loop that searches for it is the Python package `search-e1` (here of version
+The weights are a plain causal language model; the loop that searches for it is the Python package `search-e1` (version
 {made_by}).
 
 ## How to ask it
@@ -70,7 +70,7 @@ are means over questions.
 
 ## What is lost without the loop
 
-Loaded by plain transformers, vLLM or Ollama, there is {lost}. The figures above do not hold then.
+Without that loop, in plain transformers, vLLM or Ollama, there is {lost}. The figures above do not hold then.
 
 ## License
 
@@ -82,7 +82,7 @@ Loaded by plain transformers, vLLM or Ollama, there is {lost}. The figures above
 class Base:
     """Facts about the policy that a run started from."""
 
-    told: str
+    described: str
     id: str | None = None
     """Its id on the Hub."""
     license: Mapping[str, Any] | None = None
@@ -106,9 +106,9 @@ def base_of_run(model: str) -> Base:
     known = _front_matter(place / FILE) if place else {}
     cached = _IN_CACHE.search(str(place.resolve())) if place else None
     id = found if isinstance(found, str) and "/" in found else f"{cached[1]}/{cached[2]}" if cached else known.get("base_model")
-    told = "the small policy that comes with search-e1" if model == SMALL else f"`{id or plain_name(model)}`"
+    described = "the small policy that comes with search-e1" if model == SMALL else f"`{id or plain_name(model)}`"
     return Base(
-        f"The base is {told}",
+        f"The base is {described}",
         id=id if isinstance(id, str) else None,
         license={key: str(known[key]) for key in _LICENSE_KEYS if key in known} if "license" in known else None,
         notices=tuple(file for file in sorted(place.iterdir()) if _is_notice(file)) if place else (),
@@ -163,7 +163,7 @@ def text(bundle: Bundle, base: Base, indexes: Sequence[IndexManifest], encoder: 
         **(base.license or {}),
     )  # fmt: skip
     body = _TEXT.format(
-        name=bundle.name, made_by=bundle.made_by, base=base.told, stage=trained["stage"], dtype=bundle.dtype,
+        name=bundle.name, made_by=bundle.made_by, base=base.described, stage=trained["stage"], dtype=bundle.dtype,
         seed=trained["seed"], limits=bundle.limits, lost=LOST, table=_table(trained["policies"]),
         opening=', url="URL"' if by_address and not bundle.url else "",
         options=" --url URL" if by_address and not bundle.url else "",

@@ -99,8 +99,8 @@ class Run:
             return self.config.policy.model
         if not (self.directory / stage / "policy").is_dir() or not re.fullmatch(r"\w[\w-]*", stage):
             made = sorted(path.parent.name for path in self.directory.glob("[!.]*/policy"))
-            there = list(dict.fromkeys([*(policy["stage"] for policy in self.policies), *made]))
-            raise RunError(f"{self.directory}: no policy {stage!r}; there are {', '.join(there)}")
+            known = list(dict.fromkeys([*(policy["stage"] for policy in self.policies), *made]))
+            raise RunError(f"{self.directory}: no policy {stage!r}; known: {', '.join(known)}")
         return self.directory / stage / "policy"
 
     def evaluation(self, stage: str) -> Manifest | None:
@@ -147,36 +147,36 @@ def make_bundle(
         ModelError: the policy cannot be loaded.
     """
     if out.exists() and not renew:
-        raise _there(out)
-    told = Run.read(run)
-    stage = stage or told.policies[-1]["stage"]
-    place, measured = told.place(stage), told.evaluation(stage)
+        raise _exists_error(out)
+    origin = Run.read(run)
+    stage = stage or origin.policies[-1]["stage"]
+    place, measured = origin.place(stage), origin.evaluation(stage)
     found = resolve(str(place))
     checksum = checksum or (runs.checksum(found) if isinstance(found, Path) else found)
-    if renew and (there := _present(out)) and (there.policy, there.trained["policies"]) == (checksum, told.policies):
-        return there
-    sources, of_index = _searched(told, searched, measured)
+    if renew and (known := _present(out)) and (known.policy, known.trained["policies"]) == (checksum, origin.policies):
+        return known
+    sources, of_index = _searched(origin, searched, measured)
     with _building(out, renew) as work, pin(recorded(run)):
-        policy = _load(told.config, place, dtype, measured)
+        policy = _load(origin.config, place, dtype, measured)
         policy.save(work)
         names = [_link(source, work / INDEX) for source in sources] if searched.copied else []
-        base = card.base_of_run(told.config.policy.model)
+        base = card.base_of_run(origin.config.policy.model)
         for file in base.notices:
             shutil.copyfile(file, work / file.name)
         manifests = [indexes.read(source) for source in sources]
         bundle = Bundle(
             name=name or out.resolve().name,
             dtype=_name(policy.dtype),
-            limits=told.config.rollout,
+            limits=origin.config.rollout,
             policy=checksum,
             weights={file.name: file.stat().st_size for file in sorted(work.glob("*.safetensors"))},
             index=tuple(names),
-            parameters=told.config.retrieval.parameters,
+            parameters=origin.config.retrieval.parameters,
             passages=manifests[0].passages if manifests else None,
-            url=_address(told.config, searched),
+            url=_address(origin.config, searched),
             checksum=of_index,
             made_by=runs.versions()["search-e1"],
-            trained=_trained(told, stage, measured),
+            trained=_trained(origin, stage, measured),
         )
         bundle.write(work)
         for weights in bundle.weights:  # safetensors creates files that only their owner can read
@@ -206,8 +206,8 @@ def _load(config: Config, place: str | Path, dtype: Dtype | None, measured: Mani
     policy = policies.load(place, settings, config.prompts, master_weights=wanted == "auto")
     if wanted == "auto":
         # The run's device, as far as known: its evaluation's if recorded, else this machine's.
-        there = device("auto") if measured is None or measured.gpus else torch.device("cpu")
-        has = bool(measured and measured.gpus and there.type == "cpu") or multiplies_bfloat16(there)
+        place_of_use = device("auto") if measured is None or measured.gpus else torch.device("cpu")
+        has = bool(measured and measured.gpus and place_of_use.type == "cpu") or multiplies_bfloat16(place_of_use)
         policy.dtype = compute_dtype("auto", policy.model.num_parameters(), has)
         policy.model.to(policy.dtype)  # type: ignore[arg-type]  # its stub knows devices alone
     return policy
@@ -273,8 +273,8 @@ def _link(source: Path, into: Path) -> str:
 def _encoder(sources: Sequence[Path]) -> str | None:
     """The query encoder of a dense index; bundles do not contain it."""
     files = [source / "encoder.json" for source in sources]
-    told = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
-    return next((str(about["model"]) for about in told), None)
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    return next((str(about["model"]) for about in found), None)
 
 
 def _trained(run: Run, stage: str, measured: Manifest | None) -> dict[str, Any]:
@@ -301,7 +301,7 @@ def _names(value: Any) -> Any:
     return [_names(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _there(out: Path) -> RunError:
+def _exists_error(out: Path) -> RunError:
     return RunError(f"{out} already exists; remove it, or give another directory for the bundle with --out")
 
 
@@ -310,7 +310,7 @@ def _building(out: Path, renew: bool) -> Iterator[Path]:
     """A hidden directory beside ``out``, renamed to it when the context ends; removed on failure."""
     out = out.resolve()
     work, old = (out.with_name(f".{out.name}.{part}") for part in ("unfinished", "old"))
-    with disk.translate_disk_errors(out), locks.held(work):
+    with disk.translate_disk_errors(out), locks.held(work, out):
         try:
             for left in work.iterdir():  # from a killed attempt
                 if not left.name.startswith("."):
@@ -323,7 +323,7 @@ def _building(out: Path, renew: bool) -> Iterator[Path]:
                     with file.open("rb") as stream:
                         os.fsync(stream.fileno())
             if out.exists() and not renew:  # another process finished it meanwhile
-                raise _there(out)
+                raise _exists_error(out)
             shutil.rmtree(old, ignore_errors=True)
             if out.exists():
                 out.rename(old)

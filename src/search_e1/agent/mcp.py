@@ -43,13 +43,13 @@ class FoundPassage(BaseModel):
 class CitedPassage(FoundPassage):
     """A passage that the agent read."""
 
-    holds: bool = Field(description="The answer stands in it, word for word.")
+    holds: bool = Field(description="The passage contains the answer verbatim.")
 
 
 class AskedAnswer(BaseModel):
     """The agent's answer."""
 
-    answer: str | None = Field(description="Its answer; null if it came to none.")
+    answer: str | None = Field(description="Its answer; null if there is none.")
     found: bool = Field(description="Whether the documents hold it. If not, it is a guess.")
     searches: list[str] = Field(description="What it searched for.")
     sources: list[CitedPassage] = Field(description="Passages that were read, those that hold the answer first.")
@@ -75,14 +75,14 @@ def make_server(agent: Agent, settings: ServeSettings) -> MCPServer[Any]:
     async def ask(
         question: Annotated[str, Field(pattern=r"\S", max_length=most, description="One question, understandable by itself.")],
     ) -> Annotated[CallToolResult, AskedAnswer]:
-        """Answer a question from the documents: the agent searches them, several times if need be, and names its sources."""
+        """Answer a question from the documents: the agent searches them as often as it needs to, and names its sources."""
         answer = await _reported(queue.ask(question), settings.timeout)
         return _result(_readable(answer), _structured(answer))
 
     @server.tool(annotations=_READS)
     async def search(
         query: Annotated[str, Field(pattern=r"\S", max_length=most, description="Words to look for.")],
-        topk: Annotated[int, Field(ge=1, le=_MOST_FOUND, description="Most passages.")] = agent.limits.topk,
+        topk: Annotated[int, Field(ge=1, le=_MOST_FOUND, description="Maximum number of passages.")] = agent.limits.topk,
     ) -> Annotated[CallToolResult, FoundPassages]:
         """Find passages of the documents, without an answer."""
         found = await _reported(run_in_threadpool(agent.search, query, topk), settings.timeout)

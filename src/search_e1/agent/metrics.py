@@ -25,11 +25,11 @@ class Metrics:
         self.requests = counter(
             "search_e1_agent_requests", "Requests, by response status; gone: the client left before one.", ["status"]
         )
-        self.answers = counter("search_e1_agent_answers", "Answers, by what they rest on.", ["support"])
+        self.answers = counter("search_e1_agent_answers", "Answers, by kind of support.", ["support"])
         self.found = counter("search_e1_agent_found", "Answers, by whether the documents gave them.", ["found"])
         self.tokens = counter("search_e1_agent_tokens", "Tokens read (prompts, passages) and sampled.", ["kind"])
         self.searches = counter("search_e1_agent_searches", "Searches that were answered.")
-        self.failures = counter("search_e1_agent_failures", "Questions without an answer, by why.", ["why"])
+        self.failures = counter("search_e1_agent_failures", "Questions without an answer, by cause.", ["why"])
         self.first_seconds = histogram("search_e1_agent_first_token_seconds", "To the first text of a stream.")
         self.answer_seconds = histogram("search_e1_agent_answer_seconds", "From the question to its answer.")
         gauge("search_e1_agent_questions_under_way", "Questions being answered.").set_function(lambda: questions.taken)

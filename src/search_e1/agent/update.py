@@ -52,11 +52,16 @@ def update_indexes(
             work = index.with_name(f".{index.name}.update")
             stack.callback(shutil.rmtree, work, ignore_errors=True)
             stack.enter_context(disk.translate_disk_errors(index))
-            stack.enter_context(locks.held(work))
+            stack.enter_context(locks.held(work, index))
             recover(index)
         done, source = [], corpus.checksum()
         for index in indexes:
             change = compare(index, corpus)
+            if change.before and change.added == change.passages:
+                raise DataError(
+                    f"{index}: no passage of the corpus has an id of the index; read the corpus as for the build (--column, "
+                    "--prefix-ids), or build a new index"
+                )
             settings = {"encoder": encoder, "device": device, "processes": processes}
             built = None if change.same else build_updated(index, corpus, beside(index), progress, source=source, **settings)  # type: ignore[arg-type]
             done.append((index, change, built[1] if built else 0))

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from search_e1.cli.options import ColumnOption, check_output, open_corpus
 from search_e1.errors import ConfigError, ModelError
 from search_e1.runs.safe import printable
 
@@ -33,6 +34,7 @@ def audit(
     corpus: Annotated[
         list[str] | None, typer.Option("--corpus", help="Passages, as for `index build`; instead of the config's.")
     ] = None,
+    column: ColumnOption = None,
     index: Annotated[Path | None, typer.Option("--index", help="Index to read the passages from.")] = None,
     train: Annotated[list[Path] | None, typer.Option("--train", help="Training questions. Repeatable.")] = None,
     eval: Annotated[list[str] | None, typer.Option("--eval", help="Evaluation questions: [NAME=]FILE. Repeatable.")] = None,
@@ -53,9 +55,11 @@ def audit(
     from search_e1.evaluation import audit as auditing
     from search_e1.runs.files import write_atomically
 
+    check_output(json, "--json")
+    check_output(out, "--out")
     loaded = load(config) if config else None
     sources = _sources(loaded, train, eval)
-    passages = _passages(loaded, corpus, index)
+    passages = _passages(loaded, corpus, column, index)
     limits = loaded.rollout if loaded else RolloutConfig()
     tokenizer = _tokenizer(loaded, policy)
     with in_language(limits.answer_language), watch(console, 1)("audit") as progress:
@@ -92,9 +96,8 @@ def _named(word: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def _passages(config: "Config | None", corpus: list[str] | None, index: Path | None) -> _Passages:
+def _passages(config: "Config | None", corpus: list[str] | None, column: list[str] | None, index: Path | None) -> _Passages:
     """Title and text of each passage, from --corpus or --index, else the config's index, else its corpus."""
-    from search_e1.data.corpus import Corpus
     from search_e1.retrieval import directory
     from search_e1.retrieval.passages import Passages
     from search_e1.stages.inputs import Inputs
@@ -102,7 +105,7 @@ def _passages(config: "Config | None", corpus: list[str] | None, index: Path | N
     if corpus and index:
         raise ConfigError("give --corpus or --index, not both")
     if corpus:
-        return _of_corpus(Corpus(*corpus, skip_bad_lines=True))
+        return _of_corpus(open_corpus(corpus, column, skip_bad_lines=True))
     if index is None and config and config.retrieval.index:
         index = config.retrieval.index[0]
     if index:

@@ -45,7 +45,7 @@ def prepare(
     out: Annotated[Path, typer.Option("--out", help="Directory for the new files.")],
     train: Annotated[
         list[str] | None,
-        typer.Option("--train", help="Training questions: BENCHMARK[:SPLIT] or [NAME=]FILE. Repeatable."),
+        typer.Option("--train", help="Training questions: BENCHMARK[:SPLIT], all[:SPLIT] or [NAME=]FILE. Repeatable."),
     ] = None,
     eval: Annotated[
         list[str] | None,
@@ -144,7 +144,9 @@ def _show(prepared: "Prepared", duplicates: Duplicates, *, drop_leaks: bool) -> 
 def _examples(examples: "Sequence[Again]") -> None:
     for again in examples[:2]:
         question = printable(" ".join(again.question.split()))
-        places = f"  (line {again.where.rpartition(':')[2]} = line {again.first.rpartition(':')[2]})"
+        (file, _, line), (first_file, _, first) = again.where.rpartition(":"), again.first.rpartition(":")
+        first = first if file == first_file else f"{first} of {Path(first_file).name}"
+        places = f"  (line {line} = line {first})"
         room = console.width - len(places) - 4
         shown = question if len(question) <= room else f"{question[: room - 1]}\N{HORIZONTAL ELLIPSIS}"
         console.print(Text(f"    {shown}{places}", style="dim"), overflow="ellipsis", no_wrap=True)

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from search_e1.cli.config_file import ConfigArgument
+from search_e1.cli.options import check_output
 
 console = Console(highlight=False, markup=False, emoji=False)
 
@@ -32,6 +33,7 @@ def doctor(
     from search_e1.config import load
     from search_e1.lab.doctor import examine
 
+    check_output(json, "--json")
     loaded = load(config, context.args)
     found = examine(loaded, policy, questions=questions, evaluated=evaluated, watch=watch(console, loaded.rounds))
     show_findings(console, found.findings)

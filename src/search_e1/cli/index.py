@@ -9,27 +9,22 @@ from rich.console import Console
 
 from search_e1.cli.index_update import index_update
 from search_e1.cli.options import (
+    ColumnOption,
     DeviceOption,
     EncoderOption,
     IndexOption,
     ParametersOption,
+    PassageBytesOption,
+    PrefixOption,
+    SkipOption,
     encoder_settings,
+    open_corpus,
     with_options,
 )
 from search_e1.errors import ConfigError
 from search_e1.retrieval.convention import EncoderSettings
 from search_e1.runs.languages import AUTO
 
-ColumnOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--column",
-        help="FIELD=COLUMN of the corpus, e.g. text=body; id= makes ids from file and line. Repeatable.",
-    ),
-]
-PrefixOption = Annotated[
-    bool, typer.Option("--prefix-ids", help="Prefix each id with the name of its corpus, for corpora with equal ids.")
-]
 app = typer.Typer(no_args_is_help=True, help="Build and inspect retrieval indexes.")
 console = Console(markup=False, emoji=False)
 
@@ -49,10 +44,8 @@ def index_build(
     column: ColumnOption = None,
     prefix_ids: PrefixOption = False,
     kind: Annotated[Literal["bm25", "dense"], typer.Option("--kind", help="bm25, or dense.")] = "bm25",
-    skip_bad_lines: Annotated[
-        bool, typer.Option("--skip-bad-lines", help="Leave out invalid records, and report how many.")
-    ] = False,
-    max_passage_bytes: Annotated[int, typer.Option(min=1, help="A longer passage is an invalid record.")] = 2**20,
+    skip_bad_lines: SkipOption = False,
+    max_passage_bytes: PassageBytesOption = 2**20,
     processes: Annotated[
         int | None,
         typer.Option(min=1, help="Processes that count words (bm25). Default: one per core, at most 8."),
@@ -73,8 +66,6 @@ def index_build(
 ) -> None:
     """Build an index of a corpus: by words (bm25) or vectors (dense). An interrupted build is resumed."""
     from search_e1.cli.display import watch
-    from search_e1.data.corpus import Corpus
-    from search_e1.data.formats.passages import CorpusColumns
     from search_e1.retrieval.directory import refuse_existing
     from search_e1.retrieval.indexes import DenseSettings, build_index
 
@@ -85,13 +76,7 @@ def index_build(
         raise ConfigError("--language is for a bm25 index; a dense one is in the languages of its encoder")
     dense = DenseSettings(settings, faiss, parameters) if settings else None
     refuse_existing(out)  # before the corpus is read for its checksum
-    read = Corpus(
-        *corpus,
-        columns=CorpusColumns.parse(column or ()),
-        prefix_ids=prefix_ids,
-        skip_bad_lines=skip_bad_lines,
-        most_bytes=max_passage_bytes,
-    )
+    read = open_corpus(corpus, column, prefix_ids, skip_bad_lines, max_passage_bytes)
     cores = processes or min(8, os.cpu_count() or 1)
     with watch(console, 1)("index") as progress:
         build_index(read, out, progress, dense=dense, source=read.checksum(), processes=cores, language=language)
@@ -114,15 +99,13 @@ def index_import(
 ) -> None:
     """Import an existing FAISS index of a corpus; its vectors are used as they are."""
     from search_e1.cli.display import watch
-    from search_e1.data.corpus import Corpus
-    from search_e1.data.formats.passages import CorpusColumns
     from search_e1.retrieval.directory import refuse_existing
     from search_e1.retrieval.indexes import DenseSettings, import_index
 
     settings = encoder_settings(encoder, **encoder_options)
     assert settings
     refuse_existing(out)
-    read = Corpus(*corpus, columns=CorpusColumns.parse(column or ()), prefix_ids=prefix_ids)
+    read = open_corpus(corpus, column, prefix_ids)
     dense = DenseSettings(settings, parameters=parameters)
     with watch(console, 1)("index") as progress:
         import_index(read, out, faiss, dense, progress, read.checksum())

@@ -69,7 +69,7 @@ def _show(report: "Report", out: Path) -> None:
     if report.all_again:
         console.print("Settings changed since last time: all files were read again.")
     if report.removed:
-        console.print(f"{report.removed:,} files have disappeared since last time; their passages were removed.")
+        console.print(f"{report.removed:,} files are gone or no longer read; their passages were removed.")
     silent = ("hidden", "excluded")
     told = [entry for entry in report.not_read if entry.reason not in silent and entry.status != "duplicate"]
     for entry in told[:_SHOWN]:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from search_e1.cli.options import check_output
 from search_e1.errors import ConfigError, ModelError, RunError
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 console = Console(highlight=False, markup=False, emoji=False)
 THIS, NONE = "this", "none"
+_FETCH = Path("scripts/fetch_smollm2.py")
 _SHARE = 0.2  # of the user's questions, set aside for evaluation
 _MOST_A_STEP = {True: 8, False: 32}
 """Small model or not -> maximum questions per GRPO step."""
@@ -45,6 +47,7 @@ def init(
 
     if file.exists():
         raise RunError(f"{file} exists; give another name: search-e1 init other.toml")
+    check_output(file, "FILE")
     constants = load_constants()
     documents = documents or _ask("Where are your documents? A folder, or a file of passages", "--documents")
     if not Path(documents).exists():
@@ -81,7 +84,12 @@ def init(
     recipe.config()  # validates the config before it is written
     file.write_text(recipe.toml(), encoding="utf-8")
     console.print(Text(f"{file}: {recipe.model} on {recipe.machine}"), soft_wrap=True)
-    fetch = ["python scripts/fetch_smollm2.py"] if recipe.model == SMALL_MODEL and not Path(SMALL_MODEL).exists() else []
+    fetch = []
+    if recipe.model == SMALL_MODEL and not Path(SMALL_MODEL).exists():
+        fetch = [f"python {_FETCH}"]
+        if not _FETCH.exists():
+            note = f"{_FETCH} is in search-e1's repository: run it there, or name a model with --model"
+            console.print(Text(note), style="yellow", soft_wrap=True)
     written = shlex.quote(str(file))
     plan = [f"search-e1 plan {written} --gpu {gpu}"] if gpu != THIS else []
     last = [f"search-e1 doctor {written}", f"search-e1 train {written}", f"search-e1 serve {shlex.quote(recipe.run)}/agent"]

@@ -14,7 +14,7 @@ import typer
 
 from search_e1.cli import asking, bundle, compare, data, doctor, index, init, pairs, plan, report, serving, stages, sweep
 from search_e1.cli.config_file import ConfigArgument, ConfigCommand
-from search_e1.errors import SearchE1Error
+from search_e1.errors import ConfigError, SearchE1Error
 from search_e1.runs import ranks
 from search_e1.runs.allocation import keep_freed_memory
 from search_e1.runs.safe import plain
@@ -133,6 +133,10 @@ def world(
     if (directory / "corpus.jsonl").exists():
         console.print(f"{directory} already exists and was left unchanged", markup=False, highlight=False)
         return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{directory}: {error.strerror}; give a directory that can be written to") from None
     write(make_world(difficulty=HARD if hard else USUAL), directory, train=train, dev=dev, test=test, seed=seed)
     console.print(
         f"{directory}: corpus, {train} train, {dev} dev, {test} test questions",

@@ -1,15 +1,18 @@
-"""Options shared by several verbs: an index and its encoder, and one option per field of a settings model."""
+"""Options shared by several verbs: a corpus, an index and its encoder, and one option per field of a settings model."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ValidationError
 
 from search_e1.errors import ConfigError
 from search_e1.retrieval.convention import EncoderSettings
+
+if TYPE_CHECKING:
+    from search_e1.data.corpus import Corpus
 
 IndexOption = Annotated[
     list[Path], typer.Option("--index", help="Directory of an index. Given twice, their rankings are fused.")
@@ -22,6 +25,19 @@ DeviceOption = Annotated[str, typer.Option("--device", help="Device of the encod
 ParametersOption = Annotated[
     str | None, typer.Option("--parameters", help="FAISS search parameters, e.g. nprobe=128,k_factor_rf=40.")
 ]
+
+ColumnOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        help="FIELD=COLUMN of the corpus, e.g. text=body; id= makes ids from file and line. Repeatable.",
+    ),
+]
+PrefixOption = Annotated[
+    bool, typer.Option("--prefix-ids", help="Prefix each id with the name of its corpus, for corpora with equal ids.")
+]
+SkipOption = Annotated[bool, typer.Option("--skip-bad-lines", help="Leave out invalid records, and report how many.")]
+PassageBytesOption = Annotated[int, typer.Option("--max-passage-bytes", min=1, help="A longer passage is an invalid record.")]
 
 _UNITS: dict[str, tuple[str, float]] = {
     "max_body_bytes": ("max_body_mib", 2**20),
@@ -56,6 +72,35 @@ def with_options(model: type[BaseModel], *, without: tuple[str, ...] = ()) -> Ca
         return command
 
     return add
+
+
+def open_corpus(
+    places: Sequence[str],
+    column: Sequence[str] | None = None,
+    prefix_ids: bool = False,
+    skip_bad_lines: bool = False,
+    max_passage_bytes: int = 2**20,
+) -> "Corpus":
+    """The corpus that ``--corpus`` and its options name.
+
+    Raises:
+        ConfigError: an option is invalid.
+    """
+    from search_e1.data.corpus import Corpus
+    from search_e1.data.formats.passages import CorpusColumns
+
+    columns = CorpusColumns.parse(column or ())
+    return Corpus(*places, columns=columns, prefix_ids=prefix_ids, skip_bad_lines=skip_bad_lines, most_bytes=max_passage_bytes)
+
+
+def check_output(path: Path | None, flag: str) -> None:
+    """Check, before any work, that a file can be written at ``path``.
+
+    Raises:
+        ConfigError: its directory does not exist.
+    """
+    if path and not path.absolute().parent.is_dir():
+        raise ConfigError(f"{flag} {path}: no directory {path.parent}; make it first, or give another file")
 
 
 def settings_of(model: type[BaseModel], options: dict[str, Any]) -> Any:

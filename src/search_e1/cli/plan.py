@@ -15,7 +15,7 @@ console = Console(highlight=False)
 def plan(
     context: typer.Context,
     config: ConfigArgument,
-    gpu: Annotated[str, typer.Option("--gpu", help="h100, h200, a100, 4090, ...: see [gpus] in the constants.")],
+    gpu: Annotated[str, typer.Option("--gpu", help="GPU: h100, h200, a100, 4090, ... (docs/scaling.md).")],
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Number of GPUs, over all nodes.")] = 1,
     constants: Annotated[
         Path | None, typer.Option("--constants", help="TOML file with measured constants, GPUs or models.")

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from search_e1.cli.options import EncoderOption, encoder_settings
+from search_e1.cli.options import ColumnOption, EncoderOption, PrefixOption, encoder_settings, open_corpus
 from search_e1.errors import ConfigError, RunError
 from search_e1.runs.safe import printable
 
@@ -45,6 +45,8 @@ ReviewOption = Annotated[
 def questions(
     out: Annotated[Path, typer.Option("--out", help="New directory for the question files.")],
     corpus: CorpusOption = None,
+    column: ColumnOption = None,
+    prefix_ids: PrefixOption = False,
     endpoint: EndpointOption = None,
     model: Annotated[str | None, typer.Option("--model", help="Name of the model on the endpoint.")] = None,
     policy: PolicyOption = None,
@@ -88,7 +90,6 @@ def questions(
     if eval_share == 1:
         raise ConfigError("--eval-share 1 leaves no training questions; give a share below 1")
     from search_e1.cli.display import watch
-    from search_e1.data.corpus import Corpus
     from search_e1.questions.make import Request, make_questions
     from search_e1.questions.opening import By
     from search_e1.retrieval.indexes import open_indexes
@@ -96,7 +97,7 @@ def questions(
     request = Request(tuple(corpus), number, two_hop, depth, eval_share, per_passage, seed)
     written_by = By(out, endpoint, model, policy, temperature, max_tokens, concurrency, timeout, per_passage, seed)
     retriever = open_indexes(index, encoder_settings(encoder)) if index else None
-    read = Corpus(*corpus)
+    read = open_corpus(corpus, column, prefix_ids)
     passages, checksum = list(read), read.checksum()
     out.parent.mkdir(parents=True, exist_ok=True)
     settings = {**written_by.settings(), "index": retriever.checksum if retriever else None}

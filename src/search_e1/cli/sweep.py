@@ -1,6 +1,7 @@
 """The verb ``search-e1 sweep``."""
 
 import os
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,7 +42,7 @@ def sweep(
     from search_e1.runs.locks import held
 
     read = spec.read(file, config, out or Path("runs") / file.stem, context.args)
-    with held(read.directory):
+    with nullcontext() if report else held(read.directory):  # a report may look at a running sweep
         outcomes: Sequence[Outcome] = ()
         if not report:
             versions = context.obj["other_versions"]

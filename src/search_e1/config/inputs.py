@@ -113,8 +113,15 @@ class RetrievalConfig(Section):
             raise ValueError("kind = 'url' needs a url; give url")
         if "dense" in indexes and not (self.encoder or self.index):
             raise ValueError(f"kind = {self.kind!r} needs an encoder; give encoder.model")
+        if (given := self._dense_only()) and self.kind in ("bm25", "url") and not self.index:
+            raise ValueError(f"{given} is only for a dense index; set kind = 'dense' or 'hybrid', or leave it out")
         if self.language != AUTO and (self.index or "bm25" not in indexes):
             raise ValueError("language is only for building a bm25 index; an existing index records its own")
         if self.cache_key and indexes:
             raise ValueError("cache_key is only for a url; an index has its own checksum")
         return self
+
+    def _dense_only(self) -> str | None:
+        """The first key with another value than its default that only a dense index uses."""
+        fields = type(self).model_fields
+        return next((k for k in ("encoder", "faiss", "parameters") if getattr(self, k) != fields[k].default), None)

@@ -104,6 +104,11 @@ class Config(Section):
         """Number of rounds that distill."""
         return sum(self.distills(round) for round in range(1, self.rounds + 1))
 
+    @property
+    def evaluated_policies(self) -> int:
+        """Number of policies that a run evaluates, if no distillation is refused."""
+        return (self.policy.model != NEW) + bool(self.coldstart) + self.distillations + (self.rounds if self.grpo.steps else 0)
+
     def fingerprint(self) -> dict[str, Any]:
         """Identifies a run directory, as JSON: all settings except its path and those that do not affect results."""
         waiting = {"timeout", "attempts", "time_limit", "cache"}

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,7 @@ def prepare(request: Request) -> Prepared:
     parts = without_duplicates(parts, request.duplicates)
     if request.dev_share is not None:
         parts = with_dev(parts, request.dev_share, request.seed)
+        _refuse_same_file(parts)
     parts, leaks = find_leaks(parts, request.drop_leaks)
     parts = [cut(part, request.max_train if part.role == "train" else request.max_eval, request.seed) for part in parts]
     for part in parts:
@@ -186,11 +187,14 @@ def _load(request: Request) -> list[Part]:
             parts += _resolve(text, role, request)
     if not parts:
         raise ConfigError("nothing to prepare; give --train or --eval")
-    files = [part.file for part in parts]
-    twice = next((file for file in files if files.count(file) > 1), None)
-    if twice:
-        raise ConfigError(f"{twice} would be written twice; give each source a name of its own, e.g. --eval other=FILE")
+    _refuse_same_file(parts)
     return parts
+
+
+def _refuse_same_file(parts: Sequence[Part]) -> None:
+    files = [part.file for part in parts]
+    if twice := next((file for file in files if files.count(file) > 1), None):
+        raise ConfigError(f"{twice} would be written twice; give each source a name of its own, e.g. --eval other=FILE")
 
 
 def _resolve(text: str, role: Role, request: Request) -> list[Part]:

@@ -168,7 +168,7 @@ class _Published:
 
     def lines(self) -> Iterable[str]:
         if self.aliases:
-            yield f"answers include the aliases from {self.aliases_file} gives them"
+            yield f"answers include the aliases in {self.aliases_file}"
         if self.left_out:
             number = f"{len(self.left_out)} unanswerable questions are left out ({self.left_out[0]})"
             yield f"{number}; --keep-unanswerable keeps them"

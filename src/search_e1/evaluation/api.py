@@ -92,7 +92,8 @@ def evaluate(
         progress: called after each trajectory; by default a progress line in a notebook, and nothing elsewhere.
 
     Raises:
-        ConfigError: ``out`` exists and the policy is in memory, so whether it is the one evaluated there cannot be checked.
+        ConfigError: ``out`` exists, and whether it holds this evaluation cannot be checked: the policy is in memory, or the
+            retriever has no checksum.
         DataError: there are no questions, or their file cannot be read.
         ModelError: the policy cannot be loaded, or a question does not fit into its context.
         RetrievalError: from the retriever.
@@ -103,6 +104,7 @@ def evaluate(
     settings = EvaluationConfig(samples=samples, temperature=temperature, latency=0, recall=False)
     place = Path(out) if out is not None else None
     loaded, identity = _policy(policy, place)
+    searched = _retrieval(retriever, limits.topk, place)
     engine = TorchEngine(loaded.model, loaded.tokenizer, batch_size=limits.batch_size)
     with ExitStack() as stack:
         stack.enter_context(in_language(limits.answer_language))
@@ -124,7 +126,7 @@ def evaluate(
                 place,
                 stage=f"evaluation-{place.name}",
                 settings={"evaluation": settings.model_dump(mode="json"), "rollout": limits.model_dump(mode="json")},
-                inputs={"policy": identity, "retrieval": _name(retriever), "questions": _checksum(asked)},
+                inputs={"policy": identity, "retrieval": searched, "questions": _checksum(asked)},
                 seed=seed,
                 make=make,
                 defaults=default_of,
@@ -161,9 +163,17 @@ def _checksum(asked: Mapping[str, Sequence[Question]]) -> str:
     return runs.sha256_text("".join(f"{name} {q.model_dump_json()}\n" for name, part in asked.items() for q in part))
 
 
-def _name(retriever: Retriever) -> str:
-    """The retriever's checksum if it has one, else its class name."""
-    return getattr(retriever, "checksum", None) or type(retriever).__qualname__
+def _retrieval(retriever: Retriever, topk: int, out: Path | None) -> str:
+    """The identity of what ``retriever`` searches: its checksum, else its server's URL, else its class name."""
+    if probe := getattr(retriever, "probe", None):
+        probe(topk)  # a server sends its checksum with its first response
+    if known := getattr(retriever, "checksum", None) or getattr(retriever, "url", None):
+        return str(known)
+    if out and out.exists():
+        raise ConfigError(
+            f"{out}: already exists, and a retriever without a checksum cannot be told from another; give another"
+        )
+    return type(retriever).__qualname__
 
 
 def compare(

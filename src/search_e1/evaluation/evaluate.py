@@ -1,7 +1,6 @@
 """Evaluation of a policy: greedy and sampled rollouts of every question, each judged."""
 
 import json
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,10 +23,10 @@ from search_e1.rollout.sharing import Part, write_parts
 from search_e1.runs import derived_seed, ranks, read_records
 from search_e1.runs.checkpoints import Checkpointer
 from search_e1.runs.progress import Progress, silent
+from search_e1.text.prompts import seen_passages, split_passage
 from search_e1.types import Group, Question, Record, Trajectory
 
 TRAJECTORIES, SAMPLED, TIMINGS = "trajectories.jsonl", "sampled.jsonl", "timings.json"
-_DOCUMENT = re.compile(r"Doc \d+\(Title: ")
 
 
 class Timing(Record):
@@ -193,9 +192,8 @@ def with_samples(result: Result, group: Group) -> Result:
 def _read_passages(trajectory: Trajectory) -> Iterator[str]:
     """Title and text of every passage as the policy read it: tags neutralized, truncations included."""
     for turn in trajectory.turns:
-        if turn.served:
-            lines = turn.observation_text.splitlines()  # one passage per line, between the protocol's own lines
-            yield from (_DOCUMENT.sub("", line, count=1) for line in lines if _DOCUMENT.match(line))
+        if turn.kind.is_call:  # `open` shows passages, too
+            yield from (" ".join(split_passage(passage)) for passage in seen_passages(turn.observation_text))
 
 
 def _timing(sampler: RolloutSampler, questions: Sequence[Question], seconds: float, alone: int) -> Timing:

@@ -203,14 +203,19 @@ def overlap(train: Sequence[Question], evaluated: Mapping[str, Sequence[Question
 def amounts(config: Config, train_questions: int, eval_questions: int) -> dict[str, int]:
     """Stage -> the most trajectories that a run samples in it."""
     rounds, grpo, distillations = config.rounds, config.grpo, config.distillations
-    policies = 1 + bool(config.coldstart) + distillations + (rounds if grpo.steps else 0)
-    found = {"evaluation": policies * eval_questions * (1 + config.evaluation.samples)}
+    distill, merge = config.distill, config.distill.merge
+    found = {"evaluation": config.evaluated_policies * eval_questions * (1 + config.evaluation.samples)}
     found["grpo"] = rounds * grpo.steps * grpo.questions_per_step * grpo.group_size
+    questions = min(config.pool.questions or train_questions, train_questions)
     if config.pool.source == "fresh":
-        questions = min(config.pool.questions or train_questions, train_questions)
         found["pool"] = distillations * questions * config.pool.group_size
-    if config.distill.has_teacher:
+    if distill.has_teacher:
         found["lead"] = distillations * int(4 * config.lead.pairs * config.lead.samples)
+        found["teachers"] = distillations * questions * (distill.teachers == "verified")
+    if distill.students == "fresh":
+        found["students"] = distillations * questions * distill.epochs
+    if len(merge.strengths) > 1:
+        found["merge"] = distillations * len(merge.strengths) * min(merge.questions, train_questions)
     return {stage: count for stage, count in found.items() if count}
 
 
@@ -230,7 +235,7 @@ def time(sampled: Mapping[str, int], per_second: float, tokens: float, trained_p
         text += "; training is extra (search-e1 doctor measures it)."
     else:
         training = sampled.get("grpo", 0) / trained_per_second / 3600
-        text += f", GRPO's updates {duration(training)}."
+        text += f", GRPO's updates {duration(training)}; the other stages' updates are extra."
     return Finding(check="time", level=Level.OK, text=text)
 
 

@@ -1,5 +1,6 @@
 """The doctor: whether a run can learn, whether it fits, and how long it takes, before it is started."""
 
+import os
 import re
 import tempfile
 import time
@@ -16,6 +17,7 @@ from search_e1.errors import ModelError
 from search_e1.evaluation import preflight
 from search_e1.evaluation.audit import Source, audit
 from search_e1.evaluation.preflight import Finding, Level, Observed
+from search_e1.lab.plan.memory import training_jobs
 from search_e1.lab.plan.plan import misfits
 from search_e1.rollout.sampler import RolloutSampler
 from search_e1.runs.devices import device
@@ -124,7 +126,9 @@ def _audit(run: Inputs, tokenizer: Any = None) -> list[Finding]:
 @contextmanager
 def _workplace(config: Config) -> Iterator[Path]:
     """A temporary run directory, which reuses the run's index if that exists."""
-    with tempfile.TemporaryDirectory(prefix="search-e1-doctor-") as name:
+    beside = config.run.parent  # on the run's file system its index is linked, not copied
+    place = beside if beside.is_dir() and os.access(beside, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".search-e1-doctor-", dir=place) as name:
         begun = config.run if (config.run / CONFIG).exists() else None
         with opened(Path(name) / "run", config.fingerprint(), migrate=migrate_fingerprint, branch_of=begun) as root:
             yield root
@@ -174,14 +178,11 @@ def _before_coldstart(finding: Finding) -> Finding:
 def _train(run: Inputs, policy: str, groups: Sequence[Group]) -> tuple[float | None, list[Finding]]:
     """Trajectories per second of a GRPO update, measured on ``groups``, and findings about whether training fits."""
     config = run.config
-    if not config.grpo.steps:
-        return None, []
-    stages = ("grpo", "distill") if config.distillations else ("grpo",)
     found = [
         _sentences("memory", Level.STOP if at_all else Level.WARNING, *problem.split("; ", 1))
-        for problem, at_all in misfits(config, policy, stages, ranks=1)
+        for problem, at_all in misfits(config, policy, tuple(training_jobs(config)), ranks=1)
     ]
-    if any(finding.level is Level.STOP for finding in found):
+    if not config.grpo.steps or any(finding.level is Level.STOP for finding in found):
         return None, found
     try:
         with run.watch("train"):

@@ -15,6 +15,7 @@ from search_e1.errors import RetrievalError
 from search_e1.retrieval.base import Hit
 from search_e1.runs import sha256_text
 from search_e1.runs.http import Reply, Server, TransientError, check_status, server_url
+from search_e1.runs.safe import masked_url
 from search_e1.types import Passage
 
 CHECKSUM_HEADER, MOST_QUERIES_HEADER = "Search-E1-Index", "Search-E1-Max-Queries"
@@ -63,8 +64,11 @@ class HttpRetriever:
         Raises:
             ConfigError: ``url`` is not an http or https URL.
         """
+        endpoint = server_url(url, "retrieval.url", "/retrieve")
+        self.url = masked_url(endpoint)
+        """The server's URL, without secrets."""
         self._server = Server(
-            server_url(url, "retrieval.url", "/retrieve"),
+            endpoint,
             RetrievalError,
             what="passages",
             timeout=timeout,

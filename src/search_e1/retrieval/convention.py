@@ -144,7 +144,7 @@ def _read_prefixes(directory: Path, config: Any, family: Family | None, given: d
     """Prefixes of queries and passages. Empty prompts in the files are ignored if the family is known, since
     sentence-transformers saves them by default.
     """
-    prompts = config.get("prompts") or {}
+    prompts = {name: prompt for name, prompt in (config.get("prompts") or {}).items() if prompt}
     default = prompts.get(config.get("default_prompt_name") or "", "")
     query = prompts.get("query", default)
     passage = next((prompts[key] for key in ("document", "passage", "corpus") if key in prompts), default)

@@ -146,7 +146,7 @@ def building(directory: Path, settings: Mapping[str, Any] | None) -> Iterator[Bu
     refuse_existing(directory)
     work = directory.with_name(f".{directory.name}.unfinished")
     identity = None if settings is None else json.loads(json.dumps(settings))
-    with disk.translate_disk_errors(directory), locks.held(work):
+    with disk.translate_disk_errors(directory), locks.held(work, directory):
         try:
             refuse_existing(directory)  # another process may have finished it meanwhile
             _start(work, identity)

@@ -6,6 +6,7 @@ A training stage saves checkpoints; a stage that writes lines writes them chunk 
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -21,6 +22,8 @@ from search_e1.runs.artifacts import JOURNAL
 from search_e1.runs.files import append, sha256, summed_entries, summed_line, sync, write_atomically
 from search_e1.runs.stopping import Stop, Stopped
 from search_e1.types import Record
+
+logger = logging.getLogger(__name__)
 
 _SUMS = "sha256.json"
 _KEPT = 2
@@ -66,6 +69,7 @@ class Checkpointer:
         for path in sorted(self._checkpoints(), reverse=True):
             if _whole(path):
                 return path
+            logger.warning("%s: damaged checkpoint removed; training resumes from the one before, if there is one", path)
             shutil.rmtree(path)
         return None
 

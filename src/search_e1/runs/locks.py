@@ -24,8 +24,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def held(directory: Path) -> Iterator[None]:
+def held(directory: Path, shown: Path | None = None) -> Iterator[None]:
     """Lock ``directory`` against other processes; creates it if missing.
+
+    ``shown``: the path in messages, if ``directory`` is a hidden one beside what the user named.
 
     Raises:
         RunError: another process holds it (the message names it), or the directory cannot be written to.
@@ -35,11 +37,11 @@ def held(directory: Path) -> Iterator[None]:
         lock = _acquire(directory)
     except Timeout as error:
         raise RunError(
-            f"{directory}: {_holder(directory)} is using this run directory; wait for it, or use another"
+            f"{shown or directory}: {_signature(directory)} is using it; wait for it, or use another"
             f"{_stale(Path(error.lock_file))}"
         ) from None
     except OSError as error:
-        raise RunError(f"{directory}: {error.strerror or error}; give a run directory that can be written to") from None
+        raise RunError(f"{shown or directory}: {error.strerror or error}; give a directory that can be written to") from None
     try:
         _sign(directory)
         yield
@@ -57,7 +59,7 @@ def making(path: Path) -> Iterator[None]:
         RunError: another process is making or has made ``path``, or nothing can be written there.
     """
     beside = path.with_name(f".{path.name}.unfinished")
-    with held(beside):
+    with held(beside, path):
         try:
             if path.exists():  # created since the caller checked
                 raise RunError(f"{path} exists; give another directory, or remove it")
@@ -103,10 +105,31 @@ def _sign(directory: Path) -> None:
         )
 
 
-def _holder(directory: Path) -> str:
+def holder(directory: Path) -> str | None:
+    """The process that holds the lock of ``directory``; ``None`` if none signed it, or if it was killed on this machine."""
     try:
-        told = json.loads((directory / _HOLDER).read_text(encoding="utf-8"))
-        return f"process {told['pid']} on {told['host']} (since {told['since']})"
+        signed = json.loads((directory / _HOLDER).read_bytes())
+        pid, host = int(signed["pid"]), str(signed["host"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return None if host == socket.gethostname() and not _lives(pid) else f"process {pid} on {host}"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _signature(directory: Path) -> str:
+    """Who holds a lock that could not be had, and since when."""
+    try:
+        signed = json.loads((directory / _HOLDER).read_bytes())
+        return f"process {signed['pid']} on {signed['host']} (since {signed['since']})"
     except (OSError, ValueError, LookupError, TypeError):
         return "another process"
 

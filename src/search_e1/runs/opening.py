@@ -51,7 +51,7 @@ def opened(
         if shared:
             write_atomically(directory / artifacts.SHARED, json.dumps({"in": str(shared.resolve())}) + "\n")
         _check_config(directory, masked(json.loads(json.dumps(config, default=str))), migrate)
-        _check_versions(directory, other_versions)
+        _check_versions(directory, branch_of, other_versions)
         begun = _begun_on(directory, branch_of, shared)
         with day.pin(ranks.broadcast_object(begun) if ranks.is_joined() else begun):
             yield directory
@@ -89,17 +89,19 @@ def _check_config(directory: Path, config: dict[str, Any], migrate: Callable[[Ma
         )
 
 
-def _check_versions(directory: Path, allowed: bool) -> None:
-    """Refuse other versions: a run resumed under them is not bit-identical to an uninterrupted one."""
-    here, there = artifacts.versions(), _begun_with(directory)
+def _check_versions(directory: Path, branch_of: Path | None, allowed: bool) -> None:
+    """Refuse other versions: a run resumed under them, or a branch, is not bit-identical to an uninterrupted one."""
+    here, there, begun = artifacts.versions(), _begun_with(directory), directory
+    if branch_of and not there:
+        there, begun = _begun_with(branch_of), branch_of
     both = here.keys() & there.keys()
     found = changes({key: there[key] for key in both}, {key: here[key] for key in both})
     if found and not allowed:
         raise RunError(
-            f"{directory} was begun with other versions; install those, or continue with these anyway (search-e1 "
+            f"{begun} was begun with other versions; install those, or continue with these anyway (search-e1 "
             f"--other-versions VERB ...), which mixes both in its results:{lines(found)}"
         )
-    if found or not there:
+    if found or not (directory / _VERSIONS).exists():
         write_atomically(directory / _VERSIONS, json.dumps(here, indent=2) + "\n")
 
 

@@ -107,7 +107,8 @@ def _walk(folder: Path, prefix: str, out: Path, exclude: Sequence[str], found: F
             continue
         for entry in entries:
             name = before + _text(entry.name)
-            if any(fnmatch.fnmatch(part, pattern) for pattern in exclude for part in (_text(entry.name), name)):
+            names = (_text(entry.name), name, name.removeprefix(prefix))
+            if any(fnmatch.fnmatch(part, pattern) for pattern in exclude for part in names):
                 found.skipped.append(Skipped(name, OTHER, "excluded"))
                 continue
             if entry.name.startswith("."):

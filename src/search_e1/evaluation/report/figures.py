@@ -165,10 +165,10 @@ def _sampled_tokens(stage: Stage) -> int | None:
 
 
 def _trained_tokens(stage: Stage) -> int | None:
-    """Tokens that entered a loss, counted once per epoch."""
+    """Tokens that entered a loss, counted once per epoch; ``None`` if the stage trains nothing or does not count them."""
     kind = stage.name.partition("-")[0]
     if kind == "grpo":
-        return _grpo_tokens(stage)
+        return _grpo_tokens(stage) * stage.manifest.settings["grpo"].get("epochs", 1)
     if kind == "ofsd" and "positions" in stage.figures:
         return stage.figures["positions"] * stage.manifest.settings["distill"]["epochs"]
     return None

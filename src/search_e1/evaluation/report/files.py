@@ -1,17 +1,16 @@
 """The contents of a run directory, complete or unfinished, as plain data."""
 
 import json
-import os
 import re
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from search_e1.errors import DataError, RunError
-from search_e1.runs import MANIFEST, Manifest
+from search_e1.runs import MANIFEST, Manifest, locks
 
+_BEFORE_ROUNDS = ("base", "coldstart")
 _ROUND_ORDER = ("grpo", "pool", "pairs", "lead", "ofsd")
 _EVALUATION = "evaluation-"
 
@@ -45,7 +44,7 @@ class Run:
 
     @property
     def evaluations(self) -> list[Stage]:
-        """Evaluations in loop order: base, then GRPO and OFSD of each round; others last, by start time."""
+        """Evaluations in loop order: base, cold start, then GRPO and OFSD of each round; others last, by start time."""
         return sorted(
             (stage for stage in self.stages.values() if stage.name.startswith(_EVALUATION)),
             key=lambda stage: (_position(policy_of(stage)), stage.manifest.started),
@@ -66,8 +65,8 @@ def policy_of(evaluation: Stage) -> str:
 
 
 def _position(policy: str) -> tuple[int, int]:
-    if policy == "base":
-        return 0, 0
+    if policy in _BEFORE_ROUNDS:
+        return 0, _BEFORE_ROUNDS.index(policy)
     kind, _, round = policy.rpartition("-")
     return (int(round), _ROUND_ORDER.index(kind)) if kind in _ROUND_ORDER and round.isdigit() else (1 << 30, 0)
 
@@ -88,29 +87,7 @@ def open_run(path: Path) -> Run:
     stages = sorted((_stage(manifest) for manifest in manifests), key=lambda stage: stage.manifest.started)
     begun = tuple(sorted(part.name[1:].removesuffix(".partial") for part in path.glob(".*.partial") if part.is_dir()))
     held = read_json(config) if config.is_file() else {}
-    return Run(path, held, {stage.name: stage for stage in stages}, begun, holder(path))
-
-
-def holder(path: Path) -> str | None:
-    """The process that holds the run directory's lock. A stale lock of a killed process on this machine is ignored."""
-    try:
-        signed = json.loads((path / ".holder.json").read_bytes())
-        pid, host = int(signed["pid"]), str(signed["host"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    if host == socket.gethostname() and not _lives(pid):
-        return None
-    return f"process {pid} on {host}"
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
+    return Run(path, held, {stage.name: stage for stage in stages}, begun, locks.holder(path))
 
 
 def _stage(manifest: Path) -> Stage:

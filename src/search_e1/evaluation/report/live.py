@@ -15,8 +15,8 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from search_e1.errors import SearchE1Error
-from search_e1.evaluation.report.files import holder
 from search_e1.evaluation.report.page import Report
+from search_e1.runs.locks import holder
 from search_e1.runs.safe import plain
 from search_e1.serving import listening
 from search_e1.serving.access import Access

@@ -4,7 +4,6 @@ Trajectories come from three sources: evaluations (greedy), pools, and the group
 """
 
 import json
-import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +12,9 @@ from typing import Any
 
 from search_e1.errors import DataError
 from search_e1.evaluation.report.files import Run, Stage, policy_of, read_json, read_lines
+from search_e1.text.prompts import seen_passages
+from search_e1.types import ActionKind
 
-_DOCUMENT = re.compile(r"Doc \d+(\(Title: .*)", re.DOTALL)
 _STOPS = {
     "answered": "wrong answer",
     "max_turns": "out of searches",
@@ -156,8 +156,11 @@ class Collector:
 
     def _turn(self, turn: Mapping[str, Any]) -> dict[str, Any]:
         shown: dict[str, Any] = {"kind": turn["kind"], "text": turn["action_text"], "argument": turn["argument"]}
-        if turn["kind"] == "search" and turn["observation_ids"]:
-            shown["passages"] = [self._passages.add(f"{id}\n{text}", [id, text]) for id, text in _documents(turn)]
+        if turn.get("tool"):
+            shown["tool"] = turn["tool"]
+        passages = list(_documents(turn)) if ActionKind(turn["kind"]).is_call else []
+        if passages or (turn["kind"] == "search" and turn["observation_ids"]):
+            shown["passages"] = [self._passages.add(f"{id}\n{text}", [id, text]) for id, text in passages]
         elif turn["observation_text"]:
             shown["said"] = turn["observation_text"]
         return shown
@@ -232,6 +235,6 @@ def _first_of_question(pairs: Iterator[Any]) -> Sequence[Any]:
 
 def _documents(turn: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Id and text (``(Title: ...) ...``) of each passage as the policy read it, truncations included."""
-    lines = [match[1] for line in turn["observation_text"].split("\n") if (match := _DOCUMENT.match(line))]
+    lines = [line[line.index("(") :] for line in seen_passages(turn["observation_text"])]
     # A long observation is truncated: the last passages may be missing.
     return zip(turn["passage_ids"], lines, strict=False)

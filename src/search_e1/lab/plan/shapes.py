@@ -95,8 +95,12 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=_size)
     outputs = {name: getattr(module, "out_features", 0) for name, module in model.named_modules()}
     query, cached = (
-        sum(n for name, n in outputs.items() if name.endswith(kinds)) for kinds in ("q_proj", ("k_proj", "v_proj"))
+        sum(n for name, n in outputs.items() if name.rpartition(".")[2] in kinds)
+        for kinds in (("q_proj",), ("k_proj", "v_proj"))
     )
+    groups, width = getattr(text, "num_key_value_heads", None), getattr(text, "head_dim", None)
+    if not cached and groups and text.num_attention_heads:  # queries, keys and values in one projection
+        cached = 2 * len(layers) * groups * (width or text.hidden_size // text.num_attention_heads)
     return Shape(
         parameters=_size(model), head=head.numel(), embeddings=sum(w.numel() for w in {head, embedding}),
         active=round(sum(w.numel() * (share if ".experts." in name else 1) for name, w in matrices)),

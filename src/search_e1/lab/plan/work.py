@@ -48,7 +48,7 @@ class WorkModel:
     def stages(self, train_questions: int, eval_questions: int) -> list[Work]:
         """The work of each stage, in loop order."""
         config, rounds, jobs = self.config, self.config.distillations, training_jobs(self.config)
-        policies = 1 + bool(config.coldstart) + rounds + (config.rounds if "grpo" in jobs else 0)
+        policies = config.evaluated_policies
         work = [self.sample("evaluation", policies * eval_questions * (1 + config.evaluation.samples), calls=policies)]
         if config.coldstart:
             work.append(
@@ -69,6 +69,12 @@ class WorkModel:
         if job.has_teacher:  # plain and privileged prompt, from the question and from prefixes
             asked = rounds * int(4 * held_out * config.lead.samples)
             work.append(self.sample("lead", asked, calls=rounds, width=(self.total + self.privileged) / 2))
+        merge = config.distill.merge
+        if job.has_teacher and config.distill.teachers == "verified":
+            work.append(self.sample("teachers", int(rounds * pairs), calls=rounds, width=self.privileged))
+        if len(merge.strengths) > 1:
+            calls = rounds * len(merge.strengths)
+            work.append(self.sample("merge", calls * min(merge.questions, train_questions), calls=calls))
         pairs *= config.pairs.students if job.has_teacher else 1  # without a teacher, each reference is one sample
         passes = config.distill.epochs * rounds * max(1, int(pairs - held_out))
         return [*work, self.train(Work(stage="distill"), job, passes)]

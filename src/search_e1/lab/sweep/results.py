@@ -26,9 +26,9 @@ RESULTS, QUESTIONS = "results.parquet", "questions.parquet"
 ALL = "all"
 """Instead of a benchmark: all questions, weighted equally."""
 METRICS = ("em", "em_sampled", "f1", "searches", "tokens")
-_POLICY = re.compile(r"base|(?:grpo|ofsd)-\d+")
+_POLICY = re.compile(r"base|coldstart|(?:grpo|ofsd)-\d+")
 _CHARGED = ("grpo", "pool", "pairs", "lead", "ofsd")
-"""Stages that are charged, in loop order."""
+"""Stages of a round that are charged, in loop order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +63,13 @@ class PolicyResult:
     variant: str
     seed: int
     stage: str
-    """``base``, ``grpo-1``, ``ofsd-1``, ..."""
+    """``base``, ``coldstart``, ``grpo-1``, ``ofsd-1``, ..."""
     evaluated: Evaluated
     last: bool = False
     own: Cost = Cost()
     """Cost since the previous policy; for the last policy, including a refused distillation after it."""
     charged: Cost = Cost()
-    """Cost since the base policy."""
+    """Cost since the start of the run."""
     lead: Lead = Lead()
     """Lead of this policy as a teacher."""
     refused: bool | None = None
@@ -89,7 +89,7 @@ def read_results(run: Run) -> list[PolicyResult]:
         for name, stage in evaluations.items()
     }
     rounds = read_json(directory.path / "summary.json")["rounds"]
-    policy, since = results["base"], Cost()
+    policy, since = next(iter(results.values())), Cost()  # without a base policy, the first is the cold start's
     for kind, round, stage in _charged_stages(directory):
         since += _cost(stage)
         if kind == "pairs":
@@ -111,6 +111,9 @@ def read_results(run: Run) -> list[PolicyResult]:
 
 
 def _charged_stages(run: RunDirectory) -> Iterator[tuple[str, int, Stage]]:
+    """Kind and round of each charged stage, in loop order; the cold start is of round 0."""
+    if coldstart := run.stages.get("coldstart"):
+        yield "coldstart", 0, coldstart
     by_kind = {kind: run.of_rounds(kind) for kind in _CHARGED}
     for round in sorted(set().union(*by_kind.values())):
         yield from ((kind, round, stages[round]) for kind, stages in by_kind.items() if round in stages)
@@ -118,9 +121,8 @@ def _charged_stages(run: RunDirectory) -> Iterator[tuple[str, int, Stage]]:
 
 def _cost(stage: Stage) -> Cost:
     took = cost(stage)
-    steps = stage.manifest.settings["grpo"]["steps"] if stage.name.startswith("grpo") else stage.figures.get("steps", 0)
     tokens = (took["sampled_tokens"] or 0, took["trained_tokens"] or 0)
-    return Cost(took["seconds"], took["cpu_seconds"], *tokens, steps)
+    return Cost(took["seconds"], took["cpu_seconds"], *tokens, stage.figures.get("steps", 0))
 
 
 def metric(result: Result, name: str) -> float | None:

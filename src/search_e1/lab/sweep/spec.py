@@ -84,7 +84,9 @@ def read(path: Path, config: Path, directory: Path, flags: Sequence[str] = ()) -
     reference = file.reference or next(iter(variants))
     if reference not in variants:
         raise ConfigError(f"{path}: reference = {reference!r}: no such variant; known: {', '.join(variants)}")
-    shared = [*_pairs(file.common, path, "common"), *parse_overrides(flags)]
+    given = parse_overrides(flags)
+    _refuse_own(given, "--")
+    shared = [*_pairs(file.common, path, "common"), *given]
     runs = [
         Run(name, seed, _config(config, [*shared, *pairs], name, seed, directory))
         for name, pairs in variants.items()
@@ -127,10 +129,14 @@ def _points(axes: Pairs, path: Path) -> dict[str, Pairs]:
 
 def _pairs(table: Mapping[str, Any], path: Path, where: str) -> Pairs:
     pairs = list(_leaves(table, []))
+    _refuse_own(pairs, f"{path}: {where}.")
+    return pairs
+
+
+def _refuse_own(pairs: Pairs, where: str) -> None:
     for key, _ in pairs:
         if key in (["seed"], ["run"]):
-            raise ConfigError(f"{path}: {where}.{key[0]}: the sweep sets it; give `seeds`, and --out for the directory")
-    return pairs
+            raise ConfigError(f"{where}{key[0]}: the sweep sets it; give `seeds` in the file, and --out for the directory")
 
 
 def _leaves(table: Mapping[str, Any], prefix: list[str]) -> Iterator[tuple[list[str], Any]]:

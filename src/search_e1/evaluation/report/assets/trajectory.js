@@ -1,29 +1,30 @@
 // A trajectory: thought, search, passages and answer differ in label, shape and color.
 
-const TAG = /<\/?(?:think|search|answer|tool_call)>/g;
-const ACTION = /<(search|answer|tool_call)>([\s\S]*?)(?:<\/\1>|$)/g;
-
-/** The query of a tool call, or its text if it cannot be parsed. */
-function query(call) {
+/** The argument of a call in JSON, or its text if it cannot be parsed. */
+function argument(call) {
   try {
-    return String(JSON.parse(call).arguments.query);
+    return String(Object.values(JSON.parse(call).arguments)[0]);
   } catch {
     return call;
   }
 }
 
-/** The parts of an action's text: [{kind: "thought" | "search" | "answer", text}]; tags separate them. */
-function actionParts(text) {
+/** The parts of a turn's text: [{kind: "thought" | "search" | "tool" | "answer", text}]; tags separate them. */
+function actionParts({ text, tool }) {
   const parts = [];
+  const called = tool ? `|${tool.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")}` : "";
+  const action = new RegExp(`<(search|answer|tool_call${called})>([\\s\\S]*?)(?:<\\/\\1>|$)`, "g");
+  const tag = new RegExp(`<\\/?(?:think|search|answer|tool_call${called})>`, "g");
   let at = 0;
   const thought = (piece) => {
-    const plain = piece.replace(TAG, "").trim();
+    const plain = piece.replace(tag, "").trim();
     if (plain) parts.push({ kind: "thought", text: plain });
   };
-  for (const match of text.matchAll(ACTION)) {
+  for (const match of text.matchAll(action)) {
     thought(text.slice(at, match.index));
-    const called = match[1] === "tool_call";
-    parts.push({ kind: called ? "search" : match[1], text: (called ? query(match[2]) : match[2]).trim() });
+    const isCall = match[1] === "tool_call";
+    const kind = tool && match[1] !== "answer" ? "tool" : isCall ? "search" : match[1];
+    parts.push({ kind, text: (isCall ? argument(match[2]) : match[2]).trim() });
     at = match.index + match[0].length;
   }
   thought(text.slice(at));
@@ -62,14 +63,15 @@ function passageList(indices, marked, open = true) {
 /** The observation of a turn. */
 function observed(turn, marked, open) {
   if (turn.passages) return passageList(turn.passages, marked, open);
-  if (turn.said) return block("correction", "Corrected", said(turn.said.trim()));
+  if (turn.said) return turn.tool ? block("passages", "Result", said(turn.said.trim())) : block("correction", "Corrected", said(turn.said.trim()));
   return null;
 }
 
 function turnBlocks(turn, trajectory, marked, open) {
-  const parts = actionParts(turn.text).map((part) => {
+  const parts = actionParts(turn).map((part) => {
     if (part.kind === "thought") return block("thought", label("Thought"), said(part.text));
     if (part.kind === "search") return block("search", turn.kind === "search" && !turn.passages ? "Search, not served" : "Search", said(part.text));
+    if (part.kind === "tool") return block("search", line(turn.tool), said(part.text));
     return block(trajectory.right ? "answer right" : "answer wrong", trajectory.right ? "Answer ✓" : "Answer ✗", said(part.text));
   });
   return [parts, turn.kind === "malformed" && block("correction", label("No action"), "neither a search nor an answer"), observed(turn, marked, open)];
