@@ -7,7 +7,7 @@ ARG EXTRAS=documents,serve
 ENV PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 WORKDIR /opt/search-e1
 
-# The largest layer is the first: it changes with the pins alone. Triton compiles its launchers with gcc, of whatever version.
+# The largest layer is the first: it changes with the pins alone. Triton compiles its launchers with gcc; any version works.
 COPY constraints.txt ./
 # hadolint ignore=DL3008
 RUN case "$DEVICE" in \
@@ -23,7 +23,7 @@ RUN mkdir -p src/search_e1 && touch src/search_e1/__init__.py && pip install --c
 COPY src src
 RUN pip install --no-deps --force-reinstall . && search-e1 --version
 
-# Work, caches of models and of compiled kernels lie in the directory that is mounted, whoever the user is.
+# Runs, model caches and compiled kernels live in the mounted directory, whatever the user id.
 RUN useradd --uid 1000 --home-dir /data --create-home agent
 USER 1000
 ENV HOME=/data USER=agent
