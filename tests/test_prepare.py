@@ -121,8 +121,9 @@ def test_a_share_is_set_aside_and_no_question_is_on_both_sides(tmp_path: Path) -
 
 def test_a_share_set_aside_does_not_overwrite_an_evaluation_file(tmp_path: Path) -> None:
     mine = jsonl(tmp_path / "nq.jsonl", *(row(f"What is {i}?", id=i) for i in range(10)))
+    jsonl(tmp_path / "nq.dev.jsonl", {"id": "1", "question": "Who?", "golden_answers": ["x"]})
     with pytest.raises(ConfigError, match=r"nq\.dev\.jsonl would be written twice"):
-        prepared(train=(str(mine),), eval=("nq:dev",), dev_share=0.2)
+        prepared(train=(str(mine),), eval=("nq:dev",), dev_share=0.2, directory=tmp_path)
 
 
 # Writing
