@@ -196,6 +196,7 @@ def test_a_corpus_that_is_read_otherwise_is_refused_and_can_be_read_as_for_the_b
     where, index = ["--corpus", str(tmp_path / "docs.jsonl")], str(tmp_path / "index")
     assert CliRunner().invoke(app, ["index", "build", *where, "--out", index, *columns]).exit_code == 0
     updated = CliRunner().invoke(app, ["index", "update", index, *where, *columns])
-    assert (updated.exit_code, updated.output) == (0, f"{index}: 2 passages: unchanged\n")
+    assert updated.exit_code == 0
+    assert updated.output.endswith(f"{index}: 2 passages: unchanged\n")
     with pytest.raises(DataError, match="no passage of the corpus has an id of the index; read the corpus as for the build"):
         CliRunner().invoke(app, ["index", "update", index, *where, *columns[:-1]], catch_exceptions=False)

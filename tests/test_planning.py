@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from planned import CONSTANTS, H100, FewLayers, a_config, memory_model, tiny
-from search_e1.config import LoraConfig, load
+from search_e1.config import Config, LoraConfig, load
 from search_e1.errors import ConfigError
 from search_e1.lab.plan.constants import GIB, Constants, Gpu, load_constants
-from search_e1.lab.plan.memory import Memory
+from search_e1.lab.plan.memory import Memory, training_jobs
 from search_e1.lab.plan.plan import make_plan, misfit
 from search_e1.lab.plan.shapes import shape_of
 from search_e1.lab.plan.work import Work, WorkModel, forward_flops, training_flops
@@ -80,19 +80,25 @@ def test_more_gpus_take_less_time_and_a_step_of_decoding_never_less_than_its_lay
 
 
 def test_hours_count_the_recomputation_that_training_would_choose(tmp_path: Path) -> None:
-    def hours(checkpointing: bool | None, gib: float) -> float:
-        training = {"micro_batch_tokens": 2048, "gradient_checkpointing": checkpointing}
-        grpo = {"steps": 1, "lora": {}, "training": training}
-        config = a_config(policy={"model": str(tmp_path / "config.json")}, grpo=grpo, rollout={"max_tokens": 2048})
-        gpu = Gpu(name="any", memory_gib=gib)
-        return next(w for w in make_plan(config, gpu, 1, CONSTANTS).work if w.stage == "grpo").hours
+    tiny().save_pretrained(tmp_path)
 
-    tiny(num_hidden_layers=8).save_pretrained(tmp_path)
-    without, with_it = hours(False, 80), hours(True, 80)
-    assert with_it > without
-    assert hours(None, 80) == without
-    # A sequence of 2,048 tokens does not fit into 0.045 GiB without recomputation.
-    assert hours(None, 0.045) - hours(False, 0.045) == pytest.approx(with_it - without)
+    def config(checkpointing: bool | None) -> Config:
+        training = {"micro_batch_tokens": 1024, "gradient_checkpointing": checkpointing}
+        grpo = {"steps": 1, "lora": {}, "training": training}
+        policy = {"model": str(tmp_path / "config.json"), "dtype": "float32"}
+        return a_config(policy=policy, ofsd="never", grpo=grpo, rollout={"max_tokens": 512})
+
+    def updated(checkpointing: bool) -> Memory:
+        return memory_model(config(checkpointing)).update("grpo", training_jobs(config(checkpointing))["grpo"])
+
+    without, recomputed = updated(False), updated(True)
+    between = Gpu(name="any", memory_gib=(without.total + recomputed.total) / 2 / GIB / CONSTANTS.memory["usable"])
+    hours = {
+        checkpointing: next(w.hours for w in make_plan(config(checkpointing), between, 1, CONSTANTS).work if w.stage == "grpo")
+        for checkpointing in (False, None, True)
+    }
+    assert recomputed.total < without.total
+    assert hours[False] < hours[None] == hours[True]
 
 
 # Problems.
