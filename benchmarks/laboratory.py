@@ -74,16 +74,18 @@ def search_e1(*arguments: str) -> int:
 
 
 def make_world() -> None:
-    """Write the questions, and files with only the easiest and only the hardest training questions."""
-    if WORLD.exists():
-        return
-    if status := search_e1("world", str(WORLD), "--train", "2000", "--dev", "400", "--test", "400"):
+    """Write what is missing: questions, the easiest and the hardest training questions alone, and demonstrations."""
+    if not (WORLD / "train.jsonl").exists() and (
+        status := search_e1("world", str(WORLD), "--train", "2000", "--dev", "400", "--test", "400")
+    ):
         sys.exit(status)
     lines = (WORLD / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     for name, hops in (("easy", 1), ("hard", 4)):
-        kept = [line for line in lines if json.loads(line)["metadata"]["hops"] == hops]
-        (WORLD / f"train-{name}.jsonl").write_text("".join(kept), encoding="utf-8")
-    subprocess.run([sys.executable, "scripts/world_demonstrations.py", str(WORLD)], check=True)
+        if not (path := WORLD / f"train-{name}.jsonl").exists():
+            kept = [line for line in lines if json.loads(line)["metadata"]["hops"] == hops]
+            path.write_text("".join(kept), encoding="utf-8")
+    if not (WORLD / "demonstrations.jsonl").exists():
+        subprocess.run([sys.executable, "scripts/world_demonstrations.py", str(WORLD)], check=True)
 
 
 def make_deaf() -> None:

@@ -52,7 +52,6 @@ samples = 0
 latency = 0
 """
 
-
 _WITH_TIMES = ("steps.jsonl", "evaluation.json", "timings.json", "manifest.json", "manifest.json.sha256")
 
 
@@ -90,12 +89,6 @@ def contents(run: Path) -> dict[str, str]:
     found = {}
     for path in sorted(run.glob(f"*/{runs.MANIFEST}")):
         for name, checksum in runs.read(path.parent).manifest.files.items():
-            if Path(name).name not in (
-                "steps.jsonl",
-                "evaluation.json",
-                "timings.json",
-                "manifest.json",
-                "manifest.json.sha256",
-            ):
+            if Path(name).name not in _WITH_TIMES:
                 found[f"{path.parent.name}/{name}"] = checksum
     return found
