@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from search_e1.config import load_config
+from search_e1.config import load
 
 STAGES = {"evaluate": "evaluation-base", "rollout": "pool-1", "grpo": "grpo-1"}
 _WAIT = 600.0
@@ -63,7 +63,7 @@ def stop(verb: str, config: Path, run: Path, more: list[str], delay: float, atte
     """Start the verb's stage for the ``attempt``-th time, send SIGTERM after ``delay`` seconds, and examine what is left."""
     command = [str(Path(sys.executable).parent / "search-e1"), verb, "--config", str(config), "--run", str(run), *more]
     if verb in ("rollout", "grpo"):  # no earlier stage of this run made a policy
-        command += ["--policy", value_of(more, "--policy.model") or load_config(config).policy.model]
+        command += ["--policy", value_of(more, "--policy.model") or load(config).policy.model]
         command += ["--evaluation.recall", "false"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     partial = run / f".{STAGES[verb]}.partial"
