@@ -127,6 +127,8 @@ def test_each_kind_of_answer_has_its_reward():
     assert scorer("x, y", question("q", "x", answer_type="set")) == pytest.approx(2 / 3)
     with pytest.raises(DataError, match=r"question 'q': metadata.answer_type = 'nmber'; known: text, number, date"):
         scorer("3", question("q", "3", answer_type="nmber"))
+    with pytest.raises(DataError, match=r"question 'q': metadata\.answer_type = 'nmber'"):
+        scorer.check([question("p", "3"), question("q", "3", answer_type="nmber")])
     with pytest.raises(
         ConfigError, match=r"rollout\.rewards\.types\.set = 'lst': no such reward function; did you mean 'list'"
     ):

@@ -13,7 +13,7 @@ import pytest
 
 import fake_hub
 from search_e1 import runs
-from search_e1.data import benchmarks
+from search_e1.data import benchmarks, hub
 from search_e1.data.prepare import unique_answers
 from search_e1.data.questions import load_many, load_questions
 from search_e1.errors import ConfigError, DataError
@@ -259,3 +259,16 @@ def test_a_dead_hub_names_the_file_that_would_do(tmp_path: Path, monkeypatch: py
     assert err.endswith("; give --from DIR with nq/test.jsonl or nq.test.jsonl in it instead\n")
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_log_level_of_datasets_is_turned_down_only_while_it_loads() -> None:
+    import datasets
+
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity_info()
+    try:
+        with hub.quiet():
+            assert datasets.logging.get_verbosity() == datasets.logging.ERROR
+        assert datasets.logging.get_verbosity() == datasets.logging.INFO
+    finally:
+        datasets.logging.set_verbosity(before)

@@ -302,8 +302,8 @@ def test_a_reward_that_a_bundle_names_is_not_imported(bundle: Path) -> None:
     [
         (("RUN",), "no directory for the bundle; give --out DIR"),
         (("RUN", "--out", "RUN/agent"), "already exists; remove it, or give another directory"),
-        (("RUN", "--out", "OUT", "--policy", "grpo-9"), "no policy 'grpo-9'; there are base, grpo-1"),
-        (("RUN", "--out", "OUT", "--policy", "../grpo-1"), "no policy '../grpo-1'; there are base, grpo-1"),
+        (("RUN", "--out", "OUT", "--policy", "grpo-9"), "no policy 'grpo-9'; known: base, grpo-1"),
+        (("RUN", "--out", "OUT", "--policy", "../grpo-1"), "no policy '../grpo-1'; known: base, grpo-1"),
         (("RUN", "--out", "OUT", "--private"), "--private needs --push OWNER/NAME; give both"),
         (("RUN", "--out", "OUT", "--url", "http://x"), "give --no-index with it"),
         (("RUN", "--out", "OUT", "--no-index", "--index", "x"), "--index and --no-index exclude each other; give one of them"),

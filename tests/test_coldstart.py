@@ -124,7 +124,7 @@ def test_a_demonstration_longer_than_the_policys_context_is_left_out(configured,
     config = configured({"demonstrations": long}, probe=0)
     loose = {"max_tokens": 4096, "max_action_tokens": 4000, "topk": 1}
     result = cold_start(config.model_copy(update={"rollout": config.rollout.model_copy(update=loose)}), tmp_path / "out")
-    assert result["demonstrations"] == {"file": 1, "wrong or too long": 1}
+    assert result["demonstrations"] == {"file": 1, "left_out": 1}
 
 
 def test_a_users_file_teaches_what_is_right_in_it_and_the_retriever_answers_its_searches(configured, tmp_path):
@@ -132,7 +132,7 @@ def test_a_users_file_teaches_what_is_right_in_it_and_the_retriever_answers_its_
     run, policy = inputs_of(config, tmp_path), make_tiny_policy()
     writer = Writer(policy.tokenizer, policy.prompts, config.rollout, run.retriever)
     [lesson], figures = demonstrations.gather(run, writer, {}, StageContext(tmp_path))
-    assert figures == {"file": 1, "wrong or too long": 1}
+    assert figures == {"file": 1, "left_out": 1}
     assert lesson.clean.text == (
         "<think>who</think><search>Bel</search>"
         "\n\n<information>\nDoc 1(Title: Bel) Bel is a city with mayor Cor Dun.\n</information>\n\n"

@@ -1,5 +1,7 @@
 """Groups that GRPO keeps: the newest of each question, whatever was left behind by a kill."""
 
+import pytest
+
 from search_e1.rollout import pool
 from search_e1.runs.context import StageContext
 from search_e1.stages.kept import Groups, keeping
@@ -43,6 +45,17 @@ def test_after_a_kill_what_is_sampled_again_is_not_there_twice(tmp_path):
     sample(groups, 1)
     groups.write_newest(tmp_path / "newest")
     assert steps_of(tmp_path / "newest") == [("c\t", 1), ("b", 1), ("a", 0)]
+
+
+@pytest.mark.parametrize("torn", [b"1", b'1\t"b"\t{"ques'])
+def test_a_line_torn_by_a_kill_is_dropped_and_takes_none_with_it(tmp_path, torn):
+    sample(Groups(tmp_path / "groups"), 0)
+    with (tmp_path / "groups").open("ab") as file:
+        file.write(torn)
+    groups = Groups(tmp_path / "groups")
+    sample(groups, 1, 2)
+    groups.write_newest(tmp_path / "newest")
+    assert steps_of(tmp_path / "newest") == [("b", 2), ("a", 2), ("c\t", 1)]
 
 
 def test_nothing_is_kept_unasked_and_nothing_but_the_newest_in_the_end(tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 from conftest import make_tiny_policy
 from search_e1.config import LoraConfig, TrainingConfig
+from search_e1.training.checkpoint import _load_optimizer
 from search_e1.training.optimizer import Muon, make_optimizers, rate
 from search_e1.training.policy import with_adapter
 
@@ -68,6 +69,17 @@ def test_muon_is_torchs_but_for_its_precision(decay):
 def names_of(model, optimizer):
     names = {id(weight): name for name, weight in model.named_parameters()}
     return {names[id(weight)] for group in optimizer.param_groups for weight in group["params"]}
+
+
+def test_muons_momentum_stays_float32_in_a_checkpoint_of_bfloat16_weights():
+    weight = torch.nn.Parameter(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).bfloat16())
+    weight.grad = torch.full_like(weight, 0.3)
+    before, after = (Muon([weight], {"lr": 0.1, "weight_decay": 0.0}) for _ in range(2))
+    before.step()
+    _load_optimizer(after, copy.deepcopy(before.state_dict()))
+    assert after.state[weight]["momentum"].dtype is torch.float32
+    assert torch.equal(after.state[weight]["momentum"], before.state[weight]["momentum"])
+    after.step()
 
 
 def test_muon_takes_the_matrices_inside_the_layers_and_adamw_the_rest():

@@ -9,6 +9,7 @@ import torch
 
 from conftest import make_tiny_policy
 from search_e1.config import LoraConfig, PolicyConfig, TrainingConfig
+from search_e1.stages.training_engine import _plain_weights
 from search_e1.training import policy as policies
 from search_e1.training.objectives.sft import Sft
 from search_e1.training.policy import with_adapter
@@ -100,6 +101,21 @@ def test_adapters_over_bfloat16_are_merged_in_float32() -> None:
     found = weights(merged)["model.layers.0.mlp.down_proj.weight"]
     assert found.dtype is torch.float32
     torch.testing.assert_close(found - before["model.layers.0.mlp.down_proj.weight"], change.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_vllm_gets_adapters_added_and_the_base_stays_to_the_bit() -> None:
+    model = make_tiny_policy().model.to(torch.bfloat16)
+    adapted = spread(with_adapter(model, LoraConfig(rank=4, alpha=8)))
+    expected = weights(copy.deepcopy(adapted).merge_and_unload())
+    policy = TrainedPolicy(adapted, TrainingConfig(), frozen_start=False, dtype=torch.bfloat16)
+    before = {name: weight.clone() for name, weight in adapted.named_parameters()}
+    for _ in range(3):
+        with policy.sampled() as plain:
+            sent = dict(_plain_weights(plain))
+    assert sent.keys() == expected.keys() - {"lm_head.weight"}  # tied to the embeddings
+    for name, weight in sent.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-2, atol=1e-4)
+    assert all(torch.equal(weight, before[name]) for name, weight in adapted.named_parameters())
 
 
 def test_a_policy_in_bfloat16_is_loaded_with_few_compiled_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,7 +227,7 @@ def _try_to_open(directory: Path, queue) -> None:
 
 def test_a_run_directory_that_is_a_file_is_refused_in_one_line(tmp_path):
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(RunError, match="run directory that can be written to"), opened(tmp_path / "run", {}):
+    with pytest.raises(RunError, match="directory that can be written to"), opened(tmp_path / "run", {}):
         pass
 
 

@@ -35,7 +35,8 @@ def test_tensorboard_holds_the_figures_of_every_stage(project, tmp_path):
             assert told[f"train/{name}"] == stored
     evaluated = scalars(run / "tracking" / "evaluation")
     for name in ("em", "em_sampled", "f1", "searches", "tokens"):
-        stored = [(i, pytest.approx(getattr(p, name), rel=1e-6)) for i, p in enumerate(summary.policies)]
+        steps = [tracking.run_of(StageId.parse(f"evaluation-{p.stage}"))[1] for p in summary.policies]
+        stored = [(i, pytest.approx(getattr(p, name), rel=1e-6)) for i, p in zip(steps, summary.policies, strict=True)]
         # Files of one second are read in the order of their names, not of the policies.
         assert sorted(evaluated[f"eval/{'em_greedy' if name == 'em' else name}"]) == stored
     assert evaluated["eval/tiny/em_greedy"] == evaluated["eval/macro_em_greedy"] == evaluated["eval/em_greedy"]
@@ -67,8 +68,9 @@ def test_only_the_first_process_tells(tmp_path, monkeypatch):
     ("stage", "run"),
     [
         ("grpo-2", ("grpo-2", 0)), ("coldstart", ("coldstart", 0)), ("lead-3", ("rounds", 3)),
-        ("evaluation-base", ("evaluation", 0)), ("evaluation-grpo-2", ("evaluation", 3)),
-        ("evaluation-ofsd-2", ("evaluation", 4)), ("evaluation-mine", ("evaluation-mine", 0)),
+        ("evaluation-base", ("evaluation", 0)), ("evaluation-coldstart", ("evaluation", 1)),
+        ("evaluation-grpo-2", ("evaluation", 4)),
+        ("evaluation-ofsd-2", ("evaluation", 5)), ("evaluation-mine", ("evaluation-mine", 0)),
     ],
 )  # fmt: skip
 def test_stages_are_runs_or_steps_of_one(stage, run):

@@ -205,8 +205,8 @@ def _first_stages(config: Config) -> Iterator[Stage]:
 
 
 def _why_no_pairs(pairs: Artifact) -> str:
-    health = {k: v for k, v in pairs.manifest.result.items() if isinstance(v, int)}
-    return ", ".join(f"{name} {value}" for name, value in health.items())
+    counts = {name: value for name, value in pairs.manifest.result.items() if isinstance(value, int) and value}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items())
 
 
 class _Summary:

@@ -116,11 +116,11 @@ def _from_hub(benchmark: str, split: str, revision: str | None) -> Loaded:
         commit = info.sha
         if commit is None or file not in {sibling.rfilename for sibling in info.siblings or ()}:
             raise DataError(f"{REPOSITORY}: {file} is not in it (revision {commit}); {instead}")
-    datasets.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(REPOSITORY, benchmark, split=split, revision=commit)
+        with hub.quiet():
+            rows = datasets.load_dataset(REPOSITORY, benchmark, split=split, revision=commit)
     except Exception as error:  # see `hub.info`
         raise DataError(f"{REPOSITORY}/{file}: {hub.one_line(error)}; {instead}") from None
     found = Path(rows.cache_files[0]["filename"]).parent.name  # `datasets` names directories by commit

@@ -1,5 +1,7 @@
 """Data sets on the Hugging Face Hub."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from search_e1.errors import ConfigError, DataError
@@ -24,6 +26,19 @@ def info(name: str, subject: str, instead: str, revision: str | None = None) -> 
         raise DataError(f"{subject}not found on the Hub, or not accessible to you; {instead}") from None
     except Exception as error:  # huggingface_hub's transport errors are not part of its API
         raise DataError(f"{subject}the Hub cannot be reached ({one_line(error)}); {instead}") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of `datasets`; its log level, which the whole process shares, is restored afterwards."""
+    import datasets
+
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
 
 
 def one_line(error: BaseException) -> str:

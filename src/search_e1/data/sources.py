@@ -122,11 +122,12 @@ def _hub_rows(place: str, dataset: Mapping[str, Any], columns: CorpusColumns) ->
 
     name, config = dataset["name"], dataset["config"] or None
     commit = _commit(place, name)
-    datasets.logging.set_verbosity_error()
     number = 0
     try:
-        split = dataset["split"] or _only_split(place, datasets.get_dataset_split_names(name, config, revision=commit))
-        for row in datasets.load_dataset(name, config, split=split, revision=commit, streaming=True):
+        with hub.quiet():  # not around the rows: the caller's code runs between them
+            split = dataset["split"] or _only_split(place, datasets.get_dataset_split_names(name, config, revision=commit))
+            rows = datasets.load_dataset(name, config, split=split, revision=commit, streaming=True)
+        for row in rows:
             if not number:
                 columns.choose(list(row), place)
             number += 1

@@ -65,7 +65,7 @@ class HttpRetriever:
             ConfigError: ``url`` is not an http or https URL.
         """
         endpoint = server_url(url, "retrieval.url", "/retrieve")
-        self.url = masked_url(endpoint)
+        self.url = masked_url(str(endpoint))
         """The server's URL, without secrets."""
         self._server = Server(
             endpoint,

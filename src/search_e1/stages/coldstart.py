@@ -2,7 +2,6 @@
 
 import itertools
 import random
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,8 +36,10 @@ class Coldstart(Stage):
         return sections(config, "coldstart", "rollout", "seed")
 
     def inputs(self, run: Inputs) -> Mapping[str, str]:
-        model = run.config.policy.model
-        return {**run.sampled_on(None if model == NEW else model), **demonstrations.inputs(run)}
+        model, retrieval = run.config.policy.model, run.config.retrieval
+        apart = run.config.data.corpus and (retrieval.url or retrieval.index)  # else the index stands for the corpus
+        corpus = {"corpus": run.corpus_checksum} if apart else {}
+        return {**run.sampled_on(None if model == NEW else model), **corpus, **demonstrations.inputs(run)}
 
     def check(self, run: Inputs) -> None:
         """
@@ -60,7 +61,8 @@ class Coldstart(Stage):
         """
         coldstart = run.config.coldstart
         assert coldstart
-        passages = {passage.id: passage for passage in run.corpus or ()}
+        reads = run.config.policy.model == NEW or "passages" in demonstrations.sources(run.config)
+        passages = {passage.id: passage for passage in run.corpus or ()} if reads else {}
         policy = _initial_policy(run, passages)
         longest = min(run.config.rollout.max_tokens, context_length(policy.model.config))
         limits = run.config.rollout.model_copy(update={"max_tokens": longest})
@@ -88,7 +90,6 @@ class Coldstart(Stage):
             "questions": len(run.train_questions),
             "demonstrations": sources,
             "untaught": len(run.train_questions) - len({lesson.question.id for lesson in lessons}),
-            "taught": dict(Counter(lesson.question.id.rpartition("_")[0] for lesson in lessons)),
             "parameters": policy.model.num_parameters(),
             "steps": len(steps),
             "first_loss": steps[0]["loss"],

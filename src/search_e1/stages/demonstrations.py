@@ -48,11 +48,11 @@ def check(config: Config) -> None:
     if chosen == ("endpoint",):
         assert config.coldstart
         assert config.coldstart.endpoint
-        assert endpoint.endpoint_of(config.coldstart.endpoint).address
+        _ = endpoint.endpoint_of(config.coldstart.endpoint).address  # checks the URL
 
 
 def inputs(run: Inputs) -> Mapping[str, str]:
-    """Checksum of the demonstration file, if it is the source; questions and passages are inputs of the stage already."""
+    """Checksum of the demonstration file, if it is the source; questions and passages are inputs of the cold start itself."""
     path = run.config.data.demonstrations
     return {"demonstrations": run.checksum(path)} if path and sources(run.config) == ("file",) else {}
 
@@ -87,7 +87,7 @@ def _from_file(run: Inputs, writer: Writer) -> Taught:
     assert path
     demonstrations = Demonstrations(path, writer.tokenizer, writer.prompts)
     lessons, left_out = demonstrations.lessons(run.train_questions, writer, seed=run.config.seed)
-    return Taught(lessons, {"file": len(lessons), "wrong or too long": left_out})
+    return Taught(lessons, {"file": len(lessons), "left_out": left_out})
 
 
 def _from_endpoint(run: Inputs, writer: Writer, context: StageContext) -> Taught:

@@ -24,7 +24,7 @@ from search_e1.rollout.demonstrations.file import Demonstrations
 from search_e1.rollout.engines.base import Engine
 from search_e1.rollout.engines.endpoint import Endpoint
 from search_e1.rollout.engines.registry import check_engine, open_engine
-from search_e1.rollout.rewards import open_reward
+from search_e1.rollout.rewards.scorer import open_scorer
 from search_e1.runs import Artifact
 from search_e1.runs.languages import AUTO
 from search_e1.runs.progress import Progress, silent
@@ -200,22 +200,24 @@ class Inputs:
         for questions in (self.train_questions, *self.eval_questions.values()):
             if not questions:
                 raise DataError("no questions; give data.train and data.eval files that hold some")
-        open_reward(config.rollout.reward)
+        asked = [*self.train_questions, *(question for part in self.eval_questions.values() for question in part)]
+        open_scorer(config.rollout).check(asked)
         if not isinstance(policy, Endpoint):
             check_engine(config, None if policy == NEW else policy)
         if isinstance(policy, Endpoint):
             with self.engine(policy):
-                assert self.retriever
+                _ = self.retriever  # opens it
             return
         if policy == NEW:
             return
         reader = self.load_reader(policy)  # before an index is built
+        open_scorer(config.rollout, reader.prompts.instruction)
         for tool in tools_of(reader.prompts):
             tool.open(self.retriever, config.rollout.topk)
         if config.pairs.references_by == "gold" and config.data.demonstrations and config.distillations:
             Demonstrations(config.data.demonstrations, reader.tokenizer, reader.prompts).check(self.train_questions)
         room = min(config.rollout.max_tokens, reader.context_length)
-        for question in (*self.train_questions, *(q for qs in self.eval_questions.values() for q in qs)):
+        for question in asked:
             # A prompt has at most as many tokens as bytes: only long ones need to be tokenized.
             size = len(question.text.encode()) + len(reader.prompts.instruction.encode())
             if size + TEMPLATE_TOKENS[reader.prompts.protocol] < room:

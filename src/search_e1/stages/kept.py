@@ -18,6 +18,8 @@ class Groups:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._path.touch()
+        with self._path.open("rb+") as file:  # drops a line that was being written when the process was killed
+            file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
 
     def add(self, step: int, groups: Sequence[Group]) -> None:
         """Append the groups of ``step``; synced to disk before it returns, since a checkpoint may follow.
@@ -26,11 +28,10 @@ class Groups:
         """
         partial = self._path.with_suffix(".partial")
         with self._path.open("rb") as before:
-            has_later = any(int(line.split(b"\t", 1)[0]) >= step for line in before if line.endswith(b"\n"))
+            has_later = any(int(line.split(b"\t", 1)[0]) >= step for line in before)
         if has_later:
             with self._path.open("rb") as before, partial.open("wb") as file:
-                whole = (line for line in before if line.endswith(b"\n"))
-                file.writelines(line for line in whole if int(line.split(b"\t", 1)[0]) < step)
+                file.writelines(line for line in before if int(line.split(b"\t", 1)[0]) < step)
             partial.replace(self._path)
         with self._path.open("ab") as file:
             for group in groups:

@@ -99,7 +99,7 @@ def _template(run: Inputs, policy: str | Path) -> Finding | None:
 
 
 def train_recall(run: Inputs, seed: int) -> list[recall.Recall]:
-    """The recall of up to ``most`` training questions. The whole corpus is read only if no top-k has an answer."""
+    """The recall of up to ``_SEARCHED`` training questions. The whole corpus is read only if no top-k has an answer."""
     questions = {"train": subsample(run.train_questions, _SEARCHED, seed)}
     rows = recall.measure(run.retriever, None, questions, run.config.rollout.topk)
     if any(row.in_topk for row in rows):

@@ -10,7 +10,7 @@ from transformers import set_seed
 from search_e1 import runs
 from search_e1.config import default_of
 from search_e1.data.answers import in_language
-from search_e1.errors import ConfigError
+from search_e1.errors import ConfigError, SearchE1Error
 from search_e1.runs import Artifact, ranks
 from search_e1.runs.checkpoints import Checkpointer
 from search_e1.runs.context import StageContext
@@ -68,19 +68,35 @@ class StageRunner:
         config = self.run.config
         stage.check(self.run)
         if stage.parallel and ranks.count() > 1:
-            assert self.run.retriever  # opened by all ranks together, before rank 0 alone computes its checksum
+            _ = self.run.retriever  # opened by all ranks together, before rank 0 alone computes its checksum
         devices = ranks.count() if stage.parallel else 1
+        settings = {**stage.settings(config), **sections(config, "prompts", "policy")}
+        if "rollout" in settings and config.rollout.engine == "vllm":
+            settings |= sections(config, "vllm.engine")
         return runs.artifact(
             out or self.run.root / str(stage.id),
             stage=str(stage.id),
-            settings=masked({**stage.settings(config), **sections(config, "prompts", "policy")}),
-            inputs=stage.inputs(self.run) if ranks.is_first() else {},
+            settings=masked(settings),
+            inputs=self._inputs(stage),
             seed=self._seed(stage),
             make=lambda to: self._work(stage, to),
             defaults=default_of,
             parallel=stage.parallel,
             gpus=policies.accelerators(config.policy, devices) if stage.uses_device else 0,
         )
+
+    def _inputs(self, stage: Stage) -> Mapping[str, str]:
+        """The stage's inputs, which rank 0 computes; its error is raised on all ranks, since some are no end of the run."""
+        found: Mapping[str, str] = {}
+        error: SearchE1Error | None = None
+        if ranks.is_first():
+            try:
+                found = stage.inputs(self.run)
+            except SearchE1Error as raised:
+                error = raised
+        if error := ranks.broadcast_object(error):
+            raise error
+        return found
 
     def _work(self, stage: Stage, out: Path) -> Mapping[str, Any]:
         config, seed = self.run.config, self._seed(stage)

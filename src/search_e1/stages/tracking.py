@@ -89,16 +89,18 @@ def tracked(config: TrackingConfig, run: Path, name: str, settings: Mapping[str,
 def run_of(stage: StageId) -> tuple[str, int]:
     """The tracker run that a stage belongs to, and its step there.
 
-    A stage that trains is a tracker run of its own. All evaluations are steps of one run (0 is the base policy, then two per
-    round). The figures of pool, pairs and lead are in one run whose steps are the rounds.
+    A stage that trains is a tracker run of its own. Evaluations are steps of one run: 0 is the base policy, 1 the cold start,
+    then two per round. The figures of pool, pairs and lead are in one run whose steps are the rounds.
     """
     if stage.kind in ("pool", "pairs", "lead"):
         return "rounds", stage.round or 0
     if stage.kind in ("recall", "preflight") or str(stage) == "evaluation-base":
         return "evaluation", 0
     subject = stage.subject
+    if stage.kind == "evaluation" and str(subject) == "coldstart":
+        return "evaluation", 1
     if stage.kind == "evaluation" and subject.kind in ("grpo", "ofsd") and subject.round:
-        return "evaluation", 2 * subject.round - (subject.kind == "grpo")
+        return "evaluation", 2 * subject.round + (subject.kind == "ofsd")
     return str(stage), 0
 
 

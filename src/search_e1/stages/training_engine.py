@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
 
 from search_e1.config import Config
 from search_e1.errors import ConfigError
@@ -63,11 +64,15 @@ class _OwnModel:
     def __init__(self, trained: TrainedPolicy, tokenizer: Any, rows: int) -> None:
         self.context_length = context_length(trained.model.config)
         self._trained, self._tokenizer, self._rows = trained, tokenizer, rows
+        self._engine: TorchEngine | None = None
+        """Kept between updates: it lowers its batch size where memory runs out."""
 
     @contextmanager
     def updated(self) -> Iterator[Engine]:
         with self._trained.sampled(keep=self._trained.device.type == "cuda") as model:
-            yield TorchEngine(model, self._tokenizer, batch_size=self._rows)
+            if self._engine is None or self._engine.model is not model:
+                self._engine = TorchEngine(model, self._tokenizer, batch_size=self._rows)
+            yield self._engine
 
 
 class _Vllm:
@@ -80,26 +85,23 @@ class _Vllm:
 
     @contextmanager
     def updated(self) -> Iterator[Engine]:
-        with self._trained.sampled() as model, _merged(self._trained.model):
+        with self._trained.sampled() as model:
             vllm.update_weights(self._llm, _plain_weights(model))
         yield self._generator
 
 
-@contextmanager
-def _merged(model: Any) -> Iterator[None]:
-    """Merges adapters into their base weights for the duration of the context."""
-    if not isinstance(model, PeftModel):
-        yield
-        return
-    model.merge_adapter()
-    try:
-        yield
-    finally:
-        model.unmerge_adapter()
+def _plain_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each weight, under the plain model's names, with adapters added.
 
-
-def _plain_weights(model: Any) -> Iterator[tuple[str, Any]]:
-    """Name and value of each weight, under the plain model's names."""
+    The model itself stays as it is: in bfloat16, merging an adapter and subtracting it again would not restore the base.
+    """
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer))
+    adapted: dict[str, Any] = {f"{name}.base_layer.weight": layer for name, layer in layers}
     for name, weight in model.named_parameters():
-        if "lora_" not in name:
-            yield name.replace(".base_layer", ""), weight.detach()
+        if "lora_" in name:
+            continue
+        value = weight.detach()
+        if layer := adapted.get(name):
+            deltas = (layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
+            value = sum(deltas, value.float()).to(weight.dtype)
+        yield name.replace(".base_layer", ""), value

@@ -137,3 +137,7 @@ def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         state = saved["state"].get(id, {})
         state.update({name: shard_like(value, weight) for name, value in state.items() if torch.is_tensor(value)})
     optimizer.load_state_dict(saved)
+    for id, weight in zip(ids, weights, strict=True):  # torch casts states to the weight's dtype; Muon's momentum is float32
+        for name, value in saved["state"].get(id, {}).items():
+            if name != "step" and torch.is_tensor(value):
+                optimizer.state[weight][name] = value.to(weight.device)

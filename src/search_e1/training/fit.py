@@ -58,7 +58,8 @@ def fit_passes(policy: TrainedPolicy, samples: Mapping[str, Sequence[Sample]], m
 
     Measures two passes with rows as long as the longest of ``samples`` and extrapolates linearly to the largest power of two of
     tokens that fits in memory beside the optimizer states. Then tries that size and halves it until it fits: the mask of packed
-    rows grows quadratically. Enables checkpointing if the longest of ``samples`` does not fit without it. On a CPU nothing is
+    rows grows quadratically. With sharded weights takes half of that size untried: if only some ranks ran out of memory, the
+    others would wait for them. Enables checkpointing if the longest of ``samples`` does not fit without it. On a CPU nothing is
     measured: small passes are fastest. All ranks must call this; they measure the same passes, and the fullest device decides.
     """
     config, device = policy.config, policy.device.type
@@ -92,7 +93,8 @@ def _largest_pass(policy: TrainedPolicy, meter: Meter, longest: int, taught: boo
             with policy.accumulating(last=False):  # no waiting for a rank that ran out of memory
                 taken = meter.rise(lambda: _pass(policy, tokens, longest, taught))
         except (RuntimeError, MemoryError) as error:
-            if not memory.ran_out(error):
+            # Sharded layers are gathered from all ranks: the others would wait for one that gave up, so the job ends.
+            if policy.sharded or not memory.ran_out(error):
                 raise
         if taken == math.inf:
             memory.release()
@@ -108,6 +110,8 @@ def _largest_pass(policy: TrainedPolicy, meter: Meter, longest: int, taught: boo
         bytes_per_token = max(1, large - small) / (_PROBE_TOKENS[1] - _PROBE_TOKENS[0])
         room = (free - (small - bytes_per_token * _PROBE_TOKENS[0])) / bytes_per_token
         tokens = 0 if room < 1 else min(_MAX_TOKENS, 1 << int(room).bit_length() - 1)
+        if policy.sharded:  # a larger pass may not be tried; half of the estimate, for what grows faster than the tokens
+            return max(min(tokens, _PROBE_TOKENS[1]), tokens // 2)
         while tokens > _PROBE_TOKENS[1] and rise(tokens) > free:
             tokens //= 2
         return tokens

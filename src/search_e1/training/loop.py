@@ -262,6 +262,8 @@ class _Step:
         self.policy.model.zero_grad()
         samples = {name: [s.model_dump() for s in part] for name, part in self.unfinished.samples.items()}
         path = self.context.out / BAD_BATCH
+        if not ranks.is_first():  # a gradient's norm is the same on all ranks, which have samples of their own
+            path = path.with_stem(f"{path.stem}-{ranks.rank()}")
         torch.save({"step": self.number, "samples": samples, "batch": batch}, path)
         return TrainingError(
             f"step {self.number + 1}: {what}; the batch is in {path}; lower the learning rate, or set policy.dtype to float32"

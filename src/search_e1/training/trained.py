@@ -119,9 +119,10 @@ class TrainedPolicy:
         self.fitted = self.checkpointing = False
         if config.gradient_checkpointing:
             self.enable_checkpointing()
-        self._sharded = sharding != "none" and ranks.count() > 1
+        self.sharded = sharding != "none" and ranks.count() > 1
+        """Whether each rank holds a part of the weights."""
         converts = dtype != model.dtype and not isinstance(model, PeftModel)
-        self._replica = UnshardedReplica(model) if self._sharded or converts else None
+        self._replica = UnshardedReplica(model) if self.sharded or converts else None
         self._wrapped = self._wrap(sharding)
 
     def _wrap(self, sharding: Sharding) -> Callable[..., Any]:
@@ -201,7 +202,7 @@ class TrainedPolicy:
         graphs of it stay valid. A copy of sharded weights is never kept: it could be larger than a rank's share of the rest.
         """
         # Ranks sample at their own pace, so each needs all weights.
-        keep = keep and not self._sharded
+        keep = keep and not self.sharded
         lent = self._replica.filled(self.model, self.dtype, keep=keep) if self._replica else nullcontext(self.model)
         with lent as model, attending(plain_model(model), self._attention):
             cast_adapter_inputs(model, True)
@@ -223,7 +224,7 @@ class TrainedPolicy:
 
         In float32 if the master weights are, so that neither saving nor merging rounds updates away.
         """
-        model = self._replica.fill(self.model) if self._replica and self._sharded else self.model
+        model = self._replica.fill(self.model) if self._replica and self.sharded else self.model
         attend(plain_model(model), self._attention)
         cast_adapter_inputs(model, True)
         if self.checkpointing:

@@ -19,7 +19,7 @@ from search_e1.data.answers import exact_match
 from search_e1.data.lines import read_lines
 from search_e1.errors import DataError
 from search_e1.rollout.demonstrations.forms import Lesson
-from search_e1.rollout.demonstrations.writer import Writer, detours, seen, trajectory
+from search_e1.rollout.demonstrations.writer import Writer, detours, trajectory
 from search_e1.text.prompts import INFORMATION_CLOSE, INFORMATION_OPEN, neutralize
 from search_e1.text.protocols import protocol_of
 from search_e1.types import ActionKind, Question, Trajectory, Turn
@@ -82,12 +82,7 @@ class Demonstrations:
         """
         given = [(question, *one) for question in self._demonstrated(questions) for one in self._by_question[question.id]]
         actions = [self._searches(steps, where, executed=False) for _, where, steps in given]
-        writer.retrieve(
-            query or ""
-            for (_, _, steps), made in zip(given, actions, strict=True)
-            for step, (kind, query) in zip(steps, made, strict=True)
-            if kind is ActionKind.SEARCH and not step.observation
-        )
+        writer.retrieve(query or "" for made in actions for kind, query in made if kind is ActionKind.SEARCH)
 
         def write(at: int) -> Trajectory:
             question, _, steps = given[at]
@@ -96,7 +91,7 @@ class Demonstrations:
         rng = random.Random(seed)
         written = writer.map(write, range(len(given)))
         lessons = [
-            Lesson(question, clean, writer, detours(question.text, rng), seen(clean))
+            Lesson(question, clean, writer, detours(question.text, rng), _needed(clean, writer))
             for (question, *_), clean in zip(given, written, strict=True)
             if clean.correct and writer.fits(clean)
         ]
@@ -192,3 +187,9 @@ class Demonstrations:
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False)) if text else ()
+
+
+def _needed(clean: Trajectory, writer: Writer) -> frozenset[str]:
+    """Ids of the passages that the retriever finds for the searches; given observations do not name theirs."""
+    queries = [turn.argument or "" for turn in clean.turns if turn.kind is ActionKind.SEARCH]
+    return frozenset(passage.id for query in queries for passage in writer.passages(query))

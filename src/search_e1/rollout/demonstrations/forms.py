@@ -90,7 +90,8 @@ def demonstration(lesson: Lesson, config: ColdstartConfig, rng: random.Random) -
     draw = rng.random()
     turns = clean.turns
     if draw < config.early:
-        turns = (turns[0], _premature_answer(lesson.writer, turns[0])) if turns[0].passage_ids else turns
+        found = _FIRST_TITLE.search(turns[0].observation_text)
+        turns = (turns[0], _premature_answer(lesson.writer, found[1])) if found else turns
     elif draw < config.early + config.duplicate:
         turns = (turns[0], *turns) if may_search else turns
     elif draw < config.early + config.duplicate + config.irrelevant:
@@ -109,8 +110,6 @@ def _sample(lesson: Lesson, prompt_ids: tuple[int, ...], turns: Sequence[Turn], 
     return Sample(question_id=lesson.question.id, prompt_ids=prompt_ids, response_ids=tuple(ids), action_mask=tuple(mask))
 
 
-def _premature_answer(writer: Writer, search: Turn) -> Turn:
+def _premature_answer(writer: Writer, title: str) -> Turn:
     """An answer with the title of the first passage."""
-    title = _FIRST_TITLE.search(search.observation_text)
-    guess = title[1] if title else "unknown"
-    return writer.answer(f"So the answer is {guess}.", guess)
+    return writer.answer(f"So the answer is {title}.", title)

@@ -1,6 +1,6 @@
 """The reward of a run: by answer type, with "not in the documents" as an answer, and with a judge."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,14 @@ class Scorer:
             return settled
         found = self._of(question)
         return found(answer, question.answers) if callable(found) else found.verdict(answer or "", question)
+
+    def check(self, questions: Iterable[Question]) -> None:
+        """
+        Raises:
+            DataError: the ``metadata.answer_type`` of a question is unknown.
+        """
+        for question in questions:
+            self._of(question)
 
     def begin(self, answer: str | None, question: Question) -> None:
         """Request a judge's verdict in advance, if a judge decides."""
