@@ -175,7 +175,7 @@ def test_the_published_set_up_needs_no_flags(collection: Path, tmp_path: Path, p
     assert load_questions(Path(config["eval"]["musique"]))[0].hops == 3
     assert "79168 were expected" in " ".join(said.split())
     assert "nq.train.jsonl and nq.test.jsonl: 1" in said
-    assert "Where is the Arda?  (line 2 = line 1)" in said
+    assert "Where is the Arda?  (line 2 = line 1 of test.jsonl)" in said
     assert max(len(line) for line in said[: said.index("[data]")].splitlines()) <= 80
     found = runs.read(out).manifest
     assert found.inputs[f"{collection}/nq/test.jsonl"] == runs.sha256(collection / "nq/test.jsonl")

@@ -293,7 +293,7 @@ def test_a_stage_says_what_it_was_made_of(finished, project):
         "grpo-1": {"grpo", "rollout", "reference"},
         "pool-1": {"pool", "rollout"},
         "pairs-1": {"reference", "pairs", "lead"},
-        "lead-1": {"lead", "rollout"},
+        "lead-1": {"lead", "rollout", "pool.temperature"},
         "ofsd-1": {"distill"},
     }
     assert all(always <= made.settings.keys() for stage, made in manifests.items() if stage != "index")
