@@ -66,7 +66,7 @@ class _Made:
         root.mkdir(parents=True)
 
     def trained(self, name: str) -> None:
-        """Two steps of 4 trajectories with 30 and 20 sampled tokens each: 200 tokens."""
+        """Two of five steps, of 4 trajectories with 30 and 20 sampled tokens each: 200 tokens, and 400 in two epochs."""
         lines = [json.dumps({"step": i, "sampled_tokens": tokens}) for i, tokens in ((1, 30.0), (2, 20.0))]
         self.stage(name, {"steps": 2}, {"steps.jsonl": "\n".join(lines) + "\n"})
 
@@ -94,7 +94,7 @@ class _Made:
             return result
 
         settings = {
-            "grpo": {"steps": 2, "questions_per_step": 2, "group_size": 2},
+            "grpo": {"steps": 5, "questions_per_step": 2, "group_size": 2, "epochs": 2},
             "pool": {"group_size": 8},
             "distill": {"epochs": 1},
             "rollout": {"topk": self.topk},

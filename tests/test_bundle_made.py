@@ -59,7 +59,7 @@ def test_what_is_known_of_the_base(tmp_path: Path) -> None:
     assert known.license == {"license": "other", "license_name": "some-terms", "license_link": "LICENSE"}
     write_gguf(tmp_path / "tiny.gguf", make_tiny_policy().model, meta=lambda writer: writer.add_license("apache-2.0"))  # type: ignore[arg-type]
     known = card.base_of_run(str(tmp_path / "tiny.gguf"))
-    assert (known.told, known.license) == ("The base is `tiny.gguf`, dequantized", {"license": "apache-2.0"})
+    assert (known.described, known.license) == ("The base is `tiny.gguf`, dequantized", {"license": "apache-2.0"})
     assert card.base_of_run("small").license == {"license": "apache-2.0"}
     assert card.base_of_run("new").id is None
     assert card.base_of_run("owner/name") == card.Base("The base is `owner/name`", id="owner/name")

@@ -139,7 +139,7 @@ def test_2wikimultihopqa_and_its_aliases(tmp_path: Path) -> None:
     (first, second), warnings = read(path)
     assert first["golden_answers"] == ["Małgorzata Braunek", "Malgorzata Braunek", "Braunek"]
     assert second["golden_answers"] == ["no"]
-    assert warnings == [f"dev.train.jsonl: answers include the aliases from {aliases} gives them"]
+    assert warnings == [f"dev.train.jsonl: answers include the aliases in {aliases}"]
 
 
 def test_musique_without_its_unanswerable_questions(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_second_call_is_refused_while_the_first_works(corpus: Path, tmp_path: 
 
     monkeypatch.setattr(RuleWriter, "write", writing)
     run(*arguments)
-    assert again[1].startswith(f"{tmp_path / '.out.unfinished'}: process ")
+    assert again[1].startswith(f"{out}: process ")
     assert "wait for it, or use another" in again[1]
     alone = tmp_path / "alone"
     run(*arguments[:-1], alone)
@@ -61,7 +61,7 @@ def test_a_second_call_is_refused_while_the_first_works(corpus: Path, tmp_path: 
 def test_a_review_is_applied_by_one_at_a_time(corpus: Path, tmp_path: Path):
     made, out = tmp_path / "made", tmp_path / "out"
     run("--corpus", corpus, "--by", "rule", "--number", 8, "--out", made)
-    with locks.making(out), pytest.raises(RunError, match=r"\.out\.unfinished: process \d+ on "):
+    with locks.making(out), pytest.raises(RunError, match=r"/out: process \d+ on "):
         run("--review", made / "review.csv", "--out", out)
     assert not out.exists()
     run("--review", made / "review.csv", "--out", out)

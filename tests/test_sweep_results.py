@@ -35,7 +35,7 @@ def row(found, **wanted):
 
 def test_a_policy_is_charged_with_all_that_it_took(found):
     costs = {one.stage: (one.own, one.charged) for one in found if (one.variant, one.seed) == ("ofsd", 0)}
-    grpo = Cost(10.0, 5.0, 200, 200, 2)
+    grpo = Cost(10.0, 5.0, 200, 400, 2)
     distilled = Cost(40.0, 20.0, 650, 700, 4)  # pool, pairs, lead and distillation
     refused = Cost(30.0, 15.0, 650, 0, 0)
     assert costs["base"] == (Cost(), Cost())
@@ -46,9 +46,10 @@ def test_a_policy_is_charged_with_all_that_it_took(found):
 
 @pytest.mark.parametrize("before", [{"base": (0, 0)}, {}])
 def test_the_cold_start_is_charged_and_may_be_the_first_policy(tmp_path, before):
-    found = results.read_results(make(tmp_path, "v", 0, before | {"coldstart": (0, 1), "grpo-1": (1, 1)}))
-    assert [one.stage for one in found] == [*before, "coldstart", "grpo-1"]
-    coldstart, grpo = found[-2:]
+    after = ("grpo-1", "ofsd-1", "grpo-2")
+    found = results.read_results(make(tmp_path, "v", 0, before | dict.fromkeys(("coldstart", *after), (0, 1))))
+    assert [one.stage for one in found] == [*before, "coldstart", *after]
+    coldstart, grpo = found[len(before) : len(before) + 2]
     assert (coldstart.own, coldstart.charged) == (Cost(10.0, 5.0, 0, 0, 3), Cost(10.0, 5.0, 0, 0, 3))
     assert (grpo.own.seconds, grpo.charged.seconds, grpo.charged.steps) == (10.0, 20.0, 5)
 
