@@ -7,6 +7,7 @@ from typing import Any
 
 from search_e1.config import NEW, Config, Prompts
 from search_e1.errors import ConfigError, DataError
+from search_e1.retrieval.registry import index_kinds
 from search_e1.rollout.demonstrations.forms import batches
 from search_e1.rollout.demonstrations.writer import Writer
 from search_e1.runs import ranks
@@ -37,7 +38,8 @@ class Coldstart(Stage):
 
     def inputs(self, run: Inputs) -> Mapping[str, str]:
         model, retrieval = run.config.policy.model, run.config.retrieval
-        apart = run.config.data.corpus and (retrieval.url or retrieval.index)  # else the index stands for the corpus
+        # The index of a run that builds it stands for the corpus.
+        apart = run.config.data.corpus and (retrieval.index or not index_kinds(retrieval))
         corpus = {"corpus": run.corpus_checksum} if apart else {}
         return {**run.sampled_on(None if model == NEW else model), **corpus, **demonstrations.inputs(run)}
 
