@@ -107,12 +107,19 @@ def _sign(directory: Path) -> None:
 
 def holder(directory: Path) -> str | None:
     """The process that holds the lock of ``directory``; ``None`` if none signed it, or if it was killed on this machine."""
+    if (signed := _signed(directory)) is None:
+        return None
+    pid, host, _ = signed
+    return None if host == socket.gethostname() and not _lives(pid) else f"process {pid} on {host}"
+
+
+def _signed(directory: Path) -> tuple[int, str, str] | None:
+    """Process id, host and time that the holder of a lock left, if they can be read."""
     try:
         signed = json.loads((directory / _HOLDER).read_bytes())
-        pid, host = int(signed["pid"]), str(signed["host"])
+        return int(signed["pid"]), str(signed["host"]), str(signed["since"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return None if host == socket.gethostname() and not _lives(pid) else f"process {pid} on {host}"
 
 
 def _lives(pid: int) -> bool:
@@ -127,11 +134,8 @@ def _lives(pid: int) -> bool:
 
 def _signature(directory: Path) -> str:
     """Who holds a lock that could not be had, and since when."""
-    try:
-        signed = json.loads((directory / _HOLDER).read_bytes())
-        return f"process {signed['pid']} on {signed['host']} (since {signed['since']})"
-    except (OSError, ValueError, LookupError, TypeError):
-        return "another process"
+    signed = _signed(directory)
+    return "process {} on {} (since {})".format(*signed) if signed else "another process"
 
 
 def _stale(path: Path) -> str:
