@@ -104,7 +104,7 @@ def evaluate(
     settings = EvaluationConfig(samples=samples, temperature=temperature, latency=0, recall=False)
     place = Path(out) if out is not None else None
     loaded, identity = _policy(policy, place)
-    searched = _retrieval(retriever, limits.topk, place)
+    searched = _retrieval(retriever, limits.topk, place) if place else ""
     engine = TorchEngine(loaded.model, loaded.tokenizer, batch_size=limits.batch_size)
     with ExitStack() as stack:
         stack.enter_context(in_language(limits.answer_language))
@@ -163,13 +163,13 @@ def _checksum(asked: Mapping[str, Sequence[Question]]) -> str:
     return runs.sha256_text("".join(f"{name} {q.model_dump_json()}\n" for name, part in asked.items() for q in part))
 
 
-def _retrieval(retriever: Retriever, topk: int, out: Path | None) -> str:
+def _retrieval(retriever: Retriever, topk: int, out: Path) -> str:
     """The identity of what ``retriever`` searches: its checksum, else its server's URL, else its class name."""
     if probe := getattr(retriever, "probe", None):
         probe(topk)  # a server sends its checksum with its first response
     if known := getattr(retriever, "checksum", None) or getattr(retriever, "url", None):
         return str(known)
-    if out and out.exists():
+    if out.exists():
         raise ConfigError(
             f"{out}: already exists, and a retriever without a checksum cannot be told from another; give another"
         )
