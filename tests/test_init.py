@@ -69,6 +69,9 @@ def test_passages_and_questions_are_used_as_they_are(here, monkeypatch, capsys):
     assert config.policy.model == "own/model"
     assert config.data.train == (Path("faq-questions/faq.train.jsonl"),)
     assert (config.grpo.questions_per_step, config.coldstart.steps) == (4, 10)  # of six questions one or two are set aside
+    assert (config.distill.teachers, config.distill.merge.strengths, config.distill.merge.questions) == (
+        "verified", (0.0, 0.25, 0.5, 0.75, 1.0), 40
+    )  # fmt: skip
     prepared = run(monkeypatch, capsys, *commands(out)[0].split()[1:])
     assert prepared[0] == 0
     assert all(path.is_file() for path in (*config.data.train, *config.data.eval.values()))

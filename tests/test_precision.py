@@ -115,6 +115,8 @@ def test_vllm_gets_adapters_added_and_the_base_stays_to_the_bit() -> None:
     assert sent.keys() == expected.keys() - {"lm_head.weight"}  # tied to the embeddings
     for name, weight in sent.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-2, atol=1e-4)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.allclose(sent[name], before[f"base_model.model.{name.replace('.weight', '.base_layer.weight')}"], rtol=0.1)
     assert all(torch.equal(weight, before[name]) for name, weight in adapted.named_parameters())
 
 
