@@ -206,8 +206,8 @@ def _load(config: Config, place: str | Path, dtype: Dtype | None, measured: Mani
     policy = policies.load(place, settings, config.prompts, master_weights=wanted == "auto")
     if wanted == "auto":
         # The run's device, as far as known: its evaluation's if recorded, else this machine's.
-        place_of_use = device("auto") if measured is None or measured.gpus else torch.device("cpu")
-        has = bool(measured and measured.gpus and place_of_use.type == "cpu") or multiplies_bfloat16(place_of_use)
+        run_device = device("auto") if measured is None or measured.gpus else torch.device("cpu")
+        has = bool(measured and measured.gpus and run_device.type == "cpu") or multiplies_bfloat16(run_device)
         policy.dtype = compute_dtype("auto", policy.model.num_parameters(), has)
         policy.model.to(policy.dtype)  # type: ignore[arg-type]  # its stub knows devices alone
     return policy

@@ -84,12 +84,10 @@ def init(
     recipe.config()  # validates the config before it is written
     file.write_text(recipe.toml(), encoding="utf-8")
     console.print(Text(f"{file}: {recipe.model} on {recipe.machine}"), soft_wrap=True)
-    fetch = []
-    if recipe.model == SMALL_MODEL and not Path(SMALL_MODEL).exists():
-        fetch = [f"python {_FETCH}"]
-        if not _FETCH.exists():
-            note = f"{_FETCH} is in search-e1's repository: run it there, or name a model with --model"
-            console.print(Text(note), style="yellow", soft_wrap=True)
+    fetch = [f"python {_FETCH}"] if recipe.model == SMALL_MODEL and not Path(SMALL_MODEL).exists() else []
+    if fetch and not _FETCH.exists():
+        note = f"{_FETCH} is in search-e1's repository: run it there, or name a model with --model"
+        console.print(Text(note), style="yellow", soft_wrap=True)
     written = shlex.quote(str(file))
     plan = [f"search-e1 plan {written} --gpu {gpu}"] if gpu != THIS else []
     last = [f"search-e1 doctor {written}", f"search-e1 train {written}", f"search-e1 serve {shlex.quote(recipe.run)}/agent"]

@@ -141,9 +141,7 @@ def _read_pooling(directory: Path, modules: dict[str, str]) -> Pooling | None:
 
 
 def _read_prefixes(directory: Path, config: Any, family: Family | None, given: dict[str, str]) -> tuple[str, str]:
-    """Prefixes of queries and passages. Empty prompts in the files are ignored if the family is known, since
-    sentence-transformers saves them by default.
-    """
+    """Prefixes of queries and passages. Empty prompts in the files say nothing: sentence-transformers saves them by default."""
     prompts = {name: prompt for name, prompt in (config.get("prompts") or {}).items() if prompt}
     default = prompts.get(config.get("default_prompt_name") or "", "")
     query = prompts.get("query", default)
