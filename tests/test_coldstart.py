@@ -112,6 +112,14 @@ def test_passages_and_questions_teach_and_what_gives_nothing_is_counted(configur
     assert (only["demonstrations"], only["untaught"]) == ({"passages": 1}, 2)
 
 
+def test_of_the_corpus_only_the_passages_that_questions_name_are_kept(configured, tmp_path, monkeypatch):
+    kept, honest = [], demonstrations.gather
+    monkeypatch.setattr(demonstrations, "gather", lambda *given: (kept.append(set(given[2])), honest(*given))[1])
+    cold_start(configured(probe=0), tmp_path / "out")
+    cold_start(configured(probe=0, demonstrations="questions"), tmp_path / "only")
+    assert kept == [{"p2"}, set()]
+
+
 def test_no_demonstration_at_all_ends_before_the_policy_is_asked(configured, tmp_path):
     rows = write(tmp_path / "lost.jsonl", ROWS[2])
     with pytest.raises(DataError, match="no question gives a demonstration; give training questions whose metadata"):

@@ -68,6 +68,10 @@ def test_each_reference_has_a_new_student_once_an_epoch(policy, tmp_path, seen) 
     assert not equal(weights(policy.model), before)
     steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert all(step["masked"] == 0 and step["sampled_tokens"] > 0 and step["divergence"] > 0 for step in steps)
+    drawn = [s for step in seen for s in step]  # the figures are those of the students trained on, not of the stored ones
+    assert (figures["pairs"], figures["students"], figures["pairs_too_long"]) == (3, len(drawn), 0)
+    assert figures["positions"] == round(sum(len(s.positions) for s in drawn) / 2)
+    assert figures["masked"] == 0
 
 
 def test_easiest_first(policy, tmp_path, seen) -> None:

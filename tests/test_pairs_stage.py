@@ -86,6 +86,17 @@ def test_pairs_remember_the_policy_that_sampled_them(stages):
     assert len(files.read(made.path / files.TRAIN)) + len(files.read(made.path / files.HELD_OUT)) == MANY
 
 
+def test_a_changed_gate_mines_and_measures_nothing_again(stages):
+    """The gate decides about a measured lead: it is no part of the pairs or the lead, so a branch takes both over."""
+    policy = stages.config.policy.model
+    pairs, lead = Pairs(policy, stages.root, 1), MeasureLead(policy, stages.root, 1)
+    loose = changed(stages, lead=stages.config.lead.model_dump() | {"enforce": False, "minimum": 0.5, "gate": "low"}).config
+    fewer = changed(stages, lead=stages.config.lead.model_dump() | {"pairs": 1}).config
+    again = changed(stages, lead=stages.config.lead.model_dump() | {"samples": 7}).config
+    assert pairs.settings(loose) == pairs.settings(stages.config) != pairs.settings(fewer)
+    assert lead.settings(loose) == lead.settings(stages.config) != lead.settings(again)
+
+
 def test_another_policy_is_refused_and_left_as_it_was(stages, tmp_path):
     policy, other = stages.config.policy.model, tmp_path / "other"
     make_tiny_policy(seed=5).save(other)

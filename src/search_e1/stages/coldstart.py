@@ -9,6 +9,7 @@ from search_e1.config import NEW, Config, Prompts
 from search_e1.errors import ConfigError, DataError
 from search_e1.retrieval.registry import index_kinds
 from search_e1.rollout.demonstrations.forms import batches
+from search_e1.rollout.demonstrations.passages import named_passages
 from search_e1.rollout.demonstrations.writer import Writer
 from search_e1.runs import ranks
 from search_e1.runs.context import StageContext
@@ -63,8 +64,10 @@ class Coldstart(Stage):
         """
         coldstart = run.config.coldstart
         assert coldstart
-        reads = run.config.policy.model == NEW or "passages" in demonstrations.sources(run.config)
-        passages = {passage.id: passage for passage in run.corpus or ()} if reads else {}
+        everything = run.config.policy.model == NEW  # its tokenizer is trained on the passages
+        named = named_passages(run.train_questions) if "passages" in demonstrations.sources(run.config) else set()
+        corpus = run.corpus if everything or named else None
+        passages = {passage.id: passage for passage in corpus or () if everything or passage.id in named}
         policy = _initial_policy(run, passages)
         longest = min(run.config.rollout.max_tokens, context_length(policy.model.config))
         limits = run.config.rollout.model_copy(update={"max_tokens": longest})

@@ -38,11 +38,11 @@ from search_e1.types import Pair, Sample
 class Distill(Stage):
     """Distills ``policy`` on the pairs; adapters are merged. Writes ``policy/`` and ``steps.jsonl``.
 
-    Figures: pairs (for ``sft`` distinct references), pairs_too_long, pairs_shortened (passages dropped from the reference to
-    fit the context), positions (tokens in the loss per epoch), masked (share of sampled tokens without weight), steps, halved,
-    mean loss (kl or cross_entropy, nats per token) over the first and the last tenth of the steps, seconds. With adapters: the
-    merged strength, and EM and tokens for each strength tried. With verified teachers: how many were sampled, were correct,
-    and searched more than their reference.
+    Figures: pairs (for ``sft`` and fresh students: distinct references), pairs_too_long, students (fresh ones), positions
+    (tokens in the loss per epoch), masked (share of sampled tokens without weight), pairs_shortened (passages dropped from the
+    reference to fit the context), steps, halved, mean loss (kl or cross_entropy, nats per token) over the first and the last
+    tenth of the steps, seconds. With adapters: the merged strength, and EM and tokens for each strength tried. With verified
+    teachers: how many were sampled, were correct, and searched more than their reference.
     """
 
     policy: str | Path
@@ -116,12 +116,15 @@ class Distill(Stage):
         if ranks.is_first():
             policy.save(context.out / "policy")
         imitates = config.objective == "sft"
-        return {
+        trained_on = {
             "pairs": len(samples),
             "pairs_too_long": _examples(pairs, config) - len(samples),
-            "pairs_shortened": 0 if imitates else sum(pair.shortened for pair in pairs),
             "positions": sum(len(sample.positions) for sample in samples),
             "masked": 0.0 if imitates else masked_share(samples),
+        }
+        return {
+            **(source.summary(steps) if isinstance(source, FreshStudents) else trained_on),
+            "pairs_shortened": 0 if imitates else sum(pair.shortened for pair in pairs),
             "steps": len(steps),
             "halved": sum(step.get("halved", 0) for step in steps),
             **ends(steps, "loss", 0.1, name="cross_entropy" if imitates else "kl"),

@@ -64,6 +64,18 @@ class FreshStudents:
         self.figures = _figures(pairs, samples, fitting)
         return {"distill": fitting}
 
+    def summary(self, steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Over all students: ``pairs`` (references), ``pairs_too_long`` (students), ``positions`` per epoch, ``masked``."""
+        students, positions = (sum(step[name] for step in steps) for name in ("students", "positions"))
+        tokens, too_long = (sum(step[name] * step["students"] for step in steps) for name in ("sampled_tokens", "too_long"))
+        return {
+            "pairs": len(self._pairs),
+            "pairs_too_long": round(too_long),
+            "students": int(students),
+            "positions": round(positions / self._run.config.distill.epochs),
+            "masked": 1 - positions / tokens,
+        }
+
     def _with_fresh_students(self, step: int, places: Sequence[int], pairs: Sequence[Pair]) -> list[Pair]:
         """``pairs`` with students sampled from the current policy."""
         config, prompts = self._run.config, self._policy.prompts
@@ -79,7 +91,10 @@ class FreshStudents:
 
 
 def _figures(pairs: Sequence[Pair], samples: Sequence[Sample], fitting: Sequence[Sample]) -> dict[str, float]:
-    """Means over the step's students on all ranks; ``masked``: the share of their sampled tokens without weight."""
+    """Over the step's students on all ranks: their number, their positions in the loss, and means of the rest.
+
+    ``masked``: the share of their sampled tokens without weight.
+    """
     sums = {
         "students": float(len(pairs)),
         "reward": sum(pair.student.reward for pair in pairs),
@@ -90,5 +105,6 @@ def _figures(pairs: Sequence[Pair], samples: Sequence[Sample], fitting: Sequence
     }
     parts = ranks.all_gather_object(sums)
     totals = {name: sum(part[name] for part in parts) for name in sums}
-    count, positions = totals.pop("students"), totals.pop("positions")
-    return {name: value / count for name, value in totals.items()} | {"masked": 1 - positions / totals["sampled_tokens"]}
+    counts = {name: totals.pop(name) for name in ("students", "positions")}
+    means = {name: value / counts["students"] for name, value in totals.items()}
+    return {**counts, **means, "masked": 1 - counts["positions"] / totals["sampled_tokens"]}

@@ -36,7 +36,7 @@ class MeasureLead(Stage):
         return StageId("lead", self.round)
 
     def settings(self, config: Config) -> Mapping[str, Any]:
-        return sections(config, "lead", "rollout", "pool.temperature")
+        return sections(config, "lead.samples", "rollout", "pool.temperature")
 
     def inputs(self, run: Inputs) -> Mapping[str, str]:
         """

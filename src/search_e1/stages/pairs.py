@@ -34,7 +34,7 @@ class Pairs(Stage):
         return StageId("pairs", self.round)
 
     def settings(self, config: Config) -> Mapping[str, Any]:
-        return sections(config, "reference", "pairs", "lead")
+        return sections(config, "reference", "pairs", "lead.pairs", "lead.max_share")
 
     def inputs(self, run: Inputs) -> Mapping[str, str]:
         """

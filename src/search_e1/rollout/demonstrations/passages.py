@@ -5,7 +5,7 @@ passage, or the question itself.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from search_e1.errors import DataError
 from search_e1.rollout.demonstrations.hops import Hop, Plan, find_name, place_of
@@ -17,6 +17,11 @@ _KEYS = ("gold_passage_ids", "answer_passage_ids")
 def names_passages(question: Question) -> bool:
     """Whether the metadata of ``question`` names supporting passages."""
     return any(question.metadata.get(key) for key in _KEYS)
+
+
+def named_passages(questions: Iterable[Question]) -> set[str]:
+    """Ids of the supporting passages that ``questions`` name."""
+    return {id for question in questions for key in _KEYS for id in question.metadata.get(key) or ()}
 
 
 def plans(questions: Sequence[Question], passages: Mapping[str, Passage], *, seed: int = 0) -> list[Plan]:
