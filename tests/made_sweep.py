@@ -45,7 +45,7 @@ def make(
     for policy, right in policies.items():
         kind, _, number = policy.partition("-")
         if kind == "coldstart":
-            made.stage(policy, {"steps": 3})
+            made.stage(policy, {"steps": 3, "positions": 900})
         if kind == "grpo":
             made.trained(policy)
             if number in refused:

@@ -71,7 +71,7 @@ def test_each_reference_has_a_new_student_once_an_epoch(policy, tmp_path, seen) 
     drawn = [s for step in seen for s in step]  # the figures are those of the students trained on, not of the stored ones
     assert (figures["pairs"], figures["students"], figures["pairs_too_long"]) == (3, len(drawn), 0)
     assert figures["positions"] == round(sum(len(s.positions) for s in drawn) / 2)
-    assert figures["masked"] == 0
+    assert (figures["masked"], figures["sampled_tokens"]) == (0, sum(sum(s.action_mask) for s in drawn))
 
 
 def test_easiest_first(policy, tmp_path, seen) -> None:

@@ -50,7 +50,7 @@ def test_the_cold_start_is_charged_and_may_be_the_first_policy(tmp_path, before)
     found = results.read_results(make(tmp_path, "v", 0, before | dict.fromkeys(("coldstart", *after), (0, 1))))
     assert [one.stage for one in found] == [*before, "coldstart", *after]
     coldstart, grpo = found[len(before) : len(before) + 2]
-    assert (coldstart.own, coldstart.charged) == (Cost(10.0, 5.0, 0, 0, 3), Cost(10.0, 5.0, 0, 0, 3))
+    assert (coldstart.own, coldstart.charged) == (Cost(10.0, 5.0, 0, 900, 3), Cost(10.0, 5.0, 0, 900, 3))
     assert (grpo.own.seconds, grpo.charged.seconds, grpo.charged.steps) == (10.0, 20.0, 5)
 
 

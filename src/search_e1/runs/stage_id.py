@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Self
 
+OF_ROUND = ("grpo", "pool", "pairs", "lead", "ofsd")
+"""The kinds of a round's stages, in loop order."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageId:

@@ -30,7 +30,7 @@ _LAST = 20  # steps whose mean loss is reported
 
 class Coldstart(Stage):
     """Writes ``policy/`` and ``steps.jsonl``. Figures: demonstrations by source, questions without one, first and last loss
-    in nats per token, tokens per second."""
+    in nats per token, positions (tokens in the loss), tokens per second."""
 
     id = StageId("coldstart")
 
@@ -99,6 +99,7 @@ class Coldstart(Stage):
             "steps": len(steps),
             "first_loss": steps[0]["loss"],
             "last_loss": mean(steps[-_LAST:], "loss"),
+            "positions": round(sum(step["positions"] for step in steps)),
             "tokens_per_second": sum(step["tokens"] for step in steps) / seconds,
             "seconds": seconds,
             "halved": sum(step.get("halved", 0) for step in steps),
@@ -136,7 +137,10 @@ class BatchSource:
         if not batch:
             raise DataError(f"demonstrations ran out after {step} steps; give more, or train fewer steps")
         self._drawn = step + 1
-        self.figures = {"tokens": float(sum(map(len, batch)))}
+        self.figures = {
+            "tokens": float(sum(map(len, batch))),
+            "positions": float(sum(len(sample.positions) for sample in batch)),
+        }
         if (longest := max(map(len, batch))) > self._context_length:
             raise DataError(
                 f"a demonstration of {longest} tokens does not fit into the context of {self._context_length}; shorten it"

@@ -72,6 +72,7 @@ class FreshStudents:
             "pairs": len(self._pairs),
             "pairs_too_long": round(too_long),
             "students": int(students),
+            "sampled_tokens": round(tokens),
             "positions": round(positions / self._run.config.distill.epochs),
             "masked": 1 - positions / tokens,
         }

@@ -13,6 +13,7 @@ from search_e1.evaluation.report import explain, repeat
 from search_e1.evaluation.report.files import Run, Stage, policy_of, read_json, read_lines
 from search_e1.evaluation.report.trajectories import Evaluated
 from search_e1.evaluation.statistics import share_interval, wilson
+from search_e1.runs.stage_id import OF_ROUND
 
 _MOST_POINTS = 400  # per training curve: more than a screen resolves
 
@@ -96,7 +97,7 @@ def gains(evaluated: Sequence[Evaluated]) -> list[dict[str, Any]]:
 
 def _rounds(run: Run) -> list[dict[str, Any]]:
     """One entry per round: the figures of its complete stages."""
-    kinds = {kind: run.of_rounds(kind) for kind in ("grpo", "pool", "pairs", "lead", "ofsd")}
+    kinds = {kind: run.of_rounds(kind) for kind in OF_ROUND}
     numbers = sorted({number for stages in kinds.values() for number in stages})
     refused = _refusals(run)
     return [
@@ -169,6 +170,8 @@ def _trained_tokens(stage: Stage) -> int | None:
     kind = stage.name.partition("-")[0]
     if kind == "grpo":
         return _grpo_tokens(stage) * stage.manifest.settings["grpo"].get("epochs", 1)
+    if kind == "coldstart":
+        return stage.figures.get("positions")
     if kind == "ofsd" and "positions" in stage.figures:
         return stage.figures["positions"] * stage.manifest.settings["distill"]["epochs"]
     return None

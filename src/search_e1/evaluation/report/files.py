@@ -9,9 +9,9 @@ from typing import Any
 
 from search_e1.errors import DataError, RunError
 from search_e1.runs import MANIFEST, Manifest, locks
+from search_e1.runs.stage_id import OF_ROUND
 
 _BEFORE_ROUNDS = ("base", "coldstart")
-_ROUND_ORDER = ("grpo", "pool", "pairs", "lead", "ofsd")
 _EVALUATION = "evaluation-"
 
 
@@ -51,7 +51,7 @@ class Run:
         )
 
     def of_rounds(self, kind: str) -> dict[int, Stage]:
-        """Round -> the stage of this kind (``grpo``, ``pool``, ``pairs``, ``lead``, ``ofsd``)."""
+        """Round -> the stage of this kind, one of ``OF_ROUND``."""
         found = {}
         for name, stage in self.stages.items():
             if match := re.fullmatch(rf"{kind}-(\d+)", name):
@@ -68,7 +68,7 @@ def _position(policy: str) -> tuple[int, int]:
     if policy in _BEFORE_ROUNDS:
         return 0, _BEFORE_ROUNDS.index(policy)
     kind, _, round = policy.rpartition("-")
-    return (int(round), _ROUND_ORDER.index(kind)) if kind in _ROUND_ORDER and round.isdigit() else (1 << 30, 0)
+    return (int(round), OF_ROUND.index(kind)) if kind in OF_ROUND and round.isdigit() else (1 << 30, 0)
 
 
 def open_run(path: Path) -> Run:

@@ -21,14 +21,13 @@ from search_e1.evaluation.report.files import Run as RunDirectory
 from search_e1.evaluation.report.files import Stage, open_run, policy_of, read_json
 from search_e1.evaluation.results import Result
 from search_e1.lab.sweep.spec import Run
+from search_e1.runs.stage_id import OF_ROUND
 
 RESULTS, QUESTIONS = "results.parquet", "questions.parquet"
 ALL = "all"
 """Instead of a benchmark: all questions, weighted equally."""
 METRICS = ("em", "em_sampled", "f1", "searches", "tokens")
 _POLICY = re.compile(r"base|coldstart|(?:grpo|ofsd)-\d+")
-_CHARGED = ("grpo", "pool", "pairs", "lead", "ofsd")
-"""Stages of a round that are charged, in loop order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +113,7 @@ def _charged_stages(run: RunDirectory) -> Iterator[tuple[str, int, Stage]]:
     """Kind and round of each charged stage, in loop order; the cold start is of round 0."""
     if coldstart := run.stages.get("coldstart"):
         yield "coldstart", 0, coldstart
-    by_kind = {kind: run.of_rounds(kind) for kind in _CHARGED}
+    by_kind = {kind: run.of_rounds(kind) for kind in OF_ROUND}
     for round in sorted(set().union(*by_kind.values())):
         yield from ((kind, round, stages[round]) for kind, stages in by_kind.items() if round in stages)
 
