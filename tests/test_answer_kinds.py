@@ -149,8 +149,9 @@ def test_not_in_the_documents():
     assert open_scorer(RolloutConfig())("whatever", unanswerable) == 1.0  # published: exact match and nothing else
 
 
-def reply(content, tokens=11):
-    return 200, json.dumps({"choices": [{"message": {"content": content}}], "usage": {"total_tokens": tokens}}).encode()
+def reply(content, tokens=11, finish_reason="stop", **message):
+    choice = {"message": {"content": content, **message}, "finish_reason": finish_reason}
+    return 200, json.dumps({"choices": [choice], "usage": {"total_tokens": tokens}}).encode()
 
 
 def judging(server, tmp_path, **settings):
@@ -186,16 +187,35 @@ def test_a_judge_is_asked_once_for_each_answer(tmp_path):
 @pytest.mark.parametrize(
     ("said", "message"),
     [
+        (reply(None, None), r"the judge said '' instead of correct or incorrect; .*raise its max_tokens"),
+        (reply("", finish_reason="length"), r"the judge said '' \(finish_reason length\) instead"),
+        (reply(None, finish_reason="content_filter"), r"the judge said '' \(finish_reason content_filter\) instead"),
+        (reply(None, refusal="I can't help with that."), r"the judge said \"I can't help with that\.\" instead"),
+        ((429, b'{"error": {"message": "no credit", "code": "insufficient_quota"}}'), r"status 429 .*no credit.*; check"),
         (reply("It is correct, I think"), "the judge said 'It is correct, I think' instead of correct or incorrect"),
         ((401, b'{"error": {"message": "bad key"}}'), r"401.*check rollout\.rewards\.judge\.url"),
-        ((200, b"{}"), "not an answer of /v1/chat/completions"),
     ],
 )
 def test_a_judge_that_fails_stops_the_stage(said, message, tmp_path):
-    with misbehaving(lambda request, number: said) as server, pytest.raises(EndpointError, match=message) as caught:
-        judging(server, tmp_path, time_limit=0.5).verdict("Bergen", question())
+    with misbehaving(lambda request, number: said) as server:
+        with pytest.raises(EndpointError, match=message) as caught:
+            judging(server, tmp_path, time_limit=0.5).verdict("Bergen", question())
+        assert len(server.requests) == 1  # a final answer is not paid for twice
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "cache.jsonl").exists()
+
+
+@pytest.mark.parametrize(("body", "words"), [(b"{}", ""), (b'{"error": {"message": "no such model"}}', r" \(no such model\)")])
+def test_what_is_no_answer_of_a_judge_is_asked_for_again(body, words, tmp_path):
+    message = rf"no verdict after \d+ attempts: not an answer of /v1/chat/completions{words}$"
+    with misbehaving(lambda request, number: (200, body)) as server, pytest.raises(EndpointError, match=message):
+        judging(server, tmp_path, time_limit=0.5).verdict("Bergen", question())
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/", "/v1/chat/completions"])
+def test_the_path_that_a_judge_is_asked_at(suffix, tmp_path):
+    config = JudgeConfig(url=f"http://127.0.0.1:9{suffix}", model="m", cache=str(tmp_path / "cache.jsonl"))
+    assert Judge(config)._server.shown == "http://127.0.0.1:9/v1/chat/completions"
 
 
 def test_a_rollout_waits_for_its_judge(tiny_policy, tmp_path):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, T5Config, T5EncoderModel
 
 from search_e1.errors import ModelError
@@ -183,6 +184,26 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, change, said: str) 
     with pytest.raises(ModelError) as caught:
         Encoder.open(directory)
     assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_token_without_a_row_is_refused(tmp_path: Path) -> None:
+    directory = make_tiny_encoder(tmp_path / "e")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["norway"])
+    tokenizer.save_pretrained(directory)
+    said = rf"the tokenizer has {rows + 1} ids and the embedding {rows} rows \(no row for 'norway'\)"
+    with pytest.raises(ModelError, match=said):
+        Encoder.open(directory)
+
+
+def test_a_pattern_that_does_not_come_to_an_end_is_one_line(tmp_path: Path) -> None:
+    encoder = Encoder.open(make_tiny_encoder(tmp_path / "e"))
+    splitting = pre_tokenizers.Split(Regex("(a|aa)+$"), "isolated")
+    encoder._model.tokenizer.backend_tokenizer.pre_tokenizer = splitting
+    with pytest.raises(ModelError, match=r"tokenizer\.json: its regular expression fails on a text") as caught:
+        encoder.queries(["a" * 60 + "!"])
     assert "\n" not in str(caught.value)
 
 

@@ -89,6 +89,10 @@ NORM = "model.layers.1.input_layernorm.weight"
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (
+            lambda w: [w.update({f"_orig_mod.{name}": w.pop(name)}) for name in list(w)],
+            "; left over: this architecture has no place for them: _orig_mod.lm_head.weight and 26 more; give",
+        ),
         (lambda w: w.pop(NORM), f"weights are missing: {NORM}; give the whole directory"),
         (lambda w: [w.pop(name) for name in list(w) if ".1." in name], "weights are missing: model.layers.1.input_layernorm"),
         (lambda w: w.update({"score.weight": torch.ones(2, 32)}), "left over: this architecture has no place for them: score"),

@@ -153,6 +153,22 @@ def test_what_only_parquet_holds_is_what_was_meant(tmp_path: Path) -> None:
         prepared(train=(str(tmp_path / "b.parquet"),))
 
 
+def test_words_of_programs_in_cells_are_said(tmp_path: Path) -> None:
+    """They may be meant (a film is called None), so they are kept, and said."""
+    table = tmp_path / "a.csv"
+    table.write_text("question,answers\nWhich film?,None\nWhich?,N/A\nIs it?,True\nWho?,Oslo\n")
+    made = prepared(train=(str(table),))
+    assert [row.question.answers for row in made.parts[0].rows] == [("None",), ("N/A",), ("True",), ("Oslo",)]
+    notes = made.parts[0].loaded.notes
+    assert f"2 answers are words that stand for a missing value ({table}:2: 'None'); if these are, remove them" in notes
+    assert f"1 answers are true or false ({table}:4: 'True'), which a policy's yes or no does not match" in notes
+    lines = jsonl(tmp_path / "b.jsonl", {"question": "Who?", "answers": ["null", "Oslo"]})
+    assert (
+        f"1 answers are words that stand for a missing value ({lines}:1: 'null'); if these are, remove them"
+        in prepared(train=(str(lines),)).parts[0].loaded.notes
+    )
+
+
 def test_true_and_false_are_yes_and_no(tmp_path: Path) -> None:
     lines = jsonl(tmp_path / "a.jsonl", {"question": "Is it?", "answer": True}, {"question": "Was it?", "answers": [False]})
     [part] = prepared(train=(str(lines),)).parts
@@ -281,6 +297,7 @@ BAD_FILES = {
     "metadata no object": ("a.jsonl", '{"question": "W?", "answers": "x", "metadata": [1]}', (), "'metadata' is list"),
     "answers no text": ("a.jsonl", '{"question": "W?", "answers": [{"t": "x"}]}', (), "--column answers=answers.text"),
     "an answer NaN": ("a.jsonl", '{"question": "W?", "answers": [NaN]}', (), "a.jsonl:1: column 'answers' holds [nan]"),
+    "a question missing": ("a.csv", "question,answers\nnan,Oslo\n", (), "a.csv:2: question = ''"),
     "an answer missing": ("a.csv", "question,answers\nW?,['x' nan]\n", (), "a.csv:2: column 'answers' holds an empty"),
     "an answer empty": (
         "a.jsonl",

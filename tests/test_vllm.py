@@ -2,6 +2,9 @@
 
 import copy
 import json
+import math
+import re
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,6 +122,23 @@ def test_a_row_that_the_engine_gives_up_is_no_generation(taught) -> None:
     with engine(directory).running(policy.tokenizer) as generator:
         LLM.running[0].finish_reason = "abort"
         with pytest.raises(ModelError, match=r"vLLM aborted a row \(abort\)"):
+            play(policy, generator)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_of_logits_that_are_not_finite_is_no_generation(taught, monkeypatch, bad: float) -> None:
+    policy, directory = taught
+    with engine(directory).running(policy.tokenizer) as generator:
+        [running] = LLM.running
+        honest = running.step
+
+        def step() -> list[Any]:
+            for row in running.rows.values():
+                row.generation = replace(row.generation, logprobs=(bad,) * len(row.generation.ids))
+            return honest()
+
+        monkeypatch.setattr(running, "step", step)
+        with pytest.raises(ModelError, match=r"vLLM: logits that are not finite while sampling; set policy\.dtype"):
             play(policy, generator)
 
 
@@ -258,6 +278,22 @@ def test_a_rollout_is_that_of_the_server_id_by_id(taught, temperature: float) ->
         False,
     )
     assert served.asked[0]["path"] == "/v1/completions"
+
+
+@pytest.mark.parametrize("bad", ["NaN", "null", "Infinity"])
+def test_a_server_s_logits_that_are_not_finite_are_no_generation(taught, bad: str) -> None:
+    """A JSON writer that is strict makes null of NaN."""
+    policy, directory = taught
+    served = Served(policy, str(directory))
+
+    def broken(request: dict[str, Any], number: int) -> tuple[int, bytes]:
+        status, content = served(request, number)
+        return status, re.sub(rb'"token_logprobs": \[[^,\]]+', b'"token_logprobs": [' + bad.encode(), content)
+
+    with misbehaving(broken) as server:
+        generator = server_generator(server.url, directory, policy)
+        with pytest.raises(ModelError, match=r"v1/completions: logits that are not finite .*start it with --dtype bfloat16"):
+            play(policy, generator)
 
 
 @pytest.mark.parametrize(

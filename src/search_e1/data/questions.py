@@ -21,6 +21,8 @@ _HOLDS = (
     'each line holds {"id", "question", "golden_answers"} and optionally "metadata"; `search-e1 data prepare` converts '
     "other files"
 )
+LIKE_ANSWERS = re.compile(r"(?:^|[\W_])(?:answers?|alias|aliases|gold|golden)(?:$|[\W_])", re.IGNORECASE)
+"""Names of columns that may hold answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +103,18 @@ def read_questions(path: Path, benchmark: str = "") -> Iterator[tuple[str, Quest
     Raises:
         DataError: the file cannot be read or is empty, or a line is not a question.
     """
-    number = 0
+    number, unread = 0, dict[str, None]()
     for number, record in read_lines(path):
         where = f"{path}:{number}"
         yield where, to_question(record, benchmark, where, may_lack_answers=True)
+        unread |= {name: None for name in record if name != "golden_answers" and LIKE_ANSWERS.search(name)}
     if not number:
         raise DataError(f"{path}: no questions in it; {_HOLDS}")
+    if unread and ranks.is_first():
+        logger.warning(
+            "%s: not read: %s; only golden_answers counts (`search-e1 data prepare` joins several columns)",
+            path, ", ".join(unread),
+        )  # fmt: skip
 
 
 def _unique(items: Iterable[tuple[str, Question]], files: str) -> list[Question]:

@@ -20,7 +20,7 @@ from search_e1.data import sources
 from search_e1.data.formats import layouts, sheets
 from search_e1.data.formats.arrays import array_items, is_array
 from search_e1.data.lines import checksum, parse, read_lines
-from search_e1.data.questions import Loaded, to_question, whole_number
+from search_e1.data.questions import LIKE_ANSWERS, Loaded, to_question, whole_number
 from search_e1.data.tables import SUFFIXES as TABLES
 from search_e1.data.tables import Cell, table_rows
 from search_e1.errors import ConfigError, DataError
@@ -33,7 +33,6 @@ SUFFIXES = (*JSON_LINES, *TABLES, *PARQUET, sheets.SUFFIX)
 
 _FIELDS = ("question", "answers", "id", "hops", "metadata")
 _ANSWERS = ("golden_answers", "answers", "answer", "answer_aliases", "possible_answers")
-_LIKE_ANSWERS = re.compile(r"(?:^|[\W_])(?:answers?|alias|aliases|gold|golden)(?:$|[\W_])", re.IGNORECASE)
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _ITEM = rf"{_QUOTED}|-?\d+(?:\.\d+)?|nan|None|True|False"
 _SERIES = r"\s*(?:{0})(?:(?:\s*,\s*|\s+)(?:{0}))*\s*,?\s*"
@@ -43,6 +42,8 @@ _BRACKETED = re.compile(r"""[\[({]\s*['"{\[(].*[\])}]|(?:np\.|numpy\.)?array\(.*
 """Text that only a program writes: a list, an object, an array."""
 _UNANSWERABLE = "{} questions are unanswerable ({}); a run on them needs rollout.rewards.not_found"
 _TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_MISSING = frozenset(("none", "null", "nil", "nan", "nat", "<na>", "n/a", "#n/a"))
+"""Words, in lower case, that programs write for a missing value."""
 _WHOLE_FLOAT = re.compile(r"\A\s*(-?\d+)\.0\s*\Z")
 
 
@@ -187,11 +188,14 @@ class _Notes:
         used = _answer_columns(row, self.columns)
         self.used[used] += 1
         mapped = {column.partition(".")[0] for column in (*used, self.columns.question, *(c for _, c in self.columns.more))}
-        self.unused |= {name: None for name in row if _LIKE_ANSWERS.search(name) and name not in mapped}
-        for cell in (cell for column in used if isinstance(cell := row.get(column), str)):
+        self.unused |= {name: None for name in row if LIKE_ANSWERS.search(name) and name not in mapped}
+        held = [row.get(column) for column in used]
+        for cell in (cell for one in held for cell in (one if isinstance(one, list) else [one]) if isinstance(cell, str)):
             kinds = {
                 "whole": isinstance(cell, Cell) and _WHOLE_FLOAT.match(cell),
                 "list": cell[:1] == "[" and _list_in(cell) is cell,
+                "missing": cell.strip().lower() in _MISSING,
+                "truth": isinstance(cell, Cell) and cell.strip().lower() in ("true", "false"),
             }
             for kind in (kind for kind, holds in kinds.items() if holds and self.columns.separator is None):
                 count, first, place = self.seen.get(kind, (0, cell, where))
@@ -209,6 +213,8 @@ class _Notes:
         for kind, said in (
             ("whole", "{0} answers are read as whole numbers ({2}: {1!r})"),
             ("list", "{0} answers in brackets are read as they are, not as lists ({2}: {1!r})"),
+            ("missing", "{0} answers are words that stand for a missing value ({2}: {1!r}); if these are, remove them"),
+            ("truth", "{0} answers are true or false ({2}: {1!r}), which a policy's yes or no does not match"),
         ):
             if kind in self.seen:
                 count, first, place = self.seen[kind]
@@ -288,7 +294,7 @@ def _record(row: Mapping[str, Any], columns: Columns, where: str) -> dict[str, A
     question = _dig(row, columns.question, where)
     return {
         "id": (_text(id) or "").strip(),
-        "question": question.strip() if isinstance(question, str) else question,
+        "question": "" if _is_missing(question) else question.strip() if isinstance(question, str) else question,
         "golden_answers": _answers(row, columns, where),
         "metadata": {key: value for key, value in metadata.items() if value is not None},
     }
@@ -347,6 +353,10 @@ def _text(item: Any) -> str | None:
     if isinstance(item, Cell):
         return None if item.strip() in ("nan", "NaN") else _WHOLE_FLOAT.sub(r"\1", item)
     return str(item) if isinstance(item, str | int) else None
+
+
+def _is_missing(value: Any) -> bool:
+    return isinstance(value, Cell) and value.strip().lower() in _MISSING
 
 
 def _dig(value: Any, path: str, where: str) -> Any:

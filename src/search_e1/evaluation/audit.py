@@ -25,6 +25,7 @@ from search_e1.evaluation.verdict import COMMON, FileAudit, Role, find
 from search_e1.retrieval.analysis import one_a_script
 from search_e1.runs.languages import ENGLISH
 from search_e1.runs.progress import Progress, silent
+from search_e1.runs.tokenizing import tokenizing
 from search_e1.types import Question, Record
 
 _DEPTHS = (10, 100)
@@ -197,7 +198,9 @@ def _find_unsayable(rows: Sequence[_Row], tokenizer: Any, most: int) -> None:
     unique = list(dict.fromkeys(answer for answers in countable for answer in answers))
     fault: dict[str, str] = {}
     if tokenizer is not None and unique:
-        for answer, ids in zip(unique, tokenizer(unique, add_special_tokens=False)["input_ids"], strict=True):
+        with tokenizing(tokenizer):
+            encoded = tokenizer(unique, add_special_tokens=False)["input_ids"]
+        for answer, ids in zip(unique, encoded, strict=True):
             if len(ids) >= most:  # the closing tag needs a token too
                 fault[answer] = f"takes {len(ids)} tokens, and max_action_tokens is {most}"
             elif normalize_answer(tokenizer.decode(ids, skip_special_tokens=True)) != normalize_answer(answer):

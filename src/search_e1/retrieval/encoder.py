@@ -13,6 +13,7 @@ import torch
 from search_e1.errors import ModelError
 from search_e1.retrieval.convention import Convention, EncoderSettings, Overrides, read_convention
 from search_e1.runs import devices
+from search_e1.runs.tokenizing import tokenizing
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -109,7 +110,8 @@ class Encoder:
         if not texts:
             return vectors
         tokenizer: Any = self._model.tokenizer
-        ids = tokenizer(texts, truncation=True, max_length=self.convention.max_length)["input_ids"]
+        with tokenizing(tokenizer):
+            ids = tokenizer(texts, truncation=True, max_length=self.convention.max_length)["input_ids"]
         # A tokenizer without special tokens returns no ids for an empty text.
         texts = [text if row else tokenizer.pad_token for text, row in zip(texts, ids, strict=True)]
         for rows in token_batches([len(row) for row in ids], self.batch_tokens):
@@ -165,6 +167,7 @@ def _load_transformer(directory: Path, name: str, place: torch.device, dtype: st
         )
     [report] = reports
     _check_weights(name, report, module.auto_model.state_dict())
+    _check_tokenizer(name, module.tokenizer, module.auto_model.get_input_embeddings().num_embeddings)
     config = module.config
     positions = getattr(config, "max_position_embeddings", None) or 512
     if config.model_type in _OFFSET_POSITIONS:
@@ -193,6 +196,19 @@ def _check_weights(name: str, report: Mapping[str, Any], held: Iterable[str]) ->
             raise ModelError(
                 f"encoder {name!r}: weights are {what}: {keys[0]}{more}{also}; give the directory of a whole encoder"
             )
+
+
+def _check_tokenizer(name: str, tokenizer: Any, rows: int) -> None:
+    """
+    Raises:
+        ModelError: an id has no row in the embedding.
+    """
+    beyond = {id: token for token, id in tokenizer.get_vocab().items() if id >= rows}
+    if beyond:
+        raise ModelError(
+            f"encoder {name!r}: the tokenizer has {max(beyond) + 1} ids and the embedding {rows} rows (no row for "
+            f"{beyond[min(beyond)]!r}); give the tokenizer that it was trained with"
+        )
 
 
 def _assemble(transformer: Any, convention: Convention, place: torch.device) -> "SentenceTransformer":

@@ -4,15 +4,14 @@ Prompts are token ids. They are built only here, so that GRPO, pools, distillati
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import date
 from functools import lru_cache
-from pathlib import Path
 
 from search_e1.config import Prompts
 from search_e1.config.prompts import ProtocolName
 from search_e1.errors import ConfigError, ModelError, SearchE1Error
+from search_e1.runs.tokenizing import tokenizing
 from search_e1.text.tools import SEARCH, tools_of
 from search_e1.types import Passage
 
@@ -67,23 +66,8 @@ def _encode_message(tokenizer, prompts: Prompts, message: str) -> tuple[int, ...
         return tuple(_apply_template(tokenizer, prompts, message, tokenize=True, return_dict=False))
     if prompts.protocol == "tools":
         raise ModelError(NO_TEMPLATE)
-    with _tokenizing(tokenizer):
+    with tokenizing(tokenizer):
         return tuple(tokenizer.encode(message))
-
-
-@contextmanager
-def _tokenizing(tokenizer) -> Iterator[None]:
-    """
-    Raises:
-        ModelError: the tokenizer's regular expression fails on the text.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # from Rust; not a subclass of Exception
-            raise
-        file = Path(str(tokenizer.name_or_path)) / "tokenizer.json"
-        raise ModelError(f"{file}: its regular expression fails on a text ({error}); use another tokenizer") from error
 
 
 def _apply_template(tokenizer, prompts: Prompts, message: str, **options):
@@ -92,7 +76,7 @@ def _apply_template(tokenizer, prompts: Prompts, message: str, **options):
     try:
         if prompts.date and tells_date(tokenizer):  # otherwise the prompt would change every day
             options["chat_template"] = _clock(prompts.date) + tokenizer.get_chat_template(tools=tools)
-        with _tokenizing(tokenizer):
+        with tokenizing(tokenizer):
             return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, **options)
     except SearchE1Error:
         raise
@@ -120,7 +104,7 @@ def check_template(tokenizer, prompts: Prompts) -> None:
         ModelError: the chat template fails or drops the question, or its output cannot be tokenized.
     """
     question = "In which year did the Zambezi flood Kazungula?"
-    with _tokenizing(tokenizer):
+    with tokenizing(tokenizer):
         tokenizer.encode(prompts.instruction.replace("{question}", question))
     if not tokenizer.chat_template:
         return
@@ -228,7 +212,7 @@ def enclosed(tokenizer, opening: str, body: str, closing: str, max_tokens: int) 
     while True:
         own_line = body[:room].endswith("\n")
         text = opening + body[:room] + ("" if own_line else "\n") + closing
-        with _tokenizing(tokenizer):
+        with tokenizing(tokenizer):
             encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         excess = len(encoded["input_ids"]) - max_tokens
         if excess <= 0:

@@ -71,17 +71,16 @@ def _no_load_report() -> Iterator[None]:
 
 
 def _check_report(model: str, report: dict[str, Any]) -> None:
-    shapes = (f"{name} {tuple(found)} for {tuple(wanted)}" for name, found, wanted in report["mismatched_keys"])
-    for what, names in (
+    shapes = [f"{name} {tuple(found)} for {tuple(wanted)}" for name, found, wanted in report["mismatched_keys"]]
+    faults = (
         ("of shapes that its config.json does not give", shapes),
         ("missing", report["missing_keys"]),
         ("left over: this architecture has no place for them", report["unexpected_keys"]),
-    ):
-        if names := sorted(names):
-            raise ModelError(
-                f"policy.model = {model!r}: weights are {what}: {_listed(names)}; give the whole directory of a causal "
-                "language model"
-            )
+    )
+    if found := [f"{what}: {_listed(sorted(names))}" for what, names in faults if names]:
+        raise ModelError(
+            f"policy.model = {model!r}: weights are {'; '.join(found)}; give the whole directory of a causal language model"
+        )
 
 
 def _check_all_used(model: str, file: Path, loaded: PreTrainedModel) -> None:

@@ -20,6 +20,7 @@ from search_e1.data.lines import read_lines
 from search_e1.errors import DataError
 from search_e1.rollout.demonstrations.forms import Lesson
 from search_e1.rollout.demonstrations.writer import Writer, detours, trajectory
+from search_e1.runs.tokenizing import tokenizing
 from search_e1.text.prompts import INFORMATION_CLOSE, INFORMATION_OPEN, neutralize
 from search_e1.text.protocols import protocol_of
 from search_e1.types import ActionKind, Question, Trajectory, Turn
@@ -186,7 +187,8 @@ class Demonstrations:
         )
 
     def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False)) if text else ()
+        with tokenizing(self._tokenizer):
+            return tuple(self._tokenizer.encode(text, add_special_tokens=False)) if text else ()
 
 
 def _needed(clean: Trajectory, writer: Writer) -> frozenset[str]:

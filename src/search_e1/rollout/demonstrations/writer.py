@@ -12,6 +12,7 @@ from search_e1.data.answers import f1, language_in_force, put_in_force
 from search_e1.retrieval.base import Retriever
 from search_e1.rollout.rewards.scorer import open_scorer
 from search_e1.runs.progress import Progress, silent
+from search_e1.runs.tokenizing import tokenizing
 from search_e1.text.prompts import plain_prompt
 from search_e1.text.protocol import Action
 from search_e1.text.protocols import protocol_of
@@ -90,7 +91,8 @@ class Writer:
         )
 
     def ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        with tokenizing(self.tokenizer):
+            return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def map(self, write: Callable[[Item], Made | None], items: Sequence[Item]) -> list[Made]:
         """The results of ``write`` on ``items`` in order, without ``None``; runs in threads."""

@@ -5,12 +5,14 @@ observation while others are still being sampled. An engine that samples whole b
 provides the session.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from search_e1.errors import ModelError
 from search_e1.types import StopReason
 
 
@@ -28,6 +30,21 @@ class Generation:
     """The reason if the engine ends the trajectory here; ``ids`` are then meaningless."""
     words: str = ""
     """A server's message about ``stop``."""
+
+
+def finite(logprobs: Sequence[float | None], whose: str, remedy: str) -> tuple[float, ...]:
+    """``logprobs`` of sampled ids. vLLM samples from logits that are not finite without an error.
+
+    Raises:
+        ModelError: one is missing or not finite; names ``whose`` they are, and the ``remedy``.
+    """
+    known = tuple(logprob for logprob in logprobs if logprob is not None and math.isfinite(logprob))
+    if len(known) < len(logprobs):
+        raise ModelError(
+            f"{whose}: logits that are not finite while sampling; {remedy}; if that is so, check that the policy's weights are "
+            "finite"
+        )
+    return known
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,14 +107,11 @@ class RemoteEngine(ABC):
             try:
                 generation = self._read(reply.content, payload)
             except (ValidationError, LookupError) as error:
-                words = reply.words.partition(" (")[2]
-                raise TransientError(f"not an answer of {self._path}{words and f' ({words}'}") from error
+                raise not_an_answer(reply, self._path) from error
         elif stop := _stop_reason(reply):
             generation = self._ended(stop, reply.words)
         else:
-            if not _codes(reply.content) & _FINAL_CODES:
-                check_status(reply)
-            raise EndpointError(f"{self.server.shown}: {reply.words}; check {self._check} and {API_KEY}")
+            raise refusal(reply, self.server.shown, self._check)
         if generation.stop is None:
             self._answered = True
             return generation
@@ -188,6 +185,23 @@ class _RemoteSession:
             return generation
 
         return request.key, await engine.server.ask(read, payload, early=not engine._answered)
+
+
+def not_an_answer(reply: Reply, path: str) -> TransientError:
+    """A success that is no answer of the API at ``path``: one bad server of several, or an error sent as a success."""
+    words = reply.words.partition(" (")[2]
+    return TransientError(f"not an answer of {path}{words and f' ({words}'}")
+
+
+def refusal(reply: Reply, shown: str, check: str) -> EndpointError:
+    """A final refusal. ``shown``: the server's URL; ``check``: what the user should check.
+
+    Raises:
+        TransientError: the refusal may pass.
+    """
+    if not _codes(reply.content) & _FINAL_CODES:
+        check_status(reply)
+    return EndpointError(f"{shown}: {reply.words}; check {check} and {API_KEY}")
 
 
 def key_headers() -> dict[str, str]:

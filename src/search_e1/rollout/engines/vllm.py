@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from search_e1.config import PolicyConfig, VllmConfig
 from search_e1.errors import ConfigError, ModelError
-from search_e1.rollout.engines.base import Generation, Request, never
+from search_e1.rollout.engines.base import Generation, Request, finite, never
 from search_e1.runs.devices import device
 from search_e1.training.precision import compute_dtype, multiplies_bfloat16
 from search_e1.training.sources import plain_directory
@@ -279,7 +279,7 @@ class _VLLMSession:
         """See ``Session``.
 
         Raises:
-            ModelError: out of memory, or vLLM aborted a row.
+            ModelError: out of memory, logits that are not finite, or vLLM aborted a row.
         """
         try:
             outputs = self._engine.step()
@@ -296,7 +296,8 @@ class _VLLMSession:
                 del self._rows[output.request_id]
                 if sampled.finish_reason not in ("stop", "length"):
                     raise ModelError(f"vLLM aborted a row ({sampled.finish_reason}); its log says why")
-                finished.append((row.key, Generation(tuple(row.ids), tuple(row.logprobs))))
+                logprobs = finite(row.logprobs, "vLLM", "set policy.dtype to bfloat16 or float32")
+                finished.append((row.key, Generation(tuple(row.ids), logprobs)))
         return finished
 
     def release(self, key: int) -> None:

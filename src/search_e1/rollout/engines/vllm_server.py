@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from search_e1.config import VllmConfig
 from search_e1.errors import ConfigError, EndpointError
-from search_e1.rollout.engines.base import Generation, Request
+from search_e1.rollout.engines.base import Generation, Request, finite
 from search_e1.rollout.engines.remote import RemoteEngine, api_url, key_headers
 from search_e1.runs.http import Reply, Server, check_status
 from search_e1.training.sources import resolve
@@ -110,9 +110,10 @@ class VllmServerEngine(RemoteEngine):
     def _read(self, content: bytes, payload: dict[str, Any]) -> Generation:
         choice = _Completion.model_validate_json(content).choices[0]
         ids, logprobs = tuple(choice.token_ids), choice.logprobs.token_logprobs if choice.logprobs else []
+        told = finite(logprobs, self.server.shown, "start it with --dtype bfloat16 or float32")
         # A server returns log-probabilities at temperature 1, unless --logprobs-mode was set, which it does not expose.
-        known = [logprob for logprob in logprobs if logprob is not None] if payload["temperature"] in (0.0, 1.0) else []
-        return Generation(ids, tuple(known) if len(known) == len(ids) else None)
+        usable = payload["temperature"] in (0.0, 1.0) and len(told) == len(ids)
+        return Generation(ids, told if usable else None)
 
     def _ended(self, stop: StopReason, words: str) -> Generation:
         raise EndpointError(f"{self.server.shown}: {words}; the server accepts less than it reports; lower rollout.max_tokens")

@@ -14,10 +14,10 @@ from pydantic import BaseModel, Field, ValidationError
 from search_e1.config.rewards import JudgeConfig
 from search_e1.data.answers import exact_match
 from search_e1.errors import ConfigError, EndpointError
-from search_e1.rollout.engines.remote import API_KEY, api_url, key_headers
+from search_e1.rollout.engines.remote import api_url, key_headers, not_an_answer, refusal
 from search_e1.runs import sha256_text
 from search_e1.runs.files import append, summed_entries, summed_line
-from search_e1.runs.http import Reply, Server, TransientError, check_status
+from search_e1.runs.http import Reply, Server
 from search_e1.types import Question
 
 logger = logging.getLogger(__name__)
@@ -25,18 +25,21 @@ _VERDICTS = {"correct": 1.0, "incorrect": 0.0}
 _THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 _FIELD = re.compile(r"\{(question|golds|answer)\}")
 _RESPONSE_BYTES = 2**20
+_CHECK = "rollout.rewards.judge.url, rollout.rewards.judge.model"
 
 
 class _Message(BaseModel):
-    content: str
+    content: str | None = None
+    refusal: str | None = None
 
 
 class _Choice(BaseModel):
     message: _Message
+    finish_reason: str | None = None
 
 
 class _Usage(BaseModel):
-    total_tokens: int = 0
+    total_tokens: int | None = None
 
 
 class _Completion(BaseModel):
@@ -55,7 +58,8 @@ class Judge:
         self._config, self._cache = config, Path(config.cache)
         if not self._cache.parent.is_dir():
             raise ConfigError(f"rollout.rewards.judge.cache = {config.cache!r}: no such directory; make it, or name another")
-        url = api_url(config.url, "rollout.rewards.judge.url", "chat/completions")
+        url = api_url(config.url, "rollout.rewards.judge.url", "/chat/completions")
+        self._path = url.path
         self._server = Server(
             url, EndpointError, what="verdict", timeout=config.timeout, time_limit=config.time_limit,
             most_bytes=_RESPONSE_BYTES, concurrency=config.concurrency, attempts=None, headers=key_headers(),
@@ -121,21 +125,21 @@ class Judge:
 
     def _read(self, reply: Reply) -> float:
         if not reply.ok:
-            check_status(reply)
-            where = f"check rollout.rewards.judge.url, rollout.rewards.judge.model and {API_KEY}"
-            raise EndpointError(f"{self._server.shown}: {reply.words}; {where}")
+            raise refusal(reply, self._server.shown, _CHECK)
         try:
             completion = _Completion.model_validate_json(reply.content)
         except ValidationError as error:
-            raise TransientError("not an answer of /v1/chat/completions") from error
+            raise not_an_answer(reply, self._path) from error
         self.requests += 1
-        self.tokens += completion.usage.total_tokens if completion.usage else 0
-        said = completion.choices[0].message.content
+        self.tokens += (completion.usage and completion.usage.total_tokens) or 0
+        choice = completion.choices[0]
+        said = choice.message.content or choice.message.refusal or ""
         word = _THOUGHT.sub("", said, count=1).strip().rstrip(".").lower()
         if word not in _VERDICTS:
+            ended = f" (finish_reason {choice.finish_reason})" if choice.finish_reason not in (None, "stop") else ""
             raise EndpointError(
-                f"{self._server.shown}: the judge said {said[:80]!r} instead of correct or incorrect; edit "
-                "rollout.rewards.judge.prompt, raise its max_tokens, or name another model"
+                f"{self._server.shown}: the judge said {self._server.hide(said[:80])!r}{ended} instead of correct or "
+                "incorrect; edit rollout.rewards.judge.prompt, raise its max_tokens, or name another model"
             )
         return _VERDICTS[word]
 
