@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from conftest import PASSAGES, TinyRetriever, make_tiny_policy
+from search_e1 import evolve
 from search_e1.config import Config
-from search_e1.errors import ConfigError, DataError
+from search_e1.errors import ConfigError, DataError, SearchE1Error
 from search_e1.rollout.demonstrations.forms import Lesson
 from search_e1.rollout.demonstrations.writer import Writer
 from search_e1.rollout.sampler import RolloutSampler
 from search_e1.runs import checksum
 from search_e1.runs.checkpoints import Checkpointer
 from search_e1.runs.context import StageContext
+from search_e1.runs.opening import opened
 from search_e1.stages import demonstrations, probe
 from search_e1.stages.coldstart import Coldstart
 from search_e1.stages.inputs import Inputs
@@ -88,6 +90,34 @@ def test_without_being_told_the_source_follows_from_what_is_given(configured, tm
     assert demonstrations.sources(configured(given)) == ("file",)
     assert demonstrations.sources(configured(given, endpoint=endpoint)) == ("endpoint",)
     assert demonstrations.sources(configured(given, endpoint=endpoint, demonstrations="passages")) == ("passages",)
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"data": {"demonstrations": "missing.jsonl"}}, "missing.jsonl: "),
+    ({"data": {"demonstrations": "own.jsonl"}}, "own.jsonl:1: not a demonstration"),
+    (
+        {"coldstart": {"endpoint": {"url": "http://127.0.0.1:9", "model": "m"}}},
+        "http://127.0.0.1:9/v1/chat/completions: no answer",
+    ),
+    ({"rollout": {"max_observation_tokens": 3}}, "rollout.max_observation_tokens = 3 has no room for the tags alone"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), MISTAKES)
+def test_a_mistake_is_refused_before_any_work_and_binds_nothing(configured, tmp_path, monkeypatch, change, says):
+    """Not after the index and the base evaluation: then the corrected config would be another run's."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "own.jsonl", {"id": "named"})
+    good = configured({"demonstrations": write(tmp_path / "good.jsonl", RIGHT)}, steps=1, probe=0)
+    good = good.model_copy(update={"grpo": good.grpo.model_copy(update={"questions_per_step": 2})})
+    given = {name: {**good.model_dump(mode="json", exclude_none=True)[name], **values} for name, values in change.items()}
+    with pytest.raises(SearchE1Error) as refusal:
+        evolve.train(Config.model_validate(good.model_dump(exclude_none=True) | given))
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert not [place.name for place in good.run.iterdir() if place.is_dir()]
+    with opened(good.run, good.fingerprint()):  # the corrected config has the directory
+        pass
 
 
 @pytest.mark.parametrize(
@@ -178,7 +208,9 @@ def test_an_endpoint_teaches(configured, tmp_path):
         config = configured(endpoint={"url": server.url, "model": "m", "group_size": 1}, probe=0)
         result = cold_start(config, tmp_path / "out")
     assert result["demonstrations"] == {"endpoint": 1, "em": 1 / 3, "stop_reasons": {"answered": 3}}
-    assert len(server.requests) == 3
+    asked = [request["messages"][0]["content"] for request in server.requests]
+    assert len(asked) == 4
+    assert asked[0] in asked[1:]  # the check's request is a real one
 
 
 def test_the_probe_takes_questions_that_are_not_taught_first():

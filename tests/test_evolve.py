@@ -171,7 +171,7 @@ def test_fine_tuning_on_references_asks_no_teacher(finished, tmp_path):
     sections |= {"distill": whole.distill.model_copy(update={"objective": "sft"})}
     watch = Watch()
     made = evolve.train(whole.model_copy(update={"run": tmp_path / "run", **sections}), watch, branch_of=whole.run)
-    assert watch.worked == ["pairs-1", "ofsd-1", "evaluation-ofsd-1"]  # of pairs, `lead` says how many are held out
+    assert watch.worked == ["ofsd-1", "evaluation-ofsd-1"]
     assert [p.stage for p in made.policies] == ["base", "grpo-1", "ofsd-1"]
     assert (made.rounds["1"].lead, made.rounds["1"].refused, made.lead) == (None, None, {"1": None})
     for name in ("train.jsonl", "held_out.jsonl"):
@@ -246,9 +246,8 @@ def test_without_a_lead_nothing_is_distilled_and_the_run_says_why(finished, tmp_
     lead = whole.lead.model_copy(update={"enforce": True, "minimum": 0.9})
     settings, watch = whole.model_copy(update={"run": tmp_path / "run", "lead": lead}), Watch()
     summary = evolve.train(settings, watch, branch_of=whole.run)
-    assert "lead-1" in watch.worked
+    assert watch.worked == []  # the gate alone has changed: the measured lead is judged again, not measured
     assert [p.stage for p in summary.policies] == ["base", "grpo-1"]
-    assert "ofsd-1" not in watch.worked
     assert not (settings.run / "ofsd-1").exists()
     assert summary.rounds["1"].refused
     assert "the teacher does not lead" in summary.rounds["1"].refused
@@ -292,8 +291,8 @@ def test_a_stage_says_what_it_was_made_of(finished, project):
         "preflight": {"rollout", "grpo.group_size", "grpo.temperature", "data.max_train", "data.max_eval"},
         "grpo-1": {"grpo", "rollout", "reference"},
         "pool-1": {"pool", "rollout"},
-        "pairs-1": {"reference", "pairs", "lead"},
-        "lead-1": {"lead", "rollout", "pool.temperature"},
+        "pairs-1": {"reference", "pairs", "lead.pairs", "lead.max_share"},
+        "lead-1": {"lead.samples", "rollout", "pool.temperature"},
         "ofsd-1": {"distill"},
     }
     assert all(always <= made.settings.keys() for stage, made in manifests.items() if stage != "index")

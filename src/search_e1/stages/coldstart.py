@@ -48,13 +48,15 @@ class Coldstart(Stage):
         """
         Raises:
             ConfigError: the section is missing, or data that the demonstrations or a new policy need.
+            DataError, EndpointError: see ``demonstrations.check``.
         """
         config = run.config
         if config.coldstart is None:
             raise ConfigError("section [coldstart] is missing; add it, it may be empty")
         if config.policy.model == NEW and not config.data.corpus:
             raise ConfigError(f'policy.model = "{NEW}": data.corpus is missing; its tokenizer is trained on the passages')
-        demonstrations.check(config)
+        if not (run.root / str(self.id)).exists():  # an endpoint may be gone once it has served
+            demonstrations.check(run)
 
     def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
         """

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from search_e1.config import Config
+from search_e1.config import NEW, Config, Prompts
 from search_e1.errors import ConfigError
 from search_e1.rollout import pool
 from search_e1.rollout.demonstrations import endpoint, hops, passages, questions
@@ -35,20 +35,30 @@ def sources(config: Config) -> tuple[Source, ...]:
     return ("passages", "questions") if config.data.corpus else ("questions",)
 
 
-def check(config: Config) -> None:
-    """
+def check(run: Inputs) -> None:
+    """Check the source before any work. An endpoint gets one request.
+
     Raises:
         ConfigError: data that the source needs is missing, or the endpoint's URL is invalid.
+        DataError: see ``Demonstrations.check_form``.
+        EndpointError: the endpoint does not answer.
     """
-    chosen = sources(config)
+    config, chosen = run.config, sources(run.config)
     if chosen == ("passages",) and not config.data.corpus:
         raise ConfigError("data.corpus is missing; supporting passages are read from it")
     if chosen == ("file",) and config.data.demonstrations is None:
         raise ConfigError('coldstart.demonstrations = "file": data.demonstrations is missing; give the path of that file')
+    new = config.policy.model == NEW
+    if chosen == ("file",) and not new:
+        assert config.data.demonstrations
+        reader = run.load_reader(config.policy.model)
+        Demonstrations(config.data.demonstrations, reader.tokenizer, reader.prompts).check_form(run.train_questions)
     if chosen == ("endpoint",):
         assert config.coldstart
         assert config.coldstart.endpoint
-        _ = endpoint.endpoint_of(config.coldstart.endpoint).address  # checks the URL
+        prompts = config.prompts or Prompts() if new else run.load_reader(config.policy.model).prompts
+        if run.train_questions:
+            endpoint.probe(config.coldstart.endpoint, run.train_questions[0], prompts, config.rollout)
 
 
 def inputs(run: Inputs) -> Mapping[str, str]:

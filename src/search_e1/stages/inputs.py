@@ -212,6 +212,7 @@ class Inputs:
             return
         reader = self.load_reader(policy)  # before an index is built
         open_scorer(config.rollout, reader.prompts.instruction)
+        protocol_of(reader.tokenizer, reader.prompts).observe("", [], config.rollout.max_observation_tokens)  # has it room?
         for tool in tools_of(reader.prompts):
             tool.open(self.retriever, config.rollout.topk)
         if config.pairs.references_by == "gold" and config.data.demonstrations and config.distillations:

@@ -73,6 +73,16 @@ class Demonstrations:
             for where, steps in self._by_question[question.id]:
                 self._actions(question, steps, where)
 
+    def check_form(self, questions: Iterable[Question]) -> None:
+        """Check the form of the demonstrations of ``questions``, whether correct or not.
+
+        Raises:
+            DataError: as ``lessons``, but for correctness and limits.
+        """
+        for question in self._demonstrated(questions):
+            for where, steps in self._by_question[question.id]:
+                self._searches(steps, where, executed=False)
+
     def lessons(self, questions: Sequence[Question], writer: Writer, *, seed: int = 0) -> tuple[list[Lesson], int]:
         """Lessons from the demonstrations of ``questions`` that are correct and within the limits, and the number of others.
 
