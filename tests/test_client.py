@@ -284,7 +284,7 @@ _bytes = st.binary() | st.tuples(_bodies.map(lambda value: json.dumps(value).enc
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=int(os.environ.get("CASES", "300")), deadline=None, suppress_health_check=list(HealthCheck))
 @given(body=_bytes, queries=st.integers(1, 2))
 def test_whatever_bytes_a_server_sends_it_is_its_passages_or_one_line(body: bytes, queries: int) -> None:
     try:

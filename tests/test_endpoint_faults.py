@@ -1,6 +1,7 @@
 """What endpoints do that went wrong without a word, or died where it should go on; and whatever bytes they may send."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from search_e1.evaluation.evaluate import evaluate
 from search_e1.evaluation.results import read as read_results
 from search_e1.rollout.engines.base import Request
 from search_e1.rollout.engines.endpoint import Endpoint, EndpointEngine
+from search_e1.rollout.engines.remote import _stop_reason
 from search_e1.rollout.engines.words import Words
 from search_e1.rollout.loop import rollout
 from search_e1.rollout.starts import starts
@@ -133,6 +135,21 @@ def test_a_context_that_is_too_long_ends_that_trajectory(server: str, status: in
     told = (status, json.dumps(form(ERRORS[server])).encode())
     t, asked = play(TOOLS, completion("", calls=[SEARCH]), told)
     assert (t.stop_reason, t.searches, len(asked.requests)) == (StopReason.MAX_TOKENS, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Prompt length of 5016 is longer than the maximum model length of 4096.",  # vLLM V1
+        "The prompt (total length 25938) is too long to fit into the model (context length 4096). Make sure that",
+        "max_tokens must be at least 1, got -186.",
+        "input length and `max_tokens` exceed context limit: 199759 + 8192 > 200000, decrease input length",
+        "litellm.BadRequestError: " + "x" * 300 + " This model's maximum context length is 4096 tokens.",  # a proxy's preface
+    ],
+)
+def test_what_other_servers_say_of_a_context_that_is_too_long(message: str) -> None:
+    body = json.dumps({"error": {"message": message, "type": "invalid_request_error"}}).encode()
+    assert _stop_reason(Reply(400, httpx.Headers(), body, "")) is StopReason.MAX_TOKENS
 
 
 @pytest.mark.parametrize(
@@ -335,8 +352,7 @@ _bytes = st.one_of(
     (_body | _errors).map(lambda value: json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")),
     st.tuples((_body | _errors).map(lambda value: json.dumps(value).encode()), st.integers(0, 99)).map(lambda x: x[0][: -x[1]]),
 )
-CASES = 300
-"""10,000 were run once; see docs/reliability.md."""
+CASES = int(os.environ.get("CASES", "300"))
 
 
 @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))

@@ -77,6 +77,17 @@ def test_a_directory_has_the_logits_that_were_saved(model: Path) -> None:
     torch.testing.assert_close(logits(load(model).model), logits(tiny_model()), rtol=0, atol=0)
 
 
+def test_what_transformers_warns_of_is_said_once(model: Path, caplog, capfd) -> None:
+    file = model / "config.json"
+    rope = {"rope_type": "yarn", "factor": 2.0, "beta_fst": 1, "rope_theta": 10_000.0}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_parameters": rope}))
+    load(model)
+    load(model)
+    said = f"policy.model = {str(model)!r}: Unrecognized keys in `rope_parameters` for 'rope_type'='yarn': {{'beta_fst'}}"
+    assert caplog.messages == [said]
+    assert capfd.readouterr() == ("", "")  # not a second time by transformers' own handler
+
+
 def change_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     weights = load_file(directory / "model.safetensors")
     change(weights)

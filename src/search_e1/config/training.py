@@ -16,7 +16,7 @@ class TrainingConfig(Section):
     """AdamW's decay rates of the first and the second moment."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of matrices; norms and biases have none."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
     """Global gradient norm to clip to; `inf` never clips."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or falling to 0 at the last step."""

@@ -13,6 +13,7 @@ import torch
 from search_e1.errors import ModelError
 from search_e1.retrieval.convention import Convention, EncoderSettings, Overrides, read_convention
 from search_e1.runs import devices
+from search_e1.runs.library_warnings import passing_on
 from search_e1.runs.tokenizing import tokenizing
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def _load_transformer(directory: Path, name: str, place: torch.device, dtype: st
     load = {"trust_remote_code": False, "local_files_only": True}
     weights = {**load, "dtype": _resolve_dtype(dtype, place), "use_safetensors": True}
     try:
-        with devices.no_bars():
+        with devices.no_bars(), passing_on(f"encoder {name!r}"):
             module = Reporting(str(directory), model_kwargs=weights, processor_kwargs=load, config_kwargs=load)
     except Exception as error:  # from transformers, tokenizers, safetensors or torch, depending on the damage
         problem = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -75,6 +75,6 @@ def warn_of_empty_searches(empty: float, searches: float) -> None:
     """Warn if most searches returned nothing: a policy learns little from empty observations."""
     if searches and 2 * empty > searches:
         logger.warning(
-            "%.0f of %.0f searches found no passage: are questions and passages in the same language? BM25 does not split text "
-            'without spaces between words (Chinese, Japanese, Thai); retrieval.kind = "dense" reads it', empty, searches,
+            "%.0f of %.0f searches found no passage: are questions and passages in the same language, and does "
+            'retrieval.language name it? retrieval.kind = "dense" does not depend on words', empty, searches,
         )  # fmt: skip

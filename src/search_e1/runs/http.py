@@ -67,6 +67,11 @@ class Reply:
     """Status, and the reason of an error if it states one: one line without secrets."""
 
     @property
+    def reason(self) -> str:
+        """The stated reason of an error, longer than in ``words`` and as it was sent; empty if there is none."""
+        return _reason(self.content, error=not self.ok)[: 10 * _WORDS]
+
+    @property
     def ok(self) -> bool:
         return 200 <= self.status < 300
 

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from search_e1.config import NEW
 from search_e1.errors import ModelError, SearchE1Error
 from search_e1.runs.devices import no_bars
+from search_e1.runs.library_warnings import passing_on
 
 SMALL = "small"
 _SMALL_DIRECTORY = Path(__file__).parent.parent / "data" / "small_policy"
@@ -66,7 +67,7 @@ def resolve(model: str) -> Path | str:
 
 
 def is_gguf(path: Path | str) -> bool:
-    return str(path).endswith(".gguf")
+    return str(path).lower().endswith(".gguf")
 
 
 def base_of(model: str) -> str | None:
@@ -132,7 +133,7 @@ def opened(model: str | Path) -> Iterator[Source]:
         check_gguf(model, Path(weights))
     try:
         empty = TemporaryDirectory(prefix="search-e1-gguf-") if is_gguf(weights) else nullcontext("")
-        with empty as directory, no_bars():
+        with empty as directory, no_bars(), passing_on(f"policy.model = {model!r}"):
             yield _source(model, path, weights, Path(directory))
     except SearchE1Error:
         raise
@@ -163,7 +164,7 @@ def _check_directory(model: str, path: Path) -> None:
         raise ModelError(f"{where}: holds a model and an adapter; move one of them to a directory of its own")
     for needed in () if adapter else ("config.json", "tokenizer_config.json"):
         if not (path / needed).is_file():
-            files = sorted(path.glob("*.gguf"))
+            files = sorted(path.glob("*.[gG][gG][uU][fF]"))
             remedy = f"give the GGUF file itself: {files[0]}" if files else "give the directory of a Hugging Face model"
             raise ModelError(f"{where}: no {needed} in it; {remedy}")
     needed = ADAPTER_WEIGHTS if adapter else "*.safetensors"

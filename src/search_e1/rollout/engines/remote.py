@@ -35,7 +35,11 @@ _OVERFLOW = re.compile(
     r"|context (?:size|length|window) (?:has been |was )?exceeded"
     r"|exceeds?(?: the| this)?(?: model's| available)?(?: maximum)? context (?:size|length|window)"  # llama.cpp, SGLang
     r"|longer than the model's context length|prompt is too long: \d|`inputs` tokens \+ `max_new_tokens` must be"  # TGI
-    r"|token count .{0,40}exceeds the maximum number of tokens",
+    r"|token count .{0,40}exceeds the maximum number of tokens"
+    r"|longer than the maximum model length of \d|too long to fit into the model \(context length \d"  # vLLM V1
+    r"|max_tokens must be at least 1, got -\d"  # vLLM: nothing is left for an answer
+    r"|exceed context limit: \d|maximum prompt length is \d|exceeded model token limit"  # Anthropic, xAI, Moonshot
+    r"|range of input length should be|input is too long for requested model",  # DashScope, Bedrock
     re.IGNORECASE,
 )
 _REFUSED_CODES = {
@@ -231,9 +235,9 @@ def api_url(url: str, key: str, resource: str) -> httpx.URL:
 def _stop_reason(reply: Reply) -> StopReason | None:
     """The stop reason if a refusal concerns this trajectory only; else ``None``."""
     codes = _codes(reply.content)
-    if codes & _OVERFLOW_CODES or _OVERFLOW.search(reply.words):
+    if codes & _OVERFLOW_CODES or _OVERFLOW.search(reply.reason):
         return StopReason.MAX_TOKENS
-    return StopReason.REFUSED if codes & _REFUSED_CODES or _REFUSED.search(reply.words) else None
+    return StopReason.REFUSED if codes & _REFUSED_CODES or _REFUSED.search(reply.reason) else None
 
 
 def _codes(content: bytes) -> set[str]:
