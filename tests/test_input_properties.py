@@ -237,6 +237,8 @@ def same(value: Any, text: str) -> bool:
         )
     if isinstance(value, int | float) and not isinstance(meant, bool):
         return float(value) == float(meant)
+    if isinstance(value, tuple) and isinstance(meant, list) and all(isinstance(item, int | float) for item in (*value, *meant)):
+        return [float(item) for item in value] == [float(item) for item in meant]
     if isinstance(value, tuple):
         return [str(item) for item in value] in (
             [str(Path(str(m))) for m in meant] if isinstance(meant, list) else [],
@@ -251,6 +253,7 @@ def same(value: Any, text: str) -> bool:
 @example(("run", "2025-11-28"))
 @example(("grpo.steps", "true"))
 @example(("run", ""))
+@example(("prompts.date", "0"))
 @example(("policy.model", "1\nrun = 2"))
 @example(("grpo.steps", "[" * 5000))
 def test_a_flag_is_what_it_says(flag: tuple[str, str]) -> None:

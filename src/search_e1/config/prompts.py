@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -66,8 +67,10 @@ class Prompts(BaseModel):
     @field_validator("date", mode="before")
     @classmethod
     def _is_date(cls, value: Any) -> Any:
-        if not isinstance(value, str | datetime.date | None) or isinstance(value, datetime.datetime):
-            raise ValueError("no date; write YYYY-MM-DD")  # pydantic would read a number as seconds
+        if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value):
+            return datetime.date.fromisoformat(value)
+        if not isinstance(value, datetime.date | None) or isinstance(value, datetime.datetime):
+            raise ValueError("no date; write YYYY-MM-DD")  # pydantic would read a number, also as text, as seconds
         return value
 
     @model_validator(mode="before")
