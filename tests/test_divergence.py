@@ -211,7 +211,9 @@ def test_inputs_of_half_precision_are_summed_in_float32(case, hidden, weight):
     for gradient, wanted, kind in zip(gradients, expected, (hidden, weight, weight), strict=False):
         assert gradient.dtype is kind
         scale = wanted.abs().max().item() if wanted.numel() else 0.0
-        torch.testing.assert_close(gradient.double(), wanted, rtol=2e-2, atol=1e-3 * scale + 3e-5)
+        # Probabilities sum to 1 only as far as float32 resolves log-sum-exp, and a large divergence multiplies what is left.
+        largest = expected_per_token.abs().max().item() if expected_per_token.numel() else 0.0
+        torch.testing.assert_close(gradient.double(), wanted, rtol=2e-2, atol=1e-3 * scale + 3e-5 + 1e-4 * largest)
 
 
 def test_gradcheck():

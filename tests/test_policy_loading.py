@@ -85,7 +85,7 @@ def test_what_transformers_warns_of_is_said_once(model: Path, caplog, capfd) -> 
     load(model)
     said = f"policy.model = {str(model)!r}: Unrecognized keys in `rope_parameters` for 'rope_type'='yarn': {{'beta_fst'}}"
     assert caplog.messages == [said]
-    assert capfd.readouterr() == ("", "")  # not a second time by transformers' own handler
+    assert "[transformers]" not in capfd.readouterr().err  # not a second time by its own handler
 
 
 def change_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
