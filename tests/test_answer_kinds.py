@@ -187,7 +187,7 @@ def test_a_judge_is_asked_once_for_each_answer(tmp_path):
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        (reply(None, None), r"the judge said '' instead of correct or incorrect; .*raise its max_tokens"),
+        (reply("", None), r"the judge said '' instead of correct or incorrect; .*raise its max_tokens"),
         (reply("", finish_reason="length"), r"the judge said '' \(finish_reason length\) instead"),
         (reply(None, finish_reason="content_filter"), r"the judge said '' \(finish_reason content_filter\) instead"),
         (reply(None, refusal="I can't help with that."), r"the judge said \"I can't help with that\.\" instead"),

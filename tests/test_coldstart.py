@@ -95,10 +95,7 @@ def test_without_being_told_the_source_follows_from_what_is_given(configured, tm
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"data": {"demonstrations": "missing.jsonl"}}, "missing.jsonl: "),
     ({"data": {"demonstrations": "own.jsonl"}}, "own.jsonl:1: not a demonstration"),
-    (
-        {"coldstart": {"endpoint": {"url": "http://127.0.0.1:9", "model": "m"}}},
-        "http://127.0.0.1:9/v1/chat/completions: no answer",
-    ),
+    ({"data": {"demonstrations": "own.jsonl"}, "policy": {"model": "new"}}, "own.jsonl:1: not a demonstration"),
     ({"rollout": {"max_observation_tokens": 3}}, "rollout.max_observation_tokens = 3 has no room for the tags alone"),
 ]
 
@@ -208,9 +205,7 @@ def test_an_endpoint_teaches(configured, tmp_path):
         config = configured(endpoint={"url": server.url, "model": "m", "group_size": 1}, probe=0)
         result = cold_start(config, tmp_path / "out")
     assert result["demonstrations"] == {"endpoint": 1, "em": 1 / 3, "stop_reasons": {"answered": 3}}
-    asked = [request["messages"][0]["content"] for request in server.requests]
-    assert len(asked) == 4
-    assert asked[0] in asked[1:]  # the check's request is a real one
+    assert len(server.requests) == 3
 
 
 def test_the_probe_takes_questions_that_are_not_taught_first():

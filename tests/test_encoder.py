@@ -198,6 +198,18 @@ def test_a_token_without_a_row_is_refused(tmp_path: Path) -> None:
         Encoder.open(directory)
 
 
+def test_a_special_token_without_a_row_matters_where_it_occurs(tmp_path: Path) -> None:
+    """As in text models that were taken out of multimodal ones."""
+    directory = make_tiny_encoder(tmp_path / "e")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(directory)
+    encoder = Encoder.open(directory)
+    assert np.isfinite(encoder.queries(TEXTS)).all()
+    with pytest.raises(ModelError, match="no row for '<image>' in the embedding; remove it from the texts"):
+        encoder.queries(["Oslo <image>"])
+
+
 def test_a_pattern_that_does_not_come_to_an_end_is_one_line(tmp_path: Path) -> None:
     encoder = Encoder.open(make_tiny_encoder(tmp_path / "e"))
     splitting = pre_tokenizers.Split(Regex("(a|aa)+$"), "isolated")
@@ -207,7 +219,7 @@ def test_a_pattern_that_does_not_come_to_an_end_is_one_line(tmp_path: Path) -> N
     assert "\n" not in str(caught.value)
 
 
-def test_a_pooler_may_be_missing_and_a_head_left_over(tmp_path: Path) -> None:
+def test_a_pooler_may_be_missing_and_a_head_left_over(tmp_path: Path, caplog) -> None:
     """Neither has a say in the vectors."""
     directory = make_tiny_encoder(tmp_path / "e")
     expected = Encoder.open(directory, dtype="float32").queries(TEXTS)
@@ -215,6 +227,7 @@ def test_a_pooler_may_be_missing_and_a_head_left_over(tmp_path: Path) -> None:
     weights = {key: value for key, value in weights.items() if "pooler" not in key} | {"cls.predictions.bias": torch.ones(3)}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     np.testing.assert_array_equal(Encoder.open(directory, dtype="float32").queries(TEXTS), expected)
+    assert caplog.messages == []  # transformers' table of what does not fit is not for the user
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_each_reference_has_a_new_student_once_an_epoch(policy, tmp_path, seen) 
     steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert all(step["masked"] == 0 and step["sampled_tokens"] > 0 and step["divergence"] > 0 for step in steps)
     drawn = [s for step in seen for s in step]  # the figures are those of the students trained on, not of the stored ones
-    assert (figures["pairs"], figures["students"], figures["pairs_too_long"]) == (3, len(drawn), 0)
+    assert (figures["pairs"], figures["students"], figures["students_too_long"]) == (3, len(drawn), 0)
     assert figures["positions"] == round(sum(len(s.positions) for s in drawn) / 2)
     assert (figures["masked"], figures["sampled_tokens"]) == (0, sum(sum(s.action_mask) for s in drawn))
 

@@ -137,6 +137,13 @@ def test_without_a_note_of_versions_the_last_artifact_tells(tmp_path, monkeypatc
 # Branches
 
 
+def test_of_a_section_only_the_keys_that_count_are_compared():
+    """Earlier versions recorded the whole section; what finished then is not made again."""
+    whole = {"lead": {"pairs": 64, "samples": 2, "enforce": True}, "pairs": {"students": 2}}
+    assert changes(whole, {"lead.pairs": 64, "pairs": {"students": 2}}) == []
+    assert changes(whole, {"lead.pairs": 8, "lead.samples": 2, "pairs": {"students": 2}}) == [Change("lead.pairs", 64, 8)]
+
+
 def test_a_branch_takes_over_what_the_change_does_not_concern(tmp_path):
     old, new, calls = tmp_path / "old", tmp_path / "new", []
     with opened(old, {"steps": 8}) as root:

@@ -41,10 +41,18 @@ def test_a_question_carries_all_that_its_line_says(tmp_path: Path) -> None:
 
 def test_answers_in_other_columns_are_said(tmp_path: Path, caplog) -> None:
     file = tmp_path / "a.jsonl"
-    row = {"id": "1", "question": "Who?", "golden_answers": ["Oslo"], "answer_aliases": ["Kristiania"], "answerable": True}
-    file.write_text(json.dumps(row) + "\n" + json.dumps(row | {"id": "2", "answer": "Oslo"}) + "\n")
+    row = {
+        "id": "1",
+        "question": "Who?",
+        "golden_answers": ["Oslo"],
+        "answer_aliases": ["Kristiania", "Oslo"],
+        "answer": "Oslo",
+        "answer_type": "text",
+        "alias": None,
+    }
+    file.write_text(json.dumps(row) + "\n" + json.dumps(row | {"id": "2", "answers": ["Christiania"]}) + "\n")
     assert [q.answers for q in load_questions(file)] == [("Oslo",), ("Oslo",)]
-    said = "not read: answer_aliases, answer; only golden_answers counts (`search-e1 data prepare` joins several columns)"
+    said = "not read: answer_aliases, answers; only golden_answers counts (`search-e1 data prepare` joins several columns)"
     assert caplog.messages == [f"{file}: {said}"]
 
 

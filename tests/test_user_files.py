@@ -297,7 +297,12 @@ BAD_FILES = {
     "metadata no object": ("a.jsonl", '{"question": "W?", "answers": "x", "metadata": [1]}', (), "'metadata' is list"),
     "answers no text": ("a.jsonl", '{"question": "W?", "answers": [{"t": "x"}]}', (), "--column answers=answers.text"),
     "an answer NaN": ("a.jsonl", '{"question": "W?", "answers": [NaN]}', (), "a.jsonl:1: column 'answers' holds [nan]"),
-    "a question missing": ("a.csv", "question,answers\nnan,Oslo\n", (), "a.csv:2: question = ''"),
+    "a question missing": (
+        "a.csv",
+        "question,answers\nnan,Oslo\n",
+        (),
+        "a.csv:2: column 'question' holds 'nan', not a question",
+    ),
     "an answer missing": ("a.csv", "question,answers\nW?,['x' nan]\n", (), "a.csv:2: column 'answers' holds an empty"),
     "an answer empty": (
         "a.jsonl",

@@ -21,8 +21,8 @@ _HOLDS = (
     'each line holds {"id", "question", "golden_answers"} and optionally "metadata"; `search-e1 data prepare` converts '
     "other files"
 )
-LIKE_ANSWERS = re.compile(r"(?:^|[\W_])(?:answers?|alias|aliases|gold|golden)(?:$|[\W_])", re.IGNORECASE)
-"""Names of columns that may hold answers."""
+ANSWERS = ("golden_answers", "answers", "answer", "answer_aliases", "possible_answers")
+"""Columns whose answers ``data prepare`` joins; a run reads the first alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +106,13 @@ def read_questions(path: Path, benchmark: str = "") -> Iterator[tuple[str, Quest
     number, unread = 0, dict[str, None]()
     for number, record in read_lines(path):
         where = f"{path}:{number}"
-        yield where, to_question(record, benchmark, where, may_lack_answers=True)
-        unread |= {name: None for name in record if name != "golden_answers" and LIKE_ANSWERS.search(name)}
+        question = to_question(record, benchmark, where, may_lack_answers=True)
+        yield where, question
+        for name in ANSWERS[1:]:
+            held = record.get(name)
+            others = held if isinstance(held, list) else [held]
+            if any(isinstance(text, str) and text.strip() and text not in question.answers for text in others):
+                unread[name] = None
     if not number:
         raise DataError(f"{path}: no questions in it; {_HOLDS}")
     if unread and ranks.is_first():

@@ -20,7 +20,7 @@ from search_e1.data import sources
 from search_e1.data.formats import layouts, sheets
 from search_e1.data.formats.arrays import array_items, is_array
 from search_e1.data.lines import checksum, parse, read_lines
-from search_e1.data.questions import LIKE_ANSWERS, Loaded, to_question, whole_number
+from search_e1.data.questions import ANSWERS, Loaded, to_question, whole_number
 from search_e1.data.tables import SUFFIXES as TABLES
 from search_e1.data.tables import Cell, table_rows
 from search_e1.errors import ConfigError, DataError
@@ -32,7 +32,7 @@ PARQUET = (".parquet",)
 SUFFIXES = (*JSON_LINES, *TABLES, *PARQUET, sheets.SUFFIX)
 
 _FIELDS = ("question", "answers", "id", "hops", "metadata")
-_ANSWERS = ("golden_answers", "answers", "answer", "answer_aliases", "possible_answers")
+_LIKE_ANSWERS = re.compile(r"(?:^|[\W_])(?:answers?|alias|aliases|gold|golden)(?:$|[\W_])", re.IGNORECASE)
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _ITEM = rf"{_QUOTED}|-?\d+(?:\.\d+)?|nan|None|True|False"
 _SERIES = r"\s*(?:{0})(?:(?:\s*,\s*|\s+)(?:{0}))*\s*,?\s*"
@@ -188,7 +188,7 @@ class _Notes:
         used = _answer_columns(row, self.columns)
         self.used[used] += 1
         mapped = {column.partition(".")[0] for column in (*used, self.columns.question, *(c for _, c in self.columns.more))}
-        self.unused |= {name: None for name in row if LIKE_ANSWERS.search(name) and name not in mapped}
+        self.unused |= {name: None for name in row if _LIKE_ANSWERS.search(name) and name not in mapped}
         held = [row.get(column) for column in used]
         for cell in (cell for one in held for cell in (one if isinstance(one, list) else [one]) if isinstance(cell, str)):
             kinds = {
@@ -292,16 +292,18 @@ def _record(row: Mapping[str, Any], columns: Columns, where: str) -> dict[str, A
     if columns.hops or "hops" in row:
         metadata["hops"] = _whole(_dig(row, columns.hops or "hops", where), columns.hops or "hops", where)
     question = _dig(row, columns.question, where)
+    if isinstance(question, Cell) and question.strip().lower() in _MISSING:
+        raise DataError(f"{where}: column {columns.question!r} holds {question!r}, not a question; remove the row")
     return {
         "id": (_text(id) or "").strip(),
-        "question": "" if _is_missing(question) else question.strip() if isinstance(question, str) else question,
+        "question": question.strip() if isinstance(question, str) else question,
         "golden_answers": _answers(row, columns, where),
         "metadata": {key: value for key, value in metadata.items() if value is not None},
     }
 
 
 def _answer_columns(row: Mapping[str, Any], columns: Columns) -> tuple[str, ...]:
-    return columns.answers or tuple(name for name in _ANSWERS if name in row) or _ANSWERS[:1]
+    return columns.answers or tuple(name for name in ANSWERS if name in row) or ANSWERS[:1]
 
 
 def _answers(row: Mapping[str, Any], columns: Columns, where: str) -> list[str]:
@@ -353,10 +355,6 @@ def _text(item: Any) -> str | None:
     if isinstance(item, Cell):
         return None if item.strip() in ("nan", "NaN") else _WHOLE_FLOAT.sub(r"\1", item)
     return str(item) if isinstance(item, str | int) else None
-
-
-def _is_missing(value: Any) -> bool:
-    return isinstance(value, Cell) and value.strip().lower() in _MISSING
 
 
 def _dig(value: Any, path: str, where: str) -> Any:

@@ -13,7 +13,7 @@ import torch
 from search_e1.errors import ModelError
 from search_e1.retrieval.convention import Convention, EncoderSettings, Overrides, read_convention
 from search_e1.runs import devices
-from search_e1.runs.library_warnings import passing_on
+from search_e1.runs.library_warnings import relayed_warnings
 from search_e1.runs.tokenizing import tokenizing
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class Encoder:
         self.name = name
         """Hub id or absolute directory, to open it again."""
         self.convention, self.directory, self.batch_tokens, self._model = convention, directory, batch_tokens, model
+        transformer: Any = model[0]
+        self._rows: int = transformer.auto_model.get_input_embeddings().num_embeddings
 
     @classmethod
     def open(
@@ -113,6 +115,9 @@ class Encoder:
         tokenizer: Any = self._model.tokenizer
         with tokenizing(tokenizer):
             ids = tokenizer(texts, truncation=True, max_length=self.convention.max_length)["input_ids"]
+        if (largest := max((max(row) for row in ids if row), default=0)) >= self._rows:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            raise ModelError(f"encoder {self.directory}: no row for {token!r} in the embedding; remove it from the texts")
         # A tokenizer without special tokens returns no ids for an empty text.
         texts = [text if row else tokenizer.pad_token for text, row in zip(texts, ids, strict=True)]
         for rows in token_batches([len(row) for row in ids], self.batch_tokens):
@@ -155,7 +160,7 @@ def _load_transformer(directory: Path, name: str, place: torch.device, dtype: st
     load = {"trust_remote_code": False, "local_files_only": True}
     weights = {**load, "dtype": _resolve_dtype(dtype, place), "use_safetensors": True}
     try:
-        with devices.no_bars(), passing_on(f"encoder {name!r}"):
+        with devices.no_bars(), relayed_warnings(f"encoder {name!r}"):
             module = Reporting(str(directory), model_kwargs=weights, processor_kwargs=load, config_kwargs=load)
     except Exception as error:  # from transformers, tokenizers, safetensors or torch, depending on the damage
         problem = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -200,11 +205,15 @@ def _check_weights(name: str, report: Mapping[str, Any], held: Iterable[str]) ->
 
 
 def _check_tokenizer(name: str, tokenizer: Any, rows: int) -> None:
-    """
+    """Check that every id has a row, except special tokens that the tokenizer never inserts (``_encode`` checks these).
+
     Raises:
         ModelError: an id has no row in the embedding.
     """
-    beyond = {id: token for token, id in tokenizer.get_vocab().items() if id >= rows}
+    vocabulary = {id: token for token, id in tokenizer.get_vocab().items() if id >= rows}
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    inserted = set(tokenizer.convert_tokens_to_ids(list(tokenizer.special_tokens_map.values())))
+    beyond = {id: token for id, token in vocabulary.items() if id not in special or id in inserted}
     if beyond:
         raise ModelError(
             f"encoder {name!r}: the tokenizer has {max(beyond) + 1} ids and the embedding {rows} rows (no row for "

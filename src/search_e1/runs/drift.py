@@ -29,9 +29,21 @@ def no_defaults(path: tuple[str, ...]) -> Any:
 def changes(there: Mapping[str, Any], given: Mapping[str, Any], defaults: Defaults = no_defaults) -> list[Change]:
     """The keys in which two nested JSON mappings differ.
 
-    A key that is missing in ``there`` and has its default in ``given`` is no change: it was added to the package since.
+    A key that is missing in ``there`` and has its default in ``given`` is no change: it was added to the package since. Where
+    ``given`` names single keys (``lead.samples``) of a section that ``there`` holds whole, only these are compared.
     """
-    return list(_changes(there, given, defaults, ()))
+    return list(_changes(_narrowed(there, given), given, defaults, ()))
+
+
+def _narrowed(there: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(there)
+    for key in given:
+        section, dot, name = key.partition(".")
+        if dot and section not in given and isinstance(there.get(section), Mapping):
+            found.pop(section, None)
+            if name in there[section]:
+                found[key] = there[section][name]
+    return found
 
 
 def _changes(

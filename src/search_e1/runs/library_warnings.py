@@ -5,33 +5,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
-_ABOUT_THE_MACHINE = ("is falling back to its reference PyTorch implementation",)
-"""Said at an import, whatever the model."""
-_told: set[tuple[str, str]] = set()
+_ABOUT_THE_MACHINE = "is falling back to its reference PyTorch implementation"
+"""Logged at an import, whatever the model."""
+_relayed: set[tuple[str, str]] = set()
 
 
-class _Heard(logging.Handler):
+class _Collector(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.messages: dict[str, None] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.messages[record.getMessage()] = None
+        message = record.getMessage()
+        # Of weights that do not fit there is a table; whoever loads decides, and raises. Conversion errors are only in it.
+        fits = record.funcName == "log_state_dict_report" and "CONVERSION" not in message
+        if not fits and _ABOUT_THE_MACHINE not in message:
+            self.messages[message] = None
 
 
 @contextmanager
-def passing_on(what: str) -> Iterator[None]:
+def relayed_warnings(what: str) -> Iterator[None]:
     """Context of loading ``what``: each warning of transformers becomes one line that names it, once a process."""
-    library, heard = logging.getLogger("transformers"), _Heard()
+    library, collector = logging.getLogger("transformers"), _Collector()
     handlers, level = library.handlers, library.level
-    library.handlers = [heard]
+    library.handlers = [collector]
     library.setLevel(logging.WARNING)
     try:
         yield
     finally:
         library.handlers = handlers
         library.setLevel(level)
-    for message in heard.messages:
-        if (what, message) not in _told and not any(part in message for part in _ABOUT_THE_MACHINE):
-            _told.add((what, message))
+    for message in collector.messages:
+        if (what, message) not in _relayed:
+            _relayed.add((what, message))
             logger.warning("%s: %s", what, " ".join(message.split()))

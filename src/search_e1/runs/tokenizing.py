@@ -21,5 +21,5 @@ def tokenizing(tokenizer: Any) -> Iterator[None]:
         if type(error).__name__ != "PanicException":  # from Rust; not a subclass of Exception
             raise
         file = Path(str(tokenizer.name_or_path)) / "tokenizer.json"
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())
         raise ModelError(f"{file}: its regular expression fails on a text ({reason}); use another tokenizer") from error

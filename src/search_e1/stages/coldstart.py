@@ -48,15 +48,14 @@ class Coldstart(Stage):
         """
         Raises:
             ConfigError: the section is missing, or data that the demonstrations or a new policy need.
-            DataError, EndpointError: see ``demonstrations.check``.
+            DataError: see ``demonstrations.check``.
         """
         config = run.config
         if config.coldstart is None:
             raise ConfigError("section [coldstart] is missing; add it, it may be empty")
         if config.policy.model == NEW and not config.data.corpus:
             raise ConfigError(f'policy.model = "{NEW}": data.corpus is missing; its tokenizer is trained on the passages')
-        if not (run.root / str(self.id)).exists():  # an endpoint may be gone once it has served
-            demonstrations.check(run)
+        demonstrations.check(run)
 
     def work(self, run: Inputs, context: StageContext) -> Mapping[str, Any]:
         """
@@ -101,7 +100,7 @@ class Coldstart(Stage):
             "steps": len(steps),
             "first_loss": steps[0]["loss"],
             "last_loss": mean(steps[-_LAST:], "loss"),
-            "positions": round(sum(step["positions"] for step in steps)),
+            "positions": round(sum(step.get("positions", 0) for step in steps)),
             "tokens_per_second": sum(step["tokens"] for step in steps) / seconds,
             "seconds": seconds,
             "halved": sum(step.get("halved", 0) for step in steps),

@@ -1,5 +1,6 @@
 """The demonstrations of a cold start, from the source that ``coldstart.demonstrations`` names."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -10,8 +11,10 @@ from search_e1.rollout.demonstrations import endpoint, hops, passages, questions
 from search_e1.rollout.demonstrations.file import Demonstrations
 from search_e1.rollout.demonstrations.forms import Lesson
 from search_e1.rollout.demonstrations.writer import Writer
+from search_e1.rollout.engines.words import Words
 from search_e1.runs.context import StageContext
 from search_e1.stages.inputs import Inputs, subsample
+from search_e1.training.policy import Reader
 from search_e1.types import Passage
 
 Source = Literal["passages", "questions", "endpoint", "file"]
@@ -36,29 +39,26 @@ def sources(config: Config) -> tuple[Source, ...]:
 
 
 def check(run: Inputs) -> None:
-    """Check the source before any work. An endpoint gets one request.
+    """Check the source before any work. An endpoint is not asked: it may be gone once it has served.
 
     Raises:
         ConfigError: data that the source needs is missing, or the endpoint's URL is invalid.
         DataError: see ``Demonstrations.check_form``.
-        EndpointError: the endpoint does not answer.
     """
     config, chosen = run.config, sources(run.config)
     if chosen == ("passages",) and not config.data.corpus:
         raise ConfigError("data.corpus is missing; supporting passages are read from it")
     if chosen == ("file",) and config.data.demonstrations is None:
         raise ConfigError('coldstart.demonstrations = "file": data.demonstrations is missing; give the path of that file')
-    new = config.policy.model == NEW
-    if chosen == ("file",) and not new:
+    if chosen == ("file",):
         assert config.data.demonstrations
-        reader = run.load_reader(config.policy.model)
+        new = config.policy.model == NEW
+        reader = Reader(Words(), config.prompts or Prompts(), sys.maxsize) if new else run.load_reader(config.policy.model)
         Demonstrations(config.data.demonstrations, reader.tokenizer, reader.prompts).check_form(run.train_questions)
     if chosen == ("endpoint",):
         assert config.coldstart
         assert config.coldstart.endpoint
-        prompts = config.prompts or Prompts() if new else run.load_reader(config.policy.model).prompts
-        if run.train_questions:
-            endpoint.probe(config.coldstart.endpoint, run.train_questions[0], prompts, config.rollout)
+        _ = endpoint.endpoint_of(config.coldstart.endpoint).address  # checks the URL
 
 
 def inputs(run: Inputs) -> Mapping[str, str]:

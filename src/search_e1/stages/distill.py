@@ -38,11 +38,11 @@ from search_e1.types import Pair, Sample
 class Distill(Stage):
     """Distills ``policy`` on the pairs; adapters are merged. Writes ``policy/`` and ``steps.jsonl``.
 
-    Figures: pairs (for ``sft`` and fresh students: distinct references), pairs_too_long, students (fresh ones), positions
-    (tokens in the loss per epoch), masked (share of sampled tokens without weight), pairs_shortened (passages dropped from the
-    reference to fit the context), steps, halved, mean loss (kl or cross_entropy, nats per token) over the first and the last
-    tenth of the steps, seconds. With adapters: the merged strength, and EM and tokens for each strength tried. With verified
-    teachers: how many were sampled, were correct, and searched more than their reference.
+    Figures: pairs (for ``sft`` and fresh students: distinct references), pairs_too_long, or students and students_too_long
+    (fresh ones), positions (tokens in the loss per epoch), masked (share of sampled tokens without weight), pairs_shortened
+    (passages dropped from the reference to fit the context), steps, halved, mean loss (kl or cross_entropy, nats per token)
+    over the first and the last tenth of the steps, seconds. With adapters: the merged strength, and EM and tokens for each
+    strength tried. With verified teachers: how many were sampled, were correct, and searched more than their reference.
     """
 
     policy: str | Path

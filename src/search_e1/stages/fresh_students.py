@@ -65,16 +65,20 @@ class FreshStudents:
         return {"distill": fitting}
 
     def summary(self, steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """Over all students: ``pairs`` (references), ``pairs_too_long`` (students), ``positions`` per epoch, ``masked``."""
-        students, positions = (sum(step[name] for step in steps) for name in ("students", "positions"))
-        tokens, too_long = (sum(step[name] * step["students"] for step in steps) for name in ("sampled_tokens", "too_long"))
+        """``pairs`` (references), figures of all ``students``, and ``positions`` (tokens in the loss) per epoch."""
+
+        def total(name: str) -> float:
+            return sum(step[name] * step.get("students", 0) for step in steps)
+
+        students, positions = (sum(step.get(name, 0) for step in steps) for name in ("students", "positions"))
+        tokens = total("sampled_tokens")
         return {
             "pairs": len(self._pairs),
-            "pairs_too_long": round(too_long),
             "students": int(students),
+            "students_too_long": round(total("too_long")),
             "sampled_tokens": round(tokens),
             "positions": round(positions / self._run.config.distill.epochs),
-            "masked": 1 - positions / tokens,
+            "masked": sum(s["masked"] * s["sampled_tokens"] * s.get("students", 0) for s in steps) / tokens if tokens else 0.0,
         }
 
     def _with_fresh_students(self, step: int, places: Sequence[int], pairs: Sequence[Pair]) -> list[Pair]:
@@ -102,10 +106,12 @@ def _figures(pairs: Sequence[Pair], samples: Sequence[Sample], fitting: Sequence
         "searches": float(sum(pair.student.searches for pair in pairs)),
         "sampled_tokens": float(sum(pair.student.sampled_tokens for pair in pairs)),
         "too_long": float(len(samples) - len(fitting)),
-        "positions": float(sum(len(sample.positions) for sample in samples)),
+        "positions": float(sum(len(sample.positions) for sample in fitting)),
+        "weighted": float(sum(len(sample.positions) for sample in samples)),
     }
     parts = ranks.all_gather_object(sums)
     totals = {name: sum(part[name] for part in parts) for name in sums}
+    masked = 1 - totals.pop("weighted") / totals["sampled_tokens"]
     counts = {name: totals.pop(name) for name in ("students", "positions")}
     means = {name: value / counts["students"] for name, value in totals.items()}
-    return {**counts, **means, "masked": 1 - counts["positions"] / totals["sampled_tokens"]}
+    return {**counts, **means, "masked": masked}

@@ -1,9 +1,8 @@
 """Loads weights, and rejects what transformers and PEFT load with a warning: a policy never starts with random weights."""
 
-import logging
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def load_weights(source: Source, trust_remote_code: bool) -> PreTrainedModel:
 
         options["quantization_config"] = GgufConfig(dequantize=True)
         bar = bar_on_a_terminal()
-    with _no_load_report(), bar:
+    with bar:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.weights,
             dtype=torch.float32 if source.adapter else "auto",
@@ -52,22 +51,6 @@ def load_weights(source: Source, trust_remote_code: bool) -> PreTrainedModel:
     if source.gguf:
         _check_all_used(source.model, source.gguf, model)
     return _merged(source, model) if source.adapter else model
-
-
-@contextmanager
-def _no_load_report() -> Iterator[None]:
-    """Suppress transformers' table of weights that do not fit: ``_check_report`` raises instead."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        # Conversion errors are reported only in the table.
-        return record.funcName != "log_state_dict_report" or "CONVERSION" in record.getMessage()
-
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)
 
 
 def _check_report(model: str, report: dict[str, Any]) -> None:

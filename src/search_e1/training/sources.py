@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from search_e1.config import NEW
 from search_e1.errors import ModelError, SearchE1Error
 from search_e1.runs.devices import no_bars
-from search_e1.runs.library_warnings import passing_on
+from search_e1.runs.library_warnings import relayed_warnings
 
 SMALL = "small"
 _SMALL_DIRECTORY = Path(__file__).parent.parent / "data" / "small_policy"
@@ -133,7 +133,7 @@ def opened(model: str | Path) -> Iterator[Source]:
         check_gguf(model, Path(weights))
     try:
         empty = TemporaryDirectory(prefix="search-e1-gguf-") if is_gguf(weights) else nullcontext("")
-        with empty as directory, no_bars(), passing_on(f"policy.model = {model!r}"):
+        with empty as directory, no_bars(), relayed_warnings(f"policy.model = {model!r}"):
             yield _source(model, path, weights, Path(directory))
     except SearchE1Error:
         raise

@@ -16,13 +16,12 @@ from search_e1.retrieval.base import Retriever
 from search_e1.rollout import pool
 from search_e1.rollout.demonstrations.forms import Lesson
 from search_e1.rollout.demonstrations.writer import Writer, detours, seen
-from search_e1.rollout.engines.base import Request
 from search_e1.rollout.engines.endpoint import Endpoint, EndpointEngine
 from search_e1.rollout.engines.words import Words
 from search_e1.runs.checkpoints import Checkpointer
 from search_e1.runs.progress import Progress, silent
 from search_e1.runs.safe import masked_url
-from search_e1.text.prompts import neutralize, plain_prompt
+from search_e1.text.prompts import neutralize
 from search_e1.text.protocol import Protocol
 from search_e1.text.protocols import protocol_of
 from search_e1.types import ActionKind, Group, Question, Trajectory, Turn
@@ -35,20 +34,6 @@ _MAX_WITHOUT_CORRECT = 64  # trajectories without a correct answer after which t
 def endpoint_of(config: EndpointConfig) -> Endpoint:
     keys = "coldstart.endpoint.url, coldstart.endpoint.model"
     return Endpoint(config.url, config.model, timeout=config.timeout, concurrency=config.concurrency, keys=keys)
-
-
-def probe(config: EndpointConfig, question: Question, prompts: Prompts, limits: RolloutConfig) -> None:
-    """Make the first request of ``sample``, for ``question``.
-
-    Raises:
-        ConfigError: the endpoint's URL is invalid.
-        EndpointError: the endpoint does not answer it.
-    """
-    engine = EndpointEngine(endpoint_of(config), prompts)
-    stop, first = protocol_of(engine.tokenizer, prompts).stop, plain_prompt(engine.tokenizer, prompts, question.text)
-    with engine.server, engine.session(temperature=config.temperature, stop=stop, max_tokens=limits.max_tokens) as session:
-        session.submit(Request(0, first, limits.max_action_tokens, 0))
-        session.step()
 
 
 def sample(

@@ -77,7 +77,7 @@ class Demonstrations:
         """Check the form of the demonstrations of ``questions``, whether correct or not.
 
         Raises:
-            DataError: as ``lessons``, but for correctness and limits.
+            DataError: as ``lessons``, except for demonstrations that are wrong or too long.
         """
         for question in self._demonstrated(questions):
             for where, steps in self._by_question[question.id]:

@@ -41,8 +41,8 @@ def finite(logprobs: Sequence[float | None], whose: str, remedy: str) -> tuple[f
     known = tuple(logprob for logprob in logprobs if logprob is not None and math.isfinite(logprob))
     if len(known) < len(logprobs):
         raise ModelError(
-            f"{whose}: logits that are not finite while sampling; {remedy}; if that is so, check that the policy's weights are "
-            "finite"
+            f"{whose}: logits that are not finite while sampling; {remedy}; if it is already, check that the policy's "
+            "weights are finite"
         )
     return known
 

@@ -18,6 +18,8 @@ from search_e1.runs.http import Reply, Server, check_status
 from search_e1.training.sources import resolve
 from search_e1.types import StopReason
 
+_DTYPE = "start it with --dtype bfloat16 or float32"
+
 
 class _Logprobs(BaseModel):
     token_logprobs: list[float | None]
@@ -107,13 +109,18 @@ class VllmServerEngine(RemoteEngine):
             "repetition_penalty": 1.0,
         }
 
+    def _understood(self, reply: Reply, payload: dict[str, Any]) -> Generation:
+        if "not JSON compliant" in reply.reason:  # vLLM's words for a log-probability that is NaN
+            finite([None], self.server.shown, _DTYPE)
+        return super()._understood(reply, payload)
+
     def _read(self, content: bytes, payload: dict[str, Any]) -> Generation:
         choice = _Completion.model_validate_json(content).choices[0]
         ids, logprobs = tuple(choice.token_ids), choice.logprobs.token_logprobs if choice.logprobs else []
-        told = finite(logprobs, self.server.shown, "start it with --dtype bfloat16 or float32")
+        known = finite(logprobs, self.server.shown, _DTYPE)
         # A server returns log-probabilities at temperature 1, unless --logprobs-mode was set, which it does not expose.
-        usable = payload["temperature"] in (0.0, 1.0) and len(told) == len(ids)
-        return Generation(ids, told if usable else None)
+        usable = payload["temperature"] in (0.0, 1.0) and len(known) == len(ids)
+        return Generation(ids, known if usable else None)
 
     def _ended(self, stop: StopReason, words: str) -> Generation:
         raise EndpointError(f"{self.server.shown}: {words}; the server accepts less than it reports; lower rollout.max_tokens")

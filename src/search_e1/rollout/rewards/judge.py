@@ -17,7 +17,7 @@ from search_e1.errors import ConfigError, EndpointError
 from search_e1.rollout.engines.remote import api_url, key_headers, not_an_answer, refusal
 from search_e1.runs import sha256_text
 from search_e1.runs.files import append, summed_entries, summed_line
-from search_e1.runs.http import Reply, Server
+from search_e1.runs.http import Reply, Server, TransientError
 from search_e1.types import Question
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,8 @@ _VERDICTS = {"correct": 1.0, "incorrect": 0.0}
 _THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 _FIELD = re.compile(r"\{(question|golds|answer)\}")
 _RESPONSE_BYTES = 2**20
+_FINAL = ("length", "content_filter")
+"""Reasons to finish that asking again does not change."""
 _CHECK = "rollout.rewards.judge.url, rollout.rewards.judge.model"
 
 
@@ -133,6 +135,8 @@ class Judge:
         self.requests += 1
         self.tokens += (completion.usage and completion.usage.total_tokens) or 0
         choice = completion.choices[0]
+        if choice.message.content is None and not choice.message.refusal and choice.finish_reason not in _FINAL:
+            raise TransientError("an answer without content")
         said = choice.message.content or choice.message.refusal or ""
         word = _THOUGHT.sub("", said, count=1).strip().rstrip(".").lower()
         if word not in _VERDICTS:
