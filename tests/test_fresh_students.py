@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from made_pairs import make_pair
 from search_e1.config import DistillConfig
 from search_e1.errors import ConfigError
+from search_e1.selfdistill.samples import classes_of, sample_of
 from search_e1.stages import fresh_students
 from search_e1.stages.distill import Distill
 from search_e1.stages.fresh_students import FreshStudents
@@ -72,6 +73,14 @@ def test_each_reference_has_a_new_student_once_an_epoch(policy, tmp_path, seen) 
     assert (figures["pairs"], figures["students"], figures["students_too_long"]) == (3, len(drawn), 0)
     assert figures["positions"] == round(sum(len(s.positions) for s in drawn) / 2)
     assert (figures["masked"], figures["sampled_tokens"]) == (0, sum(sum(s.action_mask) for s in drawn))
+
+
+def test_a_student_that_does_not_fit_is_in_no_loss(policy) -> None:
+    pairs = pairs_for(policy)[1:3]
+    samples = [sample_of(pair, classes_of(policy.tokenizer, policy.prompts, pair.student)) for pair in pairs]
+    figures = fresh_students._figures(pairs, samples, samples[:1])
+    assert (figures["students"], figures["too_long"], figures["masked"]) == (2, 0.5, 0)
+    assert figures["positions"] == len(samples[0].positions)
 
 
 def test_easiest_first(policy, tmp_path, seen) -> None:
