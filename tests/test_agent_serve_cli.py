@@ -71,7 +71,7 @@ def test_bundles_that_cannot_be_served(monkeypatch, capsys, tmp_path: Path) -> N
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "agent").symlink_to(whole)
     for words, says in (
-        ([tmp_path / "none"], f"{tmp_path / 'none'}: not a bundle (no agent.json)"),
+        ([tmp_path / "none"], f"{tmp_path / 'none'}: no such directory; give a bundle's"),
         ([tmp_path / "run"], f"{tmp_path / 'run'}: not a bundle (no agent.json); this run's is {tmp_path / 'run' / 'agent'}"),
         ([bare], f"{bare}: the bundle has no passages; give --index DIR or --url URL"),
         (

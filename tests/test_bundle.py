@@ -419,5 +419,5 @@ def test_a_dead_hub_is_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(DataError, match=r"me/agent: the Hub cannot be reached \(.*\); push it again") as error:
         publish.push(Bundle.read(run / "agent"), "me/agent")
     assert "\n" not in str(error.value)
-    with pytest.raises(DataError, match=r"nothing: not a bundle \(no agent.json\)"):
+    with pytest.raises(DataError, match="nothing: no such directory; give a bundle's"):
         Agent.open("nothing")

@@ -9,6 +9,7 @@ from conftest import make_tiny_policy
 from search_e1 import evolve
 from search_e1.cli import main as cli
 from search_e1.config import Config
+from search_e1.errors import ConfigError
 from search_e1.evaluation.preflight import Level
 from search_e1.lab import doctor
 from search_e1.lab.plan.plan import misfits
@@ -142,6 +143,12 @@ def test_a_policy_that_the_cold_start_makes_is_not_looked_at(project, tmp_path):
     assert [finding.check for finding in found.findings] == ["answers", "overlap", *AUDIT]
     assert found.observed is None
     assert found.can_learn
+
+
+def test_demonstrations_that_train_refuses_are_refused(project, tmp_path):
+    settings = settings_of(project, tmp_path / "run", coldstart={"steps": 1, "demonstrations": "file"})
+    with pytest.raises(ConfigError, match=r"data\.demonstrations is missing; give the path of that file"):
+        doctor.examine(settings, questions=1, evaluated=1)
 
 
 def test_with_a_cold_start_to_come_a_mute_policy_is_no_reason_to_stop(mute, tmp_path):

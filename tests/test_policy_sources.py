@@ -97,6 +97,7 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"x")
     assert "not a .gguf file" in refused(tmp_path / "model.onnx")
     assert "no such directory or file" in refused("models/none.gguf")
+    assert "`python scripts/fetch_smollm2.py` fetches it" in refused("elsewhere/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def test_a_kind_that_cannot_be_dequantised_is_refused(tmp_path: Path) -> None:

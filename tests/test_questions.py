@@ -39,6 +39,14 @@ def test_a_question_carries_all_that_its_line_says(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["mine.csv", "MINE.TSV", "mine.parquet"])
+def test_a_file_of_another_kind_is_pointed_to_what_converts_it(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.write_text("question,answers\nWho?,Oslo\n")
+    with pytest.raises(DataError, match=f"{name}: not JSON lines; `search-e1 data prepare --train .*{name} --out DIR`"):
+        load_questions(file)
+
+
 def test_answers_in_other_columns_are_said(tmp_path: Path, caplog) -> None:
     file = tmp_path / "a.jsonl"
     row = {

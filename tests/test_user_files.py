@@ -312,7 +312,12 @@ BAD_FILES = {
     ),
     "an object in a cell": ("a.csv", "question,answers\nW?,{'text': 'x'}\n", (), "not a list of strings; write ["),
     "a list with an object": ("a.csv", """question,answers\nW?,"['x', {'a': 1}]"\n""", (), "not a list of strings"),
-    "NaN in a cell": ("a.csv", "question,answers\nW?,nan\n", (), "a.csv:2: column 'answers' holds 'nan', not strings; write"),
+    "NaN in a cell": (
+        "a.csv",
+        "question,answers\nW?,nan\n",
+        (),
+        "a.csv:2: column 'answers' holds 'nan', a missing value; write",
+    ),
     "a key twice": (
         "a.jsonl",
         '{"question": "W?", "answer": "x", "answer": "y"}',

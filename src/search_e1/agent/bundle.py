@@ -77,6 +77,8 @@ class Bundle(Record):
             content = json.loads(file.read_text(encoding="utf-8"))
             format = content["format"]
         except (FileNotFoundError, NotADirectoryError):
+            if not directory.exists():
+                raise DataError(f"{directory}: no such directory; give a bundle's, e.g. runs/NAME/agent") from None
             of_run = directory / "agent"  # where `train` writes it
             there = f"this run's is {of_run}" if (of_run / FILE).is_file() else "make one with `search-e1 bundle RUN --out DIR`"
             raise DataError(f"{directory}: not a bundle (no {FILE}); {there}") from None

@@ -137,7 +137,10 @@ def with_dev(parts: Sequence[Part], share: float, seed: int) -> list[Part]:
             wanted -= times
         aside, left = ([row for row in part.rows if (row.key in dev) is side] for side in (True, False))
         if not (aside and left):
-            raise DataError(f"{part.loaded.source}: {len(part.rows)} questions cannot be split with --dev-share {share}")
+            raise DataError(
+                f"{part.loaded.source}: {len(part.rows)} questions cannot be split with --dev-share {share}; give "
+                "more questions, another share, or files of your own with --eval"
+            )
         done += [replace(part, rows=left), replace(part, split="dev", role="eval", rows=aside, repeated=())]
     return done
 

@@ -103,6 +103,8 @@ def read_questions(path: Path, benchmark: str = "") -> Iterator[tuple[str, Quest
     Raises:
         DataError: the file cannot be read or is empty, or a line is not a question.
     """
+    if path.name.lower().endswith((".csv", ".tsv", ".xlsx", ".parquet")):
+        raise DataError(f"{path}: not JSON lines; `search-e1 data prepare --train {path} --out DIR` converts it")
     number, unread = 0, dict[str, None]()
     for number, record in read_lines(path):
         where = f"{path}:{number}"

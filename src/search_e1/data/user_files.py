@@ -321,6 +321,8 @@ def _answers_in(found: Any, column: str, separator: str | None, where: str) -> l
             raise DataError(f'{where}: column {column!r} holds {found!r}, not a list of strings; write ["...", "..."]')
     items = [_text(item) for item in found] if isinstance(found, list) else [_text(found)]
     if None in items:
+        if isinstance(found, Cell) and found.strip().lower() in _MISSING:
+            raise DataError(f"{where}: column {column!r} holds {found!r}, a missing value; write the answer, or remove the row")
         nested = any(isinstance(item, dict) for item in (found if isinstance(found, list) else [found]))
         remedy = f"give a path into it, e.g. --column answers={column}.text" if nested else "write the answers as strings"
         raise DataError(f"{where}: column {column!r} holds {found!r}, not strings; {remedy}")

@@ -22,6 +22,7 @@ from search_e1.lab.plan.plan import misfits
 from search_e1.rollout.sampler import RolloutSampler
 from search_e1.runs.devices import device
 from search_e1.runs.opening import CONFIG, opened
+from search_e1.stages.coldstart import Coldstart
 from search_e1.stages.grpo import sample_of
 from search_e1.stages.inputs import Inputs, Watch, no_progress, subsample
 from search_e1.stages.preflight import findings, of_files, train_recall
@@ -90,6 +91,8 @@ def examine(
 
 def _examine(run: Inputs, path: str, questions: int, evaluated: int) -> tuple[list[Finding], Observed | None]:
     config = run.config
+    if config.coldstart:
+        Coldstart().check(run)
     overlap = preflight.overlap(run.train_questions, run.eval_questions)
     if path == NEW:  # the cold start makes it
         return [*of_files(run, Observed(), train_recall(run, config.seed)), *_audit(run)], None

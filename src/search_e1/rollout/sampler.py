@@ -75,6 +75,7 @@ def warn_of_empty_searches(empty: float, searches: float) -> None:
     """Warn if most searches returned nothing: a policy learns little from empty observations."""
     if searches and 2 * empty > searches:
         logger.warning(
-            "%.0f of %.0f searches found no passage: are questions and passages in the same language, and does "
-            'retrieval.language name it? retrieval.kind = "dense" does not depend on words', empty, searches,
+            "%.0f of %.0f searches found no passage: does the policy search for words of the questions (`search-e1 ask` shows "
+            "its queries), are questions and passages in the same language, and does retrieval.language name it?",
+            empty, searches,
         )  # fmt: skip

@@ -27,13 +27,13 @@ class _Collector(logging.Handler):
 def relayed_warnings(what: str) -> Iterator[None]:
     """Context of loading ``what``: each warning of transformers becomes one line that names it, once a process."""
     library, collector = logging.getLogger("transformers"), _Collector()
-    handlers, level = library.handlers, library.level
-    library.handlers = [collector]
+    handlers, level, propagate = library.handlers, library.level, library.propagate
+    library.handlers, library.propagate = [collector], False
     library.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        library.handlers = handlers
+        library.handlers, library.propagate = handlers, propagate
         library.setLevel(level)
     for message in collector.messages:
         if (what, message) not in _relayed:

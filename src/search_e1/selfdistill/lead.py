@@ -172,7 +172,7 @@ def refused(lead: Lead, config: LeadConfig, *, verified: bool = False) -> str | 
         f"{config.minimum:g}, and it saves {lead.saving:.0%} of the tokens (lead.saving = {config.saving:.0%}); "
         + ("raise lead.pairs; or " if unsure else "")
         + "change prompts.privileged, or train the policy so that it still follows a reference (grpo.replay, a lower "
-        "grpo.learning_rate), or set lead.enforce = false"
+        "grpo.learning_rate), or set lead.enforce = false and continue with --branch DIR"
     )
 
 

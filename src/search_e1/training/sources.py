@@ -53,10 +53,10 @@ def resolve(model: str) -> Path | str:
     path = Path(model).expanduser()
     if not path.exists():
         if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1 or is_gguf(path):
-            raise ModelError(
-                f"policy.model = {model!r}: no such directory or file; give a directory, a GGUF file, a Hub id (owner/name), "
-                f"or {SMALL!r}"
-            )
+            remedy = f"give a directory, a GGUF file, a Hub id (owner/name), or {SMALL!r}"
+            if path.name == _FETCHED:
+                remedy = "`python scripts/fetch_smollm2.py` fetches it"
+            raise ModelError(f"policy.model = {model!r}: no such directory or file; {remedy}")
         return model
     if path.is_file():
         if not is_gguf(path):
@@ -64,6 +64,9 @@ def resolve(model: str) -> Path | str:
         return path
     _check_directory(model, path)
     return path
+
+
+_FETCHED = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def is_gguf(path: Path | str) -> bool:
