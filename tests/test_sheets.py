@@ -79,7 +79,7 @@ def test_cells_are_what_was_meant(tmp_path: Path) -> None:
         (
             ["Who?", "NaN", "y"],
             lambda sheet: None,
-            ":2: column 'answers' holds 'NaN', not strings; write the answers as strings",
+            ":2: column 'answers' holds 'NaN', a missing value; write the answer, or remove the row",
         ),
         (
             ["Who?", "['a', {'b': 1}]", "y"],
