@@ -41,7 +41,7 @@ try: install ## From a folder of documents (docs/) to an agent that answers thre
 	$(BIN)/python scripts/first_questions.py 3 runs/try-questions/train.jsonl | $(BIN)/search-e1 chat --agent runs/try/agent
 
 test: setup ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2
 
 lint: setup ## Formatting, lint, types, import layers
 	$(BIN)/ruff format --check .
