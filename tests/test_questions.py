@@ -39,7 +39,7 @@ def test_a_question_carries_all_that_its_line_says(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["mine.csv", "MINE.TSV", "mine.parquet"])
+@pytest.mark.parametrize("name", ["mine.csv", "mine.csv.gz", "MINE.TSV", "mine.parquet"])
 def test_a_file_of_another_kind_is_pointed_to_what_converts_it(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
     file.write_text("question,answers\nWho?,Oslo\n")

@@ -11,7 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from search_e1.data.answers import normalize_answer
+from search_e1.data.formats import sheets
 from search_e1.data.lines import read_lines
+from search_e1.data.tables import SUFFIXES as TABLES
 from search_e1.errors import DataError
 from search_e1.runs import ranks
 from search_e1.types import Question
@@ -103,7 +105,7 @@ def read_questions(path: Path, benchmark: str = "") -> Iterator[tuple[str, Quest
     Raises:
         DataError: the file cannot be read or is empty, or a line is not a question.
     """
-    if path.name.lower().endswith((".csv", ".tsv", ".xlsx", ".parquet")):
+    if path.name.lower().endswith((*TABLES, sheets.SUFFIX, ".parquet")):
         raise DataError(f"{path}: not JSON lines; `search-e1 data prepare --train {path} --out DIR` converts it")
     number, unread = 0, dict[str, None]()
     for number, record in read_lines(path):

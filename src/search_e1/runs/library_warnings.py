@@ -18,8 +18,8 @@ class _Collector(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
         # Of weights that do not fit there is a table; whoever loads decides, and raises. Conversion errors are only in it.
-        fits = record.funcName == "log_state_dict_report" and "CONVERSION" not in message
-        if not fits and _ABOUT_THE_MACHINE not in message:
+        table = record.funcName == "log_state_dict_report" and "CONVERSION" not in message
+        if not table and _ABOUT_THE_MACHINE not in message:
             self.messages[message] = None
 
 

@@ -92,6 +92,7 @@ class Coldstart(Stage):
         if ranks.is_first():
             policy.save(context.out / "policy")
         seconds = sum(step["seconds"] for step in steps)
+        counted = all("positions" in step for step in steps)  # not in steps of an earlier version
         return {
             "questions": len(run.train_questions),
             "demonstrations": sources,
@@ -100,7 +101,7 @@ class Coldstart(Stage):
             "steps": len(steps),
             "first_loss": steps[0]["loss"],
             "last_loss": mean(steps[-_LAST:], "loss"),
-            "positions": round(sum(step.get("positions", 0) for step in steps)),
+            "positions": round(sum(step["positions"] for step in steps)) if counted else None,
             "tokens_per_second": sum(step["tokens"] for step in steps) / seconds,
             "seconds": seconds,
             "halved": sum(step.get("halved", 0) for step in steps),

@@ -65,20 +65,20 @@ class FreshStudents:
         return {"distill": fitting}
 
     def summary(self, steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """``pairs`` (references), figures of all ``students``, and ``positions`` (tokens in the loss) per epoch."""
+        """``pairs`` (references), figures of all ``students``, and ``positions`` (tokens in the loss) per epoch.
 
-        def total(name: str) -> float:
-            return sum(step[name] * step.get("students", 0) for step in steps)
-
-        students, positions = (sum(step.get(name, 0) for step in steps) for name in ("students", "positions"))
-        tokens = total("sampled_tokens")
+        ``pairs`` alone if an earlier version began the stage and did not count students.
+        """
+        if not all("students" in step for step in steps):
+            return {"pairs": len(self._pairs)}
+        tokens = [step["sampled_tokens"] * step["students"] for step in steps]
         return {
             "pairs": len(self._pairs),
-            "students": int(students),
-            "students_too_long": round(total("too_long")),
-            "sampled_tokens": round(tokens),
-            "positions": round(positions / self._run.config.distill.epochs),
-            "masked": sum(s["masked"] * s["sampled_tokens"] * s.get("students", 0) for s in steps) / tokens if tokens else 0.0,
+            "students": int(sum(step["students"] for step in steps)),
+            "students_too_long": round(sum(step["too_long"] * step["students"] for step in steps)),
+            "sampled_tokens": round(sum(tokens)),
+            "positions": round(sum(step["positions"] for step in steps) / self._run.config.distill.epochs),
+            "masked": sum(step["masked"] * own for step, own in zip(steps, tokens, strict=True)) / sum(tokens),
         }
 
     def _with_fresh_students(self, step: int, places: Sequence[int], pairs: Sequence[Pair]) -> list[Pair]:

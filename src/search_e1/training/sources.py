@@ -13,6 +13,8 @@ from search_e1.runs.devices import no_bars
 from search_e1.runs.library_warnings import relayed_warnings
 
 SMALL = "small"
+_FETCHED = "SmolLM2-135M-Instruct.Q4_1.gguf"
+"""The file that ``scripts/fetch_smollm2.py`` writes."""
 _SMALL_DIRECTORY = Path(__file__).parent.parent / "data" / "small_policy"
 _ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _AS_DIRECTORY = (
@@ -64,9 +66,6 @@ def resolve(model: str) -> Path | str:
         return path
     _check_directory(model, path)
     return path
-
-
-_FETCHED = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def is_gguf(path: Path | str) -> bool:
