@@ -69,6 +69,7 @@ def test_passages_and_questions_are_used_as_they_are(here, monkeypatch, capsys):
     assert config.policy.model == "own/model"
     assert config.data.train == (Path("faq-questions/faq.train.jsonl"),)
     assert (config.grpo.questions_per_step, config.coldstart.steps) == (4, 10)  # of six questions one or two are set aside
+    assert config.grpo.steps == 0  # so few are memorized
     assert (config.distill.teachers, config.distill.merge.strengths, config.distill.merge.questions) == (
         "verified", (0.0, 0.25, 0.5, 0.75, 1.0), 40
     )  # fmt: skip
@@ -111,6 +112,14 @@ def test_a_table_of_questions_is_counted_whatever_its_columns_are_called(here, m
         "search-e1 train 'b c.toml'",
     ]
     assert run(monkeypatch, capsys, *shlex.split(commands(out)[2])[1:])[0] == 0
+
+
+@pytest.mark.parametrize(("small", "questions", "steps"), [(True, 49, 0), (True, 50, 8), (True, None, 8), (False, 50, 100)])
+def test_few_questions_leave_grpo_out(small, questions, steps):
+    written = recipe.Recipe("a.toml", "a machine", "runs/a", "own/model", "corpus", "train", "eval", small, 8, questions)
+    assert written.config().grpo.steps == steps
+    assert ("so few questions" in written.toml()) == (steps == 0)
+    assert max(map(len, written.toml().splitlines())) <= 128
 
 
 def test_an_answer_is_asked_for_where_somebody_is_there(here, monkeypatch, capsys):

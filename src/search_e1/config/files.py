@@ -41,7 +41,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         with suppress(ValidationError):
             if as_text:
                 return _validated(path, [(key, texts[(*key,)] if (*key,) in as_text else value) for key, value in read])
-        raise ConfigError(f"{path}: {_first_problem(error)}") from None
+        where = "command line" if any(_concerns(error, key) for key in texts) else path
+        raise ConfigError(f"{where}: {_first_problem(error)}") from None
 
 
 def with_overrides(path: str | Path, pairs: Iterable[tuple[list[str], Any]]) -> Config:
@@ -62,6 +63,13 @@ def _validated(path: str | Path, pairs: Iterable[tuple[list[str], Any]]) -> Conf
 def _needs_text(problem: Mapping[str, Any], key: Sequence[str], value: Any) -> bool:
     """Whether a flag's ``value`` is a TOML scalar that validation refused, so that its text may be meant."""
     return isinstance(value, _SCALARS) and tuple(map(str, problem["loc"][: len(key)])) == tuple(key)
+
+
+def _concerns(error: ValidationError, key: tuple[str, ...]) -> bool:
+    """Whether the first problem is in what was set as ``key``, or is a section that does not exist without it."""
+    problem = error.errors()[0]
+    at = tuple(map(str, problem["loc"]))
+    return at[: len(key)] == key or (problem["type"] == "extra_forbidden" and key[: len(at)] == at)
 
 
 def read_toml(path: Path, flag: str) -> dict[str, Any]:

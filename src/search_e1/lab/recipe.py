@@ -22,7 +22,8 @@ _MODELS = ((70.0, "Qwen/Qwen2.5-3B-Instruct"), (20.0, "Qwen/Qwen2.5-1.5B-Instruc
 """Minimum GiB of a GPU -> its model."""
 _COLDSTART_PASSES, _COLDSTART_LEAST = 4, 10
 """Passes over the demonstrations, and minimum steps."""
-
+_GRPO_LEAST = 50
+"""Fewer training questions leave GRPO out."""
 _PASSAGES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
@@ -58,12 +59,19 @@ class Recipe:
             return most
         return min(most, max(_COLDSTART_LEAST, math.ceil(_COLDSTART_PASSES * self.questions / self.coldstart_batch)))
 
+    @property
+    def grpo_steps(self) -> int:
+        """0 if the questions are so few that the cold start memorizes them: groups are then all right and teach nothing."""
+        if self.questions is not None and self.questions < _GRPO_LEAST:
+            return 0
+        return 8 if self.small else 100
+
     def toml(self) -> str:
         loader = PackageLoader("search_e1.lab", "")
         environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True)  # noqa: S701 - TOML, not HTML
         environment.filters["q"] = lambda text: json.dumps(text, ensure_ascii=False)
         template = environment.get_template("recipe.toml.j2")
-        names = (*self.__dataclass_fields__, "coldstart_batch", "coldstart_steps")
+        names = (*self.__dataclass_fields__, "coldstart_batch", "coldstart_steps", "grpo_steps")
         text = template.render({name: getattr(self, name) for name in names})
         return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 

@@ -129,7 +129,7 @@ def _em_table(summary: "Summary") -> Table:
 
 def _cost_table(summary: "Summary") -> Table:
     hops = sorted({h for policy in summary.policies for h in policy.by_hops if h != "None"})
-    figures = ("policy", *(f"{h}-hop" for h in hops), "searches", "tokens", "lead", "pairs", "s")
+    figures = ("policy", *(f"{h}-hop" for h in hops), "searches", "tokens", "lead", "train\npairs", "s")
     table = plain_table("Greedy EM by hops; searches, tokens per question; lead in sampled EM", *figures)
     for policy in summary.policies:
         kind, _, number = policy.stage.rpartition("-")
