@@ -4,7 +4,7 @@ All ranks run the same stages; rank 0 decides and writes. A single process is ra
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -86,6 +86,39 @@ def broadcast_object(value: Value) -> Value:
 def total(value: float) -> float:
     """Sum over ranks, added in rank order. Every rank must call it."""
     return sum(all_gather_object(value))
+
+
+def leveled(items: Sequence[Value], costs: Sequence[int]) -> list[Value]:
+    """The items of all ranks, with some moved from rank to rank so that the ranks' total costs are nearly equal.
+
+    ``costs``: positive, one per item; the ranks' totals then differ by at most the smallest cost on the most expensive rank.
+    Every rank must call it.
+    """
+    moves = _moves(all_gather_object(list(costs)))
+    leaving = [(i, to) for (origin, i), to in moves.items() if origin == rank()]
+    gone = {i for i, _ in leaving}
+    kept = [item for i, item in enumerate(items) if i not in gone]
+    arriving = all_gather_object([(to, items[i]) for i, to in leaving]) if moves else []
+    return kept + [item for sent in arriving for to, item in sent if to == rank()]
+
+
+def _moves(costs: Sequence[Sequence[int]]) -> dict[tuple[int, int], int]:
+    """Items that change ranks: (rank, number there) -> new rank. ``costs``: one sequence per rank.
+
+    From the most to the least expensive rank, the item closest to half of their difference, as long as that narrows it.
+    """
+    held = [{(origin, i): cost for i, cost in enumerate(own)} for origin, own in enumerate(costs)]
+    totals = [sum(own) for own in costs]
+    while True:
+        most, least = totals.index(max(totals)), totals.index(min(totals))
+        gap = totals[most] - totals[least]
+        narrowing = [item for item, cost in held[most].items() if cost < gap]
+        if not narrowing:
+            return {item: to for to, own in enumerate(held) for item in own if item[0] != to}
+        item = min(narrowing, key=lambda item: abs(2 * held[most][item] - gap))
+        cost = held[least][item] = held[most].pop(item)
+        totals[most] -= cost
+        totals[least] += cost
 
 
 def barrier() -> None:

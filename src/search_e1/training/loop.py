@@ -181,11 +181,15 @@ class _Step:
         self.pending.clear()
 
     def _batches(self, samples: Mapping[str, Sequence[Sample]], size: int) -> Iterator[tuple[str, Batch]]:
-        """The micro-batches of an update. All ranks get the same number: short ranks are filled up with zero-weight ones."""
+        """The micro-batches of an update, of about as many tokens on each rank.
+
+        All ranks get the same number: short ranks are filled up with zero-weight ones.
+        """
         for name, part in samples.items():
             objective = self.objectives[name]
             weights = normalized_weights(part, objective.average, ranks.total, objective.max_tokens)
             taught = [(s, w) for s, w in zip(part, weights, strict=True) if objective.teaches(s)]
+            taught = ranks.leveled(taught, [len(s) for s, _ in taught])  # ranks have unequal numbers of groups that teach
             groups = list(micro_batches([s for s, _ in taught], size, packed=self.policy.packed))
             batches = [[taught[i] for i in group] for group in groups]
             if ranks.count() > 1:
