@@ -4,6 +4,9 @@ import copy
 import json
 import os
 import signal
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -398,6 +401,50 @@ def test_two_that_stop_within_a_step_resume_to_the_bit(project, mined, tmp_path,
     a, b = (load_file(tmp_path / name / "ofsd-1" / "policy" / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     a, b = ([without_times(s) for s in steps_of(tmp_path / name / "ofsd-1")] for name in ("whole", "cut"))
+    assert a == b
+
+
+def test_a_rank_that_waits_for_anothers_rollouts_stops_and_saves_with_it(project, tmp_path, monkeypatch):
+    """Both get the signal in the second step, when the second has sampled its groups and the first has not."""
+    policy = project / "policy"
+    grpo = {"steps": 3, "questions_per_step": 2, "group_size": 2}
+    settings, stage = settings_of(project, policy, grpo=grpo), Grpo(policy, 1)
+    sample, meet, calls = grpo_stage.GroupSource._sample, ranks.meet, Counter()
+
+    def sampled(self: grpo_stage.GroupSource, *args: Any) -> Any:
+        calls["sampled"] += 1
+        if calls["sampled"] == at and ranks.rank() == 0:
+            with self._context.checkpointer.stop.finishing():
+                time.sleep(0.3)  # the other waits by now
+                os.kill(os.getpid(), signal.SIGTERM)
+        return sample(self, *args)
+
+    def met(leave: Callable[[], None]) -> None:
+        calls["met"] += 1
+        if calls["met"] == at and ranks.rank() == 1:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        meet(leave)
+
+    monkeypatch.setattr(grpo_stage.GroupSource, "_sample", sampled)
+    monkeypatch.setattr(ranks, "meet", met)
+    at = 0
+
+    def whole_and_interrupted() -> list[str]:
+        nonlocal at
+        made(settings, stage, tmp_path / "whole")
+        calls.clear()
+        at = 2
+        stopped(settings, stage, tmp_path / "cut", 2, 0)
+        ranks.barrier()
+        saved = sorted(path.name for path in (tmp_path / "cut").glob(".grpo-1.partial/.work/step-*"))
+        ranks.barrier()
+        at = 0
+        made(settings, stage, tmp_path / "cut")
+        return saved
+
+    assert in_ranks(2, whole_and_interrupted, tmp_path / "ranks") == [["step-0000000001"]] * 2
+    assert made(settings, stage, tmp_path / "cut").manifest.attempts == 2
+    a, b = ([without_times(s) for s in steps_of(tmp_path / name / "grpo-1")] for name in ("whole", "cut"))
     assert a == b
 
 

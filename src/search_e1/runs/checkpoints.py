@@ -29,8 +29,8 @@ _SUMS = "sha256.json"
 _KEPT = 2
 RANK = "rank-"
 """Prefix of files that each rank writes for itself."""
-_WAIT = 5.0
-"""Seconds to wait for the other ranks to stop too."""
+_WAIT = 15.0
+"""Seconds to wait for the other ranks to stop too: a pass over prompts takes several on a CPU; torchrun kills after 30."""
 
 
 class Checkpointer:

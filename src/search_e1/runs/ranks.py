@@ -4,7 +4,8 @@ All ranks run the same stages; rank 0 decides and writes. A single process is ra
 """
 
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,6 +14,15 @@ Value = TypeVar("Value")
 
 _group: Any = None
 """Process group for exchanging objects: gloo, which needs no device and can detect a missing rank."""
+
+_meetings: Any = None
+"""Process group for ``meet`` alone: a meeting that is left must not shift the exchanges of the others."""
+
+_left: Any = None
+"""The meeting that this rank has left before all had come; it still counts as there."""
+
+_POLL = 0.02
+"""Seconds between looks whether all ranks have come to a meeting."""
 
 _PATIENCE = timedelta(days=7)
 """Timeout of ranks waiting for one another: a stage on rank 0 alone may take hours. torchrun detects a dead rank."""
@@ -54,9 +64,10 @@ def joined(device: str) -> Iterator[None]:
     if device != "cpu":
         torch.accelerator.set_device_index(local_rank())
         backend = f"cpu:gloo,{device}:{dist.get_default_backend_for_device(device)}"
-    global _group
+    global _group, _meetings, _left
     dist.init_process_group(backend, timeout=_PATIENCE)
-    _group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    _group, _meetings = (dist.new_group(backend="gloo", timeout=_PATIENCE) for _ in range(2))
+    _left = None
     yield
     dist.destroy_process_group()  # not after an error, since it would wait for the other ranks
 
@@ -124,6 +135,24 @@ def _moves(costs: Sequence[Sequence[int]]) -> dict[tuple[int, int], int]:
 def barrier() -> None:
     """Wait for all ranks."""
     all_gather_object(None)
+
+
+def meet(leave: Callable[[], None]) -> None:
+    """Wait for all ranks, like ``barrier``, but call ``leave`` again and again, which may raise to end the waiting.
+
+    For ranks whose work takes unequal time: in any other exchange a rank that waits cannot react to a signal.
+    """
+    global _left
+    if count() == 1:
+        return
+    import torch.distributed as dist
+
+    _left = meeting = _left or dist.barrier(group=_meetings, async_op=True)
+    while not meeting.is_completed():
+        leave()
+        time.sleep(_POLL)
+    _left = None
+    meeting.wait()
 
 
 def all_come(seconds: float) -> bool:

@@ -177,6 +177,7 @@ class GroupSource:
         places = range(begin, begin + config.questions_per_step)[ranks.rank() :: ranks.count()]
         groups = self._sample(step, [(place - begin, self._order[place]) for place in places])
         rewards = [self._rewards(group) for group in groups]
+        ranks.meet(self._context.checkpointer.stop.leave)  # a rank that has sampled its groups stops while others still sample
         self.figures = _figures(groups, rewards, config)
         all_groups: list[Group] = []
         if config.replay.examples_per_step or config.keep_groups:
