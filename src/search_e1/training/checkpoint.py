@@ -68,7 +68,7 @@ class TrainingState:
 
     def _of_rank(self, unfinished: Unfinished | None) -> dict[str, Any]:
         state: dict[str, Any] = {
-            "ranks": ranks.count(),
+            "leveled_over": ranks.count(),  # a step interrupted when ranks still kept their own samples restarts
             "passes": (self.policy.fitted, self.policy.micro_batch_tokens, self.policy.checkpointing),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -107,8 +107,8 @@ class TrainingState:
             schedule.load_state_dict(state)
         records: list[dict[str, float]] = json.loads((directory / _STEPS).read_text(encoding="utf-8"))
         own = directory / f"{RANK}{ranks.rank()}.pt"
-        mine: dict[str, Any] = torch.load(own, map_location="cpu", weights_only=True) if own.exists() else {"ranks": 0}
-        if any(n != ranks.count() for n in ranks.all_gather_object(mine["ranks"])):
+        mine: dict[str, Any] = torch.load(own, map_location="cpu", weights_only=True) if own.exists() else {}
+        if any(n != ranks.count() for n in ranks.all_gather_object(mine.get("leveled_over"))):
             return records, None
         torch.set_rng_state(mine["random"])
         self.policy.fitted, self.policy.micro_batch_tokens, checkpointing = mine["passes"]
