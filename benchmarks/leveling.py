@@ -67,7 +67,7 @@ def compare(arguments: argparse.Namespace) -> None:
     else:
         model = random_model(arguments.shape, "cpu", torch.float32)
     config = TrainingConfig()
-    trained = TrainedPolicy(model, config, dtype=getattr(torch, arguments.dtype))
+    trained = TrainedPolicy(model, config, frozen_start=False, dtype=getattr(torch, arguments.dtype))
     samples = samples_of(mine * ranks.count(), model.config.vocab_size, scale=0.25 if small else 1.0)
     source = Updates(samples[mine * ranks.rank() :][:mine], arguments)
     objective, schedule = Grpo(GrpoConfig(training=config), MAX_TOKENS), Schedule(len(WAYS) * (1 + arguments.updates), 1e-6)
