@@ -1,7 +1,6 @@
 """GRPO updates of several processes, with samples shared out by their tokens and with each rank's own.
 
-    python benchmarks/leveling.py                                          # two processes, the package's policy
-    python benchmarks/leveling.py --shape smollm2-135m --dtype bfloat16 --updates 3
+    python benchmarks/leveling.py --updates 60      # two processes, the package's policy
 
 In each update a group has mixed rewards with probability ``--mixed``; only these teach. Both ways get the same samples, in
 turn. Time runs from barrier to barrier. One thread a process.
